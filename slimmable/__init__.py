@@ -1,0 +1,1 @@
+"""Slimmable networks: one set of weights that runs at several widths."""

@@ -1,0 +1,65 @@
+"""What a width is: checking lists of widths, finding one among them, counting the units it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+from slimmable._errors import WidthError
+
+
+def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
+    """Return `widths` as floats from the widest to the narrowest.
+
+    Raises: WidthError: if there are none, one is not a number in (0, 1], one comes twice, or 1.0 is missing.
+
+    >>> check_widths([0.25, 1, 0.5])
+    (1.0, 0.5, 0.25)
+    """
+    if isinstance(widths, (str, bytes)) or not isinstance(widths, Iterable):
+        raise WidthError(f"widths must be a sequence of numbers such as (1.0, 0.5, 0.25), got {widths!r}")
+    given = list(widths)
+    if not given:
+        raise WidthError("widths is empty; give at least the full width, as in (1.0, 0.5)")
+    for width in given:
+        if isinstance(width, bool) or not isinstance(width, Real):
+            raise WidthError(f"width {width!r} in {given} is not a number")
+        if not 0 < width <= 1:  # also false for NaN
+            raise WidthError(f"width {width} in {given} is not in (0, 1]; a width is a share of the full network")
+    found = sorted((float(width) for width in given), reverse=True)
+    for wider, narrower in zip(found, found[1:], strict=False):
+        if wider == narrower:
+            raise WidthError(f"width {wider} comes twice in {given}")
+    if found[0] != 1.0:
+        raise WidthError(f"the full width 1.0 is missing in {given}; add it, the weights are those of the full network")
+    return tuple(found)
+
+
+def width_index(width: float, widths: Sequence[float]) -> int:
+    """Return the position of `width` in `widths`.
+
+    Raises: WidthError: if it is not among them; the message names the nearest.
+
+    >>> width_index(0.5, (1.0, 0.5, 0.25))
+    1
+    """
+    if isinstance(width, bool) or not isinstance(width, Real) or math.isnan(width):
+        raise WidthError(f"width {width!r} is not a number; this model's widths are {tuple(widths)}")
+    for index, known in enumerate(widths):
+        if known == width:
+            return index
+    nearest = min(widths, key=lambda known: abs(known - width))
+    raise WidthError(
+        f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}. "
+        "To have another width, pass it in widths= when the model is made or converted."
+    )
+
+
+def kept_units(units: int, width: float, round_to: int = 1) -> int:
+    """Return how many of `units` are kept at `width`: the nearest multiple of `round_to`, at least one of it.
+
+    >>> kept_units(64, 0.5), kept_units(10, 0.01), kept_units(20, 0.5, round_to=8)
+    (32, 1, 8)
+    """
+    return min(units, max(round_to, round(width * units / round_to) * round_to))
