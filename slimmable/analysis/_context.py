@@ -1,0 +1,159 @@
+"""What an operation rule works with: the labels of tensors, the labels' store, and where the trace stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from slimmable.analysis._integers import Constraint, Expression, TracedInt
+from slimmable.analysis._labels import Axes, Ids, Labels, pattern
+
+
+@dataclass
+class Call:
+    """The Python-level call under way, whose integer arguments still carry their expressions."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Context:
+    """State of one trace.
+
+    A tensor's labels lie on the tensor itself, as its attribute `slim_axes`; `slim_origin` beside it says how it
+    came about: "weights" (computed from parameters alone), "mixed" (a convolution or matrix product with weights,
+    and affine steps since), "normed" (the same with a normalisation in between) or None.
+    """
+
+    widths: tuple[float, ...]
+    choices: Mapping[int, int] = field(default_factory=dict)
+    labels: Labels = field(default_factory=Labels)
+    constraints: list[Constraint] = field(default_factory=list)
+    splits: list[tuple[Ids, int]] = field(default_factory=list)  # carried labels and number of candidates, per split
+    consumed: list[Ids] = field(default_factory=list)
+    producers: list[Ids] = field(default_factory=list)
+    contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    modules: list[str] = field(default_factory=lambda: [""])
+    operation: str = ""
+    call: Call | None = None
+
+    # -- labels of tensors
+    def axes(self, tensor: Tensor) -> list[Ids | None]:
+        """Return the labels of each axis of `tensor`; axes of one unit have none."""
+        known: Axes | None = getattr(tensor, "slim_axes", None)
+        return list(known) if known is not None else [None] * tensor.ndim
+
+    def label(self, tensor: Tensor, axes: Sequence[Ids | None], origin: str | None = None) -> None:
+        """Set the labels of `tensor`."""
+        kept = tuple(ids if ids is not None and len(ids) > 1 else None for ids in axes)
+        tensor.slim_axes, tensor.slim_origin = kept, origin  # type: ignore[attr-defined]
+
+    def origin(self, tensor: Tensor) -> str | None:
+        """Return how `tensor` came about."""
+        return getattr(tensor, "slim_origin", None)
+
+    # -- what rules say of labels
+    @property
+    def where(self) -> str:
+        """The operation and the module that the trace is in, for reports."""
+        return f"{self.operation} in {self.modules[-1] or 'the model itself'}"
+
+    def pin(self, ids: Ids | None, why: str = "") -> None:
+        """Keep `ids` at full width because of the current operation."""
+        if ids is not None:
+            self.labels.pin(ids, f"{self.where}{': ' + why if why else ''}")
+
+    def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
+        """Join two axes that must shrink together and return the labels of both.
+
+        If only one is labelled, the other cannot shrink, and the labelled one is pinned.
+        """
+        if first is not None and second is not None:
+            self.labels.merge(first, second)
+        else:
+            self.pin(first if second is None else second, why or "meets an axis that does not shrink")
+        return first if first is not None else second
+
+    def consume(self, ids: Ids | None, other: Ids | None) -> None:
+        """Join a layer's input axis with its weight's."""
+        joined = self.merge(ids, other, "reads an axis that does not shrink")
+        if joined is not None:
+            self.consumed.append(joined)
+
+    def produce(self, ids: Ids | None) -> None:
+        """Note that a layer with weights makes these units."""
+        if ids is not None:
+            self.labels.produce(ids)
+            self.producers.append(ids)
+
+    def constrain(self, size: Any, ids: Ids | None, full: int) -> None:
+        """Require a sizing argument to follow the axis that it sizes."""
+        if isinstance(size, TracedInt):
+            self.constraints.append(Constraint(size.expression, ids, full, self.where))
+        elif ids is not None:
+            self.pin(ids, f"the size {size} is a constant")
+
+    def on_equal(self, first: Expression, second: Expression) -> None:
+        """Note that the model's code found two integers equal."""
+        self.constraints.append(Constraint(first, None, 0, self.where, second))
+
+    def size(self, tensor: Tensor, axis: int) -> int:
+        """Return the size of an axis, traced if the axis is labelled."""
+        ids, size = self.axes(tensor)[axis], int(tensor.size(axis))
+        return size if ids is None else TracedInt(size, Expression("size", ids), self.on_equal)
+
+    # -- splitting one labelled axis into several
+    def split(self, ids: Ids, shape: Sequence[int], sizes: Sequence[Any]) -> list[Ids | None]:
+        """Label the axes of `shape` into which an axis labelled `ids` is folded; one of them carries the labels.
+
+        `sizes` holds the sizing argument of each axis: an integer (traced or not), or None where the code gave none.
+        An axis sized by a constant cannot carry. Without a merge if possible, else on the first axis that every
+        width divides (whole attention heads), else on the largest; `choices` picks another one.
+        """
+        result: list[Ids | None] = [None] * len(shape)
+        able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (size is None or size == -1 or type(size) is not int)]
+        if not able:
+            self.pin(ids, f"is folded to constants {tuple(shape)}")
+            return result
+        block = ids.reshape(shape)
+        carried = [np.moveaxis(block, axis, 0).reshape(shape[axis], -1) for axis in able]
+        for axis, rows in zip(able, carried, strict=True):
+            if self.labels.same(rows, np.broadcast_to(rows[:, :1], rows.shape)):
+                result[axis] = rows[:, 0]
+                return result
+        whole = [all(float(shape[axis] * width).is_integer() for width in self.widths) for axis in able]
+        order = sorted(range(len(able)), key=lambda i: (not whole[i], -shape[able[i]] if not whole[i] else 0))
+        pick = order[self.choices.get(len(self.splits), 0) % len(able)]
+        rows = carried[pick]
+        self.labels.merge(rows, np.broadcast_to(rows[:, :1], rows.shape))
+        result[able[pick]] = rows[:, 0]
+        self.splits.append((rows[:, 0], len(able)))
+        return result
+
+    def fold(self, axes: Sequence[Ids | None], shape: Sequence[int]) -> Ids | None:
+        """Label the axis into which axes of `shape` are flattened."""
+        labelled = [i for i, ids in enumerate(axes) if ids is not None]
+        if not labelled:
+            return None
+
+        def weight(i: int) -> tuple[bool, int]:
+            ids = axes[i]
+            assert ids is not None
+            return bool((self.labels.produced(ids) & ~self.labels.pinned(ids)).any()), len(ids)
+
+        carrier = max(labelled, key=weight)
+        for i in labelled:
+            if i != carrier:
+                self.pin(axes[i], "is flattened together with another labelled axis")
+        ids = axes[carrier]
+        assert ids is not None
+        flat: Ids = pattern(shape, carrier, ids).reshape(-1)
+        return flat
+
+

@@ -1,0 +1,223 @@
+"""The table of operation rules, and the rules of operations that treat channels one by one or as a whole.
+
+A rule is called after the operation has run on fake tensors and labels its output. Operations without a rule pin
+every label that they meet: always right, only not slim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from slimmable.analysis._context import Context
+from slimmable.analysis._integers import TracedInt
+from slimmable.analysis._labels import Ids
+
+Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of ATen operations."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"operation {name} has two rules")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def rule_of(operation: torch._ops.OpOverload) -> Rule:
+    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins."""
+    name = operation._schema.name.removeprefix("aten::")
+    found = RULES.get(name) or RULES.get(name.rstrip("_"))
+    if found is not None:
+        return found
+    return pointwise if torch.Tag.pointwise in operation.tags else unknown
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def unknown(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Pin everything that goes in."""
+    for tensor in tensors((args, kwargs)):
+        for ids in ctx.axes(tensor):
+            ctx.pin(ids, "has no rule")
+    for tensor in tensors(out):
+        ctx.label(tensor, [None] * tensor.ndim)
+
+
+_AFFINE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "rsub", "neg"}
+_IDENTITY = {"clone", "detach", "alias", "_to_copy", "copy", "copy_", "lift_fresh", "dropout", "native_dropout"}
+
+
+def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
+    """Return the origin of a pointwise result: that of its operands if the operation is affine and they agree."""
+    origins = {ctx.origin(tensor) for tensor in operands}
+    if origins == {"weights"}:
+        return "weights"
+    name = ctx.operation
+    if name not in _AFFINE | _IDENTITY:
+        return None
+    channels = {
+        ctx.origin(tensor)
+        for tensor in operands
+        if ctx.origin(tensor) != "weights" and any(ids is not None for ids in ctx.axes(tensor))
+    }
+    if channels <= {"mixed", "normed"} and channels:
+        return "normed" if "normed" in channels else "mixed"
+    return None
+
+
+@rule(
+    "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
+    "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
+    "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
+    "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
+    "masked_fill_", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
+)  # fmt: skip
+def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Broadcast: aligned axes shrink together."""
+    operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
+    for result in tensors(out):
+        if result.ndim == 0:
+            continue
+        joined: list[Ids | None] = []
+        for axis in range(1, result.ndim + 1):
+            aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == result.shape[-axis] != 1]
+            labels = [ctx.axes(tensor)[-axis] for tensor in aligned]
+            ids = labels[0] if labels else None
+            for other in labels[1:]:
+                if ids is not None or other is not None:
+                    ids = ctx.merge(ids, other)
+            joined.append(ids)
+        ctx.label(result, joined[::-1], origin_after(ctx, operands))
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
+def along_an_axis(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Keep the labels; where the order of units matters the axis cannot shrink."""
+    axes = ctx.axes(args[0])
+    if "softmax" not in ctx.operation:
+        dims = args[2] if ctx.operation == "roll" else args[1]
+        for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
+            ctx.pin(axes[dim], "the order of the units matters")
+    ctx.label(out, axes)
+
+
+@rule(
+    "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
+    "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum",
+)  # fmt: skip
+def reduce(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Drop the reduced axes; an index along a labelled axis pins it."""
+    source = args[0]
+    if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
+        return pointwise(ctx, args, kwargs, out)
+    results = tensors(out)
+    position = 2 if ctx.operation in ("linalg_vector_norm", "norm") else 1
+    given = args[position] if len(args) > position else kwargs.get("dim")
+    every = given is None or given == []
+    dims = range(source.ndim) if every else given if isinstance(given, (list, tuple)) else [given]
+    reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
+    axes = ctx.axes(source)
+    indices = ctx.operation.startswith("arg") or (ctx.operation in ("max", "min") and len(results) == 2)
+    for dim in reduced if indices else ():
+        ctx.pin(axes[dim], "a unit's number is used")
+    for result in results:
+        keep = result.ndim == source.ndim
+        left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
+        ctx.label(result, left, ctx.origin(source) if ctx.operation == "mean" else _weights_only(ctx, source))
+    return None
+
+
+def _weights_only(ctx: Context, source: Tensor) -> str | None:
+    return "weights" if ctx.origin(source) == "weights" else None
+
+
+def spatial(ctx: Context, source: Tensor, out: Any, dims: int) -> None:
+    """Keep the labels of all but the last `dims` axes, along which neighbours are mixed."""
+    axes = ctx.axes(source)
+    for ids in axes[source.ndim - dims :]:
+        ctx.pin(ids, "neighbouring units are mixed")
+    for result in tensors(out):
+        ctx.label(result, axes[: source.ndim - dims] + [None] * dims)
+
+
+def _register_spatial() -> None:
+    def of(dims: int) -> Rule:
+        return lambda ctx, args, kwargs, out: spatial(ctx, args[0], out, dims)
+
+    for dims in (1, 2, 3):
+        kinds = ["max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d",
+                 "adaptive_max_pool{}d", "reflection_pad{}d", "replication_pad{}d", "max_pool{}d",
+                 "upsample_nearest{}d", "_upsample_nearest_exact{}d", "fractional_max_pool{}d"]  # fmt: skip
+        for kind in kinds:
+            rule(kind.format(dims))(of(dims))
+    for name in ("upsample_linear1d",):
+        rule(name)(of(1))
+    for name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+                 "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d"):  # fmt: skip
+        rule(name)(of(2))
+    for name in ("upsample_trilinear3d", "grid_sampler_3d"):
+        rule(name)(of(3))
+
+
+_register_spatial()
+
+
+@rule("constant_pad_nd", "pad")
+def pad(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Padding leaves an axis that it does not change; a padded channel axis cannot shrink."""
+    axes = ctx.axes(args[0])
+    for axis in range(out.ndim):
+        if out.shape[axis] != args[0].shape[axis] and axes[axis] is not None:
+            ctx.pin(axes[axis], "is padded")
+            axes[axis] = None
+    ctx.label(out, axes)
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fourier(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """A transform mixes along its axes."""
+    axes = ctx.axes(args[0])
+    for dim in args[1]:
+        ctx.pin(axes[dim], "is transformed")
+        axes[dim] = None
+    ctx.label(out, axes)
+
+
+@rule(
+    "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor",
+    "new_empty_strided", "empty_strided", "randint", "randperm", "linspace", "eye", "arange", "empty_permuted",
+)  # fmt: skip
+def factory(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """A new tensor's axis follows the size that it was asked with, if the values do not depend on the position."""
+    values = ctx.operation in ("randperm", "linspace", "eye", "arange")
+    asked = ctx.call is not None and ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
+    given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked and ctx.call is not None else []
+    traced = {int(size): size for size in given if isinstance(size, TracedInt)}
+    axes: list[Ids | None] = []
+    for units in out.shape:
+        size = traced.get(int(units))
+        if size is None:
+            axes.append(None)
+        elif values:
+            ctx.constrain(size, None, int(units))
+            axes.append(None)
+        else:
+            fresh = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
+            ctx.constrain(size, fresh, int(units))
+            axes.append(fresh)
+    ctx.label(out, axes)

@@ -1,0 +1,216 @@
+"""Rules of the operations that mix channels with weights, and of normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from slimmable.analysis._context import Context
+from slimmable.analysis._integers import TracedInt
+from slimmable.analysis._labels import Ids, spread
+from slimmable.analysis._rules import rule, tensors
+
+Args = Sequence[Any]
+Kwargs = dict[str, Any]
+
+
+def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Label `first @ second`."""
+    a, b = ctx.axes(first), ctx.axes(second)
+    weights = "weights" in (ctx.origin(first), ctx.origin(second))
+    if a[-1] is not None or b[-2 if len(b) > 1 else -1] is not None:
+        inner = b[-2 if len(b) > 1 else -1]
+        if weights:
+            ctx.consume(a[-1], inner)
+        else:
+            joined = ctx.merge(a[-1], inner)
+            if joined is not None:
+                ctx.contractions.append((ctx.modules[-1], joined))
+    batch: list[Ids | None] = []
+    for x, y in zip(a[:-2], b[:-2], strict=True):
+        batch.append(ctx.merge(x, y) if x is not None or y is not None else None)
+    result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]
+    origin = "mixed" if weights else None
+    if ctx.origin(first) == ctx.origin(second) == "weights":
+        origin = "weights"
+    if origin == "mixed":
+        ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
+    if bias is not None:
+        for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
+            if bias.shape[-i] != 1 and (ids is not None or result[-i] is not None):
+                result[-i] = ctx.merge(result[-i], ids)
+    ctx.label(out, result, origin)
+
+
+@rule("mm", "bmm", "mv")
+def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Matrix product."""
+    _product(ctx, args[0], args[1], out)
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Matrix product with an addend."""
+    _product(ctx, args[1], args[2], out, args[0])
+
+
+@rule("convolution", "_convolution")
+def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Convolutions slim within each group; depthwise ones lose whole groups."""
+    source, weight, bias, groups = args[0], args[1], args[2], int(args[8])
+    transposed = bool(args[6])
+    x, w = ctx.axes(source), ctx.axes(weight)
+    for ids in x[2:] + w[2:]:
+        ctx.pin(ids, "is a spatial axis of a convolution")
+    inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
+    channels, made = int(source.shape[1]), int(out.shape[1])
+    if groups == 1:
+        if x[1] is not None or inner is not None:
+            ctx.consume(x[1], inner)
+        result = outer
+    else:
+        result = _grouped(ctx, x[1], w, groups, channels, made, transposed)
+    ctx.produce(result)
+    if bias is not None and result is not None:
+        result = ctx.merge(result, ctx.axes(bias)[0])
+    ctx.label(out, [x[0], result, *[None] * (out.ndim - 2)], "mixed")
+
+
+def _grouped(
+    ctx: Context, x: Ids | None, w: Sequence[Ids | None], groups: int, channels: int, made: int, transposed: bool
+) -> Ids | None:
+    each_in, each_out = channels // groups, made // groups
+    if transposed:
+        inner, outer = w[0], spread(w[1], groups, 1) if w[1] is not None else None
+        x = ctx.merge(x, inner) if x is not None or inner is not None else None
+        inner_each = None
+    else:
+        inner_each, outer = w[1], w[0]
+    given = _argument(ctx, 6, "groups")
+    follows = isinstance(given, TracedInt) and given.expression.kind != "constant"
+    if each_in == 1 and each_out >= 1 and follows and x is not None:  # depthwise
+        if outer is None:
+            outer = spread(x, 1, each_out)
+        ctx.labels.merge(spread(x, 1, each_out), outer)
+        ctx.consumed.append(x)
+        ctx.constrain(given, x, channels)
+        return outer
+    if isinstance(given, TracedInt):
+        ctx.constrain(given, None, groups)
+    if x is not None:
+        block = x.reshape(groups, each_in)
+        ctx.labels.merge(block, np.broadcast_to(block[:1], block.shape))
+        if each_in == 1:
+            ctx.pin(x, "every group reads one unit")
+        elif not transposed:
+            ctx.consume(block[0], inner_each)
+        else:
+            ctx.consumed.append(x)
+    elif inner_each is not None:
+        ctx.consume(None, inner_each)
+    if outer is not None:
+        block = outer.reshape(groups, each_out)
+        ctx.labels.merge(block, np.broadcast_to(block[:1], block.shape))
+        if each_out == 1:
+            ctx.pin(outer, "every group makes one unit")
+    return outer
+
+
+def _argument(ctx: Context, position: int, name: str) -> Any:
+    if ctx.call is None:
+        return None
+    return ctx.call.args[position] if len(ctx.call.args) > position else ctx.call.kwargs.get(name)
+
+
+@rule("embedding")
+def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """A table of vectors: which row is read depends on the data, the vector's units are made here."""
+    rows, units = ctx.axes(args[0])
+    ctx.pin(rows, "is indexed")
+    ctx.produce(units)
+    ctx.label(out, [*[None] * (out.ndim - 1), units], "mixed")
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update", "native_batch_norm_legit",
+)  # fmt: skip
+def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """Axis 1 is shared with every per-channel tensor."""
+    axes = ctx.axes(args[0])
+    for tensor in args[1:5]:
+        if isinstance(tensor, Tensor) and (axes[1] is not None or ctx.axes(tensor)[0] is not None):
+            axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
+    _label_norm(ctx, args[0], axes, out)
+
+
+def _label_norm(ctx: Context, source: Tensor, axes: list[Ids | None], out: Any) -> None:
+    origin = ctx.origin(source)
+    result = tensors(out)[0]
+    ctx.label(result, axes, "weights" if origin == "weights" else "normed" if origin in ("mixed", "normed") else None)
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
+def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """The last axes are shared with weight and bias, and with `normalized_shape`."""
+    shape = args[1]
+    axes = ctx.axes(args[0])
+    given = _argument(ctx, 1, "normalized_shape")
+    sizes = list(given) if isinstance(given, (list, tuple)) and len(given) == len(shape) else [None] * len(shape)
+    for i in range(1, len(shape) + 1):
+        for tensor in args[2:4]:
+            if isinstance(tensor, Tensor) and (axes[-i] is not None or ctx.axes(tensor)[-i] is not None):
+                axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
+        if sizes[-i] is not None and args[0].shape[-i] > 1:
+            ctx.constrain(sizes[-i], axes[-i], int(args[0].shape[-i]))
+    _label_norm(ctx, args[0], axes, out)
+
+
+@rule("native_group_norm")
+def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """Channels are (groups, n): whole groups are slimmed where every width gives an integer, else within each."""
+    source, groups = args[0], int(args[6])
+    axes = ctx.axes(source)
+    for tensor in args[1:3]:
+        if isinstance(tensor, Tensor) and (axes[1] is not None or ctx.axes(tensor)[0] is not None):
+            axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
+    if axes[1] is not None and groups > 1:
+        given = _argument(ctx, 1, "num_groups")
+        shape = (groups, len(axes[1]) // groups)
+        carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
+        ctx.constrain(given, carried[0], groups)
+    _label_norm(ctx, source, axes, out)
+
+
+def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Scaled dot-product attention, as one call: heads and batch agree, queries and keys share their units."""
+    query, key, value = args[:3]
+    q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
+
+    def join(*labels: Ids | None) -> Ids | None:
+        joined = labels[0]
+        for other in labels[1:]:
+            if joined is not None or other is not None:
+                joined = ctx.merge(joined, other)
+        return joined
+
+    batch = []
+    for i in range(query.ndim - 2):
+        sizes = {int(query.shape[i]), int(key.shape[i]), int(value.shape[i])}
+        if len(sizes) > 1:  # grouped queries
+            for ids in (q[i], k[i], v[i]):
+                ctx.pin(ids, "queries and keys have different numbers of heads")
+        batch.append(join(q[i], k[i], v[i]) if len(sizes) == 1 else None)
+    inner = join(q[-1], k[-1])
+    if inner is not None:
+        ctx.contractions.append((ctx.modules[-1], inner))
+    join(k[-2], v[-2])
+    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    if isinstance(mask, Tensor):
+        for i, ids in enumerate(reversed([*batch, q[-2], k[-2]][-mask.ndim :]), 1):
+            if mask.shape[-i] != 1 and (ids is not None or ctx.axes(mask)[-i] is not None):
+                ctx.merge(ids, ctx.axes(mask)[-i])
+    ctx.label(out, [*batch, q[-2], v[-1]])

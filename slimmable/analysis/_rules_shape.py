@@ -1,0 +1,324 @@
+"""Rules of operations that move, fold, split, join or pick axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from slimmable.analysis._context import Context
+from slimmable.analysis._labels import Ids, spread
+from slimmable.analysis._rules import rule, tensors, unknown
+
+Args = Sequence[Any]
+Kwargs = dict[str, Any]
+
+
+def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the smallest pairs of axis runs of equal product; axes of one unit belong to no pair."""
+    left = [i for i, n in enumerate(source) if n != 1]
+    right = [i for i, n in enumerate(target) if n != 1]
+    while left and right:
+        a, b = [left.pop(0)], [right.pop(0)]
+        m, n = source[a[0]], target[b[0]]
+        while m != n:
+            if m < n:
+                a.append(left.pop(0))
+                m *= source[a[-1]]
+            else:
+                b.append(right.pop(0))
+                n *= target[b[-1]]
+        yield a, b
+
+
+def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
+    """Return the sizing argument of each output axis as the calling code gave it, or None where it gave none."""
+    nothing: list[Any] = [None] * out.ndim
+    if ctx.call is None or ctx.call.name not in names:
+        return nothing
+    given = list(ctx.call.args[1:]) + [v for k, v in ctx.call.kwargs.items() if k in ("size", "shape", "sizes")]
+    if ctx.call.name == "unflatten":
+        dim, sizes = (given + [ctx.call.kwargs.get("dim")])[:2] if len(given) > 1 else (ctx.call.kwargs.get("dim"), given[0])
+        front = int(dim) % (out.ndim - len(sizes) + 1)
+        return nothing[:front] + list(sizes) + nothing[front + len(sizes) :]
+    sizes = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    if not all(isinstance(size, int) for size in sizes) or len(sizes) != out.ndim:
+        return nothing
+    return sizes
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Fold and split blocks of axes."""
+    source = args[0]
+    sizes = _size_arguments(ctx, {"view", "reshape", "unflatten"}, out)
+    before, after = ctx.axes(source), [None] * out.ndim  # type: list[Ids | None], list[Ids | None]
+    if out.numel() == 0 or len(args) > 1 and not isinstance(args[1], (list, tuple)):
+        return unknown(ctx, args, kwargs, out)
+    for a, b in _blocks(source.shape, out.shape):
+        ids = ctx.fold([before[i] for i in a], [source.shape[i] for i in a])
+        if ids is None:
+            continue
+        for axis, labels in zip(b, ctx.split(ids, [out.shape[i] for i in b], [sizes[i] for i in b]) if len(b) > 1 else [ids], strict=True):  # fmt: skip
+            after[axis] = labels
+    for axis, size in enumerate(sizes):
+        if size is not None and int(size) != -1 and out.shape[axis] > 1:
+            ctx.constrain(size, after[axis], out.shape[axis])
+    ctx.label(out, after, ctx.origin(source))
+    return None
+
+
+@rule("permute", "transpose", "t", "numpy_T", "movedim")
+def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Reorder axes."""
+    source = args[0]
+    order = list(range(source.ndim))
+    if ctx.operation == "permute":
+        order = [dim % source.ndim for dim in args[1]]
+    elif ctx.operation == "transpose":
+        a, b = args[1] % source.ndim, args[2] % source.ndim
+        order[a], order[b] = order[b], order[a]
+    else:
+        order.reverse()
+    axes = ctx.axes(source)
+    ctx.label(out, [axes[i] for i in order], ctx.origin(source))
+
+
+@rule("unsqueeze", "squeeze")
+def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Add or remove axes of one unit."""
+    axes = ctx.axes(args[0])
+    if ctx.operation == "unsqueeze":
+        axes.insert(args[1] % out.ndim, None)
+    else:
+        dims = args[1] if len(args) > 1 else range(args[0].ndim)
+        gone = {d % args[0].ndim for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])}
+        axes = [ids for i, ids in enumerate(axes) if i not in gone or args[0].shape[i] != 1]
+    ctx.label(out, axes, ctx.origin(args[0]))
+
+
+@rule("expand", "repeat")
+def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Repeat along an axis: one unit may become any number, several are tiled."""
+    source = args[0]
+    sizes = _size_arguments(ctx, {"expand"}, out)
+    axes = [None] * (out.ndim - source.ndim) + ctx.axes(source)
+    old = [1] * (out.ndim - source.ndim) + list(source.shape)
+    for axis, size in enumerate(sizes):
+        if old[axis] == out.shape[axis]:
+            continue
+        ids = axes[axis]
+        axes[axis] = ctx.labels.fresh(out.shape[axis]) if ids is None and old[axis] == 1 else ids
+        if ids is not None:
+            axes[axis] = spread(ids, out.shape[axis] // old[axis], 1)
+        if size is not None and int(size) != -1:
+            ctx.constrain(size, axes[axis], out.shape[axis])
+    ctx.label(out, axes, ctx.origin(source))
+
+
+@rule("cat")
+def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Join along an axis; pieces without labels keep their size."""
+    pieces = [piece for piece in args[0] if piece.ndim == out.ndim]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    axes = _joined(ctx, pieces, skip=dim)
+    along = [ctx.axes(piece)[dim] for piece in pieces]
+    if any(ids is not None for ids in along):
+        for i, piece in enumerate(pieces):
+            if along[i] is None:
+                along[i] = ctx.labels.fresh(piece.shape[dim])
+                if piece.shape[dim] > 1 or True:
+                    ctx.pin(along[i], "is joined as it is")
+        axes[dim] = np.concatenate([ids for ids in along if ids is not None])
+    origins = {ctx.origin(piece) for piece in pieces}
+    ctx.label(out, axes, origins.pop() if len(origins) == 1 else None)
+
+
+def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> list[Ids | None]:
+    axes = ctx.axes(pieces[0])
+    for piece in pieces[1:]:
+        for i, ids in enumerate(ctx.axes(piece)):
+            if i != skip and (ids is not None or axes[i] is not None):
+                axes[i] = ctx.merge(axes[i], ids)
+    return axes
+
+
+@rule("stack")
+def stack(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Join along a new axis."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    axes = _joined(ctx, args[0])
+    origins = {ctx.origin(piece) for piece in args[0]}
+    ctx.label(out, [*axes[:dim], None, *axes[dim:]], origins.pop() if len(origins) == 1 else None)
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
+def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> None:
+    """Cut along an axis: equal pieces shrink alike, unequal ones each by its own size."""
+    source = args[0]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % source.ndim
+    axes, ids = ctx.axes(source), ctx.axes(source)[dim]
+    widths = [int(piece.shape[dim]) for piece in out]
+    pieces: list[Ids | None] = [None] * len(out)
+    if ids is not None:
+        cuts = np.split(ids, np.cumsum(widths)[:-1])
+        pieces = list(cuts)
+        equal = len(set(widths)) == 1
+        if equal:
+            for other in cuts[1:]:
+                ctx.labels.merge(cuts[0], other)
+        else:
+            ctx.labels.roles.extend(cuts)
+        named = ctx.call is not None and ctx.call.name in ("split", "split_with_sizes")
+        if named:
+            assert ctx.call is not None
+            given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
+            sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
+            for size, piece in zip(sizes, cuts, strict=False):
+                ctx.constrain(size, piece if len(piece) > 1 else None, len(piece))
+        elif not equal:
+            ctx.pin(ids, f"is cut into {widths}")
+    for piece, labels in zip(out, pieces, strict=True):
+        ctx.label(piece, [labels if i == dim else other for i, other in enumerate(axes)], ctx.origin(source))
+
+
+@rule("unbind", "select")
+def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """Take single units of an axis, which then cannot shrink."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0].ndim
+    axes = ctx.axes(args[0])
+    ctx.pin(axes[dim], "single units are picked")
+    for result in tensors(out):
+        ctx.label(result, axes[:dim] + axes[dim + 1 :], ctx.origin(args[0]))
+
+
+@rule("slice", "narrow")
+def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Take a range of an axis; on a labelled axis its ends must follow the units in front of them."""
+    source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
+    axes, ids = ctx.axes(source), ctx.axes(source)[dim]
+    if ids is not None:
+        start, stop = args[2] if len(args) > 2 else None, args[3] if len(args) > 3 else None
+        step = args[4] if len(args) > 4 else 1
+        start, stop, step = slice(start, stop, step).indices(len(ids))
+        axes[dim] = _range(ctx, ids, start, stop, step)
+    ctx.label(out, axes, ctx.origin(source))
+
+
+def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | None:
+    units = len(ids)
+    if step > 1:
+        if start >= step or units % step or stop < units - step + 1:
+            ctx.pin(ids, f"every {step}th unit from {start} to {stop} is taken")
+        else:
+            block = ids.reshape(-1, step)
+            ctx.labels.merge(block, np.broadcast_to(block[:, :1], block.shape))
+        return ids[start:stop:step]
+    first, last = _ends_in_call(ctx, start, stop, units)
+    if start > 0:
+        _constrain_end(ctx, first, ids[:start], ids[start:])
+    if stop < units:
+        _constrain_end(ctx, last, ids[:stop], ids[stop:])
+    ctx.labels.roles.extend(piece for piece in (ids[:start], ids[start:stop], ids[stop:]) if len(piece) not in (0, units))
+    return ids[start:stop]
+
+
+def _constrain_end(ctx: Context, end: Any, front: Ids, back: Ids) -> None:
+    if end is None or int(end) >= 0:
+        ctx.constrain(len(front) if end is None else end, front, len(front))
+    else:
+        ctx.constrain(-end, back, len(back))
+
+
+def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
+    """Return the ends as the calling code gave them, or None."""
+    if ctx.call is None:
+        return None, None
+    if ctx.call.name == "narrow":
+        values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
+        return values["start"], values["start"] + values["length"]
+    if ctx.call.name in ("__getitem__", "__setitem__"):
+        index = ctx.call.args[1]
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, slice) and part.indices(units) == (start, stop, 1):
+                return part.start, part.stop
+    return None, None
+
+
+@rule("as_strided", "resize", "set")
+def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """A change of memory layout alone keeps the labels."""
+    if out.shape != args[0].shape:
+        return unknown(ctx, args, kwargs, out)
+    return ctx.label(out, ctx.axes(args[0]), ctx.origin(args[0]))
+
+
+@rule("index", "index_select", "gather", "take_along_dim")
+def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Indexing pins the indexed axes; the others keep their labels."""
+    source = args[0]
+    axes = ctx.axes(source)
+    if ctx.operation == "index_select":
+        ctx.pin(axes[args[1]], "is indexed")
+        axes[args[1]] = None
+        return ctx.label(out, axes, ctx.origin(source))
+    if ctx.operation != "index":
+        dim = args[1] % source.ndim
+        ctx.pin(axes[dim], "is indexed")
+        picked = ctx.axes(args[2])
+        for i, ids in enumerate(axes):
+            if i != dim and (ids is not None or picked[i] is not None):
+                axes[i] = ctx.merge(ids, picked[i])
+        axes[dim] = None
+        return ctx.label(out, axes)
+    used = [i for i, part in enumerate(args[1]) if part is not None]
+    if any(args[1][i].dtype.is_floating_point is False and str(args[1][i].dtype) == "torch.bool" for i in used):
+        return unknown(ctx, args, kwargs, out)
+    for i in used:
+        ctx.pin(axes[i], "is indexed")
+    rest = [ids for i, ids in enumerate(axes) if i not in used]
+    new: list[Ids | None] = [None] * (out.ndim - len(rest))
+    front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    return ctx.label(out, rest[:front] + new + rest[front:], ctx.origin(source))
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "unfold", "channel_shuffle", "native_channel_shuffle")
+def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Operations whose output channels are blocks of input channels, or the other way round."""
+    axes = ctx.axes(args[0])
+    if ctx.operation == "unfold":
+        ctx.pin(axes[args[1]], "is cut into windows")
+        axes[args[1]] = None
+        return ctx.label(out, [*axes, None])
+    channel = -2 if ctx.operation == "im2col" else -3
+    source_channel = -3 if ctx.operation == "im2col" else channel
+    ids = axes[source_channel]
+    if ids is None:
+        return ctx.label(out, [None] * out.ndim)
+    before, after = len(ids), int(out.shape[channel])
+    if after == before:  # shuffled: (groups, n) -> (n, groups)
+        block = ids.reshape(args[1], -1)
+        ctx.labels.merge(block, np.broadcast_to(block[:1], block.shape))
+        new = block.T.reshape(-1)
+    elif after > before:
+        new = spread(ids, 1, after // before)
+    else:
+        block = ids.reshape(after, -1)
+        ctx.labels.merge(block, np.broadcast_to(block[:, :1], block.shape))
+        new = block[:, 0]
+    result: list[Ids | None] = [None] * out.ndim
+    result[0] = axes[0] if out.ndim == args[0].ndim else None
+    result[channel] = new
+    return ctx.label(out, result)
+
+
+@rule("view_as_real", "view_as_complex")
+def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """A trailing axis of two units appears or disappears."""
+    axes = ctx.axes(args[0])
+    if ctx.operation == "view_as_real":
+        return ctx.label(out, [*axes, None])
+    ctx.pin(axes[-1], "is the real and imaginary part")
+    return ctx.label(out, axes[:-1])

@@ -1,0 +1,257 @@
+"""One run of a model on fake tensors, in which every operation moves or merges channel labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from slimmable._errors import TraceError
+from slimmable.analysis import _rules_layer, _rules_shape
+from slimmable.analysis._context import Call, Context
+from slimmable.analysis._integers import Attribute, Expression, TracedInt
+from slimmable.analysis._labels import Ids
+from slimmable.analysis._rules import rule_of, tensors
+
+__all__ = ["FakeModel", "Trace", "trace"]
+_ = _rules_shape  # imported for its rules
+
+Skip = Callable[[str, nn.Module], bool]
+
+
+class FakeModel:
+    """A copy of a model whose parameters and buffers are fake: same shapes, no memory, nothing computed."""
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        memo: dict[int, Any] = {}
+        for module in model.modules():
+            for value in list(module.__dict__.values()):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()  # a cache kept from a forward with gradient cannot be copied
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and id(tensor) not in memo:
+                    memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
+        self.model: nn.Module = copy.deepcopy(model, memo).eval()
+        self.args, self.kwargs = tree_map(self._fake_input, (tuple(args), dict(kwargs)))
+        self.path = ""  # of the module that is running
+        for path, module in self.model.named_modules():
+            module.register_forward_pre_hook(self._enter(path))
+            module.register_forward_hook(self._leave)
+        self._stack: list[str] = [""]
+
+    def _fake_input(self, value: Any) -> Any:
+        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._stack.append(path)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.pop()
+
+    @property
+    def running(self) -> str:
+        """The path of the module that is running, or that has failed."""
+        return self._stack[-1]
+
+    def run(self) -> Any:
+        """Run the forward of the model."""
+        self._stack[1:] = []
+        with self.mode, torch.no_grad():
+            return self.model(*self.args, **self.kwargs)
+
+
+@dataclass
+class Trace:
+    """What one run has shown."""
+
+    context: Context
+    tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
+    attributes: dict[Attribute, int] = field(default_factory=dict)
+    outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
+
+
+class _Operations(TorchDispatchMode):
+    """Applies the rule of every ATen operation."""
+
+    def __init__(self, context: Context, fake: FakeModel) -> None:
+        super().__init__()
+        self.context, self.fake, self.asleep = context, fake, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self.asleep and tensors(out):
+            context = self.context
+            context.operation = func._schema.name.removeprefix("aten::")
+            context.modules[-1] = self.fake.running
+            found = rule_of(func)
+            context.operation = context.operation.rstrip("_") if context.operation != "_" else "_"
+            found(context, args, kwargs, out)
+        return out
+
+
+class _Calls(TorchFunctionMode):
+    """Remembers the Python-level call, hands out traced sizes, and takes attention as one operation."""
+
+    def __init__(self, context: Context, operations: _Operations) -> None:
+        super().__init__()
+        self.context, self.operations = context, operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+            return self._size(args, kwargs)
+        if name == "numel":
+            total: int = 1
+            for axis in range(args[0].ndim):
+                total = total * self.context.size(args[0], axis)
+            return total
+        if name == "scaled_dot_product_attention":
+            return self._attention(func, args, kwargs)
+        self.context.call = Call(name, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.context.call = None
+
+    def _size(self, args: Any, kwargs: Any) -> Any:
+        tensor, dims = args[0], args[1:] or tuple(kwargs.values())
+        if dims and dims[0] is not None:
+            return self.context.size(tensor, int(dims[0]))
+        return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.operations.asleep = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.operations.asleep = False
+        context = self.context
+        context.operation, context.modules[-1] = "scaled_dot_product_attention", self.operations.fake.running
+        names = ("query", "key", "value")
+        _rules_layer.attention(context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
+        return out
+
+
+def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int]) -> Trace:
+    """Run `fake` once and return the labels of all parameters, buffers and outputs.
+
+    Raises: TraceError: if the forward fails; the message names the operation and the module.
+    """
+    context = Context(widths, choices)
+    result = Trace(context)
+    _label_tensors(fake.model, result, skip)
+    operations = _Operations(context, fake)
+    quiet = mock.patch.multiple(
+        torch.nn.functional, **{f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
+    )  # so that functions written in Python show the operations inside them
+    with _traced_attributes(fake.model, result), quiet:
+        try:
+            with fake.mode, operations, _Calls(context, operations):
+                fake._stack[1:] = []
+                with torch.no_grad():
+                    output = fake.model(*fake.args, **fake.kwargs)
+        except Exception as error:
+            module = fake.model.get_submodule(fake.running)
+            raise TraceError(
+                f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
+                f"{fake.running or '(the model itself)'!r} ({type(module).__name__}) after operation "
+                f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}"
+            ) from error
+    found = tensors(output)
+    if not found:
+        found = [leaf for leaf in tree_flatten(vars(output))[0] if isinstance(leaf, Tensor)] if hasattr(output, "__dict__") else []  # fmt: skip
+    for tensor in found:
+        _label_output(context, tensor, result)
+    return result
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
+    context = result.context
+    for path, module in model.named_modules():
+        skipped = skip(path, module)
+        first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
+        owned = {**module._parameters, **module._buffers}
+        for name, tensor in owned.items():
+            if tensor is None:
+                continue
+            if not hasattr(tensor, "slim_axes") or tensor.slim_trace is not context:
+                axes = [context.labels.fresh(n) if n > 1 and i < first_space else None for i, n in enumerate(tensor.shape)]
+                context.label(tensor, axes, "weights")
+                tensor.slim_trace = context  # type: ignore[attr-defined]
+                context.labels.roles.extend(ids for ids in axes if ids is not None)
+            result.tensors[path, name] = context.axes(tensor)
+            if skipped:
+                context.operation, context.modules[-1] = "skip", path
+                for ids in context.axes(tensor):
+                    context.pin(ids)
+
+
+@contextmanager
+def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
+    """Replace the integer attributes of all modules by traced ones for the time of a run."""
+    before: list[tuple[nn.Module, str, Any]] = []
+
+    def traced(value: Any, key: Attribute) -> Any:
+        if type(value) is int:
+            result.attributes[key] = value
+            return TracedInt(value, Expression("attribute", key), result.context.on_equal)
+        if type(value) in (tuple, list, torch.Size):
+            parts = [traced(part, (*key[:2], (*key[2], i))) for i, part in enumerate(value)]
+            return type(value)(parts)
+        return value
+
+    for path, module in model.named_modules():
+        for name, value in list(module.__dict__.items()):
+            if type(value) in (int, tuple, list, torch.Size) and value:
+                replaced = traced(value, (path, name, ()))
+                before.append((module, name, value))
+                module.__dict__[name] = replaced
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
+def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
+    """Pin the units of a classifier or an embedding; features of a backbone may get thinner.
+
+    An output is final if only affine steps lie between the last layer with weights and it, and no other layer
+    reads it (class scores), or a single layer makes it and it is a vector (the embedding of a projection head,
+    which a predictor may read).
+    """
+    axes = context.axes(tensor)
+    result.outputs.append((tuple(tensor.shape), axes))
+    origin = context.origin(tensor)
+    if origin not in ("mixed", "normed") or (origin == "normed" and tensor.ndim > 2):
+        return
+    labels = context.labels
+    for ids in axes:
+        if ids is None:
+            continue
+        roots = set(labels.find(ids).tolist())
+        read = any(not roots.isdisjoint(labels.find(other).tolist()) for other in context.consumed)
+        makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for other in context.producers)
+        if not read or (tensor.ndim == 2 and makers == 1):
+            context.operation, context.modules[-1] = "output", ""
+            context.pin(ids, "class scores or an embedding")
