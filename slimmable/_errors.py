@@ -23,3 +23,7 @@ class CheckpointError(SlimmableError, RuntimeError):
 
 class DataError(SlimmableError, ValueError):
     """Input data that cannot be used: an empty image folder, a tensor of the wrong shape."""
+
+
+class UsageError(SlimmableError, ValueError):
+    """A call without meaning: an unknown name, a number outside its range, steps in the wrong order."""
