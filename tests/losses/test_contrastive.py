@@ -1,0 +1,217 @@
+"""Contrastive losses against slow references, closed forms, and what must not matter."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimmable import losses
+from slimmable._errors import DataError, UsageError
+
+sizes = st.integers(1, 6)
+seeds = st.integers(0, 2**32 - 1)
+temperatures = st.floats(0.05, 2)
+quick = settings(max_examples=25, deadline=None)
+
+
+def random(seed, *shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def cosine(a, b):
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def slow_cross_entropy(positive, negatives, temperature):
+    scores = [positive / temperature] + [negative / temperature for negative in negatives]
+    return math.log(sum(math.exp(score - scores[0]) for score in scores))
+
+
+@quick
+@given(sizes, sizes, sizes, temperatures, seeds)
+def test_info_nce_equals_the_definition(batch, dim, negatives, temperature, seed):
+    query, key, queue = random(seed, (batch, dim), (batch, dim), (dim, negatives))
+    slow = [
+        slow_cross_entropy(cosine(query[i], key[i]), [cosine(query[i], n) for n in queue.T], temperature)
+        for i in range(batch)
+    ]
+    assert losses.info_nce(query, key, queue, temperature).item() == pytest.approx(sum(slow) / batch, rel=1e-9)
+
+
+@quick
+@given(sizes, sizes, temperatures, seeds)
+def test_nt_xent_equals_the_definition(n, dim, temperature, seed):
+    z0, z1 = random(seed, (n, dim), (n, dim))
+    every = torch.cat([z0, z1])
+    slow = [
+        slow_cross_entropy(
+            cosine(every[i], every[(i + n) % (2 * n)]),
+            [cosine(every[i], every[j]) for j in range(2 * n) if j % n != i % n],
+            temperature,
+        )
+        for i in range(2 * n)
+    ]
+    # The positive's cosine comes from a sum in another order when the batch is 1, so the bound is absolute there.
+    assert losses.nt_xent(z0, z1, temperature).item() == pytest.approx(sum(slow) / (2 * n), rel=1e-9, abs=1e-12)
+
+
+@quick
+@given(sizes, sizes, st.integers(0, 4), st.integers(0, 4), temperatures, seeds)
+def test_moco_v3_equals_the_definition_also_with_gathered_keys(batch, dim, before, after, temperature, seed):
+    query, keys = random(seed, (batch, dim), (before + batch + after, dim))
+    slow = [
+        slow_cross_entropy(
+            cosine(query[i], keys[before + i]),
+            [cosine(query[i], key) for j, key in enumerate(keys) if j != before + i],
+            temperature,
+        )
+        for i in range(batch)
+    ]
+    expected = 2 * temperature * sum(slow) / batch
+    assert losses.moco_v3(query, keys, temperature, before).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@quick
+@given(sizes, sizes, seeds)
+def test_the_positive_is_in_column_0_and_each_logit_comes_once(n, dim, seed):
+    z0, z1, queue = random(seed, (n, dim), (n, dim), (dim, 5))
+    cosines = F.normalize(z0) @ F.normalize(z1).T
+    positives = cosines.diagonal()
+    close(losses.moco_logits(z0, z1, queue)[:, 0], positives)
+    close(losses.nt_xent_logits(z0, z1)[:, 0], torch.cat([positives, positives]))
+    v3 = losses.moco_v3_logits(z0, z1)
+    close(v3[:, 0], positives)
+    close(v3.sort(1).values, cosines.sort(1).values)
+    every = F.normalize(torch.cat([z0, z1]))
+    pairs = (every @ every.T)[~torch.eye(2 * n, dtype=torch.bool)].reshape(2 * n, -1)
+    close(losses.nt_xent_logits(z0, z1).sort(1).values, pairs.sort(1).values)
+
+
+@quick
+@given(st.integers(1, 20), sizes)
+def test_embeddings_that_are_all_alike_cost_the_log_of_the_choices(n, dim):
+    z = torch.ones(n, dim, dtype=torch.float64)
+    close(losses.nt_xent(z, z), torch.tensor(math.log(2 * n - 1), dtype=torch.float64))
+    close(losses.moco_v3(z, z), torch.tensor(2 * math.log(n), dtype=torch.float64))
+    close(losses.info_nce(z, z, torch.ones(dim, n, dtype=torch.float64)), torch.tensor(math.log(n + 1)).double(), 1e-6)
+
+
+@quick
+@given(st.integers(2, 6), sizes, seeds)
+def test_the_order_of_the_batch_and_the_scale_of_embeddings_do_not_matter(n, dim, seed):
+    z0, z1, queue, scale = random(seed, (n, dim), (n, dim), (dim, 7), (n, 1))
+    scale = scale.exp()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    for loss in (losses.nt_xent, losses.moco_v3, lambda a, b: losses.info_nce(a, b, queue)):
+        close(loss(z0[order], z1[order]), loss(z0, z1))
+        close(loss(z0 * scale, z1 / scale), loss(z0, z1))
+    close(losses.nt_xent(z1, z0), losses.nt_xent(z0, z1))
+    columns = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+    close(losses.info_nce(z0, z1, 3 * queue[:, columns]), losses.info_nce(z0, z1, queue))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("loss", "size"),
+    [
+        (lambda a, b, _: losses.nt_xent(a, b), 200),  # squared norms overflow float16
+        (lambda a, b, _: losses.moco_v3(a, b), 200),
+        (losses.info_nce, 200),
+        (lambda a, b, _: losses.vicreg(a, b), 2),  # its gradient grows with the cube of the size
+    ],
+)
+def test_half_precision_is_computed_in_float32(loss, size, dtype):
+    z0, z1, queue = (size * t.to(dtype) for t in random(0, (4, 8), (4, 8), (8, 16)))
+    low = z0.clone().requires_grad_()
+    result = loss(low, z1, queue)
+    result.backward()
+    assert result.dtype == torch.float32
+    assert low.grad.isfinite().all()
+    close(result, loss(z0.float(), z1.float(), queue.float()), 1e-6)
+
+
+def test_autocast_does_not_round_the_cosines():
+    z0, z1, queue = random(0, (4, 8), (4, 8), (8, 16), dtype=torch.float32)
+    expected = losses.info_nce(z0, z1, queue), losses.nt_xent(z0, z1), losses.vicreg(z0, z1)
+    with torch.autocast("cpu", torch.bfloat16):
+        close((losses.info_nce(z0, z1, queue), losses.nt_xent(z0, z1), losses.vicreg(z0, z1)), expected, 1e-6)
+
+
+def test_zero_embeddings_stay_finite():
+    zero = torch.zeros(3, 4, requires_grad=True)
+    for loss in (losses.nt_xent(zero, zero), losses.moco_v3(zero, zero), losses.info_nce(zero, zero, zero.detach().T)):
+        (gradient,) = torch.autograd.grad(loss, zero)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_the_queue_may_change_before_backward():
+    query, key, queue = random(0, (4, 8), (4, 8), (8, 16))
+    before, after = query.clone().requires_grad_(), query.clone().requires_grad_()
+    losses.info_nce(before, key, queue.clone()).backward()
+    loss = losses.info_nce(after, key, queue)
+    queue.zero_()
+    loss.backward()
+    close(after.grad, before.grad)
+
+
+def test_modules_equal_the_functions():
+    z0, z1, z2, z3, queue = random(0, (4, 8), (4, 8), (4, 8), (4, 8), (8, 16))
+    assert losses.InfoNCE(0.07)(z0, z1, queue) == losses.info_nce(z0, z1, queue, 0.07)
+    assert losses.NTXent(0.5)(z0, z1) == losses.nt_xent(z0, z1, 0.5)
+    assert losses.MoCoV3(0.2)(z0, z1, z2, z3) == losses.moco_v3(z0, z3, 0.2) + losses.moco_v3(z1, z2, 0.2)
+    assert losses.VICReg(1, 2, 3)(z0, z1) == losses.vicreg(z0, z1, 1, 2, 3)
+
+
+A, B = torch.zeros(4, 8), torch.zeros(4, 7)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: losses.nt_xent(A, B), DataError, [r"nt_xent_logits", r"z0 \(4, 8\), z1 \(4, 7\)"]),
+        (lambda: losses.nt_xent(A[0], A[0]), DataError, [r"z0 has shape \(8,\)", "batch, features"]),
+        (lambda: losses.nt_xent(A[:0], A[:0]), DataError, [r"\(0, 8\)", "at least one"]),
+        (lambda: losses.nt_xent(A.long(), A.long()), DataError, ["torch.int64", "floating-point"]),
+        (lambda: losses.nt_xent([[1.0]], A), DataError, ["tensor", "list"]),
+        (lambda: losses.nt_xent(A, A, 0.0), UsageError, ["temperature", "positive", "0.0"]),
+        (lambda: losses.nt_xent(A, A, math.nan), UsageError, ["temperature", "nan"]),
+        (
+            lambda: losses.info_nce(A, A, torch.zeros(16, 8)),
+            DataError,
+            [r"\(16, 8\)", r"\(8, negatives\)", "transposed"],
+        ),
+        (lambda: losses.info_nce(A, A[:3], A.T), DataError, [r"query \(4, 8\), key \(3, 8\)"]),
+        (lambda: losses.moco_v3(A, A[:3]), DataError, [r"\(4, 8\)", r"\(3, 8\)", "positives"]),
+        (lambda: losses.moco_v3(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
+        (lambda: losses.moco_v3(A, A, offset=-1), DataError, ["offset -1"]),
+        (lambda: losses.vicreg(A[:1], A[:1]), DataError, [r"\(1, 8\)", "two images"]),
+        (lambda: losses.InfoNCE(-1.0), UsageError, ["InfoNCE", "temperature", "-1.0"]),
+    ],
+)
+def test_errors_say_what_does_not_fit(call, error, words):
+    for word in words:
+        with pytest.raises(error, match=word):
+            call()
+
+
+@quick
+@given(st.integers(2, 6), sizes, seeds)
+def test_vicreg_equals_the_definition(n, dim, seed):
+    z0, z1 = random(seed, (n, dim), (n, dim))
+    expected = 25 * ((z0 - z1) ** 2).mean()
+    for z in (z0, z1):
+        covariances = torch.cov(z.T).reshape(dim, dim)
+        for i in range(dim):
+            expected += 25 * max(0.0, 1 - math.sqrt(covariances[i, i] + 1e-4)) / dim
+            expected += sum(covariances[i, j] ** 2 for j in range(dim) if j != i) / dim
+    close(losses.vicreg(z0, z1), expected)
+    close(losses.vicreg(z1, z0), expected)
