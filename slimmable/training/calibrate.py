@@ -1,0 +1,102 @@
+"""BatchNorm statistics of chosen widths, computed anew from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimmable._errors import DataError
+from slimmable._widths import width_index
+from slimmable.width import at_width, set_width, widths_of
+
+
+@torch.no_grad()
+def calibrate_bn(
+    model: nn.Module, loader: Iterable[torch.Tensor | Sequence[torch.Tensor]], widths: Iterable[float] | None = None
+) -> None:
+    """Recompute the running statistics of the BatchNorms at `widths` (None: all), as the mean over `loader`'s batches.
+
+    The post-statistics of US-Nets (Yu and Huang 2019, section 3.2), wanted for widths whose statistics were not, or no
+    longer, trained along: each norm is reset, then collects the cumulative average of the batches' means and unbiased
+    variances, with the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one that
+    several of them share gets the average over these. Momenta, training modes and the width are put back, and on an
+    error the statistics too.
+
+    A batch is the model's input, or a tuple or list that starts with it; it is moved to the model's device. A few
+    thousand images do: `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave out a
+    smaller last one.
+
+    Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or a batch is neither.
+
+    >>> import slimmable
+    >>> model = nn.Sequential(slimmable.SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
+    >>> calibrate_bn(model, [torch.full((8, 4), 3.0), torch.full((8, 4), 5.0)], widths=[0.5])
+    >>> with slimmable.at_width(model, 0.5):
+    ...     model[0].running_mean
+    tensor([4., 4., 4., 4.])
+    """
+    known = widths_of(model)
+    chosen = known if widths is None else tuple(known[width_index(width, known)] for width in widths)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms or not chosen:
+        return
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with at_width(model, 1.0), _collecting(model, norms):
+        empty = True
+        for batch in loader:
+            empty = False
+            images = _input_of(batch).to(device)
+            for width in chosen:
+                set_width(model, width)
+                model(images)
+        if empty:
+            raise DataError("calibrate_bn: loader is empty; give at least one batch")
+
+
+def _input_of(batch: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(first, torch.Tensor):
+        raise DataError(
+            f"calibrate_bn: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
+            "with one; give (batch['image'] for batch in loader), or the like"
+        )
+    return first
+
+
+@contextmanager
+def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let the norms collect cumulative averages, starting from zero at each one's first call."""
+    training = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    started: set[nn.Module] = set()
+
+    def start(norm: nn.Module, _: object) -> None:
+        if norm not in started:
+            started.add(norm)
+            assert isinstance(norm, _BatchNorm)
+            norm.reset_running_stats()
+
+    handles = [norm.register_forward_pre_hook(start) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = None
+    try:
+        yield
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in norm.named_buffers(recurse=False):
+                buffer.copy_(buffers[name])
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in training.items():
+            module.training = mode

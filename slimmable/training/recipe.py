@@ -1,0 +1,197 @@
+"""The training step of SlimCLR for an existing loop: which widths run, and what each one's loss is."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import nn
+
+from slimmable._errors import UsageError, WidthError
+from slimmable.losses import OnlineDistillation, slim_term, width_weights
+from slimmable.width import set_width, widths_of
+
+
+class SlimRecipe:
+    """Slow start, online distillation and loss re-weighting (SlimCLR, Zhao et al. 2024) around one training step.
+
+    The loop over `widths` runs the model at one width after the other, `loss` makes each width's part of the step's
+    loss, and the loop body calls `backward` on it: the gradients add up to those of the summed loss, and one graph is
+    alive at a time. Several models that switch together, such as an encoder and a predictor, go in as one
+    `nn.ModuleList`.
+
+    Args:
+        model: anything that `set_width` takes.
+        distill: how wider widths teach narrower ones, or None.
+        weights: a mode of `slimmable.losses.width_weights`, one number per width from the widest on, or a mapping from
+            width to number.
+        slow_start: share of the training, in [0, 1], before which only the widest width is trained, unweighted.
+
+    Raises: UsageError or WidthError: if an argument does not fit, with the values.
+
+    >>> import slimmable
+    >>> model = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+    >>> recipe = slimmable.SlimRecipe(model, slow_start=0.5)
+    >>> [width for width in recipe.widths(progress=0.1)], [width for width in recipe.widths(progress=0.9)]
+    ([1.0], [1.0, 0.5])
+    >>> for width in recipe.widths(progress=0.9):
+    ...     loss = recipe.loss(model(torch.ones(2, 4)).square().mean())
+    ...     loss.backward()
+    >>> slimmable.width_of(model)
+    1.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distill: OnlineDistillation | None = None,
+        weights: str | Sequence[float] | Mapping[float, float] = "widest_plus_rest",
+        slow_start: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.distill = distill
+        self.weights = _weight_of_each(widths_of(model), weights)
+        self.slow_start = _check_share("slow_start", slow_start)
+        self._step: _Step | None = None
+        self._loop: weakref.ref[Generator[float, None, None]] | None = None
+
+    @property
+    def first(self) -> bool:
+        """True while the loop is at the widest width: the place for what must happen once per step.
+
+        A momentum encoder's keys are computed here. A queue takes them in after the loop only: narrower widths must not
+        meet the keys of their own batch among the negatives.
+        """
+        return self._step is not None and self._step.first
+
+    def widths(self, progress: float) -> Iterator[float]:
+        """Switch the model to each width of this step in turn, from the widest on, and yield it.
+
+        `progress` is the share of the training done, in [0, 1]. When the loop ends, also by `break` or an exception,
+        the width is 1.0 again.
+
+        Raises: UsageError: if `progress` is not in [0, 1].
+        """
+        slow = _check_share("progress", progress) < self.slow_start
+        previous = self._loop() if self._loop is not None else None
+        if previous is not None:  # one that was left half-way and is still referred to
+            previous.close()
+        loop = self._run(slow)
+        self._loop = weakref.ref(loop)
+        return loop
+
+    def loss(
+        self, contrastive: torch.Tensor, teach: torch.Tensor | Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return the active width's part of the step's loss; call it once per width, then `backward` on the result.
+
+        Args:
+            contrastive: the self-supervised loss `C_w` of this width, a scalar.
+            teach: what distillation compares between widths, shape (batch, classes): logits or embeddings. Several
+                tensors (such as the two directions of MoCo v3) are compared each with its own, and the losses added.
+                Without `distill`, and during the slow start, it is not looked at.
+
+        Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
+        """
+        step = self._step
+        if step is None:
+            raise UsageError(
+                "SlimRecipe.loss: no loop is running; call it inside `for width in recipe.widths(progress):`"
+            )
+        if step.done:
+            raise UsageError(
+                f"SlimRecipe.loss: called twice at width {step.width}; add the losses up, then call it once"
+            )
+        step.done = True
+        if step.slow:
+            return slim_term(contrastive)
+        weight = self.weights[step.width]
+        if self.distill is None:
+            return slim_term(contrastive, weight=weight)
+        views = self._views(step, teach)
+        distillation = None if step.first else _sum_of_views(self.distill, views, step.teachers)
+        if step.first or self.distill.teachers == "all wider":
+            step.teachers.append([view.detach() for view in views])
+        return slim_term(contrastive, distillation, weight, self.distill.weight)
+
+    def _run(self, slow: bool) -> Generator[float, None, None]:
+        step = self._step = _Step(slow)
+        try:
+            for width in list(self.weights)[: 1 if slow else None]:
+                set_width(self.model, width)
+                step.begin(width)
+                yield width
+        finally:
+            if self._step is step:
+                self._step = None
+            set_width(self.model, 1.0)
+
+    def _views(self, step: _Step, teach: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+        if teach is None:
+            raise UsageError(f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}")
+        if not step.first and not step.teachers:
+            raise UsageError(
+                f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
+            )
+        views = [teach] if isinstance(teach, torch.Tensor) else list(teach)
+        expected = len(step.teachers[0]) if step.teachers else max(1, len(views))
+        if len(views) != expected:
+            raise UsageError(
+                f"SlimRecipe.loss: {len(views)} tensors to teach at width {step.width}, expected {expected}, "
+                "as many as at the widest width"
+            )
+        return views
+
+
+class _Step:
+    """Where the loop of one step is, and the outputs that teach."""
+
+    def __init__(self, slow: bool) -> None:
+        self.slow = slow
+        self.first = False
+        self.done = False
+        self.width = math.nan
+        self.teachers: list[list[torch.Tensor]] = []  # from the widest on; of each the views
+
+    def begin(self, width: float) -> None:
+        self.first = width == 1.0
+        self.done = False
+        self.width = width
+
+
+def _sum_of_views(
+    distill: OnlineDistillation, views: Sequence[torch.Tensor], teachers: Sequence[Sequence[torch.Tensor]]
+) -> torch.Tensor:
+    losses = [distill(view, [teacher[i] for teacher in teachers]) for i, view in enumerate(views)]
+    return torch.stack(losses).sum()
+
+
+def _check_share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:  # also false for NaN
+        raise UsageError(f"SlimRecipe: {name} is a share of the training and must be in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _weight_of_each(
+    widths: Sequence[float], weights: str | Sequence[float] | Mapping[float, float]
+) -> dict[float, float]:
+    """Return width -> weight, from the widest on."""
+    if isinstance(weights, str):
+        return dict(zip(widths, width_weights(widths, weights), strict=True))
+    if isinstance(weights, Mapping):
+        if set(weights) != set(widths):
+            raise WidthError(f"SlimRecipe: weights are for widths {sorted(weights)}, the model has {sorted(widths)}")
+        given = {width: weights[width] for width in widths}
+    else:
+        if len(weights) != len(widths):
+            raise WidthError(
+                f"SlimRecipe: {len(weights)} weights {tuple(weights)} for the {len(widths)} widths {widths}"
+            )
+        given = dict(zip(widths, weights, strict=True))
+    for width, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise WidthError(f"SlimRecipe: the weight of width {width} must be a number from 0 on, got {weight!r}")
+    return {width: float(weight) for width, weight in given.items()}
