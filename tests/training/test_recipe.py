@@ -1,0 +1,286 @@
+"""The recipe's step equals the summed loss, holds one graph at a time, and puts the width back."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from slimmable import losses
+from slimmable._errors import UsageError, WidthError
+from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
+from slimmable.training.recipe import SlimRecipe
+from slimmable.width import set_width, width_of
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+KINDS = (None, "kl", "embedding", "mse", "dkd", "atkd")
+
+
+def network(widths=WIDTHS, hidden=16):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        SlimLinear(6, hidden, widths=widths, slim_in=False),
+        SwitchableBatchNorm1d(hidden, widths=widths),
+        nn.ReLU(),
+        SlimLinear(hidden, 8, widths=widths, slim_out=False),
+    ).double()
+
+
+def views(batch=5, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, batch, 6, generator=generator, dtype=torch.float64)
+
+
+def run_step(recipe, x0, x1, progress=1.0):
+    """One step as a user writes it; returns the widths that ran and their losses."""
+    ran = {}
+    for width in recipe.widths(progress):
+        z0, z1 = recipe.model(x0), recipe.model(x1)
+        loss = recipe.loss(losses.nt_xent(z0, z1), teach=losses.nt_xent_logits(z0, z1))
+        loss.backward()
+        ran[width] = loss.item()
+    return ran
+
+
+def summed_loss(model, distill, weights, x0, x1):
+    """The same step with all widths' graphs alive and one backward."""
+    contrastive, logits = [], []
+    for width in WIDTHS:
+        set_width(model, width)
+        z0, z1 = model(x0), model(x1)
+        contrastive.append(losses.nt_xent(z0, z1))
+        logits.append(losses.nt_xent_logits(z0, z1))
+    set_width(model, 1.0)
+    taught = [] if distill is None else [distill(logits[i], logits[:i]) for i in range(1, len(WIDTHS))]
+    share = 0.0 if distill is None else distill.weight
+    return losses.slim_loss(contrastive, taught, weights, share)
+
+
+def assert_same_gradients(model, reference):
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from(("widest", "all wider")),
+    st.lists(st.floats(0, 3), min_size=4, max_size=4),
+    st.floats(0, 1),
+    st.integers(0, 1000),
+)
+def test_gradients_equal_those_of_the_summed_loss(kind, teachers, weights, share, seed):
+    distill = kind and losses.OnlineDistillation(kind, teachers=teachers, weight=share)
+    model = network()
+    reference = copy.deepcopy(model)
+    x0, x1 = views(seed=seed)
+    ran = run_step(SlimRecipe(model, distill, weights), x0, x1)
+    total = summed_loss(reference, distill, weights, x0, x1)
+    total.backward()
+    assert list(ran) == list(WIDTHS)
+    assert sum(ran.values()) == pytest.approx(total.item(), rel=1e-10)
+    assert_same_gradients(model, reference)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict())
+
+
+def test_weights_by_mode_sequence_and_mapping():
+    model = network()
+    expected = dict(zip(WIDTHS, (2.5, 1.0, 1.0, 1.0), strict=True))
+    assert SlimRecipe(model).weights == expected
+    assert SlimRecipe(model, weights=(2.5, 1, 1, 1)).weights == expected
+    mapping = SlimRecipe(model, weights={0.25: 1, 0.5: 1, 0.75: 1, 1: 2.5}).weights
+    assert list(mapping.items()) == list(expected.items())
+
+
+def test_slow_start_trains_the_widest_width_only_and_unweighted():
+    model = network()
+    recipe = SlimRecipe(model, losses.OnlineDistillation(), slow_start=0.5)
+    x0, x1 = views()
+    before = copy.deepcopy(model.state_dict())
+    ran = run_step(recipe, x0, x1, progress=0.499)
+    assert ran == {1.0: pytest.approx(losses.nt_xent(model(x0), model(x1)).item())}
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert all(p.grad is None for name, p in model.named_parameters() if "narrow" in name)
+    assert list(run_step(recipe, x0, x1, progress=0.5)) == list(WIDTHS)
+
+
+def test_slow_start_needs_no_teacher():
+    recipe = SlimRecipe(network(), losses.OnlineDistillation(), slow_start=0.5)
+    for _ in recipe.widths(0.0):
+        assert recipe.loss(torch.tensor(3.0)) == 3
+
+
+def test_first_and_the_active_width():
+    model = network()
+    recipe = SlimRecipe(model)
+    assert not recipe.first
+    seen = [(width, width_of(model), recipe.first) for width in recipe.widths(1.0)]
+    assert seen == [(1.0, 1.0, True), (0.75, 0.75, False), (0.5, 0.5, False), (0.25, 0.25, False)]
+    assert not recipe.first
+
+
+def test_the_width_is_put_back_after_the_loop_a_break_and_an_exception():
+    model = network()
+    recipe = SlimRecipe(model)
+    for _ in recipe.widths(1.0):
+        pass
+    assert width_of(model) == 1.0
+    for width in recipe.widths(1.0):
+        if width == 0.5:
+            break
+    assert width_of(model) == 1.0
+
+    def fail():
+        for width in recipe.widths(1.0):
+            if width == 0.25:
+                raise KeyError(width)
+
+    with pytest.raises(KeyError):
+        fail()
+    assert width_of(model) == 1.0
+    with pytest.raises(UsageError, match="no loop is running"):
+        recipe.loss(torch.tensor(1.0))
+
+
+def test_a_loop_that_is_left_but_kept_does_not_disturb_the_next():
+    model = network()
+    recipe = SlimRecipe(model)
+    left = recipe.widths(1.0)
+    assert [next(left), next(left)] == [1.0, 0.75]
+    widths = []
+    for width in recipe.widths(1.0):
+        assert list(left) == []
+        assert width_of(model) == width
+        recipe.loss(torch.tensor(1.0))
+        widths.append(width)
+    assert widths == list(WIDTHS)
+
+
+def test_several_tensors_teach_each_with_its_own_and_add_up():
+    distill = losses.OnlineDistillation("kl", 1.0, 1.0, "all wider", 0.3)
+    model = network()
+    recipe = SlimRecipe(model, distill, "ones")
+    a, b = torch.randn(2, len(WIDTHS), 3, 5, generator=torch.Generator().manual_seed(0))
+    for i, _ in enumerate(recipe.widths(1.0)):
+        loss = recipe.loss(torch.tensor(2.0), teach=(a[i], b[i]))
+        expected = 2.0 if i == 0 else 0.7 * 2 + 0.3 * (distill(a[i], list(a[:i])) + distill(b[i], list(b[:i])))
+        assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_two_models_switch_together_in_a_module_list():
+    encoder, predictor = network(), network()
+    recipe = SlimRecipe(nn.ModuleList([encoder, predictor]))
+    assert [(width_of(encoder), width_of(predictor)) for _ in recipe.widths(1.0)] == [(w, w) for w in WIDTHS]
+
+
+def test_a_model_of_one_width():
+    model = network(widths=(1.0,))
+    recipe = SlimRecipe(model, losses.OnlineDistillation())
+    assert run_step(recipe, *views()) == {1.0: pytest.approx(losses.nt_xent(*map(model, views())).item())}
+
+
+class SavedBytes:
+    """Counts the bytes that autograd holds for backward, and the most at one time."""
+
+    def __init__(self):
+        self.alive = self.peak = 0
+
+    def pack(self, tensor):
+        return Held(self, tensor)
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+class Held:
+    def __init__(self, meter, tensor):
+        self.meter, self.tensor, self.size = meter, tensor.detach(), tensor.numel() * tensor.element_size()
+        meter.alive += self.size
+        meter.peak = max(meter.peak, meter.alive)
+
+    def __del__(self):
+        self.meter.alive -= self.size
+
+
+@pytest.mark.parametrize("teachers", ["widest", "all wider"])
+def test_saved_activations_are_those_of_the_widest_width(teachers):
+    x0, x1 = views(batch=8)
+    distill = losses.OnlineDistillation(teachers=teachers)
+    with SavedBytes() as widest:
+        run_step(SlimRecipe(network(hidden=256), distill, slow_start=0.5), x0, x1, progress=0.0)
+    with SavedBytes() as step:
+        run_step(SlimRecipe(network(hidden=256), distill), x0, x1)
+    with SavedBytes() as together:
+        summed_loss(network(hidden=256), distill, [1] * 4, x0, x1).backward()
+    assert step.peak == widest.peak
+    assert together.peak > 2 * widest.peak
+    assert step.alive == widest.alive == together.alive == 0
+
+
+def in_loop(call, **arguments):
+    recipe = SlimRecipe(network(), **arguments)
+    for width in recipe.widths(1.0):
+        call(recipe, width)
+
+
+C, T = torch.tensor(1.0), torch.zeros(3, 4)
+KL = losses.OnlineDistillation()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: SlimRecipe(network(), slow_start=1.5), UsageError, [r"slow_start .* in \[0, 1\], got 1.5"]),
+        (lambda: SlimRecipe(network(), slow_start=math.nan), UsageError, ["slow_start", "nan"]),
+        (lambda: SlimRecipe(network()).widths(-0.1), UsageError, [r"progress .* in \[0, 1\], got -0.1"]),
+        (lambda: SlimRecipe(network()).widths(1.01), UsageError, ["progress", "1.01"]),
+        (lambda: SlimRecipe(network()).widths(math.nan), UsageError, ["progress", "nan"]),
+        (lambda: SlimRecipe(network()).widths("0.5"), UsageError, ["progress", "'0.5'"]),
+        (lambda: SlimRecipe(network(), weights="rest"), UsageError, ["unknown mode 'rest'"]),
+        (lambda: SlimRecipe(network(), weights=(1, 1)), WidthError, [r"2 weights \(1, 1\) for the 4 widths"]),
+        (lambda: SlimRecipe(network(), weights={1.0: 1, 0.5: 1}), WidthError, [r"\[0.5, 1.0\], the model has"]),
+        (lambda: SlimRecipe(network(), weights=(1, 1, 1, -1)), WidthError, ["width 0.25", "got -1"]),
+        (lambda: SlimRecipe(network(), weights=(1, math.nan, 1, 1)), WidthError, ["width 0.75", "got nan"]),
+        (lambda: SlimRecipe(network()).loss(C), UsageError, ["no loop is running"]),
+        (lambda: in_loop(lambda r, w: (r.loss(C), r.loss(C))), UsageError, ["called twice at width 1.0"]),
+        (lambda: in_loop(lambda r, w: r.loss(C), distill=KL), UsageError, ["teach is missing at width 1.0"]),
+        (
+            lambda: in_loop(lambda r, w: r.loss(C, T if r.first else None), distill=KL),
+            UsageError,
+            ["teach is missing at width 0.75"],
+        ),
+        (
+            lambda: in_loop(lambda r, w: r.first or r.loss(C, T), distill=KL),
+            UsageError,
+            ["width 0.75 has no teacher", "widest width too"],
+        ),
+        (
+            lambda: in_loop(lambda r, w: r.loss(C, T if r.first else (T, T)), distill=KL),
+            UsageError,
+            ["2 tensors to teach at width 0.75, expected 1"],
+        ),
+        (lambda: in_loop(lambda r, w: r.loss(C, ()), distill=KL), UsageError, ["0 tensors to teach", "expected 1"]),
+    ],
+)
+def test_errors_say_what_does_not_fit(call, error, words):
+    for word in words:
+        with pytest.raises(error, match=word):
+            call()
+
+
+def test_bad_progress_is_found_before_the_loop_and_changes_nothing():
+    model = network()
+    recipe = SlimRecipe(model)
+    set_width(model, 0.5)
+    with pytest.raises(UsageError):
+        recipe.widths(2.0)
+    assert width_of(model) == 0.5
