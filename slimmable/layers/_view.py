@@ -34,6 +34,7 @@ class WidthState:
         self.index = 0
         self.cuts: dict[str, tuple[Cut, ...]] = {}
         self.values: dict[str, tuple[object, ...]] = {}
+        self.sizes: dict[str, tuple[object, ...]] = {}
         self.index_buffers: dict[str, tuple[int, ...]] = {}
 
 
@@ -68,6 +69,7 @@ def install_view(
     widths: tuple[float, ...],
     tensors: Mapping[str, Sequence[Sequence[Kept]]],
     values: Mapping[str, Sequence[object]],
+    sizes: Mapping[str, Sequence[object]] | None = None,
 ) -> None:
     """Let `module` run at several widths, in place; it starts at the full width.
 
@@ -76,6 +78,8 @@ def install_view(
         widths: from the widest, 1.0, to the narrowest.
         tensors: name of a parameter, a buffer or a tensor attribute -> for each width -> for each axis what is kept.
         values: name of a plain attribute -> its value at each width.
+        sizes: the same for attributes that go on reading as at full width, such as `in_features`, which other code
+            sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
 
     With no tensors and no values the module is only marked as known to have nothing to slim; its class stays.
 
@@ -100,6 +104,9 @@ def install_view(
     for name, per_width_values in values.items():
         _check_length(module, name, per_width_values, widths)
         state.values[name] = tuple(per_width_values)
+    for name, per_width_values in (sizes or {}).items():
+        _check_length(module, name, per_width_values, widths)
+        state.sizes[name] = tuple(per_width_values)
     device = next((t.device for name in state.cuts if (t := _full_tensor(module, name)) is not None), None)
     for kept, buffer in buffer_of.items():
         state.index_buffers[buffer] = kept
@@ -140,7 +147,7 @@ def narrow_tensors(module: nn.Module, index: int) -> dict[str, Tensor]:
 def narrow_values(module: nn.Module, index: int) -> dict[str, object]:
     """Return the plain attributes that the module has at the width with this index."""
     state = state_of(module)
-    return {} if state is None else {name: values[index] for name, values in state.values.items()}
+    return {} if state is None else {name: values[index] for name, values in (state.values | state.sizes).items()}
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -164,14 +171,14 @@ def _cut(
     slices: list[slice] = []
     picks: list[tuple[int, str]] = []
     for axis, (size, keep) in enumerate(zip(shape, kept, strict=True)):
-        if isinstance(keep, tuple) and keep == tuple(range(len(keep))):
-            keep = len(keep)
-        largest = size if keep is None else keep if isinstance(keep, int) else keep[-1] + 1
-        if largest > size:
+        first, last = (0, size if keep is None else keep) if not isinstance(keep, tuple) else (keep[0], keep[-1] + 1)
+        if last > size:
             raise ConversionError(f"{type(module).__name__}.{name}: axis {axis} has size {size}, cannot keep {keep}")
-        slices.append(slice(keep) if isinstance(keep, int) and keep < size else slice(None))
-        if isinstance(keep, tuple):
+        if isinstance(keep, tuple) and last - first != len(keep):
+            slices.append(slice(None))
             picks.append((axis, buffer_of.setdefault(keep, f"{_INDEX_PREFIX}{len(buffer_of)}")))
+        else:
+            slices.append(slice(first or None, last if last < size else None))
     while slices and slices[-1] == slice(None):
         slices.pop()
     return tuple(slices), tuple(picks)
