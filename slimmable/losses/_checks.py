@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 
@@ -31,7 +32,14 @@ def check_same_shape(where: str, **tensors: torch.Tensor) -> None:
         raise DataError(f"{where}: shapes differ: {shapes}; row i of each must belong to the same image")
 
 
+def as_number(value: object) -> float:
+    """Return `value` as a float, and NaN, which no range contains, if it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return float(value)
+
+
 def check_temperature(where: str, name: str, value: float) -> None:
     """Raise `UsageError` unless `value` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not 0 < as_number(value) < math.inf:
         raise UsageError(f"{where}: {name} must be a positive number, got {value!r}")

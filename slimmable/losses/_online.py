@@ -10,7 +10,7 @@ from torch import nn
 
 from slimmable._errors import UsageError
 from slimmable.losses import _distill
-from slimmable.losses._checks import check_temperature
+from slimmable.losses._checks import as_number, check_temperature
 
 Kind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
 Teachers = Literal["widest", "all wider"]
@@ -61,7 +61,7 @@ class OnlineDistillation(nn.Module):
             raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(get_args(Kind))}")
         if teachers not in get_args(Teachers):
             raise UsageError(f"OnlineDistillation: teachers must be 'widest' or 'all wider', got {teachers!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+        if not 0 <= as_number(weight) <= 1:
             raise UsageError(f"OnlineDistillation: weight must be in [0, 1], got {weight!r}")
         check_temperature("OnlineDistillation", "teacher_temperature", teacher_temperature)
         check_temperature("OnlineDistillation", "student_temperature", student_temperature)

@@ -84,7 +84,7 @@ def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]
     handles = [norm.register_forward_pre_hook(start) for norm in norms]
     model.eval()
     for norm in norms:
-        norm.train()
+        norm.training = True
         norm.momentum = None
     try:
         yield

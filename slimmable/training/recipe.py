@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from numbers import Real
 
 import torch
 from torch import nn
 
 from slimmable._errors import UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
+from slimmable.losses._checks import as_number
 from slimmable.width import set_width, widths_of
 
 
@@ -170,7 +170,7 @@ def _sum_of_views(
 
 
 def _check_share(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:  # also false for NaN
+    if not 0 <= as_number(value) <= 1:
         raise UsageError(f"SlimRecipe: {name} is a share of the training and must be in [0, 1], got {value!r}")
     return float(value)
 
@@ -192,6 +192,6 @@ def _weight_of_each(
             )
         given = dict(zip(widths, weights, strict=True))
     for width, weight in given.items():
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+        if not 0 <= as_number(weight) < math.inf:
             raise WidthError(f"SlimRecipe: the weight of width {width} must be a number from 0 on, got {weight!r}")
     return {width: float(weight) for width, weight in given.items()}

@@ -244,6 +244,7 @@ KL = losses.OnlineDistillation()
         (lambda: SlimRecipe(network()).widths(-0.1), UsageError, [r"progress .* in \[0, 1\], got -0.1"]),
         (lambda: SlimRecipe(network()).widths(1.01), UsageError, ["progress", "1.01"]),
         (lambda: SlimRecipe(network()).widths(math.nan), UsageError, ["progress", "nan"]),
+        (lambda: SlimRecipe(network()).widths(True), UsageError, ["progress", "True"]),
         (lambda: SlimRecipe(network()).widths("0.5"), UsageError, ["progress", "'0.5'"]),
         (lambda: SlimRecipe(network(), weights="rest"), UsageError, ["unknown mode 'rest'"]),
         (lambda: SlimRecipe(network(), weights=(1, 1)), WidthError, [r"2 weights \(1, 1\) for the 4 widths"]),

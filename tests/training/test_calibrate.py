@@ -1,0 +1,194 @@
+"""BatchNorm calibration against the intended published numbers and the definition, and what it must leave alone."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from slimmable._errors import ConversionError, DataError, WidthError
+from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
+from slimmable.training.calibrate import calibrate_bn
+from slimmable.width import at_width, set_width, width_of
+
+WIDTHS = (1.0, 0.5, 0.25)
+
+
+class Sliced(nn.Module):
+    """A switchable norm that sees as many channels of its input as it has at the active width."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x[:, : self.norm.num_features])
+
+
+def test_published_calibration():
+    golden = load_file(Path(__file__).parents[1] / "golden" / "usnets_calibration.safetensors")
+    widths, kept = (1.0, 0.75, 0.5, 0.35, 0.25), (24, 24, 16, 8, 8)
+    model = Sliced(SwitchableNorm.from_norm(nn.BatchNorm2d(24, dtype=torch.float64), widths, kept))
+    calibrate_bn(model, [golden[f"bn/x{i}"] for i in range(3)])
+    for width in widths:
+        with at_width(model, width):
+            for name in ("running_mean", "running_var"):
+                torch.testing.assert_close(
+                    getattr(model.norm, name), golden[f"calib/{width:g}/{name}"], rtol=1e-12, atol=1e-12
+                )
+
+
+def network(shared=False):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        SlimLinear(3, 8, widths=WIDTHS, slim_in=False),
+        SwitchableBatchNorm1d(8, widths=WIDTHS),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        SlimLinear(8, 4, widths=WIDTHS, slim_out=False),
+        nn.BatchNorm1d(4) if shared else nn.Identity(),
+    ).double()
+
+
+def batches(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def statistics(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name or "tracked" in name}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.integers(2, 6), min_size=1, max_size=4),
+    st.lists(st.sampled_from(WIDTHS), min_size=1, unique=True),
+    st.integers(0, 1000),
+)
+def test_statistics_are_means_over_batches_and_other_widths_are_untouched(sizes, widths, seed):
+    model = network()
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(3)  # whatever was there before must not matter
+    untouched = copy.deepcopy(model)
+    data = batches(*sizes, seed=seed)
+    calibrate_bn(model, data, widths)
+    for width in WIDTHS:
+        set_width(model, width)
+        set_width(untouched, width)
+        norm = model[1]
+        if width in widths:
+            inputs = [model[0](x) for x in data]
+            mean = torch.stack([x.mean(0) for x in inputs]).mean(0)
+            var = torch.stack([x.var(0) for x in inputs]).mean(0)
+            torch.testing.assert_close((norm.running_mean, norm.running_var), (mean.detach(), var.detach()))
+            assert norm.num_batches_tracked == len(data)
+        else:
+            before = untouched[1]
+            assert torch.equal(norm.running_mean, before.running_mean)
+            assert torch.equal(norm.running_var, before.running_var)
+            assert norm.num_batches_tracked == before.num_batches_tracked
+
+
+def test_a_norm_that_widths_share_gets_the_average_over_them():
+    model = network(shared=True)
+    data = batches(4, 4)
+    calibrate_bn(model, data)
+    reference = copy.deepcopy(model).eval()
+    means = []
+    for width in WIDTHS:
+        with at_width(reference, width):
+            for x in data:
+                reference[1].train()
+                means.append(reference[:5](x).mean(0))
+    torch.testing.assert_close(model[5].running_mean, torch.stack(means).mean(0).detach())
+    assert model[5].num_batches_tracked == len(means)
+
+
+def settings_of(model):
+    return (
+        [module.training for module in model.modules()],
+        [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm1d)],
+        width_of(model),
+        [parameter.grad for parameter in model.parameters()],
+        [len(module._forward_pre_hooks) for module in model.modules()],
+    )
+
+
+def mixed_settings():
+    model = network(shared=True)
+    model[5].eval()
+    model[5].momentum = 0.3
+    set_width(model, 0.5)
+    return model
+
+
+def test_settings_are_put_back():
+    model = mixed_settings()
+    before = settings_of(model)
+    calibrate_bn(model, batches(4), [0.25])
+    assert settings_of(model) == before
+
+
+def failing_loader():
+    yield from batches(4)
+    raise KeyError("broken file")
+
+
+def test_after_an_error_all_is_as_before():
+    model = mixed_settings()
+    before, values = settings_of(model), statistics(model)
+    with pytest.raises(KeyError):
+        calibrate_bn(model, failing_loader())
+    assert settings_of(model) == before
+    torch.testing.assert_close(statistics(model), values, rtol=0, atol=0)
+
+
+def test_norms_that_do_not_run_are_untouched():
+    model = network()
+    model.spare = nn.BatchNorm1d(4)
+    model.forward = lambda x: model[1](model[0](x))
+    model.spare.running_mean += 7
+    calibrate_bn(model, batches(4))
+    assert model.spare.running_mean.eq(7).all()
+    assert model.spare.num_batches_tracked == 0
+
+
+def test_batches_with_labels():
+    plain, labelled = network(), network()
+    data = batches(4, 4)
+    calibrate_bn(plain, data)
+    calibrate_bn(labelled, [(data[0], "label"), [data[1], "label"]])
+    torch.testing.assert_close(statistics(labelled), statistics(plain), rtol=0, atol=0)
+
+
+def test_a_model_without_batch_norm_needs_nothing():
+    calibrate_bn(SlimLinear(3, 4, widths=WIDTHS), failing_loader())
+
+
+@pytest.mark.parametrize(
+    ("loader", "widths", "error", "words"),
+    [
+        ([], None, DataError, ["loader is empty"]),
+        ([{"image": torch.ones(4, 3)}], None, DataError, ["type dict", "neither a tensor", "for batch in loader"]),
+        ([()], None, DataError, ["type tuple"]),
+        (batches(4), [0.3], WidthError, ["0.3", "Nearest is 0.25"]),
+    ],
+)
+def test_errors_say_what_does_not_fit_and_change_nothing(loader, widths, error, words):
+    model = mixed_settings()
+    before, values = settings_of(model), statistics(model)
+    for word in words:
+        with pytest.raises(error, match=word):
+            calibrate_bn(model, loader, widths)
+    assert settings_of(model) == before
+    torch.testing.assert_close(statistics(model), values, rtol=0, atol=0)
+
+
+def test_a_model_that_was_never_converted():
+    with pytest.raises(ConversionError):
+        calibrate_bn(nn.BatchNorm1d(3), batches(4))
