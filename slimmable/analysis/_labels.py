@@ -92,6 +92,16 @@ class Labels:
         """Say whether `first[i]` and `second[i]` are of one class for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """Return what `restore` needs to undo later merges and pins."""
+        return self._parent.copy(), self._pinned.copy(), self._produced.copy(), list(self.reasons)
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Go back to a snapshot."""
+        parent, pinned, produced, reasons = snapshot
+        self._parent, self._pinned, self._produced = parent.copy(), pinned.copy(), produced.copy()
+        self.reasons = list(reasons)
+
     def groups(self) -> list[Ids]:
         """Return the channel groups: roots of the classes to be slimmed, ordered, one array a group.
 

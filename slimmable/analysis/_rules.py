@@ -138,12 +138,8 @@ def reduce(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     for result in results:
         keep = result.ndim == source.ndim
         left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
-        ctx.label(result, left, ctx.origin(source) if ctx.operation == "mean" else _weights_only(ctx, source))
+        ctx.label(result, left, ctx.origin(source))
     return None
-
-
-def _weights_only(ctx: Context, source: Tensor) -> str | None:
-    return "weights" if ctx.origin(source) == "weights" else None
 
 
 def spatial(ctx: Context, source: Tensor, out: Any, dims: int) -> None:

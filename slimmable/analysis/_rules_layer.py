@@ -63,8 +63,11 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     source, weight, bias, groups = args[0], args[1], args[2], int(args[8])
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
-    for ids in x[2:] + w[2:]:
-        ctx.pin(ids, "is a spatial axis of a convolution")
+    space = list(x[2:])
+    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
+        if (kernel, stride, padding) != (1, 1, 0):  # otherwise units along this axis do not meet
+            ctx.pin(space[i], "is a spatial axis of a convolution")
+            space[i] = None
     inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
     channels, made = int(source.shape[1]), int(out.shape[1])
     if groups == 1:
@@ -76,7 +79,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.produce(result)
     if bias is not None and result is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
-    ctx.label(out, [x[0], result, *[None] * (out.ndim - 2)], "mixed")
+    ctx.label(out, [x[0], result, *space], "mixed")
 
 
 def _grouped(

@@ -178,6 +178,10 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
             for size, piece in zip(sizes, cuts, strict=False):
                 ctx.constrain(size, piece if len(piece) > 1 else None, len(piece))
+        elif ctx.call is not None and ctx.call.name == "chunk":
+            for piece in cuts[:-1]:  # each but the last has ceil(size / chunks) units
+                size = ctx.size(source, dim)
+                ctx.constrain(-(-size // len(out)), piece, len(piece))
         elif not equal:
             ctx.pin(ids, f"is cut into {widths}")
     for piece, labels in zip(out, pieces, strict=True):
@@ -284,7 +288,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return ctx.label(out, rest[:front] + new + rest[front:], ctx.origin(source))
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "unfold", "channel_shuffle", "native_channel_shuffle")
+@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "unfold", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Operations whose output channels are blocks of input channels, or the other way round."""
     axes = ctx.axes(args[0])
@@ -293,7 +297,7 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
         axes[args[1]] = None
         return ctx.label(out, [*axes, None])
     channel = -2 if ctx.operation == "im2col" else -3
-    source_channel = -3 if ctx.operation == "im2col" else channel
+    source_channel = {"im2col": -3, "col2im": -2}.get(ctx.operation, channel)
     ids = axes[source_channel]
     if ids is None:
         return ctx.label(out, [None] * out.ndim)

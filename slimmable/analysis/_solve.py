@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._widths import kept_units
 from slimmable.analysis._integers import Attribute, Constraint
-from slimmable.analysis._labels import Ids
+from slimmable.analysis._labels import Ids, Labels
 from slimmable.analysis._trace import Trace
+
+_STEPS = 24  # of the local search for counts that satisfy all constraints
 
 
 @dataclass
 class Solution:
-    """The groups, which units each width keeps, and the values of the integer attributes at each width."""
+    """The groups, how many units of each every width keeps, and the integer attributes at each width."""
 
     groups: list[Ids]
-    kept: list[NDArray[np.bool_]]  # for each width: is the class of this id kept?
+    group_of: NDArray[np.int64]  # of an id; -1 where it stays full
+    rank: NDArray[np.int64]  # of an id's unit in its group
+    counts: list[NDArray[np.int64]]  # for each width: kept units a group, and one more entry for "all"
     values: list[dict[Attribute, int]]
+    disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
+
+    def mask(self, width: int, ids: Ids) -> NDArray[np.bool_]:
+        """Return which units of an axis width number `width` keeps."""
+        return self.rank[ids] < self.counts[width][self.group_of[ids]]
 
     def count(self, width: int, ids: Ids) -> int:
         """Return how many units of an axis width number `width` keeps."""
-        return int(self.kept[width][ids].sum())
+        return int(self.mask(width, ids).sum())
+
+    def parameters(self, trace: Trace, width: int) -> int:
+        """Return how many numbers in parameters and buffers width number `width` keeps."""
+        total = 0
+        for axes in trace.tensors.values():
+            total += int(np.prod([self.count(width, ids) for ids in axes if ids is not None] or [1]))
+        return total
 
 
 @dataclass
@@ -32,77 +48,114 @@ class _Failure:
     constraint: Constraint
     rivals: list[Constraint]  # constraints that gave its attributes their values
 
+    def axes(self) -> list[Ids]:
+        """Return the labelled axes that disagree."""
+        return [ids for c in (self.constraint, *self.rivals) for ids in (c.ids, *_sizes(c)) if ids is not None]
+
 
 def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
-    """Find the largest set of groups for which every constraint holds at every width.
+    """Find groups and counts for which every constraint holds at every width.
 
-    Where rounding makes constraints disagree, axes are coupled first; what still disagrees is pinned.
+    Where rounding makes constraints disagree, counts are moved by a few units; where that does not help, axes are
+    coupled or pinned, whichever keeps fewer parameters.
     """
-    coupled: set[int] = set()
-    while True:
-        solution = _count(trace, widths, round_to)
-        failures = _fit(trace, solution)
-        if not failures:
-            return solution
-        changed = False
-        for failure in failures:
-            key = id(failure.constraint)
-            couples = key not in coupled and _couple(trace, failure)
-            coupled.add(key)
-            changed |= couples or _pin(trace, failure)
-        if not changed:  # nothing is left to shrink in what disagrees: it did not depend on a width
-            lost = {id(failure.constraint) for failure in failures}
-            trace.context.constraints = [c for c in trace.context.constraints if id(c) not in lost]
-
-
-def _count(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
     labels = trace.context.labels
+    coupled: set[int] = set()
+    disagreed: list[Ids] = []
+    while True:
+        solution = _count(labels, widths, round_to)
+        failures: dict[int, _Failure] = {}
+        for width in range(len(widths)):
+            found = _fit(trace, solution, width)
+            for failure in _adjust(trace, solution, width, found) if found else ():
+                failures.setdefault(id(failure.constraint), failure)
+        if not failures:
+            solution.disagreed = disagreed
+            return solution
+        disagreed += [ids for failure in failures.values() for ids in failure.axes()]
+        failure = next(iter(failures.values()))
+        start = labels.snapshot()
+        smallest = None
+        for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
+            labels.restore(start)
+            if mend(labels, failure):
+                size = _count(labels, widths, round_to).parameters(trace, len(widths) - 1)
+                if smallest is None or size < smallest[0]:
+                    smallest = size, labels.snapshot()
+        coupled.add(id(failure.constraint))
+        if smallest is not None:
+            labels.restore(smallest[1])
+        else:  # nothing is left to shrink in what disagrees: it did not depend on a width
+            labels.restore(start)
+            trace.context.constraints = [c for c in trace.context.constraints if c is not failure.constraint]
+
+
+def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution:
     roots = labels.find(np.arange(len(labels)))
     groups = labels.groups()
-    kept = []
-    for width in widths:
-        mask = np.ones(len(labels), bool)
-        for group in groups:
-            mask[group[kept_units(len(group), width, round_to) :]] = False
-        kept.append(mask[roots])
-    return Solution(groups, kept, [{} for _ in widths])
+    group_of, rank = np.full(len(labels), -1), np.zeros(len(labels), np.int64)
+    for number, group in enumerate(groups):
+        group_of[group], rank[group] = number, np.arange(len(group))
+    counts = [np.array([*(kept_units(len(group), width, round_to) for group in groups), 1]) for width in widths]
+    return Solution(groups, group_of[roots], rank[roots], counts, [{} for _ in widths])
 
 
-def _fit(trace: Trace, solution: Solution) -> list[_Failure]:
+def _fit(trace: Trace, solution: Solution, width: int) -> list[_Failure]:
     """Give attributes the values that the constraints ask for; return the constraints that cannot hold."""
-    constraints = [c for c in trace.context.constraints if any(True for _ in c.expression.attributes()) or _sized(c)]
+    values = solution.values[width] = {}
     sources: dict[Attribute, Constraint] = {}
-    failures: dict[int, _Failure] = {}
-    for width in range(len(solution.kept)):
-        values = solution.values[width]
 
-        def count(ids: Ids, width: int = width) -> int:
-            return solution.count(width, ids)
+    def count(ids: Ids) -> int:
+        return solution.count(width, ids)
 
-        waiting = constraints
-        while waiting:
-            later, progress = [], False
-            for constraint in waiting:
-                unknown = _unknown(constraint, values)
-                if len(unknown) == 1:
-                    _assign(trace, constraint, unknown.pop(), values, count, sources)
-                    progress = True
-                elif unknown:
-                    later.append(constraint)
-            if later and not progress:  # two unknowns: the smaller one stays
-                least = min(_unknown(later[0], values), key=lambda key: trace.attributes[key])
-                values[least] = trace.attributes[least]
-            waiting = later
-        for constraint in constraints:
-            if id(constraint) not in failures and not _holds(constraint, values, count):
-                keys = list(_attributes(constraint))
-                rivals = [sources[key] for key in keys if key in sources and sources[key] is not constraint]
-                failures[id(constraint)] = _Failure(constraint, rivals)
-    return list(failures.values())
+    waiting = constraints = trace.context.constraints
+    while waiting:
+        later, progress = [], False
+        for constraint in waiting:
+            unknown = {key for key in _attributes(constraint) if key not in values}
+            if len(unknown) == 1:
+                key = unknown.pop()
+                values[key] = _value(constraint, key, trace.attributes[key], values, count)
+                sources[key] = constraint
+                progress = True
+            elif unknown:
+                later.append(constraint)
+        if later and not progress:  # several unknowns: the smallest one stays
+            least = min((k for k in _attributes(later[0]) if k not in values), key=lambda k: trace.attributes[k])
+            values[least] = trace.attributes[least]
+        waiting = later
+    failures = []
+    for constraint in constraints:
+        if not _holds(constraint, values, count):
+            rivals = [sources[key] for key in _attributes(constraint) if key in sources]
+            failures.append(_Failure(constraint, [rival for rival in rivals if rival is not constraint]))
+    return failures
 
 
-def _sized(constraint: Constraint) -> bool:
-    return any(True for _ in _sizes(constraint))
+def _adjust(trace: Trace, solution: Solution, width: int, failures: list[_Failure]) -> list[_Failure]:
+    """Move the counts of groups that disagree by a unit or two while that leaves fewer failures."""
+    if width == 0:
+        return failures
+    counts = solution.counts[width]
+    start = counts.copy()
+    for _ in range(_STEPS):
+        if not failures:
+            return failures
+        best = None
+        for group in sorted({int(g) for ids in failures[0].axes() for g in solution.group_of[ids] if g >= 0}):
+            units = len(solution.groups[group])
+            for count in (counts[group] + delta for delta in (1, -1, 2, -2)):
+                if not 1 <= count <= units or abs(count - start[group]) > max(1, units // 8):
+                    continue
+                before, counts[group] = counts[group], count
+                left = _fit(trace, solution, width)
+                counts[group] = before
+                if len(left) < len(failures) and (best is None or len(left) < len(best[2])):
+                    best = group, count, left
+        if best is None:
+            break
+        counts[best[0]], failures = best[1], best[2]
+    return _fit(trace, solution, width)
 
 
 def _attributes(constraint: Constraint) -> Iterator[Attribute]:
@@ -115,10 +168,6 @@ def _sizes(constraint: Constraint) -> Iterator[Ids]:
     yield from constraint.expression.sizes()
     if constraint.other is not None:
         yield from constraint.other.sizes()
-
-
-def _unknown(constraint: Constraint, values: dict[Attribute, int]) -> set[Attribute]:
-    return {key for key in _attributes(constraint) if key not in values}
 
 
 def _required(constraint: Constraint, values: dict[Attribute, int], count: Callable[[Ids], int]) -> int:
@@ -134,57 +183,41 @@ def _holds(constraint: Constraint, values: dict[Attribute, int], count: Callable
         return False
 
 
-def _assign(
-    trace: Trace,
-    constraint: Constraint,
-    key: Attribute,
-    values: dict[Attribute, int],
-    count: Callable[[Ids], int],
-    sources: dict[Attribute, Constraint],
-) -> None:
-    """Give the one unknown attribute of a constraint the value under which it holds, else its full value."""
-    full = trace.attributes[key]
-    sources.setdefault(key, constraint)
+def _value(
+    constraint: Constraint, key: Attribute, full: int, values: dict[Attribute, int], count: Callable[[Ids], int]
+) -> int:
+    """Return the value of the one unknown attribute under which a constraint holds, else its full value."""
+    if constraint.expression.kind == "attribute" and constraint.other is None:
+        return _required(constraint, values, count)
 
     def fits(value: int) -> bool:
         return _holds(constraint, {**values, key: value}, count)
 
-    target = None
-    if constraint.expression.kind == "attribute" and constraint.other is None:
-        target = _required(constraint, values, count)
-    elif not fits(full) and full > 0:
-        whole = constraint.full or full
-        ratio = count(constraint.ids) / whole if constraint.ids is not None else 1.0
-        near = sorted(range(1, full), key=lambda value: abs(value - full * ratio))
-        target = next((value for value in near if fits(value)), None)
-    values[key] = full if target is None else target
+    if fits(full):
+        return full
+    ratio = count(constraint.ids) / len(constraint.ids) if constraint.ids is not None else 1.0
+    near = sorted(range(1, full), key=lambda value: abs(value - full * ratio))
+    return next((value for value in near if fits(value)), full)
 
 
-def _couple(trace: Trace, failure: _Failure) -> bool:
-    """Try to make the axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block."""
-    labels, mine = trace.context.labels, failure.constraint
-    axes = [ids for ids in (mine.ids, *_sizes(mine)) if ids is not None]
-    axes += [rival.ids for rival in failure.rivals if rival.ids is not None]
-    if mine.ids is None and mine.other is None:
-        return False
-    done = False
+def _couple(labels: Labels, failure: _Failure) -> bool:
+    """Make the axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block."""
+    axes, done = failure.axes(), False
     for first in axes:
         for second in axes:
             if first is second or len(first) < len(second) or len(first) % len(second):
                 continue
             tiled = np.tile(second, len(first) // len(second))
-            if labels.pinned(first).any() == labels.pinned(second).any() and not labels.same(first, tiled):
+            if not labels.same(first, tiled):
                 labels.merge(first, tiled)
                 done = True
     return done
 
 
-def _pin(trace: Trace, failure: _Failure) -> bool:
+def _pin(labels: Labels, failure: _Failure) -> bool:
     """Keep the axes of a constraint, and of those it disagrees with, at full width; say whether any was slim."""
-    labels = trace.context.labels
     before = len(labels.reasons)
-    for constraint in (failure.constraint, *failure.rivals):
-        for ids in (constraint.ids, *_sizes(constraint)):
-            if ids is not None:
-                labels.pin(ids, f"{constraint.where}: no value of {constraint.expression} fits every width")
+    constraint = failure.constraint
+    for ids in failure.axes():
+        labels.pin(ids, f"{constraint.where}: no value of {constraint.expression} fits every width")
     return len(labels.reasons) > before

@@ -114,7 +114,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func is torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+        if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
             return self._size(args, kwargs)
         if name == "numel":
             total: int = 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from slimmable._errors import TraceError
@@ -23,12 +24,13 @@ AxisName = tuple[str, str, int]  # module path, tensor name, axis
 class Group:
     """Units that are kept or dropped together along several axes.
 
-    `members[axis]` holds, for each unit of the group, the positions that it takes on that axis.
+    `members[axis]` holds, for each position on that axis, the number of the unit that it belongs to, or -1 if it
+    belongs to none of this group.
     """
 
     units: int
     kept: tuple[int, ...]  # per width
-    members: Mapping[AxisName, Sequence[Sequence[int]]]
+    members: Mapping[AxisName, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -100,28 +102,28 @@ def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int)
     first = trace(fake, widths, skip, choices)
     solution = solve(first, widths, round_to)
     labels = first.context.labels
-    stuck = [i for i, (ids, options) in enumerate(first.context.splits) if options > 1 and labels.pinned(ids).all()]
+    trouble = np.zeros(len(labels), bool)
+    for ids in solution.disagreed:
+        trouble[labels.find(ids)] = True
+    stuck = [
+        site
+        for site, (ids, options) in enumerate(first.context.splits)
+        if options > 1 and (labels.pinned(ids).all() or trouble[labels.find(ids)].any())
+    ]
     if not stuck:
         return first, solution
     second = trace(fake, widths, skip, {**choices, **dict.fromkeys(stuck, 1)})
     other = solve(second, widths, round_to)
-    return (second, other) if _size(second, other) < _size(first, solution) else (first, solution)
-
-
-def _size(found: Trace, solution: Solution) -> int:
-    """Return how many parameters the narrowest width keeps."""
-    last = len(solution.kept) - 1
-    total = 0
-    for axes in found.tensors.values():
-        total += int(np.prod([solution.count(last, ids) for ids in axes if ids is not None] or [1]))
-    return total
+    last = len(widths) - 1
+    better = other.parameters(second, last) < solution.parameters(first, last)
+    return (second, other) if better else (first, solution)
 
 
 def _plan(fake: FakeModel, found: Trace, solution: Solution, widths: tuple[float, ...]) -> Plan:
     plan = Plan(widths)
     count = range(len(widths))
     for key, axes in found.tensors.items():
-        plan.tensors[key] = [[_kept(solution.kept[w], ids) for ids in axes] for w in count]
+        plan.tensors[key] = [[None if ids is None else _kept(solution.mask(w, ids)) for ids in axes] for w in count]
     _set_values(plan, fake.model, found.attributes, solution)
     _set_scales(plan, fake.model, found, solution)
     _set_groups(plan, found, solution)
@@ -133,11 +135,9 @@ def _plan(fake: FakeModel, found: Trace, solution: Solution, widths: tuple[float
     return plan
 
 
-def _kept(mask: np.ndarray[Any, np.dtype[np.bool_]], ids: Ids | None) -> Kept:
-    if ids is None:
-        return None
-    kept = np.flatnonzero(mask[ids])
-    if len(kept) == len(ids):
+def _kept(mask: NDArray[np.bool_]) -> Kept:
+    kept = np.flatnonzero(mask)
+    if len(kept) == len(mask):
         return None
     return len(kept) if kept[-1] == len(kept) - 1 else tuple(kept.tolist())
 
@@ -177,27 +177,18 @@ def _set_scales(plan: Plan, model: nn.Module, found: Trace, solution: Solution) 
 
 def _set_groups(plan: Plan, found: Trace, solution: Solution) -> None:
     labels = found.context.labels
-    group_of = np.full(len(labels), -1)
-    rank = np.zeros(len(labels), np.int64)
-    for number, roots in enumerate(solution.groups):
-        group_of[roots], rank[roots] = number, np.arange(len(roots))
-    members: list[dict[AxisName, list[list[int]]]] = [{} for _ in solution.groups]
+    members: list[dict[AxisName, NDArray[np.int64]]] = [{} for _ in solution.groups]
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):
             if ids is None:
                 continue
-            roots = labels.find(ids)
-            for position, root in enumerate(roots.tolist()):
-                number = group_of[root]
-                if number >= 0:
-                    units = members[number].setdefault((path, name, axis), [])
-                    while len(units) <= rank[root]:
-                        units.append([])
-                    units[rank[root]].append(position)
-            if (group_of[roots] < 0).all() and labels.produced(ids).any() and labels.pinned(ids).any():
+            numbers = solution.group_of[ids]
+            for number in np.unique(numbers[numbers >= 0]).tolist():
+                members[number][path, name, axis] = np.where(numbers == number, solution.rank[ids], -1)
+            if (numbers < 0).all() and labels.produced(ids).any() and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), _reason(labels, ids)))
     for roots, axes_of in zip(solution.groups, members, strict=True):
-        kept = tuple(int(solution.kept[w][roots].sum()) for w in range(len(plan.widths)))
+        kept = tuple(solution.count(w, roots) for w in range(len(plan.widths)))
         plan.groups.append(Group(len(roots), kept, axes_of))
 
 
