@@ -81,12 +81,11 @@ def decoupled(
     """
     student, teacher = _prepare("decoupled", student, teacher)
     check_temperature("decoupled", "temperature", temperature)
-    is_target = _target_mask(student, target)
     of_target, of_others = [], []
     for logits in (student / temperature, teacher / temperature):
-        others = logits[~is_target].reshape(logits.shape[0], -1)
-        total = logits.logsumexp(1)
-        of_target.append(torch.stack([logits[is_target] - total, others.logsumexp(1) - total], dim=1))
+        right, others = _split(logits, target)
+        total = logits.logsumexp(1, keepdim=True)
+        of_target.append(torch.cat([right, others.logsumexp(1, keepdim=True)], dim=1) - total)
         of_others.append(others.log_softmax(1))
     return temperature**2 * (alpha * _divergence(*of_target) + beta * _divergence(*of_others))
 
@@ -124,19 +123,21 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _target_mask(logits: torch.Tensor, target: int | torch.Tensor) -> torch.Tensor:
-    """Mask of shape (batch, classes) with one True per row."""
+def _split(logits: torch.Tensor, target: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split into the logit of the target, shape (batch, 1), and the others, shape (batch, classes - 1)."""
     batch, classes = logits.shape
     if classes < 2:
         raise DataError(f"decoupled: logits of shape {tuple(logits.shape)} have no other class than the target")
-    columns = torch.as_tensor(target, device=logits.device)
-    if columns.ndim == 0:
-        columns = columns.expand(batch)
-    if columns.shape != (batch,) or columns.is_floating_point():
+    if isinstance(target, int):
+        if not 0 <= target < classes:
+            raise DataError(f"decoupled: target column {target} is not among the {classes} classes")
+        others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1) if target else logits[:, 1:]
+        return logits[:, target : target + 1], others
+    if target.shape != (batch,) or target.is_floating_point():
         raise DataError(
-            f"decoupled: target has shape {tuple(columns.shape)} and type {columns.dtype}, expected {batch} column "
+            f"decoupled: target has shape {tuple(target.shape)} and type {target.dtype}, expected {batch} column "
             f"numbers for logits of shape {tuple(logits.shape)}"
         )
-    if isinstance(target, int) and not 0 <= target < classes:
-        raise DataError(f"decoupled: target column {target} is not among the {classes} classes")
-    return F.one_hot(columns.long(), classes).bool()
+    right = target.long()[:, None]
+    columns = torch.arange(classes - 1, device=logits.device)
+    return logits.gather(1, right), logits.gather(1, columns + (columns >= right))

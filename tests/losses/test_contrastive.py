@@ -171,6 +171,13 @@ def test_modules_equal_the_functions():
     assert losses.VICReg(1, 2, 3)(z0, z1) == losses.vicreg(z0, z1, 1, 2, 3)
 
 
+@pytest.mark.parametrize("loss", [losses.nt_xent, losses.moco_v3, losses.vicreg])
+def test_compiles_to_one_graph(loss):
+    z0, z1 = random(0, (4, 8), (4, 8))
+    torch.compiler.reset()
+    assert torch.compile(loss, fullgraph=True, backend="eager")(z0, z1) == loss(z0, z1)
+
+
 A, B = torch.zeros(4, 8), torch.zeros(4, 7)
 
 

@@ -147,6 +147,15 @@ def test_copies_and_pickles():
         assert twin(student, teacher) == distill(student, teacher)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_to_one_graph(kind):
+    student, teacher = random(0, 2, 3, 5)
+    distill = losses.OnlineDistillation(kind)
+    torch.compiler.reset()
+    compiled = torch.compile(distill, fullgraph=True, backend="eager")
+    assert compiled(student, teacher) == distill(student, teacher)
+
+
 A = torch.zeros(4, 8)
 
 
