@@ -1,0 +1,114 @@
+"""Switchable batch norms with torch's constructors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimmable._errors import ConversionError
+from slimmable._widths import check_widths, kept_units
+from slimmable.layers._switch import SwitchableNorm
+
+Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
+
+
+class _SwitchableBatchNorm(SwitchableNorm):
+    """What the three have in common; see `SwitchableBatchNorm2d`."""
+
+    _torch_class: ClassVar[type[_BatchNorm]]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+        slim: bool = True,
+    ) -> None:
+        norm = self._torch_class(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._fill(norm, widths, slim)
+
+    def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool) -> None:
+        checked = check_widths(widths)
+        kept = [kept_units(norm.num_features, width) if slim and width < 1 else None for width in checked]
+        SwitchableNorm.__init__(self, norm, checked, kept)
+
+    @classmethod
+    def from_batchnorm(cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True) -> Norm:
+        """Return a switchable norm with `norm` itself for the full width and cut copies for the narrower ones.
+
+        Raises:
+            ConversionError: if `norm` is not a batch norm.
+            WidthError: if `widths` cannot be used.
+        """
+        if not isinstance(norm, _BatchNorm):
+            raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
+        switchable = cls.__new__(cls)
+        switchable._fill(norm, widths, slim)
+        return switchable
+
+    def to_batchnorm(self) -> _BatchNorm:
+        """Return the batch norm of the full width, the very module that the container holds."""
+        return cast(_BatchNorm, self.full)
+
+    def __repr__(self) -> str:
+        if type(self.full) is not self._torch_class:
+            return super().__repr__()
+        full = self.to_batchnorm().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{type(self).__name__}({full}, {self.extra_repr()})"
+
+
+class SwitchableBatchNorm1d(_SwitchableBatchNorm):
+    """One `nn.BatchNorm1d` per width; everything is as in `SwitchableBatchNorm2d`.
+
+    >>> SwitchableBatchNorm1d(8, widths=(1.0, 0.5)).norm_at(1).num_features
+    4
+    """
+
+    _torch_class = nn.BatchNorm1d
+
+
+class SwitchableBatchNorm2d(_SwitchableBatchNorm):
+    """One `nn.BatchNorm2d` per width, each with its own statistics, gain and bias; a `SwitchableNorm`.
+
+    The full width has torch's names in the state dict, narrower ones `narrow.0.weight` and so on.
+
+    Shapes: (N, kept num_features, H, W) -> the same.
+
+    Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        slim: False if the input is full at every width; the statistics are separate all the same.
+
+    Raises:
+        WidthError: if `widths` cannot be used.
+
+    >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
+    >>> list(norm.state_dict())[:4]
+    ['running_mean', 'running_var', 'num_batches_tracked', 'narrow.0.running_mean']
+    """
+
+    _torch_class = nn.BatchNorm2d
+
+
+class SwitchableBatchNorm3d(_SwitchableBatchNorm):
+    """One `nn.BatchNorm3d` per width; everything is as in `SwitchableBatchNorm2d`.
+
+    >>> SwitchableBatchNorm3d(8, widths=(1.0, 0.5)).norm_at(1).num_features
+    4
+    """
+
+    _torch_class = nn.BatchNorm3d
+
+
+SwitchableBatchNorm = SwitchableBatchNorm2d

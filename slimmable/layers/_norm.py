@@ -1,0 +1,149 @@
+"""Norms without running statistics, whose gain and bias are sliced: LayerNorm and GroupNorm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from slimmable._widths import check_widths, kept_units
+from slimmable.layers._kept import first_units, in_groups
+from slimmable.layers._twin import plain_twin, slim_twin
+from slimmable.layers._view import Kept, install_view
+
+
+class SlimLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over part of the features: at width `w` the first `round(w * n)` of the last axis.
+
+    Shapes: (..., *normalized_shape with its last axis thinned) -> the same.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+
+    Raises:
+        WidthError: if `widths` cannot be used.
+
+    >>> import torch
+    >>> from slimmable.width import at_width
+    >>> norm = SlimLayerNorm(8, widths=(1.0, 0.5))
+    >>> with at_width(norm, 0.5):
+    ...     norm(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    _slim_plain = nn.LayerNorm
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | tuple[int, ...],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        _install_layer_norm(self, widths)
+
+    @classmethod
+    def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> SlimLayerNorm:
+        """Return the slimmable twin of `norm`: it shares the Parameters and keeps the training flag.
+
+        Raises:
+            ConversionError: if `norm` is of a subclass.
+            WidthError: if `widths` cannot be used.
+        """
+        slim = slim_twin(norm, cls)
+        _install_layer_norm(slim, widths)
+        return slim
+
+    def to_layernorm(self) -> nn.LayerNorm:
+        """Return the full-width `nn.LayerNorm`, which shares the Parameters."""
+        return plain_twin(self, nn.LayerNorm)
+
+
+class SlimGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` over part of the channels.
+
+    Where every width keeps a whole number of groups, the first groups are kept as they are: at width `w`,
+    `w * num_groups` of them. Elsewhere all groups are kept and each is thinned to its first channels; the input then
+    is to have `num_groups * round(w * num_channels / num_groups)` channels.
+
+    Shapes: (N, kept channels, ...) -> the same.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+
+    Raises:
+        WidthError: if `widths` cannot be used.
+
+    >>> from slimmable.width import at_width
+    >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
+    >>> with at_width(norm, 0.5):
+    ...     norm.num_groups, tuple(norm.weight.shape)
+    (2, (8,))
+    """
+
+    _slim_plain = nn.GroupNorm
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        _install_group_norm(self, widths)
+
+    @classmethod
+    def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> SlimGroupNorm:
+        """Return the slimmable twin of `norm`: it shares the Parameters and keeps the training flag.
+
+        Raises:
+            ConversionError: if `norm` is of a subclass.
+            WidthError: if `widths` cannot be used.
+        """
+        slim = slim_twin(norm, cls)
+        _install_group_norm(slim, widths)
+        return slim
+
+    def to_groupnorm(self) -> nn.GroupNorm:
+        """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
+        return plain_twin(self, nn.GroupNorm)
+
+
+def _install_layer_norm(norm: nn.LayerNorm, widths: Iterable[float]) -> None:
+    checked = check_widths(widths)
+    *outer, last = norm.normalized_shape
+    kept = [kept_units(last, width) for width in checked]
+    cuts: list[Sequence[Kept]] = [(*(None for _ in outer), count) for count in kept]
+    shapes = [(*outer, count) for count in kept]
+    install_view(norm, checked, {"weight": cuts, "bias": cuts}, {"normalized_shape": shapes})
+
+
+def _install_group_norm(norm: nn.GroupNorm, widths: Iterable[float]) -> None:
+    checked = check_widths(widths)
+    size = norm.num_channels // norm.num_groups
+    shares = [width * norm.num_groups for width in checked]
+    if all(round(share) >= 1 and math.isclose(share, round(share), abs_tol=1e-9) for share in shares):
+        groups = [round(share) for share in shares]
+        counts = [count * size for count in groups]
+        kept: list[Kept] = list(counts)
+    else:
+        groups = [norm.num_groups] * len(checked)
+        ranges = first_units(size, checked)
+        counts = [norm.num_groups * len(each) for each in ranges]
+        kept = in_groups(ranges, size, norm.num_groups)
+    cuts = [(each,) for each in kept]
+    install_view(norm, checked, {"weight": cuts, "bias": cuts}, {"num_groups": groups}, {"num_channels": counts})
