@@ -32,10 +32,10 @@ def calibrate_bn(
 
     Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or a batch is neither.
 
-    >>> import slimmable
-    >>> model = nn.Sequential(slimmable.SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
+    >>> from slimmable.layers import SwitchableBatchNorm1d
+    >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
     >>> calibrate_bn(model, [torch.full((8, 4), 3.0), torch.full((8, 4), 5.0)], widths=[0.5])
-    >>> with slimmable.at_width(model, 0.5):
+    >>> with at_width(model, 0.5):
     ...     model[0].running_mean
     tensor([4., 4., 4., 4.])
     """

@@ -32,15 +32,16 @@ class SlimRecipe:
 
     Raises: UsageError or WidthError: if an argument does not fit, with the values.
 
-    >>> import slimmable
-    >>> model = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
-    >>> recipe = slimmable.SlimRecipe(model, slow_start=0.5)
+    >>> from slimmable.layers import SlimLinear
+    >>> from slimmable.width import width_of
+    >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+    >>> recipe = SlimRecipe(model, slow_start=0.5)
     >>> [width for width in recipe.widths(progress=0.1)], [width for width in recipe.widths(progress=0.9)]
     ([1.0], [1.0, 0.5])
     >>> for width in recipe.widths(progress=0.9):
     ...     loss = recipe.loss(model(torch.ones(2, 4)).square().mean())
     ...     loss.backward()
-    >>> slimmable.width_of(model)
+    >>> width_of(model)
     1.0
     """
 
