@@ -59,6 +59,10 @@ class SlimRecipe:
         self._step: _Step | None = None
         self._loop: weakref.ref[Generator[float, None, None]] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the running loop, which cannot be copied; a copy starts outside of any loop."""
+        return {**self.__dict__, "_step": None, "_loop": None}
+
     @property
     def first(self) -> bool:
         """True while the loop is at the widest width: the place for what must happen once per step.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -181,6 +182,16 @@ def test_a_model_of_one_width():
     model = network(widths=(1.0,))
     recipe = SlimRecipe(model, losses.OnlineDistillation())
     assert run_step(recipe, *views()) == {1.0: pytest.approx(losses.nt_xent(*map(model, views())).item())}
+
+
+def test_copies_and_pickles_also_within_a_loop():
+    recipe = SlimRecipe(network(), losses.OnlineDistillation("mse"), "share", slow_start=0.25)
+    for _ in recipe.widths(1.0):
+        for twin in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
+            assert not twin.first
+            set_width(twin.model, 1.0)
+            assert run_step(twin, *views()) == run_step(SlimRecipe(network(), recipe.distill, "share"), *views())
+            assert twin.slow_start == 0.25
 
 
 class SavedBytes:
