@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from slimmable._errors import TraceError
 from slimmable.analysis import _rules_layer, _rules_shape
@@ -23,7 +23,7 @@ from slimmable.analysis._integers import Attribute, Expression, TracedInt
 from slimmable.analysis._labels import Ids
 from slimmable.analysis._rules import rule_of, tensors
 
-__all__ = ["FakeModel", "Trace", "trace"]
+__all__ = ["FakeModel", "Trace", "output_tensors", "trace"]
 _ = _rules_shape  # imported for its rules
 
 Skip = Callable[[str, nn.Module], bool]
@@ -36,7 +36,7 @@ class FakeModel:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {}
         for module in model.modules():
-            for value in list(module.__dict__.values()):
+            for value in tree_leaves(module.__dict__):
                 if isinstance(value, Tensor) and not value.is_leaf:
                     memo[id(value)] = value.detach()  # a cache kept from a forward with gradient cannot be copied
             for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -44,11 +44,10 @@ class FakeModel:
                     memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
         self.args, self.kwargs = tree_map(self._fake_input, (tuple(args), dict(kwargs)))
-        self.path = ""  # of the module that is running
+        self._stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(self._enter(path))
-            module.register_forward_hook(self._leave)
-        self._stack: list[str] = [""]
+            module.register_forward_hook(self._leave())
 
     def _fake_input(self, value: Any) -> Any:
         return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
@@ -59,8 +58,11 @@ class FakeModel:
 
         return hook
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._stack.pop()
+    def _leave(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        return hook
 
     @property
     def running(self) -> str:
@@ -173,12 +175,14 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
                 f"{fake.running or '(the model itself)'!r} ({type(module).__name__}) after operation "
                 f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}"
             ) from error
-    found = tensors(output)
-    if not found:
-        found = [leaf for leaf in tree_flatten(vars(output))[0] if isinstance(leaf, Tensor)] if hasattr(output, "__dict__") else []  # fmt: skip
-    for tensor in found:
+    for tensor in output_tensors(output):
         _label_output(context, tensor, result)
     return result
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in what a forward returns: nested tuples, lists, dicts, or an object with attributes."""
+    return tensors(output) or tensors(vars(output) if hasattr(output, "__dict__") else ())
 
 
 def _never(*_: Any) -> bool:

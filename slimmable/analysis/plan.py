@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ def make_plan(
     widths: tuple[float, ...],
     skip: Skip,
     round_to: int = 1,
-    runs: Any = None,
+    check: Callable[[FakeModel, Plan], tuple[str, Exception] | None] | None = None,
 ) -> Plan:
     """Trace `model` and return its plan.
 
@@ -82,13 +82,13 @@ def make_plan(
 
     Raises: TraceError: if the model's forward fails on fake tensors.
     """
-    fake = FakeModel(model, args, kwargs)
     pinned: set[str] = set()
     while True:
+        fake = FakeModel(model, args, kwargs)
         avoid = frozenset(pinned)
         found = _best(fake, widths, lambda path, module: path in avoid or skip(path, module), round_to)
         plan = _plan(fake, *found, widths)
-        failed = None if runs is None else runs(fake, plan)
+        failed = None if check is None else check(fake, plan)
         if failed is None:
             return plan
         path, error = failed

@@ -1,0 +1,68 @@
+"""Permuting the units of channel groups: the full network's function stays, which units come first changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slimmable.analysis.plan import Group, Plan
+
+Order = NDArray[np.int64]  # for each place in a group the unit that goes there
+
+
+def magnitude_order(model: nn.Module, plan: Plan) -> list[Order]:
+    """Return for each group its units by falling size of their weights (L1 norm over all axes they take part in)."""
+    orders = []
+    for group in plan.groups:
+        total = np.zeros(group.units)
+        for (path, name, axis), units in group.members.items():
+            tensor = model.get_submodule(path)._parameters.get(name)
+            if tensor is not None and tensor.ndim > 1:
+                others = [i for i in range(tensor.ndim) if i != axis]
+                size = tensor.detach().abs().float().sum(others).cpu().numpy()
+                np.add.at(total, units[units >= 0], size[units >= 0])
+        orders.append(np.argsort(-total, kind="stable"))
+    return orders
+
+
+def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
+    """Permute, in place, the units of every group along all axes that they take part in.
+
+    Args:
+        model: the plain model that the plan was made of.
+        plan: its plan.
+        orders: one for each group of the plan.
+    """
+    done: set[int] = set()
+    steps: dict[tuple[str, str], list[tuple[int, Order]]] = {}
+    for group, order in zip(plan.groups, orders, strict=True):
+        for path, name, axis, index in _indices(group, order):
+            steps.setdefault((path, name), []).append((axis, index))
+    with torch.no_grad():
+        for (path, name), changes in steps.items():
+            tensor = _tensor(model, path, name)
+            if id(tensor) in done:
+                continue
+            done.add(id(tensor))
+            for axis, index in changes:
+                tensor.copy_(tensor.index_select(axis, torch.from_numpy(index).to(tensor.device)))
+
+
+def _indices(group: Group, order: Order) -> Iterator[tuple[str, str, int, Order]]:
+    for (path, name, axis), units in group.members.items():
+        places = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :].reshape(group.units, -1)
+        index = np.arange(len(units))
+        index[places] = places[order]
+        yield path, name, axis, index
+
+
+def _tensor(model: nn.Module, path: str, name: str) -> Tensor:
+    module = model.get_submodule(path)
+    tensor = module._parameters.get(name)
+    found = tensor if tensor is not None else module._buffers[name]
+    assert found is not None
+    return found
