@@ -139,7 +139,7 @@ def _states(model: nn.Module) -> list[WidthState]:
             continue
         seen.add(id(module))
         attributes = module.__dict__
-        converted = converted or "_slim_root" in attributes
+        converted = converted or attributes.get("_slim_root", False)
         state = attributes.get("_slim")
         if state is not None:
             states.append(state)
