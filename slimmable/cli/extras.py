@@ -1,0 +1,29 @@
+"""Optional packages of the command line: imported where they are needed, missed with a message that says how to go on."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from slimmable._errors import SlimmableError
+
+
+class MissingPackageError(SlimmableError, ImportError):
+    """A package that a command needs is not installed."""
+
+
+def require(module: str, package: str, extra: str = "cli") -> Any:
+    """Import and return `module`.
+
+    Raises: MissingPackageError: if it is not installed; the message names the extra that brings `package`.
+
+    >>> require("json", "python").dumps([1])
+    '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"this command needs {package}, which cannot be imported ({error}). "
+            f'Install it with: pip install "slimmable[{extra}]"'
+        ) from error

@@ -1,0 +1,54 @@
+"""Writing files so that an interruption or a full disk never destroys what was there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from slimmable._errors import CheckpointError
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, bring it to the disk, and only then put it in the place of `path`.
+
+    Raises: CheckpointError: if it cannot be written; what was at `path` is still there.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> write_aside(target, lambda path: path.write_text("done"))
+    >>> target.read_text()
+    'done'
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise CheckpointError(_cannot_write(path, error)) from error
+    aside = Path(name)
+    try:
+        write(aside)
+        _sync(aside)
+        aside.chmod(0o644)  # mkstemp makes private files
+        os.replace(aside, path)
+        _sync(path.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise CheckpointError(_cannot_write(path, error)) from error
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    kept = "; the previous one is unharmed" if path.exists() else ""
+    return f"cannot write {path} ({error}){kept}. Make room or choose another --output, then go on with --resume"

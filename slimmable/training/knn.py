@@ -1,0 +1,53 @@
+"""Classification by the nearest training features: what features know without any training on labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimmable._errors import DataError, UsageError
+
+_CHUNK = 1024
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.1
+) -> float:
+    """Return the share of `test` whose class the weighted vote of the `k` nearest of `train` finds.
+
+    Neighbours are the largest cosines, their votes `exp(cosine / temperature)` (Wu et al., *Unsupervised Feature
+    Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4).
+
+    Args:
+        train, test: features of shape (images, ...), flattened and scaled to unit length here.
+        train_labels, test_labels: class numbers of shape (images,).
+        k: number of neighbours; all of `train` where that is fewer.
+
+    Raises: DataError: if a set is empty, or shapes do not fit. UsageError: if `k` or `temperature` is not positive.
+
+    >>> corners = torch.eye(3)
+    >>> knn_accuracy(corners, torch.arange(3), corners + 0.1, torch.tensor([0, 1, 1]), k=1)
+    0.6666666666666666
+    """
+    if k < 1 or not temperature > 0:
+        raise UsageError(f"knn_accuracy: k must be at least 1 and temperature positive, got {k} and {temperature}")
+    for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
+        if not len(features) or labels.shape != (len(features),):
+            raise DataError(
+                f"knn_accuracy: {name} has features of shape {tuple(features.shape)} and labels of shape "
+                f"{tuple(labels.shape)}; expected one label for each of at least one image"
+            )
+    bank = F.normalize(train.flatten(1).float(), dim=1)
+    queries = F.normalize(test.flatten(1).float(), dim=1)
+    if bank.shape[1] != queries.shape[1]:
+        raise DataError(f"knn_accuracy: train has {bank.shape[1]} features, test {queries.shape[1]}")
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    right = 0
+    for features, labels in zip(queries.split(_CHUNK), test_labels.split(_CHUNK), strict=True):
+        cosines, nearest = (features @ bank.T).topk(min(k, len(bank)))
+        votes = features.new_zeros(len(features), classes)
+        votes.scatter_add_(1, train_labels[nearest], ((cosines - cosines[:, :1]) / temperature).exp())
+        right += int((votes.argmax(1) == labels).sum())
+    return right / len(test_labels)
