@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -175,9 +174,9 @@ def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
 
 def _first_failure(fake: FakeModel, found: Plan) -> tuple[str, Exception] | None:
     """Convert a fake model and run every narrow width; return the module that fails and the error, if one does."""
-    with fake.mode, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying a norm asks for it
-        fake.model = _apply(fake.model, found, _strip(fake.model))
+    with fake.mode:
+        _strip(fake.model)
+        _apply(fake.model, found)
     for width, shapes in list(zip(found.widths, found.output_shapes, strict=True))[1:]:
         try:
             with at_width(fake.model, width):
@@ -218,8 +217,11 @@ def _replace(model: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
     return new.get(id(model), model)
 
 
-def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm]) -> nn.Module:
-    """Give every module with something to slim its view, and every BatchNorm its container."""
+def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
+    """Give every module with something to slim its view, and every BatchNorm its container.
+
+    Without `before`, the containers that the model had, BatchNorms are sliced like any module: enough for shapes.
+    """
     tensors: dict[str, dict[str, list[list[Kept]]]] = {}
     for (path, name), per_width in found.tensors.items():
         tensors.setdefault(path, {})[name] = per_width
@@ -229,7 +231,7 @@ def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm]) 
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
             continue
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and before is not None:
             inside = (*inside, f"{path}.") if path else inside
             per_width = next((kept for kept in own.values() if len(kept[0]) == 1), None)
             if per_width is not None:

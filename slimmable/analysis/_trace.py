@@ -175,6 +175,10 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
                 f"{fake.running or '(the model itself)'!r} ({type(module).__name__}) after operation "
                 f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}"
             ) from error
+        finally:
+            for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+                tensor.__dict__.pop("slim_axes", None)
+                tensor.__dict__.pop("slim_origin", None)
     for tensor in output_tensors(output):
         _label_output(context, tensor, result)
     return result
@@ -198,10 +202,9 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
         for name, tensor in owned.items():
             if tensor is None:
                 continue
-            if not hasattr(tensor, "slim_axes") or tensor.slim_trace is not context:
+            if not hasattr(tensor, "slim_axes"):
                 axes = [context.labels.fresh(n) if n > 1 and i < first_space else None for i, n in enumerate(tensor.shape)]
                 context.label(tensor, axes, "weights")
-                tensor.slim_trace = context  # type: ignore[attr-defined]
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)
             if skipped:
