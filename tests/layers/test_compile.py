@@ -1,0 +1,80 @@
+"""Tracing: one graph per width, no breaks, and programs that equal the model."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from slimmable.layers import (
+    SlimConv2d,
+    SlimGroupNorm,
+    SlimLayerNorm,
+    SlimLinear,
+    SwitchableBatchNorm2d,
+    SwitchableProbe,
+)
+from slimmable.width import set_width
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+X = torch.randn(2, 3, 6, 6)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        SlimConv2d(3, 16, 3, widths=WIDTHS, slim_in=False),
+        SwitchableBatchNorm2d(16, widths=WIDTHS),
+        nn.ReLU(),
+        SlimConv2d(16, 32, 3, groups=4, widths=WIDTHS),
+        SlimGroupNorm(2, 32, widths=WIDTHS),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        SlimLinear(32, 16, widths=WIDTHS),
+        SlimLayerNorm(16, widths=WIDTHS),
+        SwitchableProbe(16, 5, WIDTHS),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_per_width_and_none_after_switching_back(training):
+    torch._dynamo.reset()
+    model = net().train(training)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for lap in range(2):
+        for count, width in enumerate(WIDTHS, start=1):
+            set_width(compiled, width)
+            out = compiled(X)
+            assert torch.equal(out, model(X))
+            assert counter.frame_count == (count if lap == 0 else len(WIDTHS))
+
+
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_export_at_a_width(width):
+    model = net().eval()
+    set_width(model, width)
+    program = torch.export.export(model, (X,), strict=False)
+    assert torch.equal(program.module()(X), model(X))
+    assert set(program.state_dict) == set(model.state_dict())
+
+
+def test_recomputation_at_the_width_of_the_forward():
+    model = net()
+    set_width(model, 0.5)
+    torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    again = net()
+    again.load_state_dict(model.state_dict())
+    set_width(again, 0.5)
+    again(X).sum().backward()
+    for name, parameter in again.named_parameters():
+        assert (parameter.grad is None) == (expected[name] is None)
+        assert parameter.grad is None or torch.allclose(parameter.grad, expected[name], atol=1e-6)
+
+
+def test_recomputation_at_another_width_is_an_error():
+    model = net()
+    set_width(model, 0.5)
+    out = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+    set_width(model, 0.25)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        out.sum().backward()
