@@ -188,6 +188,20 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     _label_norm(ctx, source, axes, out)
 
 
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """A weight of direction and length: the length has a unit for each slice along one axis."""
+    direction, length = args[0], args[1]
+    axes = ctx.axes(direction)
+    for axis, ids in enumerate(ctx.axes(length)):
+        if length.shape[axis] != 1:
+            axes[axis] = ctx.merge(axes[axis], ids)
+    results = tensors(out)
+    ctx.label(results[0], axes, "weights")
+    for result in results[1:]:
+        ctx.label(result, ctx.axes(length), "weights")
+
+
 def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Scaled dot-product attention, as one call: heads and batch agree, queries and keys share their units."""
     query, key, value = args[:3]

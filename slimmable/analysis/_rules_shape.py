@@ -188,6 +188,17 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
         ctx.label(piece, [labels if i == dim else other for i, other in enumerate(axes)], ctx.origin(source))
 
 
+@rule("glu")
+def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """The second half of an axis gates the first."""
+    axes = ctx.axes(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.ndim
+    ids = axes[dim]
+    if ids is not None:
+        axes[dim] = ctx.merge(*np.split(ids, 2))
+    ctx.label(out, axes)
+
+
 @rule("unbind", "select")
 def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Take single units of an axis, which then cannot shrink."""

@@ -1,0 +1,242 @@
+"""Small modules, one for each thing that a model can do with its channels; every oracle on each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import slimmable
+from tests.convert import oracles
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+
+
+class Fn(nn.Module):
+    """A module made of layers and a function of them."""
+
+    def __init__(self, run, **layers: nn.Module):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int = 48, heads: int = 4, fused: bool = True):
+        super().__init__()
+        self.num_heads, self.head_dim, self.fused = heads, dim // heads, fused
+        self.scale = self.head_dim**-0.5
+        self.embed, self.head = nn.Linear(8, dim), nn.Linear(dim, 5)
+        self.qkv, self.proj, self.norm = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        x = x + self.proj(y.transpose(1, 2).reshape(b, n, c))
+        return self.head(x.mean(1))
+
+
+def conv(i: int, o: int, k: int = 3, **kwargs) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, padding=k // 2, **kwargs)
+
+
+def head(m: nn.Module, x: Tensor) -> Tensor:
+    return m.fc(x.mean((2, 3)))
+
+
+def shuffle(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.b(m.a(x))
+    n, c, h, w = x.shape
+    x = x.view(n, m.groups, c // m.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+    return head(m, m.c(x))
+
+
+def split_unequal(m: nn.Module, x: Tensor) -> Tensor:
+    first, second = torch.split(m.a(x), [m.left, m.right], dim=1)
+    return head(m, torch.cat([m.b(first), second], 1))
+
+
+def tokens(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.a(x).flatten(2).transpose(1, 2)
+    x = torch.cat([m.cls.expand(x.shape[0], -1, -1), x], 1) + m.pos
+    return m.fc(m.norm(x)[:, 0])
+
+
+def with_attribute(module: Fn, **attributes: object) -> Fn:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+CASES = {
+    "chain": lambda: Fn(lambda m, x: head(m, m.b(m.a(x).relu())), a=conv(3, 16), b=conv(16, 24), fc=nn.Linear(24, 5)),
+    "residual": lambda: Fn(
+        lambda m, x: head(m, (y := m.a(x)) + m.c(m.b(y).relu())), a=conv(3, 16), b=conv(16, 8), c=conv(8, 16),
+        fc=nn.Linear(16, 5),
+    ),
+    "concatenation": lambda: Fn(
+        lambda m, x: head(m, m.c(torch.cat([y := m.a(x), m.b(y)], 1))), a=conv(3, 16), b=conv(16, 8), c=conv(24, 12),
+        fc=nn.Linear(12, 5),
+    ),
+    "depthwise": lambda: Fn(
+        lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=conv(16, 32, groups=16), c=conv(32, 8, 1),
+        fc=nn.Linear(8, 5),
+    ),
+    "grouped": lambda: Fn(
+        lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 32), b=conv(32, 16, groups=4), c=conv(16, 8, 1),
+        fc=nn.Linear(8, 5),
+    ),
+    "shuffled": lambda: with_attribute(
+        Fn(shuffle, a=conv(3, 24), b=conv(24, 24, groups=3), c=conv(24, 8), fc=nn.Linear(8, 5)), groups=3
+    ),
+    "gated": lambda: Fn(
+        lambda m, x: head(m, m.b(torch.mul(*m.a(x).chunk(2, 1)))), a=conv(3, 32), b=conv(16, 8), fc=nn.Linear(8, 5)
+    ),
+    "glu": lambda: Fn(lambda m, x: head(m, m.b(F.glu(m.a(x), 1))), a=conv(3, 32), b=conv(16, 8), fc=nn.Linear(8, 5)),
+    "chunked unequally": lambda: Fn(
+        lambda m, x: head(m, m.b(torch.cat(m.a(x).chunk(3, 1), 1))), a=conv(3, 32), b=conv(32, 8), fc=nn.Linear(8, 5)
+    ),
+    "split unequally": lambda: with_attribute(
+        Fn(split_unequal, a=conv(3, 24), b=conv(16, 16), fc=nn.Linear(24, 5)), left=16, right=8
+    ),
+    "sliced in halves": lambda: Fn(
+        lambda m, x: head(m, m.b((y := m.a(x))[:, : y.shape[1] // 2]) + y[:, y.shape[1] // 2 :]), a=conv(3, 32),
+        b=conv(16, 16), fc=nn.Linear(16, 5),
+    ),
+    "flattened": lambda: Fn(
+        lambda m, x: m.fc(m.b(m.a(x)).flatten(1)), a=conv(3, 16), b=conv(16, 8), fc=nn.Linear(8 * 64, 5)
+    ),
+    "squeeze and excitation": lambda: Fn(
+        lambda m, x: head(m, (y := m.a(x)) * m.d(m.c(y.mean((2, 3), keepdim=True)).relu()).sigmoid()), a=conv(3, 16),
+        c=conv(16, 8, 1), d=conv(8, 16, 1), fc=nn.Linear(16, 5),
+    ),
+    "batch norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.bn(m.a(x)).relu())), a=conv(3, 16), bn=nn.BatchNorm2d(16), b=conv(16, 8),
+        fc=nn.Linear(8, 5),
+    ),
+    "group norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.gn(m.a(x)))), a=conv(3, 32), gn=nn.GroupNorm(8, 32), b=conv(32, 8), fc=nn.Linear(8, 5)
+    ),
+    "group norm with few groups": lambda: Fn(
+        lambda m, x: head(m, m.b(m.gn(m.a(x)))), a=conv(3, 32), gn=nn.GroupNorm(2, 32), b=conv(32, 8), fc=nn.Linear(8, 5)
+    ),
+    "instance norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.n(m.a(x)))), a=conv(3, 16), n=nn.InstanceNorm2d(16, affine=True), b=conv(16, 8),
+        fc=nn.Linear(8, 5),
+    ),
+    "transposed": lambda: Fn(
+        lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=nn.ConvTranspose2d(16, 12, 2, 2), c=conv(12, 8),
+        fc=nn.Linear(8, 5),
+    ),
+    "transposed depthwise": lambda: Fn(
+        lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=nn.ConvTranspose2d(16, 16, 2, 2, groups=16),
+        c=conv(16, 8), fc=nn.Linear(8, 5),
+    ),
+    "transposed grouped": lambda: Fn(
+        lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=nn.ConvTranspose2d(16, 24, 2, 2, groups=2),
+        c=conv(24, 8), fc=nn.Linear(8, 5),
+    ),
+    "pixel shuffle": lambda: Fn(
+        lambda m, x: head(m, m.b(F.pixel_shuffle(m.a(x), 2))), a=conv(3, 32), b=conv(8, 8), fc=nn.Linear(8, 5)
+    ),
+    "pixel unshuffle": lambda: Fn(
+        lambda m, x: head(m, m.b(F.pixel_unshuffle(m.a(x), 2))), a=conv(3, 8), b=conv(32, 8), fc=nn.Linear(8, 5)
+    ),
+    "unfold and fold": lambda: Fn(
+        lambda m, x: head(m, m.b(F.fold(F.unfold(m.a(x), 2, stride=2), (8, 8), 2, stride=2))), a=conv(3, 16),
+        b=conv(16, 8), fc=nn.Linear(8, 5),
+    ),
+    "normalised": lambda: Fn(
+        lambda m, x: head(m, m.b(F.normalize(m.a(x), dim=1))), a=conv(3, 16), b=conv(16, 8), fc=nn.Linear(8, 5)
+    ),
+    "prelu": lambda: Fn(
+        lambda m, x: head(m, m.b(m.act(m.a(x)))), a=conv(3, 16), act=nn.PReLU(16), b=conv(16, 8), fc=nn.Linear(8, 5)
+    ),
+    "einsum": lambda: Fn(
+        lambda m, x: head(m, m.b(torch.einsum("nchw,c->nchw", m.a(x), m.scale))), a=conv(3, 16),
+        scale=nn.Parameter(torch.ones(16)), b=conv(16, 8), fc=nn.Linear(8, 5),
+    ),
+    "tokens": lambda: Fn(
+        tokens, a=conv(3, 16), cls=nn.Parameter(torch.ones(1, 1, 16)), pos=nn.Parameter(torch.ones(1, 65, 16)),
+        norm=nn.LayerNorm(16), fc=nn.Linear(16, 5),
+    ),
+    "tied": lambda: Fn(
+        lambda m, x: m.fc(F.linear(F.linear(x.mean((2, 3)), m.w), m.w.T)), w=nn.Parameter(torch.randn(16, 3)),
+        fc=nn.Linear(3, 5),
+    ),
+    "padded": lambda: Fn(
+        lambda m, x: head(m, m.b(F.pad(m.a(x), (0, 0, 0, 0, 0, 4)))), a=conv(3, 16), b=conv(20, 8), fc=nn.Linear(8, 5)
+    ),
+    "indexed": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x)[:, [3, 2, 1, 0]])), a=conv(3, 4), b=conv(4, 8), fc=nn.Linear(8, 5)
+    ),
+    "sorted": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x).sort(1).values)), a=conv(3, 8), b=conv(8, 8), fc=nn.Linear(8, 5)
+    ),
+    "weight norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x))), a=nn.utils.parametrizations.weight_norm(conv(3, 16)), b=conv(16, 8),
+        fc=nn.Linear(8, 5),
+    ),
+}  # fmt: skip
+PINNED = {"padded": {"a"}, "indexed": {"a"}, "sorted": {"a"}, "tied": {"w"}}  # what rightly stays full there
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_oracle_holds(case):
+    torch.manual_seed(0)
+    model = oracles.randomise(CASES[case]().double().eval())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+    plan = slimmable.plan(model, WIDTHS, example_inputs=x)
+    oracles.full_width_is_the_original(model, slim, x)
+    oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
+    oracles.permuting_units_changes_nothing(model, plan, x, limit=1e-10)
+    made = {path or name for (path, name), axes in plan.tensors.items() if axes[-1] and axes[-1][0] is not None}
+    for name, module in model.named_children():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and name not in PINNED.get(case, ()):
+            assert any(path.split(".")[0] == name for path in made), f"{name} is not slimmed:\n{plan}"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kept_heads", "kept_dims"), [(4, [4, 3, 2, 1], [12, 12, 12, 12]), (3, [3, 3, 3, 3], [16, 12, 8, 4])]
+)
+def test_attention_slims_whole_heads_where_every_width_gives_an_integer(heads, kept_heads, kept_dims, fused):
+    torch.manual_seed(0)
+    model = Attention(heads=heads, fused=fused).double().eval()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+    plan = slimmable.plan(model, WIDTHS, example_inputs=x)
+    oracles.full_width_is_the_original(model, slim, x)
+    oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
+    oracles.permuting_units_changes_nothing(model, plan, x, limit=1e-10)
+    for width, heads_kept, dims_kept in zip(WIDTHS, kept_heads, kept_dims, strict=True):
+        small = slimmable.extract(slim, width)
+        assert (small.num_heads, small.head_dim) == (heads_kept, dims_kept)
+        assert small.scale == pytest.approx(dims_kept**-0.5)
+        with torch.no_grad(), slimmable.at_width(slim, width):
+            outputs = []
+            for slim.fused in (True, False):
+                outputs.append(slim(x))
+        assert oracles.difference(*outputs) < 1e-12
+
+
+def test_the_choice_of_the_axis_that_carries_heads_is_revised_where_it_would_pin():
+    class Shared(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.temperature.sum() * 0
+
+    model = Shared(heads=4)
+    model.temperature = nn.Parameter(torch.ones(4, 1, 1))
+    plan = slimmable.plan(model, WIDTHS, example_inputs=torch.zeros(2, 7, 8))
+    assert plan.tensors["qkv", "weight"][-1][0] is not None
