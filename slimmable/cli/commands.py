@@ -62,7 +62,7 @@ def profile(name: str, image_size: int | None, widths: Sequence[float] | None, c
     table = measure(slimify(model, widths or PretrainConfig.widths, example_inputs=torch.zeros(2, *shape)), shape)
     say(str(table))
     if csv is not None:
-        write_aside(Path(csv), lambda path: path.write_text(table.to_csv()))
+        write_aside(Path(csv), table.to_csv)
     return 0
 
 

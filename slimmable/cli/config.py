@@ -60,6 +60,8 @@ class PretrainConfig:
         """
         try:
             values = json.loads(text)
+            if not isinstance(values, dict):
+                raise TypeError(f"expected an object, found {type(values).__name__}")
             missing = {field.name for field in fields(cls)} ^ set(values)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is not a configuration of this program ({error})") from error

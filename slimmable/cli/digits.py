@@ -1,8 +1,8 @@
 """Cluttered digits: real data that ships with scikit-learn, made hard enough that pixels alone do not solve it.
 
 The 8x8 handwritten digits are drawn at a random place, scale and rotation on a larger canvas, together with a
-fragment of another digit as clutter (the cluttered-digits protocol of Mnih et al., *Recurrent Models of Visual Attention*, 2014,
-section 4). Training and held-out images are made from different handwritten digits.
+fragment of another digit as clutter (the cluttered-digits protocol of Mnih et al., *Recurrent Models of Visual
+Attention*, 2014, section 4). Training and held-out images are made from different handwritten digits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from slimmable.cli.extras import require
 from slimmable.cli.images import Images
 
 SMALLEST_CANVAS = 20
-_TEST_SHARE = 0.25
 
 
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
@@ -37,9 +36,11 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     digits, labels = _handwriting()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits), generator=generator)
-    held_out = round(_TEST_SHARE * len(digits))
+    order = order[labels[order].argsort(stable=True)]
+    held_out = torch.arange(len(digits)) % 4 == 0  # of each class
     parts = []
-    for source, count in ((order[held_out:], train), (order[:held_out], test)):
+    for source, count in ((order[~held_out], train), (order[held_out], test)):
+        source = source[torch.randperm(len(source), generator=generator)]
         chosen = source[torch.arange(count) % len(source)]  # every digit equally often
         canvas = _draw(digits, chosen, source, size, generator)
         parts.append((canvas.mul(255).round().to(torch.uint8), labels[chosen]))
@@ -67,7 +68,8 @@ def _fragment(digits: Tensor, generator: torch.Generator) -> Tensor:
     line = torch.arange(8)
     inside_rows = (line.view(8, 1) >= rows) & (line.view(8, 1) < rows + 4)
     inside_columns = (line >= columns) & (line < columns + 4)
-    return digits * (inside_rows & inside_columns)
+    kept: Tensor = digits * (inside_rows & inside_columns)
+    return kept
 
 
 def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -81,4 +83,5 @@ def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
     linear = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
     theta = torch.cat([linear, -linear @ centre.unsqueeze(2)], 2)
     grid = F.affine_grid(theta, [count, 1, size, size], align_corners=False)
-    return F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    drawn: Tensor = F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return drawn

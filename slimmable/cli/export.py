@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ def export_run(run: Path, width: float, formats: Sequence[str] | None, output: P
     paths = []
     for kind in dict.fromkeys(formats):
         path = output / f"width-{width}.{kind}"
-        write_aside(path, lambda aside, write=writers[kind]: write(backbone, images, aside))
+        write_aside(path, partial(writers[kind], backbone, images))
         paths.append(path)
     return paths
 
@@ -49,7 +51,9 @@ def export_run(run: Path, width: float, formats: Sequence[str] | None, output: P
 def _write_pt2(backbone: nn.Module, images: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch")
     program = torch.export.export(backbone, (images,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    path.write_bytes(file.getbuffer())
     again = torch.export.load(path).module()
     _check_same(backbone, again, images, path)
 

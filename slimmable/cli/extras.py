@@ -1,4 +1,4 @@
-"""Optional packages of the command line: imported where they are needed, missed with a message that says how to go on."""
+"""Optional packages of the command line: imported where needed, missed with a message that says how to go on."""
 
 from __future__ import annotations
 

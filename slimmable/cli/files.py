@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from slimmable._errors import CheckpointError
@@ -21,24 +21,20 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     >>> target.read_text()
     'done'
     """
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise CheckpointError(_cannot_write(path, error)) from error
-    aside = Path(name)
+    aside = path.with_name(f".partial-{path.name}")
     try:
         write(aside)
         _sync(aside)
-        aside.chmod(0o644)  # mkstemp makes private files
         os.replace(aside, path)
-        _sync(path.parent)
+        if os.name == "posix":
+            _sync(path.parent)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise CheckpointError(_cannot_write(path, error)) from error
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -51,4 +47,4 @@ def _sync(path: Path) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> str:
     kept = "; the previous one is unharmed" if path.exists() else ""
-    return f"cannot write {path} ({error}){kept}. Make room or choose another --output, then go on with --resume"
+    return f"cannot write {path} ({error}){kept}"

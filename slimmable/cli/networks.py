@@ -66,7 +66,9 @@ def small_resnet(channels: int) -> nn.Module:
         in_chans=channels,
         num_classes=0,
     )
-    network.conv1[0].stride = (1, 1)  # type: ignore[index,union-attr]
+    first = network.get_submodule("conv1.0")
+    assert isinstance(first, nn.Conv2d)
+    first.stride = (1, 1)
     network.maxpool = nn.Identity()
     return network
 

@@ -12,11 +12,11 @@ from types import FrameType
 import torch
 
 from slimmable._errors import CheckpointError, UsageError
+from slimmable.cli.checkpoint import load_checkpoint, save_checkpoint
 from slimmable.cli.config import PretrainConfig
+from slimmable.cli.files import write_aside
 from slimmable.cli.progress import Progress, say
 from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, load_images, new_network, save_subnetworks
-from slimmable.cli.checkpoint import load_checkpoint, save_checkpoint
-from slimmable.cli.files import write_aside
 from slimmable.cli.training import Training
 
 INTERRUPTED = 130
@@ -43,11 +43,14 @@ def pretrain(config: PretrainConfig, folder: Path, device: torch.device, resume:
         f"{len(images.train)} images of {images.size} x {images.size} pixels for {config.epochs} epochs; "
         f"narrower widths join after {config.slow_start:.0%}"
     )
-    if not _train(training, checkpoint):
+    try:
+        if not _train(training, checkpoint):
+            raise KeyboardInterrupt
+        save_subnetworks(folder, training.network.backbone, config.widths)
+        say(evaluate_run(config, folder, training.network, images))
+    except KeyboardInterrupt:
         say(f"interrupted after step {training.step} of {training.steps}; go on with: {resume_command(folder)}")
         return INTERRUPTED
-    save_subnetworks(folder, training.network.backbone, config.widths)  # type: ignore[arg-type]
-    say(evaluate_run(config, folder, training.network, images))
     say(f"{folder} holds the results, after {time.monotonic() - begin:.0f} s")
     return 0
 

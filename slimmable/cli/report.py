@@ -89,7 +89,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
 
 
 def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:
-    """Write `metrics.csv`, `metrics.md` and `accuracy.png` into `folder`; each replaces the previous one when complete."""
+    """Write `metrics.csv`, `metrics.md` and `accuracy.png` into `folder`; each replaces the previous when complete."""
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))
     write_aside(folder / "metrics.md", lambda path: path.write_text(to_markdown(rows, pixels_knn)))
     plot(rows, pixels_knn, title, folder / "accuracy.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from slimmable.cli.networks import PretrainNetwork, build_network
 from slimmable.cli.progress import say
 from slimmable.cli.report import Row, to_markdown, write_report
 from slimmable.convert import extract, slimify
+from slimmable.profile import profile
 from slimmable.training.evaluate import evaluate_widths
 from slimmable.training.knn import knn_accuracy
 
@@ -71,20 +73,16 @@ def save_subnetworks(folder: Path, backbone: nn.Module, widths: Sequence[float])
     safetensors = require("safetensors.torch", "safetensors")
     for width in widths:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in extract(backbone, width).state_dict().items()}
-        write_aside(
-            folder / f"width-{width}.safetensors", lambda path, state=tensors: safetensors.save_file(state, path)
-        )
+        write_aside(folder / f"width-{width}.safetensors", partial(safetensors.save_file, tensors))
 
 
 def evaluate_run(config: PretrainConfig, folder: Path, network: PretrainNetwork, images: Images) -> str:
     """Evaluate `network` and the same network untrained, write the report, and return the table as Markdown."""
-    from slimmable.profile import profile
-
     device = next(network.parameters()).device
     data = (images.train, images.train_labels, images.test, images.test_labels)
     trained = evaluate_widths(network.backbone, *data)
     untrained = evaluate_widths(new_network(config, images.channels).to(device).backbone, *data)
-    cost = profile(network.backbone, (images.channels, images.size, images.size))
+    cost = profile(network.backbone, (images.channels, images.size, images.size), repeats=0)
     rows = [
         Row(row.width, row.parameters, row.macs, now.knn, now.linear, before.knn, before.linear)
         for row in cost.rows

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimmable._errors import UsageError
 from slimmable.cli.augment import augment
 from slimmable.cli.checkpoint import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.images import Images
+from slimmable.cli.networks import PretrainNetwork
 from slimmable.losses import OnlineDistillation, contrast, moco_logits
 from slimmable.training.moco import MoCo
 from slimmable.training.recipe import SlimRecipe
@@ -22,7 +23,7 @@ _WARM_UP = 0.05  # share of the steps over which the learning rate rises
 class Training:
     """The network with everything that a training step needs, and the number of steps done."""
 
-    def __init__(self, config: PretrainConfig, network: nn.Module, images: Images, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, network: PretrainNetwork, images: Images, device: torch.device) -> None:
         count = len(images.train)
         if config.batch_size > count:
             raise UsageError(f"--batch-size {config.batch_size} is more than the {count} training images")

@@ -35,8 +35,8 @@ def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: i
     try:
         with at_width(backbone, width):
             parts = []
-            for batch in images.split(batch_size):
-                scaled = batch.to(device)
+            for start in range(0, len(images), batch_size):
+                scaled = images[start : start + batch_size].to(device)
                 parts.append(backbone(scaled.float() / 255 if scaled.dtype == torch.uint8 else scaled).float())
             return torch.cat(parts)
     finally:

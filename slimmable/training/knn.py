@@ -45,7 +45,8 @@ def knn_accuracy(
         raise DataError(f"knn_accuracy: train has {bank.shape[1]} features, test {queries.shape[1]}")
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     right = 0
-    for features, labels in zip(queries.split(_CHUNK), test_labels.split(_CHUNK), strict=True):
+    for start in range(0, len(queries), _CHUNK):
+        features, labels = queries[start : start + _CHUNK], test_labels[start : start + _CHUNK]
         cosines, nearest = (features @ bank.T).topk(min(k, len(bank)))
         votes = features.new_zeros(len(features), classes)
         votes.scatter_add_(1, train_labels[nearest], ((cosines - cosines[:, :1]) / temperature).exp())

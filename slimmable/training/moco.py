@@ -62,10 +62,11 @@ class MoCo(nn.Module):
 
         Only parameters follow the network; BatchNorm statistics of the key encoder come from its own forward.
         """
-        own, others = list(self.key.parameters()), list(network.parameters())
+        own: list[Tensor] = list(self.key.parameters())
+        others: list[Tensor] = list(network.parameters())
         if len(own) != len(others):
             raise UsageError(
-                f"MoCo.keys: the network has {len(others)} parameters, the key encoder was copied from one with {len(own)}"
+                f"MoCo.keys: the network has {len(others)} parameters, the one copied as key encoder had {len(own)}"
             )
         torch._foreach_lerp_(own, others, 1 - self.momentum)
         if self.parts == 1:

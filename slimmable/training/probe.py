@@ -88,10 +88,12 @@ def train_probe(
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        for batch in torch.randperm(len(labels), generator=generator).to(device).split(batch_size):
+        order = torch.randperm(len(labels), generator=generator).to(device)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             scores = {width: probe.module_at(index)(scaled[width][batch]) for index, width in enumerate(widths)}
             optimizer.zero_grad()
-            probe_loss(scores, labels[batch]).backward()
+            probe_loss(scores, labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     _take_raw_features(probe, [features[width] for width in widths])
     return probe

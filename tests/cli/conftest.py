@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from slimmable.__main__ import main
+
+OPTIONS = ("--images", "64", "--batch-size", "16", "--epochs", "2", "--widths", "1", "0.5", "--device", "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Options of a run that takes seconds."""
+    return OPTIONS
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """The folder of a tiny run that went through without interruption."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["pretrain", *OPTIONS, "--output", str(folder)]) == 0
+    return folder

@@ -1,0 +1,112 @@
+"""What the commands say to input that they cannot use: one message, exit code 2, nothing made or changed."""
+
+import json
+
+import pytest
+
+from slimmable.__main__ import main
+
+
+def refused(capsys, *arguments):
+    """Run a command that must fail, and return what it says."""
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"slimmable {arguments[0]}: ")
+    assert "Traceback" not in output.err
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--widths", "0.5", "0.25"], "full width 1.0 is missing"),
+        (["--widths", "1", "0.5", "0.5"], "comes twice"),
+        (["--widths", "1", "0"], "not in (0, 1]"),
+        (["--widths", "1", "nan"], "not in (0, 1]"),
+        (["--widths", "1", "1.5"], "not in (0, 1]"),
+        (["--model", "resnet5O"], "Did you mean resnet50"),
+        (["--model", "qqqqqqqqqq"], "timm.list_models()"),
+        (["--model", "test_vit", "--image-size", "20"], "choose another --image-size"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--batch-size", "65"], "--batch-size 65 is more than the 64 training images"),
+        (["--image-size", "10"], "--image-size 20 or more"),
+        (["--learning-rate", "nan"], "--learning-rate must be positive"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--data", "/nonexistent/images"], "there is no such folder"),
+    ],
+)
+def test_pretrain_refuses(tmp_path, capsys, options, message):
+    output = tmp_path / "run"
+    assert message in refused(capsys, "pretrain", "--images", "64", *options, "--output", str(output))
+    assert not output.exists()
+
+
+def test_widths_that_are_no_numbers(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:  # argparse's own way out
+        main(["pretrain", "--widths", "1", "half", "--output", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    assert "invalid float value: 'half'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_that_exists(run, tiny, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    message = refused(capsys, "pretrain", *tiny, "--output", str(run))
+    assert "add --resume" in message
+    assert "--output" in message
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_resume_without_a_run(tmp_path, capsys):
+    message = refused(capsys, "pretrain", "--resume", "--output", str(tmp_path / "run"))
+    assert "is not the folder of a pre-training run" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_with_other_settings(run, capsys):
+    message = refused(capsys, "pretrain", "--resume", "--epochs", "9", "--widths", "1", "0.25", "--output", str(run))
+    assert "epochs: the run has 2, now 9" in message
+    assert "widths: the run has (1.0, 0.5), now (1.0, 0.25)" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model": "small-resnet"}', '{"colour": "blue"}'])
+def test_damaged_configuration(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json" in refused(capsys, "evaluate", str(tmp_path))
+
+
+def test_checkpoint_of_other_widths(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text()) | {"widths": [1.0, 0.75, 0.5]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoint.safetensors").write_bytes((run / "checkpoint.safetensors").read_bytes())
+    for command in (["evaluate", str(tmp_path)], ["pretrain", "--resume", "--output", str(tmp_path)]):
+        message = refused(capsys, *command)
+        assert "belongs to another model or other widths" in message
+        assert "narrow.1.weight is missing" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoint.safetensors"}
+
+
+def test_run_without_checkpoint(run, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert "there is no checkpoint" in refused(capsys, "extract", str(tmp_path), "--width", "0.5")
+
+
+def test_extract_at_an_unknown_width(run, capsys):
+    before = set(run.iterdir())
+    assert "Nearest is 0.5" in refused(capsys, "extract", str(run), "--width", "0.3")
+    assert set(run.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["profile", "plan"])
+def test_unknown_model(command, capsys):
+    assert "Did you mean" in refused(capsys, command, "resnet_18")
+
+
+def test_missing_package_names_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    message = refused(capsys, "pretrain", "--output", str(tmp_path / "run"))
+    assert 'pip install "slimmable[cli]"' in message
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,78 @@
+"""`extract`, `profile` and `plan`, and what the program says about itself."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import slimmable
+from slimmable.__main__ import main
+from slimmable.cli.networks import small_resnet
+
+LOAD = """
+import sys, torch
+sys.modules["slimmable"] = None  # importing it would fail
+program = torch.export.load(sys.argv[1]).module()
+torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+def features(run, width, images):
+    example = torch.zeros(2, 1, 24, 24)
+    small = slimmable.extract(slimmable.slimify(small_resnet(1), (1.0, 0.5), example_inputs=example), width)
+    small.load_state_dict(load_file(run / f"width-{width}.safetensors"))
+    with torch.no_grad():
+        return small.eval()(images)
+
+
+def test_program_runs_without_slimmable(run, tmp_path, images):
+    assert main(["extract", str(run), "--width", "0.5", "--format", "pt2", "--output", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["width-0.5.pt2"]
+    torch.save(images, tmp_path / "in.pt")
+    files = [str(tmp_path / name) for name in ("width-0.5.pt2", "in.pt", "out.pt")]
+    subprocess.run([sys.executable, "-c", LOAD, *files], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), features(run, 0.5, images))
+
+
+def test_onnx_program(run, tmp_path, images):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    assert main(["extract", str(run), "--width", "1", "--format", "onnx", "--output", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["width-1.0.onnx"]
+    session = runtime.InferenceSession(tmp_path / "width-1.0.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), features(run, 1.0, images), rtol=1e-4, atol=1e-5)
+
+
+def test_profile_prints_and_writes_the_table(tmp_path, capsys):
+    path = tmp_path / "costs.csv"
+    options = ["--widths", "1", "0.5", "--image-size", "32", "--csv", str(path)]
+    assert main(["profile", "resnet10t", *options]) == 0
+    assert "MACs" in capsys.readouterr().out
+    header, full, half = path.read_text().splitlines()
+    assert header.startswith("width,parameters,macs")
+    assert full.startswith("1.0,")
+    assert half.startswith("0.5,")
+    assert int(half.split(",")[2]) < 0.34 * int(full.split(",")[2])
+
+
+def test_plan_prints_what_is_pinned(capsys):
+    assert main(["plan", "resnet10t", "--widths", "1", "0.5"]) == 0
+    output = capsys.readouterr().out
+    assert "kept at 1.0, 0.5" in output
+    assert "fc.weight[0]" in output
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("pretrain", "evaluate", "extract", "profile", "plan"))

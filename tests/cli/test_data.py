@@ -1,0 +1,159 @@
+"""The embedded digits, image folders, and random views."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from slimmable import DataError
+from slimmable.__main__ import main
+from slimmable.cli import digits
+from slimmable.cli.augment import augment
+from slimmable.cli.digits import cluttered_digits
+from slimmable.cli.folder import folder_images
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(20, 40), st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_digits_are_the_same_for_the_same_seed(train, test, size, seed):
+    images, again = (cluttered_digits(train, test, size, seed) for _ in range(2))
+    assert images.train.shape == (train, 1, size, size)
+    assert images.test.shape == (test, 1, size, size)
+    assert torch.equal(images.train, again.train)
+    assert torch.equal(images.test, again.test)
+    assert (images.train.flatten(1).amax(1) > 100).all()  # something is drawn on every one
+    assert not torch.equal(images.train, cluttered_digits(train, test, size, seed + 1).train)
+
+
+def test_train_and_test_come_from_different_digits(monkeypatch):
+    drawn = []
+
+    def record(all_digits, chosen, clutter, size, generator):
+        drawn.append((set(chosen.tolist()), set(clutter.tolist())))
+        return torch.zeros(len(chosen), 1, size, size)
+
+    monkeypatch.setattr(digits, "_draw", record)
+    images = cluttered_digits()
+    (train, train_clutter), (test, test_clutter) = drawn
+    assert not (train | train_clutter) & (test | test_clutter)
+    assert len(train_clutter | test_clutter) == 1797
+    for labels in (images.train_labels, images.test_labels):
+        counts = labels.bincount()
+        assert len(counts) == 10
+        assert counts.min() > 0.7 * counts.max()
+
+
+def write(path, colour, size=(12, 9)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.tuples(st.integers(2, 6), st.integers(0, 3)), min_size=1),
+    st.integers(8, 20),
+)
+@settings(max_examples=10, deadline=None)
+def test_folder_reads_every_good_file_and_names_the_others(tmp_path_factory, counts, size):
+    root = tmp_path_factory.mktemp("images")
+    for name, (good, broken) in counts.items():
+        for number in range(good):
+            write(root / name / f"{number}.png", (10 * number, ord(name), 0))
+        for number in range(broken):
+            (root / name / f"broken{number}.jpg").write_bytes(b"no image")
+    said = []
+    images = folder_images(root, size, 0, said.append)
+    assert images.classes == tuple(sorted(counts))
+    assert images.train.shape[1:] == images.test.shape[1:] == (3, size, size)
+    assert len(images.train) + len(images.test) == sum(good for good, _ in counts.values())
+    for stack, labels in ((images.train, images.train_labels), (images.test, images.test_labels)):
+        for image, label in zip(stack, labels, strict=True):  # the colour tells the class
+            assert chr(image[1, 0, 0]) == images.classes[label]
+    total = sum(broken for _, broken in counts.values())
+    assert len(said) == bool(total)
+    if total:
+        assert f"left out {total} files" in said[0]
+        assert said[0].count("broken") >= min(total, 10)
+
+
+def test_folder_with_its_own_split(tmp_path):
+    for part, colour in (("train", 10), ("val", 20)):
+        for name in ("cat", "dog"):
+            write(tmp_path / part / name / "1.png", (colour, 0, 0))
+    images = folder_images(tmp_path, 8, 0, print)
+    assert images.classes == ("cat", "dog")
+    assert set(images.train[:, 0].unique().tolist()) == {10}
+    assert set(images.test[:, 0].unique().tolist()) == {20}
+
+
+def test_centre_of_a_long_image_is_kept(tmp_path):
+    picture = np.zeros((10, 30, 3), np.uint8)
+    picture[:, 10:20] = 200
+    for number in range(2):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "one" / f"{number}.png")
+    images = folder_images(tmp_path, 10, 0, print)
+    assert (images.train == 200).all()
+
+
+def test_folder_without_images(tmp_path):
+    with pytest.raises(DataError, match="holds no images; expected one folder per class"):
+        folder_images(tmp_path, 8, 0, print)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="no image left to train on; 1 files were found"):
+        folder_images(tmp_path, 8, 0, print)
+
+
+def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(0, 256, (20, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "cat" / "broken.png").write_bytes(b"broken")
+    options = [*tiny, "--batch-size", "8", "--epochs", "1", "--data", str(tmp_path / "images")]
+    assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 0
+    output = capsys.readouterr().out
+    assert "left out 1 files that cannot be read" in output
+    assert "broken.png" in output
+    assert (tmp_path / "run" / "metrics.csv").exists()
+    assert main(["extract", str(tmp_path / "run"), "--width", "0.5", "--format", "pt2"]) == 0
+
+
+@given(st.integers(1, 6), st.sampled_from([1, 3]), st.integers(8, 30), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_views_are_random_images(batch, channels, size, mirror):
+    images = torch.randint(0, 256, (batch, channels, size, size), dtype=torch.uint8)
+    before = images.clone()
+    torch.manual_seed(0)
+    first, second = augment(images, mirror=mirror), augment(images, mirror=mirror)
+    assert first.shape == images.shape
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert not torch.equal(first, second)
+    assert torch.equal(images, before)
+    torch.manual_seed(0)
+    assert torch.equal(augment(images, mirror=mirror), first)
+
+
+def test_each_image_of_a_batch_gets_its_own_view():
+    images = torch.randint(0, 256, (1, 1, 24, 24), dtype=torch.uint8).expand(16, -1, -1, -1)
+    views = augment(images, mirror=False)
+    assert len(views.flatten(1).unique(dim=0)) == 16
+
+
+def test_only_mirrored_views_have_left_and_right_exchanged():
+    image = torch.zeros(1, 1, 24, 24, dtype=torch.uint8)
+    image[..., :8] = 255
+    images = image.expand(200, -1, -1, -1)
+
+    def on_the_right(mirror):
+        views = augment(images, mirror=mirror)
+        return (views[..., 16:].sum((1, 2, 3)) > views[..., :8].sum((1, 2, 3))).float().mean()
+
+    torch.manual_seed(0)
+    assert on_the_right(False) == 0
+    assert 0.3 < on_the_right(True) < 0.7

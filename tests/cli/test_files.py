@@ -1,0 +1,117 @@
+"""A write that fails half-way leaves the previous file, and nothing else."""
+
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from slimmable import CheckpointError
+from slimmable.cli.checkpoint import (
+    load_checkpoint,
+    load_exactly,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from slimmable.cli.files import write_aside
+
+
+def half_written(error):
+    def write(path):
+        path.write_text("hal")
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(OSError(28, "No space left"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_previous_file_survives(tmp_path, error, seen):
+    path = tmp_path / "note.txt"
+    write_aside(path, lambda aside: aside.write_text("first"))
+    with pytest.raises(seen):
+        write_aside(path, half_written(error))
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["note.txt"]
+
+
+def test_what_a_killed_write_left_behind_is_replaced(tmp_path):
+    path = tmp_path / "note.txt"
+    (tmp_path / ".partial-note.txt").write_text("a longer text than the new one")
+    write_aside(path, lambda aside: aside.write_text("done"))
+    assert path.read_text() == "done"
+    assert os.listdir(tmp_path) == ["note.txt"]
+
+
+@pytest.fixture
+def no_room():
+    """Files may not grow beyond 4 KiB, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_keeps_the_checkpoint(tmp_path, request):
+    path = tmp_path / "checkpoint.safetensors"
+    network = nn.Linear(64, 64)
+    save_checkpoint(path, network, {"queue": torch.ones(3)}, step=7)
+    before = network.weight.detach().clone()
+    request.getfixturevalue("no_room")
+    nn.init.zeros_(network.weight)
+    with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint.safetensors .*previous one is unharmed"):
+        save_checkpoint(path, network, {"queue": torch.ones(3)}, step=8)
+    found = load_checkpoint(path)
+    assert found.step == 7
+    assert torch.equal(found.network["weight"], before)
+    assert os.listdir(tmp_path) == ["checkpoint.safetensors"]
+
+
+def test_checkpoint_of_another_model_lists_what_differs(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, nn.Linear(4, 8), {}, step=1)
+    other = nn.Linear(5, 8, bias=False)
+    before = other.weight.detach().clone()
+    with pytest.raises(CheckpointError) as caught:
+        load_exactly(other, load_checkpoint(path).network, "the checkpoint")
+    assert "bias is not part of the model" in str(caught.value)
+    assert "weight has shape (8, 4), the model's has (8, 5)" in str(caught.value)
+    assert torch.equal(other.weight, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x10\0\0\0\0\0\0\0{}"])
+def test_damaged_checkpoint(tmp_path, content):
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|is not a checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_optimizer_goes_on_exactly(kind):
+    def step(network, optimizer):
+        optimizer.zero_grad()
+        network(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+
+    def fresh():
+        torch.manual_seed(0)
+        network = nn.Linear(3, 2)
+        return network, kind(network.parameters(), lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+
+    network, optimizer = fresh()
+    for _ in range(3):
+        step(network, optimizer)
+    other, resumed = fresh()
+    other.load_state_dict(network.state_dict())
+    load_optimizer_tensors(resumed, {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()})
+    for _ in range(3):
+        step(network, optimizer)
+        step(other, resumed)
+    assert torch.equal(network.weight, other.weight)

@@ -1,0 +1,148 @@
+"""The main job end to end in a tiny setting: what it writes, and that it can be stopped anywhere."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import slimmable
+from slimmable.__main__ import main
+from slimmable.cli.checkpoint import load_checkpoint
+from slimmable.cli.networks import small_resnet
+from slimmable.cli.training import Training
+
+
+def assert_same_results(folder, other):
+    assert (folder / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    ours, theirs = (load_file(path / "checkpoint.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_run_folder(run):
+    names = {path.name for path in run.iterdir()}
+    subnetworks = {"width-1.0.safetensors", "width-0.5.safetensors"}
+    assert names == {"config.json", "checkpoint.safetensors", "metrics.csv", "metrics.md", "accuracy.png"} | subnetworks
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["width", "parameters", "macs", "knn", "linear", "untrained_knn", "untrained_linear"]
+    assert [float(row["width"]) for row in rows] == [1.0, 0.5]
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in list(row)[3:])
+    assert (run / "metrics.md").read_text().startswith("| width | parameters | MACs |")
+    assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_subnetworks_are_what_the_checkpoint_extracts(run):
+    example = torch.zeros(2, 1, 24, 24)
+    backbone = slimmable.slimify(small_resnet(1), (1.0, 0.5), example_inputs=example)
+    tensors = load_checkpoint(run / "checkpoint.safetensors").network
+    prefix = "backbone."
+    backbone.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
+    with open(run / "metrics.csv") as file:
+        counts = {float(row["width"]): int(row["parameters"]) for row in csv.DictReader(file)}
+    for width in (1.0, 0.5):
+        small = slimmable.extract(backbone, width)
+        assert sum(parameter.numel() for parameter in small.parameters()) == counts[width]
+        small.load_state_dict(load_file(run / f"width-{width}.safetensors"))
+        with slimmable.at_width(backbone.eval(), width):
+            torch.testing.assert_close(small.eval()(example + 0.5), backbone(example + 0.5), rtol=0, atol=0)
+
+
+def interrupt_after(steps, monkeypatch):
+    take_step = Training.take_step
+
+    def counted(self):
+        losses = take_step(self)
+        if self.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return losses
+
+    monkeypatch.setattr(Training, "take_step", counted)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 6], ids=["slow start", "end of epoch", "all widths"])
+def test_interrupted_run_goes_on_to_the_same_numbers(tiny, run, tmp_path, monkeypatch, capsys, steps):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(steps, patch)
+        assert main(["pretrain", *tiny, "--output", str(folder)]) == 130
+    assert f"go on with: slimmable pretrain --output {folder} --resume" in capsys.readouterr().out
+    assert load_checkpoint(folder / "checkpoint.safetensors").step == steps
+    assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu"]) == 0
+    assert_same_results(folder, run)
+
+
+def test_killed_run_goes_on_to_the_same_numbers(tiny, run, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "slimmable", "pretrain", *tiny, "--output", str(folder)]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    _, errors = process.communicate()
+    assert (folder / "checkpoint.safetensors").exists(), errors.decode()
+    assert main(["pretrain", *tiny, "--output", str(folder), "--resume"]) == 0
+    assert_same_results(folder, run)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(tiny, run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def die(self):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "take_step", die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main(["pretrain", *tiny, "--output", str(folder)])
+    assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu"]) == 0
+    assert_same_results(folder, run)
+
+
+def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"}
+    assert main(["pretrain", "--output", str(run), "--resume", "--device", "cpu"]) == 0
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"} == before
+
+
+def test_evaluate_gives_the_numbers_of_the_run(run, capsys):
+    before = (run / "metrics.csv").read_text()
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert (run / "metrics.md").read_text() in capsys.readouterr().out
+    assert (run / "metrics.csv").read_text() == before
+
+
+def test_another_seed_gives_another_run(tiny, run, tmp_path):
+    assert main(["pretrain", *tiny, "--seed", "1", "--output", str(tmp_path / "run")]) == 0
+    ours, theirs = (load_file(folder / "width-1.0.safetensors") for folder in (run, tmp_path / "run"))
+    assert not torch.equal(ours["layer1.0.conv1.weight"], theirs["layer1.0.conv1.weight"])
+
+
+def test_timm_model_with_dropout_resumes_to_the_same_numbers(tiny, tmp_path, monkeypatch):
+    """A vision transformer with a fixed image size; its random depth draws from the same seeded numbers."""
+    options = ("--model", "test_vit", "--image-size", "32", *tiny)
+    make = small_network_with_dropout
+    monkeypatch.setattr("slimmable.cli.networks.timm_backbone", make)
+    assert main(["pretrain", *options, "--output", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 130
+    assert main(["pretrain", "--output", str(tmp_path / "run"), "--resume", "--device", "cpu"]) == 0
+    assert_same_results(tmp_path / "run", tmp_path / "whole")
+
+
+def small_network_with_dropout(name, channels, image_size, **settings) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, in_chans=channels, img_size=image_size, num_classes=0, proj_drop_rate=0.2)

@@ -1,0 +1,103 @@
+"""The queue and the momentum encoder; whole published steps are in `test_published_steps.py`."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import slimmable
+from slimmable import DataError
+from slimmable._errors import UsageError
+from slimmable.training import MoCo
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 12), max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_queue_holds_the_newest_keys(size, batches):
+    moco = MoCo(nn.Linear(2, 3), dim=3, queue_size=size)
+    held = list(moco.queue.T.clone())  # from the oldest on
+    for count in (min(count, size) for count in batches):
+        keys = torch.randn(count, 3)
+        moco.enqueue(keys)
+        held = (held + list(keys))[-size:]
+    start = int(moco.position)
+    torch.testing.assert_close(moco.queue.T.roll(-start, 0), torch.stack(held), rtol=0, atol=0)
+
+
+@given(st.floats(0, 1), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_key_encoder_is_the_moving_average(momentum, steps):
+    network = nn.Linear(2, 3).double()
+    moco = MoCo(network, dim=3, queue_size=4, momentum=momentum)
+    expected = network.weight.detach().clone()
+    for _ in range(steps):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(3, 2, dtype=torch.double))
+        keys = moco.keys(network, torch.ones(5, 2, dtype=torch.double))
+        expected = momentum * expected + (1 - momentum) * network.weight.detach()
+        torch.testing.assert_close(moco.key.weight, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(keys.norm(dim=1), torch.ones(5, dtype=torch.double))
+    assert not keys.requires_grad
+
+
+@given(st.integers(1, 9), st.integers(2, 12))
+@settings(max_examples=20, deadline=None)
+def test_parts_change_the_statistics_only(parts, batch):
+    """Without statistics of the batch, parts in random order give each image the same key as the whole."""
+    network = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    images = torch.randn(batch, 2, dtype=torch.double)
+    whole = MoCo(network, dim=3, queue_size=4).keys(network, images)
+    torch.testing.assert_close(MoCo(network, dim=3, queue_size=4, parts=parts).keys(network, images), whole)
+
+
+def test_parts_do_not_share_batch_statistics():
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3))
+    images = torch.randn(8, 2)
+    torch.manual_seed(0)
+    whole = MoCo(network, dim=3, queue_size=4).keys(network, images)
+    moco = MoCo(network, dim=3, queue_size=4, parts=2)
+    assert not torch.allclose(moco.keys(network, images), whole)
+    assert moco.key[0].num_batches_tracked == 2
+
+
+def test_key_encoder_stays_at_the_full_width():
+    network = slimmable.slimify(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (1.0, 0.5), example_inputs=torch.zeros(2, 4)
+    )
+    moco = MoCo(network, dim=3, queue_size=4)
+    images = torch.randn(2, 4)
+    keys = moco.keys(network, images)
+    slimmable.set_width(network, 0.5)
+    torch.testing.assert_close(moco.keys(network, images), keys, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in moco.key.parameters())
+
+
+def test_state_dict_goes_on_exactly():
+    network = nn.Linear(2, 3)
+    moco, other = (MoCo(network, dim=3, queue_size=5) for _ in range(2))
+    moco.enqueue(torch.randn(3, 3))
+    other.load_state_dict(moco.state_dict())
+    for copy in (moco, other):
+        copy.enqueue(torch.ones(4, 3))
+    assert torch.equal(moco.queue, other.queue)
+    assert moco.position == other.position == 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dim": 0}, {"queue_size": 0}, {"parts": 0}, {"momentum": 1.5}, {"momentum": float("nan")}]
+)
+def test_refused_settings(settings):
+    with pytest.raises(UsageError, match=f"MoCo: {next(iter(settings))}"):
+        MoCo(nn.Linear(2, 3), **{"dim": 3, "queue_size": 4} | settings)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4), (3,)])
+def test_refused_keys(shape):
+    moco = MoCo(nn.Linear(2, 3), dim=3, queue_size=4)
+    before = moco.queue.clone()
+    with pytest.raises(DataError, match=r"do not fit a queue of shape \(3, 4\)"):
+        moco.enqueue(torch.zeros(shape))
+    assert torch.equal(moco.queue, before)
+    with pytest.raises(UsageError, match="the network has 4 parameters"):
+        moco.keys(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)), torch.zeros(1, 2))
