@@ -53,7 +53,9 @@ def is_slim(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that the module has without its view.
+    """Return the class that the module has without its view; for our own layers it is torch's.
+
+    A subclass of one of our layers stays, since it may have a forward of its own.
 
     >>> linear = nn.Linear(4, 4)
     >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {})
@@ -61,7 +63,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     (False, True)
     """
     base = getattr(type(module), "_slim_base", type(module))
-    return cast("type[nn.Module]", getattr(base, "_slim_plain", base))
+    return cast("type[nn.Module]", base.__dict__.get("_slim_plain", base))
 
 
 def install_view(

@@ -65,16 +65,16 @@ def test_each_width_is_an_independent_norm(affine, track, momentum, eps, trainin
         x = x_at(index, **F64)
         x0, x1 = x.clone().requires_grad_(), x.clone().requires_grad_()
         out, expected = norm(x0), alone[index](x1)
-        assert torch.equal(out, expected)
+        assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
         out.square().sum().backward()
         expected.square().sum().backward()
-        assert torch.equal(x0.grad, x1.grad)
+        assert torch.allclose(x0.grad, x1.grad, rtol=1e-12, atol=1e-12)
     for index, plain in enumerate(alone):
         for key, tensor in plain.state_dict(keep_vars=True).items():
             mine = norm.norm_at(index).state_dict(keep_vars=True)[key]
-            assert torch.equal(mine, tensor)
+            assert torch.allclose(mine, tensor, rtol=1e-12)
             assert (mine.grad is None) == (tensor.grad is None)
-            assert tensor.grad is None or torch.equal(mine.grad, tensor.grad)
+            assert tensor.grad is None or torch.allclose(mine.grad, tensor.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_names_are_torchs_and_narrow():
@@ -139,6 +139,13 @@ def test_strict_errors_name_what_the_state_dict_names():
     result = model.load_state_dict({k: v for k, v in state.items() if k != "1.running_mean"}, strict=False)
     assert set(result.missing_keys) == {"1.bias", "1.narrow.0.weight", "1.running_mean"}
     assert result.unexpected_keys == ["1.extra"]
+
+
+def test_a_missing_counter_is_reported_as_by_torch():
+    for model in (nn.Sequential(random_norm()), nn.Sequential(switched())):
+        state = model.state_dict()
+        del state["0.num_batches_tracked"]
+        assert model.load_state_dict(state, strict=False).missing_keys == ["0.num_batches_tracked"]
 
 
 def test_sync_converters_replace_every_inner_norm():

@@ -209,6 +209,18 @@ def test_sizes_are_for_extraction_only():
     assert narrow_values(linear, 1) == {"in_features": 2}
 
 
+def test_class_attribute_becomes_the_modules_own():
+    class Fixed(nn.Module):
+        size = 4
+
+    module = Fixed()
+    install_view(module, WIDTHS, {}, {"size": (4, 2, 1)})
+    assert module.size == 4
+    set_width(module, 0.25)
+    assert module.size == 1
+    assert Fixed.size == 4
+
+
 def test_marked_only_keeps_its_class():
     module = nn.ReLU()
     install_view(module, WIDTHS, {}, {})
