@@ -23,7 +23,7 @@ def set_width(model: nn.Module, width: float) -> None:
         WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
         ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
 
-    >>> from slimmable.layers import SlimLinear
+    >>> from slimmable import SlimLinear
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> set_width(layer, 0.5)
     >>> layer.weight.shape
@@ -40,7 +40,7 @@ def at_width(model: nn.Module, width: float) -> Iterator[None]:
 
     Raises: as `set_width`.
 
-    >>> from slimmable.layers import SlimLinear
+    >>> from slimmable import SlimLinear
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> with at_width(layer, 0.5):
     ...     width_of(layer)
@@ -94,7 +94,7 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
     Raises: ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
 
     >>> import torch
-    >>> from slimmable.layers import SlimLinear
+    >>> from slimmable import SlimLinear
     >>> outputs = run_widths(SlimLinear(3, 4, widths=(1.0, 0.5), slim_in=False), torch.zeros(2, 3))
     >>> {width: tuple(output.shape) for width, output in outputs.items()}
     {1.0: (2, 4), 0.5: (2, 2)}
@@ -112,7 +112,7 @@ class AllWidths(nn.Module):
     """`run_widths` as a module, so that wrappers such as DDP see one forward for all widths.
 
     >>> import torch
-    >>> from slimmable.layers import SlimLinear
+    >>> from slimmable import SlimLinear
     >>> every = AllWidths(SlimLinear(3, 4, widths=(1.0, 0.5), slim_in=False))
     >>> list(every(torch.zeros(2, 3)))
     [1.0, 0.5]

@@ -100,7 +100,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         WidthError: if `widths` cannot be used, or need more than there is with `overlap=False`.
 
     >>> import torch
-    >>> from slimmable.width import at_width
+    >>> from slimmable import at_width
     >>> conv = SlimConv2d(3, 8, 3, widths=(1.0, 0.5), slim_in=False)
     >>> with at_width(conv, 0.5):
     ...     conv(torch.zeros(1, 3, 8, 8)).shape

@@ -31,7 +31,7 @@ class SlimLinear(nn.Linear):
     Raises:
         WidthError: if `widths` cannot be used, or need more than there is with `overlap=False`.
 
-    >>> from slimmable.width import set_width
+    >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> set_width(layer, 0.5)
     >>> layer, layer.weight.shape

@@ -27,7 +27,7 @@ class SlimLayerNorm(nn.LayerNorm):
         WidthError: if `widths` cannot be used.
 
     >>> import torch
-    >>> from slimmable.width import at_width
+    >>> from slimmable import at_width
     >>> norm = SlimLayerNorm(8, widths=(1.0, 0.5))
     >>> with at_width(norm, 0.5):
     ...     norm(torch.randn(2, 4)).shape
@@ -83,7 +83,7 @@ class SlimGroupNorm(nn.GroupNorm):
     Raises:
         WidthError: if `widths` cannot be used.
 
-    >>> from slimmable.width import at_width
+    >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
     >>> with at_width(norm, 0.5):
     ...     norm.num_groups, tuple(norm.weight.shape)

@@ -33,7 +33,7 @@ class SwitchableProbe(SwitchableContainer):
         WidthError: if `widths` cannot be used.
 
     >>> import torch
-    >>> from slimmable.width import at_width
+    >>> from slimmable import at_width
     >>> probe = SwitchableProbe(8, 10, (1.0, 0.5))
     >>> with at_width(probe, 0.5):
     ...     probe(torch.zeros(2, 4)).shape
