@@ -1,0 +1,134 @@
+"""What the benchmarks share: timing side by side on a noisy machine, and result files that say how they were made."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import slimmable
+
+
+@dataclass
+class Times:
+    """What each round took, in ms: by the clock on the wall, and of processor time in all threads."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, Times]:
+    """Time the calls in turn, A B C, B C A, C A B, ..., for about `seconds` and at least `least` rounds.
+
+    What disturbs the machine for longer than one round disturbs all of them, so that the ratios within a round are
+    steadier than the times. One untimed round comes first. The rounds are a multiple of the number of calls: each
+    is first, second, ... equally often.
+    """
+    names = list(calls)
+    times = {name: Times() for name in names}
+    for name in names:
+        calls[name]()
+    gc.collect()
+    gc.disable()
+    try:
+        end, rounds = time.perf_counter() + seconds, 0
+        while rounds < least or rounds % len(names) or time.perf_counter() < end:
+            first = rounds % len(names)
+            for name in names[first:] + names[:first]:
+                wall, cpu = time.perf_counter(), time.process_time()
+                calls[name]()
+                times[name].cpu.append((time.process_time() - cpu) * 1000)
+                times[name].wall.append((time.perf_counter() - wall) * 1000)
+            rounds += 1
+    finally:
+        gc.enable()
+    return times
+
+
+def compare(times: Times, baseline: Times) -> dict[str, float]:
+    """Return the median of the ratios within each round, in processor time with a 95 % interval, and on the wall.
+
+    Processor time is what counts on a machine that does other work too: waiting for a core is not in it.
+    """
+    ratios = sorted(a / b for a, b in zip(times.cpu, baseline.cpu, strict=True))
+    n = len(ratios)
+    half = 0.98 * n**0.5  # 1.96 standard deviations of the rank of the median
+    named = {
+        "ratio": statistics.median(ratios),
+        "low": ratios[max(0, int(n / 2 - half))],
+        "high": ratios[min(n - 1, int(n / 2 + half))],
+        "wall_ratio": statistics.median(a / b for a, b in zip(times.wall, baseline.wall, strict=True)),
+        "baseline_cpu_ms": statistics.median(baseline.cpu),
+    }
+    return {name: round(value, 4) for name, value in named.items()} | {"rounds": n}
+
+
+def environment() -> dict[str, Any]:
+    """Return the command, the versions and the machine."""
+    return {
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "versions": {
+            "slimmable": slimmable.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+        "dtype": str(torch.get_default_dtype()),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_result(folder: Path, name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write one result file with the environment and the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"name": name, **environment(), **more, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Read all result files of a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """Say in one line where the numbers of a result come from."""
+    machine, versions = result["machine"], result["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {named}; {result['date']}"
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else sys.argv[0]
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
