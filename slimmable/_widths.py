@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Real
 
 from slimmable._errors import WidthError
@@ -28,7 +29,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
         if not 0 < width <= 1:  # also false for NaN
             raise WidthError(f"width {width} in {given} is not in (0, 1]; a width is a share of the full network")
     found = sorted((float(width) for width in given), reverse=True)
-    for wider, narrower in zip(found, found[1:], strict=False):
+    for wider, narrower in pairwise(found):
         if wider == narrower:
             raise WidthError(f"width {wider} comes twice in {given}")
     if found[0] != 1.0:
@@ -59,7 +60,9 @@ def width_index(width: float, widths: Sequence[float]) -> int:
 def kept_units(units: int, width: float, round_to: int = 1) -> int:
     """Return how many of `units` are kept at `width`: the nearest multiple of `round_to`, at least one of it.
 
-    >>> kept_units(64, 0.5), kept_units(10, 0.01), kept_units(20, 0.5, round_to=8)
-    (32, 1, 8)
+    >>> kept_units(64, 0.5), kept_units(10, 0.01), kept_units(20, 0.5, round_to=8), kept_units(20, 1.0, round_to=8)
+    (32, 1, 8, 20)
     """
+    if width == 1:
+        return units
     return min(units, max(round_to, round(width * units / round_to) * round_to))

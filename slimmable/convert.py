@@ -8,16 +8,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from torch.utils._pytree import tree_leaves
 
 from slimmable._errors import ConversionError
 from slimmable._inputs import Inputs, example_of
 from slimmable._widths import check_widths, width_index
 from slimmable.analysis._sizes import layer_sizes
-from slimmable.analysis._trace import FakeModel, output_tensors
+from slimmable.analysis._trace import FakeModel, left_behind, output_tensors
 from slimmable.analysis.ordering import magnitude_order, permute
 from slimmable.analysis.plan import Kept, Plan, make_plan
 from slimmable.layers._container import SwitchableContainer
@@ -236,10 +234,11 @@ def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] |
             per_width = next((kept for kept in own.values() if len(kept[0]) == 1), None)
             if per_width is not None:
                 norms[id(module)] = _switched(module, found.widths, [axes[0] for axes in per_width], before.get(path))
-        elif module._parameters or module._buffers or path in found.values:
+        elif module._parameters or module._buffers or path in found.values or path in found.caches:
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values = found.values.get(path, {})
-            install_view(module, found.widths, cut, values, layer_sizes(module, cut, values))
+            caches = found.caches.get(path, ())
+            install_view(module, found.widths, cut, values, layer_sizes(module, cut, values), caches)
     root = _replace(model, norms)
     root.__dict__["_slim_root"] = True
     return root
@@ -267,8 +266,6 @@ def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy; tensors that a forward with gradient has left behind are copied without their history."""
     memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in tree_leaves(module.__dict__):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
+    for key, value in left_behind(model).items():
+        memo.setdefault(key, value.detach().clone())
     return copy.deepcopy(model, memo)

@@ -117,7 +117,7 @@ class Context:
         width divides (whole attention heads), else on the largest; `choices` picks another one.
         """
         result: list[Ids | None] = [None] * len(shape)
-        able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (size is None or size == -1 or type(size) is not int)]
+        able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (type(size) is not int or size == -1)]
         if not able:
             self.pin(ids, f"is folded to constants {tuple(shape)}")
             return result
@@ -155,5 +155,3 @@ class Context:
         assert ids is not None
         flat: Ids = pattern(shape, carrier, ids).reshape(-1)
         return flat
-
-

@@ -115,15 +115,15 @@ class TracedInt(int):
 def _binary(name: str) -> tuple[Callable[[TracedInt, Any], Any], Callable[[TracedInt, Any], Any]]:
     plain = _OPERATIONS[name]
 
+    def traced(self: TracedInt, left: int, right: int) -> TracedInt:
+        expression = Expression(name, (express(left), express(right)))
+        return TracedInt(plain(int(left), int(right)), expression, self.on_equal)
+
     def forward(self: TracedInt, other: Any) -> Any:
-        if not isinstance(other, int):
-            return getattr(int, f"__{name}__")(self, other)
-        return TracedInt(plain(int(self), int(other)), Expression(name, (self.expression, express(other))), self.on_equal)
+        return traced(self, self, other) if isinstance(other, int) else getattr(int, f"__{name}__")(self, other)
 
     def reflected(self: TracedInt, other: Any) -> Any:
-        if not isinstance(other, int):
-            return getattr(int, f"__r{name}__")(self, other)
-        return TracedInt(plain(int(other), int(self)), Expression(name, (express(other), self.expression)), self.on_equal)
+        return traced(self, other, self) if isinstance(other, int) else getattr(int, f"__r{name}__")(self, other)
 
     return forward, reflected
 

@@ -113,7 +113,8 @@ class Labels:
         for role, ids in zip(draw, self.roles, strict=True):
             np.add.at(signature, self.find(ids), role)
         everything = np.arange(len(self))
-        slim = everything[(self.find(everything) == everything) & self._produced[everything] & ~self._pinned[everything]]
+        roots = everything[self.find(everything) == everything]
+        slim = roots[self._produced[roots] & ~self._pinned[roots]]
         order = np.argsort(signature[slim], kind="stable")
         cuts = np.flatnonzero(np.diff(signature[slim][order])) + 1
         found = [np.sort(group) for group in np.split(slim[order], cuts) if len(group)]

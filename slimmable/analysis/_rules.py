@@ -195,8 +195,9 @@ def fourier(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tens
 
 
 @rule(
-    "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "scalar_tensor",
-    "new_empty_strided", "empty_strided", "randint", "randperm", "linspace", "eye", "arange", "empty_permuted",
+    "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
+    "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace", "eye",
+    "arange",
 )  # fmt: skip
 def factory(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
     """A new tensor's axis follows the size that it was asked with, if the values do not depend on the position."""

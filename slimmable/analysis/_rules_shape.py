@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from slimmable.analysis._context import Context
@@ -40,7 +41,7 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
         return nothing
     given = list(ctx.call.args[1:]) + [v for k, v in ctx.call.kwargs.items() if k in ("size", "shape", "sizes")]
     if ctx.call.name == "unflatten":
-        dim, sizes = (given + [ctx.call.kwargs.get("dim")])[:2] if len(given) > 1 else (ctx.call.kwargs.get("dim"), given[0])
+        dim, sizes = given if len(given) == 2 else (ctx.call.kwargs["dim"], given[0])
         front = int(dim) % (out.ndim - len(sizes) + 1)
         return nothing[:front] + list(sizes) + nothing[front + len(sizes) :]
     sizes = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
@@ -55,14 +56,14 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     source = args[0]
     sizes = _size_arguments(ctx, {"view", "reshape", "unflatten"}, out)
     before, after = ctx.axes(source), [None] * out.ndim  # type: list[Ids | None], list[Ids | None]
-    if out.numel() == 0 or len(args) > 1 and not isinstance(args[1], (list, tuple)):
+    if out.numel() == 0 or not isinstance(args[1], (list, tuple)):  # nothing to label, or another dtype
         return unknown(ctx, args, kwargs, out)
     for a, b in _blocks(source.shape, out.shape):
         ids = ctx.fold([before[i] for i in a], [source.shape[i] for i in a])
-        if ids is None:
-            continue
-        for axis, labels in zip(b, ctx.split(ids, [out.shape[i] for i in b], [sizes[i] for i in b]) if len(b) > 1 else [ids], strict=True):  # fmt: skip
-            after[axis] = labels
+        if ids is not None:
+            parts = [ids] if len(b) == 1 else ctx.split(ids, [out.shape[i] for i in b], [sizes[i] for i in b])
+            for axis, labels in zip(b, parts, strict=True):
+                after[axis] = labels
     for axis, size in enumerate(sizes):
         if size is not None and int(size) != -1 and out.shape[axis] > 1:
             ctx.constrain(size, after[axis], out.shape[axis])
@@ -129,8 +130,7 @@ def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for i, piece in enumerate(pieces):
             if along[i] is None:
                 along[i] = ctx.labels.fresh(piece.shape[dim])
-                if piece.shape[dim] > 1 or True:
-                    ctx.pin(along[i], "is joined as it is")
+                ctx.pin(along[i], "is joined as it is")
         axes[dim] = np.concatenate([ids for ids in along if ids is not None])
     origins = {ctx.origin(piece) for piece in pieces}
     ctx.label(out, axes, origins.pop() if len(origins) == 1 else None)
@@ -236,7 +236,8 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
         _constrain_end(ctx, first, ids[:start], ids[start:])
     if stop < units:
         _constrain_end(ctx, last, ids[:stop], ids[stop:])
-    ctx.labels.roles.extend(piece for piece in (ids[:start], ids[start:stop], ids[stop:]) if len(piece) not in (0, units))
+    if stop - start < units:
+        ctx.labels.roles.extend(piece for piece in (ids[:start], ids[start:stop], ids[stop:]) if len(piece))
     return ids[start:stop]
 
 
@@ -289,7 +290,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         axes[dim] = None
         return ctx.label(out, axes)
     used = [i for i, part in enumerate(args[1]) if part is not None]
-    if any(args[1][i].dtype.is_floating_point is False and str(args[1][i].dtype) == "torch.bool" for i in used):
+    if any(args[1][i].dtype == torch.bool for i in used):
         return unknown(ctx, args, kwargs, out)
     for i in used:
         ctx.pin(axes[i], "is indexed")

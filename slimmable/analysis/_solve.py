@@ -110,17 +110,17 @@ def _fit(trace: Trace, solution: Solution, width: int) -> list[_Failure]:
 
     waiting = constraints = trace.context.constraints
     while waiting:
-        later, progress = [], False
+        later: list[Constraint] = []
+        ready: dict[Attribute, list[Constraint]] = {}
         for constraint in waiting:
             unknown = {key for key in _attributes(constraint) if key not in values}
             if len(unknown) == 1:
-                key = unknown.pop()
-                values[key] = _value(constraint, key, trace.attributes[key], values, count)
-                sources[key] = constraint
-                progress = True
+                ready.setdefault(unknown.pop(), []).append(constraint)
             elif unknown:
                 later.append(constraint)
-        if later and not progress:  # several unknowns: the smallest one stays
+        for key, asking in ready.items():
+            values[key], sources[key] = _value(asking, key, trace.attributes[key], values, count)
+        if later and not ready:  # several unknowns: the smallest one stays
             least = min((k for k in _attributes(later[0]) if k not in values), key=lambda k: trace.attributes[k])
             values[least] = trace.attributes[least]
         waiting = later
@@ -184,6 +184,29 @@ def _holds(constraint: Constraint, values: dict[Attribute, int], count: Callable
 
 
 def _value(
+    asking: list[Constraint], key: Attribute, full: int, values: dict[Attribute, int], count: Callable[[Ids], int]
+) -> tuple[int, Constraint]:
+    """Return the value of an attribute under which most of the constraints on it hold, and one that asked for it."""
+
+    def holding(value: int) -> int:
+        return sum(_holds(constraint, {**values, key: value}, count) for constraint in asking)
+
+    best: tuple[int, int, Constraint] | None = None
+    tried: set[int] = set()
+    for constraint in asking:
+        value = _fitting(constraint, key, full, values, count)
+        if value not in tried:
+            tried.add(value)
+            held = holding(value)
+            if held == len(asking):
+                return value, constraint
+            if best is None or held > best[0]:
+                best = held, value, constraint
+    assert best is not None
+    return best[1], best[2]
+
+
+def _fitting(
     constraint: Constraint, key: Attribute, full: int, values: dict[Attribute, int], count: Callable[[Ids], int]
 ) -> int:
     """Return the value of the one unknown attribute under which a constraint holds, else its full value."""

@@ -34,11 +34,8 @@ class FakeModel:
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, Any] = {}
+        memo = {key: value.detach() for key, value in left_behind(model).items()}
         for module in model.modules():
-            for value in tree_leaves(module.__dict__):
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach()  # a cache kept from a forward with gradient cannot be copied
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
@@ -48,6 +45,12 @@ class FakeModel:
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(self._enter(path))
             module.register_forward_hook(self._leave())
+        self._before = [
+            (path, module, name, copy.copy(value))
+            for path, module in self.model.named_modules()
+            for name, value in module.__dict__.items()
+            if not name.startswith("_") and (value is None or isinstance(value, (dict, Tensor)))
+        ]
 
     def _fake_input(self, value: Any) -> Any:
         return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
@@ -75,6 +78,28 @@ class FakeModel:
         with self.mode, torch.no_grad():
             return self.model(*self.args, **self.kwargs)
 
+    def forget(self) -> dict[str, list[str]]:
+        """Empty what the last run has left in attributes of modules; return these by module path."""
+        found: dict[str, list[str]] = {}
+        for path, module, name, before in self._before:
+            now = module.__dict__.get(name)
+            same = now.keys() == before.keys() if isinstance(before, dict) and isinstance(now, dict) else now is before
+            if not same and tensors(now):
+                found.setdefault(path, []).append(name)
+                module.__dict__[name] = copy.copy(before)
+        return found
+
+
+def left_behind(model: nn.Module) -> dict[int, Tensor]:
+    """Return, by `id`, tensors with a history that a forward has left in attributes; they cannot be copied as is."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        caches = getattr(module.__dict__.get("_slim"), "caches", {})
+        for value in tree_leaves((module.__dict__, caches)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                found[id(value)] = value
+    return found
+
 
 @dataclass
 class Trace:
@@ -84,6 +109,7 @@ class Trace:
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
+    caches: dict[str, list[str]] = field(default_factory=dict)  # module path -> attributes that the run has filled
 
 
 class _Operations(TorchDispatchMode):
@@ -179,6 +205,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
             for tensor in (*fake.model.parameters(), *fake.model.buffers()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
+    result.caches = fake.forget()
     for tensor in output_tensors(output):
         _label_output(context, tensor, result)
     return result
@@ -203,7 +230,8 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
             if tensor is None:
                 continue
             if not hasattr(tensor, "slim_axes"):
-                axes = [context.labels.fresh(n) if n > 1 and i < first_space else None for i, n in enumerate(tensor.shape)]
+                labelled = [n > 1 and axis < first_space for axis, n in enumerate(tensor.shape)]
+                axes = [context.labels.fresh(n) if yes else None for n, yes in zip(tensor.shape, labelled, strict=True)]
                 context.label(tensor, axes, "weights")
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)

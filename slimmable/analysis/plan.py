@@ -50,6 +50,7 @@ class Plan:
         widths: from the widest to the narrowest.
         tensors: (module path, parameter or buffer name) -> for each width -> for each axis what is kept.
         values: module path -> attribute name -> its value at each width.
+        caches: module path -> attributes in which the forward keeps tensors; every width needs its own.
         groups: the channel groups.
         pins: the axes that stay at full width although a layer with weights makes them.
         output_shapes: for each width, the shapes of the model's output tensors.
@@ -58,6 +59,7 @@ class Plan:
     widths: tuple[float, ...]
     tensors: dict[tuple[str, str], list[list[Kept]]] = field(default_factory=dict)
     values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    caches: dict[str, list[str]] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     output_shapes: list[list[tuple[int, ...]]] = field(default_factory=list)
@@ -85,8 +87,7 @@ def make_plan(
     pinned: set[str] = set()
     while True:
         fake = FakeModel(model, args, kwargs)
-        avoid = frozenset(pinned)
-        found = _best(fake, widths, lambda path, module: path in avoid or skip(path, module), round_to)
+        found = _best(fake, widths, _also(skip, frozenset(pinned)), round_to)
         plan = _plan(fake, *found, widths)
         failed = None if check is None else check(fake, plan)
         if failed is None:
@@ -95,6 +96,10 @@ def make_plan(
         if path in pinned or not any(key[0] == path for key in plan.tensors):
             raise TraceError(f"the narrow network fails in module {path!r}: {error}") from error
         pinned.add(path)
+
+
+def _also(skip: Skip, paths: frozenset[str]) -> Skip:
+    return lambda path, module: path in paths or skip(path, module)
 
 
 def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
@@ -120,7 +125,7 @@ def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int)
 
 
 def _plan(fake: FakeModel, found: Trace, solution: Solution, widths: tuple[float, ...]) -> Plan:
-    plan = Plan(widths)
+    plan = Plan(widths, caches=found.caches)
     count = range(len(widths))
     for key, axes in found.tensors.items():
         plan.tensors[key] = [[None if ids is None else _kept(solution.mask(w, ids)) for ids in axes] for w in count]
@@ -130,7 +135,8 @@ def _plan(fake: FakeModel, found: Trace, solution: Solution, widths: tuple[float
     for w in count:
         shapes = []
         for shape, axes in found.outputs:
-            shapes.append(tuple(n if ids is None else solution.count(w, ids) for n, ids in zip(shape, axes, strict=True)))
+            sizes = zip(shape, axes, strict=True)
+            shapes.append(tuple(n if ids is None else solution.count(w, ids) for n, ids in sizes))
         plan.output_shapes.append(shapes)
     return plan
 
@@ -209,5 +215,7 @@ def _table(plan: Plan) -> str:
         lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {shown}")
     if plan.pins:
         lines.append("kept at full width:")
-        lines += [f"  {path}.{name}[{axis}] ({pin.size}): {pin.reason}" for pin in plan.pins for path, name, axis in [pin.axis]]
+    for pin in plan.pins:
+        path, name, axis = pin.axis
+        lines.append(f"  {path}.{name}[{axis}] ({pin.size}): {pin.reason}".replace(" .", " "))
     return "\n".join(lines)

@@ -8,7 +8,8 @@ and averages look for them. The generated class has the name of the original, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
@@ -36,6 +37,8 @@ class WidthState:
         self.values: dict[str, tuple[object, ...]] = {}
         self.sizes: dict[str, tuple[object, ...]] = {}
         self.index_buffers: dict[str, tuple[int, ...]] = {}
+        self.blanks: dict[str, object] = {}
+        self.caches: dict[str, list[object]] = {}
 
 
 def state_of(module: nn.Module) -> WidthState | None:
@@ -72,6 +75,7 @@ def install_view(
     tensors: Mapping[str, Sequence[Sequence[Kept]]],
     values: Mapping[str, Sequence[object]],
     sizes: Mapping[str, Sequence[object]] | None = None,
+    caches: Iterable[str] = (),
 ) -> None:
     """Let `module` run at several widths, in place; it starts at the full width.
 
@@ -82,6 +86,8 @@ def install_view(
         values: name of a plain attribute -> its value at each width.
         sizes: the same for attributes that go on reading as at full width, such as `in_features`, which other code
             sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
+        caches: attributes in which the module's own forward keeps what it has computed; each width gets its own,
+            empty as the present one. Assigning one drops what other widths keep.
 
     With no tensors and no values the module is only marked as known to have nothing to slim; its class stays.
 
@@ -109,6 +115,9 @@ def install_view(
     for name, per_width_values in (sizes or {}).items():
         _check_length(module, name, per_width_values, widths)
         state.sizes[name] = tuple(per_width_values)
+    for name in caches:
+        state.blanks[name] = copy.copy(module.__dict__[name])
+        state.caches[name] = [copy.copy(state.blanks[name]) for _ in widths]
     device = next((t.device for name in state.cuts if (t := _full_tensor(module, name)) is not None), None)
     for kept, buffer in buffer_of.items():
         state.index_buffers[buffer] = kept
@@ -116,8 +125,9 @@ def install_view(
     module.__dict__["_slim"] = state
     for name, full_to_narrow in state.values.items():
         module.__dict__.setdefault(name, full_to_narrow[0])
-    if tensors or values:
-        module.__class__ = _viewed_class(type(module), tuple(sorted(tensors)), tuple(sorted(values)))
+    names = (tuple(sorted(tensors)), tuple(sorted(values)), tuple(sorted(state.caches)))
+    if any(names):
+        module.__class__ = _viewed_class(type(module), *names)
 
 
 def remove_view(module: nn.Module) -> None:
@@ -131,6 +141,7 @@ def remove_view(module: nn.Module) -> None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
     module.__class__ = original_class(module)
     del module.__dict__["_slim"]
+    module.__dict__.update(state.blanks)
     for buffer in state.index_buffers:
         delattr(module, buffer)
 
@@ -239,6 +250,19 @@ def _value_property(name: str) -> property:
     return property(get, lambda self, value: _set_plain(self, name, value), lambda self: _delete_plain(self, name))
 
 
+def _cache_property(name: str) -> property:
+    def get(self: Any) -> object:
+        state = self._slim
+        return state.caches[name][state.index]
+
+    def put(self: Any, value: object) -> None:
+        state = self._slim
+        state.caches[name] = [copy.copy(state.blanks[name]) for _ in state.widths]
+        state.caches[name][state.index] = value
+
+    return property(get, put)
+
+
 @contextmanager
 def _at_full(state: WidthState) -> Iterator[None]:
     index, state.index = state.index, 0
@@ -283,40 +307,45 @@ def _apply_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
     return apply_to_all
 
 
-def _reduce_of(base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...]) -> Callable[..., Any]:
+def _reduce_of(base: type[nn.Module], *names: tuple[str, ...]) -> Callable[..., Any]:
     """Pickle and copy by way of the original class, since the generated one cannot be imported."""
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
             return reduced
-        return (_rebuild, (base, tensors, values, *reduced[1][1:]), *reduced[2:])
+        return (_rebuild, (base, names, *reduced[1][1:]), *reduced[2:])
 
     return reduce_ex
 
 
-def _rebuild(base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...], *args: Any) -> nn.Module:
-    viewed = _viewed_class(base, tensors, values)
+def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
+    viewed = _viewed_class(base, *names)
     return viewed.__new__(viewed, *args)
 
 
-_viewed_classes: dict[tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]], type[nn.Module]] = {}
+_Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
+_viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
 
 
-def _viewed_class(base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...]) -> type[nn.Module]:
-    key = (base, tensors, values)
+def _viewed_class(base: type[nn.Module], *names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the subclass of `base` with properties for these tensors, values and caches."""
+    tensors, values, caches = names
+    key = (base, (tensors, values, caches))
     if key not in _viewed_classes:
-        _viewed_classes[key] = _make_viewed_class(base, tensors, values)
+        _viewed_classes[key] = _make_viewed_class(base, tensors, values, caches)
     return _viewed_classes[key]
 
 
-def _make_viewed_class(base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...]) -> type[nn.Module]:
+def _make_viewed_class(
+    base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...], caches: tuple[str, ...]
+) -> type[nn.Module]:
     body: dict[str, Any] = {
         "_slim_base": base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce_of(base, tensors, values),
+        "__reduce_ex__": _reduce_of(base, tensors, values, caches),
         "extra_repr": _extra_repr(base),
         "_apply": _apply_of(base),
     }
@@ -324,4 +353,5 @@ def _make_viewed_class(base: type[nn.Module], tensors: tuple[str, ...], values: 
         body["__repr__"] = _own_repr(base)
     body.update({name: _tensor_property(name) for name in tensors})
     body.update({name: _value_property(name) for name in values})
+    body.update({name: _cache_property(name) for name in caches})
     return type(base.__name__, (base,), body)

@@ -37,7 +37,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         b, n, c = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(self.norm(x)).reshape(b, n, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -125,10 +126,12 @@ CASES = {
         fc=nn.Linear(8, 5),
     ),
     "group norm": lambda: Fn(
-        lambda m, x: head(m, m.b(m.gn(m.a(x)))), a=conv(3, 32), gn=nn.GroupNorm(8, 32), b=conv(32, 8), fc=nn.Linear(8, 5)
+        lambda m, x: head(m, m.b(m.gn(m.a(x)))), a=conv(3, 32), gn=nn.GroupNorm(8, 32), b=conv(32, 8),
+        fc=nn.Linear(8, 5),
     ),
     "group norm with few groups": lambda: Fn(
-        lambda m, x: head(m, m.b(m.gn(m.a(x)))), a=conv(3, 32), gn=nn.GroupNorm(2, 32), b=conv(32, 8), fc=nn.Linear(8, 5)
+        lambda m, x: head(m, m.b(m.gn(m.a(x)))), a=conv(3, 32), gn=nn.GroupNorm(2, 32), b=conv(32, 8),
+        fc=nn.Linear(8, 5),
     ),
     "instance norm": lambda: Fn(
         lambda m, x: head(m, m.b(m.n(m.a(x)))), a=conv(3, 16), n=nn.InstanceNorm2d(16, affine=True), b=conv(16, 8),

@@ -1,0 +1,353 @@
+"""What `slimify`, `plan`, `extract` and `profile` promise to their callers."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import slimmable
+from tests.convert import oracles
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+
+
+def tiny_resnet(**kwargs) -> nn.Module:
+    block = timm.models.resnet.BasicBlock
+    torch.manual_seed(0)
+    return timm.models.resnet.ResNet(block, [1, 1, 1, 1], channels=(16, 32, 32, 64), **kwargs)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def slim(images) -> nn.Module:
+    return slimmable.slimify(tiny_resnet(num_classes=10), WIDTHS, example_inputs=images)
+
+
+def states(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal_states(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- the model that comes back
+def test_the_original_is_untouched(images):
+    model = tiny_resnet()
+    before, kinds = states(model), [type(module) for module in model.modules()]
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=images)
+    with torch.no_grad():
+        for parameter in slim.parameters():
+            parameter.zero_()
+    assert equal_states(states(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_inplace_converts_the_model_itself(images):
+    model = tiny_resnet()
+    parameters = list(model.parameters())
+    assert slimmable.slimify(model, WIDTHS, example_inputs=images, inplace=True) is model
+    mine = {id(p) for p in model.parameters()}
+    assert all(id(parameter) in mine for parameter in parameters)
+    assert slimmable.widths_of(model) == WIDTHS
+
+
+def test_names_and_order_of_the_full_widths_parameters_stay(images):
+    model = tiny_resnet()
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=images)
+    names = [name for name, _ in slim.named_parameters() if ".narrow." not in name]
+    assert names == [name for name, _ in model.named_parameters()]
+    assert set(model.state_dict()) <= set(slim.state_dict())
+    slim.load_state_dict(model.state_dict())  # a plain checkpoint loads, strictly
+
+
+def test_converting_twice_is_converting_once(slim, images):
+    again = slimmable.slimify(slim, WIDTHS, example_inputs=images)
+    assert again is not slim
+    assert equal_states(states(again), states(slim))
+    assert slimmable.slimify(slim, WIDTHS, example_inputs=images, inplace=True) is slim
+    for width in WIDTHS:
+        with slimmable.at_width(slim, width), slimmable.at_width(again, width), torch.no_grad():
+            assert torch.equal(slim.eval()(images), again.eval()(images))
+
+
+def test_other_widths_can_be_asked_for_later(slim, images):
+    other = slimmable.slimify(slim, (1.0, 0.5), example_inputs=images)
+    assert slimmable.widths_of(other) == (1.0, 0.5)
+    assert slimmable.widths_of(slim) == WIDTHS
+    with torch.no_grad():
+        assert torch.equal(other.eval()(images), slim.eval()(images))
+
+
+def test_surgery_is_refused_until_the_model_is_converted_again(slim, images):
+    slim.fc = nn.Linear(64, 7)
+    with pytest.raises(slimmable.ConversionError, match=r"fc \(Linear\).*slimify"):
+        slimmable.set_width(slim, 0.5)
+    slim.train()
+    statistics = slim.layer1[0].bn1.narrow[0].running_mean.add_(3).clone()
+    healed = slimmable.slimify(slim, WIDTHS, example_inputs=images)
+    with slimmable.at_width(healed, 0.5):
+        assert healed(images).shape == (2, 7)
+    assert torch.equal(healed.layer1[0].bn1.narrow[0].running_mean, statistics)  # what it has learned stays
+
+
+def test_a_part_taken_out_keeps_working(slim, images):
+    body = nn.Sequential(*list(slim.children())[:-1])
+    slimmable.set_width(body, 0.5)
+    assert body(images).shape == (2, 32)
+    assert slimmable.width_of(slim.layer1) == 0.5
+
+
+def test_copies_and_pickles_are_independent(slim, images):
+    for twin in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        slimmable.set_width(twin, 0.25)
+        assert slimmable.width_of(slim) == 1.0
+        with slimmable.at_width(slim, 0.25), torch.no_grad():
+            assert torch.equal(twin.eval()(images), slim.eval()(images))
+
+
+def test_a_model_that_has_run_with_gradient_converts(images):
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.cache = nn.Linear(4, 8), {}
+
+        def forward(self, x):
+            self.cache["last"] = self.net(x)
+            return self.cache["last"].relu()
+
+    model = Caching()
+    model(torch.zeros(2, 4))
+    slimmable.slimify(model, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+
+
+# -- outputs
+def test_features_get_thinner_and_class_scores_do_not(images):
+    features = slimmable.slimify(tiny_resnet(num_classes=0), WIDTHS, example_inputs=images)
+    scores = slimmable.slimify(tiny_resnet(num_classes=10), WIDTHS, example_inputs=images)
+    assert [y.shape[1] for y in slimmable.run_widths(features, images).values()] == [64, 48, 32, 16]
+    assert [y.shape[1] for y in slimmable.run_widths(scores, images).values()] == [10] * 4
+
+
+class PreTraining(nn.Module):
+    """As a user writes it: backbone, projector, predictor."""
+
+    def __init__(self, norm_after: bool):
+        super().__init__()
+        self.backbone = tiny_resnet(num_classes=0)
+        last = [nn.BatchNorm1d(32, affine=False)] if norm_after else []
+        self.projector = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32), *last)
+        self.predictor = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 32))
+
+    def forward(self, x):
+        z = self.projector(self.backbone(x))
+        return self.predictor(z), z.detach()
+
+
+@pytest.mark.parametrize("norm_after", [False, True])
+def test_a_pre_training_module_keeps_its_embedding_dimension(images, norm_after):
+    slim = slimmable.slimify(PreTraining(norm_after), WIDTHS, example_inputs=images)
+    for width, (p, z) in slimmable.run_widths(slim, images).items():
+        assert p.shape == z.shape == (2, 32)
+        with slimmable.at_width(slim, width):
+            assert slim.projector[0].weight.shape == (64 * width, 64 * width)
+            assert slim.predictor[0].weight.shape == (16 * width, 32)
+
+
+def test_the_size_attributes_stay_full_and_those_of_extractions_are_true(slim):
+    slimmable.set_width(slim, 0.5)
+    assert slim.num_features == slim.fc.in_features == 64
+    assert slim.conv1.out_channels == 64
+    small = slimmable.extract(slim, 0.5)
+    assert (small.conv1.out_channels, small.layer4[0].conv2.in_channels, small.fc.in_features) == (32, 32, 32)
+    assert small.bn1.num_features == 32
+
+
+# -- extraction
+def test_an_extraction_owns_its_memory(slim, images):
+    small = slimmable.extract(slim, 0.5)
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in slim.state_dict().values()}
+    assert pointers.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in small.state_dict().values())
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in small.state_dict().values())
+    assert all(parameter.is_contiguous() and parameter.requires_grad for parameter in small.parameters())
+    assert slimmable.width_of(slim) == 1.0
+
+
+def test_a_frozen_layer_stays_frozen_when_extracted(slim):
+    slim.conv1.requires_grad_(False)
+    assert not slimmable.extract(slim, 0.5).conv1.weight.requires_grad
+
+
+def test_the_full_extraction_has_the_keys_of_the_original(images):
+    model = tiny_resnet()
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=images)
+    assert equal_states(states(slimmable.extract(slim, 1.0)), states(model))
+
+
+# -- arguments
+def test_skipped_modules_stay_full(images):
+    model = tiny_resnet(num_classes=10)
+    for skip in ("layer2*", ["layer2"], lambda name, module: name.startswith("layer2")):
+        slim = slimmable.slimify(model, WIDTHS, example_inputs=images, skip=skip)
+        with slimmable.at_width(slim, 0.25):
+            assert slim.layer2[0].conv1.weight.shape == (32, 16, 3, 3)
+            assert slim.layer3[0].conv1.weight.shape[0] == 8
+            assert slim(images).shape == (2, 10)
+
+
+def test_round_to_keeps_multiples(images):
+    slim = slimmable.slimify(tiny_resnet(), (1.0, 0.6), example_inputs=images, round_to=8)
+    with slimmable.at_width(slim, 0.6):
+        kept = {m.weight.shape[0] for m in slim.modules() if isinstance(m, nn.Conv2d)}
+    assert kept == {8, 16, 40}  # of 16, 32 and 64: 9.6, 19.2 and 38.4, to the nearest multiple of 8
+
+
+def test_magnitude_order_keeps_the_function_and_puts_large_channels_first(images):
+    model = oracles.randomise(tiny_resnet().double().eval())
+    images = images.double()
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=images, order="magnitude")
+    with torch.no_grad():
+        assert oracles.difference(slim(images), model(images)) < 1e-12
+    plan = slimmable.plan(slimmable.extract(slim, 1.0), WIDTHS, example_inputs=images)
+    from slimmable.analysis.ordering import magnitude_order
+
+    for order in magnitude_order(slimmable.extract(slim, 1.0), plan):
+        assert (order == range(len(order))).all()
+
+
+def test_keyword_and_tuple_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x, *, y):
+            return {"scores": self.c(self.a(x) + self.b(y))}
+
+    x, y = torch.zeros(2, 4), torch.zeros(2, 6)
+    slim = slimmable.slimify(Two(), (1.0, 0.5), example_inputs={"x": x, "y": y})
+    with slimmable.at_width(slim, 0.5):
+        assert slim.a.weight.shape == (8, 4)
+        assert slim(x, y=y)["scores"].shape == (2, 3)
+
+
+def test_a_model_on_the_meta_device_converts():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    slim = slimmable.slimify(model)
+    with slimmable.at_width(slim, 0.5):
+        assert slim(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+        assert slim.conv1.weight.shape[0] == 32
+
+
+# -- what is refused, with nothing changed
+@pytest.mark.parametrize(
+    "widths",
+    [(), "1.0", None, (1.0, "half"), (1.0, float("nan")), (1.0, 0.0), (1.0, -0.5), (1.5, 1.0), (1.0, 0.5, 0.5), (0.5,)],
+)
+def test_widths_that_cannot_be_used(images, widths):
+    model = tiny_resnet()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(slimmable.WidthError):
+        slimmable.slimify(model, widths, example_inputs=images, inplace=True)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"skip": "layre*"}, "layre.*matches no module"),
+        ({"round_to": 0}, "round_to is 0"),
+        ({"round_to": 1.5}, "round_to is 1.5"),
+        ({"order": "size"}, "order 'size' is unknown"),
+        ({"example_inputs": None}, "example_inputs"),
+        ({"example_inputs": torch.zeros(2, 5, 64, 64)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),
+        ({"example_inputs": torch.zeros(2, 3)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),
+    ],
+)
+def test_arguments_that_cannot_be_used(images, arguments, message):
+    model = tiny_resnet()
+    before, kinds = states(model), [type(module) for module in model.modules()]
+    with pytest.raises(slimmable.ConversionError, match=message):
+        slimmable.slimify(model, WIDTHS, inplace=True, **{"example_inputs": images, **arguments})
+    assert equal_states(states(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_model_whose_path_depends_on_the_data_is_refused_with_the_module_named():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = nn.Sequential(nn.Linear(4, 8), Branches(), nn.Linear(8, 2))
+    with pytest.raises(slimmable.TraceError, match=r"module '1' \(Branches\)"):
+        slimmable.slimify(model, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+
+
+def test_models_that_were_never_converted(images):
+    model = tiny_resnet()
+    for call in (
+        lambda: slimmable.set_width(model, 1.0),
+        lambda: slimmable.extract(model, 1.0),
+        lambda: slimmable.run_widths(model, images),
+        lambda: slimmable.widths_of(model),
+    ):
+        with pytest.raises(slimmable.ConversionError, match="slimify"):
+            call()
+
+
+def test_unknown_widths_name_the_nearest(slim, images):
+    for call in (lambda: slimmable.set_width(slim, 0.3), lambda: slimmable.extract(slim, 0.3)):
+        with pytest.raises(slimmable.WidthError, match=r"Nearest is 0\.25"):
+            call()
+    assert slimmable.width_of(slim) == 1.0
+
+
+# -- plan and profile
+def test_the_plan_changes_nothing_and_says_why_axes_stay(images):
+    model = tiny_resnet(num_classes=10)
+    before, kinds = states(model), [type(module) for module in model.modules()]
+    text = str(slimmable.plan(model, WIDTHS, example_inputs=images, skip="layer2"))
+    assert equal_states(states(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert "conv1.weight[0]" in text
+    assert "64, 48, 32, 16" in text
+    assert "layer2.0.conv1.weight[0] (32): skip in layer2" in text
+    assert "fc.weight[0] (10): output" in text
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "test_efficientnet"])
+def test_the_profile_agrees_with_torchs_flop_counter_on_the_extracted_network(name, tmp_path):
+    slim = slimmable.slimify(timm.create_model(name))
+    size = slim.pretrained_cfg["input_size"]
+    profile = slimmable.profile(slim, size, repeats=0)
+    for row in profile.rows:
+        small = slimmable.extract(slim, row.width).eval()
+        with FlopCounterMode(display=False) as counter:
+            small(torch.zeros(1, *size))
+        assert row.macs * 2 == counter.get_total_flops()
+        assert row.parameters == sum(parameter.numel() for parameter in small.parameters())
+    profile.to_csv(tmp_path / "profile.csv")
+    with open(tmp_path / "profile.csv", newline="") as file:
+        assert [int(row["macs"]) for row in csv.DictReader(file)] == [row.macs for row in profile.rows]
+
+
+def test_the_profile_measures_latency_and_leaves_the_model_alone(slim, images):
+    slim.train()
+    before = states(slim)
+    rows = slimmable.profile(slim, (3, 64, 64), repeats=1).rows
+    assert all(row.latency_ms > 0 for row in rows)
+    assert slim.training
+    assert slimmable.width_of(slim) == 1.0
+    assert equal_states(states(slim), before)
