@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Real
+from typing import Any
 
 from slimmable._errors import WidthError
 
@@ -20,13 +21,13 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     """
     if isinstance(widths, (str, bytes)) or not isinstance(widths, Iterable):
         raise WidthError(f"widths must be a sequence of numbers such as (1.0, 0.5, 0.25), got {widths!r}")
-    given = list(widths)
+    given: list[Any] = list(widths)
     if not given:
         raise WidthError("widths is empty; give at least the full width, as in (1.0, 0.5)")
     for width in given:
         if isinstance(width, bool) or not isinstance(width, Real):
             raise WidthError(f"width {width!r} in {given} is not a number")
-        if not 0 < width <= 1:  # also false for NaN
+        if not 0 < float(width) <= 1:  # also false for NaN
             raise WidthError(f"width {width} in {given} is not in (0, 1]; a width is a share of the full network")
     found = sorted((float(width) for width in given), reverse=True)
     for wider, narrower in pairwise(found):
@@ -45,7 +46,8 @@ def width_index(width: float, widths: Sequence[float]) -> int:
     >>> width_index(0.5, (1.0, 0.5, 0.25))
     1
     """
-    if isinstance(width, bool) or not isinstance(width, Real) or math.isnan(width):
+    asked: Any = width
+    if isinstance(asked, bool) or not isinstance(asked, Real) or math.isnan(asked):
         raise WidthError(f"width {width!r} is not a number; this model's widths are {tuple(widths)}")
     for index, known in enumerate(widths):
         if known == width:

@@ -231,8 +231,7 @@ def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] |
             continue
         if isinstance(module, _BatchNorm) and before is not None:
             inside = (*inside, f"{path}.") if path else inside
-            per_width = next((kept for kept in own.values() if len(kept[0]) == 1), None)
-            if per_width is not None:
+            for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 norms[id(module)] = _switched(module, found.widths, [axes[0] for axes in per_width], before.get(path))
         elif module._parameters or module._buffers or path in found.values or path in found.caches:
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}

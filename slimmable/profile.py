@@ -87,7 +87,7 @@ def profile(
     >>> print(profile(net, (8,), repeats=0))
      width   parameters             MACs  activations     latency
          1          212              192           20           -
-         0.5           90               80           10           -
+       0.5           90               80           10           -
     """
     if example_inputs is None and input_size is not None:
         example_inputs = image_batch(model, tuple(input_size), images=1)
@@ -131,11 +131,11 @@ def parameter_count(model: nn.Module) -> int:
     return total
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as torch's flop counter does, with its formulas, and the outputs of what it counts."""
 
     def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.formulas, self.flops, self.activations = formulas, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -176,12 +176,11 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
             assert ctx.call is not None
             given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
-            for size, piece in zip(sizes, cuts, strict=False):
-                ctx.constrain(size, piece if len(piece) > 1 else None, len(piece))
+            for size, ids_cut in zip(sizes, cuts, strict=False):
+                ctx.constrain(size, ids_cut if len(ids_cut) > 1 else None, len(ids_cut))
         elif ctx.call is not None and ctx.call.name == "chunk":
-            for piece in cuts[:-1]:  # each but the last has ceil(size / chunks) units
-                size = ctx.size(source, dim)
-                ctx.constrain(-(-size // len(out)), piece, len(piece))
+            for ids_cut in cuts[:-1]:  # each but the last has ceil(size / chunks) units
+                ctx.constrain(-(-ctx.size(source, dim) // len(out)), ids_cut, len(ids_cut))
         elif not equal:
             ctx.pin(ids, f"is cut into {widths}")
     for piece, labels in zip(out, pieces, strict=True):
@@ -195,7 +194,8 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.ndim
     ids = axes[dim]
     if ids is not None:
-        axes[dim] = ctx.merge(*np.split(ids, 2))
+        first, second = np.split(ids, 2)
+        axes[dim] = ctx.merge(first, second)
     ctx.label(out, axes)
 
 

@@ -112,11 +112,11 @@ class Trace:
     caches: dict[str, list[str]] = field(default_factory=dict)  # module path -> attributes that the run has filled
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of every ATen operation."""
 
     def __init__(self, context: Context, fake: FakeModel) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.context, self.fake, self.asleep = context, fake, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,9 +185,8 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     result = Trace(context)
     _label_tensors(fake.model, result, skip)
     operations = _Operations(context, fake)
-    quiet = mock.patch.multiple(
-        torch.nn.functional, **{f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
-    )  # so that functions written in Python show the operations inside them
+    never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
+    quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
     with _traced_attributes(fake.model, result), quiet:
         try:
             with fake.mode, operations, _Calls(context, operations):

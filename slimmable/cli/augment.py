@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TURN = math.radians(20)
-_SMALLEST_SIDE = 0.6  # of a crop, as a share of the image's side
+_TURN = math.radians(10)
+_SMALLEST_SIDE = 0.75  # of a crop, as a share of the image's side
+_STRETCH = 0.15  # logarithm of what the width grows by and the height shrinks by
 
 
 def augment(images: Tensor, *, mirror: bool) -> Tensor:
@@ -19,7 +20,7 @@ def augment(images: Tensor, *, mirror: bool) -> Tensor:
         images: uint8, shape (batch, channels, height, width).
         mirror: flip half of the images left to right.
 
-    A view is a random crop, turned by up to 20 degrees, with a random brightness, contrast and sharpness; images
+    A view is a random crop, turned and stretched a little, with a random brightness, contrast and sharpness; images
     with three channels also get a random tint, and one in five loses its colours.
 
     >>> augment(torch.zeros(4, 1, 24, 24, dtype=torch.uint8), mirror=False).shape
@@ -38,14 +39,15 @@ def _uniform(images: Tensor, low: float, high: float, channels: int = 1) -> Tens
 def _crop(images: Tensor, mirror: bool) -> Tensor:
     """Random resized crop and rotation by one bilinear sampling; what lies outside the image is zero."""
     batch, device = len(images), images.device
-    side = torch.empty(batch, device=device).uniform_(_SMALLEST_SIDE, 1)
-    angle = torch.empty(batch, device=device).uniform_(-_TURN, _TURN)
-    centre = (1 - side).unsqueeze(1) * torch.empty(batch, 2, device=device).uniform_(-1, 1)
+    side = torch.empty(batch, 1, device=device).uniform_(_SMALLEST_SIDE, 1)
+    centre = (1 - side) * torch.empty(batch, 2, device=device).uniform_(-1, 1)
+    stretch = torch.empty(batch, 1, device=device).uniform_(-_STRETCH, _STRETCH).exp()
+    angle = torch.empty(batch, 1, device=device).uniform_(-_TURN, _TURN)
     cos, sin = side * angle.cos(), side * angle.sin()
-    across = torch.stack([cos, sin], 1)
+    across, down = torch.cat([cos, -sin], 1) * stretch, torch.cat([sin, cos], 1) / stretch
     if mirror:
         across = across * torch.randint(0, 2, (batch, 1), device=device).mul(2).sub(1)
-    theta = torch.stack([across, torch.stack([-sin, cos], 1), centre], 2)
+    theta = torch.stack([across, down, centre], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

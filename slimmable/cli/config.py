@@ -27,7 +27,7 @@ class PretrainConfig:
     epochs: int = 40
     batch_size: int = 64
     image_size: int = 24
-    learning_rate: float = 0.003
+    learning_rate: float = 0.006
     weight_decay: float = 0.05
     queue_size: int = 256
     momentum: float = 0.99

@@ -61,14 +61,13 @@ def small_resnet(channels: int) -> nn.Module:
         resnet.BasicBlock,
         (1, 1, 1, 1),
         channels=(16, 32, 64, 128),
-        stem_type="deep",
+        stem_type="deep",  # the one whose width can be set; its three convolutions then make room for one
         stem_width=8,
         in_chans=channels,
         num_classes=0,
     )
-    first = network.get_submodule("conv1.0")
-    assert isinstance(first, nn.Conv2d)
-    first.stride = (1, 1)
+    network.conv1 = nn.Conv2d(channels, 16, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
     return network
 

@@ -81,7 +81,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     axes.set_xlabel("million multiply-accumulates per image")
     axes.set_ylabel("accuracy on held-out images (%)")
     axes.set_title(title)
-    axes.set_ylim(0, 105)
+    axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     with matplotlib.rc_context({"savefig.dpi": 150}):

@@ -36,7 +36,8 @@ class Training:
         self.step = 0
         # An image must not meet its own last key among the negatives, so the queue is much shorter than an epoch.
         queue_size = max(config.batch_size, min(config.queue_size, count // 4))
-        self.moco = MoCo(network, config.embedding, queue_size, config.momentum, parts=config.key_parts).train()
+        parts = max(1, min(config.key_parts, config.batch_size // 8))  # statistics need a few images
+        self.moco = MoCo(network, config.embedding, queue_size, config.momentum, parts=parts).train()
         self.recipe = SlimRecipe(network, distill=OnlineDistillation(), slow_start=config.slow_start)
         matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
