@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slimmable._errors import ConversionError
 from slimmable._inputs import Inputs, example_of
 from slimmable._widths import check_widths, width_index
-from slimmable.analysis._sizes import layer_sizes
+from slimmable.analysis._sizes import feature_sizes, layer_sizes
 from slimmable.analysis._trace import FakeModel, left_behind, output_tensors
 from slimmable.analysis.ordering import magnitude_order, permute
 from slimmable.analysis.plan import Kept, Plan, make_plan
@@ -233,11 +233,11 @@ def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] |
             inside = (*inside, f"{path}.") if path else inside
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 norms[id(module)] = _switched(module, found.widths, [axes[0] for axes in per_width], before.get(path))
-        elif module._parameters or module._buffers or path in found.values or path in found.caches:
+        elif module._parameters or module._buffers or path in (*found.values, *found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
-            values = found.values.get(path, {})
-            caches = found.caches.get(path, ())
-            install_view(module, found.widths, cut, values, layer_sizes(module, cut, values), caches)
+            values, caches = found.values.get(path, {}), found.caches.get(path, ())
+            sizes = layer_sizes(module, cut, values) | (feature_sizes(module, found) if module is model else {})
+            install_view(module, found.widths, cut, values, sizes, caches)
     root = _replace(model, norms)
     root.__dict__["_slim_root"] = True
     return root

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from slimmable.analysis.plan import Plan
+
 Cut = Mapping[str, Sequence[Sequence["int | tuple[int, ...] | None"]]]
 
 
@@ -33,3 +35,21 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
     elif isinstance(module, nn.GroupNorm):
         found = {"num_channels": [size(w, 0) for w in widths]}
     return {name: sizes for name, sizes in found.items() if name not in values and name in module.__dict__}
+
+
+def feature_sizes(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
+    """Return the sizes of a timm model's features at each width, for the attributes that say them at full width.
+
+    They are the input of the classifier, or the output of a model without one.
+    """
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if isinstance(head, nn.Linear):
+        kept = [axes[1] for axes in plan.tensors[str(path), "weight"]]
+        sizes = [head.in_features if k is None else k if isinstance(k, int) else len(k) for k in kept]
+    elif plan.output_shapes[0] and len(plan.output_shapes[0][0]) > 1:
+        sizes = [shapes[0][1] for shapes in plan.output_shapes]
+    else:
+        return {}
+    names = ("num_features", "head_hidden_size", "embed_dim")
+    return {name: sizes for name in names if model.__dict__.get(name) == sizes[0]}

@@ -172,6 +172,12 @@ def test_the_size_attributes_stay_full_and_those_of_extractions_are_true(slim):
     small = slimmable.extract(slim, 0.5)
     assert (small.conv1.out_channels, small.layer4[0].conv2.in_channels, small.fc.in_features) == (32, 32, 32)
     assert small.bn1.num_features == 32
+    assert small.num_features == 32
+
+
+def test_a_backbone_without_classifier_says_its_narrow_features_when_extracted(images):
+    slim = slimmable.slimify(tiny_resnet(num_classes=0), WIDTHS, example_inputs=images)
+    assert [slimmable.extract(slim, width).num_features for width in WIDTHS] == [64, 48, 32, 16]
 
 
 # -- extraction

@@ -1,0 +1,106 @@
+"""The smallest model of each of timm's model modules: it converts, it gets small, and every oracle holds.
+
+Models above `REAL` parameters are checked on fake tensors only, unless `--runslow` is given.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import slimmable
+from tests.convert import oracles
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+SMALLEST: dict[str, str] = json.loads((Path(__file__).parent / "zoo.json").read_text())
+REAL = 12_000_000
+MACS_AT_HALF = 0.34
+MORE_MACS = {  # at most this share of multiply-adds at width 0.5, because of
+    "efficientvit": 0.38,  # a classifier that makes up most of the smallest model
+    "mobilenetv3": 0.37,  # the same, and squeeze layers of 8 units
+    "sequencer": 0.60,  # LSTMs, which have no rule
+}
+
+
+def macs(model: nn.Module) -> dict[float, int]:
+    return {row.width: row.macs for row in slimmable.profile(model, repeats=0).rows}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def images(model: nn.Module, **kwargs) -> torch.Tensor:
+    size = model.pretrained_cfg["input_size"]
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0), **kwargs)
+
+
+def test_the_list_has_every_module_of_timm():
+    if timm.__version__ != "1.0.31":
+        pytest.skip("the list is of timm 1.0.31")
+    assert set(SMALLEST) == {module for module in timm.list_modules() if timm.list_models(module=module)}
+
+
+@pytest.mark.parametrize("module", SMALLEST)
+def test_it_converts_and_half_width_takes_a_third_of_the_multiply_adds(module):
+    with torch.device("meta"):
+        model = timm.create_model(SMALLEST[module]).eval()
+    slim = slimmable.slimify(model, WIDTHS)  # runs every width, and checks its output shapes
+    cost = macs(slim)
+    assert cost[0.5] / cost[1.0] <= MORE_MACS.get(module, MACS_AT_HALF)
+    assert cost[0.25] < cost[0.5] < cost[0.75] < cost[1.0]
+
+
+def real_model(module: str, request: pytest.FixtureRequest) -> nn.Module:
+    with torch.device("meta"):
+        count = parameters(timm.create_model(SMALLEST[module]))
+    if count > REAL and not request.config.getoption("--runslow"):
+        pytest.skip(f"{count / 1e6:.0f} M parameters; run with --runslow")
+    torch.manual_seed(0)
+    return oracles.randomise(timm.create_model(SMALLEST[module]).double().eval())
+
+
+@pytest.mark.parametrize("module", SMALLEST)
+def test_every_oracle_holds(module, request):
+    model = real_model(module, request)
+    x = images(model, dtype=torch.float64)
+    slim, plan = slimmable.slimify(model, WIDTHS), slimmable.plan(model, WIDTHS)
+    oracles.permuting_units_changes_nothing(model, plan, x, limit=PERMUTED.get(module, 1e-10))
+    oracles.full_width_is_the_original(model, slim, x)
+    oracles.every_width_is_its_extraction(slim, x, limit=1e-10)
+    if only_batch_norms(model) and module not in NOT_ZEROED:
+        oracles.zeroing_what_is_dropped_is_the_narrow_network(model, slim, plan, x, limit=1e-9)
+    both_attentions_agree(slim, x)
+
+
+PERMUTED: dict[str, float] = {  # looser than 1e-10, because of
+}
+NOT_ZEROED: dict[str, str] = {  # functions that a channel at zero still takes part in
+}
+
+
+def only_batch_norms(model: nn.Module) -> bool:
+    others = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
+    kinds = [module for module in model.modules() if isinstance(module, (*others, nn.BatchNorm2d))]
+    return any(isinstance(module, nn.BatchNorm2d) for module in kinds) and not any(
+        isinstance(module, others) or "Norm" in type(module).__name__ and not isinstance(module, nn.BatchNorm2d)
+        for module in model.modules()
+    )
+
+
+def both_attentions_agree(slim: nn.Module, x: torch.Tensor) -> None:
+    """Attention by torch's fused kernel and by timm's own code must be scaled alike at every width."""
+    switches = [module for module in slim.modules() if hasattr(module, "fused_attn")]
+    for width in WIDTHS if switches else ():
+        outputs = []
+        for fused in (True, False):
+            for module in switches:
+                module.fused_attn = fused
+            with torch.no_grad(), slimmable.at_width(slim, width):
+                outputs.append(oracles.first_output(slim(x)))
+        assert oracles.difference(*outputs) < 1e-9
