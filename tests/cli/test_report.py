@@ -1,0 +1,75 @@
+"""The tables and the progress: what is written is what was measured."""
+
+import csv
+import io
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimmable.cli.progress import Progress
+from slimmable.cli.report import Row, plot, to_csv, to_markdown, write_report
+
+shares = st.floats(0, 1)
+rows = st.lists(
+    st.builds(Row, st.floats(0.01, 1), st.integers(0, 10**9), st.integers(0, 10**12), shares, shares, shares, shares),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(rows)
+def test_csv_reads_back(given_rows):
+    found = list(csv.DictReader(io.StringIO(to_csv(given_rows))))
+    assert len(found) == len(given_rows)
+    for line, row in zip(found, given_rows, strict=True):
+        for name, text in line.items():
+            assert float(text) == pytest.approx(getattr(row, name), abs=5e-5 if name != "width" else 0)
+
+
+@given(rows, shares)
+def test_markdown_has_a_line_per_width(given_rows, pixels):
+    lines = to_markdown(given_rows, pixels).splitlines()
+    assert len(lines) == 2 + len(given_rows) + 2
+    assert len({line.count("|") for line in lines[: 2 + len(given_rows)]}) == 1
+    assert f"raw pixels: {100 * pixels:.1f}" in lines[-1]
+
+
+def test_plot_of_one_width_and_of_many(tmp_path):
+    many = [Row(width, 10, int(1e6 * width), width, width, 0.1, 0.1) for width in (1.0, 0.75, 0.5, 0.25)]
+    for measured in (many, many[:1]):
+        plot(measured, 0.5, "title", tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_replaces_the_previous_one(tmp_path):
+    first, second = (Row(1.0, 10, 100, accuracy, 0.5, 0.1, 0.1) for accuracy in (0.25, 0.75))
+    write_report(tmp_path, [first], 0.5, "title")
+    write_report(tmp_path, [second], 0.5, "title")
+    assert (tmp_path / "metrics.csv").read_text() == to_csv([second])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "metrics.csv", "metrics.md"]
+
+
+def test_plain_lines_after_every_epoch(capsys):
+    with Progress(steps=6, done=2, steps_per_epoch=2) as progress:
+        for _ in range(4):
+            progress.advance({1.0: 2.5, 0.5: 2.75})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  (")[0] for line in lines] == [f"epoch {n}/3  loss at 1: 2.500  0.5: 2.750" for n in (2, 3)]
+    assert "(0 s left)" in lines[-1]
+
+
+def test_bar_on_a_terminal(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(steps=4, done=1, steps_per_epoch=2) as progress:
+        for _ in range(3):
+            progress.advance({1.0: 2.5})
+    assert "4/4" in terminal.getvalue()
+    assert "loss at 1: 2.500" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
