@@ -85,12 +85,8 @@ NOT_ZEROED: dict[str, str] = {  # functions that a channel at zero still takes p
 
 
 def only_batch_norms(model: nn.Module) -> bool:
-    others = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
-    kinds = [module for module in model.modules() if isinstance(module, (*others, nn.BatchNorm2d))]
-    return any(isinstance(module, nn.BatchNorm2d) for module in kinds) and not any(
-        isinstance(module, others) or "Norm" in type(module).__name__ and not isinstance(module, nn.BatchNorm2d)
-        for module in model.modules()
-    )
+    norms = [m for m in model.modules() if "Norm" in type(m).__name__ and m._parameters]
+    return bool(norms) and all(isinstance(norm, nn.BatchNorm2d) for norm in norms)
 
 
 def both_attentions_agree(slim: nn.Module, x: torch.Tensor) -> None:
