@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from slimmable.cli.config import PretrainConfig
+from slimmable.cli.config import FOLDER_IMAGE_SIZE, PretrainConfig
 
 _DEFAULT_RUN = "runs/pretrain"
 
@@ -41,7 +41,7 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
     _add_widths(parser, argparse.SUPPRESS)
     add("--epochs", int, "passes over the training images")
     add("--batch-size", int, "images per step")
-    add("--image-size", int, "height and width in pixels")
+    add("--image-size", int, f"height and width in pixels; with --data {FOLDER_IMAGE_SIZE}")
     add("--learning-rate", float, "peak learning rate of AdamW")
     add("--images", int, "number of embedded digits to train on; a quarter as many are held out")
     add("--seed", int, "of weights, order and views")

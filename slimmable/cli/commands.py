@@ -10,7 +10,7 @@ import torch
 
 from slimmable._errors import UsageError
 from slimmable._widths import check_widths
-from slimmable.cli.config import PretrainConfig
+from slimmable.cli.config import FOLDER_IMAGE_SIZE, PretrainConfig
 from slimmable.cli.files import write_aside
 from slimmable.cli.networks import timm_backbone
 from slimmable.cli.progress import say
@@ -28,6 +28,8 @@ def pretrain(output: str, resume: bool, device: str | None, **given: Any) -> int
         config = read_config(folder)
         config.check_same(given)
     else:
+        if "data" in given:
+            given.setdefault("image_size", FOLDER_IMAGE_SIZE)
         config = PretrainConfig(**given)
     return run(config, folder, find_device(device), resume)
 

@@ -12,6 +12,7 @@ from slimmable._errors import CheckpointError, UsageError
 from slimmable._widths import check_widths
 
 SMALL_RESNET = "small-resnet"
+FOLDER_IMAGE_SIZE = 64  # pixels; pictures in a folder show more than the embedded digits
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f".partial-{path.name}")
     try:
         write(aside)
+        aside.chmod(0o644)  # safetensors makes private files
         _sync(aside)
         os.replace(aside, path)
         if os.name == "posix":

@@ -82,6 +82,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     axes.set_ylabel("accuracy on held-out images (%)")
     axes.set_title(title)
     axes.set_ylim(0, 100)
+    axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     with matplotlib.rc_context({"savefig.dpi": 150}):

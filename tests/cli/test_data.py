@@ -120,6 +120,7 @@ def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
     assert "left out 1 files that cannot be read" in output
     assert "broken.png" in output
     assert (tmp_path / "run" / "metrics.csv").exists()
+    assert "on 20 images of 64 x 64 pixels" in output
     assert main(["extract", str(tmp_path / "run"), "--width", "0.5", "--format", "pt2"]) == 0
 
 
