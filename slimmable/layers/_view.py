@@ -9,9 +9,10 @@ and averages look for them. The generated class has the name of the original, wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from operator import mul
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,17 @@ from slimmable._errors import ConversionError
 Kept: TypeAlias = "int | tuple[int, ...] | None"
 """What is kept along one axis at one width: all, the first k, or these indices (ascending)."""
 
-Cut: TypeAlias = "tuple[tuple[slice, ...], tuple[tuple[int, str], ...]]"
-"""How to take a slice: the basic indices, then for each remaining axis the buffer with its indices."""
-
 _INDEX_PREFIX = "_slim_kept"
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class Cut(NamedTuple):
+    """How to take a slice: a block, if it is not the whole tensor, then for some axes the buffer with the indices."""
+
+    block: tuple[slice, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    picks: tuple[tuple[int, str], ...]
 
 
 class WidthState:
@@ -75,7 +83,7 @@ def install_view(
     tensors: Mapping[str, Sequence[Sequence[Kept]]],
     values: Mapping[str, Sequence[object]],
     sizes: Mapping[str, Sequence[object]] | None = None,
-    caches: Iterable[str] = (),
+    caches: Mapping[str, object] | None = None,
 ) -> None:
     """Let `module` run at several widths, in place; it starts at the full width.
 
@@ -86,8 +94,8 @@ def install_view(
         values: name of a plain attribute -> its value at each width.
         sizes: the same for attributes that go on reading as at full width, such as `in_features`, which other code
             sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
-        caches: attributes in which the module's own forward keeps what it has computed; each width gets its own,
-            empty as the present one. Assigning one drops what other widths keep.
+        caches: attributes in which the module's own forward keeps what it has computed -> their value when empty.
+            Each width gets its own; assigning one drops what other widths keep.
 
     With no tensors and no values the module is only marked as known to have nothing to slim; its class stays.
 
@@ -115,8 +123,8 @@ def install_view(
     for name, per_width_values in (sizes or {}).items():
         _check_length(module, name, per_width_values, widths)
         state.sizes[name] = tuple(per_width_values)
-    for name in caches:
-        state.blanks[name] = copy.copy(module.__dict__[name])
+    for name, blank in (caches or {}).items():
+        state.blanks[name] = blank
         state.caches[name] = [copy.copy(state.blanks[name]) for _ in widths]
     device = next((t.device for name in state.cuts if (t := _full_tensor(module, name)) is not None), None)
     for kept, buffer in buffer_of.items():
@@ -180,30 +188,35 @@ def _check_length(module: nn.Module, name: str, per_width: Sequence[object], wid
 def _cut(
     module: nn.Module, name: str, shape: torch.Size, kept: Sequence[Kept], buffer_of: dict[tuple[int, ...], str]
 ) -> Cut:
-    """Turn what is kept on each axis into basic slices and index buffers."""
-    slices: list[slice] = []
+    """Turn what is kept on each axis into a block and index buffers."""
+    block: list[slice] = []
     picks: list[tuple[int, str]] = []
     for axis, (size, keep) in enumerate(zip(shape, kept, strict=True)):
         first, last = (0, size if keep is None else keep) if not isinstance(keep, tuple) else (keep[0], keep[-1] + 1)
         if last > size:
             raise ConversionError(f"{type(module).__name__}.{name}: axis {axis} has size {size}, cannot keep {keep}")
         if isinstance(keep, tuple) and last - first != len(keep):
-            slices.append(slice(None))
             picks.append((axis, buffer_of.setdefault(keep, f"{_INDEX_PREFIX}{len(buffer_of)}")))
-        else:
-            slices.append(slice(first or None, last if last < size else None))
-    while slices and slices[-1] == slice(None):
-        slices.pop()
-    return tuple(slices), tuple(picks)
+            first, last = 0, size
+        block.append(slice(first, last))
+    sizes = tuple(part.stop - part.start for part in block)
+    return Cut(tuple(block) if sizes != shape else (), tuple(part.start for part in block), sizes, tuple(picks))
 
 
 def _apply_cut(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tensor:
-    slices, picks = cut
-    if slices:
-        tensor = tensor[slices]
-    for axis, buffer in picks:
+    if cut.block:
+        tensor = _block(tensor, cut)
+    for axis, buffer in cut.picks:
         tensor = tensor.index_select(axis, cast(Tensor, buffers[buffer]))
     return tensor
+
+
+def _block(tensor: Tensor, cut: Cut) -> Tensor:
+    """Take the block in one operation; indexing takes one per axis, and each fills zeros of its own in the backward."""
+    if type(tensor) not in _PLAIN_TENSORS or torch.compiler.is_compiling():
+        return tensor[cut.block]
+    strides = tensor.stride()
+    return tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))
 
 
 def _missing(module: nn.Module, name: str) -> AttributeError:
