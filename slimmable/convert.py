@@ -235,7 +235,7 @@ def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] |
                 norms[id(module)] = _switched(module, found.widths, [axes[0] for axes in per_width], before.get(path))
         elif module._parameters or module._buffers or path in (*found.values, *found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
-            values, caches = found.values.get(path, {}), found.caches.get(path, ())
+            values, caches = found.values.get(path, {}), found.caches.get(path)
             sizes = layer_sizes(module, cut, values) | (feature_sizes(module, found) if module is model else {})
             install_view(module, found.widths, cut, values, sizes, caches)
     root = _replace(model, norms)

@@ -42,7 +42,8 @@ def feature_sizes(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
 
     They are the input of the classifier, or the output of a model without one.
     """
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    head = get_classifier() if callable(get_classifier) else None
     path = next((path for path, module in model.named_modules() if module is head), None)
     if isinstance(head, nn.Linear):
         kept = [axes[1] for axes in plan.tensors[str(path), "weight"]]

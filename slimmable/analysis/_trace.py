@@ -32,7 +32,9 @@ Skip = Callable[[str, nn.Module], bool]
 class FakeModel:
     """A copy of a model whose parameters and buffers are fake: same shapes, no memory, nothing computed."""
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], keep_caches: bool = False
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         memo = {key: value.detach() for key, value in left_behind(model).items()}
         for module in model.modules():
@@ -40,6 +42,9 @@ class FakeModel:
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
+        self.emptied = [] if keep_caches else filled_caches(self.model)
+        for cache in self.emptied:
+            cache.clear()
         self.args, self.kwargs = tree_map(self._fake_input, (tuple(args), dict(kwargs)))
         self._stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
@@ -78,16 +83,27 @@ class FakeModel:
         with self.mode, torch.no_grad():
             return self.model(*self.args, **self.kwargs)
 
-    def forget(self) -> dict[str, list[str]]:
-        """Empty what the last run has left in attributes of modules; return these by module path."""
-        found: dict[str, list[str]] = {}
+    def forget(self) -> dict[str, dict[str, Any]]:
+        """Empty what the last run has left in attributes; return module path -> attribute -> what it was before."""
+        found: dict[str, dict[str, Any]] = {}
         for path, module, name, before in self._before:
             now = module.__dict__.get(name)
             same = now.keys() == before.keys() if isinstance(before, dict) and isinstance(now, dict) else now is before
             if not same and tensors(now):
-                found.setdefault(path, []).append(name)
+                found.setdefault(path, {})[name] = before
                 module.__dict__[name] = copy.copy(before)
         return found
+
+
+def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
+    """Return the dicts of plain tensors that modules hold: most likely filled by an earlier forward."""
+    found = []
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            filled = isinstance(value, dict) and value and not name.startswith("_")
+            if filled and all(type(item) is Tensor for item in value.values()):
+                found.append(value)
+    return found
 
 
 def left_behind(model: nn.Module) -> dict[int, Tensor]:
@@ -109,7 +125,7 @@ class Trace:
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
-    caches: dict[str, list[str]] = field(default_factory=dict)  # module path -> attributes that the run has filled
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `FakeModel.forget` says
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

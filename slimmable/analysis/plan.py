@@ -50,7 +50,8 @@ class Plan:
         widths: from the widest to the narrowest.
         tensors: (module path, parameter or buffer name) -> for each width -> for each axis what is kept.
         values: module path -> attribute name -> its value at each width.
-        caches: module path -> attributes in which the forward keeps tensors; every width needs its own.
+        caches: module path -> attributes in which the forward keeps tensors, of which every width needs its own ->
+            their value when empty.
         groups: the channel groups.
         pins: the axes that stay at full width although a layer with weights makes them.
         output_shapes: for each width, the shapes of the model's output tensors.
@@ -59,7 +60,7 @@ class Plan:
     widths: tuple[float, ...]
     tensors: dict[tuple[str, str], list[list[Kept]]] = field(default_factory=dict)
     values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
-    caches: dict[str, list[str]] = field(default_factory=dict)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     output_shapes: list[list[tuple[int, ...]]] = field(default_factory=list)
@@ -85,9 +86,16 @@ def make_plan(
     Raises: TraceError: if the model's forward fails on fake tensors.
     """
     pinned: set[str] = set()
+    keep_caches = False
     while True:
-        fake = FakeModel(model, args, kwargs)
-        found = _best(fake, widths, _also(skip, frozenset(pinned)), round_to)
+        fake = FakeModel(model, args, kwargs, keep_caches)
+        try:
+            found = _best(fake, widths, _also(skip, frozenset(pinned)), round_to)
+        except TraceError:
+            if keep_caches or not fake.emptied:
+                raise
+            keep_caches = True  # what looked like a cache is something that the forward needs
+            continue
         plan = _plan(fake, *found, widths)
         failed = None if check is None else check(fake, plan)
         if failed is None:

@@ -1,0 +1,77 @@
+"""Modules that keep what they have computed: every width must have its own."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import slimmable
+from tests.convert import oracles
+
+WIDTHS = (1.0, 0.5, 0.25)
+
+
+class Cached(nn.Module):
+    """Keeps a table made from its parameters in eval mode, as some of timm's attention modules do."""
+
+    def __init__(self, blank):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.bias = nn.Parameter(torch.randn(16))
+        self.blank, self.cache = blank, copy.copy(blank)
+        self.constants = {"shift": torch.ones(1)}
+
+    def train(self, mode: bool = True):
+        self.cache = copy.copy(self.blank)
+        return super().train(mode)
+
+    def table(self):
+        if isinstance(self.cache, dict):
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.bias * 2
+            return self.cache["bias"]
+        if self.cache is None:
+            self.cache = self.bias * 2
+        return self.cache
+
+    def forward(self, x):
+        return self.second(self.first(x) + (self.bias * 2 if self.training else self.table()) + self.constants["shift"])
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("blank", [{}, None])
+def test_every_width_has_its_own_cache(blank, filled):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    model = Cached(blank).eval()
+    if filled:
+        model(x)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+    with slimmable.at_width(slim, 0.5):
+        assert slim.bias.shape == (8,)
+    for twin in (slim, copy.deepcopy(slim)):
+        for _ in range(2):
+            for width in WIDTHS:
+                with slimmable.at_width(twin, width), torch.no_grad():
+                    assert torch.equal(twin(x), slimmable.extract(twin, width).train()(x))
+    with torch.no_grad():
+        slim.train().bias.add_(1)
+        for width in WIDTHS:
+            with slimmable.at_width(slim, width):
+                assert torch.equal(slim.eval()(x), slimmable.extract(slim, width).train()(x))
+
+
+def test_attention_that_caches_its_biases():
+    torch.manual_seed(0)
+    model = oracles.randomise(timm.create_model("levit_128s").double().eval())
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    expected = model(x)  # with gradient, so that the caches hold a history
+    slim = slimmable.slimify(model)
+    with torch.no_grad():
+        assert torch.equal(slim(x), expected)
+        with slimmable.at_width(slim, 0.25):
+            narrow = slim(x)
+        assert torch.equal(slim(x), expected)
+        assert oracles.difference(narrow, slimmable.extract(slim, 0.25)(x)) < 1e-12
