@@ -1,0 +1,159 @@
+"""What does a step that trains four widths cost, in time and in memory, over plain networks?
+
+    python -m benchmarks.training_step.run            # all models, about 10 minutes
+    python -m benchmarks.training_step.run --quick    # a smoke run of seconds
+
+Time: a step of `SlimRecipe` (one backward per width) over the sum of the steps of four plain networks, those that
+`slimmable.extract` gives. Memory: what autograd holds for the backward at the peak of the step, over the peak of a step
+of the plain full network; parameters and buffers are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import slimmable
+from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
+from benchmarks.training_step.saved import peak_saved_bytes
+from slimmable.losses import nt_xent, nt_xent_logits
+
+HERE = Path(__file__).parent
+MODELS = ("resnet18", "resnet50", "vit_tiny_patch16_224")
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+DIMENSION = 128
+GOALS = {"time": 1.03, "saved": 1.05}
+
+
+def contrastive(model: nn.Module, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of SimCLR and the similarities that it compares, which distillation takes."""
+    z0, z1 = model(x0), model(x1)
+    return nt_xent(z0, z1), nt_xent_logits(z0, z1)
+
+
+def plain_step(models: Iterable[nn.Module], views: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """One step of each model by itself."""
+    pairs = [(model, torch.optim.SGD(model.parameters())) for model in models]
+
+    def step() -> None:
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            contrastive(model, *views)[0].backward()
+
+    return step
+
+
+def slim_step(
+    model: nn.Module, views: tuple[Tensor, Tensor], distill: slimmable.OnlineDistillation | None
+) -> Callable[[], None]:
+    """One step of all widths, as `SlimRecipe` describes it."""
+    optimizer = torch.optim.SGD(model.parameters())
+    recipe = slimmable.SlimRecipe(model, distill=distill)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for _ in recipe.widths(1.0):
+            loss, logits = contrastive(model, *views)
+            recipe.loss(loss, teach=logits).backward()
+
+    return step
+
+
+def summed_step(model: nn.Module, views: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """The obvious other way: add the losses of all widths up, then one backward."""
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = []
+        for width in WIDTHS:
+            with slimmable.at_width(model, width):
+                losses.append(contrastive(model, *views)[0])
+        torch.stack(losses).sum().backward()
+
+    return step
+
+
+def measure(name: str, seconds: float, batch: int, size: int, least: int) -> list[dict[str, Any]]:
+    """Return a row per way of training four widths."""
+    sized = {"img_size": size} if name.startswith("vit") else {}
+    plain = timm.create_model(name, num_classes=DIMENSION, **sized).train()
+    slim = slimmable.slimify(plain, WIDTHS, example_inputs=torch.zeros(2, 3, size, size))
+    views = (torch.randn(batch, 3, size, size), torch.randn(batch, 3, size, size))
+    apart = plain_step([slimmable.extract(slim, width) for width in WIDTHS], views)
+    steps = {
+        "recipe": slim_step(slim, views, None),
+        "recipe, distilling": slim_step(slim, views, slimmable.OnlineDistillation()),
+        "one summed backward": summed_step(slim, views),
+    }
+    full_bytes = peak_saved_bytes(plain_step([plain], views), plain)
+    rows = []
+    times = interleaved({"apart": apart, **steps}, seconds, least)
+    for way, step in steps.items():
+        row = {"way": way, "batch": batch, "image_size": size, **compare(times[way], times["apart"])}
+        saved = peak_saved_bytes(step, slim)
+        row |= {"saved_bytes": saved, "saved_ratio": round(saved / full_bytes, 4), "goals": GOALS}
+        print(f"{name} {row}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def table(folder: Path) -> str:
+    """Return the results of a folder as Markdown."""
+    header = (
+        "model",
+        "views x batch x image",
+        "four-width step",
+        "plain networks, CPU ms",
+        "time / plain networks",
+        "95 %",
+        "saved, MB",
+        "saved / plain full network",
+    )
+    results = read_results(folder)
+    lines = [
+        (
+            result["name"],
+            f"2 x {row['batch']} x {row['image_size']}",
+            row["way"],
+            f"{row['baseline_cpu_ms']:.0f}",
+            f"{row['ratio']:.3f}",
+            f"{row['low']:.3f} – {row['high']:.3f}",
+            f"{row['saved_bytes'] / 1e6:.1f}",
+            f"{row['saved_ratio']:.3f}",
+        )
+        for result in results
+        for row in result["rows"]
+    ]
+    sources = sorted({origin(result) for result in results})
+    goals = f"Goals for the recipe: time {GOALS['time']}, saved {GOALS['saved']}."
+    return markdown(header, lines) + "\n" + "\n".join([goals, *sources]) + "\n"
+
+
+def main() -> None:
+    """Measure, write one result file per model, and the table of all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm names")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per view")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=120, help="time per model")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
+    parser.add_argument("--quick", action="store_true", help="one small model, few repetitions: a smoke run")
+    given = parser.parse_args()
+    names, seconds, batch, size, least = given.models, given.seconds, given.batch_size, given.image_size, 8
+    if given.quick:
+        names, seconds, batch, size, least = ("resnet10t",), 0, 2, 32, 4
+    torch.manual_seed(0)
+    for name in names:
+        write_result(given.out, name, measure(name, seconds, batch, size, least))
+    (given.out / "table.md").write_text(table(given.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The benchmarks run, and their result files say what was measured, how and where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPARED = {"ratio", "low", "high", "wall_ratio", "baseline_cpu_ms", "rounds"}
+ROWS = {
+    "overhead": (12, COMPARED | {"batch", "image_size", "width", "pass", "noise", "goal"}),
+    "training_step": (3, COMPARED | {"batch", "image_size", "way", "saved_bytes", "saved_ratio", "goals"}),
+}
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def run(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, "-m", f"benchmarks.{request.param}.run", "--quick", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return request.param, out
+
+
+def test_results_have_their_fields(run):
+    question, out = run
+    result = json.loads((out / "resnet10t.json").read_text())
+    assert result["command"].startswith(f"python -m benchmarks.{question}.run --quick")
+    assert set(result["versions"]) == {"slimmable", "torch", "timm", "python"}
+    assert set(result["machine"]) == {"cpu", "cores", "threads", "load_average"}
+    rows, fields = ROWS[question]
+    assert len(result["rows"]) == rows
+    for row in result["rows"]:
+        assert set(row) == fields
+        assert 0 < row["low"] <= row["ratio"] <= row["high"]
+
+
+def test_the_table_has_a_line_per_row(run):
+    question, out = run
+    lines = (out / "table.md").read_text().splitlines()
+    assert sum(line.startswith("| resnet10t |") for line in lines) == ROWS[question][0]
+
+
+def test_a_step_of_all_widths_saves_no_more_than_the_widest(run):
+    question, out = run
+    if question == "training_step":
+        saved = {row["way"]: row["saved_ratio"] for row in json.loads((out / "resnet10t.json").read_text())["rows"]}
+        assert saved["recipe"] <= saved["recipe, distilling"] <= 1.05
+        assert saved["one summed backward"] > 2
