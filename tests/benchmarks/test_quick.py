@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMPARED = {"ratio", "low", "high", "wall_ratio", "baseline_cpu_ms", "rounds"}
 ROWS = {
-    "overhead": (12, COMPARED | {"batch", "image_size", "width", "pass", "noise", "goal"}),
+    "overhead": (6, COMPARED | {"batch", "image_size", "width", "pass", "noise", "goal"}),
     "training_step": (3, COMPARED | {"batch", "image_size", "way", "saved_bytes", "saved_ratio", "goals"}),
 }
 
