@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -173,14 +174,23 @@ def _register_spatial() -> None:
 _register_spatial()
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd")
 def pad(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Padding leaves an axis that it does not change; a padded channel axis cannot shrink."""
+    """Padding adds units, which stay, before and behind those of an axis."""
     axes = ctx.axes(args[0])
-    for axis in range(out.ndim):
-        if out.shape[axis] != args[0].shape[axis] and axes[axis] is not None:
-            ctx.pin(axes[axis], "is padded")
-            axes[axis] = None
+    amounts = [int(amount) for amount in args[1]]
+    for i in range(len(amounts) // 2):
+        ids, (before, after) = axes[-1 - i], amounts[2 * i : 2 * i + 2]
+        if ids is None or before == after == 0:
+            continue
+        if min(before, after) < 0:
+            ctx.pin(ids, "is cropped")
+            axes[-1 - i] = None
+            continue
+        new = [ctx.labels.fresh(before), ids, ctx.labels.fresh(after)]
+        for padding in (new[0], new[2]):
+            ctx.pin(padding, "is padding")
+        axes[-1 - i] = np.concatenate(new)
     ctx.label(out, axes)
 
 

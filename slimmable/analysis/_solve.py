@@ -140,7 +140,7 @@ def _adjust(trace: Trace, solution: Solution, width: int, failures: list[_Failur
     start = counts.copy()
     for _ in range(_STEPS):
         if not failures:
-            return failures
+            break
         best = None
         for group in sorted({int(g) for ids in failures[0].axes() for g in solution.group_of[ids] if g >= 0}):
             units = len(solution.groups[group])

@@ -118,11 +118,12 @@ def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int)
     trouble = np.zeros(len(labels), bool)
     for ids in solution.disagreed:
         trouble[labels.find(ids)] = True
-    stuck = [
-        site
-        for site, (ids, options) in enumerate(first.context.splits)
-        if options > 1 and (labels.pinned(ids).all() or trouble[labels.find(ids)].any())
-    ]
+
+    def doubtful(ids: Ids) -> bool:
+        roots = labels.find(ids)
+        return bool(labels.pinned(ids).all() or trouble[roots].any() or 2 * len(np.unique(roots)) <= len(ids))
+
+    stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:
         return first, solution
     second = trace(fake, widths, skip, {**choices, **dict.fromkeys(stuck, 1)})
