@@ -152,8 +152,7 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     from torch.utils.flop_counter import flop_registry  # slow to import
 
     fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
-    with fake.mode, counter:
-        fake.run()
+    fake.run(counter)
     return counter
 
 

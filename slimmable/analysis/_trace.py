@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -77,10 +77,13 @@ class FakeModel:
         """The path of the module that is running, or that has failed."""
         return self._stack[-1]
 
-    def run(self) -> Any:
-        """Run the forward of the model."""
+    def run(self, *modes: AbstractContextManager[Any]) -> Any:
+        """Run the forward of the model, in these modes."""
         self._stack[1:] = []
-        with self.mode, torch.no_grad():
+        with ExitStack() as stack:
+            inside: list[Any] = [self.mode, torch.no_grad(), _recurrent_layers_in_parts(), *modes]
+            for mode in inside:
+                stack.enter_context(mode)
             return self.model(*self.args, **self.kwargs)
 
     def forget(self) -> dict[str, dict[str, Any]]:
@@ -93,6 +96,16 @@ class FakeModel:
                 found.setdefault(path, {})[name] = before
                 module.__dict__[name] = copy.copy(before)
         return found
+
+
+@contextmanager
+def _recurrent_layers_in_parts() -> Iterator[None]:
+    """Let an LSTM run as the matrix products that it is made of, not as one operation."""
+    before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=before)  # type: ignore[no-untyped-call]
 
 
 def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
@@ -205,10 +218,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
     with _traced_attributes(fake.model, result), quiet:
         try:
-            with fake.mode, operations, _Calls(context, operations):
-                fake._stack[1:] = []
-                with torch.no_grad():
-                    output = fake.model(*fake.args, **fake.kwargs)
+            output = fake.run(operations, _Calls(context, operations))
         except Exception as error:
             module = fake.model.get_submodule(fake.running)
             raise TraceError(

@@ -324,7 +324,8 @@ def _reduce_of(base: type[nn.Module], *names: tuple[str, ...]) -> Callable[..., 
     """Pickle and copy by way of the original class, since the generated one cannot be imported."""
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        reduced = base.__reduce_ex__(self, max(2, int(protocol)))
+        with _at_full(cast(WidthState, state_of(self))):  # recurrent layers refresh their list of weights here
+            reduced = base.__reduce_ex__(self, max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
             return reduced
         return (_rebuild, (base, names, *reduced[1][1:]), *reduced[2:])

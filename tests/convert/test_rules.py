@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +210,34 @@ def test_every_oracle_holds(case):
     for name, module in model.named_children():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and name not in PINNED.get(case, ()):
             assert any(path.split(".")[0] == name for path in made), f"{name} is not slimmed:\n{plan}"
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 32), nn.Linear(48, 5)
+        self.rnn = kind(32, 24, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0].mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind, dtype):
+    torch.manual_seed(0)
+    model = Recurrent(kind).to(dtype).eval()
+    x = torch.randn(2, 7, 8, dtype=dtype)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    oracles.full_width_is_the_original(model, slim, x)
+    oracles.every_width_is_its_extraction(slim, x, limit=limit)
+    oracles.permuting_units_changes_nothing(model, slimmable.plan(model, WIDTHS, example_inputs=x), x, limit=limit)
+    small = slimmable.extract(slim, 0.5)
+    assert (small.rnn.input_size, small.rnn.hidden_size, small.head.in_features) == (16, 12, 24)
+    slimmable.set_width(slim, 0.5)
+    slim(x).sum().backward()
+    assert torch.equal(copy.deepcopy(slim)(x), slim(x))
 
 
 @pytest.mark.parametrize("fused", [True, False])
