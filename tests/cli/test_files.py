@@ -115,3 +115,25 @@ def test_optimizer_goes_on_exactly(kind):
         step(network, optimizer)
         step(other, resumed)
     assert torch.equal(network.weight, other.weight)
+
+
+def test_optimizer_goes_on_exactly_in_another_memory_layout():
+    def fresh():
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return network, torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step(network, optimizer):
+        optimizer.zero_grad()
+        network(torch.arange(75.0).view(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+
+    network, optimizer = fresh()
+    step(network, optimizer)
+    other, resumed = fresh()
+    other.load_state_dict(network.state_dict())
+    saved = {name: tensor.contiguous().clone() for name, tensor in optimizer_tensors(optimizer).items()}
+    load_optimizer_tensors(resumed, saved)
+    step(network, optimizer)
+    step(other, resumed)
+    assert torch.equal(network.weight, other.weight)
