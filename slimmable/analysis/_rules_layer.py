@@ -158,18 +158,20 @@ def _label_norm(ctx: Context, source: Tensor, axes: list[Ids | None], out: Any) 
 
 @rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
 def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """The last axes are shared with weight and bias, and with `normalized_shape`."""
-    shape = args[1]
+    """The last axes are shared with weight and bias."""
     axes = ctx.axes(args[0])
-    given = _argument(ctx, 1, "normalized_shape")
-    sizes = list(given) if isinstance(given, (list, tuple)) and len(given) == len(shape) else [None] * len(shape)
-    for i in range(1, len(shape) + 1):
+    for i in range(1, len(args[1]) + 1):
         for tensor in args[2:4]:
             if isinstance(tensor, Tensor) and (axes[-i] is not None or ctx.axes(tensor)[-i] is not None):
                 axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
-        if sizes[-i] is not None and args[0].shape[-i] > 1:
-            ctx.constrain(sizes[-i], axes[-i], int(args[0].shape[-i]))
     _label_norm(ctx, args[0], axes, out)
+
+
+def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
+    """The call of a layer or RMS norm names the sizes of the last axes."""
+    for i, size in enumerate(reversed(shape), 1):
+        if source.shape[-i] > 1:
+            ctx.constrain(size, ctx.axes(source)[-i], int(source.shape[-i]))
 
 
 @rule("native_group_norm")

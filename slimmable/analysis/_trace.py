@@ -26,7 +26,7 @@ from slimmable.analysis._rules import rule_of, tensors
 __all__ = ["FakeModel", "Trace", "output_tensors", "trace"]
 _ = _rules_shape  # imported for its rules
 
-Skip = Callable[[str, nn.Module], bool]
+Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why
 
 
 class FakeModel:
@@ -180,6 +180,9 @@ class _Calls(TorchFunctionMode):
             return total
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
+        if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
+            self.context.operation = name
+            _rules_layer.normalized_shape(self.context, args[0], args[1])
         self.context.call = Call(name, args, kwargs)
         try:
             return func(*args, **kwargs)
@@ -261,7 +264,7 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)
             if skipped:
-                context.operation, context.modules[-1] = "skip", path
+                context.operation, context.modules[-1] = skipped if isinstance(skipped, str) else "skip", path
                 for ids in context.axes(tensor):
                     context.pin(ids)
 

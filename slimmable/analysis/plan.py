@@ -85,12 +85,12 @@ def make_plan(
 
     Raises: TraceError: if the model's forward fails on fake tensors.
     """
-    pinned: set[str] = set()
+    pinned: dict[str, str] = {}
     keep_caches = False
     while True:
         fake = FakeModel(model, args, kwargs, keep_caches)
         try:
-            found = _best(fake, widths, _also(skip, frozenset(pinned)), round_to)
+            found = _best(fake, widths, _also(skip, dict(pinned)), round_to)
         except TraceError:
             if keep_caches or not fake.emptied:
                 raise
@@ -103,11 +103,11 @@ def make_plan(
         path, error = failed
         if path in pinned or not any(key[0] == path for key in plan.tensors):
             raise TraceError(f"the narrow network fails in module {path!r}: {error}") from error
-        pinned.add(path)
+        pinned[path] = f"fails when narrow ({str(error).splitlines()[0][:100]})"
 
 
-def _also(skip: Skip, paths: frozenset[str]) -> Skip:
-    return lambda path, module: path in paths or skip(path, module)
+def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
+    return lambda path, module: pinned.get(path) or skip(path, module)
 
 
 def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
