@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from slimmable._errors import ConversionError
 
@@ -200,7 +201,8 @@ def _cut(
             first, last = 0, size
         block.append(slice(first, last))
     sizes = tuple(part.stop - part.start for part in block)
-    return Cut(tuple(block) if sizes != shape else (), tuple(part.start for part in block), sizes, tuple(picks))
+    starts = tuple(part.start for part in block)
+    return Cut(tuple(block) if sizes != shape else (), starts if any(starts) else (), sizes, tuple(picks))
 
 
 def _apply_cut(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tensor:
@@ -213,9 +215,11 @@ def _apply_cut(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -
 
 def _block(tensor: Tensor, cut: Cut) -> Tensor:
     """Take the block in one operation; indexing takes one per axis, and each fills zeros of its own in the backward."""
-    if type(tensor) not in _PLAIN_TENSORS or torch.compiler.is_compiling():
+    if type(tensor) not in _PLAIN_TENSORS or is_compiling():
         return tensor[cut.block]
     strides = tensor.stride()
+    if not cut.starts:
+        return tensor.as_strided(cut.sizes, strides)
     return tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))
 
 
