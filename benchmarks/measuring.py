@@ -74,6 +74,11 @@ def compare(times: Times, baseline: Times) -> dict[str, float]:
     return {name: round(value, 4) for name, value in named.items()} | {"rounds": n}
 
 
+def median_cpu_ms(times: Times) -> float:
+    """Return the median processor time."""
+    return round(statistics.median(times.cpu), 4)
+
+
 def environment() -> dict[str, Any]:
     """Return the command, the versions and the machine."""
     return {
@@ -95,11 +100,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_result(folder: Path, name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Write one result file with the environment and the rows."""
+def write_result(folder: Path, name: str, rows: list[dict[str, Any]], variant: str) -> Path:
+    """Write one result file with the environment and the rows; its name says what else the figures depend on."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"name": name, **environment(), **more, "rows": rows}, indent=1) + "\n")
+    release = ".".join(torch.__version__.split(".")[:2])
+    path = folder / f"{name}--{variant}-float32-torch{release}-threads{torch.get_num_threads()}.json"
+    path.write_text(json.dumps({"name": name, **environment(), "rows": rows}, indent=1) + "\n")
     return path
 
 
@@ -118,7 +124,7 @@ def origin(result: Mapping[str, Any]) -> str:
     """Say in one line where the numbers of a result come from."""
     machine, versions = result["machine"], result["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {named}; {result['date']}"
+    return f"{machine['cpu']}, {machine['cores']} cores; {named}; {result['date']}"
 
 
 def _module_name() -> str:

@@ -108,6 +108,7 @@ def table(folder: Path) -> str:
     """Return the results of a folder as Markdown."""
     header = (
         "model",
+        "threads",
         "views x batch x image",
         "four-width step",
         "plain networks, CPU ms",
@@ -120,6 +121,7 @@ def table(folder: Path) -> str:
     lines = [
         (
             result["name"],
+            result["machine"]["threads"],
             f"2 x {row['batch']} x {row['image_size']}",
             row["way"],
             f"{row['baseline_cpu_ms']:.0f}",
@@ -140,7 +142,7 @@ def main() -> None:
     """Measure, write one result file per model, and the table of all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm names")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per view")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per view")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--seconds", type=float, default=120, help="time per model")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
@@ -151,7 +153,8 @@ def main() -> None:
         names, seconds, batch, size, least = ("resnet10t",), 0, 2, 32, 4
     torch.manual_seed(0)
     for name in names:
-        write_result(given.out, name, measure(name, seconds, batch, size, least))
+        rows = measure(name, seconds, batch, size, least)
+        write_result(given.out, name, rows, variant=f"batch{batch}-image{size}")
     (given.out / "table.md").write_text(table(given.out))
 
 

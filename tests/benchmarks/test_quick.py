@@ -15,17 +15,21 @@ ROWS = {
 }
 
 
+def quick(module, out):
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+
 @pytest.fixture(scope="module", params=ROWS)
 def run(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", f"benchmarks.{request.param}.run", "--quick", "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    quick(f"{request.param}.run", out)
     return request.param, out
 
 
 def test_results_have_their_fields(run):
     question, out = run
-    result = json.loads((out / "resnet10t.json").read_text())
+    result = json.loads(next(out.glob("resnet10t--*.json")).read_text())
     assert result["command"].startswith(f"python -m benchmarks.{question}.run --quick")
     assert set(result["versions"]) == {"slimmable", "torch", "timm", "python"}
     assert set(result["machine"]) == {"cpu", "cores", "threads", "load_average"}
@@ -45,6 +49,19 @@ def test_the_table_has_a_line_per_row(run):
 def test_a_step_of_all_widths_saves_no_more_than_the_widest(run):
     question, out = run
     if question == "training_step":
-        saved = {row["way"]: row["saved_ratio"] for row in json.loads((out / "resnet10t.json").read_text())["rows"]}
+        saved = {
+            row["way"]: row["saved_ratio"]
+            for row in json.loads(next(out.glob("resnet10t--*.json")).read_text())["rows"]
+        }
         assert saved["recipe"] <= saved["recipe, distilling"] <= 1.05
         assert saved["one summed backward"] > 2
+
+
+def test_the_causes_are_measured_one_by_one(tmp_path):
+    quick("overhead.causes", tmp_path)
+    result = json.loads(next(tmp_path.glob("resnet10t--*.json")).read_text())
+    assert [row["width"] for row in result["rows"]] == [0.5, 0.25]
+    for row in result["rows"]:
+        assert set(row) == {"width", "image_size", "forward", "train", "read", "copy", "zeros"}
+        assert min(row.values()) > 0
+    assert (tmp_path / "table.md").read_text().count("| resnet10t |") == 2
