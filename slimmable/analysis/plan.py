@@ -103,7 +103,8 @@ def make_plan(
         path, error = failed
         if path in pinned or not any(key[0] == path for key in plan.tensors):
             raise TraceError(f"the narrow network fails in module {path!r}: {error}") from error
-        pinned[path] = f"fails when narrow ({str(error).splitlines()[0][:100]})"
+        line = str(error).partition("\n")[0]
+        pinned[path] = f"fails when narrow ({line[:100]})"
 
 
 def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
