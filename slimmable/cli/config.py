@@ -25,7 +25,7 @@ class PretrainConfig:
     model: str = SMALL_RESNET
     data: str | None = None  # a folder of images per class, or None: the embedded digits
     widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    epochs: int = 60
+    epochs: int = 50
     batch_size: int = 64
     image_size: int = 24
     learning_rate: float = 0.006

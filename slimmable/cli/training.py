@@ -17,7 +17,6 @@ from slimmable.losses import OnlineDistillation, contrast, moco_logits
 from slimmable.training.moco import MoCo
 from slimmable.training.recipe import SlimRecipe
 
-_LAYOUT = torch.channels_last  # a fifth faster than the usual one, on a CPU too
 _WARM_UP = 0.05  # share of the steps over which the learning rate rises
 
 
@@ -29,7 +28,7 @@ class Training:
         if config.batch_size > count:
             raise UsageError(f"--batch-size {config.batch_size} is more than the {count} training images")
         self.config = config
-        self.network = network.to(device, memory_format=_LAYOUT).train()  # type: ignore[call-overload]
+        self.network = network.to(device).train()
         self.images = images.train.to(device)
         self.mirror = not images.handwriting
         self.steps_per_epoch = count // config.batch_size
@@ -53,7 +52,7 @@ class Training:
         torch.manual_seed(_seed(self.config.seed, self.step))
         batch = self._order(epoch)[place * self.config.batch_size :][: self.config.batch_size]
         images = self.images[batch]
-        queries, positives = (augment(images, mirror=self.mirror).contiguous(memory_format=_LAYOUT) for _ in range(2))
+        queries, positives = (augment(images, mirror=self.mirror) for _ in range(2))
         progress = self.step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = (
