@@ -147,7 +147,7 @@ def _plan(model: nn.Module, inputs: Inputs, widths: tuple[float, ...], skip: Ski
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    return make_plan(model, args, kwargs, widths, _skipper(model, skip), round_to, _first_failure)
+    return make_plan(model, args, kwargs, widths, _skipper(model, skip), round_to, _first_failure, _strip)
 
 
 def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
@@ -173,7 +173,6 @@ def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
 def _first_failure(fake: FakeModel, found: Plan) -> tuple[str, Exception] | None:
     """Convert a fake model and run every narrow width; return the module that fails and the error, if one does."""
     with fake.mode:
-        _strip(fake.model)
         _apply(fake.model, found)
     for width, shapes in list(zip(found.widths, found.output_shapes, strict=True))[1:]:
         try:

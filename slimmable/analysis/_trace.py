@@ -33,7 +33,12 @@ class FakeModel:
     """A copy of a model whose parameters and buffers are fake: same shapes, no memory, nothing computed."""
 
     def __init__(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], keep_caches: bool = False
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        keep_caches: bool = False,
+        prepare: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         memo = {key: value.detach() for key, value in left_behind(model).items()}
@@ -42,6 +47,9 @@ class FakeModel:
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
+        if prepare is not None:
+            with self.mode:
+                prepare(self.model)
         self.emptied = [] if keep_caches else filled_caches(self.model)
         for cache in self.emptied:
             cache.clear()

@@ -77,6 +77,7 @@ def make_plan(
     skip: Skip,
     round_to: int = 1,
     check: Callable[[FakeModel, Plan], tuple[str, Exception] | None] | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Plan:
     """Trace `model` and return its plan.
 
@@ -88,7 +89,7 @@ def make_plan(
     pinned: dict[str, str] = {}
     keep_caches = False
     while True:
-        fake = FakeModel(model, args, kwargs, keep_caches)
+        fake = FakeModel(model, args, kwargs, keep_caches, prepare)
         try:
             found = _best(fake, widths, _also(skip, dict(pinned)), round_to)
         except TraceError:

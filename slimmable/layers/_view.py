@@ -262,9 +262,17 @@ def _value_property(name: str) -> property:
         if name not in self.__dict__:
             raise _missing(self, name)
         state = self._slim
-        return self.__dict__[name] if state.index == 0 else state.values[name][state.index]
+        if name in state.values:
+            return state.values[name][state.index]
+        return self.__dict__[name]  # while a constructor runs
 
-    return property(get, lambda self, value: _set_plain(self, name, value), lambda self: _delete_plain(self, name))
+    def put(self: Any, value: object) -> None:
+        _set_plain(self, name, value)
+        state = state_of(self)
+        if state is not None and name in state.values:
+            state.values[name] = (value, *state.values[name][1:])
+
+    return property(get, put, lambda self: _delete_plain(self, name))
 
 
 def _cache_property(name: str) -> property:
