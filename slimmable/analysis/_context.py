@@ -39,7 +39,7 @@ class Context:
     consumed: list[Ids] = field(default_factory=list)
     producers: list[Ids] = field(default_factory=list)
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
-    modules: list[str] = field(default_factory=lambda: [""])
+    module: str = ""  # path of the module that is running
     operation: str = ""
     call: Call | None = None
 
@@ -62,7 +62,7 @@ class Context:
     @property
     def where(self) -> str:
         """The operation and the module that the trace is in, for reports."""
-        return f"{self.operation} in {self.modules[-1] or 'the model itself'}"
+        return f"{self.operation} in {self.module or 'the model itself'}"
 
     def pin(self, ids: Ids | None, why: str = "") -> None:
         """Keep `ids` at full width because of the current operation."""
@@ -72,7 +72,7 @@ class Context:
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
         """Join two axes that must shrink together and return the labels of both.
 
-        If only one is labelled, the other cannot shrink, and the labelled one is pinned.
+        If only one is labelled, the other cannot shrink, and the labelled one is pinned; if none is, nothing happens.
         """
         if first is not None and second is not None:
             self.labels.merge(first, second)

@@ -36,10 +36,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def name_of(operation: torch._ops.OpOverload) -> str:
+    """Return the name of an operation; one that works in place has the name of its twin."""
+    return str(operation._schema.name).removeprefix("aten::").rstrip("_")
+
+
 def rule_of(operation: torch._ops.OpOverload) -> Rule:
     """Return the rule of an operation: its own, that of pointwise operations, or the one that pins."""
-    name = operation._schema.name.removeprefix("aten::")
-    found = RULES.get(name) or RULES.get(name.rstrip("_"))
+    found = RULES.get(name_of(operation))
     if found is not None:
         return found
     return pointwise if torch.Tag.pointwise in operation.tags else unknown
@@ -59,8 +63,8 @@ def unknown(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any)
         ctx.label(tensor, [None] * tensor.ndim)
 
 
-_AFFINE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "rsub", "neg"}
-_IDENTITY = {"clone", "detach", "alias", "_to_copy", "copy", "copy_", "lift_fresh", "dropout", "native_dropout"}
+_AFFINE = {"add", "sub", "mul", "div", "rsub", "neg"}
+_IDENTITY = {"clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "dropout", "native_dropout"}
 
 
 def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
@@ -68,8 +72,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     origins = {ctx.origin(tensor) for tensor in operands}
     if origins == {"weights"}:
         return "weights"
-    name = ctx.operation
-    if name not in _AFFINE | _IDENTITY:
+    if ctx.operation not in _AFFINE | _IDENTITY:
         return None
     channels = {
         ctx.origin(tensor)
@@ -86,7 +89,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
     "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
-    "masked_fill_", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
+    "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
 )  # fmt: skip
 def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
@@ -100,8 +103,7 @@ def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: An
             labels = [ctx.axes(tensor)[-axis] for tensor in aligned]
             ids = labels[0] if labels else None
             for other in labels[1:]:
-                if ids is not None or other is not None:
-                    ids = ctx.merge(ids, other)
+                ids = ctx.merge(ids, other)
             joined.append(ids)
         ctx.label(result, joined[::-1], origin_after(ctx, operands))
 
@@ -162,8 +164,7 @@ def _register_spatial() -> None:
                  "upsample_nearest{}d", "_upsample_nearest_exact{}d", "fractional_max_pool{}d"]  # fmt: skip
         for kind in kinds:
             rule(kind.format(dims))(of(dims))
-    for name in ("upsample_linear1d",):
-        rule(name)(of(1))
+    rule("upsample_linear1d")(of(1))
     for name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
                  "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d"):  # fmt: skip
         rule(name)(of(2))

@@ -21,17 +21,14 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     """Label `first @ second`."""
     a, b = ctx.axes(first), ctx.axes(second)
     weights = "weights" in (ctx.origin(first), ctx.origin(second))
-    if a[-1] is not None or b[-2 if len(b) > 1 else -1] is not None:
-        inner = b[-2 if len(b) > 1 else -1]
-        if weights:
-            ctx.consume(a[-1], inner)
-        else:
-            joined = ctx.merge(a[-1], inner)
-            if joined is not None:
-                ctx.contractions.append((ctx.modules[-1], joined))
-    batch: list[Ids | None] = []
-    for x, y in zip(a[:-2], b[:-2], strict=True):
-        batch.append(ctx.merge(x, y) if x is not None or y is not None else None)
+    inner = b[-2 if len(b) > 1 else -1]
+    if weights:
+        ctx.consume(a[-1], inner)
+    else:
+        joined = ctx.merge(a[-1], inner)
+        if joined is not None:
+            ctx.contractions.append((ctx.module, joined))
+    batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
     result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]
     origin = "mixed" if weights else None
     if ctx.origin(first) == ctx.origin(second) == "weights":
@@ -40,7 +37,7 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
         ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
     if bias is not None:
         for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
-            if bias.shape[-i] != 1 and (ids is not None or result[-i] is not None):
+            if bias.shape[-i] != 1:
                 result[-i] = ctx.merge(result[-i], ids)
     ctx.label(out, result, origin)
 
@@ -71,8 +68,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
     channels, made = int(source.shape[1]), int(out.shape[1])
     if groups == 1:
-        if x[1] is not None or inner is not None:
-            ctx.consume(x[1], inner)
+        ctx.consume(x[1], inner)
         result = outer
     else:
         result = _grouped(ctx, x[1], w, groups, channels, made, transposed)
@@ -88,7 +84,7 @@ def _grouped(
     each_in, each_out = channels // groups, made // groups
     if transposed:
         inner, outer = w[0], spread(w[1], groups, 1) if w[1] is not None else None
-        x = ctx.merge(x, inner) if x is not None or inner is not None else None
+        x = ctx.merge(x, inner)
         inner_each = None
     else:
         inner_each, outer = w[1], w[0]
@@ -112,7 +108,7 @@ def _grouped(
             ctx.consume(block[0], inner_each)
         else:
             ctx.consumed.append(x)
-    elif inner_each is not None:
+    else:
         ctx.consume(None, inner_each)
     if outer is not None:
         block = outer.reshape(groups, each_out)
@@ -145,7 +141,7 @@ def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Axis 1 is shared with every per-channel tensor."""
     axes = ctx.axes(args[0])
     for tensor in args[1:5]:
-        if isinstance(tensor, Tensor) and (axes[1] is not None or ctx.axes(tensor)[0] is not None):
+        if isinstance(tensor, Tensor):
             axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
     _label_norm(ctx, args[0], axes, out)
 
@@ -162,7 +158,7 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     axes = ctx.axes(args[0])
     for i in range(1, len(args[1]) + 1):
         for tensor in args[2:4]:
-            if isinstance(tensor, Tensor) and (axes[-i] is not None or ctx.axes(tensor)[-i] is not None):
+            if isinstance(tensor, Tensor):
                 axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
     _label_norm(ctx, args[0], axes, out)
 
@@ -180,7 +176,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
     for tensor in args[1:3]:
-        if isinstance(tensor, Tensor) and (axes[1] is not None or ctx.axes(tensor)[0] is not None):
+        if isinstance(tensor, Tensor):
             axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
     if axes[1] is not None and groups > 1:
         given = _argument(ctx, 1, "num_groups")
@@ -209,27 +205,20 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     query, key, value = args[:3]
     q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
 
-    def join(*labels: Ids | None) -> Ids | None:
-        joined = labels[0]
-        for other in labels[1:]:
-            if joined is not None or other is not None:
-                joined = ctx.merge(joined, other)
-        return joined
-
     batch = []
     for i in range(query.ndim - 2):
         sizes = {int(query.shape[i]), int(key.shape[i]), int(value.shape[i])}
         if len(sizes) > 1:  # grouped queries
             for ids in (q[i], k[i], v[i]):
                 ctx.pin(ids, "queries and keys have different numbers of heads")
-        batch.append(join(q[i], k[i], v[i]) if len(sizes) == 1 else None)
-    inner = join(q[-1], k[-1])
+        batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if len(sizes) == 1 else None)
+    inner = ctx.merge(q[-1], k[-1])
     if inner is not None:
-        ctx.contractions.append((ctx.modules[-1], inner))
-    join(k[-2], v[-2])
+        ctx.contractions.append((ctx.module, inner))
+    ctx.merge(k[-2], v[-2])
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     if isinstance(mask, Tensor):
         for i, ids in enumerate(reversed([*batch, q[-2], k[-2]][-mask.ndim :]), 1):
-            if mask.shape[-i] != 1 and (ids is not None or ctx.axes(mask)[-i] is not None):
+            if mask.shape[-i] != 1:
                 ctx.merge(ids, ctx.axes(mask)[-i])
     ctx.label(out, [*batch, q[-2], v[-1]])

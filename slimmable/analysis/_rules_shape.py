@@ -140,7 +140,7 @@ def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> 
     axes = ctx.axes(pieces[0])
     for piece in pieces[1:]:
         for i, ids in enumerate(ctx.axes(piece)):
-            if i != skip and (ids is not None or axes[i] is not None):
+            if i != skip:
                 axes[i] = ctx.merge(axes[i], ids)
     return axes
 
@@ -285,7 +285,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         ctx.pin(axes[dim], "is indexed")
         picked = ctx.axes(args[2])
         for i, ids in enumerate(axes):
-            if i != dim and (ids is not None or picked[i] is not None):
+            if i != dim:
                 axes[i] = ctx.merge(ids, picked[i])
         axes[dim] = None
         return ctx.label(out, axes)

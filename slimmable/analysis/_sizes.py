@@ -7,9 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from slimmable.analysis.plan import Plan
+from slimmable.analysis.plan import Kept, Plan
 
-Cut = Mapping[str, Sequence[Sequence["int | tuple[int, ...] | None"]]]
+Cut = Mapping[str, Sequence[Sequence[Kept]]]
+
+
+def kept_of(size: int, kept: Kept) -> int:
+    """Return how many units of an axis of this size are kept."""
+    return size if kept is None else kept if isinstance(kept, int) else len(kept)
 
 
 def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -19,8 +24,7 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
     shape = module._parameters["weight"].shape  # type: ignore[union-attr]
 
     def size(width: int, axis: int) -> int:
-        kept = cut["weight"][width][axis]
-        return int(shape[axis]) if kept is None else kept if isinstance(kept, int) else len(kept)
+        return kept_of(int(shape[axis]), cut["weight"][width][axis])
 
     widths = range(len(cut["weight"]))
     found: dict[str, list[Any]] = {}
@@ -46,8 +50,7 @@ def feature_sizes(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
     head = get_classifier() if callable(get_classifier) else None
     path = next((path for path, module in model.named_modules() if module is head), None)
     if isinstance(head, nn.Linear):
-        kept = [axes[1] for axes in plan.tensors[str(path), "weight"]]
-        sizes = [head.in_features if k is None else k if isinstance(k, int) else len(k) for k in kept]
+        sizes = [kept_of(head.in_features, axes[1]) for axes in plan.tensors[str(path), "weight"]]
     elif plan.output_shapes[0] and len(plan.output_shapes[0][0]) > 1:
         sizes = [shapes[0][1] for shapes in plan.output_shapes]
     else:

@@ -21,7 +21,7 @@ from slimmable.analysis import _rules_layer, _rules_shape
 from slimmable.analysis._context import Call, Context
 from slimmable.analysis._integers import Attribute, Expression, TracedInt
 from slimmable.analysis._labels import Ids
-from slimmable.analysis._rules import rule_of, tensors
+from slimmable.analysis._rules import name_of, rule_of, tensors
 
 __all__ = ["FakeModel", "Trace", "output_tensors", "trace"]
 _ = _rules_shape  # imported for its rules
@@ -161,11 +161,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if not self.asleep and tensors(out):
             context = self.context
-            context.operation = func._schema.name.removeprefix("aten::")
-            context.modules[-1] = self.fake.running
-            found = rule_of(func)
-            context.operation = context.operation.rstrip("_") if context.operation != "_" else "_"
-            found(context, args, kwargs, out)
+            context.operation, context.module = name_of(func), self.fake.running
+            rule_of(func)(context, args, kwargs, out)
         return out
 
 
@@ -210,7 +207,7 @@ class _Calls(TorchFunctionMode):
         finally:
             self.operations.asleep = False
         context = self.context
-        context.operation, context.modules[-1] = "scaled_dot_product_attention", self.operations.fake.running
+        context.operation, context.module = "scaled_dot_product_attention", self.operations.fake.running
         names = ("query", "key", "value")
         _rules_layer.attention(context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
         return out
@@ -272,7 +269,7 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)
             if skipped:
-                context.operation, context.modules[-1] = skipped if isinstance(skipped, str) else "skip", path
+                context.operation, context.module = skipped if isinstance(skipped, str) else "skip", path
                 for ids in context.axes(tensor):
                     context.pin(ids)
 
@@ -324,5 +321,5 @@ def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
         read = any(not roots.isdisjoint(labels.find(other).tolist()) for other in context.consumed)
         makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for other in context.producers)
         if not read or (tensor.ndim == 2 and makers == 1):
-            context.operation, context.modules[-1] = "output", ""
+            context.operation, context.module = "output", ""
             context.pin(ids, "class scores or an embedding")
