@@ -14,7 +14,11 @@ from slimmable._errors import ConversionError as ConversionError
 from slimmable._errors import DataError as DataError
 from slimmable._errors import SlimmableError as SlimmableError
 from slimmable._errors import TraceError as TraceError
+from slimmable._errors import UsageError as UsageError
 from slimmable._errors import WidthError as WidthError
+from slimmable._inputs import Inputs as Inputs
+from slimmable.checkpoint import load as load
+from slimmable.checkpoint import save as save
 from slimmable.convert import extract as extract
 from slimmable.convert import plan as plan
 from slimmable.convert import slimify as slimify
@@ -31,6 +35,7 @@ from slimmable.layers import SwitchableBatchNorm3d as SwitchableBatchNorm3d
 from slimmable.layers import SwitchableProbe as SwitchableProbe
 from slimmable.losses import OnlineDistillation as OnlineDistillation
 from slimmable.profile import profile as profile
+from slimmable.search import search as search
 from slimmable.training.calibrate import calibrate_bn as calibrate_bn
 from slimmable.training.recipe import SlimRecipe as SlimRecipe
 from slimmable.width import AllWidths as AllWidths

@@ -14,7 +14,12 @@ class ConversionError(SlimmableError, RuntimeError):
 
 
 class TraceError(ConversionError):
-    """A model whose forward cannot be traced; the message names the operation and the module."""
+    """A model whose forward cannot be traced; the message names the operation and the module.
+
+    `module` is the path of the module, "" for the model itself.
+    """
+
+    module: str = ""
 
 
 class CheckpointError(SlimmableError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,27 +11,48 @@ from torch import Tensor, nn
 
 from slimmable._errors import ConversionError
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def example_of(model: nn.Module, example_inputs: Any = None) -> Inputs:
+class Inputs:
+    """Positional and keyword arguments for the forward of a model, as `example_inputs` of `slimify` and others.
+
+    A tensor, a tuple or list (positional arguments) or a dict (keyword arguments) need no `Inputs`; both together
+    do, and so does a forward whose only argument is a tuple or a dict.
+
+    >>> class Scaled(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+    ...     def forward(self, batch, *, scale):
+    ...         return self.second(self.first(batch["image"]) * scale)
+    >>> from slimmable import Inputs, slimify
+    >>> example = Inputs({"image": torch.zeros(2, 4)}, scale=torch.ones(1))
+    >>> slimify(Scaled(), (1.0, 0.5), example_inputs=example).first
+    Linear(in_features=4, out_features=8, bias=True, widths=(1.0, 0.5), width=1.0)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __repr__(self) -> str:
+        shown = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
+        return f"Inputs({', '.join(shown)})"
+
+
+def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     """Return positional and keyword arguments for the forward of `model`.
 
     Args:
         model: a timm model needs no example; its `pretrained_cfg` names the input size.
-        example_inputs: one tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        example_inputs: one tensor, a tuple or list of positional arguments, a dict of keyword arguments, or `Inputs`.
 
     Raises:
-        ConversionError: if there is no example and no input size.
+        ConversionError: if there is no example and no input size, or if the forward does not take the example.
     """
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
     if example_inputs is not None:
-        return (example_inputs,), {}
-    config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
+        return _taken(model, _arguments(example_inputs))
+    size = _image_size(model)
     if size is None:
         raise ConversionError(
             f"{type(model).__name__} does not say what its input looks like. "
@@ -39,7 +61,47 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Inputs:
     return (image_batch(model, size),), {}
 
 
+def _arguments(example: Any) -> Arguments:
+    if isinstance(example, Inputs):
+        return example.args, example.kwargs
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+def _taken(model: nn.Module, arguments: Arguments) -> Arguments:
+    """Return the arguments, if the signature of the forward takes them."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # compiled code has none
+        return arguments
+    try:
+        signature.bind(*arguments[0], **arguments[1])
+    except TypeError as error:
+        raise ConversionError(
+            f"{type(model).__name__}.forward{signature} does not take example_inputs: {error}. A tuple or list is "
+            "positional arguments and a dict keyword arguments; if the forward takes it as one argument, pass "
+            "example_inputs=slimmable.Inputs(...)"
+        ) from error
+    return arguments
+
+
 def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Tensor:
     """Return zeros of shape (images, *size), of the dtype and on the device of the model's parameters."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(images, *size, dtype=weight.dtype, device=weight.device)
+
+
+def _image_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Return (channels, height, width) as timm's configuration says, or as the model was made where that differs."""
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if size is None:
+        return None
+    assert isinstance(config, Mapping)
+    layers = dict(model.named_modules())
+    channels = getattr(layers.get(str(config.get("first_conv"))), "in_channels", None)
+    if not channels or channels % size[0] == 0:  # a multiple: pixels are folded into channels in front of it
+        channels = size[0]
+    made_for = getattr(layers.get("patch_embed"), "img_size", None)
+    return (channels, *(made_for or size[1:]))

@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 from slimmable._errors import WidthError
+
+Kept: TypeAlias = "int | tuple[int, ...] | None"
+"""What is kept along one axis at one width: all, the first k, or these indices (ascending)."""
 
 
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
@@ -57,6 +60,11 @@ def width_index(width: float, widths: Sequence[float]) -> int:
         f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}. "
         "To have another width, pass it in widths= when the model is made or converted."
     )
+
+
+def kept_of(size: int, kept: Kept) -> int:
+    """Return how many units of an axis of this size are kept."""
+    return size if kept is None else kept if isinstance(kept, int) else len(kept)
 
 
 def kept_units(units: int, width: float, round_to: int = 1) -> int:

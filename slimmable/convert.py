@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,15 +11,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._errors import ConversionError
-from slimmable._inputs import Inputs, example_of
-from slimmable._widths import check_widths, width_index
+from slimmable._inputs import Arguments, example_of
+from slimmable._names import is_under
+from slimmable._widths import Kept, check_widths
+from slimmable.analysis._make import make_plan
 from slimmable.analysis._sizes import feature_sizes, layer_sizes
-from slimmable.analysis._trace import FakeModel, left_behind, output_tensors
+from slimmable.analysis._trace import left_behind
 from slimmable.analysis.ordering import magnitude_order, permute
-from slimmable.analysis.plan import Kept, Plan, make_plan
+from slimmable.analysis.plan import Plan, Setting
 from slimmable.layers._container import SwitchableContainer
+from slimmable.layers._state import is_slim, state_of
 from slimmable.layers._switch import SwitchableNorm
-from slimmable.layers._view import install_view, is_slim, narrow_tensors, narrow_values, remove_view, state_of
+from slimmable.layers._view import install_view, narrow_tensors, narrow_values, remove_view
 from slimmable.width import at_width, widths_of
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -35,6 +37,7 @@ def slimify(
     skip: Skip = (),
     round_to: int = 1,
     order: str | None = None,
+    universal: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Return a model with the weights of `model` that runs at several widths; `model` itself stays as it is.
@@ -46,12 +49,16 @@ def slimify(
     Args:
         model: any module whose forward can be traced, with parameters on any device.
         widths: distinct numbers in (0, 1], with 1.0 among them.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for the forward; timm models
-            need none.
-        skip: patterns (`fnmatch`) of module names, or a function `(name, module) -> bool`: kept at full width.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs` of both for the
+            forward; timm models need none.
+        skip: patterns (`fnmatch`) of module names, or a function `(name, module) -> bool`: kept at full width. "", the
+            model itself, keeps the model's outputs full, for a backbone whose features other code reads. A skipped
+            module that cannot be traced is run once with the numbers of the example.
         round_to: kept channels are a multiple of it, where a group has that many.
-        order: "magnitude" permutes the channels first, the largest weights to the front; the full network computes
-            the same function.
+        order: "magnitude" permutes the channels first, those that the next layers weigh most to the front; the full
+            network computes the same function.
+        universal: let `set_width` take any width from the narrowest on. BatchNorms then share gain and bias, sliced,
+            and have statistics of their own for each of `widths`, and for those given to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
 
     Raises:
@@ -59,7 +66,8 @@ def slimify(
         TraceError: if the forward fails on fake tensors; the message names the operation and the module.
         ConversionError: for other arguments that cannot be used. On any error `model` is as it was.
 
-    Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1.
+    Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
+    `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> slim = slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 3, 8, 8))
@@ -70,14 +78,14 @@ def slimify(
     wanted = check_widths(widths)
     if order not in (None, "magnitude"):
         raise ConversionError(f'order {order!r} is unknown; it is None or "magnitude"')
-    if _is_converted(model, wanted) and skip == () and order is None:
+    if skip == () and order is None and _plan_of(model, wanted, round_to, universal) is not None:
         return model if inplace else copy_of(model)
-    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to)
+    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
     target = model if inplace else copy_of(model)
     before = _strip(target)
     if order == "magnitude":
         permute(target, found, magnitude_order(target, found))
-    return _apply(target, found, before)
+    return apply_plan(target, found, before)
 
 
 def plan(
@@ -87,6 +95,7 @@ def plan(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    universal: bool = False,
 ) -> Plan:
     """Return what `slimify` would do with the same arguments; printing it shows groups, kept counts and pins.
 
@@ -98,11 +107,15 @@ def plan(
       2.weight[0] (2): output in the model itself: class scores or an embedding
       2.bias[0] (2): output in the model itself: class scores or an embedding
     """
-    return _plan(model, example_of(model, example_inputs), check_widths(widths), skip, round_to)
+    wanted = check_widths(widths)
+    known = _plan_of(model, wanted, round_to, universal) if skip == () else None
+    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
 
 
-def extract(model: nn.Module, width: float) -> nn.Module:
+def extract(model: nn.Module, width: Setting) -> nn.Module:
     """Return the network of one width: the original classes, no class of this library, memory of its own.
+
+    `width` may be whatever `set_width` takes.
 
     Raises:
         ConversionError: if `model` has no slimmable part.
@@ -115,39 +128,45 @@ def extract(model: nn.Module, width: float) -> nn.Module:
       (1): Linear(in_features=4, out_features=2, bias=True)
     )
     """
-    widths_of(model)  # raises for models that are not converted
+    with at_width(model, width):
+        return _extract_active(model)
+
+
+def _extract_active(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     slim = []
     for module in shallow_modules(model):
         state = state_of(module)
         if state is None:
             continue
-        index = width_index(width, state.widths)
         if isinstance(module, SwitchableContainer):
-            memo[id(module)] = copy.deepcopy(module.module_at(index), memo)
+            memo[id(module)] = copy.deepcopy(module.own_at(state.index), memo)
             continue
-        slim.append((module, index))
-        for name, part in narrow_tensors(module, index).items():
+        slim.append(module)
+        for name, part in narrow_tensors(module, state.active).items():
             full = {**module._parameters, **module._buffers, **module.__dict__}[name]
             if id(full) not in memo:
                 own = part.detach().clone(memory_format=torch.contiguous_format)
                 memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
     small: nn.Module = memo[id(model)] if id(model) in memo else copy_of(model, memo)
-    for module, index in slim:
+    for module in slim:
         twin = memo[id(module)]
         remove_view(twin)
-        twin.__dict__.update(narrow_values(module, index))
+        twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
     return small
 
 
 # -- the steps of a conversion
-def _plan(model: nn.Module, inputs: Inputs, widths: tuple[float, ...], skip: Skip, round_to: int) -> Plan:
+def _plan(
+    model: nn.Module, inputs: Arguments, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool
+) -> Plan:
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    return make_plan(model, args, kwargs, widths, _skipper(model, skip), round_to, _first_failure, _strip)
+    skips = _skipper(model, skip)
+    return make_plan(model, args, kwargs, widths, skips, round_to, universal, _strip)
 
 
 def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
@@ -156,42 +175,39 @@ def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     patterns = [skip] if isinstance(skip, str) else list(skip)
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(is_under(name, pattern) for name in names):
             raise ConversionError(
                 f"skip pattern {pattern!r} matches no module of {type(model).__name__}; "
                 f"its modules are named like {', '.join(repr(name) for name in names[1:6])}"
             )
 
-    def matches(name: str, module: nn.Module) -> bool:
-        parts = name.split(".")
-        above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(fnmatchcase(part, pattern) for part in above for pattern in patterns)
-
-    return matches
+    return lambda name, module: any(is_under(name, pattern) for pattern in patterns)
 
 
-def _first_failure(fake: FakeModel, found: Plan) -> tuple[str, Exception] | None:
-    """Convert a fake model and run every narrow width; return the module that fails and the error, if one does."""
-    with fake.mode:
-        _apply(fake.model, found)
-    for width, shapes in list(zip(found.widths, found.output_shapes, strict=True))[1:]:
-        try:
-            with at_width(fake.model, width):
-                out = fake.run()
-        except Exception as error:
-            return fake.running, error
-        got = [tuple(tensor.shape) for tensor in output_tensors(out)]
-        if got != shapes:
-            return "", ConversionError(f"the outputs at width {width} have shapes {got}, planned were {shapes}")
-    return None
-
-
-def _is_converted(model: nn.Module, widths: tuple[float, ...]) -> bool:
-    """Tell whether nothing is left to convert: the root is marked, and every module with tensors knows its widths."""
+def _plan_of(model: nn.Module, widths: tuple[float, ...], round_to: int, universal: bool) -> Plan | None:
+    """Return the plan of a converted model, if nothing is left to convert for these arguments."""
+    state = state_of(model)
+    plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    if plan is None or (plan.widths, plan.round_to, plan.universal) != (widths, round_to, universal):
+        return None
     try:
-        return "_slim_root" in model.__dict__ and widths_of(model) == widths
+        widths_of(model)
     except ConversionError:  # it has gained a layer
-        return False
+        return None
+    return plan if _has_the_tensors(model, plan) else None
+
+
+def _has_the_tensors(model: nn.Module, plan: Plan) -> bool:
+    """Tell whether all tensors have the sizes that they had when the plan was made."""
+    modules = dict(model.named_modules())
+    for (path, name), axes in plan.channels.tensors.items():
+        module = modules.get(path)
+        store = {} if module is None else module._parameters if name in module._parameters else module._buffers
+        if name not in store or [len(ids) for ids in axes if ids is not None] != [
+            size for size, ids in zip(store[name].shape, axes, strict=False) if ids is not None
+        ]:
+            return False
+    return True
 
 
 def _strip(model: nn.Module) -> dict[str, SwitchableNorm]:
@@ -214,10 +230,10 @@ def _replace(model: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
     return new.get(id(model), model)
 
 
-def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
-    """Give every module with something to slim its view, and every BatchNorm its container.
+def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
+    """Convert a plain model in place: every module with something to slim gets its view, every BatchNorm its container.
 
-    Without `before`, the containers that the model had, BatchNorms are sliced like any module: enough for shapes.
+    Containers that the model had `before`, by path, stay where they keep the same channels.
     """
     tensors: dict[str, dict[str, list[list[Kept]]]] = {}
     for (path, name), per_width in found.tensors.items():
@@ -228,28 +244,41 @@ def _apply(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] |
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
             continue
-        if isinstance(module, _BatchNorm) and before is not None:
+        if isinstance(module, _BatchNorm):
             inside = (*inside, f"{path}.") if path else inside
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
-                norms[id(module)] = _switched(module, found.widths, [axes[0] for axes in per_width], before.get(path))
+                kept = [axes[0] for axes in per_width]
+                norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
+                _know(norm, found, path)
         elif module._parameters or module._buffers or path in (*found.values, *found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
-            sizes = layer_sizes(module, cut, values) | (feature_sizes(module, found) if module is model else {})
+            sizes = layer_sizes(module, cut, values)
+            if module is model:
+                sizes |= feature_sizes(module, found.columns[0], found.columns)
             install_view(module, found.widths, cut, values, sizes, caches)
+            _know(module, found, path)
     root = _replace(model, norms)
     root.__dict__["_slim_root"] = True
     return root
 
 
-def _switched(
-    norm: nn.Module, widths: tuple[float, ...], kept: list[Kept], before: SwitchableNorm | None
-) -> SwitchableNorm:
+def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
     """Return the container of a norm; one that it had before stays if it keeps the same channels."""
-    if before is not None and before.full is norm and before.widths == widths and list(before._kept) == kept:
-        before.eval() if not norm.training else before.train()
+    if before is not None and before.full is norm and before.keeps(found.widths, kept, found.universal):
+        before.forget_registered(len(found.widths))
+        before.train(norm.training)
         return before
-    return SwitchableNorm.from_norm(norm, widths, kept)
+    return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)
+
+
+def _know(module: nn.Module, found: Plan, path: str) -> None:
+    """Tell a module's state the plan and its place in it."""
+    state = state_of(module)
+    assert state is not None
+    state.plan, state.path = found, path
+    for column, sub_network in zip(state.columns, found.columns, strict=False):
+        column.counts = sub_network.counts
 
 
 def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._inputs import example_of, image_batch
 from slimmable.analysis._trace import FakeModel
-from slimmable.convert import shallow_modules
+from slimmable.convert import copy_of, shallow_modules
 from slimmable.layers._container import SwitchableContainer
-from slimmable.layers._view import state_of
+from slimmable.layers._state import state_of
 from slimmable.width import at_width, widths_of
 
 
@@ -152,7 +153,12 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     from torch.utils.flop_counter import flop_registry  # slow to import
 
     fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
-    fake.run(counter)
+    try:
+        fake.run(counter)
+    except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on numbers
+        counter = _Counter(flop_registry)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+            copy_of(model).eval()(*args, **kwargs)
     return counter
 
 

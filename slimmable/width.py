@@ -8,16 +8,25 @@ from typing import Any
 
 from torch import nn
 
-from slimmable._errors import ConversionError, WidthError
-from slimmable._widths import width_index
-from slimmable.layers._container import SwitchableContainer
-from slimmable.layers._view import WidthState
+from slimmable._columns import columns_of, places_of, switch
+from slimmable._errors import WidthError
+from slimmable.analysis.plan import Setting
 
 
-def set_width(model: nn.Module, width: float) -> None:
+def set_width(model: nn.Module, width: Setting) -> None:
     """Let `model` run at `width` from now on.
 
     Works on a whole model, on any part of it and on any wrapper around it (DDP, `torch.compile`, `nn.Sequential`).
+
+    Args:
+        model: a converted model, or one of slimmable layers, or a part or wrapper of one.
+        width: one of its widths; for a universal model any number from its narrowest width to 1. A converted model also
+            takes widths by layer, as `{"layer1*": 0.5, "layer4": 0.75}`: patterns (`fnmatch`) of names as `plan` prints
+            them, of which the last that matches counts; layers without one are at 1, and channels that layers of
+            several widths make are at the widest. Or one count for each channel group, as in `plan(model).groups`.
+
+    At a width or sub-network that the model was not made with, BatchNorm statistics start as those of the full width
+    and are lost at the next switch; `calibrate_bn` computes and keeps them.
 
     Raises:
         WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
@@ -29,13 +38,12 @@ def set_width(model: nn.Module, width: float) -> None:
     >>> layer.weight.shape
     torch.Size([2, 4])
     """
-    states = _states(model)
-    for state, index in zip(states, _indices(states, width), strict=True):
-        state.index = index
+    places = places_of(model)
+    switch(places, columns_of(places, width))
 
 
 @contextmanager
-def at_width(model: nn.Module, width: float) -> Iterator[None]:
+def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     """Run a block at `width`; afterwards, also after an error, every part is at the width that it had before.
 
     Raises: as `set_width`.
@@ -48,39 +56,37 @@ def at_width(model: nn.Module, width: float) -> Iterator[None]:
     >>> width_of(layer)
     1.0
     """
-    states = _states(model)
-    before = [state.index for state in states]
-    for state, index in zip(states, _indices(states, width), strict=True):
-        state.index = index
+    places = places_of(model)
+    before = [state.active for _, state in places]
+    switch(places, columns_of(places, width))
     try:
         yield
     finally:
-        for state, index in zip(states, before, strict=True):
-            state.index = index
+        switch(places, before)
 
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
-    """Return the widths that every part of `model` has, from the widest to the narrowest.
+    """Return the widths that every part of `model` has statistics for, from the widest to the narrowest.
 
     Raises:
         ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
     """
-    states = _states(model)
-    common = set.intersection(*(set(widths) for widths in {state.widths for state in states}))
+    known = {state.widths for _, state in places_of(model)}
+    common = set.intersection(*({width for width in widths if isinstance(width, float)} for widths in known))
     return tuple(sorted(common, reverse=True))
 
 
-def width_of(model: nn.Module) -> float:
-    """Return the active width of `model`.
+def width_of(model: nn.Module) -> float | tuple[int, ...]:
+    """Return the active width of `model`; for a sub-network that is not uniform the counts of its channel groups.
 
     Raises:
         WidthError: if its parts are at different widths.
         ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
     """
-    active = {state.widths[state.index] for state in _states(model)}
+    active = {state.active.width for _, state in places_of(model)}
     if len(active) > 1:
         raise WidthError(
-            f"parts of {type(model).__name__} are at different widths {sorted(active, reverse=True)}; "
+            f"parts of {type(model).__name__} are at different widths {sorted(active, key=str, reverse=True)}; "
             "call set_width on the whole model"
         )
     return active.pop()
@@ -125,65 +131,3 @@ class AllWidths(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> dict[float, Any]:
         """Return width -> output of the model."""
         return run_widths(self.model, *args, **kwargs)
-
-
-def _states(model: nn.Module) -> list[WidthState]:
-    """Collect the width states in one walk, and refuse a converted model that has gained layers."""
-    states: list[WidthState] = []
-    strangers = False
-    seen: set[int] = set()
-    pending = [(model, False)]
-    while pending:
-        module, converted = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        attributes = module.__dict__
-        converted = converted or attributes.get("_slim_root", False)
-        state = attributes.get("_slim")
-        if state is not None:
-            states.append(state)
-            if isinstance(module, SwitchableContainer):
-                continue
-        elif converted and (attributes["_parameters"] or attributes["_buffers"]):
-            strangers = True
-        children = attributes["_modules"]
-        if children:
-            pending.extend([(child, converted) for child in children.values() if child is not None])
-    if strangers:
-        raise _gained_layers(model)
-    if not states:
-        raise ConversionError(
-            f"{type(model).__name__} was never converted and has no slimmable layer; "
-            "call slimmable.slimify first, or build it from the layers of slimmable"
-        )
-    return states
-
-
-def _indices(states: list[WidthState], width: float) -> list[int]:
-    """Return the index of `width` in each state's own list."""
-    known: dict[tuple[float, ...], int] = {}
-    indices = []
-    for state in states:
-        index = known.get(state.widths)
-        if index is None:
-            index = known[state.widths] = width_index(width, state.widths)
-        indices.append(index)
-    return indices
-
-
-def _gained_layers(model: nn.Module) -> ConversionError:
-    containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
-    inside = {id(module) for container in containers for module in container.modules()}
-    roots = [(name, module) for name, module in model.named_modules() if module.__dict__.get("_slim_root")]
-    found = {
-        f"{f'{root}.' if root else ''}{name}".rstrip("."): type(module).__name__
-        for root, top in roots
-        for name, module in top.named_modules()
-        if "_slim" not in module.__dict__ and id(module) not in inside and (module._parameters or module._buffers)
-    }
-    listed = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in found.items())
-    return ConversionError(
-        f"{type(model).__name__} gained layers after its conversion that no width applies to: {listed}; "
-        "call slimmable.slimify on it again"
-    )

@@ -37,7 +37,8 @@ class Context:
     constraints: list[Constraint] = field(default_factory=list)
     splits: list[tuple[Ids, int]] = field(default_factory=list)  # carried labels and number of candidates, per split
     consumed: list[Ids] = field(default_factory=list)
-    producers: list[Ids] = field(default_factory=list)
+    producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
+    products: list[tuple[int, list[Ids]]] = field(default_factory=list)  # multiply-adds, labels that they go with
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     module: str = ""  # path of the module that is running
     operation: str = ""
@@ -90,7 +91,11 @@ class Context:
         """Note that a layer with weights makes these units."""
         if ids is not None:
             self.labels.produce(ids)
-            self.producers.append(ids)
+            self.producers.append((self.module, ids))
+
+    def multiply(self, macs: int, axes: Sequence[Ids | None]) -> None:
+        """Note multiply-adds, which are in proportion to the kept units of each of these axes."""
+        self.products.append((macs, [ids for ids in axes if ids is not None]))
 
     def constrain(self, size: Any, ids: Ids | None, full: int) -> None:
         """Require a sizing argument to follow the axis that it sizes."""

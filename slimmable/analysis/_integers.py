@@ -15,7 +15,7 @@ from slimmable.analysis._labels import Ids
 
 Attribute = tuple[str, str, tuple[int, ...]]  # module path, attribute name, position inside nested tuples
 
-_OPERATIONS: dict[str, Callable[..., int]] = {
+OPERATIONS: dict[str, Callable[..., int]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -30,7 +30,7 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
 class Expression:
     """A constant, an attribute, the size of a labelled axis, or an operation on expressions."""
 
-    kind: str  # "constant" | "attribute" | "size" | a name in _OPERATIONS
+    kind: str  # "constant" | "attribute" | "size" | a name in OPERATIONS
     value: Any  # the int | the Attribute | the Ids | the operands
 
     def attributes(self) -> Iterator[Attribute]:
@@ -53,10 +53,10 @@ class Expression:
             return attributes[self.value]
         if self.kind == "size":
             return kept(self.value)
-        return _OPERATIONS[self.kind](*(operand.evaluate(attributes, kept) for operand in self.value))
+        return OPERATIONS[self.kind](*(operand.evaluate(attributes, kept) for operand in self.value))
 
     def _leaves(self) -> Iterator[Expression]:
-        if self.kind in _OPERATIONS:
+        if self.kind in OPERATIONS:
             for operand in self.value:
                 yield from operand._leaves()
         else:
@@ -113,7 +113,7 @@ class TracedInt(int):
 
 
 def _binary(name: str) -> tuple[Callable[[TracedInt, Any], Any], Callable[[TracedInt, Any], Any]]:
-    plain = _OPERATIONS[name]
+    plain = OPERATIONS[name]
 
     def traced(self: TracedInt, left: int, right: int) -> TracedInt:
         expression = Expression(name, (express(left), express(right)))

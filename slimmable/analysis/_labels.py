@@ -19,8 +19,9 @@ Axes = tuple["Ids | None", ...]  # the labels of one tensor: an id a unit, or No
 class Labels:
     """A union-find over ids, vectorised; the smallest id of a class is its root.
 
-    A class can be *pinned* (kept at full width, with the first reason given) and *produced*
-    (it is the output axis of a convolution, linear layer or embedding; only such classes are slimmed).
+    A class can be *pinned* (kept at full width, with the first reason given), *produced*
+    (it is the output axis of a convolution, linear layer or embedding; only such classes are slimmed) and *ordered*
+    (it has neighbours on its axis: it may be slimmed, not permuted).
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class Labels:
         self._parent = np.arange(1024)
         self._pinned = np.zeros(1024, bool)
         self._produced = np.zeros(1024, bool)
+        self._ordered = np.zeros(1024, bool)
         self.roles: list[Ids] = []  # ids that play one part together: a parameter axis, a piece of a split
         self.reasons: list[tuple[Ids, str]] = []
 
@@ -43,6 +45,7 @@ class Labels:
             self._parent = np.concatenate([self._parent, np.arange(room, room + more)])
             self._pinned = np.concatenate([self._pinned, np.zeros(more, bool)])
             self._produced = np.concatenate([self._produced, np.zeros(more, bool)])
+            self._ordered = np.concatenate([self._ordered, np.zeros(more, bool)])
         return np.arange(start, self._count)
 
     def find(self, ids: Ids) -> Ids:
@@ -65,6 +68,7 @@ class Labels:
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             np.logical_or.at(self._pinned, low, self._pinned[high])
             np.logical_or.at(self._produced, low, self._produced[high])
+            np.logical_or.at(self._ordered, low, self._ordered[high])
             self._parent[high] = low
 
     def pin(self, ids: Ids, reason: str) -> None:
@@ -78,6 +82,10 @@ class Labels:
         """Note that a convolution, linear layer or embedding makes these units."""
         self._produced[self.find(ids.ravel())] = True
 
+    def order(self, ids: Ids) -> None:
+        """Note that the order of these units matters."""
+        self._ordered[self.find(ids.ravel())] = True
+
     def pinned(self, ids: Ids) -> NDArray[np.bool_]:
         """Say of each id whether its class is pinned."""
         result: NDArray[np.bool_] = self._pinned[self.find(ids)]
@@ -88,18 +96,24 @@ class Labels:
         result: NDArray[np.bool_] = self._produced[self.find(ids)]
         return result
 
+    def ordered(self, ids: Ids) -> NDArray[np.bool_]:
+        """Say of each id whether the order of its class among others matters."""
+        result: NDArray[np.bool_] = self._ordered[self.find(ids)]
+        return result
+
     def same(self, first: Ids, second: Ids) -> bool:
         """Say whether `first[i]` and `second[i]` are of one class for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
     def snapshot(self) -> tuple[Any, ...]:
         """Return what `restore` needs to undo later merges and pins."""
-        return self._parent.copy(), self._pinned.copy(), self._produced.copy(), list(self.reasons)
+        arrays = (self._parent, self._pinned, self._produced, self._ordered)
+        return (*(array.copy() for array in arrays), list(self.reasons))
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        parent, pinned, produced, reasons = snapshot
-        self._parent, self._pinned, self._produced = parent.copy(), pinned.copy(), produced.copy()
+        *arrays, reasons = snapshot
+        self._parent, self._pinned, self._produced, self._ordered = (array.copy() for array in arrays)
         self.reasons = list(reasons)
 
     def groups(self) -> list[Ids]:

@@ -21,6 +21,7 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     """Label `first @ second`."""
     a, b = ctx.axes(first), ctx.axes(second)
     weights = "weights" in (ctx.origin(first), ctx.origin(second))
+    ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
     inner = b[-2 if len(b) > 1 else -1]
     if weights:
         ctx.consume(a[-1], inner)
@@ -62,9 +63,16 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
     for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
-        if (kernel, stride, padding) != (1, 1, 0):  # otherwise units along this axis do not meet
-            ctx.pin(space[i], "is a spatial axis of a convolution")
+        if (kernel, stride, padding) == (1, 1, 0):  # units along this axis do not meet
+            continue
+        ids = space[i]
+        if ids is not None and out.shape[2 + i] == source.shape[2 + i]:  # neighbouring channels attend
+            ctx.labels.order(ids)
+        else:
+            ctx.pin(ids, "is a spatial axis of a convolution")
             space[i] = None
+    for ids in w[2:]:
+        ctx.pin(ids, "is the kernel of a convolution")
     inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
     channels, made = int(source.shape[1]), int(out.shape[1])
     if groups == 1:
@@ -73,6 +81,8 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     else:
         result = _grouped(ctx, x[1], w, groups, channels, made, transposed)
     ctx.produce(result)
+    positions = (source if transposed else out).numel() // (channels if transposed else made)
+    ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
     if bias is not None and result is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
     ctx.label(out, [x[0], result, *space], "mixed")
@@ -91,9 +101,9 @@ def _grouped(
     given = _argument(ctx, 6, "groups")
     follows = isinstance(given, TracedInt) and given.expression.kind != "constant"
     if each_in == 1 and each_out >= 1 and follows and x is not None:  # depthwise
-        if outer is None:
-            outer = spread(x, 1, each_out)
-        ctx.labels.merge(spread(x, 1, each_out), outer)
+        made_of = spread(x, 1, each_out)
+        outer = made_of if outer is None or transposed else outer  # transposed, all groups share the output axis
+        ctx.labels.merge(made_of, outer)
         ctx.consumed.append(x)
         ctx.constrain(given, x, channels)
         return outer
@@ -216,6 +226,9 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
+    for axis in (q[-1], v[-1]):  # queries with keys, and the weights that this gives with values
+        macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
+        ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     if isinstance(mask, Tensor):
         for i, ids in enumerate(reversed([*batch, q[-2], k[-2]][-mask.ndim :]), 1):

@@ -289,9 +289,12 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 axes[i] = ctx.merge(ids, picked[i])
         axes[dim] = None
         return ctx.label(out, axes)
-    used = [i for i, part in enumerate(args[1]) if part is not None]
-    if any(args[1][i].dtype == torch.bool for i in used):
-        return unknown(ctx, args, kwargs, out)
+    used: list[int] = []
+    position = 0
+    for part in args[1]:
+        covered = 1 if part is None or part.dtype != torch.bool else part.ndim  # a mask lies over several axes
+        used += [] if part is None else range(position, position + covered)
+        position += covered
     for i in used:
         ctx.pin(axes[i], "is indexed")
     rest = [ids for i, ids in enumerate(axes) if i not in used]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from slimmable.analysis.plan import Kept, Plan
+from slimmable._widths import Kept, kept_of
+from slimmable.analysis.channels import SubNetwork
 
 Cut = Mapping[str, Sequence[Sequence[Kept]]]
-
-
-def kept_of(size: int, kept: Kept) -> int:
-    """Return how many units of an axis of this size are kept."""
-    return size if kept is None else kept if isinstance(kept, int) else len(kept)
 
 
 def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -41,19 +38,35 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
     return {name: sizes for name, sizes in found.items() if name not in values and name in module.__dict__}
 
 
-def feature_sizes(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
-    """Return the sizes of a timm model's features at each width, for the attributes that say them at full width.
+def feature_sizes(model: nn.Module, full: SubNetwork, columns: Sequence[SubNetwork]) -> dict[str, list[Any]]:
+    """Return what a timm model says of its features, true in each sub-network, by the attribute that says it.
 
-    They are the input of the classifier, or the output of a model without one.
+    The sizes are the input of the classifier, or the output of a model without one; a model made with `features_only`
+    has them in its `feature_info`.
     """
+    if hasattr(model.__dict__.get("feature_info"), "out_indices"):
+        return {"feature_info": [_narrow_info(model, full, column) for column in columns]}
     get_classifier: Any = getattr(model, "get_classifier", None)
     head = get_classifier() if callable(get_classifier) else None
     path = next((path for path, module in model.named_modules() if module is head), None)
     if isinstance(head, nn.Linear):
-        sizes = [kept_of(head.in_features, axes[1]) for axes in plan.tensors[str(path), "weight"]]
-    elif plan.output_shapes[0] and len(plan.output_shapes[0][0]) > 1:
-        sizes = [shapes[0][1] for shapes in plan.output_shapes]
+        whole = head.in_features
+        sizes = [kept_of(whole, column.tensors[str(path), "weight"][1]) for column in columns]
+    elif full.output_shapes and len(full.output_shapes[0]) > 1:
+        whole = full.output_shapes[0][1]
+        sizes = [column.output_shapes[0][1] for column in columns]
     else:
         return {}
     names = ("num_features", "head_hidden_size", "embed_dim")
-    return {name: sizes for name in names if model.__dict__.get(name) == sizes[0]}
+    return {name: sizes for name in names if model.__dict__.get(name) == whole}
+
+
+def _narrow_info(model: nn.Module, full: SubNetwork, column: SubNetwork) -> Any:
+    """Copy the `feature_info` of a model, with the channels that its outputs have in a sub-network."""
+    info: Any = copy.deepcopy(model.feature_info)
+    for index, before, now in zip(info.out_indices, full.output_shapes, column.output_shapes, strict=True):
+        entry = info.info[index]
+        for size, kept in zip(before[1:], now[1:], strict=True):
+            if size == entry["num_chs"] and kept < size:
+                entry["num_chs"] = kept
+    return info

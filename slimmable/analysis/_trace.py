@@ -2,140 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from slimmable._errors import TraceError
 from slimmable.analysis import _rules_layer, _rules_shape
 from slimmable.analysis._context import Call, Context
+from slimmable.analysis._fake import FakeModel, left_behind, run_operation
 from slimmable.analysis._integers import Attribute, Expression, TracedInt
 from slimmable.analysis._labels import Ids
+from slimmable.analysis._nested import output_tensors
 from slimmable.analysis._rules import name_of, rule_of, tensors
 
-__all__ = ["FakeModel", "Trace", "output_tensors", "trace"]
+__all__ = ["FakeModel", "Trace", "left_behind", "output_tensors", "trace"]
 _ = _rules_shape  # imported for its rules
 
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why
-
-
-class FakeModel:
-    """A copy of a model whose parameters and buffers are fake: same shapes, no memory, nothing computed."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        keep_caches: bool = False,
-        prepare: Callable[[nn.Module], object] | None = None,
-    ) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo = {key: value.detach() for key, value in left_behind(model).items()}
-        for module in model.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
-        self.model: nn.Module = copy.deepcopy(model, memo).eval()
-        if prepare is not None:
-            with self.mode:
-                prepare(self.model)
-        self.emptied = [] if keep_caches else filled_caches(self.model)
-        for cache in self.emptied:
-            cache.clear()
-        self.args, self.kwargs = tree_map(self._fake_input, (tuple(args), dict(kwargs)))
-        self._stack = [""]  # the modules that are running
-        for path, module in self.model.named_modules():
-            module.register_forward_pre_hook(self._enter(path))
-            module.register_forward_hook(self._leave())
-        self._before = [
-            (path, module, name, copy.copy(value))
-            for path, module in self.model.named_modules()
-            for name, value in module.__dict__.items()
-            if not name.startswith("_") and (value is None or isinstance(value, (dict, Tensor)))
-        ]
-
-    def _fake_input(self, value: Any) -> Any:
-        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
-
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self._stack.append(path)
-
-        return hook
-
-    def _leave(self) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._stack.pop()
-
-        return hook
-
-    @property
-    def running(self) -> str:
-        """The path of the module that is running, or that has failed."""
-        return self._stack[-1]
-
-    def run(self, *modes: AbstractContextManager[Any]) -> Any:
-        """Run the forward of the model, in these modes."""
-        self._stack[1:] = []
-        with ExitStack() as stack:
-            inside: list[Any] = [self.mode, torch.no_grad(), _recurrent_layers_in_parts(), *modes]
-            for mode in inside:
-                stack.enter_context(mode)
-            return self.model(*self.args, **self.kwargs)
-
-    def forget(self) -> dict[str, dict[str, Any]]:
-        """Empty what the last run has left in attributes; return module path -> attribute -> what it was before."""
-        found: dict[str, dict[str, Any]] = {}
-        for path, module, name, before in self._before:
-            now = module.__dict__.get(name)
-            same = now.keys() == before.keys() if isinstance(before, dict) and isinstance(now, dict) else now is before
-            if not same and tensors(now):
-                found.setdefault(path, {})[name] = before
-                module.__dict__[name] = copy.copy(before)
-        return found
-
-
-@contextmanager
-def _recurrent_layers_in_parts() -> Iterator[None]:
-    """Let an LSTM run as the matrix products that it is made of, not as one operation."""
-    before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=before)  # type: ignore[no-untyped-call]
-
-
-def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
-    """Return the dicts of plain tensors that modules hold: most likely filled by an earlier forward."""
-    found = []
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            filled = isinstance(value, dict) and value and not name.startswith("_")
-            if filled and all(type(item) is Tensor for item in value.values()):
-                found.append(value)
-    return found
-
-
-def left_behind(model: nn.Module) -> dict[int, Tensor]:
-    """Return, by `id`, tensors with a history that a forward has left in attributes; they cannot be copied as is."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        caches = getattr(module.__dict__.get("_slim"), "caches", {})
-        for value in tree_leaves((module.__dict__, caches)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                found[id(value)] = value
-    return found
 
 
 @dataclass
@@ -158,7 +48,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = run_operation(func, args, kwargs)
         if not self.asleep and tensors(out):
             context = self.context
             context.operation, context.module = name_of(func), self.fake.running
@@ -216,7 +106,7 @@ class _Calls(TorchFunctionMode):
 def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int]) -> Trace:
     """Run `fake` once and return the labels of all parameters, buffers and outputs.
 
-    Raises: TraceError: if the forward fails; the message names the operation and the module.
+    Raises: TraceError: if the forward fails; the message names the operation and the module, and what can be done.
     """
     context = Context(widths, choices)
     result = Trace(context)
@@ -224,29 +114,47 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     operations = _Operations(context, fake)
     never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
     quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
+    fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
     with _traced_attributes(fake.model, result), quiet:
         try:
             output = fake.run(operations, _Calls(context, operations))
         except Exception as error:
-            module = fake.model.get_submodule(fake.running)
-            raise TraceError(
-                f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
-                f"{fake.running or '(the model itself)'!r} ({type(module).__name__}) after operation "
-                f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}"
-            ) from error
+            raise _failed(fake, context, error) from error
         finally:
+            fake.on_replay = None
             for tensor in (*fake.model.parameters(), *fake.model.buffers()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     result.caches = fake.forget()
+    whole = skip("", fake.model)
     for tensor in output_tensors(output):
+        if whole:
+            context.operation, context.module = "output", ""
+            for ids in context.axes(tensor):
+                context.pin(ids, "the model itself is skipped")
         _label_output(context, tensor, result)
     return result
 
 
-def output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors in what a forward returns: nested tuples, lists, dicts, or an object with attributes."""
-    return tensors(output) or tensors(vars(output) if hasattr(output, "__dict__") else ())
+def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
+    path = fake.running
+    skipping = f"keep the module at full width with skip={path!r}, " if path else ""
+    failed = TraceError(
+        f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
+        f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
+        f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}\nThe forward is run on shapes alone, so it "
+        f"cannot branch on numbers. You can {skipping}convert the part of the model that should get thinner, such as "
+        "model.backbone, in place, or pass other example_inputs."
+    )
+    failed.module = path
+    return failed
+
+
+def _pin_inputs(context: Context, path: str, inputs: Any) -> None:
+    context.operation, context.module = "skip", path
+    for tensor in output_tensors(inputs):
+        for ids in context.axes(tensor):
+            context.pin(ids, "read by a module that runs only with numbers")
 
 
 def _never(*_: Any) -> bool:
@@ -319,7 +227,7 @@ def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
             continue
         roots = set(labels.find(ids).tolist())
         read = any(not roots.isdisjoint(labels.find(other).tolist()) for other in context.consumed)
-        makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for other in context.producers)
+        makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for _, other in context.producers)
         if not read or (tensor.ndim == 2 and makers == 1):
             context.operation, context.module = "output", ""
             context.pin(ids, "class scores or an embedding")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimmable.analysis.plan import Group, Plan
 
@@ -15,18 +16,37 @@ Order = NDArray[np.int64]  # for each place in a group the unit that goes there
 
 
 def magnitude_order(model: nn.Module, plan: Plan) -> list[Order]:
-    """Return for each group its units by falling size of their weights (L1 norm over all axes they take part in)."""
+    """Return for each group its units by falling importance: the L1 norm of the weights that read them.
+
+    What a unit can change in the network is bounded by the weights of the convolutions and linear layers that read it.
+    The weights that make it are left out, since a norm behind them undoes their size. A group that no such layer reads
+    goes by all its weights of more than one axis. A group whose order matters keeps it.
+
+    Source: Cai et al., Once-for-All, ICLR 2020, section 3.3 (channels sorted by L1 norm, here of the reading layers, as
+    in its published code). Measured in `benchmarks/importance`.
+    """
     orders = []
     for group in plan.groups:
-        total = np.zeros(group.units)
+        read, total = np.zeros(group.units), np.zeros(group.units)
         for (path, name, axis), units in group.members.items():
-            tensor = model.get_submodule(path)._parameters.get(name)
+            module = model.get_submodule(path)
+            tensor = module._parameters.get(name)
             if tensor is not None and tensor.ndim > 1:
                 others = [i for i in range(tensor.ndim) if i != axis]
-                size = tensor.detach().abs().float().sum(others).cpu().numpy()
-                np.add.at(total, units[units >= 0], size[units >= 0])
-        orders.append(np.argsort(-total, kind="stable"))
+                size = tensor.detach().abs().float().sum(others).cpu().numpy()[units >= 0]
+                np.add.at(total, units[units >= 0], size)
+                if axis == _input_axis(module):
+                    np.add.at(read, units[units >= 0], size)
+        importance = read if read.any() else total
+        orders.append(np.arange(group.units) if group.ordered else np.argsort(-importance, kind="stable"))
     return orders
+
+
+def _input_axis(module: nn.Module) -> int | None:
+    """Return the axis of the weight along which a convolution or linear layer reads; None for other modules."""
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        return 0 if isinstance(module, _ConvTransposeNd) else 1
+    return None
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:

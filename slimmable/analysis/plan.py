@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from slimmable._errors import TraceError
-from slimmable.analysis._integers import Attribute
-from slimmable.analysis._labels import Ids, Labels
-from slimmable.analysis._solve import Solution, solve
-from slimmable.analysis._trace import FakeModel, Skip, Trace, trace
+from slimmable._errors import WidthError
+from slimmable._names import is_under
+from slimmable._widths import Kept, kept_units, width_index
+from slimmable.analysis._solve import counts_at
+from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 
-Kept = None | int | tuple[int, ...]  # of one axis at one width: all units, the first k, or these
 AxisName = tuple[str, str, int]  # module path, tensor name, axis
+Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
+"""A width, widths by layer name (the last pattern that matches counts), or one count for each channel group."""
+
+_REMEMBERED = 64  # sub-networks
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,15 @@ class Group:
     """Units that are kept or dropped together along several axes.
 
     `members[axis]` holds, for each position on that axis, the number of the unit that it belongs to, or -1 if it
-    belongs to none of this group.
+    belongs to none of this group. `makers` are the modules with weights that make these channels. The units of an
+    `ordered` group must stay in their order, as those that a convolution runs along.
     """
 
     units: int
     kept: tuple[int, ...]  # per width
     members: Mapping[AxisName, NDArray[np.int64]]
+    makers: tuple[str, ...]
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,177 +50,167 @@ class Pin:
 
 @dataclass
 class Plan:
-    """What would be slimmed, what stays full and why; `print` shows it.
+    """What would be slimmed, what stays full and why; `print` shows it. Copies of a model share their plan.
 
     Attributes:
         widths: from the widest to the narrowest.
-        tensors: (module path, parameter or buffer name) -> for each width -> for each axis what is kept.
-        values: module path -> attribute name -> its value at each width.
+        channels: the channel groups, where they lie, and what is sized by them.
+        columns: for each width, its sub-network.
         caches: module path -> attributes in which the forward keeps tensors, of which every width needs its own ->
             their value when empty.
-        groups: the channel groups.
         pins: the axes that stay at full width although a layer with weights makes them.
-        output_shapes: for each width, the shapes of the model's output tensors.
+        round_to: kept channels are a multiple of it, where a group has that many.
+        universal: whether any width from the narrowest on can be set, not only `widths`.
     """
 
     widths: tuple[float, ...]
-    tensors: dict[tuple[str, str], list[list[Kept]]] = field(default_factory=dict)
-    values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    channels: Channels = field(init=False)
+    columns: list[SubNetwork] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)
-    groups: list[Group] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    output_shapes: list[list[tuple[int, ...]]] = field(default_factory=list)
+    round_to: int = 1
+    universal: bool = False
 
     def __str__(self) -> str:
         return _table(self)
 
+    def __deepcopy__(self, memo: Any) -> Plan:
+        return self
 
-def make_plan(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    widths: tuple[float, ...],
-    skip: Skip,
-    round_to: int = 1,
-    check: Callable[[FakeModel, Plan], tuple[str, Exception] | None] | None = None,
-    prepare: Callable[[nn.Module], object] | None = None,
-) -> Plan:
-    """Trace `model` and return its plan.
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("groups", "tensors", "values", "_found")
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
 
-    A labelled axis folded into several is carried by one of them; where that choice ends pinned, the others are
-    tried once and the plan that keeps fewer parameters at the narrowest width is returned.
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The channel groups."""
+        grouping = self.channels.needed.grouping
+        members: list[dict[AxisName, NDArray[np.int64]]] = [{} for _ in grouping.units]
+        for (path, name), axes in self.channels.tensors.items():
+            for axis, ids in enumerate(axes):
+                for number in grouping.groups_in([ids]) if ids is not None else ():
+                    own = grouping.group_of[ids] == number
+                    members[number][path, name, axis] = np.where(own, grouping.rank[ids], -1)
+        kept = zip(*(column.counts for column in self.columns), strict=True)
+        known = (self.channels.makers, self.channels.ordered)
+        return [Group(*each) for each in zip(grouping.units, kept, members, *known, strict=True)]
 
-    Raises: TraceError: if the model's forward fails on fake tensors.
-    """
-    pinned: dict[str, str] = {}
-    keep_caches = False
-    while True:
-        fake = FakeModel(model, args, kwargs, keep_caches, prepare)
-        try:
-            found = _best(fake, widths, _also(skip, dict(pinned)), round_to)
-        except TraceError:
-            if keep_caches or not fake.emptied:
-                raise
-            keep_caches = True  # what looked like a cache is something that the forward needs
-            continue
-        plan = _plan(fake, *found, widths)
-        failed = None if check is None else check(fake, plan)
-        if failed is None:
-            return plan
-        path, error = failed
-        if path in pinned or not any(key[0] == path for key in plan.tensors):
-            raise TraceError(f"the narrow network fails in module {path!r}: {error}") from error
-        line = str(error).partition("\n")[0]
-        pinned[path] = f"fails when narrow ({line[:100]})"
+    @cached_property
+    def tensors(self) -> dict[TensorName, list[list[Kept]]]:
+        """(module path, parameter or buffer name) -> for each width -> for each axis what is kept."""
+        return {key: [column.tensors[key] for column in self.columns] for key in self.channels.tensors}
 
+    @cached_property
+    def values(self) -> dict[str, dict[str, list[Any]]]:
+        """Module path -> attribute name -> its value at each width, where these differ."""
+        found: dict[str, dict[str, list[Any]]] = {}
+        for path, name in {(path, name): 0 for c in self.columns for path, at in c.values.items() for name in at}:
+            full = self.channels.attributes[path, name]
+            found.setdefault(path, {})[name] = [c.values.get(path, {}).get(name, full) for c in self.columns]
+        return found
 
-def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
-    return lambda path, module: pinned.get(path) or skip(path, module)
+    @property
+    def output_shapes(self) -> list[list[tuple[int, ...]]]:
+        """For each width, the shapes of the model's output tensors."""
+        return [column.output_shapes for column in self.columns]
 
+    # -- sub-networks
+    def sub_network(self, setting: Setting) -> SubNetwork:
+        """Return the sub-network of a width, of widths by layer, or of one count for each channel group.
 
-def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
-    choices: dict[int, int] = {}
-    first = trace(fake, widths, skip, choices)
-    solution = solve(first, widths, round_to)
-    labels = first.context.labels
-    trouble = np.zeros(len(labels), bool)
-    for ids in solution.disagreed:
-        trouble[labels.find(ids)] = True
+        Raises: WidthError: if there is none, with the reason.
+        """
+        if isinstance(setting, Mapping):
+            return self.near(self._counts_by_layer(setting))
+        if isinstance(setting, (tuple, list)):
+            return self._of_counts(setting)
+        if setting in self.widths or not self.universal:
+            return self.columns[width_index(setting, self.widths)]
+        least = self.widths[-1]
+        if isinstance(setting, bool) or not isinstance(setting, (int, float)) or not least <= setting <= 1:
+            raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
+        return self.near(tuple(kept_units(units, setting, self.round_to) for units in self.channels.units))
 
-    def doubtful(ids: Ids) -> bool:
-        roots = labels.find(ids)
-        return bool(labels.pinned(ids).all() or trouble[roots].any() or 2 * len(np.unique(roots)) <= len(ids))
+    @cached_property
+    def _found(self) -> dict[tuple[int, ...], SubNetwork]:
+        """Sub-networks by the counts that were asked for."""
+        return {column.counts: column for column in self.columns}
 
-    stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
-    if not stuck:
-        return first, solution
-    second = trace(fake, widths, skip, {**choices, **dict.fromkeys(stuck, 1)})
-    other = solve(second, widths, round_to)
-    last = len(widths) - 1
-    better = other.parameters(second, last) < solution.parameters(first, last)
-    return (second, other) if better else (first, solution)
+    def near(self, wanted: tuple[int, ...]) -> SubNetwork:
+        """Return the sub-network with counts near `wanted` that satisfy all constraints.
 
+        Where counts of a few units more or less do not, groups that disagree rise to the counts of one column, the
+        narrowest in which none of them shrinks: the counts of a column agree.
+        """
+        if wanted in self._found:
+            return self._found[wanted]
+        needed, counts = self.channels.needed, np.array([*wanted, 1])
+        values, failures = needed.adjust(counts)
+        while failures:
+            before, groups = counts.copy(), [needed.grouping.groups_in(failure.axes()) for failure in failures]
+            for each in groups:
+                self._rise(counts, each)
+            if (counts == before).all():  # each is of one column, but they disagree with what is not
+                for group in {group for each in groups for group in each}:
+                    self._rise(counts, [group], 1)
+            if (counts == before).all():
+                counts = counts_at(needed.grouping.units, 1.0, self.round_to)
+            values, failures = needed.fit(counts)
+        return self._remember(wanted, self.channels.sub_network(counts, values))
 
-def _plan(fake: FakeModel, found: Trace, solution: Solution, widths: tuple[float, ...]) -> Plan:
-    plan = Plan(widths, caches=found.caches)
-    count = range(len(widths))
-    for key, axes in found.tensors.items():
-        plan.tensors[key] = [[None if ids is None else _kept(solution.mask(w, ids)) for ids in axes] for w in count]
-    _set_values(plan, fake.model, found.attributes, solution)
-    _set_scales(plan, fake.model, found, solution)
-    _set_groups(plan, found, solution)
-    for w in count:
-        shapes = []
-        for shape, axes in found.outputs:
-            sizes = zip(shape, axes, strict=True)
-            shapes.append(tuple(n if ids is None else solution.count(w, ids) for n, ids in sizes))
-        plan.output_shapes.append(shapes)
-    return plan
+    def _rise(self, counts: NDArray[np.int64], groups: Sequence[int], least: int = 0) -> None:
+        """Raise groups, in place, to the counts of the narrowest column where each keeps at least `least` more."""
+        for column in reversed(self.columns):
+            found = np.array([column.counts[group] for group in groups], np.int64)
+            if (found >= counts[groups] + least).all():
+                counts[groups] = found
+                return
 
+    def _of_counts(self, wanted: Sequence[int]) -> SubNetwork:
+        units = self.channels.units
+        if len(wanted) != len(units):
+            raise WidthError(f"{len(wanted)} counts for the {len(units)} channel groups of this model's plan")
+        for group, (count, most) in enumerate(zip(wanted, units, strict=True)):
+            if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
+                raise WidthError(f"group {group} cannot keep {count!r} units; it keeps 1 to {most}")
+        key = tuple(map(int, wanted))
+        if key in self._found and self._found[key].counts == key:
+            return self._found[key]
+        counts = np.array([*key, 1])
+        values, failures = self.channels.needed.fit(counts)
+        if failures:
+            groups = self.channels.needed.grouping.groups_in(failures[0].axes())
+            kept = ", ".join(f"group {group} with {key[group]}" for group in groups)
+            constraint = failures[0].constraint
+            raise WidthError(
+                f"these counts do not go together: {kept} ({constraint.where}: {constraint.expression}). "
+                "Counts that do are those of plan.sub_network(setting).counts, for a width or widths by layer"
+            )
+        return self._remember(key, self.channels.sub_network(counts, values))
 
-def _kept(mask: NDArray[np.bool_]) -> Kept:
-    kept = np.flatnonzero(mask)
-    if len(kept) == len(mask):
-        return None
-    return len(kept) if kept[-1] == len(kept) - 1 else tuple(kept.tolist())
+    def _remember(self, key: tuple[int, ...], found: SubNetwork) -> SubNetwork:
+        if len(self._found) >= _REMEMBERED + len(self.columns):
+            del self._found[next(k for k in self._found if self._found[k] not in self.columns)]
+        known = next((column for column in self._found.values() if column.counts == found.counts), found)
+        self._found[key] = known
+        return known
 
-
-def _set_values(plan: Plan, model: nn.Module, attributes: Mapping[Attribute, int], solution: Solution) -> None:
-    for key, full in attributes.items():
-        path, name, position = key
-        values = [at_width.get(key, full) for at_width in solution.values]
-        if any(value != full for value in values):
-            module = model.get_submodule(path)
-            entry = plan.values.setdefault(path, {}).setdefault(name, [module.__dict__[name]] * len(values))
-            for w, value in enumerate(values):
-                entry[w] = _replaced(entry[w], position, value)
-
-
-def _replaced(value: Any, position: tuple[int, ...], new: int) -> Any:
-    if not position:
-        return new
-    parts = list(value)
-    parts[position[0]] = _replaced(parts[position[0]], position[1:], new)
-    return type(value)(parts)
-
-
-def _set_scales(plan: Plan, model: nn.Module, found: Trace, solution: Solution) -> None:
-    """Let `head_dim ** -0.5` follow the head dimension, in modules that multiply queries and keys.
-
-    Attention kernels take the scale from the size they see; a scale kept as an attribute must say the same.
-    """
-    for path, ids in found.context.contractions:
-        kept = [solution.count(w, ids) for w in range(len(plan.widths))]
-        if kept[-1] == len(ids):
-            continue
-        for name, value in vars(model.get_submodule(path)).items():
-            if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
-                plan.values.setdefault(path, {})[name] = [value, *(units**-0.5 for units in kept[1:])]
-
-
-def _set_groups(plan: Plan, found: Trace, solution: Solution) -> None:
-    labels = found.context.labels
-    members: list[dict[AxisName, NDArray[np.int64]]] = [{} for _ in solution.groups]
-    for (path, name), axes in found.tensors.items():
-        for axis, ids in enumerate(axes):
-            if ids is None:
-                continue
-            numbers = solution.group_of[ids]
-            for number in np.unique(numbers[numbers >= 0]).tolist():
-                members[number][path, name, axis] = np.where(numbers == number, solution.rank[ids], -1)
-            if (numbers < 0).all() and labels.produced(ids).any() and labels.pinned(ids).any():
-                plan.pins.append(Pin((path, name, axis), len(ids), _reason(labels, ids)))
-    for roots, axes_of in zip(solution.groups, members, strict=True):
-        kept = tuple(solution.count(w, roots) for w in range(len(plan.widths)))
-        plan.groups.append(Group(len(roots), kept, axes_of))
-
-
-def _reason(labels: Labels, ids: Ids) -> str:
-    roots = set(labels.find(ids).tolist())
-    for pinned, reason in labels.reasons:
-        if not roots.isdisjoint(labels.find(pinned).tolist()):
-            return reason
-    return "merged with an axis that stays full"
+    def _counts_by_layer(self, widths: Mapping[str, float]) -> tuple[int, ...]:
+        makers = {path for paths in self.channels.makers for path in paths}
+        for pattern, width in widths.items():
+            if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+                raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
+            if not any(is_under(path, pattern) for path in makers):
+                raise WidthError(
+                    f"no layer that makes slimmable channels is named like {pattern!r}; "
+                    f"those that do are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
+                )
+        last_first = list(widths.items())[::-1]
+        width_of = {path: next((w for p, w in last_first if is_under(path, p)), 1.0) for path in makers}
+        return tuple(
+            kept_units(units, max((width_of[path] for path in paths), default=1.0), self.round_to)
+            for units, paths in zip(self.channels.units, self.channels.makers, strict=True)
+        )
 
 
 def _table(plan: Plan) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from slimmable.cli.config import FOLDER_IMAGE_SIZE, PretrainConfig
 
+ALL = "all"
 _DEFAULT_RUN = "runs/pretrain"
 
 
@@ -17,7 +19,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="pre-train a slimmable network by SlimCLR and evaluate every width"))
     _evaluate(commands.add_parser("evaluate", help="evaluate the network of a run again, as it is now"))
-    _extract(commands.add_parser("extract", help="write one width of a run as a program that needs no slimmable"))
+    _export(
+        commands.add_parser(
+            "export", aliases=["extract"], help="write widths of a timm model or of a run as files for other programs"
+        )
+    )
     _profile(commands.add_parser("profile", help="parameters, MACs, activations and latency of a timm model per width"))
     _plan(commands.add_parser("plan", help="what of a timm model would be slimmed, and what stays full and why"))
     return parser
@@ -57,17 +63,37 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
-def _extract(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a pre-training run")
-    parser.add_argument("--width", type=float, required=True, help="one of the run's widths")
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a timm model, or the folder of a pre-training run")
+    parser.add_argument(
+        "--width", type=_width, action="append", required=True, help="width to write, or all; may be given again"
+    )
     parser.add_argument(
         "--format",
-        choices=("pt2", "onnx"),
+        choices=("pt2", "onnx", "safetensors"),
         action="append",
-        help="pt2: torch.export, loads with torch alone; onnx: for any ONNX runtime; may be given twice "
-        "(default: pt2, and onnx where it is installed)",
+        help="pt2: torch.export, runs with torch alone; onnx: for any ONNX runtime; safetensors: the weights; "
+        "may be given again (default: pt2, and onnx where it is installed)",
     )
-    parser.add_argument("--output", metavar="FOLDER", help="where to write (default: the run folder)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="where to write (default: the run folder, or runs/export/MODEL)"
+    )
+    model = parser.add_argument_group("of a timm model; a run has its own")
+    _add_widths(model, None)
+    weights = model.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, plain or of the converted model")
+    weights.add_argument("--pretrained", action="store_true", help="timm's weights (default: random ones)")
+    model.add_argument("--num-classes", type=int, metavar="N", help="of the classifier; 0: features")
+    model.add_argument("--image-size", type=int, help="height and width in pixels (default: the model's own)")
+
+
+def _width(text: str) -> float | str:
+    if text == ALL:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {ALL}") from None
 
 
 def _profile(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +111,7 @@ def _add_timm(parser: argparse.ArgumentParser) -> None:
     _add_widths(parser, None)
 
 
-def _add_widths(parser: argparse.ArgumentParser, default: str | None) -> None:
+def _add_widths(parser: argparse._ActionsContainer, default: str | None) -> None:
     shown = " ".join(str(width) for width in PretrainConfig.widths)
     parser.add_argument(
         "--widths",

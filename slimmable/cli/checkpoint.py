@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._errors import CheckpointError
+from slimmable._files import write_aside
 from slimmable.cli.extras import require
-from slimmable.cli.files import write_aside
 
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
@@ -41,6 +41,15 @@ def save_checkpoint(path: Path, network: nn.Module, training: Mapping[str, Tenso
     metadata = {"format": _FORMAT, "step": str(step)}
     safetensors = require("safetensors.torch", "safetensors")
     write_aside(path, lambda aside: safetensors.save_file(tensors, aside, metadata))
+
+
+def save_weights(path: Path, module: nn.Module, **metadata: str) -> None:
+    """Write the state dict of `module` as a safetensors file, tensors that share memory one by one.
+
+    Raises: OSError or SafetensorError: if it cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    require("safetensors.torch", "safetensors").save_file(tensors, path, {"format": "pt"} | metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

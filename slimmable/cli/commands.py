@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from slimmable._errors import UsageError
+from slimmable._errors import UsageError, WidthError
+from slimmable._files import write_aside
 from slimmable._widths import check_widths
+from slimmable.cli.arguments import ALL
 from slimmable.cli.config import FOLDER_IMAGE_SIZE, PretrainConfig
-from slimmable.cli.files import write_aside
 from slimmable.cli.networks import timm_backbone
 from slimmable.cli.progress import say
 
@@ -46,13 +47,45 @@ def evaluate(run: str, device: str | None) -> int:
     return 0
 
 
-def extract(run: str, width: float, format: Sequence[str] | None, output: str | None) -> int:
-    """Write one width of a run's backbone as programs."""
-    from slimmable.cli.export import export_run
+def export(
+    model: str,
+    width: Sequence[float | str],
+    format: Sequence[str] | None,
+    output: str | None,
+    widths: Sequence[float] | None,
+    **settings: Any,
+) -> int:
+    """Write widths of a timm model or of a run as files for other programs, with a model card."""
+    from slimmable.cli.export import export as write
+    from slimmable.cli.source import is_run, run_source, timm_source
 
-    for path in export_run(Path(run), width, format, Path(output or run)):
-        say(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB), which gives the model's own features")
+    if is_run(model):
+        own = {"widths": widths, **settings}
+        given = ", ".join(
+            f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None and value is not False
+        )
+        if given:
+            raise UsageError(f"{model} is the folder of a run, which settles what {given} would say; leave it away")
+        source, folder = run_source(Path(model)), Path(output or model)
+    else:
+        known = check_widths(widths or PretrainConfig.widths)
+        for asked in width:
+            if asked != ALL and asked not in known:
+                raise WidthError(
+                    f"--width {asked} is not one of --widths {known}, which {model} is converted to; add it"
+                )
+        source, folder = timm_source(model, known, **settings), Path(output or f"runs/export/{model}")
+    chosen = source.widths if ALL in width else [asked for asked in width if not isinstance(asked, str)]
+    for file in write(source, chosen, format, folder):
+        taken = "" if file.any_batch else "; it takes one image a call"
+        say(
+            f"wrote {folder / file.name} ({file.size / 1e6:.2f} MB), off by {file.off:.0e} of the largest output{taken}"
+        )
+    say(f"wrote {folder / 'README.md'}, the model card")
     return 0
+
+
+extract = export  # as the command was called when it knew runs only
 
 
 def profile(name: str, image_size: int | None, widths: Sequence[float] | None, csv: str | None) -> int:

@@ -1,91 +1,103 @@
-"""One width of a run as a program that runs without `slimmable`: `torch.export`, and ONNX."""
+"""`slimmable export`: widths of a model as files that other programs run, each checked against the model."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimmable._errors import CheckpointError, SlimmableError
+from slimmable._errors import SlimmableError
+from slimmable._files import fill_aside
+from slimmable._widths import width_index
+from slimmable.analysis._trace import output_tensors
+from slimmable.cli.card import File, model_card
+from slimmable.cli.checkpoint import load_exactly, save_weights
 from slimmable.cli.extras import require
-from slimmable.cli.files import write_aside
-from slimmable.cli.run import load_images, read_config, trained_network
-from slimmable.convert import extract
+from slimmable.cli.programs import (
+    ONNX_PACKAGES,
+    TOLERANCE,
+    Program,
+    difference,
+    save_onnx,
+    save_pt2,
+    takes_any_batch,
+    trace,
+)
+from slimmable.cli.source import Source
+from slimmable.convert import extract, slimify
+from slimmable.profile import profile
 
-_TOLERANCE = 1e-4  # of the largest feature
 
+def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
+    """Write `source` at `widths` into the folder `output`, run each file, and add a model card; all of it or nothing.
 
-def export_run(run: Path, width: float, formats: Sequence[str] | None, output: Path) -> list[Path]:
-    """Write the backbone of `run` at `width` into `output`, run each file, and return the paths.
+    Args:
+        source: what to export.
+        widths: some of those of `source`.
+        formats: "pt2", "onnx", "safetensors"; by default pt2, and onnx where it is installed.
+        output: made where it does not exist.
 
-    The programs take images of shape (batch, channels, size, size), floats in [0, 1], and give features.
-
-    Raises: WidthError: if the run does not have this width. SlimmableError: if a written program gives other features
-    than the model. MissingPackageError: if ONNX is asked for and not installed.
+    Raises:
+        WidthError: if `source` does not have a width.
+        MissingPackageError: if a format needs a package that is not installed.
+        SlimmableError: if the model cannot be written in a format, or a file gives other outputs than the model.
+        CheckpointError: if a file cannot be written.
     """
-    config = read_config(run)
-    channels = load_images(config).channels if config.data is None else 3
-    backbone = extract(trained_network(config, run, channels).backbone, width).eval()
-    images = torch.rand(2, channels, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
     if formats is None:
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
-    writers: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {"pt2": _write_pt2, "onnx": _write_onnx}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the folder {output} ({error})") from error
-    paths = []
-    for kind in dict.fromkeys(formats):
-        path = output / f"width-{width}.{kind}"
-        write_aside(path, partial(writers[kind], backbone, images))
-        paths.append(path)
-    return paths
+    for package in ONNX_PACKAGES if "onnx" in formats else ():
+        require(package, package, extra="onnx")
+    if "safetensors" in formats:
+        require("safetensors", "safetensors")
+    files: list[File] = []
+
+    def write(folder: Path) -> None:
+        again = _convert_again(source) if "safetensors" in formats else None
+        for width in chosen:
+            files.extend(_write(source, width, tuple(dict.fromkeys(formats)), again, folder))
+        costs = profile(source.model, example_inputs=source.example()[:1], repeats=0)
+        (folder / "README.md").write_text(model_card(source, costs.rows, files))
+
+    fill_aside(output, write)
+    return files
 
 
-def _write_pt2(backbone: nn.Module, images: Tensor, path: Path) -> None:
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(backbone, (images,), dynamic_shapes=({0: batch},))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    path.write_bytes(file.getbuffer())
-    again = torch.export.load(path).module()
-    _check_same(backbone, again, images, path)
+def _convert_again(source: Source) -> nn.Module:
+    """Make the converted model with other weights, as the reader of a file of weights will."""
+    return slimify(source.plain().eval(), source.widths, example_inputs=source.example(), inplace=True)
 
 
-def _write_onnx(backbone: nn.Module, images: Tensor, path: Path) -> None:
-    for name in ("onnx", "onnxscript"):
-        require(name, name, extra="onnx")
-    runtime = require("onnxruntime", "onnxruntime", extra="onnx")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            backbone,
-            (images,),
-            path,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    _check_same(backbone, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]), images, path)
-
-
-@torch.no_grad()
-def _check_same(backbone: nn.Module, program: Callable[[Tensor], Tensor], images: Tensor, path: Path) -> None:
-    """Compare the program's features with the model's, also for another batch size than it was traced with."""
-    for batch in (images, torch.cat([images, 1 - images, images])[:5]):
-        expected = backbone(batch)
-        off = float((program(batch) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-        if not off <= _TOLERANCE:
+def _write(source: Source, width: float, formats: Sequence[str], again: nn.Module | None, folder: Path) -> list[File]:
+    """Write one width in each format."""
+    model = extract(source.model, width).eval()
+    images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
+    program = trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
+    files = []
+    for kind in formats:
+        path = folder / f"width-{width}.{kind}"
+        any_batch = True
+        if program is not None and kind != "safetensors":
+            written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)
+            any_batch = takes_any_batch(program)
+        else:
+            assert again is not None
+            save_weights(path, model, model=source.name, width=str(width), widths=" ".join(map(str, source.widths)))
+            written = _load_weights(path, extract(again, width))
+        off = difference(model, written, images[:1], *([images] if any_batch else []))
+        if not off <= TOLERANCE:
             raise SlimmableError(
-                f"the program for {path.suffix} gives other features than the model (off by {off:.1e})"
+                f"{path.name} gives other outputs than the model, off by {off:.1e} of the largest "
+                f"(allowed: {TOLERANCE:g}); no file was written"
             )
+        size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
+        files.append(File(path.name, width, size, off, any_batch))
+    return files
+
+
+def _load_weights(path: Path, model: nn.Module) -> Program:
+    load_exactly(model, require("safetensors.torch", "safetensors").load_file(path), path.name)
+    return lambda images: output_tensors(model(images))

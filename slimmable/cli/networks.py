@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import SlimmableError, UsageError
+from slimmable._errors import UsageError
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
 
@@ -75,21 +76,34 @@ def small_resnet(channels: int) -> nn.Module:
 def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:
     """Return the timm model `name` for `channels` and, if it has a fixed size and one is given, for `image_size`.
 
-    Raises: UsageError: if timm does not know the name; the message suggests similar ones.
+    Raises: UsageError: if timm does not know the name, or cannot make the model for images of this size.
     """
+    return make_timm(name, {"in_chans": channels, **settings}, image_size)[0]
+
+
+def make_timm(name: str, settings: Mapping[str, object], image_size: int | None) -> tuple[nn.Module, dict[str, object]]:
+    """Return the timm model `name`, and the settings that `timm.create_model` took to make it.
+
+    Raises: UsageError: as `timm_backbone`.
+    """
+    check_name(name)
+    timm = require("timm", "timm")
+    sized = dict(settings) if image_size is None else {**settings, "img_size": image_size}
+    try:
+        try:
+            return timm.create_model(name, **sized), sized
+        except TypeError:  # a model that takes images of any size
+            return timm.create_model(name, **settings), dict(settings)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+        raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError if timm has no model of this name; the message suggests similar ones."""
     timm = require("timm", "timm")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         similar = difflib.get_close_matches(architecture, [SMALL_RESNET, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists the names."
         raise UsageError(f"timm has no model {name!r}. {hint}")
-    settings["in_chans"] = channels
-    try:
-        model = timm.create_model(name, img_size=image_size, **settings)  # None counts as not given
-    except TypeError:  # a model that takes images of any size
-        model = timm.create_model(name, **settings)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{name} cannot be made for images of {image_size} pixels ({error})") from error
-    if not isinstance(model, nn.Module):
-        raise SlimmableError(f"timm made {type(model).__name__} for {name!r}, not a module")
-    return model

@@ -12,9 +12,9 @@ from types import FrameType
 import torch
 
 from slimmable._errors import CheckpointError, UsageError
+from slimmable._files import write_aside
 from slimmable.cli.checkpoint import load_checkpoint, save_checkpoint
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.files import write_aside
 from slimmable.cli.progress import Progress, say
 from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, load_images, new_network, save_subnetworks
 from slimmable.cli.training import Training

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from slimmable._errors import CheckpointError
+from slimmable._files import write_aside
 from slimmable.cli.extras import require
-from slimmable.cli.files import write_aside
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,27 @@ def to_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         writer.writerow([row.width, row.parameters, row.macs, *(f"{share:.4f}" for share in astuple(row)[3:])])
     return text.getvalue()
+
+
+def read_report(folder: Path) -> dict[float, Row]:
+    """Return the rows of `metrics.csv` in `folder` by width; none if there is no such file.
+
+    Raises: CheckpointError: if it is another file.
+    """
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="") as file:
+            cells = list(csv.DictReader(file))
+        shares = [name.name for name in fields(Row)][3:]
+        rows = [
+            Row(float(row["width"]), int(row["parameters"]), int(row["macs"]), *(float(row[name]) for name in shares))
+            for row in cells
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is not the report of a run ({error})") from error
+    return {row.width: row for row in rows}
 
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from slimmable._errors import CheckpointError
-from slimmable.cli.checkpoint import load_checkpoint, load_exactly
+from slimmable._files import write_aside
+from slimmable.cli.checkpoint import load_checkpoint, load_exactly, save_weights
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.digits import cluttered_digits
-from slimmable.cli.extras import require
-from slimmable.cli.files import write_aside
 from slimmable.cli.folder import folder_images
 from slimmable.cli.images import Images
 from slimmable.cli.networks import PretrainNetwork, build_network
@@ -70,10 +69,8 @@ def trained_network(config: PretrainConfig, folder: Path, channels: int) -> Pret
 
 def save_subnetworks(folder: Path, backbone: nn.Module, widths: Sequence[float]) -> None:
     """Write the plain backbone of each width as `width-<width>.safetensors`."""
-    safetensors = require("safetensors.torch", "safetensors")
     for width in widths:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in extract(backbone, width).state_dict().items()}
-        write_aside(folder / f"width-{width}.safetensors", partial(safetensors.save_file, tensors))
+        write_aside(folder / f"width-{width}.safetensors", partial(save_weights, module=extract(backbone, width)))
 
 
 def evaluate_run(config: PretrainConfig, folder: Path, network: PretrainNetwork, images: Images) -> str:

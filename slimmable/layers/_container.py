@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from slimmable._widths import check_widths
-from slimmable.layers._view import WidthState
+from slimmable.layers._state import WidthState
 
 
 class SwitchableContainer(nn.Module):
@@ -23,16 +23,20 @@ class SwitchableContainer(nn.Module):
     @property
     def widths(self) -> tuple[float, ...]:
         """The widths, from the widest to the narrowest."""
-        return self._slim.widths
+        return tuple(width for width in self._slim.widths if isinstance(width, float))
 
     @property
     def width(self) -> float:
         """The active width."""
-        return self._slim.widths[self._slim.index]
+        return cast(float, self._slim.active.width)
 
     def module_at(self, index: int) -> nn.Module:
         """Return the module of the width with this index; 0 is the full width."""
         raise NotImplementedError
+
+    def own_at(self, index: int) -> nn.Module:
+        """Return the module of the width with this index, or a twin of it, that shares nothing with others."""
+        return self.module_at(index)
 
     def extra_repr(self) -> str:
         """Name the widths and the active one."""

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from slimmable._widths import check_widths
+from slimmable._widths import Kept, check_widths
 from slimmable.layers._kept import in_groups, ranges_of
 from slimmable.layers._twin import plain_twin, slim_twin
-from slimmable.layers._view import Kept, install_view
+from slimmable.layers._view import install_view
 
 Conv = TypeVar("Conv", bound="_SlimConv")
 

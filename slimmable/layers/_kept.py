@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimmable._errors import WidthError
-from slimmable._widths import kept_units
-from slimmable.layers._view import Kept
+from slimmable._widths import Kept, kept_units
 
 Ranges = list[range]
 """For each width, from the widest, the units kept."""

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from slimmable._errors import ConversionError
+from slimmable._widths import Kept
 from slimmable.layers._container import SwitchableContainer, inner_modules
-from slimmable.layers._view import Kept
-
-_CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
-
-
-class _TensorsOfFull(dict[str, Any]):
-    """Own no tensor, but find and replace those of the full norm by name, as `torch.func.functional_call` does."""
-
-    def __init__(self, modules: dict[str, nn.Module | None], store: str) -> None:
-        super().__init__()
-        self.modules = modules
-        self.store = store
-
-    def _of_full(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", getattr(self.modules.get("full"), self.store, {}))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._of_full()
-
-    def __getitem__(self, name: str) -> Any:
-        return self._of_full()[name]
-
-    def __setitem__(self, name: str, tensor: Any) -> None:
-        self._of_full()[name] = tensor
-
-    def __delitem__(self, name: str) -> None:
-        del self._of_full()[name]
+from slimmable.layers._cut import take_channels
+from slimmable.layers._narrow import NarrowNorms, TensorsOfFull, copy_of_norm, narrowed, own_norm, share
+from slimmable.layers._state import Column, Counts
 
 
 class SwitchableNorm(SwitchableContainer):
@@ -57,6 +32,8 @@ class SwitchableNorm(SwitchableContainer):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         kept: for each width, from the widest, which of the channels it keeps: None for all, a number for the first
             ones, or indices.
+        shared_affine: narrower norms have statistics of their own, but read their part of the full norm's gain and
+            bias (Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.2).
 
     >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
     >>> [name for name, _ in norm.named_parameters()]
@@ -66,19 +43,21 @@ class SwitchableNorm(SwitchableContainer):
     """
 
     full: nn.Module
-    narrow: nn.ModuleList
+    narrow: NarrowNorms
 
-    def __init__(self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept]) -> None:
+    def __init__(
+        self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
+    ) -> None:
         super().__init__(widths)
         if len(kept) != len(self.widths):
             raise ConversionError(
                 f"{len(kept)} entries of kept channels for the {len(self.widths)} widths {self.widths}"
             )
-        self.__dict__["_parameters"] = _TensorsOfFull(self._modules, "_parameters")
-        self.__dict__["_buffers"] = _TensorsOfFull(self._modules, "_buffers")
+        self.__dict__["_parameters"] = TensorsOfFull(self._modules, "_parameters")
+        self.__dict__["_buffers"] = TensorsOfFull(self._modules, "_buffers")
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
-        self.add_module("narrow", nn.ModuleList(_narrowed(full, keep) for keep in kept[1:]))
+        self.add_module("narrow", NarrowNorms(self._modules, kept[1:], shared_affine))
         self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
 
@@ -87,19 +66,60 @@ class SwitchableNorm(SwitchableContainer):
         cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
     ) -> SwitchableNorm:
         """Switch `norm`: it becomes the full width's norm itself, or with `share=False` a copy of it does."""
-        return SwitchableNorm(norm if share else _copy(norm), widths, kept)
+        return SwitchableNorm(norm if share else copy_of_norm(norm), widths, kept)
 
     def to_norm(self) -> nn.Module:
         """Return the norm of the full width, the very module that the container holds."""
         return self.full
 
     def norm_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index; 0 is the full width."""
+        """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
         if index == 0:
             return cast(nn.Module, self._modules["full"])
+        if index == -1:
+            return cast(nn.Module, self._slim.active.guest[0])
         return inner_modules(self, "narrow")[str(index - 1)]
 
     module_at = norm_at
+
+    def own_at(self, index: int) -> nn.Module:
+        """Return the norm of the width with this index; of one that shares gain and bias, a twin that does not."""
+        return own_norm(self.norm_at(index))
+
+    def keeps(self, widths: Sequence[float], kept: Sequence[Kept], shared_affine: bool) -> bool:
+        """Tell whether the container was made with these arguments."""
+        same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
+        return same and self.narrow.shared_affine == shared_affine
+
+    def forget_registered(self, own: int) -> None:
+        """Keep only the first `own` columns, those that the container was made with."""
+        del self._slim.columns[own:]
+        self._slim.widths = self._slim.widths[:own]
+        self.__dict__["_kept"] = self._kept[:own]
+        self.narrow.keep_first(own - 1)
+
+    def make_column(self, width: float | Counts, kept: Kept) -> Column:
+        """Return a guest: a further width, with gain and bias of the full norm and, at first, its statistics."""
+        return Column(width, guest=(share(narrowed(self.full, kept), self._modules, kept), kept))
+
+    def activate(self, column: Column) -> None:
+        """Switch to a column, one of the container's own or a guest."""
+        state = self._slim
+        if state.active is column:
+            return
+        self._modules.pop("guest", None)
+        if column.guest is not None:
+            self._modules["guest"] = column.guest[0].train(self.training)
+        state.active = column
+
+    def register_column(self, column: Column) -> None:
+        """Make a guest one of the container's own widths; its statistics are in the state dict from now on."""
+        norm, kept = column.guest
+        self.narrow.add(norm, kept)
+        self.__dict__["_kept"] = (*self._kept, kept)
+        self._slim.add(column)
+        if self._slim.active is column:
+            del self._modules["guest"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the norm of the active width."""
@@ -119,7 +139,7 @@ class SwitchableNorm(SwitchableContainer):
         elif isinstance(value, Tensor):
             setattr(self.norm_at(self._slim.index), name, value)
         else:
-            for norm in (self.full, *self.narrow):
+            for norm in (self.full, *self.narrow, *([self._modules["guest"]] if "guest" in self._modules else [])):
                 setattr(norm, name, value)
 
     def named_modules(
@@ -156,10 +176,12 @@ class SwitchableNorm(SwitchableContainer):
 
     def _for_narrow(self, prefix: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """Cut a tensor of the full norm for each narrower one."""
-        shapes = [norm.state_dict(keep_vars=True)[key].shape for norm in self.narrow]
+        own = [norm.state_dict(keep_vars=True) for norm in self.narrow]
+        shapes = [tensors[key].shape if key in tensors else None for tensors in own]  # what is shared, they lack
         return {
-            f"{prefix}{position}.{key}": _channels(tensor, None if shape == tensor.shape else kept).clone()
+            f"{prefix}{position}.{key}": take_channels(tensor, None if shape == tensor.shape else kept).clone()
             for position, (shape, kept) in enumerate(zip(shapes, self._kept[1:], strict=True))
+            if shape is not None
         }
 
     def __repr__(self) -> str:
@@ -171,48 +193,3 @@ def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
     prefix, reports = norm.__dict__.pop("_loading", ("", ()))
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
-
-
-def _copy(norm: nn.Module) -> nn.Module:
-    """Copy a norm but not the process group of a SyncBatchNorm, which is shared and cannot be copied."""
-    group = getattr(norm, "process_group", None)
-    return copy.deepcopy(norm, {} if group is None else {id(group): group})
-
-
-def _channels(tensor: Tensor, kept: Kept) -> Tensor:
-    if kept is None:
-        return tensor
-    if isinstance(kept, int):
-        return tensor[:kept]
-    return tensor.index_select(0, torch.tensor(kept, device=tensor.device))
-
-
-def _narrowed(full: nn.Module, kept: Kept) -> nn.Module:
-    """Copy a norm with its settings, and cut every tensor and every count that has its number of channels."""
-    norm = _copy(full)
-    if kept is None:
-        return norm
-    channels = _channel_count(full)
-    count = kept if isinstance(kept, int) else len(kept)
-    for module in norm.modules():
-        for name in _CHANNEL_COUNTS:
-            if getattr(module, name, None) == channels:
-                setattr(module, name, count)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.shape[:1] == (channels,):
-                cut = _channels(parameter.detach(), kept).clone()
-                module._parameters[name] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.shape[:1] == (channels,):
-                module._buffers[name] = _channels(buffer, kept).clone()
-    return norm
-
-
-def _channel_count(norm: nn.Module) -> int:
-    for name in _CHANNEL_COUNTS:
-        if isinstance(getattr(norm, name, None), int):
-            return cast(int, getattr(norm, name))
-    raise ConversionError(
-        f"{type(norm).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
-        "only norms that do can be switched"
-    )

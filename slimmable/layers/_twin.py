@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from slimmable._errors import ConversionError
-from slimmable.layers._view import is_slim, remove_view
+from slimmable.layers._state import is_slim
+from slimmable.layers._view import remove_view
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

@@ -1,6 +1,7 @@
-"""Training and evaluation: the recipe for an own loop, MoCo's key encoder, BatchNorm calibration, kNN and probes."""
+"""Training and evaluation: the recipe for an own loop, several processes, MoCo, BatchNorm calibration, kNN, probes."""
 
 from slimmable.training.calibrate import calibrate_bn as calibrate_bn
+from slimmable.training.distributed import average_gradients as average_gradients
 from slimmable.training.evaluate import Accuracy as Accuracy
 from slimmable.training.evaluate import evaluate_widths as evaluate_widths
 from slimmable.training.evaluate import features_of as features_of
@@ -14,6 +15,7 @@ __all__ = [
     "Accuracy",
     "MoCo",
     "SlimRecipe",
+    "average_gradients",
     "calibrate_bn",
     "evaluate_widths",
     "features_of",

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._columns import register
 from slimmable._errors import DataError
-from slimmable._widths import width_index
+from slimmable._inputs import Inputs
+from slimmable.analysis._nested import map_tensors
+from slimmable.analysis.plan import Setting
+from slimmable.layers import SwitchableNorm
 from slimmable.width import at_width, set_width, widths_of
+
+Batch: TypeAlias = "torch.Tensor | Sequence[torch.Tensor] | Inputs"
 
 
 @torch.no_grad()
-def calibrate_bn(
-    model: nn.Module, loader: Iterable[torch.Tensor | Sequence[torch.Tensor]], widths: Iterable[float] | None = None
-) -> None:
+def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Setting] | None = None) -> None:
     """Recompute the running statistics of the BatchNorms at `widths` (None: all), as the mean over `loader`'s batches.
 
     The post-statistics of US-Nets (Yu and Huang 2019, section 3.2), wanted for widths whose statistics were not, or no
@@ -26,9 +31,12 @@ def calibrate_bn(
     several of them share gets the average over these. Momenta, training modes and the width are put back, and on an
     error the statistics too.
 
-    A batch is the model's input, or a tuple or list that starts with it; it is moved to the model's device. A few
-    thousand images do: `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave out a
-    smaller last one.
+    `widths` may hold whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics
+    of its own yet has them from now on, in the state dict too.
+
+    A batch is the model's input, or a tuple or list that starts with it, or `slimmable.Inputs` for a forward that takes
+    something else than one tensor; it is moved to the model's device. A few thousand images do:
+    `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave out a smaller last one.
 
     Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or a batch is neither.
 
@@ -39,32 +47,61 @@ def calibrate_bn(
     ...     model[0].running_mean
     tensor([4., 4., 4., 4.])
     """
-    known = widths_of(model)
-    chosen = known if widths is None else tuple(known[width_index(width, known)] for width in widths)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms or not chosen:
+    chosen = widths_of(model) if widths is None else tuple(widths)
+    for width in chosen:
+        register(model, width)
+    if chosen:
+        with at_width(model, chosen[0]):
+            _collect(model, loader, chosen, list(model.modules()))
+
+
+@torch.no_grad()
+def collect_statistics(model: nn.Module, loader: Iterable[Batch]) -> None:
+    """Do as `calibrate_bn` at the active width if the model does not keep it; statistics that it keeps stay."""
+    containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+    _collect(model, loader, [], [container.norm_at(-1) for container in containers if "guest" in container._modules])
+
+
+def _collect(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    widths: Sequence[Setting],
+    modules: Sequence[nn.Module],
+) -> None:
+    """Run the batches at each of `widths`, without any at the active one; for those norms among `modules` that run."""
+    norms = [module for module in modules if _has_statistics(module)]
+    if not norms:
         return
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with at_width(model, 1.0), _collecting(model, norms):
+    with _collecting(model, norms):
         empty = True
         for batch in loader:
             empty = False
-            images = _input_of(batch).to(device)
-            for width in chosen:
-                set_width(model, width)
-                model(images)
+            given = _input_of(batch)
+            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
+            settings: Sequence[Setting | None] = widths or [None]
+            for width in settings:
+                if width is not None:
+                    set_width(model, width)
+                model(*args, **kwargs)
         if empty:
             raise DataError("calibrate_bn: loader is empty; give at least one batch")
 
 
-def _input_of(batch: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
+def _input_of(batch: Batch) -> Inputs:
+    if isinstance(batch, Inputs):
+        return batch
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, torch.Tensor):
         raise DataError(
             f"calibrate_bn: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
-            "with one; give (batch['image'] for batch in loader), or the like"
+            "with one; give (batch['image'] for batch in loader), or slimmable.Inputs(...) for each batch"
         )
-    return first
+    return Inputs(first)
 
 
 @contextmanager

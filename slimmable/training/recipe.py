@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 from slimmable._errors import UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.losses._checks import as_number
-from slimmable.width import set_width, widths_of
+from slimmable.width import at_width, set_width, widths_of
 
 
 class SlimRecipe:
@@ -29,6 +31,10 @@ class SlimRecipe:
         weights: a mode of `slimmable.losses.width_weights`, one number per width from the widest on, or a mapping from
             width to number.
         slow_start: share of the training, in [0, 1], before which only the widest width is trained, unweighted.
+        random_widths: with a universal model, train at the widest, the narrowest, and this many widths drawn between
+            them, anew in each step (the sandwich rule of Yu and Huang, Universally Slimmable Networks, ICCV 2019,
+            section 3.1; they draw 2). 0 trains at the model's own widths. `weights` then is a mode.
+        seed: of the draws; processes that train together need the same.
 
     Raises: UsageError or WidthError: if an argument does not fit, with the values.
 
@@ -51,10 +57,14 @@ class SlimRecipe:
         distill: OnlineDistillation | None = None,
         weights: str | Sequence[float] | Mapping[float, float] = "widest_plus_rest",
         slow_start: float = 0.0,
+        random_widths: int = 0,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.distill = distill
         self.weights = _weight_of_each(widths_of(model), weights)
+        self._mode = _check_sandwich(model, weights, random_widths) if random_widths else None
+        self._random_widths, self._random = random_widths, random.Random(seed)
         self.slow_start = _check_share("slow_start", slow_start)
         self._step: _Step | None = None
         self._loop: weakref.ref[Generator[float, None, None]] | None = None
@@ -68,7 +78,8 @@ class SlimRecipe:
         """True while the loop is at the widest width: the place for what must happen once per step.
 
         A momentum encoder's keys are computed here. A queue takes them in after the loop only: narrower widths must not
-        meet the keys of their own batch among the negatives.
+        meet the keys of their own batch among the negatives. For criteria that change themselves when called see
+        `once`.
         """
         return self._step is not None and self._step.first
 
@@ -87,6 +98,43 @@ class SlimRecipe:
         loop = self._run(slow)
         self._loop = weakref.ref(loop)
         return loop
+
+    @contextmanager
+    def once(self, *modules: nn.Module) -> Iterator[None]:
+        """Let `modules` change once per step, though the block runs once per width.
+
+        For criteria that keep something in buffers and change it when called, such as a queue or a centre: in every
+        width's block the buffers are as they were before the widest width's, and the widest width's change stays.
+
+        Raises: UsageError: if called outside the loop, or at a narrower width but not at the widest.
+
+        >>> from slimmable.layers import SlimLinear
+        >>> model, norm = SlimLinear(4, 8, widths=(1.0, 0.5), slim_out=False), nn.BatchNorm1d(8)
+        >>> recipe = SlimRecipe(model)
+        >>> for width in recipe.widths(progress=1.0):
+        ...     with recipe.once(norm):
+        ...         loss = recipe.loss(norm(model(torch.ones(2, 4)[:, : int(4 * width)])).mean())
+        >>> int(norm.num_batches_tracked)
+        1
+        """
+        step = self._step
+        if step is None:
+            raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
+        stores = {id(m): m._buffers for module in modules for m in module.modules()}
+        if step.first:
+            step.buffers.update({key: _copies(store) for key, store in stores.items()})
+            yield
+            return
+        if not stores.keys() <= step.buffers.keys():
+            raise UsageError(f"SlimRecipe.once: at width {step.width}, but not used at the widest width of this step")
+        after = {key: dict(store) for key, store in stores.items()}
+        for key, store in stores.items():
+            store.update(_copies(step.buffers[key]))
+        try:
+            yield
+        finally:
+            for key, store in stores.items():
+                store.update(after[key])
 
     def loss(
         self, contrastive: torch.Tensor, teach: torch.Tensor | Sequence[torch.Tensor] | None = None
@@ -113,19 +161,19 @@ class SlimRecipe:
         step.done = True
         if step.slow:
             return slim_term(contrastive)
-        weight = self.weights[step.width]
+        weight = step.weights[step.width]
         if self.distill is None:
             return slim_term(contrastive, weight=weight)
         views = self._views(step, teach)
-        distillation = None if step.first else _sum_of_views(self.distill, views, step.teachers)
+        distillation = None if step.first else _sum_of_views(self.distill, views, list(step.teachers.values()))
         if step.first or self.distill.teachers == "all wider":
-            step.teachers.append([view.detach() for view in views])
+            step.teachers[step.width] = [view.detach() for view in views]
         return slim_term(contrastive, distillation, weight, self.distill.weight)
 
     def _run(self, slow: bool) -> Generator[float, None, None]:
-        step = self._step = _Step(slow)
+        step = self._step = _Step(slow, self.weights if self._mode is None else self._drawn(self._mode))
         try:
-            for width in list(self.weights)[: 1 if slow else None]:
+            for width in list(step.weights)[: 1 if slow else None]:
                 set_width(self.model, width)
                 step.begin(width)
                 yield width
@@ -133,6 +181,12 @@ class SlimRecipe:
             if self._step is step:
                 self._step = None
             set_width(self.model, 1.0)
+
+    def _drawn(self, mode: str) -> dict[float, float]:
+        """Return width -> weight of a step with random widths, from the widest to the narrowest."""
+        widest, *_, narrowest = self.weights
+        drawn = [self._random.uniform(narrowest, widest) for _ in range(self._random_widths)]
+        return _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), mode)
 
     def _views(self, step: _Step, teach: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
         if teach is None:
@@ -142,7 +196,7 @@ class SlimRecipe:
                 f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
             )
         views = [teach] if isinstance(teach, torch.Tensor) else list(teach)
-        expected = len(step.teachers[0]) if step.teachers else max(1, len(views))
+        expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
         if len(views) != expected:
             raise UsageError(
                 f"SlimRecipe.loss: {len(views)} tensors to teach at width {step.width}, expected {expected}, "
@@ -154,17 +208,23 @@ class SlimRecipe:
 class _Step:
     """Where the loop of one step is, and the outputs that teach."""
 
-    def __init__(self, slow: bool) -> None:
+    def __init__(self, slow: bool, weights: Mapping[float, float]) -> None:
         self.slow = slow
+        self.weights = weights  # of each width, from the widest on
         self.first = False
         self.done = False
         self.width = math.nan
-        self.teachers: list[list[torch.Tensor]] = []  # from the widest on; of each the views
+        self.teachers: dict[float, list[torch.Tensor]] = {}  # of each width that teaches, the views
+        self.buffers: dict[int, dict[str, torch.Tensor | None]] = {}  # by module, as they were before the step
 
     def begin(self, width: float) -> None:
         self.first = width == 1.0
         self.done = False
         self.width = width
+
+
+def _copies(buffers: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 def _sum_of_views(
@@ -178,6 +238,21 @@ def _check_share(name: str, value: float) -> float:
     if not 0 <= as_number(value) <= 1:
         raise UsageError(f"SlimRecipe: {name} is a share of the training and must be in [0, 1], got {value!r}")
     return float(value)
+
+
+def _check_sandwich(model: nn.Module, weights: object, random_widths: int) -> str:
+    if isinstance(random_widths, bool) or not isinstance(random_widths, int) or random_widths < 0:
+        raise UsageError(f"SlimRecipe: random_widths must be an integer from 0 on, got {random_widths!r}")
+    if not isinstance(weights, str):
+        raise UsageError(f"SlimRecipe: with random_widths, weights must be a mode such as 'ones', got {weights!r}")
+    widths = widths_of(model)
+    try:
+        with at_width(model, (widths[0] + widths[-1]) / 2):
+            return weights
+    except WidthError as error:
+        raise WidthError(
+            "SlimRecipe: random_widths is for universal models; convert the model with slimify(..., universal=True)"
+        ) from error
 
 
 def _weight_of_each(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +38,42 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
+    """Let `fill` make files in a folder inside `folder`, and when all are done, move them to `folder` itself.
+
+    Returns: the paths of the files, by name.
+
+    Raises: CheckpointError: if it cannot be written; what was in `folder` is still there.
+
+    >>> target = Path(tempfile.mkdtemp())
+    >>> [path.name for path in fill_aside(target, lambda inside: (inside / "note.txt").write_text("done"))]
+    ['note.txt']
+    """
+    made = not folder.exists()
+    aside = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        fill(aside)
+        files = sorted(aside.iterdir())
+        for file in files:
+            file.chmod(0o644)
+            _sync(file)
+        paths = [file.replace(folder / file.name) for file in files]
+        if os.name == "posix":
+            _sync(folder)
+        made = False
+        return paths
+    except OSError as error:
+        raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _sync(path: Path) -> None:

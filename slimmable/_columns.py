@@ -1,0 +1,160 @@
+"""From a width, widths by layer, or counts of channels to the column that every module of a model switches to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+from torch import nn
+
+from slimmable._errors import ConversionError, WidthError
+from slimmable._widths import width_index
+from slimmable.analysis._sizes import feature_sizes, layer_sizes
+from slimmable.analysis.plan import Plan, Setting
+from slimmable.layers import _view
+from slimmable.layers._container import SwitchableContainer
+from slimmable.layers._state import Column, WidthState
+from slimmable.layers._switch import SwitchableNorm
+
+Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
+
+
+def places_of(model: nn.Module) -> Places:
+    """Collect what reacts to widths in one walk, and refuse a converted model that has gained layers.
+
+    Raises: ConversionError: if nothing reacts to widths, or if layers were added after the conversion.
+    """
+    places: Places = []
+    strangers = False
+    seen: set[int] = set()
+    pending = [(model, False)]
+    while pending:
+        module, converted = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        attributes = module.__dict__
+        converted = converted or attributes.get("_slim_root", False)
+        state = attributes.get("_slim")
+        if state is not None:
+            places.append((module, state))
+            if isinstance(module, SwitchableContainer):
+                continue
+        elif converted and (attributes["_parameters"] or attributes["_buffers"]):
+            strangers = True
+        children = attributes["_modules"]
+        if children:
+            pending.extend([(child, converted) for child in children.values() if child is not None])
+    if strangers:
+        raise _gained_layers(model)
+    if not places:
+        raise ConversionError(
+            f"{type(model).__name__} was never converted and has no slimmable layer; "
+            "call slimmable.slimify first, or build it from the layers of slimmable"
+        )
+    return places
+
+
+def columns_of(places: Places, setting: Setting) -> list[Column]:
+    """Return the column of each module, for those that do not have it a guest; nothing is changed.
+
+    Raises: WidthError: if a part of the model does not have this width or sub-network.
+    """
+    if not isinstance(setting, (Mapping, tuple, list)):
+        found: dict[tuple[object, ...], int] = {}
+        for _, state in places:
+            if state.widths not in found:
+                if setting not in state.widths:
+                    break
+                found[state.widths] = state.widths.index(float(setting))
+        else:
+            return [state.columns[found[state.widths]] for _, state in places]
+    return [_column(module, state, setting) for module, state in places]
+
+
+def switch(places: Places, columns: Iterable[Column]) -> None:
+    """Make each module's column the active one."""
+    for (module, state), column in zip(places, columns, strict=True):
+        if column.guest is None and state.index != -1:
+            state.active = column
+        elif isinstance(module, SwitchableNorm):
+            module.activate(column)
+        else:
+            _view.activate(module, column)
+
+
+def register(model: nn.Module, setting: Setting) -> None:
+    """Make a width or sub-network one of the model's own, so that its statistics stay.
+
+    Raises: as `places_of` and `columns_of`.
+    """
+    places = places_of(model)
+    for (module, _), column in zip(places, columns_of(places, setting), strict=True):
+        if column.guest is None:
+            continue
+        if isinstance(module, SwitchableNorm):
+            module.register_column(column)
+        else:
+            _view.register_column(module, column)
+
+
+def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
+    plan: Plan | None = state.plan
+    if plan is None:
+        if isinstance(setting, (Mapping, tuple, list)):
+            raise WidthError(
+                f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
+                "widths by layer and counts of channels are for models that slimmable.slimify has converted"
+            )
+        return state.columns[width_index(setting, _widths(state))]
+    if not isinstance(setting, (Mapping, tuple, list)) and setting in state.widths:
+        return state.columns[state.widths.index(float(setting))]
+    try:
+        found = plan.sub_network(setting)
+    except WidthError:
+        if isinstance(setting, (Mapping, tuple, list)) or plan.universal:
+            raise
+        width_index(setting, _widths(state))  # names all widths, also those registered later
+        raise
+    for column in (*state.columns, state.active):
+        if column.counts == found.counts:
+            return column
+    width = float(setting) if not isinstance(setting, (Mapping, tuple, list)) else found.counts
+    own = {name: kept for name in _tensor_names(module) if (kept := found.tensors.get((state.path, name))) is not None}
+    if isinstance(module, SwitchableNorm):
+        channels = next(kept for kept in own.values() if len(kept) == 1)[0]
+        column = module.make_column(width, channels)
+    else:
+        values = found.values.get(state.path, {})
+        sizes = layer_sizes(module, {n: [k] for n, k in own.items()}, {n: [v] for n, v in values.items()})
+        if not state.path:
+            sizes |= feature_sizes(module, plan.columns[0], [found])
+        column = _view.make_column(module, width, own, values, {name: each[0] for name, each in sizes.items()})
+    column.counts = found.counts
+    return column
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    source = module.full if isinstance(module, SwitchableNorm) else module
+    return [*source._parameters, *source._buffers]
+
+
+def _widths(state: WidthState) -> tuple[float, ...]:
+    return tuple(width for width in state.widths if isinstance(width, float))
+
+
+def _gained_layers(model: nn.Module) -> ConversionError:
+    containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
+    inside = {id(module) for container in containers for module in container.modules()}
+    roots = [(name, module) for name, module in model.named_modules() if module.__dict__.get("_slim_root")]
+    found = {
+        f"{f'{root}.' if root else ''}{name}".rstrip("."): type(module).__name__
+        for root, top in roots
+        for name, module in top.named_modules()
+        if "_slim" not in module.__dict__ and id(module) not in inside and (module._parameters or module._buffers)
+    }
+    listed = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in found.items())
+    return ConversionError(
+        f"{type(model).__name__} gained layers after its conversion that no width applies to: {listed}; "
+        "call slimmable.slimify on it again"
+    )

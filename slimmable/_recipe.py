@@ -1,0 +1,143 @@
+"""How a timm model was made, as far as its tensors show, and the plain numbers that its modules hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimmable._errors import CheckpointError
+from slimmable.analysis.plan import Plan
+
+_NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_NUMBERS = (int, float, bool, str)
+
+
+def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the timm architecture of `model` and the arguments that make it, or None if it is not timm's.
+
+    Raises: CheckpointError: if there is an architecture, but the arguments make another model.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if name is None:
+        if arguments is not None:
+            raise CheckpointError(f"arguments are for models of timm; {type(model).__name__} does not say it is one")
+        return None
+    for candidate in [arguments] if arguments is not None else _candidates(model, config):
+        recipe = {"timm": name, "arguments": dict(candidate)}
+        try:
+            with torch.device("meta"):
+                plain = build(recipe)
+        except CheckpointError:
+            if arguments is not None:
+                raise
+            continue
+        if _fits(model, plain, plan):
+            return recipe
+    raise CheckpointError(
+        f"timm.create_model({name!r}) with {'these' if arguments is not None else 'default'} arguments makes another "
+        "network than this; give the arguments that made it, as save(..., arguments={'num_classes': 10})"
+    )
+
+
+def build(recipe: Mapping[str, Any]) -> nn.Module:
+    """Make a plain timm model with random weights.
+
+    Raises: CheckpointError: if timm has no such architecture, or cannot make it.
+    """
+    import timm
+
+    try:
+        name, arguments = recipe["timm"], recipe["arguments"]
+        known = isinstance(name, str) and timm.is_model(name) and ":" not in name
+        if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
+            raise CheckpointError(f"{name!r} with {arguments!r} is no recipe of a timm model")
+        model: nn.Module = timm.create_model(name, **arguments)
+        return model
+    except CheckpointError:
+        raise
+    except Exception as error:  # constructors of timm raise all kinds
+        raise CheckpointError(f"timm cannot make the model {recipe!r} ({error})") from error
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, _NUMBERS)
+
+
+def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield arguments that the model may have been made with, from none to all that can be read off it."""
+    found: dict[str, Any] = {}
+    yield dict(found)
+    classes = getattr(model, "num_classes", None)
+    if type(classes) is int:
+        found["num_classes"] = classes
+        yield dict(found)
+    first = config.get("first_conv")
+    for name in [first] if isinstance(first, str) else first or ():
+        conv = dict(model.named_modules()).get(name)
+        if isinstance(conv, nn.modules.conv._ConvNd):
+            found["in_chans"] = conv.in_channels
+            yield dict(found)
+            break
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        found["img_size"] = list(size)
+        yield dict(found)
+
+
+def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
+    """Tell whether `plain` is the full network of `model`, or may be that of which it is a part."""
+    own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
+    names = [name for name in own if plan is None or ".narrow." not in name]
+    if set(names) != set(full):
+        return False
+    shapes = [(own[name].shape, full[name].shape) for name in names]
+    if plan is not None:
+        return all(mine == whole for mine, whole in shapes)
+    return all(len(m) == len(w) and all(a <= b for a, b in zip(m, w, strict=True)) for m, w in shapes)
+
+
+def attributes_of(model: nn.Module) -> list[list[Any]]:
+    """Return module path, name and value of all attributes that are numbers or nested tuples and lists of them."""
+    return [
+        [path, name, value]
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and _is_number(value)
+    ]
+
+
+def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
+    """Set what `attributes_of` returned, where the model has an attribute of the same kind with another value.
+
+    Raises: CheckpointError: if the model has no such attribute.
+    """
+    modules = dict(model.named_modules())
+    for path, name, value in given:
+        if path not in modules or not _is_number(vars(modules[path]).get(name)):
+            raise CheckpointError(f"{path}.{name} is not a number or a list of numbers in this network")
+        own = vars(modules[path])[name]
+        new = _like(own, value)
+        if new != own:
+            modules[path].__dict__[name] = new
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_number, value)) and len(value) > 0
+    return type(value) in (int, float, bool)
+
+
+def _like(own: Any, value: Any) -> Any:
+    """Return a value of a file with the types of the one that the model has."""
+    if isinstance(own, (tuple, list)) and isinstance(value, list) and len(own) == len(value):
+        parts = [_like(*pair) for pair in zip(own, value, strict=True)]
+        return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
+    if type(own) in (int, float, bool) and type(value) in (int, float, bool):
+        return type(own)(value)
+    raise CheckpointError(f"{value!r} is in the place of {own!r}")

@@ -1,0 +1,201 @@
+"""What `slimmable export` starts from: a timm model by its name, or the folder of a pre-training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._errors import CheckpointError, SlimmableError, UsageError
+from slimmable.cli.checkpoint import load_exactly
+from slimmable.cli.config import SMALL_RESNET, PretrainConfig
+from slimmable.cli.extras import require
+from slimmable.cli.networks import check_name, make_timm, small_resnet
+from slimmable.cli.report import Row, read_report
+from slimmable.cli.run import CONFIG, load_images, read_config, trained_network
+from slimmable.convert import slimify
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export.
+
+    Attributes:
+        name: of the architecture.
+        model: the converted network in evaluation mode.
+        widths: that it has.
+        image: channels, height and width of an input image.
+        plain: makes the plain model with fresh weights.
+        recipe: the lines of Python that do so; they name it `model`.
+        weights: where the weights are from, for people.
+        values: what the numbers of an image are, for people.
+        base: the model on the Hugging Face Hub that the weights are from, or None.
+        accuracy: what was measured per width, if anything.
+    """
+
+    name: str
+    model: nn.Module
+    widths: tuple[float, ...]
+    image: tuple[int, int, int]
+    plain: Callable[[], nn.Module]
+    recipe: tuple[str, ...]
+    weights: str
+    values: str
+    base: str | None = None
+    accuracy: Mapping[float, Row] = field(default_factory=dict)
+
+    def example(self) -> Tensor:
+        """Return two images of zeros."""
+        return torch.zeros(2, *self.image)
+
+
+def is_run(model: str) -> bool:
+    """Tell whether `model` is the folder of a run, not the name of a timm model.
+
+    Raises: UsageError: if it is neither.
+    """
+    folder = Path(model)
+    if (folder / CONFIG).exists():
+        return True
+    try:
+        check_name(model)
+    except UsageError as error:
+        found = f"a folder without {CONFIG}" if folder.is_dir() else "no folder"
+        raise UsageError(f"{model} is {found}, so it is not a pre-training run; and {error}") from error
+    return False
+
+
+def run_source(run: Path) -> Source:
+    """Return the backbone of the run in `run` with its last weights.
+
+    Raises: CheckpointError: if its configuration or its checkpoint cannot be read.
+    """
+    config = read_config(run)
+    channels = load_images(config).channels if config.data is None else 3
+    settings: dict[str, object] = {"num_classes": 0, "in_chans": channels}
+
+    def plain() -> nn.Module:
+        if config.model == SMALL_RESNET:
+            return small_resnet(channels)
+        return make_timm(config.model, settings, config.image_size)[0]
+
+    recipe: tuple[str, ...]
+    if config.model == SMALL_RESNET:
+        recipe = ("from slimmable.cli.networks import small_resnet", f"model = small_resnet(channels={channels})")
+    else:
+        with torch.device("meta"):
+            recipe = _recipe(config.model, make_timm(config.model, settings, config.image_size)[1])
+    return Source(
+        name=config.model,
+        model=trained_network(config, run, channels).backbone,
+        widths=config.widths,
+        image=(channels, config.image_size, config.image_size),
+        plain=plain,
+        recipe=recipe,
+        weights=_training(config),
+        values="in [0, 1]",
+        accuracy=read_report(run),
+    )
+
+
+def timm_source(
+    name: str,
+    widths: Sequence[float],
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> Source:
+    """Return the timm model `name`, converted to `widths`, with weights of a file, of timm, or random ones.
+
+    Raises:
+        UsageError: if timm does not know the name, has no weights for it, or cannot make it so.
+        CheckpointError: if `checkpoint` cannot be read or belongs to another model.
+    """
+    for option, value, least in (("--num-classes", num_classes, 0), ("--image-size", image_size, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{option} must be at least {least}, got {value}")
+    settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+
+    def plain() -> nn.Module:
+        return make_timm(name, settings, image_size)[0]
+
+    torch.manual_seed(0)
+    if pretrained:
+        model, used = _pretrained(name, settings, image_size)
+    else:
+        model, used = make_timm(name, settings, image_size)
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    channels, height, width = known["input_size"]
+    image = (channels, image_size or height, image_size or width)
+    tensors = {} if checkpoint is None else _read_weights(checkpoint)
+    slimmed = any(".narrow." in key for key in tensors)
+    if checkpoint is not None and not slimmed:
+        load_exactly(model, tensors, str(checkpoint))
+    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
+    if checkpoint is not None and slimmed:
+        load_exactly(model, tensors, str(checkpoint))
+    return Source(
+        name=name,
+        model=model,
+        widths=tuple(widths),
+        image=image,
+        plain=plain,
+        recipe=_recipe(name, {key: value for key, value in used.items() if key != "pretrained"}),
+        weights=_origin(name, checkpoint, pretrained),
+        values=f"in [0, 1], less the mean {known['mean']}, divided by the standard deviation {known['std']}",
+        base=known.get("hf_hub_id") if pretrained else None,
+    )
+
+
+def _pretrained(
+    name: str, settings: Mapping[str, object], image_size: int | None
+) -> tuple[nn.Module, dict[str, object]]:
+    timm = require("timm", "timm")
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.has_weights:
+        raise UsageError(f"timm has no pretrained weights for {name}; leave --pretrained away, or give --checkpoint")
+    try:
+        return make_timm(name, {**settings, "pretrained": True}, image_size)
+    except SlimmableError:
+        raise
+    except Exception as error:  # of the many libraries that fetch files
+        raise UsageError(
+            f"the pretrained weights of {name} cannot be fetched ({type(error).__name__}: {error}); "
+            "fetch them elsewhere, and give the file with --checkpoint"
+        ) from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        tensors: dict[str, Tensor] = require("timm.models", "timm").load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not a file of weights ({reason})") from error
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} is not a file of weights: it holds other things than tensors")
+    return tensors
+
+
+def _recipe(name: str, settings: Mapping[str, object]) -> tuple[str, ...]:
+    arguments = [f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())]
+    return "import timm", f"model = timm.create_model({', '.join(arguments)})"
+
+
+def _origin(name: str, checkpoint: Path | None, pretrained: bool) -> str:
+    if checkpoint is not None:
+        return f"`{checkpoint.name}`."
+    if pretrained:
+        return f"timm's own of `{name}`, trained at the full width only: narrower widths are untrained."
+    return "Random: this is an architecture, not a trained network."
+
+
+def _training(config: PretrainConfig) -> str:
+    data = "embedded cluttered digits" if config.data is None else f"the images in `{Path(config.data).name}`"
+    return f"{config.epochs} epochs of SlimCLR, without labels, on {data}."
