@@ -65,3 +65,11 @@ def test_the_causes_are_measured_one_by_one(tmp_path):
         assert set(row) == {"width", "image_size", "forward", "train", "read", "copy", "zeros"}
         assert min(row.values()) > 0
     assert (tmp_path / "table.md").read_text().count("| resnet10t |") == 2
+
+
+def test_a_conversion_is_measured(tmp_path):
+    quick("conversion.run", tmp_path)
+    [row] = json.loads(next(tmp_path.glob("test_resnet--cpu-*.json")).read_text())["rows"]
+    assert row["operations"] > 30
+    assert min(row[name] for name in ("seconds", "parameters", "ms_per_operation", "set_width_ms")) > 0
+    assert (tmp_path / "table.md").read_text().count("| test_resnet |") == 1

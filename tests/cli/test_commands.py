@@ -1,4 +1,4 @@
-"""`extract`, `profile` and `plan`, and what the program says about itself."""
+"""`extract` of a run, `profile` and `plan`, and what the program says about itself."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def features(run, width, images):
 
 def test_program_runs_without_slimmable(run, tmp_path, images):
     assert main(["extract", str(run), "--width", "0.5", "--format", "pt2", "--output", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["width-0.5.pt2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"width-0.5.pt2", "README.md"}
     torch.save(images, tmp_path / "in.pt")
     files = [str(tmp_path / name) for name in ("width-0.5.pt2", "in.pt", "out.pt")]
     subprocess.run([sys.executable, "-c", LOAD, *files], check=True, cwd=tmp_path)
@@ -45,7 +45,7 @@ def test_onnx_program(run, tmp_path, images):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     assert main(["extract", str(run), "--width", "1", "--format", "onnx", "--output", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["width-1.0.onnx"]
+    assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.onnx", "README.md"}
     session = runtime.InferenceSession(tmp_path / "width-1.0.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), features(run, 1.0, images), rtol=1e-4, atol=1e-5)
@@ -75,4 +75,4 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert caught.value.code == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in ("pretrain", "evaluate", "extract", "profile", "plan"))
+    assert all(name in output for name in ("pretrain", "evaluate", "export", "profile", "plan"))

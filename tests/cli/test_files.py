@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimmable import CheckpointError
+from slimmable._files import write_aside
 from slimmable.cli.checkpoint import (
     load_checkpoint,
     load_exactly,
@@ -16,7 +17,6 @@ from slimmable.cli.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from slimmable.cli.files import write_aside
 
 
 def half_written(error):

@@ -1,8 +1,13 @@
-"""What must hold for every converted model, whatever its architecture; used by the tests beside this file."""
+"""What must hold for every converted model, whatever its architecture.
+
+Functions that return a number measure by how much it does not hold; the others assert that it does. `Run` is how a
+model is run: it gives all tensors of the output.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +15,20 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable.analysis._trace import output_tensors
-from slimmable.analysis.ordering import permute
+from slimmable.analysis._fake import filled_caches
+from slimmable.analysis._nested import output_tensors
+from slimmable.analysis.ordering import magnitude_order, permute
 from slimmable.analysis.plan import Plan
+
+Run = Callable[[nn.Module], list[Tensor]]
+
+
+def run_on(*args: Any, **kwargs: Any) -> Run:
+    def run(model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return output_tensors(model(*args, **kwargs))
+
+    return run
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -30,14 +46,35 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def fresh_copy(model: nn.Module) -> nn.Module:
+    """A copy without what an earlier forward has computed from the weights and kept."""
+    twin = copy.deepcopy(model)
+    for cache in filled_caches(twin):
+        cache.clear()
+    return twin
+
+
 def first_output(output: Any) -> Tensor:
     return output_tensors(output)[0]
 
 
 def difference(first: Tensor, second: Tensor) -> float:
-    """The largest difference, relative to the largest number."""
+    """The largest difference, relative to the largest number; nan if there is one in either."""
     assert first.shape == second.shape
     return float((first - second).abs().max() / second.abs().max().clamp_min(1e-30))
+
+
+def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return float(np.max([difference(a, b) for a, b in zip(first, second, strict=True)]))  # max() would lose a nan
+
+
+def outputs_of(slim: nn.Module, run: Run) -> dict[float, list[Tensor]]:
+    """The outputs of every width."""
+    found = {}
+    for width in slimmable.widths_of(slim):
+        with slimmable.at_width(slim, width):
+            found[width] = run(slim)
+    return found
 
 
 def full_width_is_the_original(model: nn.Module, slim: nn.Module, *inputs: Tensor) -> None:
@@ -46,31 +83,61 @@ def full_width_is_the_original(model: nn.Module, slim: nn.Module, *inputs: Tenso
 
 
 def every_width_is_its_extraction(slim: nn.Module, *inputs: Tensor, limit: float) -> None:
-    for width in slimmable.widths_of(slim):
+    run = run_on(*inputs)
+    assert extracted_difference(slim, run, outputs_of(slim, run)) <= limit
+
+
+def extracted_difference(slim: nn.Module, run: Run, outputs: Mapping[float, Sequence[Tensor]]) -> float:
+    found = []
+    for width, expected in outputs.items():
         small = slimmable.extract(slim, width)
         assert not [m for m in small.modules() if "_slim" in m.__dict__ or type(m).__module__.startswith("slimmable")]
-        with torch.no_grad(), slimmable.at_width(slim, width):
-            assert difference(first_output(slim(*inputs)), first_output(small(*inputs))) <= limit
+        found.append(largest_difference(run(small), expected))
+    return float(np.max(found))
 
 
 def permuting_units_changes_nothing(model: nn.Module, plan: Plan, *inputs: Tensor, limit: float) -> None:
-    """Permute the units of every group: the full network must compute the same function."""
+    run = run_on(*inputs)
+    assert permuted_difference(model, plan, run, run(model)) <= limit
+
+
+def permuted_difference(
+    model: nn.Module, plan: Plan, run: Run, expected: Sequence[Tensor], order: str = "random"
+) -> float:
+    """Permute the units of every group, at random or by magnitude: the full network must compute the same function."""
     random = np.random.default_rng(0)
-    shuffled = copy.deepcopy(model)
-    permute(shuffled, plan, [random.permutation(group.units) for group in plan.groups])
-    with torch.no_grad():
-        expected, got = first_output(model(*inputs)), first_output(shuffled(*inputs))
-    if plan.output_shapes[0] != plan.output_shapes[-1]:  # thinner features come out permuted
-        expected, got = expected.sort(1).values, got.sort(1).values
-    assert difference(got, expected) <= limit
+    shuffled = fresh_copy(model)
+    orders = [np.arange(g.units) if g.ordered else random.permutation(g.units) for g in plan.groups]
+    permute(shuffled, plan, magnitude_order(model, plan) if order == "magnitude" else orders)
+    found = []
+    for got, want, full, narrow in zip(
+        run(shuffled), expected, plan.output_shapes[0], plan.output_shapes[-1], strict=True
+    ):
+        for axis, (units, kept) in enumerate(zip(full, narrow, strict=True)):
+            if units != kept:  # thinner features come out permuted
+                got, want = got.sort(axis).values, want.sort(axis).values
+        found.append(difference(got, want))
+    return float(np.max(found))
 
 
 def zeroing_what_is_dropped_is_the_narrow_network(
     model: nn.Module, slim: nn.Module, plan: Plan, *inputs: Tensor, limit: float
 ) -> None:
-    """With all that a width drops set to zero, the full network equals the narrow one (BatchNorm networks)."""
-    for index, width in enumerate(plan.widths):
-        zeroed = copy.deepcopy(model)
+    run = run_on(*inputs)
+    assert zeroed_difference(model, plan, run, outputs_of(slim, run), plan.widths) <= limit
+
+
+def zeroed_difference(
+    model: nn.Module, plan: Plan, run: Run, outputs: Mapping[float, Sequence[Tensor]], widths: Iterable[float]
+) -> float:
+    """With all that a width drops set to zero, the full network equals the narrow one (BatchNorm networks).
+
+    Where the outputs are thinner, only their largest number and the sum of their sizes can be compared.
+    """
+    found = []
+    for width in widths:
+        index = plan.widths.index(width)
+        zeroed = fresh_copy(model)
         with torch.no_grad():
             for (path, name), per_width in plan.tensors.items():
                 parameter = zeroed.get_submodule(path)._parameters.get(name)
@@ -80,6 +147,32 @@ def zeroing_what_is_dropped_is_the_narrow_network(
                         gone = torch.ones(parameter.shape[axis], dtype=torch.bool)
                         gone[list(range(kept) if isinstance(kept, int) else kept)] = False
                         parameter.index_fill_(axis, gone.nonzero()[:, 0], 0)
-            expected = first_output(zeroed(*inputs))
-            with slimmable.at_width(slim, width):
-                assert difference(first_output(slim(*inputs)), expected) <= limit
+        for full, narrow in zip(run(zeroed), outputs[width], strict=True):
+            same = full.shape == narrow.shape
+            found.append(difference(full, narrow) if same else difference(_sizes(full), _sizes(narrow)))
+    return float(np.max(found))
+
+
+def _sizes(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor.abs().max(), tensor.abs().sum()])
+
+
+def zeroing_applies(model: nn.Module, plan: Plan) -> bool:
+    """Only BatchNorms, which treat channels one by one, and no attention whose scale follows its width."""
+    norms = [m for m in model.modules() if "Norm" in type(m).__name__ and m._parameters]
+    scaled = any(isinstance(v[0], float) for values in plan.values.values() for v in values.values())
+    return bool(norms) and all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms) and not scaled
+
+
+def attention_difference(slim: nn.Module, run: Run, outputs: Mapping[float, Sequence[Tensor]]) -> float | None:
+    """Attention by torch's fused kernel and by timm's own code must be scaled alike at every width."""
+    switches = [module for module in slim.modules() if getattr(module, "fused_attn", False)]
+    found = []
+    for module in switches:
+        module.fused_attn = False
+    for width, expected in outputs.items() if switches else ():
+        with slimmable.at_width(slim, width):
+            found.append(largest_difference(run(slim), expected))
+    for module in switches:
+        module.fused_attn = True
+    return float(np.max(found)) if found else None

@@ -147,6 +147,21 @@ CASES = {
         lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=nn.ConvTranspose2d(16, 16, 2, 2, groups=16),
         c=conv(16, 8), fc=nn.Linear(8, 5),
     ),
+    "experts in one flat axis": lambda: Fn(
+        lambda m, x: head(
+            m, m.c(F.conv2d(y := m.a(x), (m.mix @ m.experts).view(m.b.out_channels, y.shape[1], 3, 3), padding=1))
+        ),
+        a=conv(3, 16), b=conv(16, 8), mix=nn.Parameter(torch.randn(4)), c=conv(8, 8),
+        experts=nn.Parameter(torch.randn(4, 8 * 16 * 9)), fc=nn.Linear(8, 5),
+    ),
+    "transposed depthwise with a multiplier": lambda: Fn(
+        lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=nn.ConvTranspose2d(16, 48, 2, 2, groups=16),
+        c=conv(48, 8), fc=nn.Linear(8, 5),
+    ),
+    "neighbouring channels attend": lambda: Fn(
+        lambda m, x: head(m, m.c((y := m.a(x)) * m.b(y.mean((2, 3))[:, None]).sigmoid()[..., None].transpose(1, 2))),
+        a=conv(3, 16), b=nn.Conv1d(1, 1, 3, padding=1), c=conv(16, 8), fc=nn.Linear(8, 5),
+    ),
     "transposed grouped": lambda: Fn(
         lambda m, x: head(m, m.c(m.b(m.a(x)))), a=conv(3, 16), b=nn.ConvTranspose2d(16, 24, 2, 2, groups=2),
         c=conv(24, 8), fc=nn.Linear(8, 5),
@@ -193,7 +208,13 @@ CASES = {
         fc=nn.Linear(8, 5),
     ),
 }  # fmt: skip
-PINNED = {"padded": {"a"}, "indexed": {"a"}, "sorted": {"a"}, "tied": {"w"}}  # what rightly stays full there
+PINNED = {
+    "experts in one flat axis": {"a", "b"},
+    "padded": {"a"},
+    "indexed": {"a"},
+    "sorted": {"a"},
+    "tied": {"w"},
+}  # what rightly stays full there
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from slimmable._errors import ConversionError, DataError, WidthError
+from slimmable._inputs import Inputs
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.width import at_width, set_width, width_of
@@ -30,7 +31,7 @@ class Sliced(nn.Module):
 
 
 def test_published_calibration():
-    golden = load_file(Path(__file__).parents[1] / "golden" / "usnets_calibration.safetensors")
+    golden = load_file(Path(__file__).parents[1] / "golden" / "usnets.safetensors")
     widths, kept = (1.0, 0.75, 0.5, 0.35, 0.25), (24, 24, 16, 8, 8)
     model = Sliced(SwitchableNorm.from_norm(nn.BatchNorm2d(24, dtype=torch.float64), widths, kept))
     calibrate_bn(model, [golden[f"bn/x{i}"] for i in range(3)])
@@ -192,3 +193,23 @@ def test_errors_say_what_does_not_fit_and_change_nothing(loader, widths, error, 
 def test_a_model_that_was_never_converted():
     with pytest.raises(ConversionError):
         calibrate_bn(nn.BatchNorm1d(3), batches(4))
+
+
+class Summed(nn.Module):
+    """Takes a dict and a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, batch, *, shift):
+        return self.net(batch["x"] + shift)
+
+
+def test_batches_of_other_arguments_than_one_tensor():
+    data, shift = batches(4, 5), torch.ones(3, dtype=torch.float64)
+    model, plain = Summed(), network()
+    calibrate_bn(model, [Inputs({"x": x}, shift=shift) for x in data])
+    calibrate_bn(plain, [x + shift for x in data])
+    for name, expected in statistics(plain).items():
+        torch.testing.assert_close(statistics(model)[f"net.{name}"], expected)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import slimmable
 from slimmable import losses
 from slimmable._errors import UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training.recipe import SlimRecipe
-from slimmable.width import set_width, width_of
+from slimmable.width import at_width, set_width, width_of
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 KINDS = (None, "kl", "embedding", "mse", "dkd", "atkd")
@@ -296,3 +297,60 @@ def test_bad_progress_is_found_before_the_loop_and_changes_nothing():
     with pytest.raises(UsageError):
         recipe.widths(2.0)
     assert width_of(model) == 0.5
+
+
+def universal():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).double()
+    return slimmable.slimify(plain, (1.0, 0.5, 0.25), example_inputs=views()[0], universal=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 99), st.sampled_from(["ones", "widest_plus_rest"]))
+def test_the_sandwich_rule_sums_the_losses_of_both_ends_and_of_drawn_widths(count, seed, mode):
+    x0, x1 = views()
+    model = universal()
+    distill = losses.OnlineDistillation(teachers="all wider")
+    recipe = SlimRecipe(model, distill, mode, random_widths=count, seed=seed)
+    ran = run_step(recipe, x0, x1)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    assert list(ran) == sorted(ran, reverse=True)
+    assert (max(ran), min(ran), len(ran)) == (1.0, 0.25, count + 2)
+    assert width_of(model) == 1.0
+
+    twin, outputs = universal(), {}
+    for width in ran:
+        with at_width(twin, width):
+            outputs[width] = twin(x0), twin(x1)
+    weights = dict(zip(ran, losses.width_weights(list(ran), mode), strict=True))
+    total = 0
+    for width, (z0, z1) in outputs.items():
+        wider = [losses.nt_xent_logits(*outputs[other]).detach() for other in outputs if other > width]
+        taught = None if width == 1 else distill(losses.nt_xent_logits(z0, z1), wider)
+        total += losses.slim_term(losses.nt_xent(z0, z1), taught, weights[width], distill.weight)
+    total.backward()
+    for ours, parameter in zip(gradients, twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_draws_are_anew_in_each_step_and_the_same_for_the_same_seed():
+    first, second = [[*SlimRecipe(universal(), random_widths=2, seed=s).widths(1.0)] for s in (3, 3)]
+    assert first == second
+    recipe = SlimRecipe(universal(), random_widths=2, seed=3)
+    steps = [[*recipe.widths(1.0)] for _ in range(3)]
+    assert steps[0] == first
+    assert steps[0] != steps[1] != steps[2]
+    assert [*SlimRecipe(universal(), slow_start=0.5, random_widths=2).widths(0.1)] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        (network, {"random_widths": 2}, "universal=True"),
+        (universal, {"random_widths": -1}, "-1"),
+        (universal, {"random_widths": 2, "weights": [1, 1, 1]}, "mode"),
+    ],
+)
+def test_sandwich_arguments_that_do_not_fit(model, options, says):
+    with pytest.raises((UsageError, WidthError), match=says):
+        SlimRecipe(model(), **options)
