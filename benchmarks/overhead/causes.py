@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 import slimmable
 from benchmarks.measuring import interleaved, markdown, median_cpu_ms, origin, read_results, write_result
 from benchmarks.overhead.run import HERE, MODELS, forward, train
-from slimmable.layers._view import state_of
+from slimmable.layers._state import state_of
 
 WIDTHS = (1.0, 0.5, 0.25)
 COSTS = ("read", "copy", "zeros")
@@ -56,7 +56,7 @@ def cut_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
         (module, name)
         for module in model.modules()
         if (state := state_of(module)) is not None
-        for name in state.cuts
+        for name in state.active.cuts
         if module._parameters.get(name) is not None
     ]
 
