@@ -74,7 +74,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises: CheckpointError: if the file is missing, damaged, foreign, or of another network; the message says which.
     """
-    data, tensors = _read(Path(path))
+    data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
             f"{path} holds a {data.get('class')}, which is not timm's; build the plain full-width network and give it "
@@ -125,7 +125,11 @@ def _hidden(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in own.items() if not name.rpartition(".")[2].startswith("_slim")}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file of `save` says of its model, and its tensors.
+
+    Raises: CheckpointError: if it is missing, damaged, or was not written by `save`.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

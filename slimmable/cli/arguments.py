@@ -64,7 +64,11 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a timm model, or the folder of a pre-training run")
+    parser.add_argument(
+        "model",
+        metavar="MODEL_OR_RUN",
+        help="a timm model, a file of slimmable.save, or the folder of a pre-training run",
+    )
     parser.add_argument(
         "--width", type=_width, action="append", required=True, help="width to write, or all; may be given again"
     )
@@ -78,7 +82,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FOLDER", help="where to write (default: the run folder, or runs/export/MODEL)"
     )
-    model = parser.add_argument_group("of a timm model; a run has its own")
+    model = parser.add_argument_group("of a timm model; a file and a run have their own")
     _add_widths(model, None)
     weights = model.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, plain or of the converted model")

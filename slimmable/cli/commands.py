@@ -55,26 +55,33 @@ def export(
     widths: Sequence[float] | None,
     **settings: Any,
 ) -> int:
-    """Write widths of a timm model or of a run as files for other programs, with a model card."""
+    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
     from slimmable.cli.export import export as write
-    from slimmable.cli.source import is_run, run_source, timm_source
+    from slimmable.cli.source import file_source, kind_of, run_source, timm_source
 
-    if is_run(model):
-        own = {"widths": widths, **settings}
-        given = ", ".join(
-            f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None and value is not False
-        )
-        if given:
-            raise UsageError(f"{model} is the folder of a run, which settles what {given} would say; leave it away")
-        source, folder = run_source(Path(model)), Path(output or model)
-    else:
+    kind = kind_of(model)
+    if kind == "timm":
         known = check_widths(widths or PretrainConfig.widths)
         for asked in width:
             if asked != ALL and asked not in known:
                 raise WidthError(
                     f"--width {asked} is not one of --widths {known}, which {model} is converted to; add it"
                 )
-        source, folder = timm_source(model, known, **settings), Path(output or f"runs/export/{model}")
+        source, default = timm_source(model, known, **settings), f"runs/export/{model}"
+    else:
+        size = settings.pop("image_size") if kind == "file" else None
+        own = {"widths": widths, **settings}
+        given = ", ".join(
+            f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None and value is not False
+        )
+        if given:
+            what = "the folder of a run" if kind == "run" else "a saved model"
+            raise UsageError(f"{model} is {what}, which settles what {given} would say; leave it away")
+        if kind == "run":
+            source, default = run_source(Path(model)), model
+        else:
+            source, default = file_source(Path(model), size), f"runs/export/{Path(model).stem}"
+    folder = Path(output or default)
     chosen = source.widths if ALL in width else [asked for asked in width if not isinstance(asked, str)]
     for file in write(source, chosen, format, folder):
         taken = "" if file.any_batch else "; it takes one image a call"

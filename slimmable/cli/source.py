@@ -1,16 +1,18 @@
-"""What `slimmable export` starts from: a timm model by its name, or the folder of a pre-training run."""
+"""What `slimmable export` starts from: a timm model by name, a saved model, or the folder of a pre-training run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from slimmable._errors import CheckpointError, SlimmableError, UsageError
+from slimmable._recipe import build
+from slimmable.checkpoint import load, read
 from slimmable.cli.checkpoint import load_exactly
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
@@ -18,6 +20,8 @@ from slimmable.cli.networks import check_name, make_timm, small_resnet
 from slimmable.cli.report import Row, read_report
 from slimmable.cli.run import CONFIG, load_images, read_config, trained_network
 from slimmable.convert import slimify
+from slimmable.layers._state import is_slim
+from slimmable.width import widths_of
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,22 @@ class Source:
         return torch.zeros(2, *self.image)
 
 
-def is_run(model: str) -> bool:
-    """Tell whether `model` is the folder of a run, not the name of a timm model.
+def kind_of(model: str) -> Literal["run", "file", "timm"]:
+    """Tell whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model.
 
-    Raises: UsageError: if it is neither.
+    Raises: UsageError: if it is none of them.
     """
-    folder = Path(model)
-    if (folder / CONFIG).exists():
-        return True
+    path = Path(model)
+    if (path / CONFIG).exists():
+        return "run"
+    if path.is_file():
+        return "file"
     try:
         check_name(model)
     except UsageError as error:
-        found = f"a folder without {CONFIG}" if folder.is_dir() else "no folder"
-        raise UsageError(f"{model} is {found}, so it is not a pre-training run; and {error}") from error
-    return False
+        found = f"a folder without {CONFIG}" if path.is_dir() else "no folder and no file"
+        raise UsageError(f"{model} is {found}, so it is neither a pre-training run nor saved; and {error}") from error
+    return "timm"
 
 
 def run_source(run: Path) -> Source:
@@ -99,6 +105,43 @@ def run_source(run: Path) -> Source:
         weights=_training(config),
         values="in [0, 1]",
         accuracy=read_report(run),
+    )
+
+
+def file_source(path: Path, image_size: int | None = None) -> Source:
+    """Return the converted timm model that `slimmable.save` wrote into the file `path`, for images of its own size.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or holds another model.
+        UsageError: if the model does not take images of `image_size`.
+    """
+    recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
+    if recipe is None:
+        raise CheckpointError(
+            f"{path} holds a network that is not timm's; load it with slimmable.load, and export it so"
+        )
+    model = load(path)
+    if not is_slim(model):
+        raise CheckpointError(f"{path} holds one narrow network; load it with slimmable.load, and export it so")
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    channels, *size = known["input_size"]
+    channels = recipe["arguments"].get("in_chans", channels)
+    size = [image_size] * 2 if image_size is not None else recipe["arguments"].get("img_size", size)
+    height, width = size if isinstance(size, list) else (size, size)
+    try:
+        with torch.device("meta"):
+            build(recipe).eval()(torch.zeros(2, channels, height, width))
+    except Exception as error:  # whatever a model says to a size that it was not made for
+        raise UsageError(f"the model in {path} does not take images of {height} x {width} pixels ({error})") from error
+    return Source(
+        name=recipe["timm"],
+        model=model,
+        widths=tuple(width for width in widths_of(model) if isinstance(width, float)),
+        image=(channels, height, width),
+        plain=lambda: build(recipe),
+        recipe=_recipe(recipe["timm"], recipe["arguments"]),
+        weights=f"`{path.name}`.",
+        values=_values(known),
     )
 
 
@@ -147,7 +190,7 @@ def timm_source(
         plain=plain,
         recipe=_recipe(name, {key: value for key, value in used.items() if key != "pretrained"}),
         weights=_origin(name, checkpoint, pretrained),
-        values=f"in [0, 1], less the mean {known['mean']}, divided by the standard deviation {known['std']}",
+        values=_values(known),
         base=known.get("hf_hub_id") if pretrained else None,
     )
 
@@ -181,6 +224,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} is not a file of weights: it holds other things than tensors")
     return tensors
+
+
+def _values(known: Mapping[str, Any]) -> str:
+    return f"in [0, 1], less the mean {known['mean']}, divided by the standard deviation {known['std']}"
 
 
 def _recipe(name: str, settings: Mapping[str, object]) -> tuple[str, ...]:

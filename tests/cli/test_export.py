@@ -139,6 +139,29 @@ def test_plain_weights_are_taken_at_every_width(tmp_path, images):
     assert 'timm.create_model("test_vit", img_size=64)' in (output / "README.md").read_text()
 
 
+def test_a_saved_model_is_exported(tmp_path, monkeypatch, model, images):
+    monkeypatch.chdir(tmp_path)
+    slimmable.save(model, "trained.safetensors")
+    options = ("--image-size", "64", "--format", "pt2", "--format", "safetensors")
+    assert main(["export", "trained.safetensors", "--width", "0.5", *options]) == 0
+    folder = tmp_path / "runs" / "export" / "trained"
+    program = torch.export.load(folder / "width-0.5.pt2").module()
+    assert oracles.difference(program(images), expected(model, 0.5, images)) <= 1e-5
+    small = slimmable.extract(model, 0.5).state_dict()
+    assert all(torch.equal(small[name], tensor) for name, tensor in load_file(folder / "width-0.5.safetensors").items())
+    card = (folder / "README.md").read_text()
+    assert f'timm.create_model("{NAME}", num_classes=10)' in card
+    assert "`trained.safetensors`" in card
+
+
+def test_a_saved_model_of_other_images_is_exported(tmp_path):
+    plain = timm.create_model("test_vit", img_size=64, in_chans=1, num_classes=0)
+    slimmable.save(slimmable.slimify(plain, (1.0, 0.5), universal=True), tmp_path / "model.safetensors")
+    command = ["export", str(tmp_path / "model.safetensors"), "--width", "all", "--format", "safetensors"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert "64 x 64, 1 channels" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_random_weights_are_the_same_each_time_and_said_to_be_random(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["export", NAME, *OPTIONS, "--width", "0.25", "--format", "safetensors"]

@@ -6,7 +6,10 @@ import os
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
+import slimmable
 from slimmable import CheckpointError
 from slimmable.__main__ import main
 from slimmable._files import fill_aside
@@ -28,10 +31,10 @@ def refused(capsys, *arguments):
     [
         (
             ["resnet_18", "--width", "1"],
-            "resnet_18 is no folder, so it is not a pre-training run; and timm has no model",
+            "resnet_18 is no folder and no file, so it is neither a pre-training run nor saved; and timm has no",
         ),
         (["resnet_18", "--width", "1"], "Did you mean resnet18"),
-        (["runs/none", "--width", "1"], "runs/none is no folder"),
+        (["runs/none", "--width", "1"], "runs/none is no folder and no file"),
         ([NAME, "--width", "0.3"], "--width 0.3 is not one of --widths (1.0, 0.75, 0.5, 0.25)"),
         ([NAME, "--width", "nan"], "--width nan is not one of"),
         ([NAME, "--width", "1", "--widths", "0.5", "0.25"], "full width 1.0 is missing"),
@@ -63,6 +66,48 @@ def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("truncated", "it is damaged"),
+        ("foreign", "was not written by slimmable.save"),
+        ("narrow", "holds one narrow network"),
+        ("stranger", "holds a network that is not timm's"),
+    ],
+)
+def test_files_that_hold_no_converted_timm_model(tmp_path, capsys, content, message):
+    path = tmp_path / "model.safetensors"
+    slim = slimmable.slimify(timm.create_model(NAME, num_classes=3), (1.0, 0.5))
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    if content == "foreign":
+        save_file(slim.state_dict(), path)
+    elif content == "stranger":
+        slimmable.save(slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)), path)
+    else:
+        slimmable.save(slimmable.extract(slim, 0.5) if content == "narrow" else slim, path)
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    assert message in refused(capsys, path, "--width", "0.5", "--output", tmp_path / "out")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_options_that_a_saved_model_settles(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    slimmable.save(slimmable.slimify(timm.create_model(NAME, num_classes=3), (1.0, 0.5)), path)
+    said = refused(capsys, path, "--width", "0.5", "--num-classes", "4", "--output", tmp_path / "out")
+    assert "is a saved model, which settles what --num-classes would say" in said
+
+
+def test_image_sizes_that_a_saved_model_does_not_take(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    settings = {"img_size": 64, "dynamic_img_size": False}
+    slim = slimmable.slimify(timm.create_model("test_vit", **settings), (1.0, 0.5))
+    slimmable.save(slim, path, arguments=settings)
+    for size in (0, 96):
+        said = refused(capsys, path, "--width", "0.5", "--image-size", size, "--output", tmp_path / "out")
+        assert f"does not take images of {size} x {size} pixels" in said
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

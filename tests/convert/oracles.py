@@ -61,6 +61,7 @@ def first_output(output: Any) -> Tensor:
 def difference(first: Tensor, second: Tensor) -> float:
     """The largest difference, relative to the largest number; nan if there is one in either."""
     assert first.shape == second.shape
+    first, second = first.detach(), second.detach()
     return float((first - second).abs().max() / second.abs().max().clamp_min(1e-30))
 
 
