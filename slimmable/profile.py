@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimmable._errors import UsageError
 from slimmable._inputs import example_of, image_batch
-from slimmable.analysis._trace import FakeModel
+from slimmable.analysis._trace import FakeModel, output_tensors
 from slimmable.convert import copy_of, shallow_modules
 from slimmable.layers._container import SwitchableContainer
 from slimmable.layers._state import state_of
@@ -82,6 +83,7 @@ def profile(
 
     Raises:
         ConversionError: if neither is given and the model does not say what its input looks like.
+        UsageError: if the model does not run on these inputs.
 
     >>> from slimmable.layers import SlimLinear
     >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))
@@ -159,6 +161,12 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
         counter = _Counter(flop_registry)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
             copy_of(model).eval()(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in output_tensors((args, kwargs)))
+        raise UsageError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: it fails in module {fake.running!r} "
+            f"({error}); give another input_size or example_inputs"
+        ) from error
     return counter
 
 

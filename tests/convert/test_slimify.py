@@ -357,3 +357,11 @@ def test_the_profile_measures_latency_and_leaves_the_model_alone(slim, images):
     assert slim.training
     assert slimmable.width_of(slim) == 1.0
     assert equal_states(states(slim), before)
+
+
+def test_the_profile_says_which_inputs_the_model_does_not_take():
+    slim = slimmable.slimify(timm.create_model("vit_tiny_patch16_224", depth=1), WIDTHS)
+    message = r"not run on inputs of shape \(1, 3, 64, 64\): it fails in module 'patch_embed'"
+    with pytest.raises(slimmable.UsageError, match=message):
+        slimmable.profile(slim, (3, 64, 64))
+    assert slimmable.width_of(slim) == 1.0
