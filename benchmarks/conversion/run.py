@@ -1,6 +1,6 @@
 """What does converting and switching a model cost, in time and in memory?
 
-    python -m benchmarks.conversion.run            # all models, about 5 minutes
+    python -m benchmarks.conversion.run            # all models, about 5 minutes; the largest needs 20 GiB
     python -m benchmarks.conversion.run --quick    # a smoke run of seconds
 
 Each model is converted in a process of its own, twice: the first conversion of a process also loads parts of torch, the
@@ -31,9 +31,9 @@ from benchmarks.measuring import markdown, origin, read_results, write_result
 HERE = Path(__file__).parent
 MODELS = (
     "resnet50", "vit_base_patch16_224", "densenet121", "swin_tiny_patch4_window7_224", "efficientnet_b0",
-    "convnext_tiny", "coat_tiny", "vit_gigantic_patch14_clip_224",
+    "convnext_tiny", "coat_tiny", "vit_gigantic_patch14_clip_224", "eva02_enormous_patch14_clip_224",
 )  # fmt: skip
-META = ("vit_7b_patch16_dinov3", "eva02_enormous_patch14_clip_224")
+META = ("vit_7b_patch16_dinov3", "resnetrs420")
 INPLACE_FROM = 1e9  # parameters
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
