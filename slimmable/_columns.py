@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from torch import nn
@@ -60,7 +61,7 @@ def columns_of(places: Places, setting: Setting) -> list[Column]:
 
     Raises: WidthError: if a part of the model does not have this width or sub-network.
     """
-    if not isinstance(setting, (Mapping, tuple, list)):
+    if not isinstance(setting, (Mapping, tuple, list, bool)):
         found: dict[tuple[object, ...], int] = {}
         for _, state in places:
             if state.widths not in found:
@@ -83,7 +84,7 @@ def switch(places: Places, columns: Iterable[Column]) -> None:
             _view.activate(module, column)
 
 
-def register(model: nn.Module, setting: Setting) -> None:
+def _register(model: nn.Module, setting: Setting) -> None:
     """Make a width or sub-network one of the model's own, so that its statistics stay.
 
     Raises: as `places_of` and `columns_of`.
@@ -98,6 +99,31 @@ def register(model: nn.Module, setting: Setting) -> None:
             _view.register_column(module, column)
 
 
+@contextmanager
+def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
+    """Register widths and sub-networks for good, unless one of them or the block fails: then none of them is.
+
+    Raises: as `places_of` and `columns_of`.
+    """
+    places = places_of(model)
+    before = [(state.active, len(state.columns), dict(state.index_buffers)) for _, state in places]
+    guests = [active.width for active, *_ in before if active.index == -1]
+    try:
+        for setting in settings:
+            _register(model, setting)
+        yield
+    except BaseException:
+        for (module, state), (_, own, buffers) in zip(places, before, strict=True):
+            if len(state.columns) == own:
+                continue
+            if isinstance(module, SwitchableNorm):
+                module.forget_registered(own)
+            else:
+                _view.forget_registered(module, own, buffers)
+        switch(places, columns_of(places, guests[0]) if guests else [active for active, *_ in before])
+        raise
+
+
 def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
     plan: Plan | None = state.plan
     if plan is None:
@@ -107,7 +133,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
                 "widths by layer and counts of channels are for models that slimmable.slimify has converted"
             )
         return state.columns[width_index(setting, _widths(state))]
-    if not isinstance(setting, (Mapping, tuple, list)) and setting in state.widths:
+    if not isinstance(setting, (Mapping, tuple, list, bool)) and setting in state.widths:
         return state.columns[state.widths.index(float(setting))]
     try:
         found = plan.sub_network(setting)

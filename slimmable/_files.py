@@ -1,13 +1,18 @@
-"""Writing files so that an interruption or a full disk never destroys what was there."""
+"""Writing files so that an interruption, a full disk or another writer never destroys what was there."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from slimmable._errors import CheckpointError
 
@@ -23,10 +28,13 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     >>> target.read_text()
     'done'
     """
-    aside = path.with_name(f".partial-{path.name}")
+    if not path.name:
+        raise CheckpointError(f"{path} is a folder; give the path of a file")
+    aside = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
     try:
+        mode = _touch(aside)
         write(aside)
-        aside.chmod(0o644)  # safetensors makes private files
+        aside.chmod(mode)  # safetensors makes private files
         _sync(aside)
         os.replace(aside, path)
         if os.name == "posix":
@@ -45,7 +53,8 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
 
     Returns: the paths of the files, by name.
 
-    Raises: CheckpointError: if it cannot be written; what was in `folder` is still there.
+    Raises: CheckpointError: if it cannot be written; what was in `folder` is still there, unless the system fails while
+        the finished files are moved.
 
     >>> target = Path(tempfile.mkdtemp())
     >>> [path.name for path in fill_aside(target, lambda inside: (inside / "note.txt").write_text("done"))]
@@ -56,10 +65,12 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        mode = _touch(aside / "mode")
+        (aside / "mode").unlink()
         fill(aside)
         files = sorted(aside.iterdir())
         for file in files:
-            file.chmod(0o644)
+            file.chmod(mode)
             _sync(file)
         paths = [file.replace(folder / file.name) for file in files]
         if os.name == "posix":
@@ -74,6 +85,25 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
         if made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict as a safetensors file takes them: on the CPU, contiguous, none sharing memory.
+
+    Raises: CheckpointError: if something is no tensor, or has no numbers.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"a tensor on {tensor.device}"
+            raise CheckpointError(f"{name} is {kind}, not a plain tensor with numbers, and cannot be saved")
+    plain = torch.contiguous_format
+    return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in tensors.items()}
+
+
+def _touch(path: Path) -> int:
+    """Make an empty file, and return the mode that the system gives to new files."""
+    path.touch()
+    return path.stat().st_mode & 0o777
 
 
 def _sync(path: Path) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._errors import CheckpointError
 from slimmable.analysis.plan import Plan
+from slimmable.layers._switch import SwitchableNorm
+from slimmable.layers._view import original_class
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 _NUMBERS = (int, float, bool, str)
@@ -39,7 +42,8 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
             return recipe
     raise CheckpointError(
         f"timm.create_model({name!r}) with {'these' if arguments is not None else 'default'} arguments makes another "
-        "network than this; give the arguments that made it, as save(..., arguments={'num_classes': 10})"
+        "network than this; give the arguments that made it, as save(..., arguments={'num_classes': 10}), or, if none "
+        "do, delete the model's pretrained_cfg: load(path, model=...) is then to be given the plain network"
     )
 
 
@@ -92,6 +96,8 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
 
 def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
     """Tell whether `plain` is the full network of `model`, or may be that of which it is a part."""
+    if _classes(model) != _classes(plain):
+        return False
     own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
     names = [name for name in own if plan is None or ".narrow." not in name]
     if set(names) != set(full):
@@ -102,11 +108,24 @@ def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
     return all(len(m) == len(w) and all(a <= b for a, b in zip(m, w, strict=True)) for m, w in shapes)
 
 
+def _classes(model: nn.Module) -> dict[str, type]:
+    """Return the class of every module of the plain network; BatchNorms are all alike, since converters swap them."""
+    classes = {path: original_class(module) for path, module in _plain_modules(model)}
+    return {path: _BatchNorm if issubclass(kind, _BatchNorm) else kind for path, kind in classes.items()}
+
+
+def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that the network has when it is plain, with their paths."""
+    norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+    ours = {id(module) for norm in norms for module in (norm, *norm.narrow.modules())}
+    yield from ((path, module) for path, module in model.named_modules() if id(module) not in ours)
+
+
 def attributes_of(model: nn.Module) -> list[list[Any]]:
-    """Return module path, name and value of all attributes that are numbers or nested tuples and lists of them."""
+    """Return module path, name and full value of all attributes that are numbers or nested tuples and lists of them."""
     return [
         [path, name, value]
-        for path, module in model.named_modules()
+        for path, module in _plain_modules(model)
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and _is_number(value)
     ]
@@ -115,13 +134,18 @@ def attributes_of(model: nn.Module) -> list[list[Any]]:
 def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
     """Set what `attributes_of` returned, where the model has an attribute of the same kind with another value.
 
+    What is None in the model is only known after a forward, and stays.
+
     Raises: CheckpointError: if the model has no such attribute.
     """
     modules = dict(model.named_modules())
     for path, name, value in given:
-        if path not in modules or not _is_number(vars(modules[path]).get(name)):
-            raise CheckpointError(f"{path}.{name} is not a number or a list of numbers in this network")
-        own = vars(modules[path])[name]
+        own = vars(modules[path]).get(name, ...) if path in modules else ...
+        if own is None:
+            continue
+        if not _is_number(own):
+            place = f"{path}.{name}".lstrip(".")
+            raise CheckpointError(f"{place} is not a number or a list of numbers in this network")
         new = _like(own, value)
         if new != own:
             modules[path].__dict__[name] = new

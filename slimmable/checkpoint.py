@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._columns import places_of, register
+from slimmable._columns import places_of, registered
 from slimmable._errors import CheckpointError, SlimmableError
-from slimmable._files import write_aside
+from slimmable._files import plain_copies, write_aside
 from slimmable._recipe import attributes_of, build, fitting_recipe, set_attributes
 from slimmable.analysis._plan_data import decode, encode
 from slimmable.analysis.plan import Plan
@@ -50,12 +50,11 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     from safetensors.torch import save_file
 
     plan = _plan_of(model)
-    tensors = model.state_dict() | {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(model).items()}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(model).items()}
+    tensors = plain_copies(model.state_dict() | hidden)
     data: dict[str, Any] = {"class": type(model).__name__, "recipe": fitting_recipe(model, plan, arguments)}
-    if plan is None:
-        data["attributes"] = attributes_of(model)
-    else:
+    data["attributes"] = attributes_of(model)
+    if plan is not None:
         data["plan"], units = encode(plan)
         data["registered"] = _registered(model, plan)
         tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
@@ -148,14 +147,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     hidden = {name.removeprefix(_HIDDEN): tensors.pop(name) for name in list(tensors) if name.startswith(_HIDDEN)}
     _resize(network, hidden, _hidden(network))
+    set_attributes(network, data["attributes"])
     if "plan" in data:
         plan = decode(data["plan"], tensors.pop(_UNITS).numpy())
         _check(network, plan)
         network = apply_plan(network, plan)
-        for setting in data["registered"]:
-            register(network, tuple(setting) if isinstance(setting, list) else float(setting))
+        settings = [tuple(setting) if isinstance(setting, list) else float(setting) for setting in data["registered"]]
+        with registered(network, settings):
+            pass
     else:
-        set_attributes(network, data["attributes"])
         _resize(network, tensors, network.state_dict(keep_vars=True))
     own = network.state_dict(keep_vars=True)
     differ = sorted(name for name in own.keys() | tensors.keys() if name not in own or name not in tensors)
@@ -178,10 +178,12 @@ def _check(network: nn.Module, plan: Plan) -> None:
         store = {**modules[path]._parameters, **modules[path]._buffers}
         shape = store[name].shape
         if len(shape) != len(axes) or any(a is not None and len(a) != n for a, n in zip(axes, shape, strict=False)):
-            raise CheckpointError(f"{path}.{name} has shape {tuple(shape)}, which the file's plan does not fit")
+            place = f"{path}.{name}".lstrip(".")
+            raise CheckpointError(f"{place} has shape {tuple(shape)}, which the file's plan does not fit")
     for (path, name), full in plan.channels.attributes.items():
         if vars(modules[path]).get(name) != full:
-            raise CheckpointError(f"{path}.{name} is {vars(modules[path]).get(name)!r}, in the file {full!r}")
+            place, own = f"{path}.{name}".lstrip("."), vars(modules[path]).get(name)
+            raise CheckpointError(f"{place} is {own!r}, in the file {full!r}")
     for path, at in plan.caches.items():
         for name in at:
             value = vars(modules[path]).get(name, ...)
@@ -193,9 +195,10 @@ def _check(network: nn.Module, plan: Plan) -> None:
 def _resize(network: nn.Module, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Give parameters and buffers the sizes, and buffers that are not in the state dict the contents, of the file."""
     replaced: dict[int, nn.Parameter] = {}
+    saved = network.state_dict(keep_vars=True).keys()
     for name, tensor in own.items():
         given = new.get(name)
-        if given is None or (given.shape == tensor.shape and name in network.state_dict()):
+        if given is None or (given.shape == tensor.shape and name in saved):
             continue
         if given.ndim != tensor.ndim or any(a > b for a, b in zip(given.shape, tensor.shape, strict=True)):
             raise CheckpointError(f"{name} has shape {tuple(given.shape)}, the full network's {tuple(tensor.shape)}")

@@ -14,9 +14,9 @@ from slimmable._errors import ConversionError
 from slimmable._inputs import Arguments, example_of
 from slimmable._names import is_under
 from slimmable._widths import Kept, check_widths
+from slimmable.analysis._fake import left_behind
 from slimmable.analysis._make import make_plan
 from slimmable.analysis._sizes import feature_sizes, layer_sizes
-from slimmable.analysis._trace import left_behind
 from slimmable.analysis.ordering import magnitude_order, permute
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.layers._container import SwitchableContainer
@@ -85,6 +85,7 @@ def slimify(
     before = _strip(target)
     if order == "magnitude":
         permute(target, found, magnitude_order(target, found))
+        before = {}  # whose narrow norms are in the old order
     return apply_plan(target, found, before)
 
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._errors import UsageError
 from slimmable._inputs import example_of, image_batch
-from slimmable.analysis._trace import FakeModel, output_tensors
+from slimmable.analysis._fake import FakeModel
+from slimmable.analysis._nested import output_tensors
 from slimmable.convert import copy_of, shallow_modules
 from slimmable.layers._container import SwitchableContainer
 from slimmable.layers._state import state_of
@@ -65,10 +66,6 @@ class Profile:
             writer.writerow([field.name for field in fields(Row)])
             writer.writerows(astuple(row) for row in self.rows)
 
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as dictionaries."""
-        return [asdict(row) for row in self.rows]
-
 
 def profile(
     model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_inputs: Any = None, repeats: int = 5
@@ -101,7 +98,7 @@ def profile(
     slim = any(state_of(module) is not None for module in model.modules())
     rows = []
     for width in widths_of(model) if slim else (1.0,):
-        with at_width(model, width) if slim else _nothing():
+        with at_width(model, width) if slim else nullcontext():
             count = _count(model, args, kwargs)
             latency = _latency_ms(lambda: model(*args, **kwargs), model, repeats) if repeats else None
             rows.append(Row(width, parameter_count(model), count.flops // 2, count.activations, latency))
@@ -173,7 +170,7 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
 def _latency_ms(run: Callable[[], Any], model: nn.Module, repeats: int) -> float:
     training = {module: module.training for module in model.modules()}
     weight = next(model.parameters(), None)
-    wait = torch.cuda.synchronize if weight is not None and weight.is_cuda else _nothing
+    wait = torch.cuda.synchronize if weight is not None and weight.is_cuda else nullcontext
     times = []
     model.eval()
     try:
@@ -187,7 +184,3 @@ def _latency_ms(run: Callable[[], Any], model: nn.Module, repeats: int) -> float
         for module, mode in training.items():
             module.training = mode
     return statistics.median(times[1:])
-
-
-def _nothing() -> nullcontext[None]:
-    return nullcontext()

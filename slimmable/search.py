@@ -82,7 +82,8 @@ def search(
     plan = _plan_of(model)
     budgets = [budget] if isinstance(budget, (int, float)) else list(budget)
     _check(plan, budgets, of, step)
-    limits = [share * getattr(plan.columns[0], of) for share in budgets]
+    full, least = (getattr(plan.columns[index], of) for index in (0, -1))
+    limits = [max(share * full, least) for share in budgets]  # a share of exactly the least may round below it
 
     def score(candidate: SubNetwork) -> Found:
         with at_width(model, candidate.counts):

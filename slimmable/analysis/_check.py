@@ -9,7 +9,7 @@ from typing import Any
 from slimmable._errors import ConversionError
 from slimmable._widths import kept_of
 from slimmable.analysis._fake import FakeModel, Shortcuts
-from slimmable.analysis._trace import output_tensors
+from slimmable.analysis._nested import output_tensors
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
 

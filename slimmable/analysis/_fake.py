@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from slimmable.analysis._nested import map_tensors
 from slimmable.analysis._rules import tensors
 from slimmable.analysis._values import Values, is_index, know
+from slimmable.layers._properties import empty_cache
 
 
 class FakeModel:
@@ -51,7 +52,8 @@ class FakeModel:
         for cache in self.emptied:
             cache.clear()
         self._values: AbstractContextManager[Any] = nullcontext()
-        self.args, self.kwargs = map_tensors(self._fake_input, (tuple(args), dict(kwargs)))
+        self._given = tuple(args), dict(kwargs)
+        self._input: Callable[[Tensor], Tensor] = self._fake_input
         self._stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(self._enter(path))
@@ -59,7 +61,7 @@ class FakeModel:
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
         self._before = [
-            (path, module, name, copy.copy(value))
+            (path, module, name, empty_cache(value))
             for path, module in self.model.named_modules()
             for name, value in module.__dict__.items()
             if not name.startswith("_") and (value is None or isinstance(value, (dict, Tensor)))
@@ -78,21 +80,20 @@ class FakeModel:
     @contextmanager
     def on_meta(self) -> Iterator[None]:
         """Let the model run on plain meta tensors: quicker, but not every forward can, as they are on no device."""
-        before = self._where, self._values, self.args, self.kwargs
+        before = self._where, self._input
         stores: list[dict[str, Any]] = []
         for module in self.model.modules():
             stores += module._parameters, module._buffers
         fakes = [dict(store) for store in stores]
         for store in stores:
             store.update({name: tensor if tensor is None else _bare(tensor) for name, tensor in store.items()})
-        self._where, self._values = torch.device("meta"), nullcontext()
-        self.args, self.kwargs = map_tensors(_bare, (self.args, self.kwargs))
+        self._where, self._input = torch.device("meta"), _bare
         try:
             yield
         finally:
             for store, tensors in zip(stores, fakes, strict=True):
                 store.update(tensors)
-            self._where, self._values, self.args, self.kwargs = before
+            self._where, self._input = before
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
         fake: Tensor = FakeTensor(self.mode, meta, like.device)  # what `from_tensor` makes, in a tenth of the time
@@ -104,7 +105,7 @@ class FakeModel:
         fake = self.mode.from_tensor(tensor, static_shapes=True)
         if is_index(tensor):
             self._values = Values(self.mode)
-            know(fake, tensor)
+            know(fake, tensor.clone())  # a forward may write into its inputs
         return fake
 
     def _replay(self, path: str, outputs: Sequence[Any]) -> Callable[..., Any]:
@@ -136,12 +137,14 @@ class FakeModel:
     def run(self, *modes: AbstractContextManager[Any]) -> Any:
         """Run the forward of the model, in these modes."""
         self._stack[1:] = []
+        self._values = nullcontext()
+        args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
         with ExitStack() as stack:
             inside: list[Any] = [self._where, self._values, torch.no_grad(), _layers_in_parts(), *modes]
             for mode in inside:
                 stack.enter_context(mode)
-            return self.model(*self.args, **self.kwargs)
+            return self.model(*args, **kwargs)
 
     def forget(self) -> dict[str, dict[str, Any]]:
         """Empty what the last run has left in attributes; return module path -> attribute -> what it was before."""
@@ -151,7 +154,7 @@ class FakeModel:
             same = now.keys() == before.keys() if isinstance(before, dict) and isinstance(now, dict) else now is before
             if not same and tensors(now):
                 found.setdefault(path, {})[name] = before
-                module.__dict__[name] = copy.copy(before)
+                module.__dict__[name] = empty_cache(before)
         return found
 
 

@@ -30,7 +30,7 @@ def make_plan(
 ) -> Plan:
     """Trace `model` and return its plan.
 
-    A labelled axis folded into several is carried by one of them; where that choice ends pinned, the others are
+    A labelled axis folded into several is carried by one of them; where that choice ends pinned, the second choice is
     tried once and the plan that keeps fewer parameters at the narrowest width is returned.
 
     Raises: TraceError: if the model's forward fails on fake tensors.
@@ -41,7 +41,7 @@ def make_plan(
     while True:
         fake = FakeModel(model, args, kwargs, keep_caches, prepare, replayed)
         try:
-            found = _best(fake, widths, _also(skip, dict(pinned)), round_to)
+            found = _best(fake, widths, _also(skip, pinned), round_to)
         except TraceError as error:
             if fake.emptied and not keep_caches:
                 keep_caches = True  # what looked like a cache is something that the forward needs
@@ -86,8 +86,7 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
 
 
 def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
-    choices: dict[int, int] = {}
-    first = trace(fake, widths, skip, choices)
+    first = trace(fake, widths, skip, {})
     solution = solve(first, widths, round_to)
     labels = first.context.labels
     trouble = np.zeros(len(labels), bool)
@@ -101,7 +100,7 @@ def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int)
     stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:
         return first, solution
-    second = trace(fake, widths, skip, {**choices, **dict.fromkeys(stuck, 1)})
+    second = trace(fake, widths, skip, dict.fromkeys(stuck, 1))
     other = solve(second, widths, round_to)
     last = len(widths) - 1
     better = other.parameters(second, last) < solution.parameters(first, last)

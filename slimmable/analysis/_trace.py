@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._errors import TraceError
 from slimmable.analysis import _rules_layer, _rules_shape
 from slimmable.analysis._context import Call, Context
-from slimmable.analysis._fake import FakeModel, left_behind, run_operation
+from slimmable.analysis._fake import FakeModel, run_operation
 from slimmable.analysis._integers import Attribute, Expression, TracedInt
 from slimmable.analysis._labels import Ids
 from slimmable.analysis._nested import output_tensors
 from slimmable.analysis._rules import name_of, rule_of, tensors
 
-__all__ = ["FakeModel", "Trace", "left_behind", "output_tensors", "trace"]
 _ = _rules_shape  # imported for its rules
 
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why

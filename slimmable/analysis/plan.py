@@ -190,7 +190,8 @@ class Plan:
 
     def _remember(self, key: tuple[int, ...], found: SubNetwork) -> SubNetwork:
         if len(self._found) >= _REMEMBERED + len(self.columns):
-            del self._found[next(k for k in self._found if self._found[k] not in self.columns)]
+            own = {column.counts for column in self.columns}
+            del self._found[next(key for key in self._found if key not in own)]
         known = next((column for column in self._found.values() if column.counts == found.counts), found)
         self._found[key] = known
         return known

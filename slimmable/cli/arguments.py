@@ -20,9 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     _pretrain(commands.add_parser("pretrain", help="pre-train a slimmable network by SlimCLR and evaluate every width"))
     _evaluate(commands.add_parser("evaluate", help="evaluate the network of a run again, as it is now"))
     _export(
-        commands.add_parser(
-            "export", aliases=["extract"], help="write widths of a timm model or of a run as files for other programs"
-        )
+        commands.add_parser("export", aliases=["extract"], help="write widths of a model as files for other programs")
     )
     _profile(commands.add_parser("profile", help="parameters, MACs, activations and latency of a timm model per width"))
     _plan(commands.add_parser("plan", help="what of a timm model would be slimmed, and what stays full and why"))

@@ -110,7 +110,5 @@ def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
         file = first["safetensors"]
         yield from ("", "As a model of timm, to train on:", "", "```python", "import slimmable", "import torch")
         yield from ("from safetensors.torch import load_file", *source.recipe)
-        shape = ", ".join(map(str, (2, *source.image)))
-        yield f"slim = slimmable.slimify(model, {source.widths}, example_inputs=torch.zeros({shape}))"
         yield f"small = slimmable.extract(slim, {file.width})"
         yield from (f'small.load_state_dict(load_file("{file.name}"))', "```")

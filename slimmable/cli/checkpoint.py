@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._errors import CheckpointError
-from slimmable._files import write_aside
+from slimmable._files import plain_copies, write_aside
 from slimmable.cli.extras import require
 
 _FORMAT = "slimmable pretrain 1"
@@ -36,8 +36,7 @@ def save_checkpoint(path: Path, network: nn.Module, training: Mapping[str, Tenso
 
     Raises: CheckpointError: if it cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    tensors |= {_TRAINING + name: tensor.detach().cpu().contiguous().clone() for name, tensor in training.items()}
+    tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
     metadata = {"format": _FORMAT, "step": str(step)}
     safetensors = require("safetensors.torch", "safetensors")
     write_aside(path, lambda aside: safetensors.save_file(tensors, aside, metadata))
@@ -48,7 +47,7 @@ def save_weights(path: Path, module: nn.Module, **metadata: str) -> None:
 
     Raises: OSError or SafetensorError: if it cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    tensors = plain_copies(module.state_dict())
     require("safetensors.torch", "safetensors").save_file(tensors, path, {"format": "pt"} | metadata)
 
 

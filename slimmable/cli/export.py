@@ -12,7 +12,7 @@ from torch import nn
 from slimmable._errors import SlimmableError
 from slimmable._files import fill_aside
 from slimmable._widths import width_index
-from slimmable.analysis._trace import output_tensors
+from slimmable.analysis._nested import output_tensors
 from slimmable.cli.card import File, model_card
 from slimmable.cli.checkpoint import load_exactly, save_weights
 from slimmable.cli.extras import require
@@ -27,7 +27,7 @@ from slimmable.cli.programs import (
     trace,
 )
 from slimmable.cli.source import Source
-from slimmable.convert import extract, slimify
+from slimmable.convert import extract
 from slimmable.profile import profile
 
 
@@ -56,7 +56,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     files: list[File] = []
 
     def write(folder: Path) -> None:
-        again = _convert_again(source) if "safetensors" in formats else None
+        again = source.again() if "safetensors" in formats else None
         for width in chosen:
             files.extend(_write(source, width, tuple(dict.fromkeys(formats)), again, folder))
         costs = profile(source.model, example_inputs=source.example()[:1], repeats=0)
@@ -64,11 +64,6 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
 
     fill_aside(output, write)
     return files
-
-
-def _convert_again(source: Source) -> nn.Module:
-    """Make the converted model with other weights, as the reader of a file of weights will."""
-    return slimify(source.plain().eval(), source.widths, example_inputs=source.example(), inplace=True)
 
 
 def _write(source: Source, width: float, formats: Sequence[str], again: nn.Module | None, folder: Path) -> list[File]:

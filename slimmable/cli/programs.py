@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimmable._errors import SlimmableError
-from slimmable.analysis._trace import output_tensors
+from slimmable.analysis._nested import output_tensors
 from slimmable.cli.extras import require
 
 INPUT, OUTPUT = "images", "output"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimmable._errors import CheckpointError, SlimmableError, UsageError
 from slimmable._recipe import build
+from slimmable.analysis.plan import Plan
 from slimmable.checkpoint import load, read
 from slimmable.cli.checkpoint import load_exactly
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
@@ -19,7 +20,7 @@ from slimmable.cli.extras import require
 from slimmable.cli.networks import check_name, make_timm, small_resnet
 from slimmable.cli.report import Row, read_report
 from slimmable.cli.run import CONFIG, load_images, read_config, trained_network
-from slimmable.convert import slimify
+from slimmable.convert import apply_plan, slimify
 from slimmable.layers._state import is_slim
 from slimmable.width import widths_of
 
@@ -33,8 +34,8 @@ class Source:
         model: the converted network in evaluation mode.
         widths: that it has.
         image: channels, height and width of an input image.
-        plain: makes the plain model with fresh weights.
-        recipe: the lines of Python that do so; they name it `model`.
+        again: makes the converted model with other weights, as a reader of the files will.
+        recipe: the lines of Python that do so; they name it `slim`.
         weights: where the weights are from, for people.
         values: what the numbers of an image are, for people.
         base: the model on the Hugging Face Hub that the weights are from, or None.
@@ -45,7 +46,7 @@ class Source:
     model: nn.Module
     widths: tuple[float, ...]
     image: tuple[int, int, int]
-    plain: Callable[[], nn.Module]
+    again: Callable[[], nn.Module]
     recipe: tuple[str, ...]
     weights: str
     values: str
@@ -84,10 +85,12 @@ def run_source(run: Path) -> Source:
     channels = load_images(config).channels if config.data is None else 3
     settings: dict[str, object] = {"num_classes": 0, "in_chans": channels}
 
-    def plain() -> nn.Module:
+    image = (channels, config.image_size, config.image_size)
+
+    def again() -> nn.Module:
         if config.model == SMALL_RESNET:
-            return small_resnet(channels)
-        return make_timm(config.model, settings, config.image_size)[0]
+            return _converted(small_resnet(channels), config.widths, image)
+        return _converted(make_timm(config.model, settings, config.image_size)[0], config.widths, image)
 
     recipe: tuple[str, ...]
     if config.model == SMALL_RESNET:
@@ -99,9 +102,9 @@ def run_source(run: Path) -> Source:
         name=config.model,
         model=trained_network(config, run, channels).backbone,
         widths=config.widths,
-        image=(channels, config.image_size, config.image_size),
-        plain=plain,
-        recipe=recipe,
+        image=image,
+        again=again,
+        recipe=(*recipe, _conversion(config.widths, image)),
         weights=_training(config),
         values="in [0, 1]",
         accuracy=read_report(run),
@@ -123,6 +126,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     model = load(path)
     if not is_slim(model):
         raise CheckpointError(f"{path} holds one narrow network; load it with slimmable.load, and export it so")
+    plan: Plan = model._slim.plan  # type: ignore[assignment, union-attr]
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, *size = known["input_size"]
     channels = recipe["arguments"].get("in_chans", channels)
@@ -136,10 +140,10 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     return Source(
         name=recipe["timm"],
         model=model,
-        widths=tuple(width for width in widths_of(model) if isinstance(width, float)),
+        widths=widths_of(model),
         image=(channels, height, width),
-        plain=lambda: build(recipe),
-        recipe=_recipe(recipe["timm"], recipe["arguments"]),
+        again=lambda: apply_plan(build(recipe).eval(), plan),
+        recipe=(f'slim = slimmable.load("{path.name}")',),
         weights=f"`{path.name}`.",
         values=_values(known),
     )
@@ -164,9 +168,6 @@ def timm_source(
             raise UsageError(f"{option} must be at least {least}, got {value}")
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
 
-    def plain() -> nn.Module:
-        return make_timm(name, settings, image_size)[0]
-
     torch.manual_seed(0)
     if pretrained:
         model, used = _pretrained(name, settings, image_size)
@@ -179,7 +180,7 @@ def timm_source(
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
-    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
+    model = _converted(model, widths, image)
     if checkpoint is not None and slimmed:
         load_exactly(model, tensors, str(checkpoint))
     return Source(
@@ -187,8 +188,11 @@ def timm_source(
         model=model,
         widths=tuple(widths),
         image=image,
-        plain=plain,
-        recipe=_recipe(name, {key: value for key, value in used.items() if key != "pretrained"}),
+        again=lambda: _converted(make_timm(name, settings, image_size)[0], widths, image),
+        recipe=(
+            *_recipe(name, {key: value for key, value in used.items() if key != "pretrained"}),
+            _conversion(tuple(widths), image),
+        ),
         weights=_origin(name, checkpoint, pretrained),
         values=_values(known),
         base=known.get("hf_hub_id") if pretrained else None,
@@ -233,6 +237,16 @@ def _values(known: Mapping[str, Any]) -> str:
 def _recipe(name: str, settings: Mapping[str, object]) -> tuple[str, ...]:
     arguments = [f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())]
     return "import timm", f"model = timm.create_model({', '.join(arguments)})"
+
+
+def _converted(model: nn.Module, widths: Sequence[float], image: Sequence[int]) -> nn.Module:
+    return slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
+
+
+def _conversion(widths: tuple[float, ...], image: Sequence[int]) -> str:
+    """The line of Python that does as `_converted`."""
+    shape = ", ".join(map(str, (2, *image)))
+    return f"slim = slimmable.slimify(model, {widths}, example_inputs=torch.zeros({shape}))"
 
 
 def _origin(name: str, checkpoint: Path | None, pretrained: bool) -> str:

@@ -73,6 +73,14 @@ class WidthState(Active[Column]):
         """Append a column."""
         column.index, column.guest = len(self.columns), None
         self.columns.append(column)
+        self._list_widths()
+
+    def keep_first(self, count: int) -> None:
+        """Drop the columns behind the first `count`, of which none must be active."""
+        del self.columns[count:]
+        self._list_widths()
+
+    def _list_widths(self) -> None:
         self.widths: tuple[float | Counts, ...] = tuple(column.width for column in self.columns)
 
 

@@ -92,9 +92,9 @@ class SwitchableNorm(SwitchableContainer):
         return same and self.narrow.shared_affine == shared_affine
 
     def forget_registered(self, own: int) -> None:
-        """Keep only the first `own` columns, those that the container was made with."""
-        del self._slim.columns[own:]
-        self._slim.widths = self._slim.widths[:own]
+        """Keep only the first `own` columns, those that the container was made with, and be at the full width."""
+        self.activate(self._slim.columns[0])
+        self._slim.keep_first(own)
         self.__dict__["_kept"] = self._kept[:own]
         self.narrow.keep_first(own - 1)
 

@@ -99,7 +99,7 @@ def remove_view(module: nn.Module) -> None:
     del module.__dict__["_slim"]
     module.__dict__.update(state.blanks)
     for buffer in (*state.index_buffers, *_guest_buffers(state)):
-        del module._buffers[buffer]
+        delattr(module, buffer)
 
 
 def make_column(
@@ -125,13 +125,23 @@ def register_column(module: nn.Module, column: Column) -> None:
     state.add(column)
 
 
+def forget_registered(module: nn.Module, own: int, buffers: Mapping[str, tuple[int, ...]]) -> None:
+    """Keep only the first `own` columns and these index buffers, and be at the full width."""
+    state = cast(WidthState, state_of(module))
+    activate(module, state.columns[0])
+    state.keep_first(own)
+    for buffer in state.index_buffers.keys() - buffers.keys():
+        delattr(module, buffer)
+    state.index_buffers = dict(buffers)
+
+
 def activate(module: nn.Module, column: Column) -> None:
     """Switch a module with a view to a column, its own or a guest."""
     state = cast(WidthState, state_of(module))
     if state.active is column:
         return
     for buffer in _guest_buffers(state):
-        del module._buffers[buffer]
+        delattr(module, buffer)
     if column.guest is not None:
         _welcome(module, column)
     state.active = column
@@ -140,8 +150,6 @@ def activate(module: nn.Module, column: Column) -> None:
 def _welcome(module: nn.Module, column: Column) -> None:
     """Give the module what a guest column needs: index buffers, and properties for what was never cut before."""
     _register(module, column.guest, column.cuts)
-    for name, value in column.values.items():
-        module.__dict__.setdefault(name, value)
     add_properties(module, column.cuts, column.values)
 
 

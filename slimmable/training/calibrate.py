@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._columns import register
+from slimmable._columns import registered
 from slimmable._errors import DataError
 from slimmable._inputs import Inputs
 from slimmable.analysis._nested import map_tensors
@@ -48,11 +48,10 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Set
     tensor([4., 4., 4., 4.])
     """
     chosen = widths_of(model) if widths is None else tuple(widths)
-    for width in chosen:
-        register(model, width)
-    if chosen:
-        with at_width(model, chosen[0]):
-            _collect(model, loader, chosen, list(model.modules()))
+    with registered(model, chosen):
+        if chosen:
+            with at_width(model, chosen[0]):
+                _collect(model, loader, chosen, list(model.modules()))
 
 
 @torch.no_grad()

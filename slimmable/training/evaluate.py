@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimmable.training.knn import knn_accuracy
+from slimmable.training.knn import check_labels, knn_accuracy
 from slimmable.training.probe import train_probe
 from slimmable.width import at_width, widths_of
 
@@ -67,6 +67,8 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
+    check_labels("evaluate_widths: train", train, train_labels)
+    check_labels("evaluate_widths: test", test, test_labels)
     widths = widths_of(backbone)
     device = next(backbone.parameters()).device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)

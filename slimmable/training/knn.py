@@ -33,12 +33,8 @@ def knn_accuracy(
     """
     if k < 1 or not temperature > 0:
         raise UsageError(f"knn_accuracy: k must be at least 1 and temperature positive, got {k} and {temperature}")
-    for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        if not len(features) or labels.shape != (len(features),):
-            raise DataError(
-                f"knn_accuracy: {name} has features of shape {tuple(features.shape)} and labels of shape "
-                f"{tuple(labels.shape)}; expected one label for each of at least one image"
-            )
+    check_labels("knn_accuracy: train", train, train_labels)
+    check_labels("knn_accuracy: test", test, test_labels)
     bank = F.normalize(train.flatten(1).float(), dim=1)
     queries = F.normalize(test.flatten(1).float(), dim=1)
     if bank.shape[1] != queries.shape[1]:
@@ -52,3 +48,15 @@ def knn_accuracy(
         votes.scatter_add_(1, train_labels[nearest], ((cosines - cosines[:, :1]) / temperature).exp())
         right += int((votes.argmax(1) == labels).sum())
     return right / len(test_labels)
+
+
+def check_labels(what: str, images: Tensor, labels: Tensor) -> None:
+    """Refuse a set of images or features that is empty, or that has not one label each.
+
+    Raises: DataError.
+    """
+    if not len(images) or labels.shape != (len(images),):
+        raise DataError(
+            f"{what} has shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}; expected one label for "
+            "each of at least one image"
+        )

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from slimmable._columns import places_of
 from slimmable._errors import UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.losses._checks import as_number
-from slimmable.width import at_width, set_width, widths_of
+from slimmable.width import set_width, widths_of
 
 
 class SlimRecipe:
@@ -245,14 +246,13 @@ def _check_sandwich(model: nn.Module, weights: object, random_widths: int) -> st
         raise UsageError(f"SlimRecipe: random_widths must be an integer from 0 on, got {random_widths!r}")
     if not isinstance(weights, str):
         raise UsageError(f"SlimRecipe: with random_widths, weights must be a mode such as 'ones', got {weights!r}")
-    widths = widths_of(model)
-    try:
-        with at_width(model, (widths[0] + widths[-1]) / 2):
-            return weights
-    except WidthError as error:
+    if not all(state.plan is not None and state.plan.universal for _, state in places_of(model)):
         raise WidthError(
             "SlimRecipe: random_widths is for universal models; convert the model with slimify(..., universal=True)"
-        ) from error
+        )
+    if len(widths_of(model)) < 2:
+        raise WidthError("SlimRecipe: random_widths needs a narrowest width below 1.0, the model's only one")
+    return weights
 
 
 def _weight_of_each(

@@ -150,8 +150,15 @@ def test_a_saved_model_is_exported(tmp_path, monkeypatch, model, images):
     small = slimmable.extract(model, 0.5).state_dict()
     assert all(torch.equal(small[name], tensor) for name, tensor in load_file(folder / "width-0.5.safetensors").items())
     card = (folder / "README.md").read_text()
-    assert f'timm.create_model("{NAME}", num_classes=10)' in card
-    assert "`trained.safetensors`" in card
+    assert 'slim = slimmable.load("trained.safetensors")\nsmall = slimmable.extract(slim, 0.5)' in card
+
+
+def test_a_saved_model_need_not_be_converted_by_default_arguments(tmp_path, images):
+    plain = timm.create_model(NAME, num_classes=10)
+    options = {"example_inputs": images, "skip": "layer1*", "round_to": 3}
+    slimmable.save(slimmable.slimify(plain, (1.0, 0.5), **options), tmp_path / "model.safetensors")
+    command = ["export", str(tmp_path / "model.safetensors"), "--image-size", "64", "--width", "0.5"]
+    assert main([*command, "--format", "safetensors", "--output", str(tmp_path / "out")]) == 0
 
 
 def test_a_saved_model_of_other_images_is_exported(tmp_path):

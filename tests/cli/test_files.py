@@ -3,13 +3,14 @@
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from slimmable import CheckpointError
-from slimmable._files import write_aside
+from slimmable._files import fill_aside, write_aside
 from slimmable.cli.checkpoint import (
     load_checkpoint,
     load_exactly,
@@ -39,12 +40,33 @@ def test_previous_file_survives(tmp_path, error, seen):
     assert os.listdir(tmp_path) == ["note.txt"]
 
 
-def test_what_a_killed_write_left_behind_is_replaced(tmp_path):
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "note.txt"
-    (tmp_path / ".partial-note.txt").write_text("a longer text than the new one")
-    write_aside(path, lambda aside: aside.write_text("done"))
-    assert path.read_text() == "done"
+
+    def write(aside):
+        write_aside(path, lambda other: other.write_text("second"))
+        aside.write_text("first")
+
+    write_aside(path, write)
+    assert path.read_text() == "first"
     assert os.listdir(tmp_path) == ["note.txt"]
+
+
+def test_a_file_has_the_mode_of_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_aside(tmp_path / "note.txt", lambda aside: (aside.write_text("done"), aside.chmod(0o600)))
+        fill_aside(tmp_path / "notes", lambda inside: (inside / "note.txt").write_text("done"))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "note.txt", tmp_path / "notes" / "note.txt"):
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="give the path of a file"):
+        write_aside(Path("."), lambda aside: aside.write_text("done"))
 
 
 @pytest.fixture

@@ -311,3 +311,40 @@ def test_surgery_is_refused_at_any_width():
     model.fc = nn.Linear(8, 8)
     with pytest.raises(ConversionError, match="gained layers"):
         slimmable.set_width(model, 0.4)
+
+
+def test_more_requests_than_are_remembered():
+    class Siblings(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 64), nn.Linear(4, 64), nn.Linear(128, 2)
+
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            assert a.shape[1] == b.shape[1]  # so they can only have the counts of the model's own widths
+            return self.head(torch.cat([a, b], 1))
+
+    model = slimmable.slimify(Siblings(), WIDTHS, example_inputs=torch.zeros(2, 4))
+    for units in range(2, 12):
+        for more in range(40, 50):
+            slimmable.set_width(model, {"a": units / 64, "b": more / 64})
+            assert model(torch.zeros(2, 4)).shape == (2, 2)
+
+
+def test_guests_leave_nothing_behind():
+    def names(model):
+        return sum(len(module._buffers) + len(module._non_persistent_buffers_set) for module in model.modules())
+
+    model = timm.create_model("densenet121", block_config=(2, 2, 2, 2), num_classes=0)
+    slim = slimmable.slimify(model, (1.0, 0.5), universal=True, example_inputs=torch.zeros(2, 3, 64, 64))
+    before = names(slim)
+    for width in (0.6, 0.7, 0.8, 1.0):
+        slimmable.set_width(slim, width)
+    assert names(slim) == before
+    assert names(slimmable.extract(slim, 0.7)) == names(model)
+
+
+def test_truth_is_no_width():
+    for model in (network("test_resnet", True)[0], network("test_resnet", False)[0]):
+        with pytest.raises(WidthError, match="True"):
+            slimmable.set_width(model, True)

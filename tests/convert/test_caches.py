@@ -40,6 +40,23 @@ class Cached(nn.Module):
         return self.second(self.first(x) + (self.bias * 2 if self.training else self.table()) + self.constants["shift"])
 
 
+def test_a_constant_is_no_cache():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.scale = nn.Linear(4, 8), nn.Linear(8, 2), torch.ones(2)
+
+        def forward(self, x):
+            return self.second(self.first(x)) * self.scale
+
+    slim = slimmable.slimify(Scaled(), WIDTHS, example_inputs=torch.zeros(2, 4))
+    slim.scale = torch.full((2,), 5.0)
+    for width in WIDTHS:
+        with slimmable.at_width(slim, width):
+            assert slim.scale.tolist() == [5, 5]
+        assert slimmable.extract(slim, width).scale.tolist() == [5, 5]
+
+
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("blank", [{}, None])
 def test_every_width_has_its_own_cache(blank, filled):

@@ -243,3 +243,19 @@ def test_code_may_branch_on_numbers_that_follow_from_integer_inputs():
     assert oracles.largest_difference(outputs[1.0], run(model)) == 0
     assert oracles.extracted_difference(slim, run, outputs) <= 1e-12
     assert slimmable.plan(slim, (1.0, 0.5)).tensors["table", "weight"][1] == [None, 8]
+
+
+def test_an_example_that_the_forward_writes_into_stays():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(10, 8), nn.Linear(8, 2)
+
+        def forward(self, ids):
+            ids += 1
+            return self.head(self.table(ids[:, : int(ids[0, 0])]).mean(1))
+
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    slim = slimmable.slimify(Shifted(), (1.0, 0.5, 0.25), example_inputs=ids)
+    assert slimmable.plan(slim, (1.0, 0.5, 0.25)).columns[2].counts == (2,)
+    assert ids.tolist() == [[0] * 3] * 2

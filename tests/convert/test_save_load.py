@@ -271,3 +271,54 @@ def test_hostile_plans(tmp_path):
         slimmable.load(written(tmp_path, {**tensors, "slimmable/units": torch.zeros(3, dtype=torch.int32)}, data))
     with pytest.raises(CheckpointError, match=r"conv1\.0\.weight"):
         slimmable.load(written(tmp_path, {**tensors, "conv1.0.weight": torch.zeros(3)}, data))
+
+
+@pytest.mark.parametrize("settings", [{"global_pool": "max"}, {"act_layer": "gelu"}, {"output_stride": 16}])
+def test_what_no_tensor_shows_is_asked_for(settings, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    plain = oracles.randomise(timm.create_model("resnet10t", num_classes=3, **settings).eval())
+    model = slimmable.slimify(plain, WIDTHS, example_inputs=x)
+    with pytest.raises(CheckpointError, match="give the arguments that made it"):
+        slimmable.save(model, tmp_path / "model.safetensors")
+    slimmable.save(model, tmp_path / "model.safetensors", arguments={"num_classes": 3, **settings})
+    same(slimmable.load(tmp_path / "model.safetensors"), model, x)
+
+
+def test_numbers_that_tensors_do_not_show_come_back(tmp_path):
+    torch.manual_seed(0)
+    plain = timm.create_model("test_vit", num_heads=1).eval()
+    x = torch.randn(2, *plain.pretrained_cfg["input_size"])
+    model = slimmable.slimify(plain, (1.0, 0.5))
+    slimmable.save(model, tmp_path / "model.safetensors")
+    same(slimmable.load(tmp_path / "model.safetensors"), model, x)
+
+
+def test_attributes_that_a_forward_fills_do_not_matter(tmp_path):
+    class Seeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = nn.Linear(4, 2), None
+
+        def forward(self, x):
+            self.seen = tuple(x.shape)
+            return self.layer(x)
+
+    net = Seeing()
+    net(torch.zeros(2, 4))
+    slimmable.save(net, tmp_path / "net.safetensors")
+    again = slimmable.load(tmp_path / "net.safetensors", Seeing())
+    assert torch.equal(again.layer.weight, net.layer.weight)
+
+
+def test_what_no_file_can_hold_is_named(tmp_path):
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"count": 1}
+
+        def set_extra_state(self, state): ...
+
+    for net, name in ((nn.Sequential(Counting(2, 2)), "0._extra_state"), (nn.Linear(2, 2, device="meta"), "weight")):
+        with pytest.raises(CheckpointError, match=f"{name} is .* cannot be saved"):
+            slimmable.save(net, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -102,6 +102,30 @@ def test_surgery_is_refused_until_the_model_is_converted_again(slim, images):
     assert torch.equal(healed.layer1[0].bn1.narrow[0].running_mean, statistics)  # what it has learned stays
 
 
+@pytest.mark.parametrize("universal", [False, True])
+def test_converting_again_at_a_narrow_width_gives_the_full_one(images, universal):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    net(images)
+    slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=images, universal=universal)
+    if universal:
+        slimmable.calibrate_bn(slim, [images], widths=[0.75])
+    slimmable.set_width(slim, 0.75 if universal else 0.5)
+    slim[4] = nn.Linear(slim[4].in_features, 7)
+    healed = slimmable.slimify(slim, (1.0, 0.5), example_inputs=images, universal=universal)
+    assert slimmable.width_of(healed) == 1.0
+    assert healed(images).shape == (2, 7)
+
+
+def test_order_permutes_what_narrow_norms_have_learned_too(images):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.append(nn.Linear(8, 4))
+    oracles.randomise(net)
+    slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=images)
+    again = slimmable.slimify(slim, (1.0, 0.5), example_inputs=images, order="magnitude")
+    assert not torch.equal(again[1].full.weight, slim[1].full.weight)
+    assert torch.equal(again[1].narrow[0].weight, again[1].full.weight[:4])
+
+
 def test_a_part_taken_out_keeps_working(slim, images):
     body = nn.Sequential(*list(slim.children())[:-1])
     slimmable.set_width(body, 0.5)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+import slimmable
 from slimmable._errors import ConversionError, DataError, WidthError
 from slimmable._inputs import Inputs
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
@@ -188,6 +189,25 @@ def test_errors_say_what_does_not_fit_and_change_nothing(loader, widths, error, 
             calibrate_bn(model, loader, widths)
     assert settings_of(model) == before
     torch.testing.assert_close(statistics(model), values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("loader", "widths", "error"),
+    [([], [0.75], DataError), (batches(4), [0.75, {"0": 0.7}, "x"], WidthError), (batches(4), [0.75, 0.1], WidthError)],
+)
+@pytest.mark.parametrize("active", [1.0, 0.5, 0.6])
+def test_after_an_error_no_width_is_new(loader, widths, error, active):
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).double()
+    example = torch.zeros(2, 3, dtype=torch.float64)
+    model = slimmable.slimify(net, (1.0, 0.5), example_inputs=example, universal=True)
+    slimmable.set_width(model, active)
+    names, output = list(model.state_dict()), model.eval()(example)
+    with pytest.raises(error):
+        calibrate_bn(model, loader, widths)
+    assert slimmable.widths_of(model) == (1.0, 0.5)
+    assert slimmable.width_of(model) == active
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(example), output)
 
 
 def test_a_model_that_was_never_converted():

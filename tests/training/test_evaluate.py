@@ -64,8 +64,8 @@ def test_knn_does_not_depend_on_the_scale_of_features():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.zeros(0, 2), torch.zeros(0), torch.zeros(1, 2), torch.zeros(1)), DataError, "train has features"),
-        ((torch.ones(2, 2), torch.zeros(2), torch.ones(1, 2), torch.zeros(3)), DataError, "test has features"),
+        ((torch.zeros(0, 2), torch.zeros(0), torch.zeros(1, 2), torch.zeros(1)), DataError, "train has shape"),
+        ((torch.ones(2, 2), torch.zeros(2), torch.ones(1, 2), torch.zeros(3)), DataError, "test has shape"),
         ((torch.ones(2, 2), torch.zeros(2), torch.ones(1, 3), torch.zeros(1)), DataError, "train has 2 features, test"),
     ],
 )
@@ -153,6 +153,16 @@ def test_evaluation_leaves_the_backbone_as_it_is(backbone):
     assert slimmable.width_of(backbone) == 0.5
     assert [module.training for module in backbone] == [True, False, True, True, True]
     assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 5, 5), (5, 5, 0, 0), (5, 5, 5, 1), (5, 1, 5, 5)])
+def test_evaluation_refuses_sets_that_do_not_fit(backbone, sizes):
+    images, labels = torch.rand(5, 1, 6, 6), torch.arange(5) % 2
+    train, train_labels, test, test_labels = (
+        part[:size] for part, size in zip((images, labels) * 2, sizes, strict=True)
+    )
+    with pytest.raises(DataError, match="expected one label for each of at least one image"):
+        evaluate_widths(backbone, train, train_labels, test, test_labels)
 
 
 @pytest.mark.parametrize("width", [1.0, 0.5])

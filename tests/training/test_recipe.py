@@ -299,10 +299,10 @@ def test_bad_progress_is_found_before_the_loop_and_changes_nothing():
     assert width_of(model) == 0.5
 
 
-def universal():
+def universal(widths=(1.0, 0.5, 0.25), universal=True):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).double()
-    return slimmable.slimify(plain, (1.0, 0.5, 0.25), example_inputs=views()[0], universal=True)
+    return slimmable.slimify(plain, widths, example_inputs=views()[0], universal=universal)
 
 
 @settings(max_examples=15, deadline=None)
@@ -347,6 +347,8 @@ def test_draws_are_anew_in_each_step_and_the_same_for_the_same_seed():
     ("model", "options", "says"),
     [
         (network, {"random_widths": 2}, "universal=True"),
+        (lambda: universal((1.0, 0.75, 0.5), universal=False), {"random_widths": 2}, "universal=True"),
+        (lambda: universal((1.0,)), {"random_widths": 2}, "narrowest width below 1.0"),
         (universal, {"random_widths": -1}, "-1"),
         (universal, {"random_widths": 2, "weights": [1, 1, 1]}, "mode"),
     ],

@@ -99,6 +99,16 @@ def test_groups_that_only_shrink_together_do():
     assert found.macs <= 0.3 * slimmable.plan(model, WIDTHS, universal=True).columns[0].macs
 
 
+def test_a_budget_of_exactly_the_narrowest_width_is_met():
+    model = slimmable.slimify(  # 18 / 35 * 35 is a little less than 18
+        nn.Sequential(nn.Linear(4, 35), nn.ReLU(), nn.Linear(35, 2)), (1.0, 0.5), example_inputs=torch.zeros(1, 4)
+    )
+    full, least = (column.macs for column in slimmable.plan(model, (1.0, 0.5)).columns)
+    assert least / full * full < least
+    [found] = slimmable.search(model, lambda net: 0.0, least / full, progress=False)
+    assert found.macs == least
+
+
 def test_after_an_error_the_width_is_what_it_was():
     model = mlp(4, 8, 2)
     slimmable.set_width(model, 0.6)
