@@ -53,7 +53,8 @@ def slimify(
             forward; timm models need none.
         skip: patterns (`fnmatch`) of module names, or a function `(name, module) -> bool`: kept at full width. "", the
             model itself, keeps the model's outputs full, for a backbone whose features other code reads. A skipped
-            module that cannot be traced is run once with the numbers of the example.
+            module that cannot be traced is run once with the numbers of the example. A converted model that is
+            given again without `skip` keeps what it skips, unless layers were added to it.
         round_to: kept channels are a multiple of it, where a group has that many.
         order: "magnitude" permutes the channels first, those that the next layers weigh most to the front; the full
             network computes the same function.
