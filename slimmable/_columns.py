@@ -14,6 +14,7 @@ from slimmable.analysis._sizes import feature_sizes, layer_sizes
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.layers import _view
 from slimmable.layers._container import SwitchableContainer
+from slimmable.layers._recompute import next_node
 from slimmable.layers._state import Column, WidthState
 from slimmable.layers._switch import SwitchableNorm
 
@@ -75,9 +76,13 @@ def columns_of(places: Places, setting: Setting) -> list[Column]:
 
 def switch(places: Places, columns: Iterable[Column]) -> None:
     """Make each module's column the active one."""
+    following = next_node()
     for (module, state), column in zip(places, columns, strict=True):
-        if column.guest is None and state.index != -1:
-            state.active = column
+        if column.guest is None and state.now.index != -1:
+            if following is None:
+                state.active = column
+            else:
+                state.switch(column, following)
         elif isinstance(module, SwitchableNorm):
             module.activate(column)
         else:
