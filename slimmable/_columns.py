@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from slimmable._errors import ConversionError, WidthError
+from slimmable._inputs import check_module
 from slimmable._widths import width_index
 from slimmable.analysis._sizes import feature_sizes, layer_sizes
 from slimmable.analysis.plan import Plan, Setting
@@ -24,8 +26,13 @@ Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
 def places_of(model: nn.Module) -> Places:
     """Collect what reacts to widths in one walk, and refuse a converted model that has gained layers.
 
-    Raises: ConversionError: if nothing reacts to widths, or if layers were added after the conversion.
+    Raises:
+        ConversionError: if nothing reacts to widths, or if layers were added after the conversion.
+        UsageError: if it is no module.
     """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        check_module("switching widths", given)
     places: Places = []
     strangers = False
     seen: set[int] = set()
@@ -62,6 +69,11 @@ def columns_of(places: Places, setting: Setting) -> list[Column]:
 
     Raises: WidthError: if a part of the model does not have this width or sub-network.
     """
+    given: Any = setting
+    if not isinstance(given, (Mapping, tuple, list, Real)):
+        raise WidthError(
+            f"{setting!r} is no width, no dict of widths by layer and no tuple of one count for each channel group"
+        )
     if not isinstance(setting, (Mapping, tuple, list, bool)):
         found: dict[tuple[object, ...], int] = {}
         for _, state in places:

@@ -145,7 +145,7 @@ def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
             continue
         if not _is_number(own):
             place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} is not a number or a list of numbers in this network")
+            raise CheckpointError(f"{place} is no number or list of numbers in this network, but in the file's it is")
         new = _like(own, value)
         if new != own:
             modules[path].__dict__[name] = new

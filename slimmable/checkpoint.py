@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slimmable._columns import places_of, registered
 from slimmable._errors import CheckpointError, SlimmableError
 from slimmable._files import plain_copies, write_aside
+from slimmable._inputs import check_module
 from slimmable._recipe import attributes_of, build, fitting_recipe, set_attributes
 from slimmable.analysis._plan_data import decode, encode
 from slimmable.analysis.plan import Plan
@@ -49,6 +50,9 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     """
     from safetensors.torch import save_file
 
+    check_module("save", model)
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     plan = _plan_of(model)
     hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(model).items()}
     tensors = plain_copies(model.state_dict() | hidden)
@@ -73,12 +77,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises: CheckpointError: if the file is missing, damaged, foreign, or of another network; the message says which.
     """
+    if model is not None:
+        check_module("load", model)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
             f"{path} holds a {data.get('class')}, which is not timm's; build the plain full-width network and give it "
             "as load(path, model=...)"
         )
+    if model is not None and any(is_slim(module) for module in model.modules()):
+        raise CheckpointError(f"load({path}, model=...) is to be given the plain network, not a converted one")
     network = build(data["recipe"]) if model is None else copy_of(model)
     try:
         network = _fill(network, data, tensors)
@@ -101,7 +109,8 @@ def _plan_of(model: nn.Module) -> Plan | None:
     places_of(model)  # raises for surgery
     state = state_of(model)
     plans = {id(other.plan) for _, other in places_of(model)}
-    if state is None or state.plan is None or plans != {id(state.plan)}:
+    root = "_slim_root" in model.__dict__
+    if state is None or state.plan is None or not root or plans != {id(state.plan)}:
         raise CheckpointError(
             f"{type(model).__name__} is not as slimmable.slimify returned it: it has slimmable layers from elsewhere, "
             "or is a part or a wrapper of a converted model; save the converted model itself"

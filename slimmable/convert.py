@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._errors import ConversionError
-from slimmable._inputs import Arguments, example_of
+from slimmable._inputs import Arguments, check_module, example_of
 from slimmable._names import is_under
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis._fake import left_behind
@@ -76,6 +77,7 @@ def slimify(
     ...     print(slim[0].weight.shape, slim(torch.zeros(2, 3, 8, 8)).shape)
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
+    check_module("slimify", model)
     wanted = check_widths(widths)
     if order not in (None, "magnitude"):
         raise ConversionError(f'order {order!r} is unknown; it is None or "magnitude"')
@@ -109,6 +111,7 @@ def plan(
       2.weight[0] (2): output in the model itself: class scores or an embedding
       2.bias[0] (2): output in the model itself: class scores or an embedding
     """
+    check_module("plan", model)
     wanted = check_widths(widths)
     known = _plan_of(model, wanted, round_to, universal) if skip == () else None
     return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
@@ -172,9 +175,15 @@ def _plan(
 
 
 def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
-    if callable(skip):
+    if callable(skip) and not isinstance(skip, type):
+        try:
+            inspect.signature(skip).bind("", model)
+        except (TypeError, ValueError) as error:
+            raise ConversionError(f"skip is {skip!r}, which cannot be called as skip(name, module): {error}") from error
         return skip
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns: list[Any] = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConversionError(f"skip is {skip!r}; it is a name pattern, a list of them, or a function (name, module)")
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(is_under(name, pattern) for name in names):

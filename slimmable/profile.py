@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._errors import UsageError
-from slimmable._inputs import example_of, image_batch
+from slimmable._inputs import check_module, example_of, image_batch
 from slimmable.analysis._fake import FakeModel
 from slimmable.analysis._nested import output_tensors
 from slimmable.convert import copy_of, shallow_modules
@@ -89,7 +89,13 @@ def profile(
          1          212              192           20           -
        0.5           90               80           10           -
     """
+    check_module("profile", model)
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise UsageError(f"profile: repeats must be an integer from 0 on, got {repeats!r}")
     if example_inputs is None and input_size is not None:
+        sizes = input_size if isinstance(input_size, (tuple, list)) else [0]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise UsageError(f"profile: input_size must be sizes such as (3, 224, 224), got {input_size!r}")
         example_inputs = image_batch(model, tuple(input_size), images=1)
     elif example_inputs is None:
         (batch,), _ = example_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from slimmable._columns import places_of
 from slimmable._errors import ConversionError, UsageError
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
+from slimmable.losses._checks import as_number
 from slimmable.training.calibrate import Batch, collect_statistics
 from slimmable.width import at_width
 
@@ -80,8 +82,10 @@ def search(
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
     plan = _plan_of(model)
-    budgets = [budget] if isinstance(budget, (int, float)) else list(budget)
+    budgets = list(budget) if isinstance(budget, Iterable) else [budget]
     _check(plan, budgets, of, step)
+    if calibrate is not None and iter(calibrate) is calibrate:
+        raise UsageError("search: calibrate can be gone through only once; give a list of batches")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
     limits = [max(share * full, least) for share in budgets]  # a share of exactly the least may round below it
 
@@ -89,7 +93,7 @@ def search(
         with at_width(model, candidate.counts):
             if calibrate is not None:
                 collect_statistics(model, calibrate)
-            value = float(evaluate(model))
+            value = _number(evaluate(model))
         return Found(candidate.counts, value, candidate.macs, candidate.parameters)
 
     current = plan.columns[0]
@@ -117,16 +121,26 @@ def _plan_of(model: nn.Module) -> Plan:
 def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
     if of not in ("macs", "parameters"):
         raise UsageError(f"search: of={of!r} is unknown; it is 'macs' or 'parameters'")
-    if isinstance(step, bool) or not 0 < step < 1:
+    if not 0 < as_number(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
     least = getattr(plan.columns[-1], of) / getattr(plan.columns[0], of)
     for share in budgets:
-        if isinstance(share, bool) or not 0 < share <= 1:
+        if not 0 < as_number(share) <= 1:
             raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
         if share < least:
             raise UsageError(f"search: budget {share} cannot be met; the narrowest width needs {least:.3f} of the {of}")
     if not budgets:
         raise UsageError("search: there is no budget")
+
+
+def _number(score: object) -> float:
+    try:
+        value = float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise UsageError(f"search: evaluate must give a number, the higher the better, got {score!r}")
+    return value
 
 
 def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[SubNetwork]:

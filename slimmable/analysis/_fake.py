@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -141,7 +142,7 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
         with ExitStack() as stack:
-            inside: list[Any] = [self._where, self._values, torch.no_grad(), _layers_in_parts(), *modes]
+            inside: list[Any] = [self._where, self._values, torch.no_grad(), _layers_in_parts(), _quietly(), *modes]
             for mode in inside:
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
@@ -184,6 +185,17 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
         if tuple(shape) != tuple(normal):
             raise RuntimeError(f"a norm over {tuple(shape)} got an input of shape {tuple(source.shape)}")
     return torch.empty_like(source), source.new_empty(0), source.new_empty(0)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep torch from logging the errors that are raised, and reported, anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

@@ -113,13 +113,15 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
     )
     for counts in data["counts"]:
         plan.columns.append(_column(plan, counts))
+    if plan.columns and plan.columns[0].counts != sizes:
+        raise CheckpointError("its full width is not the full network")
     if len(plan.columns) != len(plan.widths):
         raise CheckpointError(f"it has {len(plan.columns)} lists of counts for {len(plan.widths)} widths")
     return plan
 
 
 def _column(plan: Plan, counts: list[int]) -> Any:
-    kept = np.array([*map(int, counts), 1])
+    kept = np.array([*map(_natural, counts), 1])
     if len(counts) != len(plan.channels.units) or (kept[:-1] < 1).any() or (kept[:-1] > plan.channels.units).any():
         raise CheckpointError("its counts do not fit its channel groups")
     values, failures = plan.channels.needed.fit(kept)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from slimmable._widths import Kept, kept_of
+from slimmable.analysis._layers import size_axes
 from slimmable.analysis.channels import SubNetwork
 
 Cut = Mapping[str, Sequence[Sequence[Kept]]]
@@ -18,24 +19,13 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
     """Return, for each size attribute of a torch layer that follows a cut tensor, its value at each width."""
     if "weight" not in cut:
         return {}
-    shape = module._parameters["weight"].shape  # type: ignore[union-attr]
-
-    def size(width: int, axis: int) -> int:
-        return kept_of(int(shape[axis]), cut["weight"][width][axis])
-
-    widths = range(len(cut["weight"]))
-    found: dict[str, list[Any]] = {}
-    if isinstance(module, nn.Linear):
-        found = {"out_features": [size(w, 0) for w in widths], "in_features": [size(w, 1) for w in widths]}
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        groups = values.get("groups", [module.groups] * len(widths))
-        plain, grouped = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-        found = {plain: [size(w, 0) for w in widths], grouped: [size(w, 1) * groups[w] for w in widths]}
-    elif isinstance(module, nn.Embedding):
-        found = {"embedding_dim": [size(w, 1) for w in widths]}
-    elif isinstance(module, nn.GroupNorm):
-        found = {"num_channels": [size(w, 0) for w in widths]}
-    return {name: sizes for name, sizes in found.items() if name not in values and name in module.__dict__}
+    shape, kept = module._parameters["weight"].shape, cut["weight"]  # type: ignore[union-attr]
+    groups = values.get("groups", [getattr(module, "groups", 1)] * len(kept))
+    return {
+        name: [kept_of(int(shape[axis]), keep[axis]) * (groups[w] if axis else 1) for w, keep in enumerate(kept)]
+        for name, axis in size_axes(module).items()
+        if name not in values and name in module.__dict__
+    }
 
 
 def feature_sizes(model: nn.Module, full: SubNetwork, columns: Sequence[SubNetwork]) -> dict[str, list[Any]]:

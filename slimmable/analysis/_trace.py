@@ -17,10 +17,12 @@ from slimmable._errors import TraceError
 from slimmable.analysis import _rules_layer, _rules_shape
 from slimmable.analysis._context import Call, Context
 from slimmable.analysis._fake import FakeModel, run_operation
-from slimmable.analysis._integers import Attribute, Expression, TracedInt
+from slimmable.analysis._integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis._labels import Ids
+from slimmable.analysis._layers import size_axes
 from slimmable.analysis._nested import output_tensors
 from slimmable.analysis._rules import name_of, rule_of, tensors
+from slimmable.layers._properties import unannounced
 
 _ = _rules_shape  # imported for its rules
 
@@ -114,7 +116,8 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
     quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
     fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
-    with _traced_attributes(fake.model, result), quiet:
+    read: set[tuple[str, str]] = set()
+    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), quiet:
         try:
             output = fake.run(operations, _Calls(context, operations))
         except Exception as error:
@@ -124,6 +127,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
             for tensor in (*fake.model.parameters(), *fake.model.buffers()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
+    _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
     whole = skip("", fake.model)
     for tensor in output_tensors(output):
@@ -135,9 +139,49 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     return result
 
 
+@contextmanager
+def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[None]:
+    """Note the size attributes of torch's layers that the forward reads, by module path and name."""
+    watched = [(path, module) for path, module in model.named_modules() if size_axes(module)]
+    kinds = {module: type(module) for _, module in watched}
+
+    def property_of(path: str, name: str) -> property:
+        def get(module: Any) -> Any:
+            read.add((path, name))
+            return module.__dict__[name]
+
+        return property(get)
+
+    for path, module in watched:
+        names = {name: property_of(path, name) for name in size_axes(module) if name in module.__dict__}
+        module.__class__ = unannounced(kinds[module], names)
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+
+
+def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -> None:
+    """Let the sizes of torch's layers that the forward reads be those of their weights."""
+    context = result.context
+    for path, name in sorted(read):
+        module = model.get_submodule(path)
+        axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
+        context.operation, context.module = f"reading {name}", path
+        ids = axes[axis]
+        full = module._parameters["weight"].shape[axis]  # type: ignore[union-attr]
+        size = Expression("constant", full) if ids is None else Expression("size", ids)
+        if axis and "groups" in module.__dict__:
+            size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
+        value = Expression("attribute", (path, name, ()))
+        context.constraints.append(Constraint(value, None, 0, context.where, size))
+
+
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     path = fake.running
-    skipping = f"keep the module at full width with skip={path!r}, " if path else ""
+    own = "move what fails into a module of its own and skip that, "
+    skipping = f"keep the module at full width with skip={path!r}, " if path else own
     failed = TraceError(
         f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "

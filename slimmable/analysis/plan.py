@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -127,7 +128,7 @@ class Plan:
         if setting in self.widths or not self.universal:
             return self.columns[width_index(setting, self.widths)]
         least = self.widths[-1]
-        if isinstance(setting, bool) or not isinstance(setting, (int, float)) or not least <= setting <= 1:
+        if isinstance(setting, bool) or not isinstance(setting, (int, float, Real)) or not least <= setting <= 1:
             raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
         return self.near(tuple(kept_units(units, setting, self.round_to) for units in self.channels.units))
 
@@ -199,9 +200,9 @@ class Plan:
     def _counts_by_layer(self, widths: Mapping[str, float]) -> tuple[int, ...]:
         makers = {path for paths in self.channels.makers for path in paths}
         for pattern, width in widths.items():
-            if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+            if isinstance(width, bool) or not isinstance(width, (int, float, Real)) or not 0 < width <= 1:
                 raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
-            if not any(is_under(path, pattern) for path in makers):
+            if not isinstance(pattern, str) or not any(is_under(path, pattern) for path in makers):
                 raise WidthError(
                     f"no layer that makes slimmable channels is named like {pattern!r}; "
                     f"those that do are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"

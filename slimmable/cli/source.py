@@ -118,6 +118,8 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
         CheckpointError: if the file cannot be read, or holds another model.
         UsageError: if the model does not take images of `image_size`.
     """
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"--image-size must be at least 1, got {image_size}")
     recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
     if recipe is None:
         raise CheckpointError(

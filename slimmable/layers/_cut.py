@@ -69,6 +69,25 @@ def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tens
     return tensor
 
 
+def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Tensor) -> Tensor:
+    """Return a copy of a tensor in which what a cut keeps is `part`."""
+
+    def fill(whole: Tensor, picks: Sequence[tuple[int, str]]) -> None:
+        if not picks:
+            whole.copy_(part)
+            return
+        (axis, buffer), *others = picks
+        indices = cast(Tensor, buffers[buffer])
+        picked = whole.index_select(axis, indices)
+        fill(picked, others)
+        whole.index_copy_(axis, indices, picked)
+
+    with torch.no_grad():
+        whole = tensor.to(part.dtype, copy=True)
+        fill(whole[cut.block] if cut.block else whole, cut.picks)
+    return whole
+
+
 def _block(tensor: Tensor, cut: Cut) -> Tensor:
     """Take the block in one operation; indexing takes one per axis, and each fills zeros of its own in the backward."""
     if type(tensor) not in _PLAIN_TENSORS or is_compiling():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._errors import ConversionError
-from slimmable.layers._cut import take
+from slimmable.layers._cut import put, take
 from slimmable.layers._state import WidthState, state_of
 
 
@@ -35,6 +35,22 @@ def _missing(module: nn.Module, name: str) -> AttributeError:
 def _set_plain(module: nn.Module, name: str, value: object) -> None:
     """Store what nn.Module does not store itself: neither a Parameter nor a registered buffer."""
     module.__dict__[name] = value
+
+
+def _setattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
+    """Let a forward at a narrow width that assigns a buffer change what the width keeps of it."""
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        state = state_of(self)
+        cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
+        full = None if cut is None else self._buffers.get(name)
+        if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
+            if value.shape != take(full, cut, self._buffers).shape:
+                raise _changed(self, name, value)
+            value = put(full, cut, self._buffers, value.detach())
+        base.__setattr__(self, name, value)
+
+    return set_attribute
 
 
 def _delete_plain(module: nn.Module, name: str) -> None:
@@ -178,6 +194,16 @@ def _viewed_class(base: type[nn.Module], *names: tuple[str, ...]) -> type[nn.Mod
     return _viewed_classes[key]
 
 
+class _Unannounced:
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Keep generated classes out of the registries that classes of users keep of their subclasses."""
+
+
+def unannounced(base: type[nn.Module], body: Mapping[str, Any]) -> type[nn.Module]:
+    """Return a subclass of `base` that `base` does not hear of."""
+    return type(base.__name__, (_Unannounced, base), dict(body))
+
+
 def _make_viewed_class(
     base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...], caches: tuple[str, ...]
 ) -> type[nn.Module]:
@@ -190,10 +216,11 @@ def _make_viewed_class(
         "__reduce_ex__": _reduce_of(base, tensors, values, caches),
         "extra_repr": _extra_repr(base),
         "_apply": _apply_of(base),
+        "__setattr__": _setattr_of(base),
     }
     if base.__repr__ is not nn.Module.__repr__:
         body["__repr__"] = _own_repr(base)
     body.update({name: _tensor_property(name) for name in tensors})
     body.update({name: _value_property(name) for name in values})
     body.update({name: _cache_property(name) for name in caches})
-    return type(base.__name__, (base,), body)
+    return unannounced(base, body)

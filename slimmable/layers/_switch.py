@@ -172,7 +172,7 @@ class SwitchableNorm(SwitchableContainer):
             if not key.startswith("narrow."):
                 del state_dict[prefix + key]
                 state_dict[f"{prefix}full.{key}"] = value
-        self.__dict__["_loading"] = (prefix, reports)
+        self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
 
     def _for_narrow(self, prefix: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """Cut a tensor of the full norm for each narrower one."""
@@ -189,7 +189,12 @@ class SwitchableNorm(SwitchableContainer):
 
 
 def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
-    """Name missing, unexpected and ill-shaped tensors as the state dict does."""
-    prefix, reports = norm.__dict__.pop("_loading", ("", ()))
+    """Name missing, unexpected and ill-shaped tensors as the state dict does; a guest starts again."""
+    prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
+    if guest is not None:
+        norm._modules["guest"] = guest
+        buffers = dict(narrowed(norm.full, norm._slim.active.guest[1]).named_buffers())
+        for name, buffer in guest.named_buffers():
+            buffer.copy_(buffers[name])
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, TypeGuard
 
@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._columns import registered
-from slimmable._errors import DataError
+from slimmable._errors import DataError, UsageError
 from slimmable._inputs import Inputs
-from slimmable.analysis._nested import map_tensors
+from slimmable.analysis._nested import map_tensors, output_tensors
 from slimmable.analysis.plan import Setting
 from slimmable.layers import SwitchableNorm
 from slimmable.width import at_width, set_width, widths_of
@@ -38,7 +38,10 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Set
     something else than one tensor; it is moved to the model's device. A few thousand images do:
     `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave out a smaller last one.
 
-    Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or a batch is neither.
+    Raises:
+        WidthError: if the model lacks one of `widths`.
+        DataError: if `loader` is empty, a batch is neither, or statistics are not finite.
+        UsageError: if `widths` is one width, or `loader` nothing to go through.
 
     >>> from slimmable.layers import SwitchableBatchNorm1d
     >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
@@ -47,6 +50,11 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Set
     ...     model[0].running_mean
     tensor([4., 4., 4., 4.])
     """
+    if isinstance(widths, (float, int, Mapping)) or not isinstance(loader, Iterable):
+        raise UsageError(
+            f"calibrate_bn: loader must hold batches and widths be a list of widths, got {type(loader).__name__} and "
+            f"{widths!r}"
+        )
     chosen = widths_of(model) if widths is None else tuple(widths)
     with registered(model, chosen):
         if chosen:
@@ -77,6 +85,8 @@ def _collect(
         for batch in loader:
             empty = False
             given = _input_of(batch)
+            if any(tensor.numel() == 0 for tensor in output_tensors((given.args, given.kwargs))):
+                raise DataError("calibrate_bn: a batch is empty")
             args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
             settings: Sequence[Setting | None] = widths or [None]
             for width in settings:
@@ -84,7 +94,9 @@ def _collect(
                     set_width(model, width)
                 model(*args, **kwargs)
         if empty:
-            raise DataError("calibrate_bn: loader is empty; give at least one batch")
+            raise DataError("calibrate_bn: loader is empty; give at least one batch, in a list if it is needed again")
+        if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers()):
+            raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
 
 
 def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:

@@ -61,6 +61,8 @@ class SlimRecipe:
         random_widths: int = 0,
         seed: int = 0,
     ) -> None:
+        if distill is not None and not callable(distill):
+            raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
         self.model = model
         self.distill = distill
         self.weights = _weight_of_each(widths_of(model), weights)
@@ -266,6 +268,8 @@ def _weight_of_each(
             raise WidthError(f"SlimRecipe: weights are for widths {sorted(weights)}, the model has {sorted(widths)}")
         given = {width: weights[width] for width in widths}
     else:
+        if not hasattr(weights, "__len__"):
+            raise UsageError(f"SlimRecipe: weights are a mode, a list or a dict of numbers, got {weights!r}")
         if len(weights) != len(widths):
             raise WidthError(
                 f"SlimRecipe: {len(weights)} weights {tuple(weights)} for the {len(widths)} widths {widths}"

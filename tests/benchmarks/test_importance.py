@@ -89,7 +89,8 @@ def test_the_uniform_width_is_the_widest_within_the_budget():
     assert (round(40 * width), round(40 * (width + 0.001))) == (20, 21)
 
 
-def test_the_search_is_compared_within_its_budget(data):
+def test_the_search_is_compared_within_its_budget(data, monkeypatch):
+    monkeypatch.setattr(search, "BUDGETS", (0.5,))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
     model = search.slimmable.slimify(net, search.WIDTHS, example_inputs=data.test[:1], universal=True)

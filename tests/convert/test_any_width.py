@@ -348,3 +348,19 @@ def test_truth_is_no_width():
     for model in (network("test_resnet", True)[0], network("test_resnet", False)[0]):
         with pytest.raises(WidthError, match="True"):
             slimmable.set_width(model, True)
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_a_state_dict_loads_at_a_width_without_statistics_of_its_own(universal):
+    def make(seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)).eval()
+        return slimmable.slimify(oracles.randomise(net), (1.0, 0.5), example_inputs=x, universal=universal)
+
+    x = torch.randn(4, 8)
+    model, other = make(0), make(1)
+    for each in (model, other):
+        slimmable.set_width(each, {"0": 0.75})
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other(x))
+    assert model.state_dict().keys() == other.state_dict().keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -294,3 +295,29 @@ def test_the_choice_of_the_axis_that_carries_heads_is_revised_where_it_would_pin
     model.temperature = nn.Parameter(torch.ones(4, 1, 1))
     plan = slimmable.plan(model, WIDTHS, example_inputs=torch.zeros(2, 7, 8))
     assert plan.tensors["qkv", "weight"][-1][0] is not None
+
+
+class EqualLinear(nn.Linear):
+    """Scales its weight by a size that it knows as an attribute, as StyleGAN's layers do."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) * self.in_features**-0.5
+
+
+def by_sizes(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.equal(m.first(x)) * m.first.out_features / math.sqrt(m.equal.out_features)
+    x = m.conv(x[:, :, None]) * m.conv.in_channels + 1.5 * m.conv.out_channels
+    return m.head(x.mean(2))
+
+
+def test_sizes_that_the_code_computes_with_are_those_of_the_width():
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(8, 16), "equal": EqualLinear(16, 12), "conv": nn.Conv1d(12, 24, 1, groups=4)}
+    model, x = Fn(by_sizes, **layers, head=nn.Linear(24, 3)).double().eval(), torch.randn(4, 8, dtype=torch.float64)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x)
+    assert slim.first.out_features == 16
+    with slimmable.at_width(slim, 0.5):
+        sizes = slim.first.out_features, slim.equal.out_features, slim.conv.in_channels, slim.conv.out_channels
+        assert sizes == (8, slim.equal.weight.shape[0], slim.conv.weight.shape[1] * slim.conv.groups, 12)
+    oracles.full_width_is_the_original(model, slim, x)
+    oracles.every_width_is_its_extraction(slim, x, limit=1e-12)

@@ -287,3 +287,32 @@ def test_wrong_plans_change_nothing():
     install_view(linear, WIDTHS, {}, {})
     with pytest.raises(ConversionError, match="remove it first"):
         install_view(linear, WIDTHS, {}, {})
+
+
+@pytest.mark.parametrize("kept", [4, (0, 2, 3, 5), (1, 2, 3, 4)])
+def test_a_buffer_that_is_assigned_at_a_narrow_width_changes_what_that_keeps(kept):
+    module = nn.Module()
+    module.register_buffer("centre", torch.arange(6.0))
+    install_view(module, (1.0, 0.5), {"centre": [(None,), (kept,)]}, {})
+    indices = list(range(kept)) if isinstance(kept, int) else list(kept)
+    set_width(module, 0.5)
+    module.centre = module.centre * 10
+    assert module.centre.tolist() == [10.0 * i for i in indices]
+    with pytest.raises(ConversionError, match="centre of a Module has shape"):
+        module.centre = torch.zeros(3)
+    set_width(module, 1.0)
+    assert module.centre.tolist() == [10.0 * i if i in indices else i for i in range(6)]
+
+
+def test_generated_classes_are_in_no_registry():
+    known = []
+
+    class Registered(nn.Linear):
+        def __init_subclass__(cls, *, key, **kwargs):
+            super().__init_subclass__(**kwargs)
+            known.append(key)
+
+    layer = Registered(4, 4)
+    install_view(layer, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {})
+    assert isinstance(layer, Registered)
+    assert known == []
