@@ -24,7 +24,7 @@ from benchmarks.measuring import markdown, origin
 
 NAME = "test_resnet"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-BUDGET = 0.5
+BUDGETS = (0.5, 0.1)
 FIELDS = ("model", "seed", "network", "width", "macs", "accuracy")
 
 
@@ -49,19 +49,19 @@ def uniform(model: nn.Module, budget: float) -> float:
 
 
 def compared(model: nn.Module, data: Digits, held_out: Digits, step: float) -> list[Row]:
-    """Return a row for each width, for the uniform one within the budget, and for the sub-network found."""
+    """Return a row for each width, and for each budget the uniform one within it and the sub-network found."""
     plan, batches = slimmable.plan(model, WIDTHS, universal=True), data.batches()
-    [found] = slimmable.search(
+    found = slimmable.search(
         model,
         lambda net: accuracy(net, held_out.test, held_out.test_labels),
-        BUDGET,
+        BUDGETS,
         step=step,
         calibrate=batches[:2],
         progress=False,
     )
-    within = uniform(model, BUDGET)
     networks: list[tuple[str, Any]] = [(f"width {width}", width) for width in WIDTHS]
-    networks += [(f"uniform within {BUDGET}", within), (f"searched within {BUDGET}", found.counts)]
+    for budget, best in zip(BUDGETS, found, strict=True):
+        networks += [(f"uniform within {budget}", uniform(model, budget)), (f"searched within {budget}", best.counts)]
     rows = []
     for name, setting in networks:
         slimmable.calibrate_bn(model, batches, [setting])
@@ -107,7 +107,7 @@ def main() -> None:
         rows += [{"model": NAME, "seed": seed, **row} for row in compared(model, data, held_out, step)]
         made = write(given.out, NAME, FIELDS, rows)
         (given.out / "table.md").write_text(table(rows, made))
-        print(*rows[-6:], sep="\n", flush=True)
+        print(*rows[-len(WIDTHS) - 2 * len(BUDGETS) :], sep="\n", flush=True)
 
 
 if __name__ == "__main__":
