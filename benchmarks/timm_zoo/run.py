@@ -1,4 +1,4 @@
-"""Convert every model of timm, and write down what came of it; see README.md beside this file.
+"""Convert every model of timm, and write down what came of it; see docs/zoo.md.
 
 python -m benchmarks.timm_zoo.run --stage fake
 """

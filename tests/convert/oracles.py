@@ -159,10 +159,16 @@ def _sizes(tensor: Tensor) -> Tensor:
 
 
 def zeroing_applies(model: nn.Module, plan: Plan) -> bool:
-    """Only BatchNorms, which treat channels one by one, and no attention whose scale follows its width."""
+    """Only BatchNorms, which treat channels one by one, and no attention whose scale follows its width.
+
+    Nor a convolution along channels (ECA) that come nearer to each other where some between them are dropped.
+    """
     norms = [m for m in model.modules() if "Norm" in type(m).__name__ and m._parameters]
     scaled = any(isinstance(v[0], float) for values in plan.values.values() for v in values.values())
-    return bool(norms) and all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms) and not scaled
+    axes = [axis for group in plan.groups if group.ordered for axis in group.members]
+    nearer = any(isinstance(plan.tensors[path, name][-1][axis], tuple) for path, name, axis in axes)
+    plain = all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms)
+    return bool(norms) and plain and not scaled and not nearer
 
 
 def attention_difference(slim: nn.Module, run: Run, outputs: Mapping[float, Sequence[Tensor]]) -> float | None:
