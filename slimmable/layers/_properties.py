@@ -175,23 +175,22 @@ def add_properties(
     module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
 ) -> None:
     """Let reading these names of the module give what the active width has; others that do so go on doing it."""
-    base, known = getattr(type(module), "_slim_view", (type(module), ((), (), ())))
-    names = [tuple(sorted({*old, *new})) for old, new in zip(known, (tensors, values, caches), strict=True)]
+    base, known = getattr(type(module), "_slim_view", (type(module), ((), (), (), ())))
+    new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
+    names = [tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True)]
     if any(names):
         module.__class__ = _viewed_class(base, *names)
 
 
-_Names: TypeAlias = "tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]"
+_Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
 
 
 def _viewed_class(base: type[nn.Module], *names: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of `base` with properties for these tensors, values and caches."""
-    tensors, values, caches = names
-    key = (base, (tensors, values, caches))
-    if key not in _viewed_classes:
-        _viewed_classes[key] = _make_viewed_class(base, tensors, values, caches)
-    return _viewed_classes[key]
+    if (base, names) not in _viewed_classes:
+        _viewed_classes[base, names] = _make_viewed_class(base, *names)
+    return _viewed_classes[base, names]
 
 
 class _Unannounced:
@@ -205,19 +204,24 @@ def unannounced(base: type[nn.Module], body: Mapping[str, Any]) -> type[nn.Modul
 
 
 def _make_viewed_class(
-    base: type[nn.Module], tensors: tuple[str, ...], values: tuple[str, ...], caches: tuple[str, ...]
+    base: type[nn.Module],
+    tensors: tuple[str, ...],
+    values: tuple[str, ...],
+    caches: tuple[str, ...],
+    buffers: tuple[str, ...],
 ) -> type[nn.Module]:
     body: dict[str, Any] = {
         "_slim_base": base,
-        "_slim_view": (base, (tensors, values, caches)),
+        "_slim_view": (base, (tensors, values, caches, buffers)),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce_of(base, tensors, values, caches),
+        "__reduce_ex__": _reduce_of(base, tensors, values, caches, buffers),
         "extra_repr": _extra_repr(base),
         "_apply": _apply_of(base),
-        "__setattr__": _setattr_of(base),
     }
+    if buffers:
+        body["__setattr__"] = _setattr_of(base)
     if base.__repr__ is not nn.Module.__repr__:
         body["__repr__"] = _own_repr(base)
     body.update({name: _tensor_property(name) for name in tensors})
