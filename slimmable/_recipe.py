@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ _NUMBERS = (int, float, bool, str)
 def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the timm architecture of `model` and the arguments that make it, or None if it is not timm's.
 
-    Raises: CheckpointError: if there is an architecture, but the arguments make another model.
+    A network that is no longer what timm makes, after surgery, has none either, with a warning.
+
+    Raises: CheckpointError: if arguments are given, and make another model.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
@@ -40,11 +43,14 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
             continue
         if _fits(model, plain, plan):
             return recipe
-    raise CheckpointError(
-        f"timm.create_model({name!r}) with {'these' if arguments is not None else 'default'} arguments makes another "
-        "network than this; give the arguments that made it, as save(..., arguments={'num_classes': 10}), or, if none "
-        "do, delete the model's pretrained_cfg: load(path, model=...) is then to be given the plain network"
+    if arguments is not None:
+        raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes another network than this")
+    warnings.warn(
+        f"timm.create_model({name!r}) makes another network than this one, so load(path, model=...) will need the "
+        "plain network; if arguments make it, give them: save(..., arguments={'num_classes': 10})",
+        stacklevel=3,
     )
+    return None
 
 
 def build(recipe: Mapping[str, Any]) -> nn.Module:

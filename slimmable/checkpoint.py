@@ -36,8 +36,8 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
         model: a converted model, or a plain network, such as a sub-network by `extract`.
         path: of the file; what was there stays until the new one is complete.
         arguments: with which `timm.create_model` makes the plain full-width model. Left out, the number of classes and
-            of image channels and the image size are read off the model. The file of a model that is not timm's has no
-            recipe; `load` then is to be given the plain model.
+            of image channels and the image size are read off the model. The file of a model that is not timm's, or no
+            longer as timm makes it, has no recipe; `load` then is to be given the plain model. A warning says so.
 
     Raises: CheckpointError: if the arguments make another model, if something cannot be saved, or on a failed write.
 
@@ -71,7 +71,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: of the file.
-        model: the plain full-width network, any weights, for files of models that are not timm's; it stays as it is.
+        model: the plain full-width network, any weights, for files of models that timm does not make so; it stays as
+            it is.
 
     The model is on the CPU, or on the device of `model`, at its full width and in evaluation mode.
 
@@ -82,8 +83,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
-            f"{path} holds a {data.get('class')}, which is not timm's; build the plain full-width network and give it "
-            "as load(path, model=...)"
+            f"{path} holds a {data.get('class')} that timm does not make so; build the plain full-width network and "
+            "give it as load(path, model=...)"
         )
     if model is not None and any(is_slim(module) for module in model.modules()):
         raise CheckpointError(f"load({path}, model=...) is to be given the plain network, not a converted one")

@@ -123,11 +123,11 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
     if recipe is None:
         raise CheckpointError(
-            f"{path} holds a network that is not timm's; load it with slimmable.load, and export it so"
+            f"{path} holds a network that timm does not make so; load it with slimmable.load, and export what extract gives"
         )
     model = load(path)
     if not is_slim(model):
-        raise CheckpointError(f"{path} holds one narrow network; load it with slimmable.load, and export it so")
+        raise CheckpointError(f"{path} holds one narrow network; load it with slimmable.load, and export that")
     plan: Plan = model._slim.plan  # type: ignore[assignment, union-attr]
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, *size = known["input_size"]

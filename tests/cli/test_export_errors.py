@@ -74,7 +74,7 @@ def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
         ("truncated", "it is damaged"),
         ("foreign", "was not written by slimmable.save"),
         ("narrow", "holds one narrow network"),
-        ("stranger", "holds a network that is not timm's"),
+        ("stranger", "holds a network that timm does not make so"),
     ],
 )
 def test_files_that_hold_no_converted_timm_model(tmp_path, capsys, content, message):

@@ -274,13 +274,16 @@ def test_hostile_plans(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"global_pool": "max"}, {"act_layer": "gelu"}, {"output_stride": 16}])
-def test_what_no_tensor_shows_is_asked_for(settings, tmp_path):
+def test_what_timm_does_not_make_so_needs_arguments_or_the_plain_network(settings, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
     plain = oracles.randomise(timm.create_model("resnet10t", num_classes=3, **settings).eval())
     model = slimmable.slimify(plain, WIDTHS, example_inputs=x)
-    with pytest.raises(CheckpointError, match="give the arguments that made it"):
+    with pytest.warns(UserWarning, match="if arguments make it, give them"):
         slimmable.save(model, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="ResNet that timm does not make so"):
+        slimmable.load(tmp_path / "model.safetensors")
+    same(slimmable.load(tmp_path / "model.safetensors", plain), model, x)
     slimmable.save(model, tmp_path / "model.safetensors", arguments={"num_classes": 3, **settings})
     same(slimmable.load(tmp_path / "model.safetensors"), model, x)
 
