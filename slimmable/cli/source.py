@@ -123,7 +123,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
     if recipe is None:
         raise CheckpointError(
-            f"{path} holds a network that timm does not make so; load it with slimmable.load, and export what extract gives"
+            f"{path} holds a network that timm does not make so; load it in Python, and give torch.export an extraction"
         )
     model = load(path)
     if not is_slim(model):
