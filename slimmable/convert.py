@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -67,6 +69,8 @@ def slimify(
         WidthError: for widths that cannot be used.
         TraceError: if the forward fails on fake tensors; the message names the operation and the module.
         ConversionError: for other arguments that cannot be used. On any error `model` is as it was.
+        UsageError: if `model` is no module, or one that has no sizes yet. A model of which nothing gets thinner is
+            converted with a warning.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
@@ -84,12 +88,27 @@ def slimify(
     if skip == () and order is None and _plan_of(model, wanted, round_to, universal) is not None:
         return model if inplace else copy_of(model)
     found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+    if not found.channels.units:
+        warnings.warn(
+            f"nothing in this {type(model).__name__} gets thinner at any width; print(slimmable.plan(...)) says why",
+            stacklevel=2,
+        )
     target = model if inplace else copy_of(model)
+    state = state_of(target)
+    old: Plan | None = None if state is None else state.plan
     before = _strip(target)
-    if order == "magnitude":
-        permute(target, found, magnitude_order(target, found))
-        before = {}  # whose narrow norms are in the old order
-    return apply_plan(target, found, before)
+    orders = [] if order is None else magnitude_order(target, found)
+    try:
+        if orders:
+            permute(target, found, orders)
+        return apply_plan(target, found, {} if orders else before)  # narrow norms of before are in the old order
+    except BaseException:
+        _strip(target)
+        if orders:
+            permute(target, found, [np.argsort(units) for units in orders])
+        if old is not None:
+            apply_plan(target, old, before)
+        raise
 
 
 def plan(

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable import CheckpointError, ConversionError, DataError, UsageError, WidthError
+from slimmable import CheckpointError, ConversionError, DataError, UsageError, WidthError, convert
+from slimmable.layers._view import install_view
 
 X = torch.zeros(2, 4)
 
@@ -48,6 +49,37 @@ def test_modules_that_nothing_can_be_read_off():
         slimmable.slimify(nn.Sequential(nn.LazyLinear(4)), example_inputs=X)
     with pytest.raises(UsageError, match="before it is scripted"):
         slimmable.slimify(torch.jit.trace(network().eval(), X), example_inputs=X)
+
+
+def test_a_model_of_which_nothing_gets_thinner():
+    with pytest.warns(UserWarning, match="nothing in this Linear gets thinner"):
+        slim = slimmable.slimify(nn.Linear(4, 2), (1.0, 0.5), example_inputs=X)
+    with slimmable.at_width(slim, 0.5):
+        assert slim(X).shape == (2, 2)
+
+
+@pytest.mark.parametrize("order", [None, "magnitude"])
+@pytest.mark.parametrize("was_converted", [False, True])
+def test_a_conversion_in_place_that_fails_half_way_leaves_the_model_as_it_was(was_converted, order, monkeypatch):
+    torch.manual_seed(0)
+    model = converted() if was_converted else network()
+    model.eval()
+    x = torch.randn(2, 4)
+    names, classes, output = list(model.state_dict()), [type(m) for m in model.modules()], model(x)
+
+    def fail(module, *args):
+        if module is model[3] and args[0] == (1.0, 0.25):
+            raise MemoryError
+        return install_view(module, *args)
+
+    monkeypatch.setattr(convert, "install_view", fail)
+    with pytest.raises(MemoryError):
+        slimmable.slimify(model, (1.0, 0.25), example_inputs=X, order=order, inplace=True)
+    assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (names, classes)
+    assert torch.equal(model(x), output)
+    if was_converted:
+        with slimmable.at_width(model, 0.5):
+            assert model(x).shape == (2, 2)
 
 
 @pytest.mark.parametrize("skip", [None, [5], 5, nn.Linear, lambda name: True])
