@@ -1,64 +1,97 @@
-"""Evaluation of frozen features at every width: kNN and the linear probe."""
+"""Evaluation of frozen features at every width: kNN, linear probes and the ridge classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimmable._errors import DataError, UsageError
+from slimmable._widths import check_widths
+from slimmable.analysis.plan import Plan
+from slimmable.layers._state import state_of
+from slimmable.training._labels import check_classes
+from slimmable.training._outputs import outputs_of
 from slimmable.training.knn import check_labels, knn_accuracy
-from slimmable.training.probe import train_probe
+from slimmable.training.probe import train_probe, train_slimmable_probe
+from slimmable.training.ridge import ridge_classifier
 from slimmable.width import at_width, widths_of
+
+Probe = Literal["knn", "linear", "slimmable", "ridge"]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of the held-out images that are classified rightly, in [0, 1]."""
+    """Shares of the held-out images that are classified rightly, in [0, 1]; NaN for what was not asked."""
 
-    knn: float
-    linear: float
+    knn: float = math.nan
+    linear: float = math.nan
+    slimmable: float = math.nan
+    ridge: float = math.nan
 
 
-@torch.no_grad()
 def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: int = 256) -> Tensor:
     """Return the features of `backbone` at `width` in eval mode, of shape (images, features), float32.
 
     Args:
         backbone: a converted network; width and training mode are put back afterwards.
         images: of shape (images, ...); uint8 ones are scaled to [0, 1].
+        width: one of the network's.
+        batch_size: images that run together.
     """
-    device = next(backbone.parameters()).device
-    training = [module for module in backbone.modules() if module.training]
-    backbone.eval()
-    try:
-        with at_width(backbone, width):
-            parts = []
-            for start in range(0, len(images), batch_size):
-                scaled = images[start : start + batch_size].to(device)
-                parts.append(backbone(scaled.float() / 255 if scaled.dtype == torch.uint8 else scaled).float())
-            return torch.cat(parts)
-    finally:
-        for module in training:
-            module.training = True
+    with at_width(backbone, width):
+        return outputs_of(backbone, images, batch_size)
+
+
+def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+    """Return the share of `images` whose largest class score is that of their label, in [0, 1].
+
+    Args:
+        model: images in, class scores of shape (batch, classes) out; runs in eval mode, as in `features_of`.
+        images: of shape (images, ...); uint8 ones are scaled to [0, 1].
+        labels: class numbers of shape (images,).
+        batch_size: images that run together.
+
+    Raises: DataError: if there are no images, or not one label for each.
+
+    >>> accuracy_of(nn.Sequential(nn.Linear(2, 2, bias=False)), torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
+    0.75
+    """
+    check_labels("accuracy_of: images", images, labels)
+    return _share(outputs_of(model, images, batch_size), labels)
 
 
 def evaluate_widths(
-    backbone: nn.Module, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20
+    backbone: nn.Module,
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    probes: Sequence[Probe] = ("knn", "linear"),
+    k: int = 20,
 ) -> dict[float, Accuracy]:
-    """Return width -> accuracy on `test` of weighted kNN and of a linear probe, both made from `train`.
+    """Return width -> accuracies on `test` of classifiers that are made from `train`, on frozen features.
 
-    The features of every width are computed once, in eval mode; the backbone stays as it is. `knn_accuracy` and
-    `train_probe` say what is measured.
+    The features of every width are computed once, in eval mode; the backbone stays as it is.
 
     Args:
         backbone: a converted network; images in, features of shape (batch, features) out.
         train, test: images of shape (images, channels, height, width), floats, or uint8 to be scaled to [0, 1].
         train_labels, test_labels: class numbers of shape (images,).
+        probes: which classifiers, as in `evaluate_features`. For "slimmable" the features of a converted backbone are
+            sorted, those of the narrowest width first; of a part of a converted network they are taken to be so.
         k: neighbours that vote.
 
-    Raises: ConversionError: if `backbone` was never converted. DataError: if a set is empty or labels do not fit.
+    Raises:
+        ConversionError: if `backbone` was never converted.
+        DataError: if a set is empty or labels do not fit.
+        UsageError: if `probes` holds an unknown name.
 
     >>> import slimmable
     >>> backbone = slimmable.slimify(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)),
@@ -67,28 +100,101 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
+    _check_probes("evaluate_widths", probes)
     check_labels("evaluate_widths: train", train, train_labels)
     check_labels("evaluate_widths: test", test, test_labels)
-    widths = widths_of(backbone)
-    device = next(backbone.parameters()).device
-    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    known = {width: features_of(backbone, train, width) for width in widths}
-    asked = {width: features_of(backbone, test, width) for width in widths}
-    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    probe = train_probe(known, train_labels, num_classes=classes)
-    linear = probe_accuracies(
-        [probe.module_at(index) for index in range(len(widths))], list(asked.values()), test_labels
+    known, asked = (
+        narrowest_first(backbone, {width: features_of(backbone, images, width) for width in widths_of(backbone)})
+        for images in (train, test)
     )
-    return {
-        width: Accuracy(knn_accuracy(known[width], train_labels, asked[width], test_labels, k=k), share)
-        for width, share in zip(widths, linear, strict=True)
-    }
+    return evaluate_features(known, train_labels, asked, test_labels, probes=probes, k=k)
+
+
+def evaluate_features(
+    train: Mapping[float, Tensor],
+    train_labels: Tensor,
+    test: Mapping[float, Tensor],
+    test_labels: Tensor,
+    *,
+    probes: Sequence[Probe] = ("knn", "linear"),
+    k: int = 20,
+) -> dict[float, Accuracy]:
+    """Return width -> accuracies on `test` of classifiers that are made from `train`, for features at hand.
+
+    Args:
+        train, test: width -> features of shape (images, features of this width), 1.0 among the widths.
+        train_labels, test_labels: class numbers of shape (images,); moved to the device of the features.
+        probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "slimmable" one for all widths
+            (`train_slimmable_probe`, for which the features of a width must be the first ones of the wider), "ridge"
+            the closed form per width (`ridge_classifier`).
+        k: neighbours that vote.
+
+    Raises:
+        DataError: if a set is empty, or labels or features do not fit.
+        WidthError: if 1.0 is not among the widths.
+        UsageError: if `probes` holds an unknown name.
+
+    >>> wide, labels = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+    >>> features = {1.0: wide, 0.5: wide[:, :2]}
+    >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
+    1.0
+    """
+    _check_probes("evaluate_features", probes)
+    widths = check_widths(train)
+    if widths != check_widths(test):
+        raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
+    for width in widths:
+        check_labels(f"evaluate_features: train at width {width}", train[width], train_labels)
+        check_labels(f"evaluate_features: test at width {width}", test[width], test_labels)
+    device = train[1.0].device
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    classes = check_classes("evaluate_features", torch.cat([train_labels, test_labels]), None)
+    found: dict[str, dict[float, float]] = {}
+    if "knn" in probes:
+        found["knn"] = {
+            width: knn_accuracy(train[width], train_labels, test[width], test_labels, k=k) for width in widths
+        }
+    if "linear" in probes:
+        found["linear"] = _shares(train_probe(train, train_labels, num_classes=classes), test, test_labels)
+    if "slimmable" in probes:
+        found["slimmable"] = _shares(train_slimmable_probe(train, train_labels, num_classes=classes), test, test_labels)
+    if "ridge" in probes:
+        found["ridge"] = {
+            width: _share(ridge_classifier(train[width], train_labels, num_classes=classes)(test[width]), test_labels)
+            for width in widths
+        }
+    return {width: Accuracy(**{name: shares[width] for name, shares in found.items()}) for width in widths}
+
+
+def _check_probes(where: str, probes: Sequence[Probe]) -> None:
+    unknown = [name for name in probes if name not in get_args(Probe)]
+    if isinstance(probes, str) or unknown:
+        raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(Probe))}; got {probes!r}")
 
 
 @torch.no_grad()
-def probe_accuracies(classifiers: Sequence[nn.Module], features: Sequence[Tensor], labels: Tensor) -> list[float]:
-    """Return the share of right answers of each classifier on its features."""
-    return [
-        (classifier(part).argmax(1) == labels).float().mean().item()
-        for classifier, part in zip(classifiers, features, strict=True)
-    ]
+def _shares(probe: nn.Module, features: Mapping[float, Tensor], labels: Tensor) -> dict[float, float]:
+    """Return the share of right answers of a probe at each width."""
+    found = {}
+    for width, part in features.items():
+        with at_width(probe, width):
+            found[width] = _share(probe(part.float()), labels)
+    return found
+
+
+def _share(scores: Tensor, labels: Tensor) -> float:
+    return (scores.argmax(1) == labels.to(scores.device)).float().mean().item()
+
+
+def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
+    """Sort the features so that those of a width are the first ones of every wider width, where the plan tells how."""
+    state = state_of(backbone)
+    plan: Plan | None = None if state is None or state.path else state.plan
+    ids = None if plan is None else plan.channels.outputs[0][1][1]
+    if plan is None or ids is None:
+        return features
+    mask = plan.channels.needed.grouping.mask
+    kept = {width: mask(np.array([*plan.sub_network(width).counts, 1]), ids) for width in features}
+    widths = np.sum(list(kept.values()), axis=0)  # how many have each feature
+    order = {width: torch.from_numpy(np.argsort(-widths[part], kind="stable")) for width, part in kept.items()}
+    return {width: part[:, order[width].to(part.device)] for width, part in features.items()}

@@ -1,18 +1,20 @@
-"""Linear evaluation: what a linear classifier per width makes of frozen features."""
+"""Linear evaluation: what a linear classifier per width, or one for all widths, makes of frozen features."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._errors import DataError
 from slimmable._widths import check_widths
-from slimmable.layers import SwitchableProbe
+from slimmable.layers import SwitchableNorm, SwitchableProbe
+from slimmable.layers._view import install_view
 from slimmable.losses import soft_cross_entropy
+from slimmable.losses._cosines import at_least_float32
+from slimmable.training._labels import check_features
 
 
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
@@ -29,6 +31,7 @@ def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
     >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
     tensor(2.7726)
     """
+    scores = {width: at_least_float32(part) for width, part in scores.items()}
     widest = scores[1.0]
     total = F.cross_entropy(widest, labels)
     for width, narrow in scores.items():
@@ -54,7 +57,7 @@ def train_probe(
 
     Args:
         features: width -> features of shape (images, features of this width), 1.0 among the widths.
-        labels: class numbers of shape (images,).
+        labels: class numbers of shape (images,), on the device of the features.
         num_classes: number of classes; by default one more than the largest label.
 
     Raises: DataError: if labels and features do not fit. WidthError: if widths are missing.
@@ -65,53 +68,118 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    widths = check_widths(features)
-    for width in widths:
-        if features[width].ndim != 2 or len(features[width]) != len(labels) or not len(labels):
-            raise DataError(
-                f"train_probe: features of width {width} have shape {tuple(features[width].shape)}, "
-                f"expected ({len(labels)}, features) for labels of shape {tuple(labels.shape)}"
-            )
-    classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    device = labels.device
-    probe = SwitchableProbe(features[1.0].shape[1], classes, widths, device=device)
-    scaled = {}
+    classes = _check("train_probe", features, labels, num_classes)
+    moments = {width: _moments(features[width]) for width in check_widths(features)}
+    scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
+    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
+    linears = {width: _zero_linear(part.shape[1], classes, labels) for width, part in scaled.items()}
+
+    def scores(rows: Tensor) -> dict[float, Tensor]:
+        return {width: linears[width](part[rows]) for width, part in scaled.items()}
+
+    for index, linear in enumerate(linears.values()):
+        probe.linears[index] = linear
+    _descend(probe, scores, labels, epochs, batch_size, learning_rate, seed)
     with torch.no_grad():
-        for index, width in enumerate(widths):
-            scaled[width] = _standardise(features[width])
-            linear = nn.Linear(features[width].shape[1], classes, device=device)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-            probe.linears[index] = linear
+        for width, (mean, deviation) in moments.items():
+            linears[width].weight.div_(deviation)
+            linears[width].bias.sub_(linears[width].weight @ mean)
+    return probe
+
+
+def train_slimmable_probe(
+    features: Mapping[float, Tensor],
+    labels: Tensor,
+    *,
+    num_classes: int | None = None,
+    epochs: int = 90,
+    batch_size: int = 256,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Train one linear classifier for all widths, of which a narrow width uses the first columns; for comparison.
+
+    For linear regression it is the best at every width only if the features that a narrow width has are orthogonal to
+    the others, over the images (SlimCLR, Zhao et al. 2024, theory): `train_probe` has a classifier per width instead.
+    Loss, steps and arguments are those of `train_probe`, and so is what the classifiers see: features scaled to zero
+    mean and unit variance at every width. What differs is that weights and bias are shared. The scales of the widths
+    differ, so they cannot be worked into shared weights; they stay in front, as a BatchNorm per width.
+
+    The features of a narrow width must be the first ones of the full width. That is how `slimify` keeps them, unless
+    the features are put together from several parts, as in DenseNet: sort them first, as `evaluate_widths` does. It
+    means nothing for layers made with `overlap=False`.
+
+    Returns: BatchNorm and classifier, in eval mode (stay there), that switch widths together and take the features as
+        they are.
+
+    Raises: DataError: if labels and features do not fit. WidthError: if widths are missing.
+
+    >>> from slimmable import at_width
+    >>> wide = torch.cat([torch.eye(4)] * 8)
+    >>> probe = train_slimmable_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
+    >>> with at_width(probe, 0.5):
+    ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
+    (tensor([0, 1]), torch.Size([4, 2]))
+    """
+    classes = _check("train_slimmable_probe", features, labels, num_classes)
+    widths = check_widths(features)
+    full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
+    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=0.0, affine=False, device=labels.device), widths, kept)
+    for index, width in enumerate(widths):
+        mean, deviation = _moments(features[width])
+        norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
+    norm.eval()
+    linear = _zero_linear(full, classes, labels)
+    scaled = {width: norm.norm_at(index)(features[width].float()) for index, width in enumerate(widths)}
+
+    def scores(rows: Tensor) -> dict[float, Tensor]:
+        return {
+            width: F.linear(part[rows], linear.weight[:, : part.shape[1]], linear.bias)
+            for width, part in scaled.items()
+        }
+
+    _descend(linear, scores, labels, epochs, batch_size, learning_rate, seed)
+    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {}, {"in_features": kept})
+    return nn.Sequential(norm, linear).eval()
+
+
+def _check(where: str, features: Mapping[float, Tensor], labels: Tensor, num_classes: int | None) -> int:
+    return max(
+        check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
+        for width in check_widths(features)
+    )
+
+
+def _zero_linear(features: int, classes: int, labels: Tensor) -> nn.Linear:
+    linear = nn.Linear(features, classes, device=labels.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _descend(
+    probe: nn.Module,
+    scores: Callable[[Tensor], dict[float, Tensor]],
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Minimise `probe_loss` of `scores`, a function of row numbers, over the parameters of `probe`."""
     optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        order = torch.randperm(len(labels), generator=generator).to(device)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            scores = {width: probe.module_at(index)(scaled[width][batch]) for index, width in enumerate(widths)}
+            rows = order[start : start + batch_size]
             optimizer.zero_grad()
-            probe_loss(scores, labels[batch]).backward()  # type: ignore[no-untyped-call]
+            probe_loss(scores(rows), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    _take_raw_features(probe, [features[width] for width in widths])
-    return probe
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each feature."""
     return features.float().mean(0), features.float().std(0, correction=0).clamp(min=1e-6)
-
-
-def _standardise(features: Tensor) -> Tensor:
-    mean, deviation = _moments(features)
-    return (features.float() - mean) / deviation
-
-
-@torch.no_grad()
-def _take_raw_features(probe: SwitchableProbe, features: list[Tensor]) -> None:
-    for index, part in enumerate(features):
-        mean, deviation = _moments(part)
-        linear = probe.module_at(index)
-        linear.weight.div_(deviation)
-        linear.bias.sub_(linear.weight @ mean)
