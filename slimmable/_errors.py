@@ -32,3 +32,14 @@ class DataError(SlimmableError, ValueError):
 
 class UsageError(SlimmableError, ValueError):
     """A call without meaning: an unknown name, a number outside its range, steps in the wrong order."""
+
+
+class DivergedError(SlimmableError, ArithmeticError):
+    """A training loss that is infinite or not a number; `width` is where."""
+
+    def __init__(self, message: str, width: float) -> None:
+        super().__init__(message, width)
+        self.width = width
+
+    def __str__(self) -> str:
+        return str(self.args[0])

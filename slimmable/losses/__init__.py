@@ -1,5 +1,6 @@
 """Losses for training all widths of a network at once; plain functions of tensors, usable in any training code."""
 
+from slimmable.losses._contrastive import byol as byol
 from slimmable.losses._contrastive import contrast as contrast
 from slimmable.losses._contrastive import info_nce as info_nce
 from slimmable.losses._contrastive import moco_logits as moco_logits
@@ -28,6 +29,7 @@ __all__ = [
     "NTXent",
     "OnlineDistillation",
     "VICReg",
+    "byol",
     "contrast",
     "decoupled",
     "embedding_cross_entropy",

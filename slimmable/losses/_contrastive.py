@@ -1,4 +1,4 @@
-"""Contrastive losses of MoCo v2, SimCLR and MoCo v3, and the logits that online distillation compares.
+"""Losses of MoCo v2, SimCLR, MoCo v3 and BYOL, and the logits that online distillation compares.
 
 All `*_logits` functions put the positive pair into column 0, the negatives behind it. Embeddings are scaled to unit
 length here, so raw ones and normalised ones give the same value. Half-precision input is computed in float32.
@@ -144,3 +144,18 @@ def moco_v3(query: torch.Tensor, keys: torch.Tensor, temperature: float = 1.0, o
     tensor(2.7726)
     """
     return 2 * temperature * contrast(moco_v3_logits(query, keys, temperature, offset), 1.0)
+
+
+def byol(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the loss of BYOL for one direction, a scalar: the mean squared distance of unit vectors, `2 - 2 cosine`.
+
+    Both have shape (batch, dim). No gradient flows into `target`, the momentum encoder's embedding of the other view.
+    The loss of a step is symmetric: `byol(p0, z1) + byol(p1, z0)` (Grill et al. 2020, eq. 2).
+
+    Raises: DataError: if shapes differ or are no matrices.
+
+    >>> byol(torch.eye(2), torch.ones(2, 2))  # 2 - sqrt(2)
+    tensor(0.5858)
+    """
+    check_same_shape("byol", prediction=prediction, target=target)
+    return 2 - 2 * (unit(prediction) * unit(target.detach())).sum(1).mean()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+_SHORTEST = 1e-12  # vectors below this length count as zero
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -12,8 +13,13 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unit(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """Return `tensor` with vectors along `dim` scaled to length 1; a zero vector stays zero."""
-    return F.normalize(at_least_float32(tensor), dim=dim, eps=1e-12)
+    """Return `tensor` with vectors along `dim` scaled to length 1; a zero vector stays zero, and gets no gradient.
+
+    Its direction has none: the limit depends on the way, and is beyond what half precision can hold.
+    """
+    exact = at_least_float32(tensor)
+    length: torch.Tensor = torch.linalg.vector_norm(exact, dim=dim, keepdim=True)
+    return exact / length.masked_fill(length < _SHORTEST, torch.inf)
 
 
 def products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

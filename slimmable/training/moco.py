@@ -1,4 +1,4 @@
-"""The momentum encoder and the queue of MoCo v2, for a network that runs at several widths."""
+"""Momentum encoders, and the queue of MoCo v2, for a network that runs at several widths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
+from slimmable.training._processes import rank, world_size
+from slimmable.training.distributed import gather
+
+
+def follower_of(network: nn.Module) -> nn.Module:
+    """Return a copy of `network` that takes no gradients: a momentum encoder at its start.
+
+    >>> [parameter.requires_grad for parameter in follower_of(nn.Linear(2, 2)).parameters()]
+    [False, False]
+    """
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(follower: nn.Module, network: nn.Module, momentum: float) -> None:
+    """Move the parameters of `follower` towards those of `network`: `momentum` of its own, the rest of the network's.
+
+    Buffers, such as BatchNorm statistics, stay: they come from the follower's own forward.
+
+    Raises: UsageError: if the two have not the same number of parameters.
+
+    >>> network = nn.Linear(2, 2)
+    >>> follower = follower_of(network)
+    >>> network.weight.data += 1.0
+    >>> follow(follower, network, momentum=0.75)
+    >>> (network.weight - follower.weight)[0]
+    tensor([0.7500, 0.7500], grad_fn=<SelectBackward0>)
+    """
+    own: list[Tensor] = list(follower.parameters())
+    others: list[Tensor] = list(network.parameters())
+    if len(own) != len(others):
+        raise UsageError(f"follow: the network has {len(others)} parameters, the one copied from it has {len(own)}")
+    torch._foreach_lerp_(own, others, 1 - momentum)
 
 
 class MoCo(nn.Module):
@@ -27,6 +60,7 @@ class MoCo(nn.Module):
         parts: the key encoder runs on this many random parts of a batch, one after the other. With one part, a query
             and its key share their batch's statistics in every BatchNorm, which gives the pair away; MoCo shuffles
             batches between processes against that (He et al. 2020, section 3.3), more than one part does it in one.
+            Several processes share the parts, of the joined batch; there are at least as many parts as processes.
 
     Raises: UsageError: if `dim`, `queue_size` or `parts` is below 1, or `momentum` is not in [0, 1].
 
@@ -49,7 +83,7 @@ class MoCo(nn.Module):
                 raise UsageError(f"MoCo: {name} must be at least 1, got {value}")
         if not 0 <= momentum <= 1:
             raise UsageError(f"MoCo: momentum must be in [0, 1], got {momentum}")
-        self.key = copy.deepcopy(network).requires_grad_(False)
+        self.key = follower_of(network)
         self.momentum = momentum
         self.parts = parts
         device = next(network.parameters()).device
@@ -62,28 +96,35 @@ class MoCo(nn.Module):
 
         Only parameters follow the network; BatchNorm statistics of the key encoder come from its own forward.
         """
-        own: list[Tensor] = list(self.key.parameters())
-        others: list[Tensor] = list(network.parameters())
-        if len(own) != len(others):
-            raise UsageError(
-                f"MoCo.keys: the network has {len(others)} parameters, the one copied as key encoder had {len(own)}"
-            )
-        torch._foreach_lerp_(own, others, 1 - self.momentum)
-        if self.parts == 1:
+        follow(self.key, network, self.momentum)
+        processes, batch = world_size(), len(images)
+        parts = max(self.parts, processes)
+        if parts == 1:
             return F.normalize(self.key(images), dim=1)
-        order = torch.randperm(len(images), device=images.device)
-        shuffled = torch.cat([self.key(images[part]) for part in order.tensor_split(self.parts)])
-        return F.normalize(shuffled, dim=1)[order.argsort()]
+        if processes > 1 and (parts % processes or batch * processes % parts):
+            raise DataError(
+                f"MoCo.keys: {parts} parts of {processes} x {batch} images cannot be shared by {processes} processes; "
+                "choose multiples of their number"
+            )
+        images = gather(images)
+        order = self._order(len(images), images.device)
+        shares = order.tensor_split(parts)[rank() :: processes]
+        keys = F.normalize(gather(torch.cat([self.key(images[share]) for share in shares])), dim=1)
+        taken = torch.cat(
+            [share for first in range(processes) for share in order.tensor_split(parts)[first::processes]]
+        )
+        return keys[taken.argsort()][rank() * batch :][:batch]
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Let `keys`, shape (batch, dim), take the place of the oldest in the queue.
+        """Let `keys`, shape (batch, dim), of all processes take the place of the oldest in the queue.
 
         Call it after the step's last `backward`: the graph still refers to the queue.
 
         Raises: DataError: if the queue cannot hold the batch, or the embeddings have another size.
         """
         dim, size = self.queue.shape
+        keys = gather(keys)
         if keys.ndim != 2 or keys.shape[1] != dim or len(keys) > size:
             raise DataError(
                 f"MoCo.enqueue: keys of shape {tuple(keys.shape)} do not fit a queue of shape ({dim}, {size})"
@@ -92,3 +133,9 @@ class MoCo(nn.Module):
         places = torch.arange(start, start + len(keys), device=self.queue.device) % size
         self.queue[:, places] = keys.T.to(self.queue.dtype)
         self.position.fill_((start + len(keys)) % size)
+
+    @staticmethod
+    def _order(count: int, device: torch.device) -> Tensor:
+        """Return a random order of the joined batch, the same in all processes."""
+        order = torch.randperm(count, device=device)
+        return order if world_size() == 1 else gather(order[None])[0]

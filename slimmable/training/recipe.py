@@ -67,7 +67,7 @@ class SlimRecipe:
         self.distill = distill
         self.weights = _weight_of_each(widths_of(model), weights)
         self._mode = _check_sandwich(model, weights, random_widths) if random_widths else None
-        self._random_widths, self._random = random_widths, random.Random(seed)
+        self._random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
         self.slow_start = _check_share("slow_start", slow_start)
         self._step: _Step | None = None
         self._loop: weakref.ref[Generator[float, None, None]] | None = None
@@ -86,11 +86,15 @@ class SlimRecipe:
         """
         return self._step is not None and self._step.first
 
-    def widths(self, progress: float) -> Iterator[float]:
+    def widths(self, progress: float, step: int | None = None) -> Iterator[float]:
         """Switch the model to each width of this step in turn, from the widest on, and yield it.
 
-        `progress` is the share of the training done, in [0, 1]. When the loop ends, also by `break` or an exception,
-        the width is 1.0 again.
+        When the loop ends, also by `break` or an exception, the width is 1.0 again.
+
+        Args:
+            progress: share of the training done, in [0, 1].
+            step: number of this step. With it, random widths depend on `seed` and step alone, so that a training that
+                goes on from a checkpoint draws what it would have drawn; without, on the draws before.
 
         Raises: UsageError: if `progress` is not in [0, 1].
         """
@@ -98,6 +102,8 @@ class SlimRecipe:
         previous = self._loop() if self._loop is not None else None
         if previous is not None:  # one that was left half-way and is still referred to
             previous.close()
+        if step is not None:
+            self._random.seed(f"{self._seed} {step}")
         loop = self._run(slow)
         self._loop = weakref.ref(loop)
         return loop
