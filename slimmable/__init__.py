@@ -36,6 +36,7 @@ from slimmable.layers import SwitchableProbe as SwitchableProbe
 from slimmable.losses import OnlineDistillation as OnlineDistillation
 from slimmable.profile import profile as profile
 from slimmable.search import search as search
+from slimmable.slimclr import load_slimclr as load_slimclr
 from slimmable.training.calibrate import calibrate_bn as calibrate_bn
 from slimmable.training.recipe import SlimRecipe as SlimRecipe
 from slimmable.width import AllWidths as AllWidths
