@@ -1,0 +1,193 @@
+"""What the widths' gradients do to each other: who dominates the shared weights, and do they point the same way."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._columns import columns_of, places_of
+from slimmable._errors import UsageError
+from slimmable._files import write_aside
+from slimmable.losses._cosines import at_least_float32
+from slimmable.training._blocks import Shared, shared_parameters
+from slimmable.training._gradient_sums import Sums, added, sums_of, values_of
+from slimmable.width import widths_of
+
+
+class GradientDiagnostics:
+    """Gradient imbalance and divergence between widths during a training (SlimCLR, Zhao et al. 2024, Figure 3).
+
+    In one step out of `every` the gradients are looked at after each width's `backward` and before the update:
+    `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, `L_w` the part of it that
+    width w brought. Only parameters that all widths share count; those of switchable norms and probes belong to one
+    width each. A value without `_total` is the mean over layers, that is, over the shared parameters with two axes or
+    more; layers in which it is not a finite number are left out. With `_total` it is of all shared parameters as one
+    vector. What a step has nothing for, such as a width that did not run, is NaN.
+
+    | column | value |
+    |---|---|
+    | `step` | number of the step, from 0 |
+    | `grad_norm/w0.25` | norm of the gradient of `L` by `theta_0.25`; the mean over layers is the published statistic |
+    | `grad_ratio/w0.25` | norm by `theta_1.0` over norm by `theta_0.25`, both of `L`; at least 1 |
+    | `rest_ratio/w0.25` | the same with what of `theta_1.0` is not in `theta_0.25`; below 1 a small part dominates |
+    | `own_norm/w0.25` | norm of the gradient of `L_0.25` by `theta_0.25` |
+    | `own_ratio/w0.25` | norm of the gradient of `L_1.0` over that of `L_0.25` |
+    | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` by what both widths read |
+
+    Norms are those of the gradients as they are, so under a `GradScaler` they are multiplied by its scale; ratios and
+    cosines do not depend on a common scale. A width's own gradient is the difference that its `backward` made to the
+    added-up gradients, with their rounding: use float32 parameters, as mixed precision does, rather than half ones.
+    Widths that a recipe draws anew in each step count in `L`, but have no columns. In several processes own gradients
+    are those of the process, or of all if each `backward` averages; the total ones are what `after_step` finds.
+
+    In a sampled step this holds about three times the memory of the gradients; in others nothing.
+
+    Args:
+        model: anything that `set_width` takes; not sharded.
+        every: distance in steps between two samples; the first is step 0.
+
+    Attributes:
+        step: number of the step that runs.
+        rows: one dict of column -> value for each sampled step.
+        layer_names: names of the layers, in the order of the values in `layers`.
+        layers: for each row column -> float32 tensor of shape (layers,), the values behind the mean.
+
+    Raises: UsageError: if `every` is no positive integer. ConversionError: if nothing in `model` reacts to widths.
+
+    >>> from slimmable import SlimLinear, SlimRecipe
+    >>> model = SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
+    >>> recipe, diagnostics = SlimRecipe(model, weights="ones"), GradientDiagnostics(model, every=50)
+    >>> for width in recipe.widths(progress=1.0):
+    ...     recipe.loss(model(torch.ones(1, int(4 * width))).sum()).backward()
+    ...     diagnostics.after_backward(width)
+    >>> diagnostics.after_step()  # half of the weights have the gradient 1 + 1, half have 1
+    >>> columns = ("grad_ratio/w0.5", "rest_ratio/w0.5", "grad_cosine/w1.0_w0.5")
+    >>> [round(diagnostics.rows[0][column], 4) for column in columns]
+    [1.118, 0.5, 1.0]
+    """
+
+    def __init__(self, model: nn.Module, every: int = 50) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise UsageError(f"GradientDiagnostics: every must be an integer from 1 on, got {every!r}")
+        self.model = model
+        self.every = every
+        self.widths = widths_of(model)
+        self._shared = shared_parameters(model, self.widths)
+        if any(hasattr(shared.parameter, "placements") for shared in self._shared):
+            raise UsageError("GradientDiagnostics: the parameters are sharded; their blocks lie in several processes")
+        self.layer_names = tuple(shared.name for shared in self._shared if _is_layer(shared))
+        self.step = 0
+        self.rows: list[dict[str, float]] = []
+        self.layers: list[dict[str, Tensor]] = []
+        self._forget()
+
+    def after_backward(self, width: float) -> None:
+        """Take in what the `backward` of `width` has added to the gradients; call it after each.
+
+        In steps that are not sampled nothing happens. Several calls with one width, as for a batch in parts, add up.
+        The gradients must have been cleared before the first `backward` of the step.
+
+        Raises: WidthError: if the model does not have this width.
+        """
+        if self.step % self.every:
+            return
+        known = width in self.widths
+        if not known:
+            columns_of(places_of(self.model), width)
+        own = self._own.setdefault(width, {}) if known else None
+        for shared in self._shared:
+            gradient = shared.parameter.grad
+            if gradient is None:
+                continue
+            before = self._before.get(shared.name)
+            if own is not None:
+                block = shared.blocks[width]
+                part = at_least_float32(block.of(gradient.detach()))
+                part = part.clone() if before is None else part - at_least_float32(block.of(before))
+                own[shared.name] = own[shared.name] + part if shared.name in own else part
+            self._before[shared.name] = gradient.detach().clone()
+        self._called = True
+
+    def after_step(self) -> None:
+        """Count the step, and in a sampled one make its row; call it before the optimizer's update.
+
+        Raises: UsageError: if a step is sampled and `after_backward` was not called in it, or no shared parameter has a
+            gradient.
+        """
+        if self.step % self.every == 0:
+            self._sample()
+        self.step += 1
+
+    def _sample(self) -> None:
+        if not self._called:
+            raise UsageError(
+                f"GradientDiagnostics.after_step: step {self.step} is to be sampled, but after_backward was not called "
+                "in it; call it after each width's backward"
+            )
+        sums: list[Sums] = []
+        for shared in self._shared:
+            gradient, name = shared.parameter.grad, shared.name
+            own = {width: self._own[width][name] for width in self.widths if name in self._own.get(width, {})}
+            sums.append({} if gradient is None else sums_of(shared, gradient.detach(), own))
+        if not any(sums):
+            raise UsageError(
+                "GradientDiagnostics.after_step: no shared parameter has a gradient; call it after the step's last "
+                "backward, and before the gradients are cleared"
+            )
+        each = [values_of(s, self.widths) for s, shared in zip(sums, self._shared, strict=True) if _is_layer(shared)]
+        total = values_of(added(sums), self.widths)
+        layers = {name: torch.stack([values[name] for values in each]) for name in total} if each else {}
+        row: dict[str, float] = {"step": self.step}
+        for name, value in total.items():
+            row[name] = _mean(layers[name]) if each else math.nan
+            row[name.replace("/", "_total/")] = value.item()
+        self.rows.append(row)
+        self.layers.append({name: values.float() for name, values in layers.items()})
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the gradients of a step."""
+        self._own: dict[float, dict[str, Tensor]] = {}  # width -> parameter -> its own gradient, in the width's block
+        self._before: dict[str, Tensor] = {}  # parameter -> its gradient at the last call
+        self._called = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the step and the rows and layers so far, for a checkpoint between two steps."""
+        return {"step": self.step, "rows": list(self.rows), "layers": list(self.layers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises: UsageError: if `state` is something else.
+        """
+        if not isinstance(state, dict) or set(state) != {"step", "rows", "layers"}:
+            raise UsageError("GradientDiagnostics.load_state_dict: this is not what its state_dict() returns")
+        self.step, self.rows, self.layers = state["step"], list(state["rows"]), list(state["layers"])
+        self._forget()
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows as CSV; a file that is there is replaced when the new one is complete.
+
+        Raises: CheckpointError: if it cannot be written.
+        """
+
+        def write(aside: Path) -> None:
+            with aside.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else ["step"], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_aside(Path(path), write)
+
+
+def _is_layer(shared: Shared) -> bool:
+    return shared.parameter.ndim > 1
+
+
+def _mean(values: Tensor) -> float:
+    return values[values.isfinite()].mean().item()
