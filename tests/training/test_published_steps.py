@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from slimmable import losses
+from slimmable import losses, methods
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm1d, SwitchableBatchNorm2d
 from slimmable.training.moco import MoCo
 from slimmable.training.recipe import SlimRecipe
@@ -199,6 +199,58 @@ def test_moco_v3_step(case):
         terms.append(recipe.loss(contrastive, teach=logits))
         terms[-1].backward()
     assert_published(case, terms, base, key)
+    parameters = dict(top.named_parameters())
+    for name, gradient in ours(STEPS, f"{case['name']}/grad_predictor/").items():
+        given = parameters[name].grad
+        close(torch.zeros_like(gradient) if given is None else given, gradient)
+
+
+def assert_published_step(case, method, losses_of_step, key=None):
+    """After `Method.step`: gradients, statistics and momentum encoder are the published ones."""
+    name = case["name"]
+    parameters, statistics = dict(method.encoder.named_parameters()), dict(method.encoder.named_buffers())
+    for parameter, gradient in ours(STEPS, f"{name}/grad/").items():
+        given = parameters[parameter].grad
+        close(torch.zeros_like(gradient) if given is None else given, gradient)
+    for buffer, value in ours(STEPS, f"{name}/q_stats/").items():
+        close(statistics[buffer], value)
+    for prefix, found in (() if key is None else (("key_param_after", "parameters"), ("key_stats", "buffers"))):
+        held = dict(getattr(key, f"named_{found}")())
+        for tensor, value in ours(STEPS, f"{name}/{prefix}/").items():
+            close(held[tensor].detach(), value)
+    assert list(losses_of_step) == (list(WIDTHS) if case["epoch"] > case["slim_start_epoch"] else [1.0])
+
+
+@cases_of("mocov2")
+def test_moco_v2_takes_the_published_step(case):
+    model, views = network("mocov2")
+    method = methods.MoCoV2(model, dim=16, queue_size=case["K"], momentum=case["moco_m"], temperature=case["T"])
+    method.moco.double().queue.copy_(STEPS["queue0"])
+    method.moco.key = scaled_copy(model)
+    recipe, progress = recipe_of(case, method.online)
+    assert_published_step(case, method, method.step(recipe, methods.Batch(views), progress), method.moco.key)
+    close(method.moco.queue, STEPS[f"{case['name']}/queue_after"])
+
+
+@cases_of("simclr")
+def test_simclr_takes_the_published_step(case):
+    model, views = network("simclr")
+    method = methods.SimCLR(model, temperature=case["T"])
+    recipe, progress = recipe_of(case, method.online)
+    assert_published_step(case, method, method.step(recipe, methods.Batch(views), progress))
+
+
+@cases_of("mocov3")
+def test_moco_v3_takes_the_published_step(case):
+    model, views = network("mocov3")
+    top = predictor().double()
+    top.load_state_dict(ours(STEPS, "predictor/"))
+    method = methods.MoCoV3(model, top, momentum=case["init_m"], temperature=case["T"])
+    method.momentum_encoder = scaled_copy(model)
+    recipe, _ = recipe_of(case, method.online)
+    recipe.slow_start = case["slim_start_epoch"] / case["E"]
+    found = method.step(recipe, methods.Batch(views), case["epoch"] / case["E"])
+    assert_published_step(case, method, found, method.momentum_encoder)
     parameters = dict(top.named_parameters())
     for name, gradient in ours(STEPS, f"{case['name']}/grad_predictor/").items():
         given = parameters[name].grad

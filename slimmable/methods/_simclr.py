@@ -1,0 +1,60 @@
+"""SimCLR: both views of an image attract each other, all other images of the batch repel."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from slimmable.losses import OnlineDistillation, contrast, nt_xent_logits
+from slimmable.losses._checks import check_temperature
+from slimmable.methods._method import Batch, Method, Outcome
+from slimmable.training.distributed import gather
+
+
+class SimCLR(Method):
+    """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
+
+    The embeddings of all processes are gathered, with their gradients, so each image meets the whole batch.
+
+    Args:
+        encoder: an `Encoder`, converted.
+        temperature: of the loss; 0.1 for ImageNet, 0.5 for CIFAR.
+
+    Raises: UsageError: if `temperature` is not positive.
+
+    >>> import torch, slimmable
+    >>> from slimmable.methods import Batch, Encoder
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
+    >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))
+    >>> method = SimCLR(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
+    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
+    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
+    >>> list(losses)
+    [1.0, 0.5]
+    """
+
+    def __init__(self, encoder: nn.Module, *, temperature: float = 0.1) -> None:
+        super().__init__(encoder)
+        check_temperature("SimCLR", "temperature", temperature)
+        self.temperature = temperature
+
+    @staticmethod
+    def projector(features: int, hidden: int, dim: int) -> nn.Sequential:
+        """Return the head, two layers with BatchNorm: (batch, features) -> (batch, dim)."""
+        return nn.Sequential(
+            nn.Linear(features, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, dim, bias=False),
+            nn.BatchNorm1d(dim),
+        )
+
+    @staticmethod
+    def distillation() -> OnlineDistillation:
+        """Return the distillation of SlimCLR: cosines at temperature 5."""
+        return OnlineDistillation()
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Return NT-Xent over the gathered batch (eq. 1)."""
+        embeddings = [gather(self.encoder(view)) for view in batch.views]
+        logits = nt_xent_logits(*embeddings)
+        return Outcome(contrast(logits, self.temperature), [logits], embeddings)
