@@ -1,7 +1,9 @@
 """Every Python example of the README and the documentation runs, and says what it claims."""
 
+import importlib.util
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,34 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+NEEDED = {  # page -> modules; skipped without them
+    "docs/how-to/hf-trainer.md": ["accelerate", "transformers"],
+    "docs/how-to/lightly.md": ["lightly"],
+    "docs/how-to/lightning.md": ["lightning"],
+    "docs/how-to/solo-learn.md": ["lightning", "omegaconf"],
+    "docs/how-to/timm-train.md": ["timm.task"],
+}
+STAND_INS = Path(__file__).parent / "stand_ins"  # of packages that cannot be installed beside the current torch
+
+
+def needs(page: str) -> None:
+    for module in NEEDED.get(page, []):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder of its own for what the programs write, and the stand-ins where a package is not installed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(STAND_INS)])
+
+
+def run(program: str, folder: Path) -> dict[str, object]:
+    """Run a page's program and return its names; from a file, so that classes can be pickled, errors show the line."""
+    path = folder / "page.py"
+    path.write_text(program)
+    return runpy.run_path(str(path), run_name="__main__")
 
 
 def test_there_are_examples():
@@ -24,26 +54,54 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_examples_run_and_print_the_plans_shown(page, tmp_path, capsys):
-    program = tmp_path / "page.py"  # a file, so that classes can be pickled and errors show the line
-    program.write_text("\n".join(blocks(page, "python")))
-    runpy.run_path(str(program), run_name="__main__")
+    needs(page)
+    run("\n".join(blocks(page, "python")), tmp_path)
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     for shown in blocks(page, "text"):
         if shown.startswith("group"):
             assert shown.rstrip() in printed
 
 
-def test_the_difference_is_that_of_the_two_loops():
-    before, after = blocks("docs/how-to/own-loop.md", "python")[:2]
-    (difference,) = blocks("docs/how-to/own-loop.md", "diff")
-    hunks = difference.split("@@\n")
-    for hunk in hunks:
-        lines = hunk.splitlines()
-        assert "\n".join(line[1:] for line in lines if line[0] in " -") in before
-        assert "\n".join(line[1:] for line in lines if line[0] in " +") in after
-    rebuilt = before.replace("from torch import nn\n", "from torch import nn\nimport slimmable\n", 1)
-    for hunk in hunks:
-        old, new = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[0] in kept) for kept in (" -", " +"))
-        assert rebuilt.count(old) == 1
-        rebuilt = rebuilt.replace(old, new)
-    assert rebuilt == after
+WITH_DIFF = [page for page in WITH_PYTHON if blocks(page, "diff")]
+
+
+def side(hunk: str, kept: str) -> str:
+    """The lines of one side of a hunk: of the program before (" -") or after (" +")."""
+    return "".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[0] in kept)
+
+
+def undo(difference: str, after: str) -> str:
+    """Return the program to which `difference` was applied; its hunks stand in order, each in one place."""
+    start, before = 0, ""
+    for hunk in difference.split("@@\n"):
+        new = side(hunk, " +")
+        assert after.count(new, start) == 1, f"not once behind the hunk before it:\n{new}"
+        place = after.index(new, start)
+        before += after[start:place] + side(hunk, " -")
+        start = place + len(new)
+    return before + after[start:]
+
+
+def afters(page: str) -> list[str]:
+    """The programs that stand behind the diffs of a page."""
+    shown = [found for found in BLOCK.findall((ROOT / page).read_text()) if found[0] in ("python", "diff")]
+    return [shown[place + 1][1] for place, (language, _) in enumerate(shown) if language == "diff"]
+
+
+@pytest.mark.parametrize("page", WITH_DIFF)
+def test_the_differences_are_those_of_the_programs(page, tmp_path):
+    """Behind each diff stands the program after it; before the first one that before it, and the others' run too."""
+    needs(page)
+    shown = [found for found in BLOCK.findall((ROOT / page).read_text()) if found[0] in ("python", "diff")]
+    for place, (language, difference) in enumerate(shown):
+        if language != "diff":
+            continue
+        after = shown[place + 1][1]
+        if "+import slimmable" not in difference.splitlines():  # said in words
+            after = after.replace("import slimmable\n", "", 1)
+        before = undo(difference, after)
+        assert "slimmable" not in before
+        if "diff" not in [found for found, _ in shown[:place]]:
+            assert before == shown[place - 1][1]
+        else:
+            run(before, tmp_path)
