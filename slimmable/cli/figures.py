@@ -39,6 +39,7 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
             "of a model with two widths or more"
         )
     matplotlib = require("matplotlib", "matplotlib")
+    ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)
     steps = [row["step"] for row in rows]
@@ -49,8 +50,9 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
         cosines.plot(steps, [row[f"grad_cosine/w1.0_w{width}"] for row in rows], color=colour, label=f"width {width}")
     ratios.axhline(1, color="grey", linewidth=1)
     ratios.set_yscale("log")
+    ratios.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ratios.yaxis.set_major_formatter("{x:g}")
-    ratios.yaxis.set_minor_formatter("{x:g}")
+    ratios.yaxis.set_minor_locator(ticker.NullLocator())
     ratios.set_ylabel("ratio of gradient norms")
     cosines.axhline(0, color="grey", linewidth=1)
     cosines.set_ylim(-1, 1)
@@ -58,7 +60,7 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     for axes in (ratios, cosines):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    ratios.legend(frameon=False)
+    cosines.legend(loc="lower right", frameon=False)
     figure.suptitle(title)
     with matplotlib.rc_context({"savefig.dpi": 150}):
         write_aside(Path(path), lambda aside: figure.savefig(aside, format="png"))

@@ -1,5 +1,6 @@
 """The benchmarks run, and their result files say what was measured, how and where."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -73,3 +74,26 @@ def test_a_conversion_is_measured(tmp_path):
     assert row["operations"] > 30
     assert min(row[name] for name in ("seconds", "parameters", "ms_per_operation", "set_width_ms")) > 0
     assert (tmp_path / "table.md").read_text().count("| test_resnet |") == 1
+
+
+def test_gradient_diagnostics_are_measured(tmp_path):
+    quick("diagnostics.run", tmp_path)
+    rows = json.loads(next(tmp_path.glob("resnet10t--*.json")).read_text())["rows"]
+    assert [row["way"] for row in rows] == ["sampled", "not sampled"]
+    assert all(set(row) == COMPARED | {"way", "batch", "image_size"} for row in rows)
+    assert (tmp_path / "table.md").read_text().count("| resnet10t |") == 1
+
+
+def test_trajectories_are_drawn(tmp_path):
+    quick("trajectory.run", tmp_path)
+    assert len(list(tmp_path.glob("imbalance-*.png"))) == len(list(tmp_path.glob("gradients-*.csv"))) == 3
+    pictures = {path.name for path in tmp_path.glob("trajectory-*.png")}
+    assert pictures == {f"trajectory-{width}.png" for width in (1.0, 0.75, 0.5, 0.25)}
+    with (tmp_path / "digits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    for row in rows:
+        assert 0 < float(row["variance"]) <= 1 + 1e-6
+        assert 0 < float(row["straightness"]) <= 1 + 1e-6
+        assert (row["cosine"] == "nan") == (row["width"] == "1.0")
+    assert (tmp_path / "table.md").read_text().count("| SimCLR |") == 4
