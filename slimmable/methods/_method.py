@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimmable._errors import DivergedError, UsageError
 from slimmable.losses import OnlineDistillation
+from slimmable.losses._cosines import at_least_float32
 from slimmable.methods._encoder import Encoder
 from slimmable.training.diagnostics import GradientDiagnostics
 from slimmable.training.distributed import synchronised_batchnorm
@@ -147,7 +148,7 @@ class Method(nn.Module):
 
 def _mean_of_processes(value: Tensor) -> float:
     """Return the mean, so that all processes see the same, also if one of them has no number."""
-    value = value.detach().float().clone()
+    value = at_least_float32(value.detach()).clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
         value /= dist.get_world_size()

@@ -1,0 +1,215 @@
+"""A step of every method is the summed loss of plain forwards; published steps are tested with the recipe."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import slimmable
+from slimmable import methods
+from slimmable._errors import DivergedError, UsageError
+from slimmable.training import GradientDiagnostics, cosine_momentum
+from tests.methods.networks import DIM, FEATURES, HIDDEN, MAKE, WIDTHS, batch_of, encoder, gradients_of, make, recipe_of
+
+EVERY = pytest.mark.parametrize("name", MAKE)
+
+
+def cosines(a, b):
+    return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+
+
+def simclr_oracle(method, batch):
+    """Every embedding against all others, by a mask."""
+    z = torch.cat([method.encoder(view) for view in batch.views])
+    logits = (cosines(z, z) / method.temperature).masked_fill(torch.eye(16, dtype=torch.bool), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(16).roll(8))
+
+
+def mocov3_oracle(method, batch):
+    keys = [method.momentum_encoder(view).detach() for view in batch.views]
+    queries = [method.online_predictor(method.encoder(view)) for view in batch.views]
+    t = method.temperature
+    both = zip(queries, keys[::-1], strict=True)
+    return 2 * t * sum(F.cross_entropy(cosines(q, k) / t, torch.arange(8)) for q, k in both)
+
+
+def byol_oracle(method, batch):
+    keys = [method.momentum_encoder(view).detach() for view in batch.views]
+    found = [method.online_predictor(method.encoder(view)) for view in batch.views]
+    both = zip(found, keys[::-1], strict=True)
+    return sum((F.normalize(p, dim=1) - F.normalize(z, dim=1)).square().sum(1).mean() for p, z in both)
+
+
+def vicreg_oracle(method, batch):
+    first, second = (method.encoder(view) for view in batch.views)
+    loss = 25 * (first - second).square().mean()
+    for z in (first, second):
+        covariance = torch.cov(z.T)
+        loss = loss + 25 * F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
+        loss = loss + (covariance - torch.diag(covariance.diagonal())).square().sum() / DIM
+    return loss
+
+
+def supervised_oracle(method, batch):
+    return F.cross_entropy(method.encoder(batch.views[0]), batch.labels)
+
+
+ORACLES = {
+    "simclr": simclr_oracle,
+    "mocov3": mocov3_oracle,
+    "byol": byol_oracle,
+    "vicreg": vicreg_oracle,
+    "supervised": supervised_oracle,
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_the_loss_of_each_width_is_that_of_plain_code(name):
+    method, again = make(name), make(name)
+    found = method.step(recipe_of(method), batch_of(method), progress=0.8)
+    if hasattr(again, "momentum_encoder"):
+        with torch.no_grad():
+            momentum = cosine_momentum(0.8, again.momentum)
+            pairs = zip(again.momentum_encoder.parameters(), again.encoder.parameters(), strict=True)
+            for own, other in pairs:
+                own.lerp_(other, 1 - momentum)
+    for width in WIDTHS:
+        with slimmable.at_width(again.online, width):
+            expected = ORACLES[name](again, batch_of(again))
+        assert found[width] == pytest.approx(expected.item(), rel=1e-9)
+
+
+@EVERY
+def test_the_gradients_are_those_of_one_summed_loss(name):
+    method, again = make(name), make(name)
+    recipe, other = recipe_of(method), recipe_of(again)
+    torch.manual_seed(0)  # of the shuffled keys
+    method.step(recipe, batch_of(method), progress=0.8)
+    torch.manual_seed(0)
+    batch, terms = batch_of(again), []
+    for _ in other.widths(0.8):
+        if other.first:
+            with torch.no_grad():
+                batch.targets = again.prepare(batch, 0.8)
+        outcome = again(batch)
+        own = again.distillation()
+        teach = outcome.embeddings if own.kind in ("mse", "embedding") else outcome.logits
+        terms.append(other.loss(outcome.loss, teach))
+    torch.stack(terms).sum().backward()
+    for (label, gradient), expected in zip(gradients_of(method).items(), gradients_of(again).values(), strict=True):
+        if expected is None:
+            assert gradient is None, label
+        else:
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12, msg=label)
+
+
+@EVERY
+def test_slow_start_trains_the_full_width_only(name):
+    method = make(name)
+    assert list(method.step(recipe_of(method), batch_of(method), progress=0.2)) == [1.0]
+    narrow = {label: g for label, g in gradients_of(method).items() if ".narrow." in label}
+    assert narrow
+    assert all(gradient is None for gradient in narrow.values())
+
+
+@EVERY
+def test_every_trained_parameter_gets_a_gradient(name):
+    method = make(name)
+    method.step(recipe_of(method), batch_of(method), progress=0.8)
+    trained = {id(p) for p in method.online.parameters()}
+    for label, parameter in method.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in trained), label
+        assert (parameter.grad is not None) == (id(parameter) in trained), label
+
+
+@EVERY
+def test_a_copy_goes_its_own_way(name):
+    method = make(name)
+    other = copy.deepcopy(method)
+    method.step(recipe_of(method), batch_of(method), progress=0.8)
+    assert all(gradient is None for gradient in gradients_of(other).values())
+    other.load_state_dict(method.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(method.buffers(), other.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["byol", "vicreg"])
+def test_distillation_of_logits_needs_logits(name):
+    method = make(name)
+    recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation("kl"))
+    with pytest.raises(UsageError, match=r"has no logits, which distillation of kind 'kl' compares; its own is 'mse'"):
+        method.step(recipe, batch_of(method), progress=0.8)
+    assert slimmable.width_of(method.encoder) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["embedding", "mse", "dkd", "atkd"])
+@pytest.mark.parametrize("name", ["simclr", "mocov2", "mocov3"])
+def test_every_kind_of_distillation_runs(name, kind):
+    method = make(name)
+    recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation(kind, teachers="all wider"))
+    method.step(recipe, batch_of(method), progress=0.8)
+    assert all(g.isfinite().all() for g in gradients_of(method).values() if g is not None)
+
+
+def test_byol_teaches_by_its_own_distance():
+    """The distillation of a width is what BYOL's loss would be with the full width's prediction as its target."""
+    student, teacher = torch.randn(2, 8, DIM, dtype=torch.float64)
+    scaled = [F.normalize(each, dim=1) * DIM**0.5 for each in (student, teacher)]
+    torch.testing.assert_close(methods.BYOL.distillation()(*scaled), slimmable.losses.byol(student, teacher))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(broken):
+    method = make("supervised")
+    batch = batch_of(method)
+    batch.views[0][0] = broken
+    with pytest.raises(DivergedError, match="the loss is nan at width 1") as caught:
+        method.step(recipe_of(method), batch, progress=0.8)
+    assert caught.value.width == 1.0
+    assert all(gradient is None for gradient in gradients_of(method).values())
+
+
+def test_wrong_batches_are_refused():
+    simclr, supervised = make("simclr"), make("supervised")
+    with pytest.raises(UsageError, match="SimCLR: takes 2 views of each image, got 1"):
+        simclr.step(recipe_of(simclr), methods.Batch(batch_of(simclr).views[:1]), 0.8)
+    with pytest.raises(UsageError, match="Supervised learns from labels"):
+        supervised.step(recipe_of(supervised), methods.Batch(batch_of(supervised).views), 0.8)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "high"])
+def test_wrong_settings_are_refused(value):
+    network = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="momentum must be in"):
+        methods.BYOL(network, network, momentum=value)
+    if value != 1.5:
+        for make_method in (methods.SimCLR, methods.MoCoV2):
+            with pytest.raises(UsageError, match="temperature must be a positive number"):
+                make_method(network, temperature=value)
+
+
+def test_mixed_precision_and_diagnostics():
+    torch.manual_seed(0)
+    method = make("mocov3").float()
+    recipe, diagnostics = recipe_of(method), GradientDiagnostics(method.online, every=1)
+    batch = methods.Batch([view.float() for view in batch_of(method).views])
+    losses = method.step(recipe, batch, 0.8, autocast=torch.bfloat16, diagnostics=diagnostics)
+    diagnostics.after_step()
+    assert len(losses) == len(WIDTHS)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in method.parameters())
+    assert diagnostics.rows[0]["rest_ratio/w0.25"] > 0
+
+
+def test_a_universal_network_draws_the_same_widths_in_the_same_step():
+    torch.manual_seed(0)
+    network = encoder(methods.SimCLR.projector(FEATURES, HIDDEN, DIM), (1.0, 0.25), universal=True)
+    method = methods.SimCLR(network).double()
+    drawn = []
+    for numbers in ((0, 1, 2), (2,)):
+        recipe = slimmable.SlimRecipe(method.online, method.distillation(), "ones", random_widths=2, seed=3)
+        drawn.append([tuple(method.step(recipe, batch_of(method), 1.0, number=number)) for number in numbers])
+    assert drawn[0][2] == drawn[1][0]
+    assert len({*drawn[0]}) == 3
