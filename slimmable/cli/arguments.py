@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from slimmable.cli.config import FOLDER_IMAGE_SIZE, PretrainConfig
+from slimmable.cli.config import (
+    DIGITS,
+    DISTILLATIONS,
+    FOLDER_IMAGE_SIZE,
+    GLYPHS,
+    METHODS,
+    OPTIMIZERS,
+    PRECISIONS,
+    VIEWS,
+    PretrainConfig,
+)
+from slimmable.cli.loggers import LOGGERS
 
 ALL = "all"
 _DEFAULT_RUN = "runs/pretrain"
@@ -17,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="slimmable", description="Slimmable networks: one set of weights, several widths."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _pretrain(commands.add_parser("pretrain", help="pre-train a slimmable network by SlimCLR and evaluate every width"))
+    _pretrain(commands.add_parser("pretrain", help="pre-train a slimmable network and evaluate every width"))
     _evaluate(commands.add_parser("evaluate", help="evaluate the network of a run again, as it is now"))
     _export(
         commands.add_parser("export", aliases=["extract"], help="write widths of a model as files for other programs")
@@ -28,36 +40,85 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(parser: argparse.ArgumentParser) -> None:
-    # SUPPRESS tells an option that was given from one that was not: --resume takes the others from the run.
+    # SUPPRESS tells an option that was given from one that was not: --resume takes the others from the run, and what
+    # is not given depends on the method and the preset.
     default = PretrainConfig()
 
-    def add(option: str, kind: type, text: str) -> None:
+    def add(group: argparse._ActionsContainer, option: str, kind: type, text: str, **more: Any) -> None:
         value = getattr(default, option[2:].replace("-", "_"))
-        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {value})")
+        shown = f"{text} (default: {value})"
+        group.add_argument(option, type=kind, default=argparse.SUPPRESS, help=shown, **more)
 
-    add("--model", str, "a timm model, or small-resnet: timm's ResNet-10 with few channels and a stem for small images")
-    parser.add_argument(
+    main = parser.add_argument_group("what", "defaults are those of mocov2 on the embedded digits")
+    add(main, "--method", str, "how to train", choices=METHODS)
+    main.add_argument("--preset", metavar="NAME", help="published settings by name, such as slimclr-mocov2-imagenet")
+    add(main, "--model", str, "a timm model, or small-resnet: timm's ResNet-10 with few channels for small images")
+    add(
+        main,
         "--data",
-        default=argparse.SUPPRESS,
-        metavar="FOLDER",
-        help="a folder of images per class, whose names serve the evaluation only (default: embedded cluttered digits)",
+        str,
+        f"{DIGITS}: embedded cluttered digits; {GLYPHS}: drawn characters; or a folder of images per class, whose "
+        "names serve the evaluation only",
     )
-    _add_widths(parser, argparse.SUPPRESS)
-    add("--epochs", int, "passes over the training images")
-    add("--batch-size", int, "images per step")
-    add("--image-size", int, f"height and width in pixels; with --data {FOLDER_IMAGE_SIZE}")
-    add("--learning-rate", float, "peak learning rate of AdamW")
-    add("--images", int, "number of embedded digits to train on; a quarter as many are held out")
-    add("--seed", int, "of weights, order and views")
-    parser.add_argument(
+    add(main, "--images", int, "number of embedded images to train on; a quarter as many are held out")
+    add(main, "--image-size", int, f"height and width in pixels; of a folder {FOLDER_IMAGE_SIZE}")
+    _add_widths(main, argparse.SUPPRESS)
+    main.add_argument(
+        "--universal",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="any width from the narrowest on, trained by the sandwich rule",
+    )
+
+    how = parser.add_argument_group("how")
+    add(how, "--epochs", int, "passes over the training images")
+    add(how, "--batch-size", int, "images per step, of all processes together")
+    add(how, "--optimizer", str, "norms and biases do not decay", choices=OPTIMIZERS)
+    add(how, "--learning-rate", float, "peak, for this batch size")
+    add(how, "--joined-learning-rate", float, "peak after the slow start, if another")
+    add(how, "--warm-up", float, "epochs over which the learning rate rises; then it falls by a cosine")
+    add(how, "--weight-decay", float, "of weights")
+    add(how, "--embedding", int, "size of an embedding")
+    add(how, "--hidden", int, "units between the layers of the head; 0: as many as features")
+    add(how, "--temperature", float, "of a contrastive loss")
+    add(how, "--momentum", float, "of a momentum encoder; mocov3 and byol let it rise to 1")
+    add(how, "--queue-size", int, "keys that mocov2 keeps")
+    add(how, "--key-parts", int, "parts of the batch that mocov2 makes keys of one by one")
+    add(how, "--distill", str, "how the full width teaches; own: what suits the method", choices=DISTILLATIONS)
+    add(how, "--weights", str, "of the widths' losses, as in slimmable.losses.width_weights")
+    add(how, "--slow-start", float, "share of the training before narrower widths join")
+    add(how, "--views", str, "whose augmentations", choices=VIEWS)
+    add(how, "--smallest-crop", float, "least share of an image's area in a view")
+    add(how, "--precision", str, "bfloat16: mixed precision", choices=PRECISIONS)
+    add(how, "--seed", int, "of weights, order and views")
+
+    where = parser.add_argument_group("where")
+    where.add_argument(
         "--output", default=_DEFAULT_RUN, metavar="RUN", help="run folder to make (default: %(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
-    _add_device(parser)
+    where.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    where.add_argument("--log", nargs="+", choices=LOGGERS, default=(), help="besides losses.csv in the run folder")
+    where.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
+    where.add_argument(
+        "--diagnostics", action="store_true", help="sample the widths' gradients: imbalance and divergence"
+    )
+    _add_workers(where)
+    _add_device(where)
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a pre-training run")
+    parser.add_argument(
+        "--probes",
+        nargs="+",
+        choices=("knn", "linear", "slimmable", "ridge"),
+        default=("knn", "linear"),
+        help="linear: one classifier per width; slimmable: one for all; ridge: closed form (default: knn linear)",
+    )
+    parser.add_argument(
+        "--finetune", type=int, default=0, metavar="EPOCHS", help="also fine-tune each extracted width with its labels"
+    )
+    _add_workers(parser)
     _add_device(parser)
 
 
@@ -125,5 +186,11 @@ def _add_widths(parser: argparse._ActionsContainer, default: str | None) -> None
     )
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_workers(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read and augment images (default: by the processors)"
+    )
+
+
+def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", default=None, help="such as cpu or cuda (default: cuda where there is one)")

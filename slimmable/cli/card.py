@@ -67,14 +67,15 @@ def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> s
 
 def _costs(source: Source, costs: Sequence[Row]) -> Iterator[str]:
     """One line per width, also of those that are not in a file; accuracies where they were measured."""
-    measured = all(row.width in source.accuracy for row in costs)
+    reports = [source.accuracy[row.width].shares for row in costs if row.width in source.accuracy]
+    measured = len(reports) == len(costs) and all({"knn", "linear"} <= set(shares) for shares in reports)
     yield "| width | parameters | MACs | activations |" + (" kNN, % | linear probe, % |" if measured else "")
     yield "|---:|---:|---:|---:|" + ("---:|---:|" if measured else "")
     for row in costs:
         line = f"| {row.width:g} | {row.parameters:,} | {row.macs:,} | {row.activations:,} |"
         if measured:
-            accuracy = source.accuracy[row.width]
-            line += f" {100 * accuracy.knn:.1f} | {100 * accuracy.linear:.1f} |"
+            shares = source.accuracy[row.width].shares
+            line += f" {100 * shares['knn']:.1f} | {100 * shares['linear']:.1f} |"
         yield line
     yield ""
     yield "MACs: multiply-adds of convolutions and matrix products for one image. Activations: their outputs."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,38 +13,56 @@ from slimmable._errors import UsageError, WidthError
 from slimmable._files import write_aside
 from slimmable._widths import check_widths
 from slimmable.cli.arguments import ALL
-from slimmable.cli.config import FOLDER_IMAGE_SIZE, PretrainConfig
+from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import timm_backbone
 from slimmable.cli.progress import say
+from slimmable.training.evaluate import Probe
 
 
-def pretrain(output: str, resume: bool, device: str | None, **given: Any) -> int:
+def pretrain(
+    output: str,
+    resume: bool,
+    device: str | None,
+    workers: int | None,
+    log: Sequence[str],
+    log_every: int,
+    diagnostics: bool,
+    preset: str | None,
+    **given: Any,
+) -> int:
     """Pre-train, evaluate, and fill the run folder."""
+    from slimmable.cli.presets import configure
+    from slimmable.cli.pretrain import Options
     from slimmable.cli.pretrain import pretrain as run
+    from slimmable.cli.processes import process_group
     from slimmable.cli.run import read_config
 
     folder = Path(output)
+    if log_every < 1:
+        raise UsageError(f"--log-every must be at least 1, got {log_every}")
     if "widths" in given:
         given["widths"] = check_widths(given["widths"])
     if resume:
         config = read_config(folder)
-        config.check_same(given)
+        config.check_same(given if preset is None else vars(configure(given, preset)))
     else:
-        if "data" in given:
-            given.setdefault("image_size", FOLDER_IMAGE_SIZE)
-        config = PretrainConfig(**given)
-    return run(config, folder, find_device(device), resume)
+        config = configure(given, preset)
+    with process_group(find_device(device)) as own:
+        options = Options(own, resume, number_of_workers(workers), log, log_every, diagnostics)
+        return run(config, folder, options)
 
 
-def evaluate(run: str, device: str | None) -> int:
+def evaluate(run: str, probes: Sequence[Probe], finetune: int, device: str | None, workers: int | None) -> int:
     """Evaluate the last weights of a run again and replace its report."""
-    from slimmable.cli.run import evaluate_run, load_images, read_config, trained_network
+    from slimmable.cli.data import load_images
+    from slimmable.cli.run import evaluate_run, read_config, trained_backbone
 
     folder = Path(run)
     config = read_config(folder)
     images = load_images(config)
-    network = trained_network(config, folder, images.channels).to(find_device(device))
-    say(evaluate_run(config, folder, network, images))
+    backbone = trained_backbone(config, folder, images.channels, len(images.classes)).to(find_device(device))
+    chosen = list(dict.fromkeys(probes))
+    say(evaluate_run(config, folder, backbone, images, chosen, finetune, number_of_workers(workers)))
     return 0
 
 
@@ -139,3 +158,14 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from error
     return device
+
+
+def number_of_workers(given: int | None) -> int:
+    """Return how many processes read images: one beside a process that trains, more where there are processors.
+
+    Raises: UsageError: if a number below 0 was given.
+    """
+    if given is not None and given < 0:
+        raise UsageError(f"--workers must be 0 or more, got {given}")
+    shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(0, shared - 1)) if given is None else given

@@ -6,48 +6,95 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from slimmable._errors import CheckpointError, UsageError
 from slimmable._widths import check_widths
+from slimmable.losses import width_weights
+from slimmable.losses._online import Kind
 
 SMALL_RESNET = "small-resnet"
+DIGITS, GLYPHS = "digits", "glyphs"
 FOLDER_IMAGE_SIZE = 64  # pixels; pictures in a folder show more than the embedded digits
+
+METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
+OPTIMIZERS = ("adamw", "lars", "sgd")
+VIEWS = ("digits", "mocov2", "simclr", "byol", "supervised")
+DISTILLATIONS = ("own", "none", *get_args(Kind))
+PRECISIONS = ("float32", "bfloat16")
+_CHOICES = {
+    "method": METHODS,
+    "optimizer": OPTIMIZERS,
+    "views": VIEWS,
+    "distill": DISTILLATIONS,
+    "precision": PRECISIONS,
+}
+_LEAST = {"epochs": 1, "batch_size": 2, "image_size": 8, "embedding": 1, "hidden": 0, "queue_size": 1, "images": 2}
+_POSITIVE = ("learning_rate", "joined_learning_rate", "temperature")
+_SHARES = ("momentum", "slow_start", "smallest_crop")
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """What a run is made of; everything that its result depends on.
 
-    Raises: UsageError or WidthError: if a number is out of range.
+    Raises: UsageError or WidthError: if a value is out of range.
     """
 
+    method: str = "mocov2"
     model: str = SMALL_RESNET
-    data: str | None = None  # a folder of images per class, or None: the embedded digits
-    widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    epochs: int = 50
-    batch_size: int = 64
+    data: str = DIGITS  # or glyphs, or a folder of images per class
+    images: int = 4096  # of the embedded sets to train on; a quarter as many are held out
     image_size: int = 24
-    learning_rate: float = 0.006
+    widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    universal: bool = False
+    epochs: int = 50
+    batch_size: int = 64  # of all processes together
+    optimizer: str = "adamw"
+    learning_rate: float = 0.006  # for this batch size
+    joined_learning_rate: float | None = None  # peak for the steps after the slow start, if another
+    warm_up: float = 2.5  # epochs
     weight_decay: float = 0.05
-    queue_size: int = 256
-    momentum: float = 0.99
-    key_parts: int = 4
-    temperature: float = 0.2
     embedding: int = 64
+    hidden: int = 0  # units between the layers of the head; 0: as many as features
+    temperature: float = 0.2
+    momentum: float = 0.99  # of the momentum encoder
+    queue_size: int = 256
+    key_parts: int = 4
+    distill: str = "own"
+    weights: str = "widest_plus_rest"
     slow_start: float = 0.5
+    views: str = "digits"
+    smallest_crop: float = 0.56  # share of the image's area
+    precision: str = "float32"
     seed: int = 0
-    images: int = 4096  # of the embedded digits to train on; a quarter as many are held out
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", check_widths(self.widths))
-        for name, lowest in (("epochs", 1), ("batch_size", 2), ("image_size", 8), ("queue_size", 1), ("images", 2)):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{_option(name)} {getattr(self, name)}: there are {', '.join(choices)}")
+        for name, lowest in _LEAST.items():
             if getattr(self, name) < lowest:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {lowest}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise UsageError(f"--learning-rate must be positive, got {self.learning_rate}")
+                raise UsageError(f"{_option(name)} must be at least {lowest}, got {getattr(self, name)}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{_option(name)} must be positive, got {value}")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{_option(name)} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("warm_up", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{_option(name)} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed must be in [0, 2**31), got {self.seed}")
+        width_weights(self.widths, self.weights)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the images come from a folder."""
+        return self.data not in (DIGITS, GLYPHS)
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
@@ -82,3 +129,7 @@ class PretrainConfig:
         ]
         if other:
             raise UsageError("--resume goes on with the settings of the run; " + "; ".join(other))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

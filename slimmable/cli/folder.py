@@ -1,11 +1,10 @@
-"""Images from a folder: one sub-folder per class, decoded once and held in memory."""
+"""Images from a folder: one sub-folder per class, decoded when they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,36 @@ from slimmable.cli.images import Images
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_SHARE = 0.2
 _NAMED = 10  # broken files named in one message
+_TRIED = 50_000  # files that are decoded beforehand; of more, a broken one shows when its turn comes
+
+Files = Mapping[str, Sequence[Path]]
 
 
-def folder_images(folder: Path, size: int, seed: int, say: Callable[[str], None]) -> Images:
-    """Read `folder/<class>/<image>` as RGB of `size` x `size` pixels: the shorter side resized, the centre cut out.
+class FolderImages:
+    """The images in a list of files, as RGB of shape (3, height, width)."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [str(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Decode one file.
+
+        Raises: DataError: if it cannot be read.
+        """
+        found = _decode(self.paths[index])
+        if isinstance(found, str):
+            raise DataError(f"{self.paths[index]} cannot be read ({found}); remove the file, then go on with --resume")
+        return found
+
+
+def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images:
+    """Find `folder/<class>/<image>`.
 
     A fifth of each class is held out, chosen by `seed`; where the folder has `train` and `test` (or `val`) folders of
-    classes, those are taken. Broken files are left out; `say` gets their names and number.
+    classes, those are taken. Of up to 50,000 files, broken ones are left out; `say` gets their names and number.
 
     Raises: DataError: if there is no folder, no image that can be read, or no class left in one of the two parts.
     """
@@ -31,25 +53,17 @@ def folder_images(folder: Path, size: int, seed: int, say: Callable[[str], None]
         raise DataError(f"--data {folder}: there is no such folder")
     held_out = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
     split = held_out is not None and (folder / "train").is_dir()
-    root = folder / "train" if split else folder
-    files = _classes(root)
-    train, broken = _read(files, size)
-    classes = tuple(files)
-    if split and held_out is not None:
-        test, broken_too = _read({name: paths for name, paths in _classes(held_out).items() if name in files}, size)
-        broken += broken_too
-    else:
-        train, test = _hold_out(train, seed)
-    if broken:
-        listed = "".join(f"\n  {path} ({reason})" for path, reason in broken[:_NAMED])
-        more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        say(f"left out {len(broken)} files that cannot be read:{listed}{more}")
+    files = _classes(folder / "train" if split else folder)
+    given = {} if not split or held_out is None else _classes(held_out)
+    parts = [files, {name: given[name] for name in files if name in given}]
+    found = sum(len(paths) for part in parts for paths in part.values())
+    if found <= _TRIED:
+        parts = _readable(parts, say)
+    train, test = parts if split else _hold_out(parts[0], seed)
     for part, images in (("train on", train), ("hold out", test)):
-        if not any(len(stack) for stack in images.values()):
-            raise DataError(
-                f"--data {folder}: no image left to {part}; {sum(map(len, files.values()))} files were found"
-            )
-    return Images(*_stack(train, classes), *_stack(test, classes), classes=classes)
+        if not any(images.values()):
+            raise DataError(f"--data {folder}: no image left to {part}; {found} files were found")
+    return Images(*_listed(train, files), *_listed(test, files), classes=tuple(files))
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
@@ -68,49 +82,44 @@ def _classes(root: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _read(files: dict[str, list[Path]], size: int) -> tuple[dict[str, list[Tensor]], list[tuple[Path, str]]]:
-    """Decode all files; return class -> images of shape (3, size, size), and the broken files with the reason."""
-    image = require("PIL.Image", "pillow")
-    images: dict[str, list[Tensor]] = {}
-    broken: list[tuple[Path, str]] = []
+def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[str, list[Path]]]:
+    """Leave out the files that cannot be read, and say which."""
+    paths = [path for part in parts for listed in part.values() for path in listed]
     with ThreadPoolExecutor() as pool:
-        for name, paths in files.items():
-            images[name] = []
-            for path, result in zip(paths, pool.map(lambda path: _decode(image, path, size), paths), strict=True):
-                if isinstance(result, Tensor):
-                    images[name].append(result)
-                else:
-                    broken.append((path, result))
-    return images, broken
+        reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
+        broken = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
+    if broken:
+        listed = "".join(f"\n  {path} ({reason})" for path, reason in list(broken.items())[:_NAMED])
+        more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        say(f"left out {len(broken)} files that cannot be read:{listed}{more}")
+    return [{name: [path for path in listed if path not in broken] for name, listed in part.items()} for part in parts]
 
 
-def _decode(image: Any, path: Path, size: int) -> Tensor | str:
+def _decode(path: str) -> Tensor | str:
     """Return the image, or in a few words why it cannot be read."""
+    image = require("PIL.Image", "pillow")
     try:
         with image.open(path) as file:
             picture = file.convert("RGB")
-        scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.resize((width, height), image.Resampling.BILINEAR, reducing_gap=3)
-        data = bytearray(picture.crop((left, top, left + size, top + size)).tobytes())
-        return torch.frombuffer(data, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return data.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         return str(error) or type(error).__name__
 
 
-def _hold_out(images: dict[str, list[Tensor]], seed: int) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+def _hold_out(files: Files, seed: int) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
     generator = torch.Generator().manual_seed(seed)
-    train: dict[str, list[Tensor]] = {}
-    test: dict[str, list[Tensor]] = {}
-    for name, stack in images.items():
-        order = torch.randperm(len(stack), generator=generator).tolist()
-        count = min(len(stack) - 1, max(1, round(_TEST_SHARE * len(stack)))) if stack else 0
-        test[name] = [stack[place] for place in sorted(order[:count])]
-        train[name] = [stack[place] for place in sorted(order[count:])]
+    train: dict[str, list[Path]] = {}
+    test: dict[str, list[Path]] = {}
+    for name, paths in files.items():
+        order = torch.randperm(len(paths), generator=generator).tolist()
+        count = min(len(paths) - 1, max(1, round(_TEST_SHARE * len(paths)))) if paths else 0
+        test[name] = [paths[place] for place in sorted(order[:count])]
+        train[name] = [paths[place] for place in sorted(order[count:])]
     return train, test
 
 
-def _stack(images: dict[str, list[Tensor]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    labels = [number for number, name in enumerate(classes) for _ in images.get(name, [])]
-    return torch.stack([image for name in classes for image in images.get(name, [])]), torch.tensor(labels)
+def _listed(part: Files, classes: Files) -> tuple[FolderImages, Tensor]:
+    paths = [path for name in classes for path in part.get(name, [])]
+    labels = [number for number, name in enumerate(classes) for _ in part.get(name, [])]
+    return FolderImages(paths), torch.tensor(labels)

@@ -1,33 +1,33 @@
-"""The images that the commands train and evaluate on: held in memory, one byte per channel and pixel."""
+"""The images that the commands train and evaluate on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+
+class ImageSet(Protocol):
+    """Images by number: uint8, shape (channels, height, width), of any sizes; a tensor of all of them is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Images:
     """Training and held-out images with their classes.
 
-    `train` and `test` have shape (images, channels, size, size) and dtype uint8, the labels shape (images,) and dtype
-    int64. Labels are for evaluation only. `handwriting` says that the images are glyphs, which a mirror would spoil.
+    The labels have shape (images,) and dtype int64; but for supervised training they are for evaluation only.
+    `handwriting` says that the images are glyphs, which a mirror would spoil.
     """
 
-    train: Tensor
+    train: ImageSet
     train_labels: Tensor
-    test: Tensor
+    test: ImageSet
     test_labels: Tensor
     classes: tuple[str, ...]
+    channels: int = 3
     handwriting: bool = False
-
-    @property
-    def channels(self) -> int:
-        """Number of image channels."""
-        return self.train.shape[1]
-
-    @property
-    def size(self) -> int:
-        """Height and width of an image in pixels."""
-        return self.train.shape[2]

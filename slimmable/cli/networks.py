@@ -1,4 +1,4 @@
-"""The networks that are pre-trained: any timm backbone, or a small ResNet for small images, with a projection head."""
+"""The networks that are pre-trained: any timm backbone, or a small ResNet for small images, with a method around it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from slimmable import methods
 from slimmable._errors import UsageError
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
+from slimmable.convert import slimify
 
 
-class PretrainNetwork(nn.Module):
-    """A backbone and its projection head, plain PyTorch: images in, embeddings of shape (batch, `embedding`) out."""
+def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
+    """Return the method of `config` around a converted network, with fresh weights drawn from its seed.
 
-    def __init__(self, backbone: nn.Module, features: int, embedding: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.projector = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings of `images`, not yet of unit length."""
-        output: Tensor = self.projector(self.backbone(images))
-        return output
-
-
-def build_network(config: PretrainConfig, channels: int) -> PretrainNetwork:
-    """Return the network of `config` for images with `channels` channels, with fresh weights drawn from its seed.
+    Args:
+        config: of the run.
+        channels: of the images.
+        classes: of the labels, for supervised training.
 
     Raises: UsageError: if the backbone does not take images of this size, or its name is unknown.
     """
@@ -37,6 +30,65 @@ def build_network(config: PretrainConfig, channels: int) -> PretrainNetwork:
         backbone = small_resnet(channels)
     else:
         backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    return build_method(config, backbone, channels, classes)
+
+
+def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
+    """Return the method of `config` around `backbone`, which is converted with its head; arguments as `new_method`.
+
+    Raises: UsageError: if the backbone does not take images of this size.
+    """
+    features = _count_features(config, backbone, channels)
+    hidden, dim = config.hidden or features, config.embedding
+    patches = getattr(backbone, "patch_embed", None)  # a vision transformer
+    if config.method == "supervised":
+        return methods.Supervised(
+            _converted(config, backbone, methods.Supervised.projector(features, classes), channels)
+        )
+    if config.method == "simclr":
+        encoder = _converted(config, backbone, methods.SimCLR.projector(features, hidden, dim), channels)
+        return methods.SimCLR(encoder, temperature=config.temperature)
+    if config.method == "vicreg":
+        return methods.VICReg(_converted(config, backbone, methods.VICReg.projector(features, hidden, dim), channels))
+    if config.method == "mocov2":
+        encoder = _converted(config, backbone, methods.MoCoV2.projector(features, hidden, dim), channels)
+        return methods.MoCoV2(
+            encoder,
+            dim=dim,
+            queue_size=config.queue_size,
+            momentum=config.momentum,
+            parts=config.key_parts,
+            temperature=config.temperature,
+        )
+    if config.method == "byol":
+        encoder = _converted(config, backbone, methods.BYOL.projector(features, hidden, dim), channels)
+        return methods.BYOL(encoder, _predictor(config, methods.BYOL.predictor(hidden, dim)), momentum=config.momentum)
+    if isinstance(patches, nn.Module):
+        patches.requires_grad_(False)  # a random projection trains more stably (Chen et al. 2021, section 4)
+    layers = 2 if patches is None else 3
+    projector = methods.MoCoV3.projector(features, hidden, dim, layers=layers)
+    predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
+    return methods.MoCoV3(
+        _converted(config, backbone, projector, channels),
+        _predictor(config, predictor),
+        momentum=config.momentum,
+        temperature=config.temperature,
+    )
+
+
+def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module, channels: int) -> nn.Module:
+    example = torch.zeros(2, channels, config.image_size, config.image_size)
+    encoder = methods.Encoder(backbone, projector)
+    return slimify(encoder, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+
+
+def _predictor(config: PretrainConfig, predictor: nn.Module) -> nn.Module:
+    example = torch.zeros(2, config.embedding)
+    return slimify(predictor, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+
+
+def _count_features(config: PretrainConfig, backbone: nn.Module, channels: int) -> int:
+    """Return how many features the backbone gives for an image."""
     images = torch.zeros(2, channels, config.image_size, config.image_size)
     try:
         with torch.no_grad():
@@ -48,11 +100,12 @@ def build_network(config: PretrainConfig, channels: int) -> PretrainNetwork:
         ) from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UsageError(f"{config.model} does not give one feature vector per image; choose another --model")
-    return PretrainNetwork(backbone.train(), features.shape[1], config.embedding)
+    backbone.train()
+    return features.shape[1]
 
 
-def small_resnet(channels: int) -> nn.Module:
-    """Return timm's ResNet with one basic block per stage, 16 to 128 channels, and a stem that keeps the image's size.
+def small_resnet(channels: int, planes: tuple[int, ...] = (16, 32, 64, 128)) -> nn.Module:
+    """Return timm's ResNet with one basic block per stage, `planes` channels, and a stem that keeps the image's size.
 
     >>> small_resnet(1)(torch.zeros(2, 1, 24, 24)).shape
     torch.Size([2, 128])
@@ -61,13 +114,13 @@ def small_resnet(channels: int) -> nn.Module:
     network: nn.Module = resnet.ResNet(
         resnet.BasicBlock,
         (1, 1, 1, 1),
-        channels=(16, 32, 64, 128),
+        channels=planes,
         stem_type="deep",  # the one whose width can be set; its three convolutions then make room for one
-        stem_width=8,
+        stem_width=planes[0] // 2,
         in_chans=channels,
         num_classes=0,
     )
-    network.conv1 = nn.Conv2d(channels, 16, kernel_size=3, padding=1, bias=False)
+    network.conv1 = nn.Conv2d(channels, planes[0], kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
     return network

@@ -4,55 +4,105 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from slimmable._errors import CheckpointError, UsageError
+from slimmable._errors import CheckpointError, DivergedError, UsageError
 from slimmable._files import write_aside
 from slimmable.cli.checkpoint import load_checkpoint, save_checkpoint
 from slimmable.cli.config import PretrainConfig
+from slimmable.cli.data import load_images
+from slimmable.cli.extras import require
+from slimmable.cli.figures import plot_imbalance
+from slimmable.cli.images import Images
+from slimmable.cli.loader import Plain, batches_of
+from slimmable.cli.loggers import Logger, make_loggers
+from slimmable.cli.networks import new_method
+from slimmable.cli.processes import any_process, is_first
 from slimmable.cli.progress import Progress, say
-from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, load_images, new_network, save_subnetworks
+from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, save_subnetworks
 from slimmable.cli.training import Training
+from slimmable.training.calibrate import calibrate_bn
+from slimmable.training.diagnostics import GradientDiagnostics
 
 INTERRUPTED = 130
+_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network's widths
 
 
-def pretrain(config: PretrainConfig, folder: Path, device: torch.device, resume: bool) -> int:
+@dataclass(frozen=True)
+class Options:
+    """What does not change the result: where it is computed, and what is told of it."""
+
+    device: torch.device
+    resume: bool = False
+    workers: int = 0
+    loggers: Sequence[str] = ()
+    log_every: int = 10
+    diagnostics: bool = False
+
+
+def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
     """Train from the start, or from the last checkpoint, then evaluate; return the exit code.
 
-    Raises: SlimmableError: for data, models and checkpoints that cannot be used.
+    With several processes all train, and the first one evaluates and writes.
+
+    Raises: SlimmableError: for data, models and checkpoints that cannot be used, and for a loss that is not finite.
     """
     begin = time.monotonic()
-    if not resume:
+    if not options.resume:
         refuse_existing(folder)
+    for name in options.loggers:
+        require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name)
     images = load_images(config)
-    training = Training(config, new_network(config, images.channels), images, device)
+    config = fit_queue(config, len(images.train))
+    method = new_method(config, images.channels, len(images.classes))
+    training = Training(config, method, images, options.device, options.workers)
+    if options.diagnostics:
+        training.diagnostics = GradientDiagnostics(method.online)
     checkpoint = folder / CHECKPOINT
-    if resume and checkpoint.exists():
+    if options.resume and checkpoint.exists():
         training.resume(load_checkpoint(checkpoint))
-        say(f"going on after step {training.step} of {training.steps}")
-    if not resume:
+        _tell(f"going on after step {training.step} of {training.steps}")
+    if not options.resume and is_first():
         start_folder(folder, config)
-    say(
-        f"pre-training {config.model} at widths {', '.join(f'{width:g}' for width in config.widths)} on "
-        f"{len(images.train)} images of {images.size} x {images.size} pixels for {config.epochs} epochs; "
-        f"narrower widths join after {config.slow_start:.0%}"
-    )
+    _tell(_introduction(config, images))
     try:
-        if not _train(training, checkpoint):
+        if not _train(training, folder, options):
             raise KeyboardInterrupt
-        save_subnetworks(folder, training.network.backbone, config.widths)
-        say(evaluate_run(config, folder, training.network, images))
+        if is_first():
+            _finish(training, images, folder, options)
+    except DivergedError as error:
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        raise DivergedError(f"step {training.step + 1}: {error}; {last}", error.width) from error
     except KeyboardInterrupt:
-        say(f"interrupted after step {training.step} of {training.steps}; go on with: {resume_command(folder)}")
+        _tell(f"interrupted after step {training.step} of {training.steps}; go on with: {resume_command(folder)}")
         return INTERRUPTED
-    say(f"{folder} holds the results, after {time.monotonic() - begin:.0f} s")
+    _tell(f"{folder} holds the results, after {time.monotonic() - begin:.0f} s")
     return 0
+
+
+def _introduction(config: PretrainConfig, images: Images) -> str:
+    widths = ", ".join(f"{width:g}" for width in config.widths)
+    joins = f"; narrower widths join after {config.slow_start:.0%}" if config.slow_start else ""
+    return (
+        f"pre-training {config.model} by {config.method} at widths {widths} on {len(images.train)} images of "
+        f"{config.image_size} x {config.image_size} pixels for {config.epochs} epochs{joins}"
+    )
+
+
+def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
+    """Return `config` with a queue well below `count` images: none must meet its own last key among the negatives.
+
+    >>> fit_queue(PretrainConfig(queue_size=256, batch_size=16), count=400).queue_size
+    100
+    """
+    fitting = max(config.batch_size, min(config.queue_size, count // 4))
+    return replace(config, queue_size=fitting) if config.method == "mocov2" else config
 
 
 def refuse_existing(folder: Path) -> None:
@@ -75,20 +125,54 @@ def resume_command(folder: Path) -> str:
     return f"slimmable pretrain --output {folder} --resume"
 
 
-def _train(training: Training, checkpoint: Path) -> bool:
+def _train(training: Training, folder: Path, options: Options) -> bool:
     """Take the remaining steps, with a checkpoint after every epoch; return False if interrupted before the end."""
+    columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
+    loggers: list[Logger] = []
+    if is_first():
+        loggers = make_loggers(folder, columns, training.step, options.loggers, asdict(training.config))
 
     def save() -> None:
-        save_checkpoint(checkpoint, training.network, training.tensors(), training.step)
+        for logger in loggers:
+            logger.flush()
+        training.check_finite()
+        if is_first():
+            save_checkpoint(folder / CHECKPOINT, training.method.encoder, training.tensors(), training.step)
 
     with _interruptible() as asked, Progress(training.steps, training.step, training.steps_per_epoch) as progress:
         while training.step < training.steps:
-            progress.advance(training.take_step())
-            if asked or training.step % training.steps_per_epoch == 0:
+            losses = training.take_step()
+            if is_first():
+                progress.advance(losses)
+            if training.step % options.log_every == 0 or training.step == training.steps:
+                # a universal model's random widths have no curve
+                shown = {f"train_loss/w{width:g}": losses[width] for width in training.config.widths if width in losses}
+                for logger in loggers:
+                    logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
+            stop = any_process(bool(asked), training.device)
+            if stop or training.step % training.steps_per_epoch == 0:
                 save()
-            if asked:
+            if stop:
                 return training.step == training.steps
     return True
+
+
+def _finish(training: Training, images: Images, folder: Path, options: Options) -> None:
+    """Write the sub-networks and the reports."""
+    config, backbone = training.config, training.method.backbone
+    if config.universal:
+        some = Plain(images.train, config.image_size)
+        calibrate_bn(backbone, batches_of(some, config.batch_size, _CALIBRATION), config.widths)
+    save_subnetworks(folder, backbone, config.widths)
+    if training.diagnostics is not None and training.diagnostics.rows:
+        training.diagnostics.to_csv(folder / "gradients.csv")
+        plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
+    say(evaluate_run(config, folder, backbone, images, workers=options.workers))
+
+
+def _tell(text: str) -> None:
+    if is_first():
+        say(text)
 
 
 @contextmanager

@@ -4,40 +4,52 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slimmable._errors import CheckpointError
 from slimmable._files import write_aside
 from slimmable.cli.extras import require
 
+UNTRAINED = "untrained_"
+TITLES = {
+    "knn": "kNN",
+    "linear": "linear",
+    "slimmable": "slimmable probe",
+    "ridge": "ridge",
+    "finetuned": "fine-tuned",
+}
+_COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
+
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at one width: of the backbone without its head; accuracies on the held-out images in [0, 1]."""
+    """What was measured at one width: of the backbone without its head.
+
+    `shares` holds accuracies on the held-out images in [0, 1] by the keys of `TITLES`; those of the same network before
+    training have the prefix `untrained_`.
+    """
 
     width: float
     parameters: int
     macs: int
-    knn: float
-    linear: float
-    untrained_knn: float
-    untrained_linear: float
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Return the rows as CSV text, accuracies with four digits.
 
-    >>> print(to_csv([Row(0.5, 1000, 20000, 0.75, 0.8, 0.1, 0.15)]).strip())
-    width,parameters,macs,knn,linear,untrained_knn,untrained_linear
-    0.5,1000,20000,0.7500,0.8000,0.1000,0.1500
+    >>> print(to_csv([Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})]).strip())
+    width,parameters,macs,knn,untrained_knn
+    0.5,1000,20000,0.7500,0.1000
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
+    writer.writerow(["width", "parameters", "macs", *rows[0].shares])
     for row in rows:
-        writer.writerow([row.width, row.parameters, row.macs, *(f"{share:.4f}" for share in astuple(row)[3:])])
+        shares = [f"{row.shares[name]:.4f}" for name in rows[0].shares]
+        writer.writerow([row.width, row.parameters, row.macs, *shares])
     return text.getvalue()
 
 
@@ -51,12 +63,15 @@ def read_report(folder: Path) -> dict[float, Row]:
         return {}
     try:
         with path.open(newline="") as file:
-            cells = list(csv.DictReader(file))
-        shares = [name.name for name in fields(Row)][3:]
-        rows = [
-            Row(float(row["width"]), int(row["parameters"]), int(row["macs"]), *(float(row[name]) for name in shares))
-            for row in cells
-        ]
+            rows = [
+                Row(
+                    float(cells.pop("width")),
+                    int(cells.pop("parameters")),
+                    int(cells.pop("macs")),
+                    {name: float(share) for name, share in cells.items()},
+                )
+                for cells in csv.DictReader(file)
+            ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is not the report of a run ({error})") from error
     return {row.width: row for row in rows}
@@ -65,20 +80,18 @@ def read_report(folder: Path) -> dict[float, Row]:
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     """Return the rows as a Markdown table with a line on what they mean.
 
-    >>> print(to_markdown([Row(0.5, 1000, 20000, 0.75, 0.8, 0.1, 0.15)], pixels_knn=0.5))
-    | width | parameters | MACs | kNN | linear | untrained kNN | untrained linear |
-    |---:|---:|---:|---:|---:|---:|---:|
-    | 0.5 | 1,000 | 20,000 | 75.0 | 80.0 | 10.0 | 15.0 |
+    >>> print(to_markdown([Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})], pixels_knn=0.5))
+    | width | parameters | MACs | kNN | untrained kNN |
+    |---:|---:|---:|---:|---:|
+    | 0.5 | 1,000 | 20,000 | 75.0 | 10.0 |
     <BLANKLINE>
     Accuracy on held-out images in %; "untrained" is the same network before training. kNN on raw pixels: 50.0.
     <BLANKLINE>
     """
-    lines = [
-        "| width | parameters | MACs | kNN | linear | untrained kNN | untrained linear |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    titles = [_title(name) for name in rows[0].shares]
+    lines = [f"| width | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
     for row in rows:
-        shares = " | ".join(f"{100 * share:.1f}" for share in astuple(row)[3:])
+        shares = " | ".join(f"{100 * row.shares[name]:.1f}" for name in rows[0].shares)
         lines.append(f"| {row.width:g} | {row.parameters:,} | {row.macs:,} | {shares} |")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
     return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
@@ -90,15 +103,15 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     macs = [row.macs / 1e6 for row in rows]
-    for name, colour, trained, untrained in (
-        ("linear probe", "tab:blue", [row.linear for row in rows], [row.untrained_linear for row in rows]),
-        ("kNN", "tab:orange", [row.knn for row in rows], [row.untrained_knn for row in rows]),
-    ):
-        axes.plot(macs, [100 * share for share in trained], "o-", color=colour, label=name)
-        axes.plot(macs, [100 * share for share in untrained], "o:", color=colour, alpha=0.6, label=f"{name}, untrained")
+    for name in rows[0].shares:
+        untrained = name.startswith(UNTRAINED)
+        style = {"linestyle": ":", "alpha": 0.6} if untrained else {}
+        colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
+        shares = [100 * row.shares[name] for row in rows]
+        axes.plot(macs, shares, marker="o", color=colour, label=_title(name, ", untrained"), **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in rows:
-        best = 100 * max(row.knn, row.linear)
+        best = 100 * max(row.shares.values())
         axes.annotate(f"{row.width:g}", (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
     axes.set_xlabel("million multiply-accumulates per image")
     axes.set_ylabel("accuracy on held-out images (%)")
@@ -109,6 +122,13 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     with matplotlib.rc_context({"savefig.dpi": 150}):
         write_aside(path, lambda aside: figure.savefig(aside))
+
+
+def _title(name: str, suffix: str = "") -> str:
+    title = TITLES[name.removeprefix(UNTRAINED)]
+    if not name.startswith(UNTRAINED):
+        return title
+    return f"{title}{suffix}" if suffix else f"untrained {title}"
 
 
 def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:

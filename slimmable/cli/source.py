@@ -16,10 +16,11 @@ from slimmable.analysis.plan import Plan
 from slimmable.checkpoint import load, read
 from slimmable.cli.checkpoint import load_exactly
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
+from slimmable.cli.data import load_images
 from slimmable.cli.extras import require
 from slimmable.cli.networks import check_name, make_timm, small_resnet
 from slimmable.cli.report import Row, read_report
-from slimmable.cli.run import CONFIG, load_images, read_config, trained_network
+from slimmable.cli.run import CONFIG, read_config, trained_backbone
 from slimmable.convert import apply_plan, slimify
 from slimmable.layers._state import is_slim
 from slimmable.width import widths_of
@@ -82,7 +83,9 @@ def run_source(run: Path) -> Source:
     Raises: CheckpointError: if its configuration or its checkpoint cannot be read.
     """
     config = read_config(run)
-    channels = load_images(config).channels if config.data is None else 3
+    classes, channels = 1, 3 if config.is_folder else 1
+    if config.method == "supervised":  # whose classifier is in the checkpoint
+        classes = len(load_images(config).classes)
     settings: dict[str, object] = {"num_classes": 0, "in_chans": channels}
 
     image = (channels, config.image_size, config.image_size)
@@ -100,7 +103,7 @@ def run_source(run: Path) -> Source:
             recipe = _recipe(config.model, make_timm(config.model, settings, config.image_size)[1])
     return Source(
         name=config.model,
-        model=trained_network(config, run, channels).backbone,
+        model=trained_backbone(config, run, channels, classes),
         widths=config.widths,
         image=image,
         again=again,
@@ -260,5 +263,6 @@ def _origin(name: str, checkpoint: Path | None, pretrained: bool) -> str:
 
 
 def _training(config: PretrainConfig) -> str:
-    data = "embedded cluttered digits" if config.data is None else f"the images in `{Path(config.data).name}`"
-    return f"{config.epochs} epochs of SlimCLR, without labels, on {data}."
+    data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
+    labels = "with" if config.method == "supervised" else "without"
+    return f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."

@@ -1,88 +1,134 @@
-"""SlimCLR with MoCo v2, step by step; every step seeds its own random numbers, so a run can stop and go on anywhere."""
+"""A pre-training, step by step; every step seeds its own random numbers, so a run can stop and go on anywhere."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slimmable._errors import UsageError
-from slimmable.cli.augment import augment
+from slimmable._errors import DivergedError, UsageError
 from slimmable.cli.checkpoint import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.cli.config import PretrainConfig
+from slimmable.cli.extras import require
 from slimmable.cli.images import Images
-from slimmable.cli.networks import PretrainNetwork
-from slimmable.losses import OnlineDistillation, contrast, moco_logits
-from slimmable.training.moco import MoCo
+from slimmable.cli.loader import Steps, Views, load, seed_of
+from slimmable.cli.views import make_views
+from slimmable.losses import OnlineDistillation
+from slimmable.losses._online import Kind
+from slimmable.methods import Batch, Method
+from slimmable.training._processes import rank, world_size
+from slimmable.training.diagnostics import GradientDiagnostics
+from slimmable.training.distributed import average_gradients
 from slimmable.training.recipe import SlimRecipe
 
-_WARM_UP = 0.05  # share of the steps over which the learning rate rises
+_RANDOM_WIDTHS = 2  # a step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
 
 
 class Training:
-    """The network with everything that a training step needs, and the number of steps done."""
+    """A method with everything that its training steps need, and the number of steps done.
 
-    def __init__(self, config: PretrainConfig, network: PretrainNetwork, images: Images, device: torch.device) -> None:
+    With several processes, each one makes this with the same arguments.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, method: Method, images: Images, device: torch.device, workers: int = 0
+    ) -> None:
         count = len(images.train)
         if config.batch_size > count:
             raise UsageError(f"--batch-size {config.batch_size} is more than the {count} training images")
-        self.config = config
-        self.network = network.to(device).train()
-        self.images = images.train.to(device)
-        self.mirror = not images.handwriting
+        if config.batch_size % world_size():
+            raise UsageError(f"--batch-size {config.batch_size} cannot be shared by {world_size()} processes")
+        self.config, self.device, self.workers = config, device, workers
+        self.method = method.to(device).train()
+        transforms = make_views(
+            config.views, config.image_size, smallest_crop=config.smallest_crop, mirror=not images.handwriting
+        )
+        self.views = Views(images.train, images.train_labels, transforms[: method.views], config.seed)
         self.steps_per_epoch = count // config.batch_size
         self.steps = config.epochs * self.steps_per_epoch
         self.step = 0
-        # An image must not meet its own last key among the negatives, so the queue is much shorter than an epoch.
-        queue_size = max(config.batch_size, min(config.queue_size, count // 4))
-        parts = max(1, min(config.key_parts, config.batch_size // 8))  # statistics need a few images
-        self.moco = MoCo(network, config.embedding, queue_size, config.momentum, parts=parts).train()
-        self.recipe = SlimRecipe(network, distill=OnlineDistillation(), slow_start=config.slow_start)
-        matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            fused=True,
+        self.recipe = SlimRecipe(
+            method.online,
+            distill=_distillation(config, method),
+            weights=config.weights,
+            slow_start=config.slow_start,
+            random_widths=_RANDOM_WIDTHS if config.universal else 0,
+            seed=config.seed,
         )
+        self.diagnostics: GradientDiagnostics | None = None
+        self.optimizer = make_optimizer(config, method.online)
+        warm_up = round(config.warm_up * self.steps_per_epoch)
+        if warm_up >= self.steps:
+            raise UsageError(f"--warm-up {config.warm_up} leaves none of the {config.epochs} epochs for training")
+        self.schedule = require("timm.scheduler", "timm").CosineLRScheduler(
+            self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
+        )
+        self._batches: Iterator[list[Tensor]] = iter(())
 
     def take_step(self) -> dict[float, float]:
-        """Train on the next batch; return width -> contrastive loss, the widest first."""
-        epoch, place = divmod(self.step, self.steps_per_epoch)
-        torch.manual_seed(_seed(self.config.seed, self.step))
-        batch = self._order(epoch)[place * self.config.batch_size :][: self.config.batch_size]
-        images = self.images[batch]
-        queries, positives = (augment(images, mirror=self.mirror) for _ in range(2))
+        """Train on the next batch; return width -> loss, the widest first.
+
+        Raises: DivergedError: if a loss is not finite; nothing has changed then.
+        """
+        *views, labels = self._next()
         progress = self.step / self.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = (
-                self.config.learning_rate * min(progress / _WARM_UP, 1) * (1 + math.cos(math.pi * progress)) / 2
-            )
+        self._set_learning_rate(progress)
+        torch.manual_seed(seed_of(self.config.seed, -1 - self.step, rank()))
         self.optimizer.zero_grad()
-        losses = {}
-        keys = None
-        for width in self.recipe.widths(progress):
-            embeddings = self.network(queries)
-            if keys is None:
-                keys = self.moco.keys(self.network, positives)
-            logits = moco_logits(embeddings, keys, self.moco.queue)
-            contrastive = contrast(logits, self.config.temperature)
-            self.recipe.loss(contrastive, teach=logits).backward()  # type: ignore[no-untyped-call]
-            losses[width] = contrastive.item()
-        if keys is not None:
-            self.moco.enqueue(keys)
+        autocast = torch.bfloat16 if self.config.precision == "bfloat16" else None
+        losses = self.method.step(
+            self.recipe,
+            Batch(views, labels),
+            progress,
+            number=self.step,
+            autocast=autocast,
+            diagnostics=self.diagnostics,
+        )
+        average_gradients(self.method)
+        if self.diagnostics is not None:
+            self.diagnostics.after_step()
         self.optimizer.step()
         self.step += 1
         return losses
 
-    def _order(self, epoch: int) -> Tensor:
-        """The images in the order of this epoch."""
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, -1 - epoch))
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _next(self) -> list[Tensor]:
+        batch = next(self._batches, None)
+        if batch is None:  # the first step, or the first one after resuming
+            steps = Steps(
+                len(self.views.images),
+                self.config.batch_size,
+                self.config.epochs,
+                self.step,
+                self.config.seed,
+                rank(),
+                world_size(),
+            )
+            self._batches = load(self.views, steps, self.workers, pinned=self.device.type == "cuda")
+            batch = next(self._batches)
+        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+
+    def _set_learning_rate(self, progress: float) -> None:
+        joined = self.config.joined_learning_rate
+        peak = self.config.learning_rate if joined is None or progress < self.config.slow_start else joined
+        self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
+        self.schedule.step_update(self.step)
+
+    def check_finite(self) -> None:
+        """Raise DivergedError if a parameter is infinite or not a number, as after a gradient that was."""
+        for name, parameter in self.method.named_parameters():
+            if not parameter.isfinite().all():
+                raise DivergedError(f"{name} is no longer finite", 1.0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the network and the number of steps that resuming needs."""
-        state = {f"moco.{name}": tensor for name, tensor in self.moco.state_dict().items()}
+        """Everything but the encoder and the number of steps that resuming needs."""
+        state = {f"method.{name}": tensor for name, tensor in _beside_encoder(self.method).items()}
         return state | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -90,16 +136,39 @@ class Training:
 
         Raises: CheckpointError: if it is of another model or other widths, listing what differs.
         """
-        load_exactly(self.network, checkpoint.network, "the checkpoint")
-        load_exactly(self.moco, _under("moco.", checkpoint.training), "the checkpoint's training state")
+        encoder = {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
+        load_exactly(self.method, encoder | _under("method.", checkpoint.training), "the checkpoint")
         load_optimizer_tensors(self.optimizer, _under("optimizer.", checkpoint.training))
         self.step = checkpoint.step
+        self._batches = iter(())
+
+
+def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of `config`, by timm; norms and biases do not decay, and LARS does not scale them.
+
+    >>> optimizer = make_optimizer(PretrainConfig(), nn.Linear(2, 2))
+    >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+    [(0.0, 1), (0.05, 1)]
+    """
+    names = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}  # timm's "sgd" is Nesterov's
+    make = require("timm.optim", "timm").create_optimizer_v2
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "momentum": 0.9}
+    if config.optimizer == "adamw":
+        settings["fused"] = True
+    return cast(torch.optim.Optimizer, make(online, names[config.optimizer], **settings))
+
+
+def _distillation(config: PretrainConfig, method: Method) -> OnlineDistillation | None:
+    own = method.distillation()
+    if config.distill in ("none", "own"):
+        return own if config.distill == "own" else None
+    kind = cast(Kind, config.distill)
+    return OnlineDistillation(kind, own.teacher_temperature, own.student_temperature, weight=own.weight)
+
+
+def _beside_encoder(method: Method) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("encoder.")}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _seed(seed: int, number: int) -> int:
-    """A seed for each step (from 0 on) and epoch (-1 and below) of the run with `seed`."""
-    return (seed * 1_000_003 + number) % 2**62

@@ -1,4 +1,4 @@
-"""The embedded digits, image folders, and random views."""
+"""The embedded digits and glyphs, and image folders."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,10 @@ from PIL import Image
 from slimmable import DataError
 from slimmable.__main__ import main
 from slimmable.cli import digits
-from slimmable.cli.augment import augment
 from slimmable.cli.digits import cluttered_digits
-from slimmable.cli.folder import folder_images
+from slimmable.cli.folder import FolderImages, folder_images
+from slimmable.cli.glyphs import CHARACTERS, glyphs
+from slimmable.cli.loader import Plain
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(20, 40), st.integers(0, 1000))
@@ -63,13 +64,14 @@ def test_folder_reads_every_good_file_and_names_the_others(tmp_path_factory, cou
         for number in range(broken):
             (root / name / f"broken{number}.jpg").write_bytes(b"no image")
     said = []
-    images = folder_images(root, size, 0, said.append)
+    images = folder_images(root, 0, said.append)
     assert images.classes == tuple(sorted(counts))
-    assert images.train.shape[1:] == images.test.shape[1:] == (3, size, size)
+    assert Plain(images.train, size).stacked().shape[1:] == (3, size, size)
     assert len(images.train) + len(images.test) == sum(good for good, _ in counts.values())
     for stack, labels in ((images.train, images.train_labels), (images.test, images.test_labels)):
-        for image, label in zip(stack, labels, strict=True):  # the colour tells the class
-            assert chr(image[1, 0, 0]) == images.classes[label]
+        for index, label in enumerate(labels):  # the colour tells the class
+            assert chr(stack[index][1, 0, 0]) == images.classes[label]
+        assert len(stack) == len(labels)
     total = sum(broken for _, broken in counts.values())
     assert len(said) == bool(total)
     if total:
@@ -81,10 +83,10 @@ def test_folder_with_its_own_split(tmp_path):
     for part, colour in (("train", 10), ("val", 20)):
         for name in ("cat", "dog"):
             write(tmp_path / part / name / "1.png", (colour, 0, 0))
-    images = folder_images(tmp_path, 8, 0, print)
+    images = folder_images(tmp_path, 0, print)
     assert images.classes == ("cat", "dog")
-    assert set(images.train[:, 0].unique().tolist()) == {10}
-    assert set(images.test[:, 0].unique().tolist()) == {20}
+    assert {int(images.train[index][0].max()) for index in range(2)} == {10}
+    assert {int(images.test[index][0].max()) for index in range(2)} == {20}
 
 
 def test_centre_of_a_long_image_is_kept(tmp_path):
@@ -93,17 +95,43 @@ def test_centre_of_a_long_image_is_kept(tmp_path):
     for number in range(2):
         (tmp_path / "one").mkdir(exist_ok=True)
         Image.fromarray(picture).save(tmp_path / "one" / f"{number}.png")
-    images = folder_images(tmp_path, 10, 0, print)
-    assert (images.train == 200).all()
+    images = folder_images(tmp_path, 0, print)
+    assert images.train[0].shape == (3, 10, 30)
+    assert (Plain(images.train, 10)[0] == 200).all()
+
+
+def test_a_file_that_breaks_later_is_named(tmp_path):
+    write(tmp_path / "cat" / "1.png", (1, 2, 3))
+    images = FolderImages([tmp_path / "cat" / "1.png"])
+    assert images[0].shape == (3, 9, 12)
+    (tmp_path / "cat" / "1.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"1\.png cannot be read"):
+        images[0]
+
+
+@given(st.integers(1, 70), st.integers(1, 20), st.integers(16, 40), st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_glyphs_are_the_same_for_the_same_seed(train, test, size, seed):
+    images, again = (glyphs(train, test, size, seed) for _ in range(2))
+    assert images.train.shape == (train, 1, size, size)
+    assert images.test.shape == (test, 1, size, size)
+    assert torch.equal(images.train, again.train)
+    assert torch.equal(images.test_labels, again.test_labels)
+    assert not torch.equal(images.train, glyphs(train, test, size, seed + 1).train)
+
+
+def test_glyphs_show_every_class_equally_often():
+    labels = glyphs(train=620, test=62).train_labels
+    assert labels.bincount().tolist() == [10] * len(CHARACTERS)
 
 
 def test_folder_without_images(tmp_path):
     with pytest.raises(DataError, match="holds no images; expected one folder per class"):
-        folder_images(tmp_path, 8, 0, print)
+        folder_images(tmp_path, 0, print)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="no image left to train on; 1 files were found"):
-        folder_images(tmp_path, 8, 0, print)
+        folder_images(tmp_path, 0, print)
 
 
 def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
@@ -122,39 +150,3 @@ def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
     assert (tmp_path / "run" / "metrics.csv").exists()
     assert "on 20 images of 64 x 64 pixels" in output
     assert main(["extract", str(tmp_path / "run"), "--width", "0.5", "--format", "pt2"]) == 0
-
-
-@given(st.integers(1, 6), st.sampled_from([1, 3]), st.integers(8, 30), st.booleans())
-@settings(max_examples=15, deadline=None)
-def test_views_are_random_images(batch, channels, size, mirror):
-    images = torch.randint(0, 256, (batch, channels, size, size), dtype=torch.uint8)
-    before = images.clone()
-    torch.manual_seed(0)
-    first, second = augment(images, mirror=mirror), augment(images, mirror=mirror)
-    assert first.shape == images.shape
-    assert first.min() >= 0
-    assert first.max() <= 1
-    assert not torch.equal(first, second)
-    assert torch.equal(images, before)
-    torch.manual_seed(0)
-    assert torch.equal(augment(images, mirror=mirror), first)
-
-
-def test_each_image_of_a_batch_gets_its_own_view():
-    images = torch.randint(0, 256, (1, 1, 24, 24), dtype=torch.uint8).expand(16, -1, -1, -1)
-    views = augment(images, mirror=False)
-    assert len(views.flatten(1).unique(dim=0)) == 16
-
-
-def test_only_mirrored_views_have_left_and_right_exchanged():
-    image = torch.zeros(1, 1, 24, 24, dtype=torch.uint8)
-    image[..., :8] = 255
-    images = image.expand(200, -1, -1, -1)
-
-    def on_the_right(mirror):
-        views = augment(images, mirror=mirror)
-        return (views[..., 16:].sum((1, 2, 3)) > views[..., :8].sum((1, 2, 3))).float().mean()
-
-    torch.manual_seed(0)
-    assert on_the_right(False) == 0
-    assert 0.3 < on_the_right(True) < 0.7

@@ -227,5 +227,5 @@ def test_extract_is_export(run, tmp_path):
         assert f"| {float(width):g} | {int(parameters):,} | {int(macs):,} |" in text
         assert f"| {shares} |\n" in text
     assert len(lines) == 2
-    assert "2 epochs of SlimCLR" in text
+    assert "2 epochs of mocov2" in text
     assert json.loads((run / "config.json").read_text())["epochs"] == 2

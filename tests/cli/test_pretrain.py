@@ -20,7 +20,8 @@ from slimmable.cli.training import Training
 
 
 def assert_same_results(folder, other):
-    assert (folder / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    for name in ("metrics.csv", "losses.csv"):
+        assert (folder / name).read_text() == (other / name).read_text()
     ours, theirs = (load_file(path / "checkpoint.safetensors") for path in (folder, other))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -30,7 +31,8 @@ def assert_same_results(folder, other):
 def test_run_folder(run):
     names = {path.name for path in run.iterdir()}
     subnetworks = {"width-1.0.safetensors", "width-0.5.safetensors"}
-    assert names == {"config.json", "checkpoint.safetensors", "metrics.csv", "metrics.md", "accuracy.png"} | subnetworks
+    reports = {"metrics.csv", "metrics.md", "accuracy.png"}
+    assert names == {"config.json", "checkpoint.safetensors", "losses.csv"} | reports | subnetworks
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["width", "parameters", "macs", "knn", "linear", "untrained_knn", "untrained_linear"]
@@ -76,7 +78,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tiny, run, tmp_path, monkey
         assert main(["pretrain", *tiny, "--output", str(folder)]) == 130
     assert f"go on with: slimmable pretrain --output {folder} --resume" in capsys.readouterr().out
     assert load_checkpoint(folder / "checkpoint.safetensors").step == steps
-    assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu"]) == 0
+    assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu", "--workers", "0"]) == 0
     assert_same_results(folder, run)
 
 
@@ -106,19 +108,19 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tiny, run, tmp_path
         patch.setattr(Training, "take_step", die)
         with pytest.raises(RuntimeError, match="power cut"):
             main(["pretrain", *tiny, "--output", str(folder)])
-    assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu"]) == 0
+    assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu", "--workers", "0"]) == 0
     assert_same_results(folder, run)
 
 
 def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"}
-    assert main(["pretrain", "--output", str(run), "--resume", "--device", "cpu"]) == 0
+    assert main(["pretrain", "--output", str(run), "--resume", "--device", "cpu", "--workers", "0"]) == 0
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"} == before
 
 
 def test_evaluate_gives_the_numbers_of_the_run(run, capsys):
     before = (run / "metrics.csv").read_text()
-    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert main(["evaluate", str(run), "--device", "cpu", "--workers", "0"]) == 0
     assert (run / "metrics.md").read_text() in capsys.readouterr().out
     assert (run / "metrics.csv").read_text() == before
 
@@ -138,7 +140,7 @@ def test_timm_model_with_dropout_resumes_to_the_same_numbers(tiny, tmp_path, mon
     with monkeypatch.context() as patch:
         interrupt_after(5, patch)
         assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 130
-    assert main(["pretrain", "--output", str(tmp_path / "run"), "--resume", "--device", "cpu"]) == 0
+    assert main(["pretrain", "--output", str(tmp_path / "run"), "--resume", "--device", "cpu", "--workers", "0"]) == 0
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 

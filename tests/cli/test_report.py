@@ -9,13 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimmable.cli.progress import Progress
-from slimmable.cli.report import Row, plot, to_csv, to_markdown, write_report
+from slimmable.cli.report import TITLES, UNTRAINED, Row, plot, read_report, to_csv, to_markdown, write_report
 
 shares = st.floats(0, 1)
-rows = st.lists(
-    st.builds(Row, st.floats(0.01, 1), st.integers(0, 10**9), st.integers(0, 10**12), shares, shares, shares, shares),
-    min_size=1,
-    max_size=5,
+names = st.lists(
+    st.sampled_from([prefix + name for prefix in ("", UNTRAINED) for name in TITLES]), min_size=1, unique=True
+)
+rows = names.flatmap(
+    lambda chosen: st.lists(
+        st.builds(
+            Row,
+            st.floats(0.01, 1),
+            st.integers(0, 10**9),
+            st.integers(0, 10**12),
+            st.fixed_dictionaries(dict.fromkeys(chosen, shares)),
+        ),
+        min_size=1,
+        max_size=5,
+    )
 )
 
 
@@ -24,8 +35,9 @@ def test_csv_reads_back(given_rows):
     found = list(csv.DictReader(io.StringIO(to_csv(given_rows))))
     assert len(found) == len(given_rows)
     for line, row in zip(found, given_rows, strict=True):
-        for name, text in line.items():
-            assert float(text) == pytest.approx(getattr(row, name), abs=5e-5 if name != "width" else 0)
+        assert (float(line.pop("width")), int(line.pop("parameters"))) == (row.width, row.parameters)
+        assert int(line.pop("macs")) == row.macs
+        assert {name: float(text) for name, text in line.items()} == pytest.approx(dict(row.shares), abs=5.1e-5)
 
 
 @given(rows, shares)
@@ -37,17 +49,18 @@ def test_markdown_has_a_line_per_width(given_rows, pixels):
 
 
 def test_plot_of_one_width_and_of_many(tmp_path):
-    many = [Row(width, 10, int(1e6 * width), width, width, 0.1, 0.1) for width in (1.0, 0.75, 0.5, 0.25)]
+    many = [Row(width, 10, int(1e6 * width), {"knn": width, "untrained_knn": 0.1}) for width in (1.0, 0.75, 0.5, 0.25)]
     for measured in (many, many[:1]):
         plot(measured, 0.5, "title", tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_replaces_the_previous_one(tmp_path):
-    first, second = (Row(1.0, 10, 100, accuracy, 0.5, 0.1, 0.1) for accuracy in (0.25, 0.75))
+    first, second = (Row(1.0, 10, 100, {"knn": accuracy}) for accuracy in (0.25, 0.75))
     write_report(tmp_path, [first], 0.5, "title")
     write_report(tmp_path, [second], 0.5, "title")
     assert (tmp_path / "metrics.csv").read_text() == to_csv([second])
+    assert read_report(tmp_path) == {1.0: second}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "metrics.csv", "metrics.md"]
 
 

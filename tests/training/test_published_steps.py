@@ -214,7 +214,7 @@ def assert_published_step(case, method, losses_of_step, key=None):
         close(torch.zeros_like(gradient) if given is None else given, gradient)
     for buffer, value in ours(STEPS, f"{name}/q_stats/").items():
         close(statistics[buffer], value)
-    for prefix, found in (() if key is None else (("key_param_after", "parameters"), ("key_stats", "buffers"))):
+    for prefix, found in () if key is None else (("key_param_after", "parameters"), ("key_stats", "buffers")):
         held = dict(getattr(key, f"named_{found}")())
         for tensor, value in ours(STEPS, f"{name}/{prefix}/").items():
             close(held[tensor].detach(), value)

@@ -1,0 +1,199 @@
+"""What do the techniques of SlimCLR buy, and does one pre-training replace one for each width?
+
+    python -m benchmarks.slimclr.run                       # every arm and seed that has no result yet; hours
+    python -m benchmarks.slimclr.run --data digits --seeds 0 1 --arms all alone
+    python -m benchmarks.slimclr.run --quick               # a smoke run of seconds
+
+Each run pre-trains by MoCo v2 and evaluates the frozen features at every width. A run that was interrupted starts anew;
+finished ones stand in `results/<data>.csv` and are not repeated. Several processes may work on different seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slimmable
+from benchmarks.measuring import environment
+from slimmable.cli.config import PretrainConfig
+from slimmable.cli.data import load_images
+from slimmable.cli.evaluation import Plain, features_at_widths
+from slimmable.cli.images import Images
+from slimmable.cli.loader import Views
+from slimmable.cli.networks import build_method, small_resnet
+from slimmable.cli.training import Training
+from slimmable.training.evaluate import evaluate_features
+
+HERE = Path(__file__).parent
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+PLANES = (8, 16, 32, 64)
+FEW = 10  # labelled images of each class in the probe with few labels
+BARE: dict[str, Any] = {"slow_start": 0.0, "distill": "none", "weights": "ones"}
+ARMS: dict[str, dict[str, Any]] = {
+    "alone": BARE,  # one network for each width
+    "bare": BARE,
+    "slow start": BARE | {"slow_start": 0.5},
+    "distillation": BARE | {"distill": "own"},
+    "re-weighting": BARE | {"weights": "widest_plus_rest"},
+    "all": {},
+}
+SHARED: dict[str, Any] = {"epochs": 30, "batch_size": 128, "embedding": 64, "hidden": 64, "queue_size": 512}
+SETS: dict[str, dict[str, Any]] = {
+    "digits": {"data": "digits", "images": 4096, "image_size": 20, "learning_rate": 0.006},
+    "glyphs": {"data": "glyphs", "images": 4096, "image_size": 20, "learning_rate": 0.006},
+}
+PROBES = ("knn", "linear", "slimmable", "ridge")
+FIELDS = ("arm", "seed", "width", *PROBES, "few", "seconds", "gmacs", "steps")
+
+
+@dataclass
+class Trained:
+    """Accuracies by width and probe, and what the training took: processor time, and multiply-adds in billions."""
+
+    accuracy: dict[float, dict[str, float]]
+    seconds: float
+    gmacs: float
+    steps: int
+
+
+def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
+    return PretrainConfig(**{"widths": WIDTHS, "seed": seed, **SHARED, **SETS[data], **ARMS[arm], **more})
+
+
+class Kept(Views):
+    """Views that are drawn once and kept, as bytes, for the next run with the same seed: all arms see the same ones."""
+
+    def __init__(self, views: Views, known: dict[tuple[int, int], list[torch.Tensor]]) -> None:
+        super().__init__(views.images, views.labels, views.transforms, views.seed)
+        self.known = known
+
+    def __getitem__(self, key: tuple[int, int]) -> list[torch.Tensor]:
+        if key not in self.known:
+            *drawn, label = super().__getitem__(key)
+            self.known[key] = [*(view.mul(255).round().to(torch.uint8) for view in drawn), label]
+        *views, label = self.known[key]
+        return [*(view.float() / 255 for view in views), label]
+
+
+def pretrain(
+    config: PretrainConfig,
+    planes: tuple[int, ...],
+    images: Images,
+    known: dict[tuple[int, int], list[torch.Tensor]],
+) -> Trained:
+    """Train one network at the widths of `config`, and evaluate each."""
+    torch.manual_seed(config.seed)
+    method = build_method(config, small_resnet(images.channels, planes), images.channels, len(images.classes))
+    training = Training(config, method, images, torch.device("cpu"))
+    training.views = Kept(training.views, known)
+    start = time.process_time()
+    while training.step < training.steps:
+        training.take_step()
+    seconds = time.process_time() - start
+    backbone = method.backbone
+    train, test = (features_at_widths(backbone, Plain(part, config.image_size)) for part in (images.train, images.test))
+    accuracy = {
+        width: {probe: getattr(found, probe) for probe in PROBES}
+        for width, found in evaluate_features(
+            train, images.train_labels, test, images.test_labels, probes=PROBES
+        ).items()
+    }
+    few = few_of_each(images.train_labels, config.seed)
+    labelled = {width: features[few] for width, features in train.items()}
+    scarce = evaluate_features(labelled, images.train_labels[few], test, images.test_labels, probes=("linear",))
+    for width, found in scarce.items():
+        accuracy[width]["few"] = found.linear
+    return Trained(accuracy, seconds, cost(training, images) / 1e9, training.steps)
+
+
+def few_of_each(labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return the numbers of `FEW` images of each class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[labels[order] == number][:FEW] for number in labels.unique()])
+
+
+def cost(training: Training, images: Images) -> float:
+    """Return the multiply-adds of the encoder in the whole training: a backward counts as two forwards."""
+    config = training.config
+    size = (images.channels, config.image_size, config.image_size)
+    macs = {row.width: row.macs for row in slimmable.profile(training.method.encoder, size, repeats=0).rows}
+    slow = round(config.slow_start * training.steps)
+    queries = 3 * (slow * macs[1.0] + (training.steps - slow) * sum(macs.values()))
+    keys = training.steps * macs[1.0]
+    return float(config.batch_size * (queries + keys))
+
+
+def run(
+    data: str, arm: str, seed: int, known: dict[tuple[int, int], list[torch.Tensor]], **more: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each width."""
+    config = configuration(data, arm, seed, **more)
+    images = load_images(config)
+    if arm == "alone":
+        for width in WIDTHS:
+            planes = tuple(round(width * each) for each in PLANES)
+            one = replace(config, widths=(1.0,), hidden=round(width * config.hidden))
+            yield from rows(pretrain(one, planes, images, known), arm, seed, width)
+    else:
+        yield from rows(pretrain(config, PLANES, images, known), arm, seed)
+
+
+def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> Iterator[dict[str, Any]]:
+    for width, shares in trained.accuracy.items():
+        percent = {name: f"{100 * share:.2f}" for name, share in shares.items()}
+        spent = {"seconds": f"{trained.seconds:.0f}", "gmacs": f"{trained.gmacs:.0f}", "steps": trained.steps}
+        yield {"arm": arm, "seed": seed, "width": width if alone is None else alone, **percent, **spent}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a result file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, found: list[dict[str, Any]]) -> None:
+    """Add the rows of one run, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(found)
+    path.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def main() -> None:
+    """Do the runs that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=tuple(SETS), default=tuple(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
+    given = parser.parse_args()
+    more: dict[str, Any] = {"epochs": 1, "warm_up": 0.0, "images": 512} if given.quick else {}
+    for data in given.data[:1] if given.quick else given.data:
+        path = given.out / f"{data}.csv"
+        for seed in [0] if given.quick else given.seeds:
+            known: dict[tuple[int, int], list[torch.Tensor]] = {}
+            for arm in given.arms:
+                if (arm, str(seed)) not in {(row["arm"], row["seed"]) for row in read(path)}:
+                    found = list(run(data, arm, seed, known, **more))
+                    append(path, found)
+                    shown = "  ".join(f"{row['width']}: {row['knn']}/{row['linear']}" for row in found)
+                    print(f"{data} seed {seed} {arm}: {shown} (kNN/linear), {found[0]['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

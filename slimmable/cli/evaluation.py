@@ -1,0 +1,73 @@
+"""Evaluation of a trained network: features of every width in one pass over the images, then the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimmable.cli.config import PretrainConfig
+from slimmable.cli.images import Images
+from slimmable.cli.loader import Plain, batches_of
+from slimmable.convert import extract
+from slimmable.training.evaluate import Accuracy, Probe, accuracy_of, evaluate_features, narrowest_first
+from slimmable.training.finetune import finetune
+from slimmable.training.knn import knn_accuracy
+from slimmable.width import at_width, widths_of
+
+
+@torch.no_grad()
+def features_at_widths(backbone: nn.Module, images: Plain, workers: int = 0) -> dict[float, Tensor]:
+    """Return width -> features in eval mode, of shape (images, features), float32, on the CPU."""
+    device = next(backbone.parameters()).device
+    parts: dict[float, list[Tensor]] = {width: [] for width in widths_of(backbone)}
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        for batch in batches_of(images, workers=workers):
+            scaled = batch.to(device)
+            for width, found in parts.items():
+                with at_width(backbone, width):
+                    found.append(backbone(scaled).float().cpu())
+    finally:
+        for module in training:
+            module.training = True
+    return {width: torch.cat(found) for width, found in parts.items()}
+
+
+def evaluate_backbone(
+    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[Probe], workers: int = 0
+) -> dict[float, Accuracy]:
+    """Return width -> accuracies on the held-out images."""
+    train, test = (
+        narrowest_first(backbone, features_at_widths(backbone, Plain(part, config.image_size), workers))
+        for part in (images.train, images.test)
+    )
+    return evaluate_features(train, images.train_labels, test, images.test_labels, probes=probes)
+
+
+def pixels_accuracy(config: PretrainConfig, images: Images) -> float:
+    """Return the accuracy of kNN on the pixels, at no more than 32 x 32 of them."""
+    size = min(config.image_size, 32)
+    train, test = (Plain(part, size).stacked() for part in (images.train, images.test))
+    return knn_accuracy(train, images.train_labels, test, images.test_labels)
+
+
+def finetuned_accuracies(
+    config: PretrainConfig, backbone: nn.Module, images: Images, epochs: int
+) -> dict[float, float]:
+    """Return width -> accuracy of the extracted network after fine-tuning with a classifier on top."""
+    train, test = (Plain(part, config.image_size).stacked() for part in (images.train, images.test))
+    found = {}
+    for width in widths_of(backbone):
+        classifier = finetune(
+            extract(backbone, width),
+            train,
+            images.train_labels,
+            num_classes=len(images.classes),
+            epochs=epochs,
+            seed=config.seed,
+        )
+        found[width] = accuracy_of(classifier, test, images.test_labels)
+    return found

@@ -1,0 +1,108 @@
+"""Batches of images: random views that depend on the seed and the step only, and plain ones for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from slimmable.cli.images import ImageSet
+from slimmable.cli.views import plain_view
+
+Key = tuple[int, int]
+
+
+def seed_of(*numbers: int) -> int:
+    """Return a seed for torch that is another one for other numbers.
+
+    >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
+    (True, False)
+    """
+    return hash(numbers) % 2**63  # of integers, Python's hash is the same in every process
+
+
+class Views(Dataset[list[Tensor]]):
+    """Views and label of an image, by epoch and number; the same whichever worker or process draws them, and when."""
+
+    def __init__(self, images: ImageSet, labels: Tensor, transforms: Sequence[nn.Module], seed: int) -> None:
+        self.images, self.labels, self.transforms, self.seed = images, labels, transforms, seed
+
+    def __getitem__(self, key: Key) -> list[Tensor]:
+        """Return the views, each drawn with random numbers of its own, and the label."""
+        image = self.images[key[1]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, *key))
+            return [*(transform(image) for transform in self.transforms), self.labels[key[1]]]
+
+
+class Steps(Sampler[list[Key]]):
+    """The images of each step from `start` to the end of training: one process's share of the batch.
+
+    Args:
+        count: number of images; the rest of an epoch that fills no batch is left out.
+        batch_size: of all processes together, a multiple of their number.
+        epochs, start, seed: of the training; `start` is the number of steps done.
+        rank, processes: which share to take.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.count, self.batch_size, self.epochs = count, batch_size, epochs
+        self.start, self.seed = start, seed
+        self.share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of steps in an epoch."""
+        return self.count // self.batch_size
+
+    def __len__(self) -> int:
+        return max(0, self.epochs * self.per_epoch - self.start)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """Yield lists of (epoch, number of the image)."""
+        first, skipped = divmod(self.start, self.per_epoch)
+        for epoch in range(first, self.epochs):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            order = torch.randperm(self.count, generator=generator).tolist()
+            for step in range(skipped, self.per_epoch):
+                batch = order[step * self.batch_size :][: self.batch_size]
+                yield [(epoch, number) for number in batch[self.share]]
+            skipped = 0
+
+
+def load(views: Views, steps: Steps, workers: int, pinned: bool = False) -> Iterator[list[Tensor]]:
+    """Yield for each step its views, each of shape (batch, channels, size, size), and last the labels."""
+    yield from DataLoader(views, batch_sampler=steps, num_workers=workers, pin_memory=pinned)
+
+
+class Plain(Dataset[Tensor]):
+    """Images for evaluation: all of one size, uint8."""
+
+    def __init__(self, images: ImageSet, size: int) -> None:
+        self.images, self.size = images, size
+        self.transform = plain_view(size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one image of shape (channels, size, size)."""
+        image = self.images[index]
+        if image.shape[-2:] != (self.size, self.size):
+            image = self.transform(image)
+        return image
+
+    def stacked(self) -> Tensor:
+        """Return all images, shape (images, channels, size, size)."""
+        return torch.stack([self[index] for index in range(len(self))])
+
+
+def batches_of(images: Plain, batch_size: int = 256, most: int | None = None, workers: int = 0) -> Iterator[Tensor]:
+    """Yield images as floats in [0, 1] in their order, `most` of them."""
+    chosen = range(len(images) if most is None else min(most, len(images)))
+    for batch in DataLoader(Subset(images, chosen), batch_size=batch_size, num_workers=workers):
+        yield batch.float() / 255

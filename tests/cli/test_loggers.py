@@ -1,0 +1,89 @@
+"""Where the figures of a training go."""
+
+import csv
+import sys
+import types
+
+import pytest
+
+from slimmable.__main__ import main
+from slimmable.cli.extras import MissingPackageError
+from slimmable.cli.loggers import make_loggers
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_log_of_a_run_has_every_width(run):
+    rows = read(run / "losses.csv")
+    assert list(rows[0]) == ["step", "learning_rate", "train_loss/w1", "train_loss/w0.5"]
+    assert [row["step"] for row in rows] == ["8"]  # every tenth step, and the last
+
+
+def test_slow_start_leaves_narrow_widths_empty(tiny, tmp_path):
+    assert main(["pretrain", *tiny, "--log-every", "1", "--diagnostics", "--output", str(tmp_path / "run")]) == 0
+    rows = read(tmp_path / "run" / "losses.csv")
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 9)]
+    assert [row["train_loss/w0.5"] == "" for row in rows] == [True] * 4 + [False] * 4
+    assert all(float(row["train_loss/w1"]) > 0 for row in rows)
+    gradients = read(tmp_path / "run" / "gradients.csv")
+    assert [row["step"] for row in gradients] == ["0"]
+    assert (tmp_path / "run" / "gradients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_goes_on_drops_the_lines_after_its_checkpoint(tmp_path):
+    (first,) = make_loggers(tmp_path, ["train_loss/w1"], 0, (), {})
+    for step in (1, 2, 3):
+        first.log(step, {"train_loss/w1": step / 4})
+    first.flush()
+    (second,) = make_loggers(tmp_path, ["train_loss/w1"], 2, (), {})
+    second.log(3, {"train_loss/w1": 9.0})
+    second.flush()
+    assert [(row["step"], row["train_loss/w1"]) for row in read(tmp_path / "losses.csv")] == [
+        ("1", "0.25"),
+        ("2", "0.5"),
+        ("3", "9"),
+    ]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, board = make_loggers(tmp_path, [], 0, ["tensorboard"], {})
+    for step in (1, 2):
+        board.log(step, {"train_loss/w0.5": 0.5 * step})
+    board.flush()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train_loss/w0.5")
+    assert [(point.step, point.value) for point in found] == [(1, 0.5), (2, 1.0)]
+
+
+def test_weights_and_biases_gets_settings_and_figures(tmp_path, monkeypatch):
+    sent = []
+
+    class Run:
+        def log(self, values, step):
+            sent.append((step, values))
+
+    def init(**settings):
+        sent.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    _, logger = make_loggers(tmp_path, [], 0, ["wandb"], {"epochs": 2})
+    logger.log(1, {"train_loss/w1": 0.5})
+    assert sent[0]["config"] == {"epochs": 2}
+    assert sent[1] == (1, {"train_loss/w1": 0.5})
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_named_before_anything_is_made(name, tmp_path, tiny, monkeypatch, capsys):
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["pretrain", *tiny, "--log", name, "--output", str(tmp_path / "run")]) == 2
+    assert f"needs {name}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(MissingPackageError, match=name):
+        make_loggers(tmp_path, [], 0, [name], {})

@@ -1,0 +1,122 @@
+"""Settings by method and by preset, the optimizers and the learning rate."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from slimmable._errors import UsageError
+from slimmable.cli.config import METHODS, PretrainConfig
+from slimmable.cli.data import load_images
+from slimmable.cli.networks import new_method
+from slimmable.cli.presets import PRESETS, configure
+from slimmable.cli.training import Training, make_optimizer
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_configuration(preset):
+    config = configure({}, preset)
+    assert config.image_size == 224
+    assert config.method == PRESETS[preset]["method"]
+    assert config.views != "digits"
+    for name, value in PRESETS[preset].items():
+        assert getattr(config, name) == value
+
+
+def test_what_is_given_comes_before_the_preset():
+    config = configure({"epochs": 3, "widths": (1.0, 0.5)}, "byol-imagenet")
+    assert (config.epochs, config.widths, config.momentum) == (3, (1.0, 0.5), 0.996)
+
+
+@pytest.mark.parametrize(
+    ("given", "preset", "message"),
+    [
+        ({}, "slimclr-imagenet", "--preset slimclr-imagenet: there are slimclr-mocov2-imagenet"),
+        ({"method": "byol"}, "vicreg-imagenet", "--preset vicreg-imagenet is of --method vicreg, not byol"),
+        ({"method": "dino"}, None, "--method dino: there are mocov2"),
+        ({"distill": "magic"}, None, "--distill magic: there are own, none, kl"),
+        ({"weights": "heavy"}, None, "unknown mode 'heavy'"),
+        ({"momentum": 1.5}, None, r"--momentum must be in \[0, 1\], got 1.5"),
+        ({"temperature": 0.0}, None, "--temperature must be positive, got 0.0"),
+        ({"weight_decay": -1.0}, None, "--weight-decay must be 0 or more"),
+    ],
+)
+def test_settings_without_meaning_are_refused(given, preset, message):
+    with pytest.raises(UsageError, match=message):
+        configure(given, preset)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_folders_get_the_views_of_their_method(method):
+    config = configure({"method": method, "data": "/some/folder"})
+    own = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}
+    assert config.views == own.get(method, "byol")
+    assert config.image_size == 64
+    assert configure({"method": method}).views == "digits"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_norms_and_biases_do_not_decay(optimizer):
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    config = PretrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
+    steps = make_optimizer(config, network)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(3):
+        steps.step()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name]) == (parameter.ndim == 1), name
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_images(PretrainConfig(images=64))
+
+
+def training(images, **settings):
+    config = PretrainConfig(**{"images": 64, "batch_size": 16, "widths": (1.0,), "queue_size": 16, **settings})
+    return Training(config, new_method(config, 1, 10), images, torch.device("cpu"))
+
+
+def test_the_learning_rate_rises_and_falls_as_published(images):
+    """Linear warm-up, then a cosine to 0, per step (SlimCLR's scheduler); the peak may change at the slow start."""
+    run = training(images, epochs=5, warm_up=1.0, slow_start=0.5, learning_rate=0.1, joined_learning_rate=0.3)
+    for step in range(20):
+        run.step = step
+        run._set_learning_rate(step / 20)
+        peak = 0.1 if step < 10 else 0.3
+        share = step / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / 16)) / 2
+        assert run.learning_rate == pytest.approx(peak * share, abs=1e-12)
+    assert {group["lr"] for group in run.optimizer.param_groups} == {run.learning_rate}
+
+
+def test_a_warm_up_that_never_ends_is_refused(images):
+    with pytest.raises(UsageError, match=r"--warm-up 2.5 leaves none of the 2 epochs"):
+        training(images, epochs=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_step(method):
+    config = configure({"method": method, "data": "glyphs", "images": 32, "batch_size": 16, "widths": (1.0, 0.5)})
+    glyphs = load_images(config)
+    run = Training(config, new_method(config, 1, len(glyphs.classes)), glyphs, torch.device("cpu"))
+    run.step = run.steps - 1
+    assert list(run.take_step()) == [1.0, 0.5]
+
+
+def test_moco_v3_freezes_the_patches_of_a_vision_transformer():
+    config = configure({"method": "mocov3", "model": "test_vit", "image_size": 32, "embedding": 8, "hidden": 16})
+    method = new_method(config, 3, 10)
+    frozen = {name for name, parameter in method.encoder.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
+    assert len([module for module in method.encoder.projector if isinstance(module, nn.Linear)]) == 3
+
+
+@pytest.mark.parametrize("preset", ["slimclr-mocov2-imagenet", "mocov3-vit-imagenet", "vicreg-imagenet"])
+def test_the_networks_of_presets_have_the_published_sizes(preset):
+    config = configure({"model": "test_resnet" if "vit" not in preset else "test_vit", "image_size": 160}, preset)
+    method = new_method(config, 3, 1000)
+    with torch.no_grad():
+        assert method.encoder.eval()(torch.zeros(1, 3, 160, 160)).shape == (1, config.embedding)

@@ -1,0 +1,114 @@
+"""Random views, and the order in which they come."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimmable.cli.config import VIEWS
+from slimmable.cli.loader import Plain, Steps, Views, batches_of, load
+from slimmable.cli.views import make_views, plain_view
+
+
+@given(
+    st.sampled_from(VIEWS),
+    st.sampled_from([1, 3]),
+    st.integers(28, 224),
+    st.tuples(st.integers(20, 90), st.integers(20, 90)),
+    st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_views_of_any_size_are_random_images(name, channels, size, shape, mirror):
+    image = torch.randint(0, 256, (channels, *shape), dtype=torch.uint8)
+    before = image.clone()
+    transforms = make_views(name, size, smallest_crop=0.2, mirror=mirror)
+    assert len(transforms) == (1 if name == "supervised" else 2)
+    for transform in transforms:
+        torch.manual_seed(0)
+        first, second = transform(image), transform(image)
+        assert first.shape == (channels, size, size)
+        assert first.dtype == torch.float32
+        assert 0 <= first.min() <= first.max() <= 1
+        assert not torch.equal(first, second)
+        torch.manual_seed(0)
+        assert torch.equal(transform(image), first)
+    assert torch.equal(image, before)
+
+
+def test_only_mirrored_views_have_left_and_right_exchanged():
+    image = torch.zeros(3, 24, 24, dtype=torch.uint8)
+    image[..., :8] = 255
+
+    def on_the_right(mirror):
+        (transform,) = make_views("supervised", 24, smallest_crop=0.9, mirror=mirror)
+        views = torch.stack([transform(image) for _ in range(200)])
+        return (views[..., 16:].sum((1, 2, 3)) > views[..., :8].sum((1, 2, 3))).float().mean()
+
+    torch.manual_seed(0)
+    assert on_the_right(False) == 0
+    assert 0.3 < on_the_right(True) < 0.7
+
+
+def test_byol_solarises_the_second_view_only():
+    image = torch.full((3, 8, 8), 200, dtype=torch.uint8)  # solarised: 55
+    torch.manual_seed(0)
+    shares = []
+    for transform in make_views("byol", 8, smallest_crop=1.0, mirror=False):
+        brightest = torch.stack([transform(image).max() for _ in range(400)])
+        shares.append((brightest < 0.3).float().mean().item())
+    assert shares[0] == 0
+    assert shares[1] == pytest.approx(0.2, abs=0.08)
+
+
+def test_a_plain_view_is_the_centre():
+    image = torch.arange(30, dtype=torch.uint8).expand(3, 10, 30)
+    assert torch.equal(plain_view(10)(image), image[:, :, 10:20])
+
+
+def views_of(count, transforms=(lambda image: image.float() + torch.rand(()),)):
+    images = torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1)
+    return Views(images, torch.arange(count), transforms, seed=3)
+
+
+@given(st.integers(4, 40), st.integers(2, 8), st.integers(1, 4), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_every_epoch_shows_images_once_in_a_new_order(count, batch, epochs, seed):
+    batch = min(batch, count)
+    steps = list(Steps(count, batch, epochs, 0, seed))
+    per_epoch = count // batch
+    assert len(steps) == len(Steps(count, batch, epochs, 0, seed)) == epochs * per_epoch
+    for epoch in range(epochs):
+        keys = [key for step in steps[epoch * per_epoch :][:per_epoch] for key in step]
+        assert {number for number, _ in keys} == {epoch}
+        assert len({image for _, image in keys}) == per_epoch * batch
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 12), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_shares_of_processes_and_the_rest_after_a_break_are_parts_of_the_whole(processes, each, start, seed):
+    batch = processes * each
+    count = 3 * batch + 1
+    whole = list(Steps(count, batch, 4, 0, seed))
+    shares = [list(Steps(count, batch, 4, start, seed, rank, processes)) for rank in range(processes)]
+    assert [[key for share in step for key in share] for step in zip(*shares, strict=True)] == whole[start:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_depend_on_seed_epoch_and_image_only(workers):
+    steps = Steps(count=12, batch_size=4, epochs=2, start=0, seed=1)
+    torch.manual_seed(5)
+    whole = list(load(views_of(12), steps, workers=0))
+    torch.manual_seed(6)
+    rest = list(load(views_of(12), Steps(12, 4, 2, start=4, seed=1), workers=workers))
+    assert len(rest) == 2
+    for ours, theirs in zip(whole[4:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    drawn = torch.cat([view.flatten() for view, _ in whole])
+    assert len(drawn.unique()) == 24  # no two alike, in the second epoch either
+
+
+def test_images_for_evaluation_come_in_order():
+    images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
+    batches = list(batches_of(Plain(images, 8), batch_size=3, most=5))
+    assert [len(batch) for batch in batches] == [3, 2]
+    assert torch.equal(torch.cat(batches), images[:5].float() / 255)
