@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Views
 from slimmable.cli.networks import build_method, small_resnet
 from slimmable.cli.training import Training
+from slimmable.training.diagnostics import GradientDiagnostics
 from slimmable.training.evaluate import evaluate_features
 
 HERE = Path(__file__).parent
@@ -44,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillation": BARE | {"distill": "own"},
     "re-weighting": BARE | {"weights": "widest_plus_rest"},
     "all": {},
+    "labels": BARE | {"method": "supervised"},  # for its gradients
 }
 SHARED: dict[str, Any] = {"epochs": 30, "batch_size": 128, "embedding": 64, "hidden": 64, "queue_size": 512}
 SETS: dict[str, dict[str, Any]] = {
@@ -51,14 +54,20 @@ SETS: dict[str, dict[str, Any]] = {
     "glyphs": {"data": "glyphs", "images": 4096, "image_size": 20, "learning_rate": 0.006},
 }
 PROBES = ("knn", "linear", "slimmable", "ridge")
-FIELDS = ("arm", "seed", "width", *PROBES, "few", "seconds", "gmacs", "steps")
+GRADIENTS = {"rest": "rest_ratio/w{0}", "rest_total": "rest_ratio_total/w{0}", "cosine": "grad_cosine_total/w1.0_w{0}"}
+EVERY = 20  # steps between two looks at the gradients
+FIELDS = ("arm", "seed", "width", *PROBES, "few", "seconds", "gmacs", "steps", *GRADIENTS)
 
 
 @dataclass
 class Trained:
-    """Accuracies by width and probe, and what the training took: processor time, and multiply-adds in billions."""
+    """Accuracies by width and probe, and what the training took: processor time, and multiply-adds in billions.
+
+    `gradients` holds means over the second half of the training, see `GradientDiagnostics`.
+    """
 
     accuracy: dict[float, dict[str, float]]
+    gradients: dict[float, dict[str, float]]
     seconds: float
     gmacs: float
     steps: int
@@ -80,7 +89,7 @@ class Kept(Views):
             *drawn, label = super().__getitem__(key)
             self.known[key] = [*(view.mul(255).round().to(torch.uint8) for view in drawn), label]
         *views, label = self.known[key]
-        return [*(view.float() / 255 for view in views), label]
+        return [*(view.float() / 255 for view in views[: len(self.transforms)]), label]
 
 
 def pretrain(
@@ -94,6 +103,7 @@ def pretrain(
     method = build_method(config, small_resnet(images.channels, planes), images.channels, len(images.classes))
     training = Training(config, method, images, torch.device("cpu"))
     training.views = Kept(training.views, known)
+    training.diagnostics = GradientDiagnostics(method.online, EVERY)
     start = time.process_time()
     while training.step < training.steps:
         training.take_step()
@@ -111,7 +121,20 @@ def pretrain(
     scarce = evaluate_features(labelled, images.train_labels[few], test, images.test_labels, probes=("linear",))
     for width, found in scarce.items():
         accuracy[width]["few"] = found.linear
-    return Trained(accuracy, seconds, cost(training, images) / 1e9, training.steps)
+    return Trained(accuracy, gradients(training), seconds, cost(training, images) / 1e9, training.steps)
+
+
+def gradients(training: Training) -> dict[float, dict[str, float]]:
+    """Return for each narrow width the means over the second half of the training."""
+    assert training.diagnostics is not None
+    rows = training.diagnostics.rows
+    late = [row for row in rows if row["step"] >= training.steps / 2] or rows[-1:]
+    return {
+        width: {
+            name: statistics.fmean(row[column.format(width)] for row in late) for name, column in GRADIENTS.items()
+        }
+        for width in training.config.widths[1:]
+    }
 
 
 def few_of_each(labels: torch.Tensor, seed: int) -> torch.Tensor:
@@ -150,7 +173,8 @@ def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> I
     for width, shares in trained.accuracy.items():
         percent = {name: f"{100 * share:.2f}" for name, share in shares.items()}
         spent = {"seconds": f"{trained.seconds:.0f}", "gmacs": f"{trained.gmacs:.0f}", "steps": trained.steps}
-        yield {"arm": arm, "seed": seed, "width": width if alone is None else alone, **percent, **spent}
+        found = {name: f"{value:.4f}" for name, value in trained.gradients.get(width, {}).items()}
+        yield {"arm": arm, "seed": seed, "width": width if alone is None else alone, **percent, **spent, **found}
 
 
 def read(path: Path) -> list[dict[str, str]]:
