@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def _plan_of(model: nn.Module) -> Plan | None:
             "or is a part or a wrapper of a converted model; save the converted model itself"
         )
     plan: Plan = state.plan
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = {name for name, _ in tensors}
+    gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
+    if gone:
+        raise CheckpointError(
+            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again with "
+            "slimmable.slimify, then save it"
+        )
     return plan
 
 

@@ -28,7 +28,8 @@ class Context:
 
     A tensor's labels lie on the tensor itself, as its attribute `slim_axes`; `slim_origin` beside it says how it
     came about: "weights" (computed from parameters alone), "mixed" (a convolution or matrix product with weights,
-    and affine steps since), "normed" (the same with a normalisation in between) or None.
+    and affine steps since), "normed" (the same with a normalisation in between), "spread" (one number for all units,
+    such as a norm) or None.
     """
 
     widths: tuple[float, ...]

@@ -77,10 +77,10 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     channels = {
         ctx.origin(tensor)
         for tensor in operands
-        if ctx.origin(tensor) != "weights" and any(ids is not None for ids in ctx.axes(tensor))
+        if ctx.origin(tensor) not in ("weights", "spread") and any(ids is not None for ids in ctx.axes(tensor))
     }
     if channels <= {"mixed", "normed"} and channels:
-        return "normed" if "normed" in channels else "mixed"
+        return "normed" if {"normed", "spread"} & (channels | origins) else "mixed"
     return None
 
 

@@ -116,7 +116,10 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
             axes[axis] = spread(ids, out.shape[axis] // old[axis], 1)
         if size is not None and int(size) != -1:
             ctx.constrain(size, axes[axis], out.shape[axis])
-    ctx.label(out, axes, ctx.origin(source))
+    origin = ctx.origin(source)
+    if origin is None and all(ids is None for ids in ctx.axes(source)):
+        origin = "spread"
+    ctx.label(out, axes, origin)
 
 
 @rule("cat")

@@ -325,3 +325,17 @@ def test_what_no_file_can_hold_is_named(tmp_path):
         with pytest.raises(CheckpointError, match=f"{name} is .* cannot be saved"):
             slimmable.save(net, tmp_path / "net.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_that_is_gone_is_named_and_converting_again_heals(tmp_path):
+    model = slimmable.slimify(timm.create_model("test_resnet", num_classes=5), (1.0, 0.5))
+    model.reset_classifier(0)
+    with pytest.raises(CheckpointError, match=r"fc.weight, fc.bias: gone from this ResNet .* convert it again"):
+        slimmable.save(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    slimmable.save(slimmable.slimify(model, (1.0, 0.5)), tmp_path / "model.safetensors")
+    images = torch.randn(1, 3, 32, 32)
+    again = slimmable.load(tmp_path / "model.safetensors")
+    for width in (1.0, 0.5):
+        with slimmable.at_width(model.eval(), width), slimmable.at_width(again, width):
+            assert torch.equal(again(images), model(images))

@@ -189,6 +189,25 @@ def test_a_pre_training_module_keeps_its_embedding_dimension(images, norm_after)
             assert slim.predictor[0].weight.shape == (16 * width, 32)
 
 
+class Normalised(nn.Module):
+    """As MoCo's code: the embedding is scaled to unit length within the forward."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.backbone, self.projector = tiny_resnet(num_classes=0), nn.Sequential(nn.Linear(64, 32), *last)
+
+    def forward(self, x):
+        return nn.functional.normalize(self.projector(self.backbone(x)), dim=1)
+
+
+@pytest.mark.parametrize("last", [[], [nn.BatchNorm1d(32)], [nn.ReLU(), nn.Linear(32, 32)]])
+def test_an_embedding_of_unit_length_keeps_its_dimension(images, last):
+    slim = slimmable.slimify(Normalised(last), WIDTHS, example_inputs=images)
+    assert [tuple(z.shape) for z in slimmable.run_widths(slim, images).values()] == [(2, 32)] * len(WIDTHS)
+    with slimmable.at_width(slim, 0.5):
+        assert slim.backbone.conv1.weight.shape[0] == 32
+
+
 def test_the_size_attributes_stay_full_and_those_of_extractions_are_true(slim):
     slimmable.set_width(slim, 0.5)
     assert slim.num_features == slim.fc.in_features == 64
