@@ -130,9 +130,7 @@ def gradients(training: Training) -> dict[float, dict[str, float]]:
     rows = training.diagnostics.rows
     late = [row for row in rows if row["step"] >= training.steps / 2] or rows[-1:]
     return {
-        width: {
-            name: statistics.fmean(row[column.format(width)] for row in late) for name, column in GRADIENTS.items()
-        }
+        width: {name: statistics.fmean(row[column.format(width)] for row in late) for name, column in GRADIENTS.items()}
         for width in training.config.widths[1:]
     }
 

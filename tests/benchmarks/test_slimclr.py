@@ -1,0 +1,75 @@
+"""The evidence on SlimCLR: runs are kept and not repeated, and the tables say what the rows hold."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.slimclr import run, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def quick(out, *arms):
+    command = [sys.executable, "-m", "benchmarks.slimclr.run", "--quick", "--out", str(out), "--arms", *arms]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_finished_runs_are_not_repeated(tmp_path):
+    quick(tmp_path, "alone")
+    before = (tmp_path / "digits.csv").read_text()
+    said = quick(tmp_path, "alone", "all")
+    assert "seed 0 all" in said
+    assert "alone" not in said
+    assert (tmp_path / "digits.csv").read_text().startswith(before)
+    rows = list(csv.DictReader((tmp_path / "digits.csv").open()))
+    assert [(row["arm"], float(row["width"])) for row in rows] == [(a, w) for a in ("alone", "all") for w in run.WIDTHS]
+    assert all(0 <= float(row[probe]) <= 100 for row in rows for probe in (*run.PROBES, "few"))
+    text = table.page("digits", rows, "")
+    assert f"| all | 1 | {float(rows[4]['linear']):.1f} ± 0.0 |" in text
+
+
+def test_all_arms_of_a_seed_see_the_same_views():
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    views = run.Views(images, torch.arange(4), [lambda image: image.float() / 255 * torch.rand(())] * 2, seed=0)
+    known = {}
+    first, again = (run.Kept(views, known)[(0, 1)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for kept, drawn in zip(first, views[(0, 1)], strict=True):
+        torch.testing.assert_close(kept, drawn, rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_few_labels_are_as_many_of_each_class():
+    labels = torch.arange(200) % 7
+    chosen = run.few_of_each(labels, seed=1)
+    assert labels[chosen].bincount().tolist() == [run.FEW] * 7
+    assert len(chosen.unique()) == len(chosen)
+
+
+def test_the_cost_is_that_of_the_passes():
+    """A step: queries forward and backward at the widths that run, keys forward at the full width."""
+    images = run.load_images(run.configuration("digits", "bare", 0, images=256))
+    found = {}
+    for arm in ("bare", "slow start"):
+        config = run.configuration("digits", arm, 0, epochs=4, images=256, queue_size=128)
+        method = run.build_method(config, run.small_resnet(1, run.PLANES), 1, 10)
+        found[arm] = run.cost(run.Training(config, method, images, torch.device("cpu")), images)
+        macs = [row.macs for row in run.slimmable.profile(method.encoder, (1, 20, 20), repeats=0).rows]
+    steps, batch = 8, 128
+    assert found["bare"] == batch * steps * (3 * sum(macs) + macs[0])
+    assert found["slow start"] == batch * (steps * macs[0] + steps / 2 * 3 * (macs[0] + sum(macs)))
+
+
+def test_intervals_and_paired_differences():
+    assert table.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.9632, abs=1e-4)  # 2.7764 sqrt(2.5 / 5)
+    rows = [
+        {"arm": arm, "seed": str(seed), "width": str(width), "linear": str(value + seed)}
+        for arm, value in (("alone", 50.0), ("all", 52.0))
+        for seed in range(3)
+        for width in run.WIDTHS
+    ]
+    assert "| all | +2.0 ± 0.0 | +2.0 ± 0.0 |" in table.differences(rows, ["all"], "linear", "alone")
+    assert "| all | 3 | 53.0 ± 2.5 |" in table.accuracies(rows, ["all"], "linear")
