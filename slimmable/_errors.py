@@ -35,11 +35,4 @@ class UsageError(SlimmableError, ValueError):
 
 
 class DivergedError(SlimmableError, ArithmeticError):
-    """A training loss that is infinite or not a number; `width` is where."""
-
-    def __init__(self, message: str, width: float) -> None:
-        super().__init__(message, width)
-        self.width = width
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    """A training whose loss or weights are infinite or not a number."""

@@ -46,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillation": BARE | {"distill": "own"},
     "re-weighting": BARE | {"weights": "widest_plus_rest"},
     "all": {},
+    "all, longer": {"epochs": 42},  # as many multiply-adds as the networks alone
     "labels": BARE | {"method": "supervised"},  # for its gradients
 }
 SHARED: dict[str, Any] = {"epochs": 30, "batch_size": 128, "embedding": 64, "hidden": 64, "queue_size": 512}

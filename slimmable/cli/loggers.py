@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,11 +65,14 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, its files in a folder; named like the folder, so that resuming finds it again."""
+    """A run of Weights & Biases; the folder makes its id, so that resuming finds it again."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         init: Any = require("wandb", "wandb").init
-        self.run = init(project="slimmable", name=folder.name, dir=str(folder), config=dict(settings), resume="allow")
+        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self.run = init(
+            project="slimmable", id=own, name=folder.name, dir=str(folder), config=dict(settings), resume="allow"
+        )
 
     def log(self, step: int, values: Values) -> None:
         """Send the figures."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
 from slimmable.cli.loggers import Logger, make_loggers
 from slimmable.cli.networks import new_method
-from slimmable.cli.processes import any_process, is_first
+from slimmable.cli.processes import any_process, is_first, wait_for_all
 from slimmable.cli.progress import Progress, say
 from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, save_subnetworks
 from slimmable.cli.training import Training
@@ -31,6 +32,7 @@ from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
 INTERRUPTED = 130
+GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network's widths
 
 
@@ -56,18 +58,21 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
     begin = time.monotonic()
     if not options.resume:
         refuse_existing(folder)
+        wait_for_all()
     for name in options.loggers:
         require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name)
     images = load_images(config)
     config = fit_queue(config, len(images.train))
     method = new_method(config, images.channels, len(images.classes))
     training = Training(config, method, images, options.device, options.workers)
-    if options.diagnostics:
-        training.diagnostics = GradientDiagnostics(method.online)
     checkpoint = folder / CHECKPOINT
     if options.resume and checkpoint.exists():
         training.resume(load_checkpoint(checkpoint))
         _tell(f"going on after step {training.step} of {training.steps}")
+    if options.diagnostics:
+        training.diagnostics = GradientDiagnostics(method.online)
+        training.diagnostics.step = training.step
+        training.diagnostics.rows = read_gradients(folder / GRADIENTS, training.step)
     if not options.resume and is_first():
         start_folder(folder, config)
     _tell(_introduction(config, images))
@@ -78,7 +83,7 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
             _finish(training, images, folder, options)
     except DivergedError as error:
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-        raise DivergedError(f"step {training.step + 1}: {error}; {last}", error.width) from error
+        raise DivergedError(f"step {training.step + 1}: {error}; {last}") from error
     except KeyboardInterrupt:
         _tell(f"interrupted after step {training.step} of {training.steps}; go on with: {resume_command(folder)}")
         return INTERRUPTED
@@ -138,6 +143,8 @@ def _train(training: Training, folder: Path, options: Options) -> bool:
         training.check_finite()
         if is_first():
             save_checkpoint(folder / CHECKPOINT, training.method.encoder, training.tensors(), training.step)
+            if training.diagnostics is not None:
+                training.diagnostics.to_csv(folder / GRADIENTS)
 
     with _interruptible() as asked, Progress(training.steps, training.step, training.steps_per_epoch) as progress:
         while training.step < training.steps:
@@ -163,11 +170,20 @@ def _finish(training: Training, images: Images, folder: Path, options: Options) 
     if config.universal:
         some = Plain(images.train, config.image_size)
         calibrate_bn(backbone, batches_of(some, config.batch_size, _CALIBRATION), config.widths)
+        save_checkpoint(folder / CHECKPOINT, training.method.encoder, training.tensors(), training.step)
     save_subnetworks(folder, backbone, config.widths)
     if training.diagnostics is not None and training.diagnostics.rows:
-        training.diagnostics.to_csv(folder / "gradients.csv")
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     say(evaluate_run(config, folder, backbone, images, workers=options.workers))
+
+
+def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
+    """Return the rows that `GradientDiagnostics.to_csv` wrote of the steps before `done`."""
+    if not done or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in rows if row["step"] < done]
 
 
 def _tell(text: str) -> None:

@@ -33,6 +33,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def wait_for_all() -> None:
+    """Wait until every process has come so far."""
+    if not alone(None):
+        dist.barrier()
+
+
 def any_process(value: bool, device: torch.device) -> bool:
     """Return whether `value` is true in any process."""
     if alone(None):

@@ -124,7 +124,7 @@ class Training:
         """Raise DivergedError if a parameter is infinite or not a number, as after a gradient that was."""
         for name, parameter in self.method.named_parameters():
             if not parameter.isfinite().all():
-                raise DivergedError(f"{name} is no longer finite", 1.0)
+                raise DivergedError(f"{name} is no longer finite")
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the encoder and the number of steps that resuming needs."""

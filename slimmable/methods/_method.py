@@ -126,7 +126,7 @@ class Method(nn.Module):
                     loss = recipe.loss(outcome.loss, self._teach(outcome, recipe.distill))
                 losses[width] = _mean_of_processes(outcome.loss)
                 if not math.isfinite(losses[width]):
-                    raise DivergedError(f"the loss is {losses[width]} at width {width:g}", width)
+                    raise DivergedError(f"the loss is {losses[width]} at width {width:g}")
                 loss.backward()  # type: ignore[no-untyped-call]
             if diagnostics is not None:
                 diagnostics.after_backward(width)

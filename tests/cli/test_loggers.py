@@ -9,6 +9,7 @@ import pytest
 from slimmable.__main__ import main
 from slimmable.cli.extras import MissingPackageError
 from slimmable.cli.loggers import make_loggers
+from slimmable.cli.pretrain import read_gradients
 
 
 def read(path):
@@ -30,6 +31,8 @@ def test_slow_start_leaves_narrow_widths_empty(tiny, tmp_path):
     assert all(float(row["train_loss/w1"]) > 0 for row in rows)
     gradients = read(tmp_path / "run" / "gradients.csv")
     assert [row["step"] for row in gradients] == ["0"]
+    assert [row["step"] for row in read_gradients(tmp_path / "run" / "gradients.csv", done=8)] == [0]
+    assert read_gradients(tmp_path / "run" / "gradients.csv", done=0) == []
     assert (tmp_path / "run" / "gradients.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,3 +149,41 @@ def small_network_with_dropout(name, channels, image_size, **settings) -> nn.Mod
     import timm
 
     return timm.create_model(name, in_chans=channels, img_size=image_size, num_classes=0, proj_drop_rate=0.2)
+
+
+def test_a_universal_run_has_statistics_for_all_its_widths(tiny, tmp_path, capsys):
+    """Widths between the widest and the narrowest never run as such in the training."""
+    folder = tmp_path / "run"
+    options = [*tiny, "--widths", "1", "0.5", "0.25", "--universal", "--method", "supervised", "--output", str(folder)]
+    assert main(["pretrain", *options]) == 0
+    assert "untrained" in capsys.readouterr().out
+    tensors = load_checkpoint(folder / "checkpoint.safetensors").network
+    for place in range(2):
+        assert not torch.equal(tensors[f"backbone.bn1.narrow.{place}.running_var"], torch.ones(16 // 2 ** (place + 1)))
+    before = (folder / "metrics.csv").read_text()
+    assert main(["evaluate", str(folder), "--device", "cpu", "--workers", "0"]) == 0
+    assert (folder / "metrics.csv").read_text() == before
+
+
+@pytest.mark.parametrize("method", ["simclr", "mocov3", "byol", "vicreg", "supervised"])
+def test_every_method_resumes_to_the_same_numbers(method, tiny, tmp_path, monkeypatch):
+    options = [*tiny, "--method", method]
+    assert main(["pretrain", *options, "--output", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 130
+    resume = ["--resume", "--device", "cpu", "--workers", "0"]
+    assert main(["pretrain", "--output", str(tmp_path / "run"), *resume]) == 0
+    assert_same_results(tmp_path / "run", tmp_path / "whole")
+
+
+def test_evaluate_takes_every_probe_and_fine_tunes(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    probes = ["--probes", "knn", "linear", "slimmable", "ridge", "--finetune", "1"]
+    assert main(["evaluate", str(copy), *probes, "--device", "cpu", "--workers", "0"]) == 0
+    assert "| kNN | linear | slimmable probe | ridge | fine-tuned | untrained kNN |" in capsys.readouterr().out
+    with open(copy / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(0 <= float(row["finetuned"]) <= 1 for row in rows)
+    assert main(["export", str(copy), "--width", "0.5", "--format", "safetensors"]) == 0

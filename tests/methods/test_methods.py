@@ -166,9 +166,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(broken):
     method = make("supervised")
     batch = batch_of(method)
     batch.views[0][0] = broken
-    with pytest.raises(DivergedError, match="the loss is nan at width 1") as caught:
+    with pytest.raises(DivergedError, match="the loss is nan at width 1"):
         method.step(recipe_of(method), batch, progress=0.8)
-    assert caught.value.width == 1.0
     assert all(gradient is None for gradient in gradients_of(method).values())
 
 
