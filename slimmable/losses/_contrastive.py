@@ -74,7 +74,7 @@ def nt_xent_logits(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
 
     `z0` and `z1` have shape (n, dim), row i of both from the same image; the result (2n, 2n - 1), rows of `z0` first.
     Column 0 is the other view of the same image, then follow the other images in the other view, then those in the
-    same view. With several processes, gather both views first (with gradients) and give the gathered ones.
+    same view. With several processes, give both views gathered, by `slimmable.training.gather`.
 
     Raises: DataError: if shapes differ or are no matrices.
 

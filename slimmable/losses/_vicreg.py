@@ -21,8 +21,8 @@ def vicreg(
 
     `z0` and `z1` have shape (batch, dim), raw embeddings, row i of both from the same image. The invariance term is the
     mean squared difference; the variance and covariance terms are summed, not averaged, over the two views, as in the
-    code of Krishna et al. 2023 (the paper's own code halves the variance term). With several processes, gather both
-    views first.
+    code of Krishna et al. 2023 (the paper's own code halves the variance term). With several processes, give both
+    views gathered, by `slimmable.training.gather`.
 
     Raises: DataError: if shapes differ, or the batch has less than two images.
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import slimmable
 from slimmable._errors import UsageError
 from slimmable.training import average_gradients, distributed
+from tests.two_processes import run_in_two
 
 WIDTHS = (1.0, 0.5, 0.25)
 PROGRESS = (0.1, 0.9)  # of the two steps; the first lies in the slow start
@@ -166,25 +166,19 @@ def gathered() -> dict[str, Tensor]:
     return get_model_state_dict(sharded(network()), options=options)
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int) -> dict[str, Any]:
     """What each process does: everything once, since starting a process is slow."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     found: dict[str, Any] = {way: train(way, rank) for way in WAYS}
     found["gathered"] = gathered()
     found["missing"] = some_gradients_are_missing()
     with pytest.raises(UsageError, match="fully_shard averages"):
         average_gradients(sharded(network()))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_in_two(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from slimmable.training import average_gradients
 from tests.methods.networks import MAKE, batch_of, gradients_of, make, recipe_of
+from tests.two_processes import run_in_two
 
 PROGRESS = (0.2, 0.8, 0.9)  # of the steps; the first lies in the slow start
 
@@ -34,21 +33,14 @@ def train(name: str, share: slice) -> list[dict[str, Any]]:
     return found
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+def work(rank: int) -> dict[str, Any]:
     share = slice(4 * rank, 4 * rank + 4)
-    found = {name: train(name, share) for name in MAKE}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {name: train(name, share) for name in MAKE}
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_in_two(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", MAKE)

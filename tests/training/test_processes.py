@@ -8,7 +8,6 @@ import functools
 import re
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from slimmable.losses import nt_xent, nt_xent_logits
 from slimmable.training import average_gradients, gather, synchronised_batchnorm
 from slimmable.training._joined_batchnorm import merged_moments
 from slimmable.training._processes import alone
+from tests.two_processes import run_in_two
 
 WIDTHS = (1.0, 0.5, 0.25)
 PROGRESS = (0.1, 0.9)  # of the two steps; the first lies in the slow start
@@ -217,11 +217,8 @@ def message_of(name: str, rank: int) -> str:
     return "no error"
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int) -> dict[str, Any]:
     """What each process does: everything once, since starting a process is slow."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     plain = F.batch_norm, torch.batch_norm
     found: dict[str, Any] = {"messages": {name: message_of(name, rank) for name in MISTAKES}}
     found["gathered"] = {str(dtype): gathered(dtype, rank) for dtype in GATHERED}
@@ -237,15 +234,12 @@ def work(rank: int, folder: str) -> None:
         checkpointed_gradients(**options) for options in ({}, {"use_reentrant": False}, {"use_reentrant": True})
     ]
     found["put back"] = (F.batch_norm, torch.batch_norm) == plain
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_in_two(work, tmp_path_factory.mktemp("processes"))
 
 
 def test_simclr_of_two_processes_is_that_of_one_with_the_whole_batch(processes):
