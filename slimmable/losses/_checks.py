@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -37,6 +37,24 @@ def as_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     return float(value)
+
+
+def check_count(where: str, name: str, value: object, least: int = 1) -> None:
+    """Raise `UsageError` unless `value` is an integer from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise UsageError(f"{where}: {name} must be an integer from {least} on, got {value!r}")
+
+
+def check_share(where: str, name: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is a number in [0, 1]."""
+    if not 0 <= as_number(value) <= 1:
+        raise UsageError(f"{where}: {name} must be in [0, 1], got {value!r}")
+
+
+def check_factor(where: str, name: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is a finite number from 0 on."""
+    if not 0 <= as_number(value) < math.inf:
+        raise UsageError(f"{where}: {name} must be a number from 0 on, got {value!r}")
 
 
 def check_temperature(where: str, name: str, value: float) -> None:

@@ -23,12 +23,13 @@ def unit(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
 
 
 def products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the matrix product `rows @ columns`, out of autocast's reach.
+    """Return the matrix product `rows @ columns` in the wider type of the two, out of autocast's reach.
 
     Cosines are divided by small temperatures afterwards, which would blow up the rounding of half precision.
     """
+    wider = torch.promote_types(rows.dtype, columns.dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        return rows @ columns
+        return rows.to(wider) @ columns.to(wider)
 
 
 def without_diagonal(square: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from slimmable._errors import DataError
-from slimmable.losses._checks import check_same_shape, check_temperature
+from slimmable.losses._checks import check_factor, check_same_shape, check_temperature
 from slimmable.losses._cosines import at_least_float32, unit
 
 
@@ -73,7 +73,8 @@ def decoupled(
     `alpha` weighs the divergence of "target or not", `beta` that among the other classes. `target` is the column of
     the right class: one for all rows, or a tensor of shape (batch,). The logits of this package have it in column 0.
 
-    Raises: DataError: if shapes do not fit, or there is only one class. UsageError: if the temperature is not positive.
+    Raises: DataError: if shapes do not fit, or there is only one class. UsageError: if the temperature is not positive,
+        or a weight is negative.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> decoupled(logits, logits)
@@ -81,6 +82,8 @@ def decoupled(
     """
     student, teacher = _prepare("decoupled", student, teacher)
     check_temperature("decoupled", "temperature", temperature)
+    check_factor("decoupled", "alpha", alpha)
+    check_factor("decoupled", "beta", beta)
     of_target, of_others = [], []
     for logits in (student / temperature, teacher / temperature):
         right, others = _split(logits, target)
@@ -98,7 +101,7 @@ def standardised(
     Kullback-Leibler divergence at `temperature`, times the temperature squared; the gradient flows through the
     student's standardisation. As in the code of SlimCLR (Zhao et al. 2024).
 
-    Raises: DataError: if shapes differ. UsageError: if the temperature is not positive.
+    Raises: DataError: if shapes differ. UsageError: if the temperature or `scale` is not positive.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> standardised(logits, 10 * logits) < 1e-6
@@ -106,6 +109,7 @@ def standardised(
     """
     student, teacher = _prepare("standardised", student, teacher)
     check_temperature("standardised", "temperature", temperature)
+    check_temperature("standardised", "scale", scale)
     classes = student.shape[1:]
     return temperature**2 * _divergence(
         (F.layer_norm(student, classes) * scale / temperature).log_softmax(1),
@@ -133,6 +137,8 @@ def _split(logits: torch.Tensor, target: int | torch.Tensor) -> tuple[torch.Tens
             raise DataError(f"decoupled: target column {target} is not among the {classes} classes")
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1) if target else logits[:, 1:]
         return logits[:, target : target + 1], others
+    if not isinstance(target, torch.Tensor):
+        raise DataError(f"decoupled: target must be a column number or a tensor of them, got {target!r}")
     if target.shape != (batch,) or target.is_floating_point():
         raise DataError(
             f"decoupled: target has shape {tuple(target.shape)} and type {target.dtype}, expected {batch} column "

@@ -7,7 +7,7 @@ from torch import nn
 
 from slimmable.losses._checks import check_temperature
 from slimmable.losses._contrastive import info_nce, moco_v3, nt_xent
-from slimmable.losses._vicreg import vicreg
+from slimmable.losses._vicreg import check_factors, vicreg
 
 
 class _WithTemperature(nn.Module):
@@ -77,6 +77,7 @@ class VICReg(nn.Module):
 
     def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
         super().__init__()
+        check_factors("VICReg", invariance, variance, covariance)
         self.invariance = invariance
         self.variance = variance
         self.covariance = covariance

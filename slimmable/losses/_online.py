@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from slimmable._errors import UsageError
+from slimmable._errors import DataError, UsageError
 from slimmable.losses import _distill
-from slimmable.losses._checks import as_number, check_temperature
+from slimmable.losses._checks import check_share, check_temperature
 
 Kind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
 Teachers = Literal["widest", "all wider"]
@@ -61,8 +61,7 @@ class OnlineDistillation(nn.Module):
             raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(get_args(Kind))}")
         if teachers not in get_args(Teachers):
             raise UsageError(f"OnlineDistillation: teachers must be 'widest' or 'all wider', got {teachers!r}")
-        if not 0 <= as_number(weight) <= 1:
-            raise UsageError(f"OnlineDistillation: weight must be in [0, 1], got {weight!r}")
+        check_share("OnlineDistillation", "weight", weight)
         check_temperature("OnlineDistillation", "teacher_temperature", teacher_temperature)
         check_temperature("OnlineDistillation", "student_temperature", student_temperature)
         self.kind: Kind = kind
@@ -75,7 +74,11 @@ class OnlineDistillation(nn.Module):
         self, student: torch.Tensor, teachers: torch.Tensor | Sequence[torch.Tensor], target: int | torch.Tensor = 0
     ) -> torch.Tensor:
         """Return the loss of `student`; `target` is the right answer's column, needed by `dkd` only."""
-        several = [teachers] if isinstance(teachers, torch.Tensor) else list(teachers)
+        if isinstance(teachers, torch.Tensor):
+            teachers = [teachers]
+        elif not isinstance(teachers, Iterable):
+            raise DataError(f"OnlineDistillation: teachers must be one or several tensors, got {teachers!r}")
+        several = list(teachers)
         if not several:
             raise UsageError("OnlineDistillation: there is no teacher; give the output of at least one wider width")
         chosen = several[:1] if self.teachers == "widest" else several

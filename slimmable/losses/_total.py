@@ -56,6 +56,6 @@ def slim_loss(
         )
     if weights is not None and len(weights) != widths:
         raise UsageError(f"slim_loss: {widths} contrastive losses and {len(weights)} weights; give one weight for each")
-    taught: list[torch.Tensor | None] = [None, *distillation] if distillation else [None for _ in contrastive]
-    terms = zip(contrastive, taught, weights or [1.0] * widths, strict=True)
+    taught: list[torch.Tensor | None] = [None, *distillation] if len(distillation) else [None] * widths
+    terms = zip(contrastive, taught, [1.0] * widths if weights is None else weights, strict=True)
     return torch.stack([slim_term(loss, a, weight, distill_weight) for loss, a, weight in terms]).sum()

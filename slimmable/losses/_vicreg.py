@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from slimmable._errors import DataError
-from slimmable.losses._checks import check_same_shape
+from slimmable.losses._checks import check_factor, check_same_shape
 from slimmable.losses._cosines import at_least_float32, products
 
 
@@ -24,12 +24,13 @@ def vicreg(
     code of Krishna et al. 2023 (the paper's own code halves the variance term). With several processes, give both
     views gathered, by `slimmable.training.gather`.
 
-    Raises: DataError: if shapes differ, or the batch has less than two images.
+    Raises: DataError: if shapes differ, or the batch has less than two images. UsageError: if a factor is negative.
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # std .816 per feature, uncorrelated
     >>> vicreg(z, z)
     tensor(9.1721)
     """
+    check_factors("vicreg", invariance, variance, covariance)
     check_same_shape("vicreg", z0=z0, z1=z1)
     if z0.shape[0] < 2:
         raise DataError(f"vicreg: batch of shape {tuple(z0.shape)} has no variance; give at least two images")
@@ -37,6 +38,12 @@ def vicreg(
     spread = _variance_term(z0) + _variance_term(z1)
     correlation = _covariance_term(z0) + _covariance_term(z1)
     return invariance * F.mse_loss(z0, z1) + variance * spread + covariance * correlation
+
+
+def check_factors(where: str, invariance: float, variance: float, covariance: float) -> None:
+    """Raise `UsageError` unless all are finite numbers from 0 on."""
+    for name, value in (("invariance", invariance), ("variance", variance), ("covariance", covariance)):
+        check_factor(where, name, value)
 
 
 def _variance_term(z: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,6 @@ def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tu
     (2.5, 1.0, 1.0, 1.0)
     """
     check_widths(widths)
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise UsageError(f"unknown mode {mode!r} of width weights; there are {', '.join(_MODES)}")
     return tuple(float(weight) for weight in _MODES[mode](list(widths)))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from slimmable.losses import OnlineDistillation, byol
 from slimmable.losses._cosines import unit
+from slimmable.methods._batch import Batch, Outcome
 from slimmable.methods._follower import WithFollower
-from slimmable.methods._method import Batch, Outcome
 
 
 class BYOL(WithFollower):

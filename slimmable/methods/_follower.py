@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slimmable._errors import UsageError
-from slimmable.losses._checks import as_number
-from slimmable.methods._method import Batch, Method
+from slimmable._inputs import check_module
+from slimmable.losses._checks import check_share
+from slimmable.methods._batch import Batch
+from slimmable.methods._method import Method
 from slimmable.training.distributed import synchronised_batchnorm
 from slimmable.training.moco import follow, follower_of
 from slimmable.training.momentum import cosine_momentum
@@ -17,8 +18,8 @@ class WithFollower(Method):
 
     def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float) -> None:
         super().__init__(encoder)
-        if not 0 <= as_number(momentum) <= 1:
-            raise UsageError(f"{type(self).__name__}: momentum must be in [0, 1], got {momentum!r}")
+        check_module(f"{type(self).__name__}: predictor", predictor)
+        check_share(type(self).__name__, "momentum", momentum)
         self.online_predictor = predictor
         self.momentum_encoder = follower_of(encoder)
         self.momentum = momentum

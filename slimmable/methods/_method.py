@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slimmable._columns import places_of
 from slimmable._errors import DivergedError, UsageError
+from slimmable._inputs import check_module
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._cosines import at_least_float32
-from slimmable.methods._encoder import Encoder
+from slimmable.methods._batch import Batch, Outcome, check_batch
 from slimmable.training.diagnostics import GradientDiagnostics
 from slimmable.training.distributed import synchronised_batchnorm
 from slimmable.training.recipe import SlimRecipe
-
-
-@dataclass
-class Outcome:
-    """What a method makes of a batch at one width.
-
-    `loss` is the scalar of the method; `logits` and `embeddings` are what the distillation can compare between widths,
-    each entry of shape (rows, classes), one for each direction or view.
-    """
-
-    loss: Tensor
-    logits: Sequence[Tensor] = ()
-    embeddings: Sequence[Tensor] = ()
-
-
-@dataclass
-class Batch:
-    """The views of a batch of images, each of shape (batch, channels, height, width), and labels where they count."""
-
-    views: Sequence[Tensor]
-    labels: Tensor | None = None
-    targets: Sequence[Tensor] = field(default=())  # what `prepare` found, once for all widths
+from slimmable.width import set_width
 
 
 class Method(nn.Module):
@@ -51,6 +32,8 @@ class Method(nn.Module):
 
     Args:
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
+
+    Raises: UsageError: if `encoder` is no module.
     """
 
     views: ClassVar[int] = 2
@@ -58,6 +41,7 @@ class Method(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
+        check_module(type(self).__name__, encoder)
         self.encoder = encoder
 
     @property
@@ -67,8 +51,17 @@ class Method(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """What is kept after the training: the encoder without its head."""
-        return cast(Encoder, self.encoder).backbone
+        """What is kept after the training: the encoder without its head.
+
+        Raises: UsageError: if the encoder has no part of this name.
+        """
+        kept = getattr(self.encoder, "backbone", None)
+        if not isinstance(kept, nn.Module):
+            raise UsageError(
+                f"{type(self).__name__}.backbone: the encoder, {type(self.encoder).__name__}, has no module of this "
+                "name; make it a slimmable.methods.Encoder"
+            )
+        return kept
 
     @staticmethod
     @abstractmethod
@@ -99,39 +92,63 @@ class Method(nn.Module):
         """Add up the gradients of one training step over its widths; return width -> loss, the widest first.
 
         Clear the gradients before; average them over processes, if there are several, and step the optimizer after.
+        When an error passes, the width is 1.0, but widths that ran have left gradients and BatchNorm statistics, and a
+        momentum encoder has moved.
 
         Args:
             recipe: made of `online`.
             batch: views, and labels for methods that look at them.
             progress: share of the training done, in [0, 1].
             number: of this step, see `SlimRecipe.widths`.
-            autocast: type of mixed precision, such as `torch.bfloat16`, or None.
-            diagnostics: told of every `backward`.
+            autocast: type of mixed precision, `torch.bfloat16`, or None. Losses are not scaled, as float16 needs.
+            diagnostics: told of every `backward`, and to `discard` what it has when an error passes.
 
         Raises:
             DivergedError: before its `backward`, if a loss is not finite.
-            UsageError: if the batch has the wrong number of views.
+            UsageError: if the recipe is of another model, or the batch has the wrong number of views.
+            DataError: if views are not tensors with one entry for each image.
         """
-        if len(batch.views) != self.views:
-            raise UsageError(f"{type(self).__name__}: takes {self.views} views of each image, got {len(batch.views)}")
+        self._check(recipe, batch, autocast)
+        set_width(self, 1.0)  # also what only `prepare` runs
         losses = {}
         device = batch.views[0].device.type
-        for width in recipe.widths(progress, number):
-            if recipe.first:
-                with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
-                    batch.targets = self.prepare(batch, progress)
-            with synchronised_batchnorm():
-                with torch.autocast(device, autocast, enabled=autocast is not None):
-                    outcome = self(batch)
-                    loss = recipe.loss(outcome.loss, self._teach(outcome, recipe.distill))
-                losses[width] = _mean_of_processes(outcome.loss)
-                if not math.isfinite(losses[width]):
-                    raise DivergedError(f"the loss is {losses[width]} at width {width:g}")
-                loss.backward()  # type: ignore[no-untyped-call]
-            if diagnostics is not None:
-                diagnostics.after_backward(width)
-        self.finish(batch)
+        with _left_clean(batch, diagnostics):
+            for width in recipe.widths(progress, number):
+                if recipe.first:
+                    with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
+                        batch.targets = self.prepare(batch, progress)
+                with synchronised_batchnorm():
+                    with torch.autocast(device, autocast, enabled=autocast is not None):
+                        outcome = self(batch)
+                        loss = recipe.loss(outcome.loss, self._teach(outcome, recipe.distill))
+                    losses[width], weighted = _means_of_processes(outcome.loss, loss)
+                    if not math.isfinite(losses[width]):
+                        raise DivergedError(f"the loss is {losses[width]} at width {width:g}")
+                    if not math.isfinite(weighted):
+                        raise DivergedError(f"the loss with distillation is {weighted} at width {width:g}")
+                    loss.backward()  # type: ignore[no-untyped-call]
+                del outcome, loss  # or they would be there while the next width runs
+                if diagnostics is not None:
+                    diagnostics.after_backward(width)
+            self.finish(batch)
         return losses
+
+    def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None) -> None:
+        """Refuse what a step cannot work with, before anything changes."""
+        name = type(self).__name__
+        if not isinstance(recipe, SlimRecipe):
+            raise UsageError(
+                f"{name}.step: recipe must be a SlimRecipe(method.online, ...), got {type(recipe).__name__}"
+            )
+        switched = {id(module) for module, _ in places_of(recipe.model)}
+        if not switched.issuperset(id(module) for module, _ in places_of(self.online)):
+            raise UsageError(
+                f"{name}.step: the recipe switches the widths of another model, or of a part of this one; "
+                "make it of `online`: SlimRecipe(method.online, ...)"
+            )
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise UsageError(f"{name}.step: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
+        check_batch(name, batch, self.views)
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:
         if distill is None:
@@ -146,20 +163,24 @@ class Method(nn.Module):
         return found
 
 
-def _mean_of_processes(value: Tensor) -> float:
-    """Return the mean, so that all processes see the same, also if one of them has no number."""
-    value = at_least_float32(value.detach()).clone()
+@contextmanager
+def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterator[None]:
+    """Leave nothing of a step in the batch, and nothing of a step that was broken off in the diagnostics."""
+    try:
+        yield
+    except BaseException:
+        if diagnostics is not None:
+            diagnostics.discard()
+        raise
+    finally:
+        batch.targets = ()
+
+
+def _means_of_processes(*values: Tensor) -> list[float]:
+    """Return the means, so that all processes see the same, also if one of them has no number."""
+    means = torch.stack([at_least_float32(value.detach()).reshape(()) for value in values])
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value.item()
-
-
-def checked_labels(method: Method, batch: Batch) -> Tensor:
-    """Return the labels.
-
-    Raises: UsageError: if there are none.
-    """
-    if batch.labels is None:
-        raise UsageError(f"{type(method).__name__} learns from labels; give the batch some")
-    return batch.labels
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    found: list[float] = means.tolist()
+    return found

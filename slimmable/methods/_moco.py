@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from slimmable.losses import OnlineDistillation, contrast, moco_logits
 from slimmable.losses._checks import check_temperature
-from slimmable.methods._method import Batch, Method, Outcome
+from slimmable.methods._batch import Batch, Outcome
+from slimmable.methods._method import Method
 from slimmable.training.moco import MoCo
 
 
 class MoCoV2(Method):
     """MoCo v2 (He et al. 2020, Chen et al. 2020), at every width; keys come from the full width only (SlimCLR).
+
+    Several processes find what one finds if `parts` is the same, and at least their number.
 
     Args:
         encoder: an `Encoder`, converted.

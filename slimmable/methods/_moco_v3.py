@@ -8,9 +8,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from slimmable.losses import OnlineDistillation, contrast, moco_v3_logits
-from slimmable.losses._checks import check_temperature
+from slimmable.losses._checks import check_count, check_temperature
+from slimmable.methods._batch import Batch, Outcome
 from slimmable.methods._follower import WithFollower
-from slimmable.methods._method import Batch, Outcome
 from slimmable.training._processes import rank
 from slimmable.training.distributed import gather
 
@@ -48,7 +48,11 @@ class MoCoV3(WithFollower):
 
     @staticmethod
     def projector(features: int, hidden: int, dim: int, *, layers: int = 2) -> nn.Sequential:
-        """Return the head: (batch, features) -> (batch, dim); 2 layers for ResNets, 3 for vision transformers."""
+        """Return the head: (batch, features) -> (batch, dim); 2 layers for ResNets, 3 for vision transformers.
+
+        Raises: UsageError: if `layers` is no integer from 1 on.
+        """
+        check_count("MoCoV3.projector", "layers", layers)
         return _head([features, *[hidden] * (layers - 1), dim], last_norm=True)
 
     @staticmethod

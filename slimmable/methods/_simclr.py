@@ -6,7 +6,8 @@ from torch import nn
 
 from slimmable.losses import OnlineDistillation, contrast, nt_xent_logits
 from slimmable.losses._checks import check_temperature
-from slimmable.methods._method import Batch, Method, Outcome
+from slimmable.methods._batch import Batch, Outcome
+from slimmable.methods._method import Method
 from slimmable.training.distributed import gather
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from slimmable._errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation
-from slimmable.methods._method import Batch, Method, Outcome, checked_labels
+from slimmable.losses._checks import check_share
+from slimmable.methods._batch import Batch, Outcome
+from slimmable.methods._method import Method
+from slimmable.training._labels import check_classes
 
 
 class Supervised(Method):
@@ -18,6 +22,8 @@ class Supervised(Method):
     Args:
         encoder: images in, class scores out; converted. An `Encoder` whose projector is the classifier.
         label_smoothing: share of the probability that is spread over all classes.
+
+    Raises: UsageError: if `label_smoothing` is not in [0, 1].
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
@@ -34,6 +40,7 @@ class Supervised(Method):
 
     def __init__(self, encoder: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__(encoder)
+        check_share("Supervised", "label_smoothing", label_smoothing)
         self.label_smoothing = label_smoothing
 
     @staticmethod
@@ -47,7 +54,25 @@ class Supervised(Method):
         return OnlineDistillation(teacher_temperature=1.0, student_temperature=1.0, weight=1.0)
 
     def forward(self, batch: Batch) -> Outcome:
-        """Return the cross-entropy with the labels."""
+        """Return the cross-entropy with the labels: class numbers of shape (batch,), or probabilities like the scores.
+
+        Raises: UsageError: if the batch has no labels. DataError: if they do not fit the scores.
+        """
         scores = self.encoder(batch.views[0])
-        loss = F.cross_entropy(scores, checked_labels(self, batch), label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(scores, _checked(batch.labels, scores), label_smoothing=self.label_smoothing)
         return Outcome(loss, [scores], [scores])
+
+
+def _checked(labels: Tensor | None, scores: Tensor) -> Tensor:
+    if labels is None:
+        raise UsageError("Supervised learns from labels; give the batch some")
+    shares = isinstance(labels, Tensor) and labels.is_floating_point()
+    if not isinstance(labels, Tensor) or labels.shape != (scores.shape if shares else scores.shape[:1]):
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        raise DataError(
+            f"Supervised: labels are {found}, expected class numbers of shape {tuple(scores.shape[:1])}, or "
+            f"probabilities of shape {tuple(scores.shape)}"
+        )
+    if not shares:
+        check_classes("Supervised", labels, scores.shape[1])
+    return labels

@@ -7,7 +7,9 @@ import math
 from torch import nn
 
 from slimmable.losses import OnlineDistillation, vicreg
-from slimmable.methods._method import Batch, Method, Outcome
+from slimmable.losses._vicreg import check_factors
+from slimmable.methods._batch import Batch, Outcome
+from slimmable.methods._method import Method
 from slimmable.training.distributed import gather
 
 
@@ -19,6 +21,8 @@ class VICReg(Method):
     Args:
         encoder: an `Encoder`, converted.
         invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg`.
+
+    Raises: UsageError: if a factor is negative.
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
@@ -35,6 +39,7 @@ class VICReg(Method):
         self, encoder: nn.Module, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
     ) -> None:
         super().__init__(encoder)
+        check_factors("VICReg", invariance, variance, covariance)
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     @staticmethod

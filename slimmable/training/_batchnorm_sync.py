@@ -24,7 +24,7 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
     it holds for whatever calls `torch.nn.functional.batch_norm`, such as torch's and timm's batch norms and the norm
     of each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same order, at
     the same width; their batches may differ in size. Half precision is computed in float32. Layers in eval mode
-    stay as they are. Without a process group, or with one process, nothing changes.
+    that have running statistics stay as they are. Without a process group, or with one process, nothing changes.
 
     Forward passes belong in the block, and with activation checkpointing `backward`, too. The block replaces the
     function in `torch` itself, so it holds for all threads; it does not reach into TorchScript, and there are no

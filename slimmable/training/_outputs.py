@@ -21,5 +21,5 @@ def outputs_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
     """Move images to the device of `model`, and scale uint8 ones to [0, 1]."""
-    moved = images.to(next(model.parameters()).device)
+    moved = images.to(next(model.parameters(), images).device)
     return moved.float() / 255 if moved.dtype == torch.uint8 else moved

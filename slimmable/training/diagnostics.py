@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimmable._columns import columns_of, places_of
 from slimmable._errors import UsageError
 from slimmable._files import write_aside
+from slimmable.losses._checks import check_count
 from slimmable.losses._cosines import at_least_float32
 from slimmable.training._blocks import Shared, shared_parameters
 from slimmable.training._gradient_sums import Sums, added, sums_of, values_of
@@ -72,8 +73,7 @@ class GradientDiagnostics:
     """
 
     def __init__(self, model: nn.Module, every: int = 50) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise UsageError(f"GradientDiagnostics: every must be an integer from 1 on, got {every!r}")
+        check_count("GradientDiagnostics", "every", every)
         self.model = model
         self.every = every
         self.widths = widths_of(model)
@@ -84,7 +84,7 @@ class GradientDiagnostics:
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.layers: list[dict[str, Tensor]] = []
-        self._forget()
+        self.discard()
 
     def after_backward(self, width: float) -> None:
         """Take in what the `backward` of `width` has added to the gradients; call it after each.
@@ -148,10 +148,10 @@ class GradientDiagnostics:
             row[name.replace("/", "_total/")] = value.item()
         self.rows.append(row)
         self.layers.append({name: values.float() for name, values in layers.items()})
-        self._forget()
+        self.discard()
 
-    def _forget(self) -> None:
-        """Drop the gradients of a step."""
+    def discard(self) -> None:
+        """Drop what was taken in since the last step; call it if a step is broken off and its gradients are cleared."""
         self._own: dict[float, dict[str, Tensor]] = {}  # width -> parameter -> its own gradient, in the width's block
         self._before: dict[str, Tensor] = {}  # parameter -> its gradient at the last call
         self._called = False
@@ -165,10 +165,11 @@ class GradientDiagnostics:
 
         Raises: UsageError: if `state` is something else.
         """
-        if not isinstance(state, dict) or set(state) != {"step", "rows", "layers"}:
+        kinds = {"step": int, "rows": list, "layers": list}
+        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:
             raise UsageError("GradientDiagnostics.load_state_dict: this is not what its state_dict() returns")
         self.step, self.rows, self.layers = state["step"], list(state["rows"]), list(state["layers"])
-        self._forget()
+        self.discard()
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV; a file that is there is replaced when the new one is complete.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
+from slimmable._inputs import check_module
 from slimmable._widths import check_widths
 from slimmable.analysis.plan import Plan
 from slimmable.layers._state import state_of
-from slimmable.training._labels import check_classes
+from slimmable.losses._checks import check_count, check_matrix
+from slimmable.training._labels import check_classes, check_tensors
 from slimmable.training._outputs import outputs_of
 from slimmable.training.knn import check_labels, knn_accuracy
 from slimmable.training.probe import train_probe, train_slimmable_probe
@@ -43,7 +45,13 @@ def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: i
         images: of shape (images, ...); uint8 ones are scaled to [0, 1].
         width: one of the network's.
         batch_size: images that run together.
+
+    Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
     """
+    check_tensors("features_of", images=images)
+    check_count("features_of", "batch_size", batch_size)
+    if not images.ndim or not len(images):
+        raise DataError(f"features_of: images have shape {tuple(images.shape)}, expected at least one image")
     with at_width(backbone, width):
         return outputs_of(backbone, images, batch_size)
 
@@ -57,13 +65,18 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
         labels: class numbers of shape (images,).
         batch_size: images that run together.
 
-    Raises: DataError: if there are no images, or not one label for each.
+    Raises: DataError: if there are no images, not one class number for each, or the model gives no class scores.
 
     >>> accuracy_of(nn.Sequential(nn.Linear(2, 2, bias=False)), torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
     0.75
     """
+    check_module("accuracy_of", model)
     check_labels("accuracy_of: images", images, labels)
-    return _share(outputs_of(model, images, batch_size), labels)
+    check_classes("accuracy_of", labels, None)
+    check_count("accuracy_of", "batch_size", batch_size)
+    scores = outputs_of(model, images, batch_size)
+    check_matrix("accuracy_of", "what the model returns", scores)
+    return _share(scores, labels)
 
 
 def evaluate_widths(
@@ -91,7 +104,7 @@ def evaluate_widths(
     Raises:
         ConversionError: if `backbone` was never converted.
         DataError: if a set is empty or labels do not fit.
-        UsageError: if `probes` holds an unknown name.
+        UsageError: if `probes` holds an unknown name, or `k` is no integer from 1 on.
 
     >>> import slimmable
     >>> backbone = slimmable.slimify(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)),
@@ -100,7 +113,7 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
-    _check_probes("evaluate_widths", probes)
+    _check_probes("evaluate_widths", probes, k)
     check_labels("evaluate_widths: train", train, train_labels)
     check_labels("evaluate_widths: test", test, test_labels)
     known, asked = (
@@ -132,20 +145,25 @@ def evaluate_features(
     Raises:
         DataError: if a set is empty, or labels or features do not fit.
         WidthError: if 1.0 is not among the widths.
-        UsageError: if `probes` holds an unknown name.
+        UsageError: if `probes` holds an unknown name, or `k` is no integer from 1 on.
 
     >>> wide, labels = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
     >>> features = {1.0: wide, 0.5: wide[:, :2]}
     >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
     1.0
     """
-    _check_probes("evaluate_features", probes)
+    _check_probes("evaluate_features", probes, k)
     widths = check_widths(train)
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
     for width in widths:
         check_labels(f"evaluate_features: train at width {width}", train[width], train_labels)
         check_labels(f"evaluate_features: test at width {width}", test[width], test_labels)
+        if train[width].shape[1:] != test[width].shape[1:]:
+            raise DataError(
+                f"evaluate_features: at width {width} train has shape {tuple(train[width].shape)}, test "
+                f"{tuple(test[width].shape)}; expected as many features"
+            )
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     classes = check_classes("evaluate_features", torch.cat([train_labels, test_labels]), None)
@@ -166,9 +184,10 @@ def evaluate_features(
     return {width: Accuracy(**{name: shares[width] for name, shares in found.items()}) for width in widths}
 
 
-def _check_probes(where: str, probes: Sequence[Probe]) -> None:
-    unknown = [name for name in probes if name not in get_args(Probe)]
-    if isinstance(probes, str) or unknown:
+def _check_probes(where: str, probes: Sequence[Probe], k: int) -> None:
+    check_count(where, "k", k)
+    listed = isinstance(probes, Iterable) and not isinstance(probes, str)
+    if not listed or any(name not in get_args(Probe) for name in probes):
         raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(Probe))}; got {probes!r}")
 
 

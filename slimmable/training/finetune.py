@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
+from slimmable._inputs import check_module
 from slimmable.layers._state import is_slim
-from slimmable.training._labels import check_classes
+from slimmable.losses._checks import check_factor
+from slimmable.training._labels import check_classes, check_training
 from slimmable.training._outputs import as_input, outputs_of
 from slimmable.training.knn import check_labels
 
@@ -47,7 +49,8 @@ def finetune(
 
     Returns: `nn.Sequential` of `backbone` and `classifier`, in eval mode; `accuracy_of` measures it.
 
-    Raises: UsageError: if `backbone` runs at several widths. DataError: if images, labels or features do not fit.
+    Raises: UsageError: if `backbone` runs at several widths, or a number is out of its range. DataError: if images,
+        labels or features do not fit.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
     >>> images = torch.eye(4).reshape(4, 1, 2, 2).repeat(8, 1, 1, 1)
@@ -57,6 +60,9 @@ def finetune(
     """
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
+    check_module("finetune", backbone)
+    check_training("finetune", epochs, batch_size, learning_rate)
+    check_factor("finetune", "weight_decay", weight_decay)
     if any(is_slim(module) for module in backbone.modules()):
         raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
     check_labels("finetune: images", images, labels)

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimmable._errors import DataError, UsageError
+from slimmable._errors import DataError
+from slimmable.losses._checks import check_count, check_temperature
+from slimmable.training._labels import check_classes, check_tensors
 
 _CHUNK = 1024
 
@@ -25,27 +27,29 @@ def knn_accuracy(
         train_labels, test_labels: class numbers of shape (images,).
         k: number of neighbours; all of `train` where that is fewer.
 
-    Raises: DataError: if a set is empty, or shapes do not fit. UsageError: if `k` or `temperature` is not positive.
+    Raises:
+        DataError: if a set is empty, shapes do not fit, or labels are not class numbers.
+        UsageError: if `k` is no integer from 1 on, or `temperature` is not positive.
 
     >>> corners = torch.eye(3)
     >>> knn_accuracy(corners, torch.arange(3), corners + 0.1, torch.tensor([0, 1, 1]), k=1)
     0.6666666666666666
     """
-    if k < 1 or not temperature > 0:
-        raise UsageError(f"knn_accuracy: k must be at least 1 and temperature positive, got {k} and {temperature}")
+    check_count("knn_accuracy", "k", k)
+    check_temperature("knn_accuracy", "temperature", temperature)
     check_labels("knn_accuracy: train", train, train_labels)
     check_labels("knn_accuracy: test", test, test_labels)
-    bank = F.normalize(train.flatten(1).float(), dim=1)
-    queries = F.normalize(test.flatten(1).float(), dim=1)
+    classes = max(check_classes("knn_accuracy", labels, None) for labels in (train_labels, test_labels))
+    bank = F.normalize(train.float().reshape(len(train), -1), dim=1)
+    queries = F.normalize(test.float().reshape(len(test), -1), dim=1)
     if bank.shape[1] != queries.shape[1]:
         raise DataError(f"knn_accuracy: train has {bank.shape[1]} features, test {queries.shape[1]}")
-    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     right = 0
     for start in range(0, len(queries), _CHUNK):
         features, labels = queries[start : start + _CHUNK], test_labels[start : start + _CHUNK]
         cosines, nearest = (features @ bank.T).topk(min(k, len(bank)))
         votes = features.new_zeros(len(features), classes)
-        votes.scatter_add_(1, train_labels[nearest], ((cosines - cosines[:, :1]) / temperature).exp())
+        votes.scatter_add_(1, train_labels[nearest].long(), ((cosines - cosines[:, :1]) / temperature).exp())
         right += int((votes.argmax(1) == labels).sum())
     return right / len(test_labels)
 
@@ -55,7 +59,8 @@ def check_labels(what: str, images: Tensor, labels: Tensor) -> None:
 
     Raises: DataError.
     """
-    if not len(images) or labels.shape != (len(images),):
+    check_tensors(what, images=images, labels=labels)
+    if not images.ndim or not len(images) or labels.shape != (len(images),):
         raise DataError(
             f"{what} has shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}; expected one label for "
             "each of at least one image"

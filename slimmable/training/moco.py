@@ -9,17 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
+from slimmable._inputs import check_module
+from slimmable.layers._state import is_slim
+from slimmable.losses._checks import check_count, check_matrix, check_share
 from slimmable.training._processes import rank, world_size
 from slimmable.training.distributed import gather
+from slimmable.width import set_width
 
 
 def follower_of(network: nn.Module) -> nn.Module:
-    """Return a copy of `network` that takes no gradients: a momentum encoder at its start.
+    """Return a copy of `network` at its full width that takes no gradients: a momentum encoder at its start.
 
     >>> [parameter.requires_grad for parameter in follower_of(nn.Linear(2, 2)).parameters()]
     [False, False]
     """
-    return copy.deepcopy(network).requires_grad_(False)
+    follower = copy.deepcopy(network).requires_grad_(False)
+    if any(is_slim(module) for module in follower.modules()):
+        set_width(follower, 1.0)
+    return follower
 
 
 @torch.no_grad()
@@ -28,7 +35,7 @@ def follow(follower: nn.Module, network: nn.Module, momentum: float) -> None:
 
     Buffers, such as BatchNorm statistics, stay: they come from the follower's own forward.
 
-    Raises: UsageError: if the two have not the same number of parameters.
+    Raises: UsageError: if the two have not the same number of parameters, or not of the same shapes.
 
     >>> network = nn.Linear(2, 2)
     >>> follower = follower_of(network)
@@ -41,6 +48,12 @@ def follow(follower: nn.Module, network: nn.Module, momentum: float) -> None:
     others: list[Tensor] = list(network.parameters())
     if len(own) != len(others):
         raise UsageError(f"follow: the network has {len(others)} parameters, the one copied from it has {len(own)}")
+    for number, (follows, leads) in enumerate(zip(own, others, strict=True)):
+        if follows.shape != leads.shape:
+            raise UsageError(
+                f"follow: parameter {number} of the network has shape {tuple(leads.shape)}, of the one copied from it "
+                f"{tuple(follows.shape)}"
+            )
     torch._foreach_lerp_(own, others, 1 - momentum)
 
 
@@ -52,7 +65,7 @@ class MoCo(nn.Module):
     state dict; the network itself is not.
 
     Args:
-        network: the query encoder at its full width, converted or not; images in, embeddings of shape (batch, dim) out.
+        network: the query encoder, converted or not; images in, embeddings of shape (batch, dim) out.
         dim: size of an embedding.
         queue_size: number of keys kept as negatives. Well below the number of training images: an image must not meet
             its own key of the last epoch among the negatives.
@@ -60,9 +73,11 @@ class MoCo(nn.Module):
         parts: the key encoder runs on this many random parts of a batch, one after the other. With one part, a query
             and its key share their batch's statistics in every BatchNorm, which gives the pair away; MoCo shuffles
             batches between processes against that (He et al. 2020, section 3.3), more than one part does it in one.
+            A batch with fewer images has a part for each.
             Several processes share the parts, of the joined batch; there are at least as many parts as processes.
 
-    Raises: UsageError: if `dim`, `queue_size` or `parts` is below 1, or `momentum` is not in [0, 1].
+    Raises: UsageError: if `dim`, `queue_size` or `parts` is no integer from 1 on, `momentum` is not in [0, 1], or
+        `network` has no parameters.
 
     >>> network = nn.Linear(3, 8)
     >>> moco = MoCo(network, dim=8, queue_size=32)
@@ -79,15 +94,16 @@ class MoCo(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("queue_size", queue_size), ("parts", parts)):
-            if value < 1:
-                raise UsageError(f"MoCo: {name} must be at least 1, got {value}")
-        if not 0 <= momentum <= 1:
-            raise UsageError(f"MoCo: momentum must be in [0, 1], got {momentum}")
+            check_count("MoCo", name, value)
+        check_share("MoCo", "momentum", momentum)
+        check_module("MoCo", network)
+        first = next(network.parameters(), None)
+        if first is None:
+            raise UsageError(f"MoCo: the network, {type(network).__name__}, has no parameters to follow")
         self.key = follower_of(network)
         self.momentum = momentum
         self.parts = parts
-        device = next(network.parameters()).device
-        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size, device=device), dim=0))
+        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size, device=first.device), dim=0))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -95,17 +111,21 @@ class MoCo(nn.Module):
         """Move the key encoder towards `network`, then return its unit-length embeddings of `images`, (batch, dim).
 
         Only parameters follow the network; BatchNorm statistics of the key encoder come from its own forward.
+
+        Raises:
+            UsageError: if `network` is not the one that the key encoder was copied from.
+            DataError: if several processes cannot share the parts evenly.
         """
-        follow(self.key, network, self.momentum)
         processes, batch = world_size(), len(images)
-        parts = max(self.parts, processes)
-        if parts == 1:
-            return F.normalize(self.key(images), dim=1)
+        parts = max(processes, min(self.parts, batch * processes))
         if processes > 1 and (parts % processes or batch * processes % parts):
             raise DataError(
                 f"MoCo.keys: {parts} parts of {processes} x {batch} images cannot be shared by {processes} processes; "
                 "choose multiples of their number"
             )
+        follow(self.key, network, self.momentum)
+        if parts == 1:
+            return F.normalize(self.key(images), dim=1)
         images = gather(images)
         order = self._order(len(images), images.device)
         shares = order.tensor_split(parts)[rank() :: processes]
@@ -124,8 +144,9 @@ class MoCo(nn.Module):
         Raises: DataError: if the queue cannot hold the batch, or the embeddings have another size.
         """
         dim, size = self.queue.shape
+        check_matrix("MoCo.enqueue", "keys", keys)
         keys = gather(keys)
-        if keys.ndim != 2 or keys.shape[1] != dim or len(keys) > size:
+        if keys.shape[1] != dim or len(keys) > size:
             raise DataError(
                 f"MoCo.enqueue: keys of shape {tuple(keys.shape)} do not fit a queue of shape ({dim}, {size})"
             )

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimmable._errors import DataError
 from slimmable._widths import check_widths
 from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.layers._view import install_view
 from slimmable.losses import soft_cross_entropy
+from slimmable.losses._checks import check_matrix
 from slimmable.losses._cosines import at_least_float32
-from slimmable.training._labels import check_features
+from slimmable.training._labels import check_features, check_tensors, check_training
 
 
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
@@ -27,10 +29,20 @@ def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
         scores: width -> class scores of shape (batch, classes), the full width 1.0 among them.
         labels: class numbers of shape (batch,).
 
+    Raises: DataError: if scores and labels do not fit. WidthError: if the full width is missing.
+
     >>> even = torch.zeros(3, 4)
     >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
     tensor(2.7726)
     """
+    check_widths(scores)
+    check_matrix("probe_loss", "scores at width 1.0", scores[1.0])
+    check_tensors("probe_loss", labels=labels)
+    if labels.shape != scores[1.0].shape[:1] or labels.is_floating_point():
+        raise DataError(
+            f"probe_loss: labels have shape {tuple(labels.shape)} and type {labels.dtype}, expected class numbers for "
+            f"scores of shape {tuple(scores[1.0].shape)}"
+        )
     scores = {width: at_least_float32(part) for width, part in scores.items()}
     widest = scores[1.0]
     total = F.cross_entropy(widest, labels)
@@ -60,7 +72,8 @@ def train_probe(
         labels: class numbers of shape (images,), on the device of the features.
         num_classes: number of classes; by default one more than the largest label.
 
-    Raises: DataError: if labels and features do not fit. WidthError: if widths are missing.
+    Raises: DataError: if labels and features do not fit. WidthError: if the full width is missing. UsageError: if a
+        number of epochs or images, or the learning rate, is out of its range.
 
     >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)
@@ -68,6 +81,7 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
+    check_training("train_probe", epochs, batch_size, learning_rate)
     classes = _check("train_probe", features, labels, num_classes)
     moments = {width: _moments(features[width]) for width in check_widths(features)}
     scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
@@ -112,7 +126,7 @@ def train_slimmable_probe(
     Returns: BatchNorm and classifier, in eval mode (stay there), that switch widths together and take the features as
         they are.
 
-    Raises: DataError: if labels and features do not fit. WidthError: if widths are missing.
+    Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
 
     >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)
@@ -121,9 +135,12 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
+    check_training("train_slimmable_probe", epochs, batch_size, learning_rate)
     classes = _check("train_slimmable_probe", features, labels, num_classes)
     widths = check_widths(features)
     full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
+    if max(kept) > full:
+        raise DataError(f"train_slimmable_probe: {kept} features at widths {widths}; none may have more than the full")
     norm = SwitchableNorm(nn.BatchNorm1d(full, eps=0.0, affine=False, device=labels.device), widths, kept)
     for index, width in enumerate(widths):
         mean, deviation = _moments(features[width])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from slimmable._columns import places_of
-from slimmable._errors import UsageError, WidthError
+from slimmable._errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.losses._checks import as_number
+from slimmable.losses._checks import as_number, check_count
 from slimmable.width import set_width, widths_of
 
 
@@ -61,7 +61,7 @@ class SlimRecipe:
         random_widths: int = 0,
         seed: int = 0,
     ) -> None:
-        if distill is not None and not callable(distill):
+        if distill is not None and not (callable(distill) and hasattr(distill, "teachers")):
             raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
         self.model = model
         self.distill = distill
@@ -157,6 +157,7 @@ class SlimRecipe:
                 Without `distill`, and during the slow start, it is not looked at.
 
         Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
+            DataError: if `contrastive` is no scalar, or `teach` holds something else than tensors.
         """
         step = self._step
         if step is None:
@@ -167,6 +168,9 @@ class SlimRecipe:
             raise UsageError(
                 f"SlimRecipe.loss: called twice at width {step.width}; add the losses up, then call it once"
             )
+        if not isinstance(contrastive, torch.Tensor) or contrastive.numel() != 1:
+            shape = f"a tensor of shape {tuple(contrastive.shape)}" if hasattr(contrastive, "shape") else contrastive
+            raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
         step.done = True
         if step.slow:
             return slim_term(contrastive)
@@ -204,7 +208,9 @@ class SlimRecipe:
             raise UsageError(
                 f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
             )
-        views = [teach] if isinstance(teach, torch.Tensor) else list(teach)
+        views = [teach] if isinstance(teach, torch.Tensor) else list(teach) if isinstance(teach, Iterable) else [None]
+        if not all(isinstance(view, torch.Tensor) for view in views):
+            raise DataError(f"SlimRecipe.loss: teach must be one or several tensors, got {teach!r}")
         expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
         if len(views) != expected:
             raise UsageError(
@@ -250,8 +256,7 @@ def _check_share(name: str, value: float) -> float:
 
 
 def _check_sandwich(model: nn.Module, weights: object, random_widths: int) -> str:
-    if isinstance(random_widths, bool) or not isinstance(random_widths, int) or random_widths < 0:
-        raise UsageError(f"SlimRecipe: random_widths must be an integer from 0 on, got {random_widths!r}")
+    check_count("SlimRecipe", "random_widths", random_widths, 0)
     if not isinstance(weights, str):
         raise UsageError(f"SlimRecipe: with random_widths, weights must be a mode such as 'ones', got {weights!r}")
     if not all(state.plan is not None and state.plan.universal for _, state in places_of(model)):

@@ -201,6 +201,8 @@ A, B = torch.zeros(4, 8), torch.zeros(4, 7)
         (lambda: losses.moco_v3(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
         (lambda: losses.moco_v3(A, A, offset=-1), DataError, ["offset -1"]),
         (lambda: losses.vicreg(A[:1], A[:1]), DataError, [r"\(1, 8\)", "two images"]),
+        (lambda: losses.vicreg(A, A, -1.0), UsageError, ["vicreg: invariance", "-1.0"]),
+        (lambda: losses.VICReg(covariance="1"), UsageError, ["VICReg: covariance", "'1'"]),
         (lambda: losses.InfoNCE(-1.0), UsageError, ["InfoNCE", "temperature", "-1.0"]),
     ],
 )

@@ -49,6 +49,8 @@ def test_nothing_is_rounded():
 def test_bad_weights():
     with pytest.raises(UsageError, match=r"'rest'.*ones, share"):
         losses.width_weights((1.0, 0.5), "rest")
+    with pytest.raises(UsageError, match=r"unknown mode \[1\]"):
+        losses.width_weights((1.0, 0.5), [1])
     with pytest.raises(WidthError, match="full width"):
         losses.width_weights((0.5,), "ones")
 
@@ -85,3 +87,9 @@ def test_total_says_what_does_not_fit(arguments, words):
     with pytest.raises(UsageError, match=words):
         losses.slim_loss(*arguments)
     assert math.isfinite(losses.slim_loss([torch.ones(())]))
+
+
+def test_total_takes_terms_and_weights_as_tensors():
+    own, taught, weights = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 6.0]), torch.tensor([2.0, 1.0, 1.0])
+    assert losses.slim_loss(own, taught, weights) == 2 * 1 + (2 + 4) / 2 + (3 + 6) / 2
+    assert losses.slim_loss(own, weights=weights.numpy()) == 2 * 1 + 2 + 3

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import slimmable
-from slimmable import DataError
+from slimmable import DataError, SlimLinear, at_width
 from slimmable._errors import UsageError
+from slimmable.losses import moco_logits
 from slimmable.training import MoCo
 
 
@@ -85,14 +87,34 @@ def test_state_dict_goes_on_exactly():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dim": 0}, {"queue_size": 0}, {"parts": 0}, {"momentum": 1.5}, {"momentum": float("nan")}]
+    "settings",
+    [
+        {"dim": 0},
+        {"dim": "3"},
+        {"queue_size": 0},
+        {"queue_size": 1.5},
+        {"parts": 0},
+        {"parts": True},
+        {"momentum": 1.5},
+        {"momentum": float("nan")},
+        {"momentum": "high"},
+    ],
 )
 def test_refused_settings(settings):
     with pytest.raises(UsageError, match=f"MoCo: {next(iter(settings))}"):
         MoCo(nn.Linear(2, 3), **{"dim": 3, "queue_size": 4} | settings)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 4), (3,)])
+def test_a_batch_with_fewer_images_than_parts_has_a_part_for_each():
+    network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    torch.nn.init.uniform_(network[1].bias)
+    moco, images = MoCo(network, dim=3, queue_size=4, parts=8), torch.rand(3, 1, 2, 2)
+    expected = torch.cat([F.normalize(network(image[None]), dim=1) for image in images])
+    torch.testing.assert_close(moco.keys(network, images), expected)
+    assert int(moco.key[1].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4)])
 def test_refused_keys(shape):
     moco = MoCo(nn.Linear(2, 3), dim=3, queue_size=4)
     before = moco.queue.clone()
@@ -101,3 +123,40 @@ def test_refused_keys(shape):
     assert torch.equal(moco.queue, before)
     with pytest.raises(UsageError, match="the network has 4 parameters"):
         moco.keys(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)), torch.zeros(1, 2))
+    with pytest.raises(DataError, match="keys must be a tensor"):
+        moco.enqueue([1.0, 2.0])
+
+
+@pytest.mark.parametrize("network", [None, nn.Flatten()])
+def test_a_network_that_cannot_be_followed(network):
+    with pytest.raises(UsageError, match=r"MoCo needs a torch.nn.Module|Flatten, has no parameters"):
+        MoCo(network, dim=3)
+
+
+def test_calls_that_are_refused_leave_the_key_encoder_as_it_is():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+    moco = MoCo(network, dim=3, queue_size=4, momentum=0.0)
+    before = [parameter.clone() for parameter in moco.key.parameters()]
+    torch.nn.init.zeros_(network[0].weight)
+    with pytest.raises(UsageError, match=r"parameter 2 of the network has shape \(5, 3\), .* \(3, 3\)"):
+        moco.keys(nn.Sequential(network[0], nn.Linear(3, 5)), torch.ones(4, 2))
+    assert all(torch.equal(a, b) for a, b in zip(before, moco.key.parameters(), strict=True))
+
+
+def test_the_key_encoder_of_a_network_at_a_narrow_width_is_full():
+    network = SlimLinear(2, 3, widths=(1.0, 0.5), slim_in=False)
+    with at_width(network, 0.5):
+        moco = MoCo(network, dim=3, queue_size=4)
+        assert moco.keys(network, torch.ones(2, 2)).shape == (2, 3)
+
+
+def test_a_network_in_float64():
+    network = nn.Linear(2, 3).double()
+    moco = MoCo(network, dim=3, queue_size=4)
+    images = torch.rand(5, 2, dtype=torch.float64)
+    keys = moco.keys(network, images)
+    logits = moco_logits(network(images), keys, moco.queue)
+    expected = F.normalize(network(images), dim=1) @ torch.cat([keys.T, moco.queue.double()], dim=1)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits[:, 1:], expected[:, 5:])
+    torch.testing.assert_close(logits[:, 0], expected[:, :5].diagonal())

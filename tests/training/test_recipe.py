@@ -12,7 +12,7 @@ from torch import nn
 
 import slimmable
 from slimmable import losses
-from slimmable._errors import UsageError, WidthError
+from slimmable._errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training.recipe import SlimRecipe
 from slimmable.width import at_width, set_width, width_of
@@ -281,6 +281,11 @@ KL = losses.OnlineDistillation()
             UsageError,
             ["2 tensors to teach at width 0.75, expected 1"],
         ),
+        (lambda: in_loop(lambda r, w: r.loss(1.0)), DataError, ["loss of width 1.0 must be a scalar tensor, got 1.0"]),
+        (lambda: in_loop(lambda r, w: r.loss(T)), DataError, [r"scalar tensor, got a tensor of shape \(3, 4\)"]),
+        (lambda: in_loop(lambda r, w: r.loss(C, 5), distill=KL), DataError, ["teach must be one or several", "got 5"]),
+        (lambda: in_loop(lambda r, w: r.loss(C, [T, "b"]), distill=KL), DataError, ["teach must be", "'b'"]),
+        (lambda: SlimRecipe(network(), lambda a, b: C), UsageError, ["distill must be an OnlineDistillation or None"]),
         (lambda: in_loop(lambda r, w: r.loss(C, ()), distill=KL), UsageError, ["0 tensors to teach", "expected 1"]),
     ],
 )
