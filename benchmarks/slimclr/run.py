@@ -49,7 +49,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "all, longer": {"epochs": 42},  # as many multiply-adds as the networks alone
     "labels": BARE | {"method": "supervised"},  # for its gradients
 }
-SHARED: dict[str, Any] = {"epochs": 30, "batch_size": 128, "embedding": 64, "hidden": 64, "queue_size": 512}
+SHARED: dict[str, Any] = {
+    "epochs": 30,
+    "warm_up": 2.5,
+    "batch_size": 128,
+    "embedding": 64,
+    "hidden": 64,
+    "queue_size": 512,
+}
 SETS: dict[str, dict[str, Any]] = {
     "digits": {"data": "digits", "images": 4096, "image_size": 20, "learning_rate": 0.006},
     "glyphs": {"data": "glyphs", "images": 4096, "image_size": 20, "learning_rate": 0.006},

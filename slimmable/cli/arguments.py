@@ -58,7 +58,7 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
         "--data",
         str,
         f"{DIGITS}: embedded cluttered digits; {GLYPHS}: drawn characters; or a folder of images per class, whose "
-        "names serve the evaluation only",
+        "names serve the evaluation only, but for --method supervised",
     )
     add(main, "--images", int, "number of embedded images to train on; a quarter as many are held out")
     add(main, "--image-size", int, f"height and width in pixels; of a folder {FOLDER_IMAGE_SIZE}")
@@ -76,13 +76,13 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
     add(how, "--optimizer", str, "norms and biases do not decay", choices=OPTIMIZERS)
     add(how, "--learning-rate", float, "peak, for this batch size")
     add(how, "--joined-learning-rate", float, "peak after the slow start, if another")
-    add(how, "--warm-up", float, "epochs over which the learning rate rises; then it falls by a cosine")
+    add(how, "--warm-up", float, "epochs over which the learning rate rises, else a twentieth; then a cosine")
     add(how, "--weight-decay", float, "of weights")
     add(how, "--embedding", int, "size of an embedding")
     add(how, "--hidden", int, "units between the layers of the head; 0: as many as features")
     add(how, "--temperature", float, "of a contrastive loss")
     add(how, "--momentum", float, "of a momentum encoder; mocov3 and byol let it rise to 1")
-    add(how, "--queue-size", int, "keys that mocov2 keeps")
+    add(how, "--queue-size", int, "keys that mocov2 keeps, at most a quarter of the images")
     add(how, "--key-parts", int, "parts of the batch that mocov2 makes keys of one by one")
     add(how, "--distill", str, "how the full width teaches; own: what suits the method", choices=DISTILLATIONS)
     add(how, "--weights", str, "of the widths' losses, as in slimmable.losses.width_weights")
@@ -98,7 +98,13 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     where.add_argument("--log", nargs="+", choices=LOGGERS, default=(), help="besides losses.csv in the run folder")
-    where.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
+    where.add_argument(
+        "--log-every",
+        type=int,
+        default=10,
+        metavar="STEPS",
+        help="steps from one logged to the next (default: %(default)s)",
+    )
     where.add_argument(
         "--diagnostics", action="store_true", help="sample the widths' gradients: imbalance and divergence"
     )
@@ -116,7 +122,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="linear: one classifier per width; slimmable: one for all; ridge: closed form (default: knn linear)",
     )
     parser.add_argument(
-        "--finetune", type=int, default=0, metavar="EPOCHS", help="also fine-tune each extracted width with its labels"
+        "--finetune", type=int, default=0, metavar="EPOCHS", help="also fine-tune each extracted width with the labels"
     )
     _add_workers(parser)
     _add_device(parser)

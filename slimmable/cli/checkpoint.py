@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import CheckpointError
+from slimmable._errors import CheckpointError, UsageError
 from slimmable._files import plain_copies, write_aside
 from slimmable.cli.extras import require
 
@@ -24,20 +24,34 @@ _TRAINING = "training."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of the network, tensors of the training around it, and the number of steps done."""
+    """Tensors of the network and of the training around it, number of steps done, and `Images.digest`, if known."""
 
     network: dict[str, Tensor]
     training: dict[str, Tensor]
     step: int
+    images: str | None = None
+
+    def check_images(self, data: str, digest: str | None) -> None:
+        """Refuse other images than those of the run: another split, and another order.
+
+        Raises: UsageError: if `digest` is not that of the checkpoint; `data` is for the message.
+        """
+        if self.images is not None and digest != self.images:
+            raise UsageError(
+                f"--data {data} does not hold the files of the run any more (then {self.images}; now {digest}); "
+                "take back what was added, removed or renamed there, or begin another run"
+            )
 
 
-def save_checkpoint(path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int) -> None:
+def save_checkpoint(
+    path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
+) -> None:
     """Write the checkpoint; an earlier one at `path` survives whatever goes wrong.
 
     Raises: CheckpointError: if it cannot be written.
     """
     tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
-    metadata = {"format": _FORMAT, "step": str(step)}
+    metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
     safetensors = require("safetensors.torch", "safetensors")
     write_aside(path, lambda aside: safetensors.save_file(tensors, aside, metadata))
 
@@ -69,7 +83,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, step)
+    return Checkpoint(tensors, training, step, metadata.get("images"))
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

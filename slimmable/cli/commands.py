@@ -31,7 +31,7 @@ def pretrain(
     **given: Any,
 ) -> int:
     """Pre-train, evaluate, and fill the run folder."""
-    from slimmable.cli.presets import configure
+    from slimmable.cli.presets import configure, named
     from slimmable.cli.pretrain import Options
     from slimmable.cli.pretrain import pretrain as run
     from slimmable.cli.processes import process_group
@@ -41,10 +41,10 @@ def pretrain(
     if log_every < 1:
         raise UsageError(f"--log-every must be at least 1, got {log_every}")
     if "widths" in given:
-        given["widths"] = check_widths(given["widths"])
+        given["widths"] = _checked(given["widths"])
     if resume:
         config = read_config(folder)
-        config.check_same(given if preset is None else vars(configure(given, preset)))
+        config.check_same(named(given, preset))
     else:
         config = configure(given, preset)
     with process_group(find_device(device)) as own:
@@ -59,8 +59,10 @@ def evaluate(run: str, probes: Sequence[Probe], finetune: int, device: str | Non
 
     folder = Path(run)
     config = read_config(folder)
+    if finetune < 0:
+        raise UsageError(f"--finetune must be 0 or more, got {finetune}")
     images = load_images(config)
-    backbone = trained_backbone(config, folder, images.channels, len(images.classes)).to(find_device(device))
+    backbone = trained_backbone(config, folder, images.channels, images.digest).to(find_device(device))
     chosen = list(dict.fromkeys(probes))
     say(evaluate_run(config, folder, backbone, images, chosen, finetune, number_of_workers(workers)))
     return 0
@@ -80,7 +82,7 @@ def export(
 
     kind = kind_of(model)
     if kind == "timm":
-        known = check_widths(widths or PretrainConfig.widths)
+        known = _checked(widths)
         for asked in width:
             if asked != ALL and asked not in known:
                 raise WidthError(
@@ -120,7 +122,7 @@ def profile(name: str, image_size: int | None, widths: Sequence[float] | None, c
     from slimmable.profile import profile as measure
 
     model, shape = _timm_model(name, image_size)
-    table = measure(slimify(model, widths or PretrainConfig.widths, example_inputs=torch.zeros(2, *shape)), shape)
+    table = measure(slimify(model, _checked(widths), example_inputs=torch.zeros(2, *shape)), shape)
     say(str(table))
     if csv is not None:
         write_aside(Path(csv), table.to_csv)
@@ -132,8 +134,19 @@ def plan(name: str, image_size: int | None, widths: Sequence[float] | None) -> i
     from slimmable.convert import plan as make_plan
 
     model, shape = _timm_model(name, image_size)
-    say(str(make_plan(model, widths or PretrainConfig.widths, example_inputs=torch.zeros(2, *shape))))
+    say(str(make_plan(model, _checked(widths), example_inputs=torch.zeros(2, *shape))))
     return 0
+
+
+def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
+    """Return the widths of the option, or its default.
+
+    Raises: WidthError: if they cannot be used.
+    """
+    try:
+        return check_widths(widths or PretrainConfig.widths)
+    except WidthError as error:
+        raise WidthError(f"--widths: {error}") from error
 
 
 def _timm_model(name: str, image_size: int | None) -> tuple[torch.nn.Module, tuple[int, ...]]:

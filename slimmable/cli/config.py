@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from slimmable._errors import CheckpointError, UsageError
+from slimmable._errors import CheckpointError, SlimmableError, UsageError
 from slimmable._widths import check_widths
 from slimmable.losses import width_weights
 from slimmable.losses._online import Kind
@@ -29,9 +29,14 @@ _CHOICES = {
     "distill": DISTILLATIONS,
     "precision": PRECISIONS,
 }
-_LEAST = {"epochs": 1, "batch_size": 2, "image_size": 8, "embedding": 1, "hidden": 0, "queue_size": 1, "images": 2}
+_LEAST = {
+    **{"epochs": 1, "batch_size": 2, "images": 4, "image_size": 8},
+    **{"embedding": 1, "hidden": 0, "queue_size": 1, "key_parts": 1},
+}
 _POSITIVE = ("learning_rate", "joined_learning_rate", "temperature")
 _SHARES = ("momentum", "slow_start", "smallest_crop")
+_WITHOUT_LOGITS = ("byol", "vicreg")  # whose distillation compares embeddings
+_KINDS: dict[type, Any] = {float: (int, float), tuple: list, type(None): (int, float, type(None))}  # by the default's
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,12 @@ class PretrainConfig:
     image_size: int = 24
     widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     universal: bool = False
-    epochs: int = 50
+    epochs: int = 40
     batch_size: int = 64  # of all processes together
     optimizer: str = "adamw"
     learning_rate: float = 0.006  # for this batch size
     joined_learning_rate: float | None = None  # peak for the steps after the slow start, if another
-    warm_up: float = 2.5  # epochs
+    warm_up: float | None = None  # epochs; a twentieth of them if None
     weight_decay: float = 0.05
     embedding: int = 64
     hidden: int = 0  # units between the layers of the head; 0: as many as features
@@ -85,11 +90,28 @@ class PretrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{_option(name)} must be in [0, 1], got {getattr(self, name)}")
         for name in ("warm_up", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{_option(name)} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"{_option(name)} must be 0 or more, got {value}")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed must be in [0, 2**31), got {self.seed}")
-        width_weights(self.widths, self.weights)
+        try:
+            width_weights(self.widths, self.weights)
+        except SlimmableError as error:
+            raise UsageError(f"--weights {self.weights}: {error}") from error
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse what only together makes no sense."""
+        if self.views == "supervised" != self.method:
+            raise UsageError(f"--views supervised makes one view of an image, but --method {self.method} takes two")
+        if self.method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
+            raise UsageError(
+                f"--distill {self.distill} compares logits, which --method {self.method} does not have; there are own, "
+                "none, embedding, mse"
+            )
+        if self.universal and len(self.widths) == 1:
+            raise UsageError("--universal needs a narrowest width: give --widths one below 1")
 
     @property
     def is_folder(self) -> bool:
@@ -104,7 +126,9 @@ class PretrainConfig:
     def from_json(cls, text: str, path: Path) -> PretrainConfig:
         """Read settings that `to_json` wrote; `path` is for messages.
 
-        Raises: CheckpointError: if the text is not JSON, or names are missing or unknown.
+        Raises:
+            CheckpointError: if the text is not JSON, names are missing or unknown, or a value is of another kind.
+            UsageError or WidthError: if a value is out of range.
         """
         try:
             values = json.loads(text)
@@ -115,6 +139,10 @@ class PretrainConfig:
             raise CheckpointError(f"{path} is not a configuration of this program ({error})") from error
         if missing:
             raise CheckpointError(f"{path} is of another version: {', '.join(sorted(missing))} missing or unknown")
+        for name, value in values.items():
+            kind = type(getattr(cls, name))
+            if not isinstance(value, _KINDS.get(kind, kind)):
+                raise CheckpointError(f"{path}: {name} cannot be {value!r}")
         return cls(**values)
 
     def check_same(self, given: Mapping[str, Any]) -> None:
@@ -123,7 +151,7 @@ class PretrainConfig:
         Raises: UsageError: if a value of `given` is another than here, naming all of them.
         """
         other = [
-            f"{name}: the run has {getattr(self, name)}, now {value}"
+            f"{_option(name)}: the run has {getattr(self, name)}, now {value}"
             for name, value in given.items()
             if getattr(self, name) != value
         ]

@@ -9,6 +9,7 @@ from slimmable.cli.digits import cluttered_digits
 from slimmable.cli.folder import folder_images
 from slimmable.cli.glyphs import glyphs
 from slimmable.cli.images import Images
+from slimmable.cli.processes import is_first
 from slimmable.cli.progress import say
 
 
@@ -18,4 +19,4 @@ def load_images(config: PretrainConfig) -> Images:
         return cluttered_digits(config.images, config.images // 4, config.image_size)
     if config.data == GLYPHS:
         return glyphs(config.images, config.images // 4, config.image_size)
-    return folder_images(Path(config.data), seed=0, say=say)
+    return folder_images(Path(config.data), seed=0, say=say if is_first() else lambda text: None)

@@ -12,10 +12,10 @@ class MissingPackageError(SlimmableError, ImportError):
     """A package that a command needs is not installed."""
 
 
-def require(module: str, package: str, extra: str = "cli") -> Any:
+def require(module: str, package: str, extra: str | None = "cli") -> Any:
     """Import and return `module`.
 
-    Raises: MissingPackageError: if it is not installed; the message names the extra that brings `package`.
+    Raises: MissingPackageError: if it is not installed; the message names the extra that brings `package`, if one does.
 
     >>> require("json", "python").dumps([1])
     '[1]'
@@ -23,7 +23,7 @@ def require(module: str, package: str, extra: str = "cli") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        wanted = package if extra is None else f'"slimmable[{extra}]"'
         raise MissingPackageError(
-            f"this command needs {package}, which cannot be imported ({error}). "
-            f'Install it with: pip install "slimmable[{extra}]"'
+            f"this command needs {package}, which cannot be imported ({error}). Install it with: pip install {wanted}"
         ) from error

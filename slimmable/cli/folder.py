@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +39,9 @@ class FolderImages:
         """
         found = _decode(self.paths[index])
         if isinstance(found, str):
-            raise DataError(f"{self.paths[index]} cannot be read ({found}); remove the file, then go on with --resume")
+            raise DataError(
+                f"{self.paths[index]} cannot be read ({found}); put one that can in its place, then go on with --resume"
+            )
         return found
 
 
@@ -63,7 +67,16 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     for part, images in (("train on", train), ("hold out", test)):
         if not any(images.values()):
             raise DataError(f"--data {folder}: no image left to {part}; {found} files were found")
-    return Images(*_listed(train, files), *_listed(test, files), classes=tuple(files))
+    train_images, train_labels = _listed(train, files)
+    test_images, test_labels = _listed(test, files)
+    digest = _digest(folder, train_images, test_images)
+    return Images(train_images, train_labels, test_images, test_labels, tuple(files), digest=digest)
+
+
+def _digest(folder: Path, *parts: FolderImages) -> str:
+    names = [[Path(path).relative_to(folder).as_posix() for path in part.paths] for part in parts]
+    hashed = hashlib.sha256(repr(names).encode()).hexdigest()
+    return f"{' and '.join(str(len(part)) for part in parts)} files, hash {hashed[:16]}"
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
@@ -100,11 +113,20 @@ def _decode(path: str) -> Tensor | str:
     image = require("PIL.Image", "pillow")
     try:
         with image.open(path) as file:
-            picture = file.convert("RGB")
+            picture = _eight_bits(file).convert("RGB")
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return data.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         return str(error) or type(error).__name__
+
+
+def _eight_bits(picture: Any) -> Any:
+    """Return a picture of 16 bits with 8, as its conversion would cut off what is above 255, and others as they are."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        return picture.convert("I").point(lambda value: value / 256).convert("L")
+    if picture.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits, whose range is unknown; write it with 8 or 16")
+    return picture
 
 
 def _hold_out(files: Files, seed: int) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:

@@ -21,7 +21,8 @@ class Images:
     """Training and held-out images with their classes.
 
     The labels have shape (images,) and dtype int64; but for supervised training they are for evaluation only.
-    `handwriting` says that the images are glyphs, which a mirror would spoil.
+    `handwriting` says that the images are glyphs, which a mirror would spoil. `digest` tells the files of a folder from
+    others: their number and a hash of their names.
     """
 
     train: ImageSet
@@ -31,3 +32,4 @@ class Images:
     classes: tuple[str, ...]
     channels: int = 3
     handwriting: bool = False
+    digest: str | None = None

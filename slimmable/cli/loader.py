@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from slimmable._errors import DataError, SlimmableError
 from slimmable.cli.images import ImageSet
 from slimmable.cli.views import plain_view
 
@@ -76,7 +79,27 @@ class Steps(Sampler[list[Key]]):
 
 def load(views: Views, steps: Steps, workers: int, pinned: bool = False) -> Iterator[list[Tensor]]:
     """Yield for each step its views, each of shape (batch, channels, size, size), and last the labels."""
-    yield from DataLoader(views, batch_sampler=steps, num_workers=workers, pin_memory=pinned)
+    yield from _read(views, workers, batch_sampler=steps, pin_memory=pinned)
+
+
+def _read(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
+    """Yield batches.
+
+    Raises: DataError: if an image cannot be read. SlimmableError: if a worker process ended.
+    """
+    try:
+        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_interrupts, **settings)
+    except DataError as error:  # that of a worker comes with its traceback, the message last
+        raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SlimmableError(f"a process that reads images ended ({error}); go on with --resume") from error
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Plain(Dataset[Tensor]):
@@ -104,5 +127,5 @@ class Plain(Dataset[Tensor]):
 def batches_of(images: Plain, batch_size: int = 256, most: int | None = None, workers: int = 0) -> Iterator[Tensor]:
     """Yield images as floats in [0, 1] in their order, `most` of them."""
     chosen = range(len(images) if most is None else min(most, len(images)))
-    for batch in DataLoader(Subset(images, chosen), batch_size=batch_size, num_workers=workers):
+    for batch in _read(Subset(images, chosen), workers, batch_size=batch_size):
         yield batch.float() / 255

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from slimmable._errors import CheckpointError
+from slimmable._files import write_aside
 from slimmable.cli.extras import require
 
 LOG = "losses.csv"
@@ -29,29 +32,35 @@ class CsvLog:
     """A file with a line for each logged step; a run that goes on keeps the lines of the steps that it has done."""
 
     def __init__(self, path: Path, columns: Sequence[str], done: int) -> None:
-        kept = []
-        if done and path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= done]
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, ("step", *columns), lineterminator="\n")
-        self.writer.writeheader()
-        self.writer.writerows(kept)
+        names = ("step", *columns)
+        kept = read_rows(path, done)
+        if kept and tuple(kept[0]) != names:
+            raise CheckpointError(f"{path} has other columns than {', '.join(names)}; move it away, then resume")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_aside(path, lambda aside: aside.write_text(text.getvalue()))
+        self.path = path
+        self.file = path.open("a", newline="", buffering=1)  # by lines, so none is left half
+        self.writer = csv.DictWriter(self.file, names, lineterminator="\n")
 
     def log(self, step: int, values: Values) -> None:
         """Write a line; a width that did not run has no figure."""
-        self.writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+        try:
+            self.writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path} ({error})") from error
 
     def flush(self) -> None:
-        """Bring to the disk what was taken."""
-        self.file.flush()
+        """Nothing to do: each line is written at once."""
 
 
 class TensorBoard:
     """Event files in a folder."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        make: Any = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        make: Any = require_logger("tensorboard").SummaryWriter
         self.writer = make(str(folder), purge_step=done + 1 if done else None)
 
     def log(self, step: int, values: Values) -> None:
@@ -68,7 +77,7 @@ class WandB:
     """A run of Weights & Biases; the folder makes its id, so that resuming finds it again."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        init: Any = require("wandb", "wandb").init
+        init: Any = require_logger("wandb").init
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = init(
             project="slimmable", id=own, name=folder.name, dir=str(folder), config=dict(settings), resume="allow"
@@ -80,6 +89,31 @@ class WandB:
 
     def flush(self) -> None:
         """Nothing to do: it sends by itself."""
+
+
+def require_logger(name: str) -> Any:
+    """Import and return what the logger of this name needs; no extra of this package brings it.
+
+    Raises: MissingPackageError: if it is not installed.
+    """
+    return require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name, extra=None)
+
+
+def read_rows(path: Path, last: int) -> list[dict[str, str]]:
+    """Return the lines of a CSV file with a column `step` up to this step; none if there is no such file.
+
+    Raises: CheckpointError: if it is another file, or a line is not whole.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file, strict=True) if int(row["step"]) <= last]
+        for row in rows:
+            [float(cell) for cell in row.values() if cell != ""]  # not if too many, too few or no numbers
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); move it away, then resume") from error
+    return rows
 
 
 def make_loggers(

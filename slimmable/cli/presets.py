@@ -68,6 +68,21 @@ PRESETS: dict[str, Settings] = {
 }
 
 
+def named(given: Mapping[str, Any], preset: str | None) -> Settings:
+    """Return the settings `given`, and those of the preset that are not given.
+
+    Raises: UsageError: if the preset is unknown or of another method.
+    """
+    if preset is None:
+        return dict(given)
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+    own = PRESETS[preset]
+    if given.get("method", own["method"]) != own["method"]:
+        raise UsageError(f"--preset {preset} is of --method {own['method']}, not {given['method']}")
+    return {**own, **given}
+
+
 def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainConfig:
     """Return the settings of a run: those `given`, then those of the preset, then what the method takes.
 
@@ -76,12 +91,7 @@ def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainCo
     >>> configure({"epochs": 100}, "slimclr-mocov2-imagenet").queue_size
     65536
     """
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: there are {', '.join(PRESETS)}")
-    named = {} if preset is None else PRESETS[preset]
-    if named and given.get("method", named["method"]) != named["method"]:
-        raise UsageError(f"--preset {preset} is of --method {named['method']}, not {given['method']}")
-    values = {**named, **given}
+    values = named(given, preset)
     method = values.get("method", PretrainConfig.method)
     defaults = _SMALL.get(method, {}) if preset is None else {}
     if preset is not None or PretrainConfig(data=values.get("data", DIGITS)).is_folder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from slimmable.cli.extras import require
 from slimmable.cli.figures import plot_imbalance
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
-from slimmable.cli.loggers import Logger, make_loggers
+from slimmable.cli.loggers import Logger, make_loggers, read_rows, require_logger
 from slimmable.cli.networks import new_method
 from slimmable.cli.processes import any_process, is_first, wait_for_all
 from slimmable.cli.progress import Progress, say
@@ -60,14 +60,19 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
         refuse_existing(folder)
         wait_for_all()
     for name in options.loggers:
-        require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name)
+        require_logger(name)
+    for name in ("matplotlib", "safetensors"):  # which are needed after hours
+        require(name, name)
+    if options.diagnostics and len(config.widths) == 1:
+        raise UsageError("--diagnostics compares widths; give --widths more than one")
     images = load_images(config)
-    config = fit_queue(config, len(images.train))
-    method = new_method(config, images.channels, len(images.classes))
+    method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
     training = Training(config, method, images, options.device, options.workers)
     checkpoint = folder / CHECKPOINT
     if options.resume and checkpoint.exists():
-        training.resume(load_checkpoint(checkpoint))
+        found = load_checkpoint(checkpoint)
+        found.check_images(config.data, images.digest)
+        training.resume(found)
         _tell(f"going on after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
@@ -112,7 +117,7 @@ def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
 
 def refuse_existing(folder: Path) -> None:
     """Raise UsageError if there is something in the way of a new run."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; add --resume to go on with it, or choose another folder with --output")
 
 
@@ -142,7 +147,7 @@ def _train(training: Training, folder: Path, options: Options) -> bool:
             logger.flush()
         training.check_finite()
         if is_first():
-            save_checkpoint(folder / CHECKPOINT, training.method.encoder, training.tensors(), training.step)
+            _save(training, folder)
             if training.diagnostics is not None:
                 training.diagnostics.to_csv(folder / GRADIENTS)
 
@@ -164,13 +169,18 @@ def _train(training: Training, folder: Path, options: Options) -> bool:
     return True
 
 
+def _save(training: Training, folder: Path) -> None:
+    path, digest = folder / CHECKPOINT, training.images.digest
+    save_checkpoint(path, training.method.encoder, training.tensors(), training.step, digest)
+
+
 def _finish(training: Training, images: Images, folder: Path, options: Options) -> None:
     """Write the sub-networks and the reports."""
     config, backbone = training.config, training.method.backbone
     if config.universal:
         some = Plain(images.train, config.image_size)
         calibrate_bn(backbone, batches_of(some, config.batch_size, _CALIBRATION), config.widths)
-        save_checkpoint(folder / CHECKPOINT, training.method.encoder, training.tensors(), training.step)
+        _save(training, folder)
     save_subnetworks(folder, backbone, config.widths)
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
@@ -179,11 +189,8 @@ def _finish(training: Training, images: Images, folder: Path, options: Options) 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     """Return the rows that `GradientDiagnostics.to_csv` wrote of the steps before `done`."""
-    if not done or not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] < done]
+    rows = [{name: float(value) for name, value in row.items()} for row in read_rows(path, done - 1)]
+    return [row | {"step": int(row["step"])} for row in rows]
 
 
 def _tell(text: str) -> None:

@@ -38,14 +38,20 @@ def read_config(folder: Path) -> PretrainConfig:
     return PretrainConfig.from_json(text, path)
 
 
-def trained_backbone(config: PretrainConfig, folder: Path, channels: int, classes: int) -> nn.Module:
+def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
     """Return the converted backbone of the run in `folder` with its last weights, in eval mode.
 
-    Raises: CheckpointError: if there is no checkpoint, or one of another model.
+    Raises:
+        CheckpointError: if there is no checkpoint, or one of another model.
+        UsageError: if `digest` is given and the run had other images.
     """
-    method = new_method(config, channels, classes)
     path = folder / CHECKPOINT
-    load_exactly(method.encoder, load_checkpoint(path).network, str(path))
+    checkpoint = load_checkpoint(path)
+    if digest is not None:
+        checkpoint.check_images(config.data, digest)
+    classes = len(checkpoint.network.get("projector.bias", (0,)))  # of supervised training; others have no classifier
+    method = new_method(config, channels, classes)
+    load_exactly(method.encoder, checkpoint.network, str(path))
     return method.backbone.eval()
 
 

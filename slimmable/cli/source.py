@@ -16,7 +16,6 @@ from slimmable.analysis.plan import Plan
 from slimmable.checkpoint import load, read
 from slimmable.cli.checkpoint import load_exactly
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
-from slimmable.cli.data import load_images
 from slimmable.cli.extras import require
 from slimmable.cli.networks import check_name, make_timm, small_resnet
 from slimmable.cli.report import Row, read_report
@@ -83,9 +82,7 @@ def run_source(run: Path) -> Source:
     Raises: CheckpointError: if its configuration or its checkpoint cannot be read.
     """
     config = read_config(run)
-    classes, channels = 1, 3 if config.is_folder else 1
-    if config.method == "supervised":  # whose classifier is in the checkpoint
-        classes = len(load_images(config).classes)
+    channels = 3 if config.is_folder else 1
     settings: dict[str, object] = {"num_classes": 0, "in_chans": channels}
 
     image = (channels, config.image_size, config.image_size)
@@ -103,7 +100,7 @@ def run_source(run: Path) -> Source:
             recipe = _recipe(config.model, make_timm(config.model, settings, config.image_size)[1])
     return Source(
         name=config.model,
-        model=trained_backbone(config, run, channels, classes),
+        model=trained_backbone(config, run, channels),
         widths=config.widths,
         image=image,
         again=again,

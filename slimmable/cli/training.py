@@ -40,7 +40,9 @@ class Training:
             raise UsageError(f"--batch-size {config.batch_size} is more than the {count} training images")
         if config.batch_size % world_size():
             raise UsageError(f"--batch-size {config.batch_size} cannot be shared by {world_size()} processes")
-        self.config, self.device, self.workers = config, device, workers
+        if config.method == "mocov2":
+            _check_parts(config.key_parts, config.batch_size, world_size())
+        self.config, self.images, self.device, self.workers = config, images, device, workers
         self.method = method.to(device).train()
         transforms = make_views(
             config.views, config.image_size, smallest_crop=config.smallest_crop, mirror=not images.handwriting
@@ -59,9 +61,12 @@ class Training:
         )
         self.diagnostics: GradientDiagnostics | None = None
         self.optimizer = make_optimizer(config, method.online)
-        warm_up = round(config.warm_up * self.steps_per_epoch)
+        rising = config.epochs / 20 if config.warm_up is None else config.warm_up
+        warm_up = round(rising * self.steps_per_epoch)
         if warm_up >= self.steps:
-            raise UsageError(f"--warm-up {config.warm_up} leaves none of the {config.epochs} epochs for training")
+            raise UsageError(
+                f"--warm-up {rising:g} leaves none of the {config.epochs} epochs for training; give a smaller one"
+            )
         self.schedule = require("timm.scheduler", "timm").CosineLRScheduler(
             self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
         )
@@ -70,12 +75,12 @@ class Training:
     def take_step(self) -> dict[float, float]:
         """Train on the next batch; return width -> loss, the widest first.
 
-        Raises: DivergedError: if a loss is not finite; nothing has changed then.
+        Raises: DivergedError: if a loss is not finite; no trained weight has changed then.
         """
         *views, labels = self._next()
         progress = self.step / self.steps
         self._set_learning_rate(progress)
-        torch.manual_seed(seed_of(self.config.seed, -1 - self.step, rank()))
+        torch.manual_seed(seed_of(self.config.seed, -2 - self.step, rank()))  # hash(-1) == hash(-2)
         self.optimizer.zero_grad()
         autocast = torch.bfloat16 if self.config.precision == "bfloat16" else None
         losses = self.method.step(
@@ -156,6 +161,16 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     if config.optimizer == "adamw":
         settings["fused"] = True
     return cast(torch.optim.Optimizer, make(online, names[config.optimizer], **settings))
+
+
+def _check_parts(parts: int, batch: int, processes: int) -> None:
+    """Raise UsageError if MoCo cannot make keys of a batch in these parts."""
+    given = f"--key-parts {parts} of --batch-size {batch}"
+    if batch < 2 * parts:
+        raise UsageError(f"{given} have fewer than two images each")
+    parts = max(parts, processes)
+    if processes > 1 and (parts % processes or batch % parts):
+        raise UsageError(f"{given} cannot be shared by {processes} processes; choose multiples of their number")
 
 
 def _distillation(config: PretrainConfig, method: Method) -> OnlineDistillation | None:

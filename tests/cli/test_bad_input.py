@@ -19,7 +19,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--widths", "0.5", "0.25"], "full width 1.0 is missing"),
+        (["--widths", "0.5", "0.25"], "--widths: the full width 1.0 is missing"),
         (["--widths", "1", "0.5", "0.5"], "comes twice"),
         (["--widths", "1", "0"], "not in (0, 1]"),
         (["--widths", "1", "nan"], "not in (0, 1]"),
@@ -36,6 +36,19 @@ def refused(capsys, *arguments):
         (["--device", "cuda:77"], "--device cuda:77 cannot be used"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--data", "/nonexistent/images"], "there is no such folder"),
+        (["--images", "3"], "--images must be at least 4, got 3"),
+        (["--key-parts", "0"], "--key-parts must be at least 1"),
+        (["--key-parts", "33"], "--key-parts 33 of --batch-size 64 have fewer than two images each"),
+        (["--views", "supervised"], "--views supervised makes one view of an image, but --method mocov2 takes two"),
+        (["--method", "vicreg", "--distill", "dkd"], "--distill dkd compares logits, which --method vicreg"),
+        (["--universal", "--widths", "1"], "--universal needs a narrowest width"),
+        (["--diagnostics", "--widths", "1"], "--diagnostics compares widths"),
+        (["--weights", "heavy"], "--weights heavy: unknown mode"),
+        (["--weights", "widest_plus_second", "--widths", "1"], "--weights widest_plus_second: mode"),
+        (["--warm-up", "1", "--epochs", "1"], "--warm-up 1 leaves none of the 1 epochs"),
+        (["--workers", "-1"], "--workers must be 0 or more"),
+        (["--log-every", "0"], "--log-every must be at least 1"),
+        (["--preset", "dino"], "--preset dino: there are"),
     ],
 )
 def test_pretrain_refuses(tmp_path, capsys, options, message):
@@ -60,6 +73,19 @@ def test_run_folder_that_exists(run, tiny, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 
+def test_a_run_folder_that_cannot_be_made(tmp_path, tiny, capsys):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        assert "cannot make the run folder" in refused(capsys, "pretrain", *tiny, "--output", str(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_evaluate_with_less_than_no_epochs(run, capsys):
+    before = (run / "metrics.csv").read_text()
+    assert "--finetune must be 0 or more, got -1" in refused(capsys, "evaluate", str(run), "--finetune", "-1")
+    assert (run / "metrics.csv").read_text() == before
+
+
 def test_resume_without_a_run(tmp_path, capsys):
     message = refused(capsys, "pretrain", "--resume", "--output", str(tmp_path / "run"))
     assert "is not the folder of a pre-training run" in message
@@ -68,14 +94,25 @@ def test_resume_without_a_run(tmp_path, capsys):
 
 def test_resume_with_other_settings(run, capsys):
     message = refused(capsys, "pretrain", "--resume", "--epochs", "9", "--widths", "1", "0.25", "--output", str(run))
-    assert "epochs: the run has 2, now 9" in message
-    assert "widths: the run has (1.0, 0.5), now (1.0, 0.25)" in message
+    assert "--epochs: the run has 2, now 9" in message
+    assert "--widths: the run has (1.0, 0.5), now (1.0, 0.25)" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"model": "small-resnet"}', '{"colour": "blue"}'])
 def test_damaged_configuration(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in refused(capsys, "evaluate", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", "two"), ("batch_size", 16.5), ("seed", None), ("model", 3), ("universal", "no"), ("widths", "abc"),
+     ("joined_learning_rate", "0.1"), ("temperature", [])],
+)  # fmt: skip
+def test_configuration_with_a_value_of_another_kind(run, tmp_path, capsys, name, value):
+    config = json.loads((run / "config.json").read_text()) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"config.json: {name} cannot be {value!r}" in refused(capsys, "evaluate", str(tmp_path))
 
 
 def test_checkpoint_of_other_widths(run, tmp_path, capsys):
@@ -102,6 +139,7 @@ def test_extract_at_an_unknown_width(run, capsys):
 
 @pytest.mark.parametrize("command", ["profile", "plan"])
 def test_unknown_model(command, capsys):
+    assert "--widths: " in refused(capsys, command, "test_resnet", "--widths", "0.5")
     assert "Did you mean" in refused(capsys, command, "resnet_18")
 
 

@@ -1,5 +1,7 @@
 """The embedded digits and glyphs, and image folders."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from PIL import Image
 from slimmable import DataError
 from slimmable.__main__ import main
 from slimmable.cli import digits
+from slimmable.cli.config import PretrainConfig
+from slimmable.cli.data import load_images
 from slimmable.cli.digits import cluttered_digits
 from slimmable.cli.folder import FolderImages, folder_images
 from slimmable.cli.glyphs import CHARACTERS, glyphs
-from slimmable.cli.loader import Plain
+from slimmable.cli.loader import Plain, batches_of
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(20, 40), st.integers(0, 1000))
@@ -109,6 +113,71 @@ def test_a_file_that_breaks_later_is_named(tmp_path):
         images[0]
 
 
+def test_a_file_that_breaks_later_is_named_in_one_line_by_a_worker_too(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"broken")
+    with pytest.raises(DataError) as caught:
+        list(batches_of(Plain(FolderImages([tmp_path / "1.png"]), 8), workers=1))
+    assert re.fullmatch(r".*1\.png cannot be read \(.*\); put one .* --resume", str(caught.value))
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_read_as_their_upper_eight(tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (5, 7)).astype(np.uint16)
+    if kind == "pgm":
+        (tmp_path / "1.pgm").write_bytes(b"P5 7 5 65535\n" + pixels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(pixels).save(tmp_path / f"1.{kind}")
+    found = FolderImages([tmp_path / f"1.{kind}"])[0]
+    assert torch.equal(found, torch.from_numpy((pixels >> 8).astype(np.uint8)).expand(3, 5, 7))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_range_are_left_out(tmp_path, dtype):
+    write(tmp_path / "cat" / "1.png", (1, 2, 3))
+    write(tmp_path / "cat" / "2.png", (1, 2, 3))
+    Image.fromarray(np.ones((5, 7), dtype)).save(tmp_path / "cat" / "3.tiff")
+    said = []
+    folder_images(tmp_path, 0, said.append)
+    assert "3.tiff (pixels of 32 bits, whose range is unknown" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("1", "bmp"), ("CMYK", "jpg")]
+)
+def test_pictures_of_all_kinds_have_three_channels(tmp_path, mode, suffix):
+    Image.new("RGB", (3, 2), (0, 0, 0)).convert(mode).save(tmp_path / f"1.{suffix}")
+    assert torch.equal(FolderImages([tmp_path / f"1.{suffix}"])[0], torch.zeros(3, 2, 3, dtype=torch.uint8))
+
+
+@given(st.sets(st.text("abc", min_size=1, max_size=3), min_size=3, max_size=6), st.sampled_from("abc"))
+@settings(max_examples=10, deadline=None)
+def test_the_digest_depends_on_the_names_of_the_files_only(tmp_path_factory, names, place):
+    def found(root, names, colour):
+        for name in names:
+            write(root / place / f"{name}.png", colour)
+        return folder_images(root, 0, print).digest
+
+    first, second = (tmp_path_factory.mktemp("images") for _ in range(2))
+    digest = found(first, names, (1, 2, 3))
+    assert digest == found(second, names, (3, 2, 1))
+    assert digest != found(second, {"d"}, (1, 2, 3))
+    (second / place / "d.png").unlink()
+    assert digest == found(second, names, (1, 2, 3))
+    one = second / place / f"{min(names)}.png"
+    one.rename(one.with_name("d.png"))
+    assert digest != found(second, set(), (1, 2, 3))
+
+
+def test_only_the_first_process_names_what_was_left_out(tmp_path, monkeypatch, capsys):
+    for number in range(2):
+        write(tmp_path / "cat" / f"{number}.png", (1, 2, 3))
+    (tmp_path / "cat" / "2.png").write_bytes(b"broken")
+    for first in (True, False):
+        monkeypatch.setattr("slimmable.cli.data.is_first", lambda first=first: first)
+        load_images(PretrainConfig(data=str(tmp_path)))
+        assert ("left out 1 files" in capsys.readouterr().out) == first
+
+
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(16, 40), st.integers(0, 1000))
 @settings(max_examples=10, deadline=None)
 def test_glyphs_are_the_same_for_the_same_seed(train, test, size, seed):
@@ -142,11 +211,28 @@ def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
             pixels = generator.integers(0, 256, (20, 20, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
     (tmp_path / "images" / "cat" / "broken.png").write_bytes(b"broken")
-    options = [*tiny, "--batch-size", "8", "--epochs", "1", "--data", str(tmp_path / "images")]
+    data = str(tmp_path / "images")
+    options = [*tiny, "--batch-size", "8", "--epochs", "1", "--method", "supervised", "--data", data]
     assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
     assert "left out 1 files that cannot be read" in output
     assert "broken.png" in output
-    assert (tmp_path / "run" / "metrics.csv").exists()
+    report = (tmp_path / "run" / "metrics.csv").read_text()
     assert "on 20 images of 64 x 64 pixels" in output
     assert main(["extract", str(tmp_path / "run"), "--width", "0.5", "--format", "pt2"]) == 0
+
+    (tmp_path / "images").rename(tmp_path / "gone")  # an export does not need them
+    assert main(["export", str(tmp_path / "run"), "--width", "0.5", "--format", "safetensors"]) == 0
+    (tmp_path / "gone").rename(tmp_path / "images")
+
+    new = tmp_path / "images" / "dog" / "new.png"
+    new.write_bytes((tmp_path / "images" / "cat" / "1.png").read_bytes())
+    again = ["pretrain", "--resume", "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "run")]
+    for command in (again, ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]):
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert "does not hold the files of the run any more (then 20 and 4 files, hash " in message
+        assert "; now 20 and 5 files, hash " in message
+    new.unlink()
+    assert main(again) == 0
+    assert (tmp_path / "run" / "metrics.csv").read_text() == report

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from slimmable import CheckpointError
 from slimmable.__main__ import main
 from slimmable.cli.extras import MissingPackageError
 from slimmable.cli.loggers import make_loggers
@@ -32,6 +33,7 @@ def test_slow_start_leaves_narrow_widths_empty(tiny, tmp_path):
     gradients = read(tmp_path / "run" / "gradients.csv")
     assert [row["step"] for row in gradients] == ["0"]
     assert [row["step"] for row in read_gradients(tmp_path / "run" / "gradients.csv", done=8)] == [0]
+    assert [row["step"] for row in read_gradients(tmp_path / "run" / "gradients.csv", done=1)] == [0]
     assert read_gradients(tmp_path / "run" / "gradients.csv", done=0) == []
     assert (tmp_path / "run" / "gradients.png").read_bytes().startswith(b"\x89PNG")
 
@@ -49,6 +51,49 @@ def test_a_run_that_goes_on_drops_the_lines_after_its_checkpoint(tmp_path):
         ("2", "0.5"),
         ("3", "9"),
     ]
+
+
+def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path):
+    """So that a process that is killed leaves no half of one, which would read as another step."""
+    (log,) = make_loggers(tmp_path, ["train_loss/w1"], 0, (), {})
+    for step in (1, 2):
+        log.log(step, {"train_loss/w1": 0.5})
+        assert (tmp_path / "losses.csv").read_text().endswith(f"\n{step},0.5\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "foo\n1\n",
+        "step,train_loss/w1\nx,1\n",
+        "step,other\n1,1\n",
+        "step,train_loss/w1\n1\n",
+        "step\n1,2\n",
+        "\0\n\0\n",
+    ],
+)
+def test_a_log_that_was_changed_is_refused_and_kept(tmp_path, text):
+    (tmp_path / "losses.csv").write_text(text)
+    with pytest.raises(CheckpointError, match=r"losses.csv (has other columns|cannot be read).*move it away"):
+        make_loggers(tmp_path, ["train_loss/w1"], 5, (), {})
+    assert (tmp_path / "losses.csv").read_text() == text
+
+
+def test_gradients_that_were_changed_are_refused(tmp_path):
+    (tmp_path / "gradients.csv").write_text("step,rest_ratio/w0.5\n0,high\n")
+    with pytest.raises(CheckpointError, match=r"gradients\.csv cannot be read"):
+        read_gradients(tmp_path / "gradients.csv", done=1)
+
+
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
+    class Full:
+        def writerow(self, row):
+            raise OSError(28, "No space left on device")
+
+    (log,) = make_loggers(tmp_path, ["train_loss/w1"], 0, (), {})
+    log.writer = Full()
+    with pytest.raises(CheckpointError, match=r"cannot write .*losses.csv .*No space left"):
+        log.log(1, {"train_loss/w1": 0.5})
 
 
 def test_tensorboard(tmp_path):
@@ -86,7 +131,9 @@ def test_a_logger_that_is_not_installed_is_named_before_anything_is_made(name, t
     module = "torch.utils.tensorboard" if name == "tensorboard" else name
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["pretrain", *tiny, "--log", name, "--output", str(tmp_path / "run")]) == 2
-    assert f"needs {name}" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"needs {name}" in message
+    assert message.endswith(f"pip install {name}\n")  # no extra of this package brings it
     assert not (tmp_path / "run").exists()
     with pytest.raises(MissingPackageError, match=name):
         make_loggers(tmp_path, [], 0, [name], {})

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from slimmable._errors import UsageError
-from slimmable.cli.config import METHODS, PretrainConfig
+from slimmable.cli.config import DISTILLATIONS, METHODS, PretrainConfig
 from slimmable.cli.data import load_images
 from slimmable.cli.networks import new_method
-from slimmable.cli.presets import PRESETS, configure
+from slimmable.cli.presets import PRESETS, configure, named
 from slimmable.cli.training import Training, make_optimizer
+from slimmable.losses import OnlineDistillation
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -45,6 +46,16 @@ def test_what_is_given_comes_before_the_preset():
 def test_settings_without_meaning_are_refused(given, preset, message):
     with pytest.raises(UsageError, match=message):
         configure(given, preset)
+
+
+def test_a_run_goes_on_with_its_preset_named_again():
+    """Whatever else was given then, and whatever follows from the method."""
+    config = configure({"data": "/photos", "epochs": 3}, "byol-imagenet")
+    config.check_same(named({"epochs": 3}, "byol-imagenet"))
+    with pytest.raises(UsageError, match=r"--epochs: the run has 3, now 1000$"):
+        config.check_same(named({}, "byol-imagenet"))
+    with pytest.raises(UsageError, match="--preset vicreg-imagenet is of --method vicreg, not byol"):
+        named({"method": "byol"}, "vicreg-imagenet")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,7 +105,8 @@ def test_the_learning_rate_rises_and_falls_as_published(images):
 
 def test_a_warm_up_that_never_ends_is_refused(images):
     with pytest.raises(UsageError, match=r"--warm-up 2.5 leaves none of the 2 epochs"):
-        training(images, epochs=2)
+        training(images, epochs=2, warm_up=2.5)
+    assert training(images, epochs=20).schedule.warmup_t == 4  # a twentieth, of four steps each
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,6 +116,30 @@ def test_every_method_takes_a_step(method):
     run = Training(config, new_method(config, 1, len(glyphs.classes)), glyphs, torch.device("cpu"))
     run.step = run.steps - 1
     assert list(run.take_step()) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kinds_of_distillation_are_refused_where_a_step_could_not_take_them(method, images):
+    settings = {"method": method, "widths": (1.0, 0.5), "warm_up": 0.0}
+    refused = {"kl", "dkd", "atkd"} if method in ("byol", "vicreg") else set()
+    for kind in refused:
+        with pytest.raises(UsageError, match=f"--distill {kind} compares logits, which --method {method} does not"):
+            PretrainConfig(method=method, distill=kind)
+        run = training(images, **settings)
+        run.recipe.distill = OnlineDistillation(kind)
+        with pytest.raises(UsageError, match="has no logits"):
+            run.take_step()
+    for kind in set(DISTILLATIONS) - refused:
+        run = training(images, **settings, distill=kind)
+        run.step = run.steps - 1
+        assert list(run.take_step()) == [1.0, 0.5]
+
+
+def test_key_parts_that_processes_cannot_share_are_refused(images, monkeypatch):
+    monkeypatch.setattr("slimmable.cli.training.world_size", lambda: 2)
+    for settings in ({"key_parts": 3}, {"batch_size": 10, "key_parts": 4}):
+        with pytest.raises(UsageError, match=r"--key-parts . of --batch-size 1. cannot be shared by 2 processes"):
+            training(images, **settings)
 
 
 def test_moco_v3_freezes_the_patches_of_a_vision_transformer():

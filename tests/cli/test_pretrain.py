@@ -1,6 +1,7 @@
 """The main job end to end in a tiny setting: what it writes, and that it can be stopped anywhere."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -41,6 +42,12 @@ def test_run_folder(run):
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in list(row)[3:])
     assert (run / "metrics.md").read_text().startswith("| width | parameters | MACs |")
     assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_configuration_says_what_was_asked_for(run):
+    """The queue is a shorter one, as there are 64 images only; that follows from them anew when a run goes on."""
+    assert json.loads((run / "config.json").read_text())["queue_size"] == 256
+    assert load_checkpoint(run / "checkpoint.safetensors").training["method.moco.queue"].shape == (64, 16)
 
 
 def test_subnetworks_are_what_the_checkpoint_extracts(run):

@@ -1,10 +1,15 @@
 """Random views, and the order in which they come."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slimmable import SlimmableError
 from slimmable.cli.config import VIEWS
 from slimmable.cli.loader import Plain, Steps, Views, batches_of, load
 from slimmable.cli.views import make_views, plain_view
@@ -105,6 +110,26 @@ def test_views_depend_on_seed_epoch_and_image_only(workers):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     drawn = torch.cat([view.flatten() for view, _ in whole])
     assert len(drawn.unique()) == 24  # no two alike, in the second epoch either
+
+
+def after_a_signal(number):
+    """Images that come after a signal to the process that reads them."""
+
+    def transform(image):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        return image.float()
+
+    return load(views_of(4, (transform,)), Steps(4, 2, 1, 0, seed=0), workers=1)
+
+
+def test_an_interrupt_does_not_reach_the_workers():
+    assert len(list(after_a_signal(signal.SIGINT))) == 2
+
+
+def test_a_worker_that_ends_is_one_message():
+    with pytest.raises(SlimmableError, match=r"a process that reads images ended \(.*; go on with --resume$"):
+        list(after_a_signal(signal.SIGKILL))
 
 
 def test_images_for_evaluation_come_in_order():
