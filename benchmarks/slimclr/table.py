@@ -29,7 +29,11 @@ def interval(values: Sequence[float]) -> float:
 
 
 def shown(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
-    return f"{fmean(values):{sign}.{digits}f} ± {interval(values):.{digits}f}" if values else ""
+    """Return the mean with its interval, which one value does not have."""
+    if not values:
+        return ""
+    mean = f"{fmean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {interval(values):.{digits}f}"
 
 
 def values_of(rows: Sequence[Row], arm: str, width: float, column: str) -> dict[str, float]:
