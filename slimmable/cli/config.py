@@ -53,7 +53,7 @@ class PretrainConfig:
     image_size: int = 24
     widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     universal: bool = False
-    epochs: int = 40
+    epochs: int = 20
     batch_size: int = 64  # of all processes together
     optimizer: str = "adamw"
     learning_rate: float = 0.006  # for this batch size

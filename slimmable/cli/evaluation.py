@@ -12,7 +12,7 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
 from slimmable.convert import extract
 from slimmable.training.evaluate import Accuracy, Probe, accuracy_of, evaluate_features, narrowest_first
-from slimmable.training.finetune import finetune
+from slimmable.training.finetuning import finetune
 from slimmable.training.knn import knn_accuracy
 from slimmable.width import at_width, widths_of
 
