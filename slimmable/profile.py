@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._errors import UsageError
 from slimmable._inputs import check_module, example_of, image_batch
+from slimmable._modes import in_eval_mode
 from slimmable.analysis._fake import FakeModel
 from slimmable.analysis._nested import output_tensors
 from slimmable.convert import copy_of, shallow_modules
@@ -174,19 +175,13 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
 
 
 def _latency_ms(run: Callable[[], Any], model: nn.Module, repeats: int) -> float:
-    training = {module: module.training for module in model.modules()}
     weight = next(model.parameters(), None)
     wait = torch.cuda.synchronize if weight is not None and weight.is_cuda else nullcontext
     times = []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for _ in range(repeats + 1):
-                start = time.perf_counter()
-                run()
-                wait()
-                times.append((time.perf_counter() - start) * 1000)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with in_eval_mode(model), torch.no_grad():
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            run()
+            wait()
+            times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times[1:])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from slimmable._modes import in_eval_mode
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
@@ -22,17 +23,12 @@ def features_at_widths(backbone: nn.Module, images: Plain, workers: int = 0) -> 
     """Return width -> features in eval mode, of shape (images, features), float32, on the CPU."""
     device = next(backbone.parameters()).device
     parts: dict[float, list[Tensor]] = {width: [] for width in widths_of(backbone)}
-    training = [module for module in backbone.modules() if module.training]
-    backbone.eval()
-    try:
+    with in_eval_mode(backbone):
         for batch in batches_of(images, workers=workers):
             scaled = batch.to(device)
             for width, found in parts.items():
                 with at_width(backbone, width):
                     found.append(backbone(scaled).float().cpu())
-    finally:
-        for module in training:
-            module.training = True
     return {width: torch.cat(found) for width, found in parts.items()}
 
 

@@ -18,6 +18,7 @@ from slimmable._inputs import check_module
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._cosines import at_least_float32
 from slimmable.methods._batch import Batch, Outcome, check_batch
+from slimmable.training._processes import alone, world_size
 from slimmable.training.diagnostics import GradientDiagnostics
 from slimmable.training.distributed import synchronised_batchnorm
 from slimmable.training.recipe import SlimRecipe
@@ -179,8 +180,8 @@ def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterat
 def _means_of_processes(*values: Tensor) -> list[float]:
     """Return the means, so that all processes see the same, also if one of them has no number."""
     means = torch.stack([at_least_float32(value.detach()).reshape(()) for value in values])
-    if dist.is_available() and dist.is_initialized():
+    if not alone(None):
         dist.all_reduce(means)
-        means /= dist.get_world_size()
+        means /= world_size()
     found: list[float] = means.tolist()
     return found

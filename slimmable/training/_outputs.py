@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slimmable._modes import in_eval_mode
+
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Return what `model` makes of all images in eval mode, float32; its training mode is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    with in_eval_mode(model):
         return torch.cat([model(as_input(model, batch)).float() for batch in batches])
-    finally:
-        for module in training:
-            module.training = True
 
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slimmable._columns import registered
 from slimmable._errors import DataError, UsageError
 from slimmable._inputs import Inputs
+from slimmable._modes import in_eval_mode
 from slimmable.analysis._nested import map_tensors, output_tensors
 from slimmable.analysis.plan import Setting
 from slimmable.layers import SwitchableNorm
@@ -118,7 +119,6 @@ def _input_of(batch: Batch) -> Inputs:
 @contextmanager
 def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Let the norms collect cumulative averages, starting from zero at each one's first call."""
-    training = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     started: set[nn.Module] = set()
@@ -130,12 +130,12 @@ def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]
             norm.reset_running_stats()
 
     handles = [norm.register_forward_pre_hook(start) for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.training = True
-        norm.momentum = None
     try:
-        yield
+        with in_eval_mode(model):
+            for norm in norms:
+                norm.training = True
+                norm.momentum = None
+            yield
     except BaseException:
         for norm, buffers in zip(norms, before, strict=True):
             for name, buffer in norm.named_buffers(recurse=False):
@@ -146,5 +146,3 @@ def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]
             handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode

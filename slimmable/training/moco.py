@@ -128,11 +128,10 @@ class MoCo(nn.Module):
             return F.normalize(self.key(images), dim=1)
         images = gather(images)
         order = self._order(len(images), images.device)
-        shares = order.tensor_split(parts)[rank() :: processes]
-        keys = F.normalize(gather(torch.cat([self.key(images[share]) for share in shares])), dim=1)
-        taken = torch.cat(
-            [share for first in range(processes) for share in order.tensor_split(parts)[first::processes]]
-        )
+        shares = order.tensor_split(parts)  # process r makes the keys of every share from r on, in steps of processes
+        own = [self.key(images[share]) for share in shares[rank() :: processes]]
+        keys = F.normalize(gather(torch.cat(own)), dim=1)
+        taken = torch.cat([share for first in range(processes) for share in shares[first::processes]])
         return keys[taken.argsort()][rank() * batch :][:batch]
 
     @torch.no_grad()
