@@ -96,14 +96,14 @@ def slimify(
     target = model if inplace else copy_of(model)
     state = state_of(target)
     old: Plan | None = None if state is None else state.plan
-    before = _strip(target)
+    before = strip(target)
     orders = [] if order is None else magnitude_order(target, found)
     try:
         if orders:
             permute(target, found, orders)
         return apply_plan(target, found, {} if orders else before)  # narrow norms of before are in the old order
     except BaseException:
-        _strip(target)
+        strip(target)
         if orders:
             permute(target, found, [np.argsort(units) for units in orders])
         if old is not None:
@@ -189,11 +189,15 @@ def _plan(
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    skips = _skipper(model, skip)
-    return make_plan(model, args, kwargs, widths, skips, round_to, universal, _strip)
+    skips = skipper(model, skip)
+    return make_plan(model, args, kwargs, widths, skips, round_to, universal, strip)
 
 
-def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+    """Return `skip` as a function of path and module.
+
+    Raises: ConversionError: if it is no pattern, no list of patterns that match, and no such function.
+    """
     if callable(skip) and not isinstance(skip, type):
         try:
             inspect.signature(skip).bind("", model)
@@ -240,7 +244,7 @@ def _has_the_tensors(model: nn.Module, plan: Plan) -> bool:
     return True
 
 
-def _strip(model: nn.Module) -> dict[str, SwitchableNorm]:
+def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
     """Take all views and containers off `model`; return the containers by path."""
     norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     _replace(model, {id(norm): norm.to_norm() for norm in norms.values()})

@@ -39,7 +39,10 @@ class Context:
     splits: list[tuple[Ids, int]] = field(default_factory=list)  # carried labels and number of candidates, per split
     consumed: list[Ids] = field(default_factory=list)
     producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
-    products: list[tuple[int, list[Ids]]] = field(default_factory=list)  # multiply-adds, labels that they go with
+    products: list[tuple[int, list[Ids], str]] = field(default_factory=list)  # multiply-adds, labels, module path
+    reads: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what its weights read
+    meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
+    sums: list[Ids] = field(default_factory=list)  # labels along which features are added up, not only scaled
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     module: str = ""  # path of the module that is running
     operation: str = ""
@@ -87,6 +90,7 @@ class Context:
         joined = self.merge(ids, other, "reads an axis that does not shrink")
         if joined is not None:
             self.consumed.append(joined)
+            self.reads.append((self.module, joined))
 
     def produce(self, ids: Ids | None) -> None:
         """Note that a layer with weights makes these units."""
@@ -96,7 +100,12 @@ class Context:
 
     def multiply(self, macs: int, axes: Sequence[Ids | None]) -> None:
         """Note multiply-adds, which are in proportion to the kept units of each of these axes."""
-        self.products.append((macs, [ids for ids in axes if ids is not None]))
+        self.products.append((macs, [ids for ids in axes if ids is not None], self.module))
+
+    def meet(self, ids: Ids | None) -> None:
+        """Note that units along an axis are mixed without weights, as by a normalisation over them."""
+        if ids is not None:
+            self.meetings.append((self.where, ids))
 
     def constrain(self, size: Any, ids: Ids | None, full: int) -> None:
         """Require a sizing argument to follow the axis that it sizes."""

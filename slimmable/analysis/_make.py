@@ -41,7 +41,7 @@ def make_plan(
     while True:
         fake = FakeModel(model, args, kwargs, keep_caches, prepare, replayed)
         try:
-            found = _best(fake, widths, _also(skip, pinned), round_to)
+            found = best_trace(fake, widths, _also(skip, pinned), round_to)
         except TraceError as error:
             if fake.emptied and not keep_caches:
                 keep_caches = True  # what looked like a cache is something that the forward needs
@@ -54,7 +54,7 @@ def make_plan(
             except Exception as cause:
                 raise TraceError(f"{error}\nNor does the model run with numbers: {cause}") from cause
             continue
-        plan = _plan(fake, *found, Plan(widths, round_to=round_to, universal=universal))
+        plan = filled_plan(fake, *found, Plan(widths, round_to=round_to, universal=universal))
         failed = first_failure(fake, plan)
         if failed is None:
             return plan
@@ -85,7 +85,8 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
     return lambda path, module: reason(path) or skip(path, module)
 
 
-def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
+def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
+    """Trace, and once more with the second choice for folded axes whose first one looks bad; return the better."""
     first = trace(fake, widths, skip, {})
     solution = solve(first, widths, round_to)
     labels = first.context.labels
@@ -107,7 +108,8 @@ def _best(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int)
     return (second, other) if better else (first, solution)
 
 
-def _plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
+def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
+    """Fill an empty plan with what a trace and its solution have found, and return it."""
     plan.channels = channels_of(fake.model, found, solution)
     plan.caches = found.caches
     for counts, values in zip(solution.counts, solution.values, strict=True):

@@ -104,6 +104,10 @@ def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: An
             ids = labels[0] if labels else None
             for other in labels[1:]:
                 ids = ctx.merge(ids, other)
+            if ids is not None and ctx.operation not in ("mul", "div"):
+                features = [t for t, own in zip(aligned, labels, strict=True) if own is not None]
+                if sum(ctx.origin(tensor) != "weights" for tensor in features) > 1:
+                    ctx.sums.append(ids)
             joined.append(ids)
         ctx.label(result, joined[::-1], origin_after(ctx, operands))
 
@@ -116,6 +120,8 @@ def along_an_axis(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out
         dims = args[2] if ctx.operation == "roll" else args[1]
         for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
             ctx.pin(axes[dim], "the order of the units matters")
+    else:
+        ctx.meet(axes[args[1]])
     ctx.label(out, axes)
 
 
@@ -136,6 +142,8 @@ def reduce(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = ctx.axes(source)
     indices = ctx.operation.startswith("arg") or (ctx.operation in ("max", "min") and len(results) == 2)
+    for dim in reduced if ctx.origin(source) != "weights" else ():
+        ctx.meet(axes[dim])
     for dim in reduced if indices else ():
         ctx.pin(axes[dim], "a unit's number is used")
     for result in results:

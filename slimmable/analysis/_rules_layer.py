@@ -27,6 +27,7 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
         ctx.consume(a[-1], inner)
     else:
         joined = ctx.merge(a[-1], inner)
+        ctx.meet(joined)
         if joined is not None:
             ctx.contractions.append((ctx.module, joined))
     batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
@@ -68,6 +69,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         ids = space[i]
         if ids is not None and out.shape[2 + i] == source.shape[2 + i]:  # neighbouring channels attend
             ctx.labels.order(ids)
+            ctx.meet(ids)
         else:
             ctx.pin(ids, "is a spatial axis of a convolution")
             space[i] = None
@@ -118,6 +120,7 @@ def _grouped(
             ctx.consume(block[0], inner_each)
         else:
             ctx.consumed.append(x)
+            ctx.reads.append((ctx.module, x))
     else:
         ctx.consume(None, inner_each)
     if outer is not None:
@@ -170,6 +173,7 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         for tensor in args[2:4]:
             if isinstance(tensor, Tensor):
                 axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
+        ctx.meet(axes[-i])
     _label_norm(ctx, args[0], axes, out)
 
 
@@ -193,6 +197,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         shape = (groups, len(axes[1]) // groups)
         carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
         ctx.constrain(given, carried[0], groups)
+    ctx.meet(axes[1])
     _label_norm(ctx, source, axes, out)
 
 
@@ -223,6 +228,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 ctx.pin(ids, "queries and keys have different numbers of heads")
         batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if len(sizes) == 1 else None)
     inner = ctx.merge(q[-1], k[-1])
+    ctx.meet(inner)
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])

@@ -30,6 +30,15 @@ Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or
 
 
 @dataclass
+class ModuleCall:
+    """One run of a module: its first argument, if that is a tensor, the labels that it had, and what came out."""
+
+    source: Tensor | None
+    axes: list[Ids | None]
+    out: Any = None
+
+
+@dataclass
 class Trace:
     """What one run has shown."""
 
@@ -38,6 +47,7 @@ class Trace:
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `FakeModel.forget` says
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -117,7 +127,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
     fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
     read: set[tuple[str, str]] = set()
-    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), quiet:
+    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result), quiet:
         try:
             output = fake.run(operations, _Calls(context, operations))
         except Exception as error:
@@ -137,6 +147,31 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
                 context.pin(ids, "the model itself is skipped")
         _label_output(context, tensor, result)
     return result
+
+
+@contextmanager
+def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
+    """Note what each module is called with, and what it returns."""
+    handles = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: Any) -> None:
+            source = args[0] if args and isinstance(args[0], Tensor) else None
+            axes = [] if source is None else result.context.axes(source)
+            result.calls.setdefault(path, []).append(ModuleCall(source, axes))
+
+        def after(_: nn.Module, args: Any, out: Any) -> None:
+            result.calls[path][-1].out = out
+
+        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
+
+    for path, module in fake.model.named_modules():
+        watch(path, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
         [(shape, pack.axes(axes)) for shape, axes in trace.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
-        _summed((macs, tuple(map(pack.ids, axes))) for macs, axes in trace.context.products),
+        _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
         {_split(name): tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
 
