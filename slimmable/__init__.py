@@ -22,6 +22,11 @@ from slimmable.checkpoint import save as save
 from slimmable.convert import extract as extract
 from slimmable.convert import plan as plan
 from slimmable.convert import slimify as slimify
+from slimmable.gating import GateBudget as GateBudget
+from slimmable.gating import dense as dense
+from slimmable.gating import gate as gate
+from slimmable.gating import gate_plan as gate_plan
+from slimmable.gating import gated as gated
 from slimmable.layers import SlimConv1d as SlimConv1d
 from slimmable.layers import SlimConv2d as SlimConv2d
 from slimmable.layers import SlimConv3d as SlimConv3d

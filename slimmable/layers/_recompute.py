@@ -88,6 +88,11 @@ class Active(Generic[C]):
         )
 
 
+def in_backward() -> bool:
+    """Tell whether a backward pass is under way, so that a forward is one that runs again."""
+    return not is_compiling() and _task() != -1
+
+
 def next_node() -> int | None:
     """Return the number of the node that autograd makes next; None in a backward pass and while compiling."""
     return None if is_compiling() or _task() != -1 else int(_next_number())

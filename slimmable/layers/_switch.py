@@ -125,6 +125,11 @@ class SwitchableNorm(SwitchableContainer):
         """Run the norm of the active width."""
         return self.norm_at(self._slim.index)(*args, **kwargs)
 
+    def norms(self) -> Iterator[nn.Module]:
+        """Yield the norms of all widths, and that of an active guest."""
+        yield from (self.full, *self.narrow)
+        yield from (norm for name, norm in self._modules.items() if name == "guest" and norm is not None)
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if name in modules:
@@ -139,7 +144,7 @@ class SwitchableNorm(SwitchableContainer):
         elif isinstance(value, Tensor):
             setattr(self.norm_at(self._slim.index), name, value)
         else:
-            for norm in (self.full, *self.narrow, *([self._modules["guest"]] if "guest" in self._modules else [])):
+            for norm in self.norms():
                 setattr(norm, name, value)
 
     def named_modules(

@@ -1,0 +1,128 @@
+"""A gate: which units of a layer an image needs, decided from what the layer reads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._errors import DataError, UsageError
+from slimmable.losses._checks import check_temperature
+from slimmable.losses._cosines import at_least_float32
+
+TEMPERATURE = 2 / 3
+_TINY = 1e-8  # keeps the logarithms of the noise finite
+
+
+def hard_mask(
+    logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
+) -> Tensor:
+    """Return 1 where a unit is open and 0 where it is closed.
+
+    With noise, `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` says how open a unit is, and those with at
+    least 0.5 are; the gradient is that of `soft` (straight-through). Without noise units with positive logits are open,
+    and there is no gradient.
+
+    Source: the binary Gumbel-softmax of Krishna et al. 2023. Their code has 0.66667 as temperature, and without noise
+    opens a unit at logit 0 too, so that a gate whose hidden units are all cut off by their ReLU opens everything.
+
+    Args:
+        logits: any shape.
+        uniform: of the same shape, random numbers in [0, 1); None for no noise.
+        temperature: positive.
+        open_at_zero: without noise, open units with logit 0, as published.
+
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 1.])
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.9, 0.4, 0.5]))
+    tensor([1., 0., 1.])
+    """
+    if uniform is None:
+        return (logits >= 0 if open_at_zero else logits > 0).to(logits.dtype)
+    noise = torch.log(uniform + _TINY) - torch.log(1 - uniform + _TINY)
+    soft = torch.sigmoid((logits + noise) / temperature)
+    return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
+
+
+class ChannelGate(nn.Module):
+    """Decides for each image which of a layer's units are open.
+
+    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, both without
+    bias; in training with noise, see `hard_mask`. The decision is made in float32 at least.
+
+    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers.
+
+    Shapes: (batch, channels), averages over positions -> (batch, units), of zeros and ones.
+
+    Args:
+        channels: of what the layer reads.
+        units: that are opened or closed.
+        temperature: of the noise.
+        open_at_zero: as in `hard_mask`.
+
+    Raises: UsageError: if an argument is outside its range.
+
+    >>> gate = ChannelGate(16, 24).eval()
+    >>> gate(torch.randn(2, 16)).shape, gate.macs
+    (torch.Size([2, 24]), 160)
+    """
+
+    def __init__(
+        self, channels: int, units: int, *, temperature: float = TEMPERATURE, open_at_zero: bool = False
+    ) -> None:
+        super().__init__()
+        if min(channels, units) < 1:
+            raise UsageError(f"ChannelGate: channels and units must be at least 1, got {channels} and {units}")
+        check_temperature("ChannelGate", "temperature", temperature)
+        hidden = _hidden(channels)
+        self.reduce = nn.Linear(channels, hidden, bias=False)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.expand = nn.Linear(hidden, units, bias=False)
+        for linear in (self.reduce, self.expand):
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        self.temperature = temperature
+        self.open_at_zero = open_at_zero
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one decision."""
+        return gate_macs(self.reduce.in_features, self.expand.out_features)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Return one logit per unit: (batch, channels) -> (batch, units)."""
+        if pooled.ndim != 2 or pooled.shape[1] != self.reduce.in_features:
+            raise DataError(
+                f"ChannelGate: expected pooled features of shape (batch, {self.reduce.in_features}), "
+                f"got {tuple(pooled.shape)}"
+            )
+        logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
+        return logits
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the mask."""
+        logits = at_least_float32(self.logits(pooled))
+        noise = torch.rand_like(logits) if self.training else None
+        return hard_mask(logits, noise, self.temperature, open_at_zero=self.open_at_zero)
+
+
+def gate_macs(channels: int, units: int) -> int:
+    """Return the multiply-adds of one decision."""
+    return _hidden(channels) * (channels + units)
+
+
+def _hidden(channels: int) -> int:
+    return max(1, channels // 4)
+
+
+def annealed(
+    epoch: float, *, start: float = 1.0, end: float = 0.0, alpha: float = 0.02, first_epoch: float = 0
+) -> float:
+    """Return a number that goes from `start` towards `end`: `end + (start - end) exp(-alpha (epoch - first_epoch))`.
+
+    Before `first_epoch` it is `start`. With the defaults it is the `p` of the bound loss (Krishna et al. 2023).
+
+    >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
+    (1.0, 0.3679, 0.4493)
+    """
+    return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))

@@ -1,0 +1,180 @@
+"""The two passes of a gated model, and what a gated pass has decided and costs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._errors import UsageError
+from slimmable._inputs import check_module, image_batch
+from slimmable.gating._convert import PLAN
+from slimmable.gating._costs import Costs
+from slimmable.gating._find import GatePlan, costs_for
+from slimmable.gating._gate import ChannelGate
+from slimmable.layers._gated import GATE, Gated, LayerGates, Pass, gated_parts
+
+
+class GatedPass:
+    """What the gates have decided in the forwards of one `with gated(model) as run:` block.
+
+    Images of several forwards stand one behind the other. All results keep their gradient.
+    """
+
+    def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
+        self._model = model
+        self._seen: dict[LayerGates, list[tuple[Tensor, tuple[int, ...]]]] = {each: [] for each in gates}
+        self._sizes: dict[tuple[int, ...], Costs] = {}
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return for each gate, by the name of the layer that makes its units, its mask: shape (images, units).
+
+        Raises: UsageError: if the model has not run in the block.
+        """
+        if not all(self._seen.values()):
+            idle = next(gates.name for gates, seen in self._seen.items() if not seen)
+            raise UsageError(f"the gate of {idle} has decided nothing: run the model inside `with gated(model)`")
+        return {gates.name: torch.cat([mask for mask, _ in seen]) for gates, seen in self._seen.items()}
+
+    def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """Return layer -> its multiply-adds for each image, in float64, shape (images,).
+
+        The sum is that of convolutions and matrix products of the network with the open channels alone, as `profile`
+        counts it. The cost of a gate is under the name of its layer with `.channel_gate` behind it.
+
+        Args:
+            input_size: of one image, such as (3, 224, 224); None for the size of the example that `gate` had.
+
+        Raises: UsageError: if the model has not run in the block, or on another size.
+        """
+        masks = self.masks()
+        found, costs = self._costs(input_size)
+        group_of = {gate.maker: gate.group for gate in found.gates}
+        gates = next(iter(self._seen))
+        counts = found.plan.columns[gates._slim.index].counts
+        doubles = {name: mask.double() for name, mask in masks.items()}
+        some = next(iter(doubles.values()))
+        layers = costs.layers({group_of[name]: mask for name, mask in doubles.items()}, counts)
+
+        def of_each_image(cost: Tensor | float) -> Tensor:
+            return cost if isinstance(cost, Tensor) else some.new_full(some.shape[:1], cost)
+
+        macs = {path: of_each_image(cost) for path, cost in layers.items()}
+        for each in self._seen:
+            own = each.module_at(each._slim.index)
+            cost = own.macs if isinstance(own, ChannelGate) else 0
+            macs[f"{each.name}.{GATE}"] = of_each_image(cost)
+        return macs
+
+    def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
+        """Return the multiply-adds of each image, the gates' own included: shape (images,), float64.
+
+        Args and errors: as `layer_macs`.
+        """
+        return torch.stack(list(self.layer_macs(input_size).values())).sum(0)
+
+    def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
+        """Return the multiply-adds of an image in the dense pass, at the active width."""
+        found, costs = self._costs(input_size)
+        counts = found.plan.columns[next(iter(self._seen))._slim.index].counts
+        return float(sum(costs.layers({}, counts).values()))
+
+    def share(self, input_size: tuple[int, ...] | None = None) -> Tensor:
+        """Return the multiply-adds of each image over those of the dense pass: shape (images,)."""
+        return self.macs(input_size) / self.dense_macs(input_size)
+
+    def _costs(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, Costs]:
+        root = next(module for module in self._model.modules() if PLAN in module.__dict__)
+        found: GatePlan = root.__dict__[PLAN]
+        if input_size is None:
+            costs = found.costs
+        else:
+            key = tuple(input_size)
+            if key not in self._sizes:
+                self._sizes[key] = costs_for(root, found, image_batch(root, key, images=1))
+            costs = self._sizes[key]
+        for gates, seen in self._seen.items():
+            for _, positions in seen:
+                if positions != costs.positions[gates.name]:
+                    raise UsageError(
+                        f"{gates.name} has read {positions} positions, but for the size to be counted it reads "
+                        f"{costs.positions[gates.name]}; give the input_size that the model has run on"
+                    )
+        return found, costs
+
+
+@contextmanager
+def gated(model: nn.Module) -> Iterator[GatedPass]:
+    """Run a block with the gates on; it gives what they decide. Afterwards the pass is what it was before.
+
+    In training the gates decide with noise, in eval without. Works on a gated model and on any wrapper around it.
+
+    Raises: UsageError: if the model has no gates. In eval, gates that were never trained give a warning.
+
+    >>> import slimmable
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> with gated(model) as run:
+    ...     scores = model(torch.randn(3, 4))
+    >>> run.macs().shape, run.dense_macs()
+    (torch.Size([3]), 352.0)
+    """
+    parts = _parts("gated", model)
+    gates = [part for part in parts if isinstance(part, LayerGates)]
+    norm = getattr(gates[0].at[0], "norm", None)
+    if isinstance(norm, nn.BatchNorm1d) and not norm.training and norm.num_batches_tracked == 0:
+        warnings.warn(
+            f"the gates of this {type(model).__name__} were never trained; what they open is chance", stacklevel=3
+        )
+    run = GatedPass(model, gates)
+    before = [(each, each.seen) for each in gates]
+    for each in gates:
+        each.watch(run._seen[each])
+    try:
+        with _during(parts, Pass.GATED):
+            yield run
+    finally:
+        for each, seen in before:
+            each.watch(seen)
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Run a block with the gates off, also inside of `gated`. Afterwards the pass is what it was before.
+
+    Raises: UsageError: if the model has no gates.
+
+    >>> import slimmable
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
+    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> with dense(model):
+    ...     torch.equal(model(torch.ones(1, 4)), net(torch.ones(1, 4)))
+    True
+    """
+    with _during(_parts("dense", model), Pass.DENSE):
+        yield
+
+
+def _parts(where: str, model: nn.Module) -> list[Gated]:
+    check_module(where, model)
+    parts = gated_parts(model)
+    if not any(isinstance(part, LayerGates) for part in parts):
+        raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gate")
+    return parts
+
+
+@contextmanager
+def _during(parts: list[Gated], wanted: Pass) -> Iterator[None]:
+    states: list[Any] = [part.__dict__["state"] for part in parts]
+    before = [state.active for state in states]
+    for state in states:
+        state.active = wanted
+    try:
+        yield
+    finally:
+        for state, pass_before in zip(states, before, strict=True):
+            state.active = pass_before
