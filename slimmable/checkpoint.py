@@ -20,6 +20,7 @@ from slimmable._recipe import attributes_of, build, fitting_recipe, set_attribut
 from slimmable.analysis._plan_data import decode, encode
 from slimmable.analysis.plan import Plan
 from slimmable.convert import apply_plan, copy_of
+from slimmable.layers._gated import has_gates
 from slimmable.layers._state import is_slim, state_of
 
 _FORMAT = "slimmable 1"
@@ -54,6 +55,11 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     check_module("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
+    if has_gates(model):
+        raise CheckpointError(
+            f"the gates of this {type(model).__name__} cannot be saved so; write model.state_dict() with torch.save, "
+            "and load it into a model that was gated in the same way"
+        )
     plan = _plan_of(model)
     hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(model).items()}
     tensors = plain_copies(model.state_dict() | hidden)

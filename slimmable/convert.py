@@ -23,6 +23,7 @@ from slimmable.analysis._sizes import feature_sizes, layer_sizes
 from slimmable.analysis.ordering import magnitude_order, permute
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.layers._container import SwitchableContainer
+from slimmable.layers._gated import has_gates, remove_gates
 from slimmable.layers._state import is_slim, state_of
 from slimmable.layers._switch import SwitchableNorm
 from slimmable.layers._view import install_view, narrow_tensors, narrow_values, remove_view
@@ -82,6 +83,11 @@ def slimify(
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
     check_module("slimify", model)
+    if has_gates(model):
+        raise ConversionError(
+            f"this {type(model).__name__} has gates, which are made for its widths; take them off with "
+            "slimmable.gating.ungate, convert it, and gate it again"
+        )
     wanted = check_widths(widths)
     if order not in (None, "magnitude"):
         raise ConversionError(f'order {order!r} is unknown; it is None or "magnitude"')
@@ -179,7 +185,7 @@ def _extract_active(model: nn.Module) -> nn.Module:
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
-    return small
+    return remove_gates(small)
 
 
 # -- the steps of a conversion
@@ -274,6 +280,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
         tensors.setdefault(path, {})[name] = per_width
     norms: dict[int, nn.Module] = {}
     inside: tuple[str, ...] = ()
+    attributed = {path for path, _ in found.channels.attributes}  # also those that change in other sub-networks only
     for path, module in list(model.named_modules()):
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
@@ -284,7 +291,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
                 kept = [axes[0] for axes in per_width]
                 norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
                 _know(norm, found, path)
-        elif module._parameters or module._buffers or path in (*found.values, *found.caches, ""):
+        elif module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
             sizes = layer_sizes(module, cut, values)

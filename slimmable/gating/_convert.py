@@ -10,12 +10,11 @@ from torch import nn
 from slimmable._errors import ConversionError, UsageError
 from slimmable._inputs import check_module
 from slimmable.convert import Skip, copy_of
-from slimmable.gating._find import Candidate, GatePlan, gate_plan
+from slimmable.gating._find import GatePlan, gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
-from slimmable.layers._gated import GATE, LayerGates, Look, Mask, PassNorm, has_gates, remove_gates
+from slimmable.gating._judge import Candidate
+from slimmable.layers._gated import GATE, PLAN, LayerGates, Look, Mask, PassNorm, has_gates, remove_gates
 from slimmable.layers._state import WidthState, state_of
-
-PLAN = "_gate_plan"  # attribute of the module that was given to `gate`
 
 
 def gate(
@@ -99,7 +98,6 @@ def ungate(model: nn.Module) -> nn.Module:
     (13, 6)
     """
     check_module("ungate", model)
-    model.__dict__.pop(PLAN, None)
     return remove_gates(model)
 
 

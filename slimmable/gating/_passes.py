@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from slimmable._errors import UsageError
 from slimmable._inputs import check_module, image_batch
-from slimmable.gating._convert import PLAN
 from slimmable.gating._costs import Costs
 from slimmable.gating._find import GatePlan, costs_for
 from slimmable.gating._gate import ChannelGate
-from slimmable.layers._gated import GATE, Gated, LayerGates, Pass, gated_parts
+from slimmable.layers._gated import GATE, PLAN, Gated, LayerGates, Pass, gated_parts
 
 
 class GatedPass:
