@@ -24,6 +24,7 @@ from slimmable.convert import plan as plan
 from slimmable.convert import slimify as slimify
 from slimmable.gating import GateBudget as GateBudget
 from slimmable.gating import dense as dense
+from slimmable.gating import extract_gated as extract_gated
 from slimmable.gating import gate as gate
 from slimmable.gating import gate_plan as gate_plan
 from slimmable.gating import gated as gated

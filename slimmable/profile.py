@@ -23,6 +23,7 @@ from slimmable.analysis._fake import FakeModel
 from slimmable.analysis._nested import output_tensors
 from slimmable.convert import copy_of, shallow_modules
 from slimmable.layers._container import SwitchableContainer
+from slimmable.layers._gated import LayerGates, Pass
 from slimmable.layers._state import state_of
 from slimmable.width import at_width, widths_of
 
@@ -128,6 +129,8 @@ def parameter_count(model: nn.Module) -> int:
     while stack:
         module = stack.pop()
         state = state_of(module)
+        if isinstance(module, LayerGates) and module.state.active is Pass.DENSE:
+            continue
         if isinstance(module, SwitchableContainer):
             stack += list(module.module_at(0 if state is None else state.index).modules())
             continue

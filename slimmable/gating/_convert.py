@@ -76,7 +76,7 @@ def gate(
         maker = target.get_submodule(candidate.maker)
         for number, reader in enumerate(candidate.readers):
             target.get_submodule(reader.path).register_forward_pre_hook(Mask(gates, number))
-        maker.add_module(GATE, gates.train(maker.training))
+        maker.add_module(_child(candidate), gates.train(maker.training))
     for candidate, gates in zip(found.gates, built, strict=True):  # behind the masks of what the same layer reads
         target.get_submodule(candidate.maker).register_forward_pre_hook(Look(gates))
     if separate_norms:
@@ -101,6 +101,10 @@ def ungate(model: nn.Module) -> nn.Module:
     return remove_gates(model)
 
 
+def _child(candidate: Candidate) -> str:
+    return f"{GATE}_{candidate.number}" if candidate.number else GATE
+
+
 def _gates(
     model: nn.Module, found: GatePlan, candidate: Candidate, temperature: float, open_at_zero: bool
 ) -> LayerGates:
@@ -118,10 +122,10 @@ def _gates(
         for reader, per_width in zip(candidate.readers, units, strict=True):
             per_width.append(reader.units[grouping.mask(counts, reader.ids)].tolist())
     readers = [(reader.axis, per_width) for reader, per_width in zip(candidate.readers, units, strict=True)]
-    made_for = LayerGates(candidate.maker, candidate.axis, plan.widths, gates, readers)
+    made_for = LayerGates(candidate.name, candidate.axis, plan.widths, gates, readers)
     if state_of(model) is not None:
         state: WidthState = made_for._slim
-        state.plan, state.path = plan, f"{candidate.maker}.{GATE}"
+        state.plan, state.path = plan, f"{candidate.maker}.{_child(candidate)}"
         for column_of, sub_network in zip(state.columns, plan.columns, strict=True):
             column_of.counts = sub_network.counts
     return made_for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class GatePlan:
     def __str__(self) -> str:
         lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
         for gate in self.gates:
-            lines.append(f"{gate.units:>6}  {gate.maker:<36}  {', '.join(reader.path for reader in gate.readers)}")
+            lines.append(f"{gate.units:>6}  {gate.name:<36}  {', '.join(reader.path for reader in gate.readers)}")
         if self.refused:
             lines.append("without a gate:")
         lines += [f"{units:>6}  {maker}: {reason}" for maker, units, reason in self.refused]
@@ -138,6 +138,8 @@ def _found(
     order = {path: number for number, path in enumerate(trace.calls)}
     gates = [gate for gate in gates if gate_macs(len(gate.channels), gate.units) < savings[gate.group]]
     gates.sort(key=lambda gate: order[gate.maker])
+    makers = [gate.maker for gate in gates]
+    gates = [replace(gate, number=makers[:place].count(gate.maker)) for place, gate in enumerate(gates)]
     return GatePlan(tuple(gates), tuple(refused), plan, costs)
 
 

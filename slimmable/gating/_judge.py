@@ -32,6 +32,7 @@ class Candidate:
         group: its number in the plan.
         units: how many channels, or heads, open and close.
         maker: path of the layer that makes them, and whose input the gate looks at.
+        number: among the gates of this layer, from 0 on.
         axis: of that input, where the channels lie.
         channels: that axis, in units of the plan.
         readers: the layers that read them.
@@ -45,6 +46,12 @@ class Candidate:
     channels: Ids
     readers: tuple[Reader, ...]
     norms: tuple[str, ...]
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """The maker's path; a further group that it makes has its number behind a slash."""
+        return f"{self.maker}/{self.number}" if self.number else self.maker
 
 
 class RefusedError(Exception):

@@ -32,6 +32,8 @@ class GatedPass:
     def masks(self) -> dict[str, Tensor]:
         """Return for each gate, by the name of the layer that makes its units, its mask: shape (images, units).
 
+        A layer that makes several groups has `/1` and so on behind its name, from the second one on.
+
         Raises: UsageError: if the model has not run in the block.
         """
         if not all(self._seen.values()):
@@ -52,7 +54,7 @@ class GatedPass:
         """
         masks = self.masks()
         found, costs = self._costs(input_size)
-        group_of = {gate.maker: gate.group for gate in found.gates}
+        group_of = {gate.name: gate.group for gate in found.gates}
         gates = next(iter(self._seen))
         counts = found.plan.columns[gates._slim.index].counts
         doubles = {name: mask.double() for name, mask in masks.items()}
@@ -87,7 +89,9 @@ class GatedPass:
         return self.macs(input_size) / self.dense_macs(input_size)
 
     def _costs(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, Costs]:
-        root = next(module for module in self._model.modules() if PLAN in module.__dict__)
+        root = next((module for module in self._model.modules() if PLAN in module.__dict__), None)
+        if root is None:
+            raise UsageError("multiply-adds are those of the model that gate was given; this is a part of it")
         found: GatePlan = root.__dict__[PLAN]
         if input_size is None:
             costs = found.costs
@@ -97,11 +101,12 @@ class GatedPass:
                 self._sizes[key] = costs_for(root, found, image_batch(root, key, images=1))
             costs = self._sizes[key]
         for gates, seen in self._seen.items():
+            expected = costs.positions[gates.name.partition("/")[0]]
             for _, positions in seen:
-                if positions != costs.positions[gates.name]:
+                if positions != expected:
                     raise UsageError(
                         f"{gates.name} has read {positions} positions, but for the size to be counted it reads "
-                        f"{costs.positions[gates.name]}; give the input_size that the model has run on"
+                        f"{expected}; give the input_size that the model has run on"
                     )
         return found, costs
 

@@ -27,11 +27,12 @@ def remove_gates(model: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (Look, Mask)):
                 del module._forward_pre_hooks[key]
-        module._modules.pop(GATE, None)
         module.__dict__.pop(PLAN, None)
         for name, child in list(module._modules.items()):
             if isinstance(child, PassNorm):
                 module._modules[name] = child.without()
+            elif isinstance(child, LayerGates) or name.startswith(GATE):  # in an extracted network it is something else
+                del module._modules[name]
     return model.without() if isinstance(model, PassNorm) else model
 
 

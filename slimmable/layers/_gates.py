@@ -19,10 +19,11 @@ Seen: TypeAlias = "list[tuple[Tensor, tuple[int, ...]]]"
 class LayerGates(SwitchableContainer):
     """The gates of one layer's units, one per width, and what they have decided in the forward that runs.
 
-    In the state dict the full width's gate is `channel_gate.at.0`, the narrower ones follow.
+    In the state dict the full width's gate is `channel_gate.at.0`, the narrower ones follow. Where a layer makes a
+    second gated group, its gates are in `channel_gate_1`.
 
     Args:
-        name: path of the layer whose input the gates look at.
+        name: path of the layer whose input the gates look at, for messages and results.
         axis: of that input, where the channels lie.
         widths: those of the model.
         gates: for each width a module: pooled features (images, channels) -> mask (images, units).

@@ -45,14 +45,21 @@ class PassNorm(SwitchableNorm):
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
         return self.full if self.__dict__.pop("inside") else self
 
-    def norm_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index, of the pass that runs."""
-        if self.__dict__["state"].active is Pass.DENSE:
-            return super().norm_at(index)
+    def of_gated_pass(self, index: int) -> nn.Module:
+        """Return the gated pass's norm of the width with this index.
+
+        Raises: UsageError: if the width has none.
+        """
         gated = inner_modules(self, "gated")
         if str(index) not in gated:
             raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
         return gated[str(index)]
+
+    def norm_at(self, index: int) -> nn.Module:
+        """Return the norm of the width with this index, of the pass that runs."""
+        if self.__dict__["state"].active is Pass.DENSE:
+            return super().norm_at(index)
+        return self.of_gated_pass(index)
 
     module_at = norm_at
 

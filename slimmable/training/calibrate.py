@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._columns import registered
 from slimmable._errors import DataError, UsageError
-from slimmable._inputs import Inputs
+from slimmable._inputs import Arguments, Inputs
 from slimmable._modes import in_eval_mode
 from slimmable.analysis._nested import map_tensors, output_tensors
 from slimmable.analysis.plan import Setting
@@ -85,10 +85,7 @@ def _collect(
         empty = True
         for batch in loader:
             empty = False
-            given = _input_of(batch)
-            if any(tensor.numel() == 0 for tensor in output_tensors((given.args, given.kwargs))):
-                raise DataError("calibrate_bn: a batch is empty")
-            args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
+            args, kwargs = arguments_of(batch, device)
             settings: Sequence[Setting | None] = widths or [None]
             for width in settings:
                 if width is not None:
@@ -104,13 +101,25 @@ def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
-def _input_of(batch: Batch) -> Inputs:
+def arguments_of(batch: Batch, device: torch.device, where: str = "calibrate_bn") -> Arguments:
+    """Return the arguments of the forward that a batch is, on a device.
+
+    Raises: DataError: if it is none, or empty.
+    """
+    given = _input_of(batch, where)
+    if any(tensor.numel() == 0 for tensor in output_tensors((given.args, given.kwargs))):
+        raise DataError(f"{where}: a batch is empty")
+    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
+    return tuple(args), dict(kwargs)
+
+
+def _input_of(batch: Batch, where: str) -> Inputs:
     if isinstance(batch, Inputs):
         return batch
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, torch.Tensor):
         raise DataError(
-            f"calibrate_bn: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
+            f"{where}: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
             "with one; give (batch['image'] for batch in loader), or slimmable.Inputs(...) for each batch"
         )
     return Inputs(first)

@@ -1,0 +1,176 @@
+"""A static network from a gated one: the channels that its gates open most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slimmable._errors import DataError, UsageError, WidthError
+from slimmable._inputs import check_module
+from slimmable.analysis.ordering import permute
+from slimmable.convert import apply_plan, copy_of, extract, strip
+from slimmable.gating._find import GatePlan
+from slimmable.gating._passes import gated
+from slimmable.layers._gated import PLAN, PassNorm, remove_gates
+from slimmable.losses._checks import as_number
+from slimmable.training.calibrate import Batch, arguments_of, calibrate_bn
+from slimmable.width import at_width
+
+Shares: TypeAlias = "Mapping[int, NDArray[np.float64]]"
+
+
+@torch.no_grad()
+def gate_activity(model: nn.Module, loader: Iterable[Batch]) -> dict[str, Tensor]:
+    """Return for each gate, by name, the share of the images for which it opens each unit: shape (units,), float64.
+
+    The gates decide in eval mode, without noise; the model's modes stay as they are.
+
+    Args:
+        model: gated.
+        loader: batches as `calibrate_bn` takes them.
+
+    Raises: UsageError: if the model has no gates. DataError: if the loader is empty or holds something else.
+
+    >>> import slimmable
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> _ = nn.init.ones_(model[2].channel_gate.at[0].expand.weight)
+    >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
+    1
+    """
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    total: dict[str, Tensor] = {}
+    images = 0
+    try:
+        model.eval()
+        for batch in loader:
+            args, kwargs = arguments_of(batch, device, "gate_activity")
+            with gated(model) as run:
+                model(*args, **kwargs)
+            for name, mask in run.masks().items():
+                total[name] = total[name] + mask.double().sum(0) if images else mask.double().sum(0)
+            images += len(next(iter(run.masks().values())))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if not images:
+        raise DataError("gate_activity: loader is empty; give at least one batch")
+    return {name: opened / images for name, opened in total.items()}
+
+
+def extract_gated(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    keep: float | None = None,
+    *,
+    budget: float | None = None,
+    recalibrate: bool = True,
+) -> nn.Module:
+    """Return a plain network of the channels that the gates of a trained model open most; it has no gates.
+
+    It computes what a gated pass does whose masks are the same for all images, with the norms of that pass, at the
+    full width. Each gate keeps one unit at least. Units of a group whose order matters all stay.
+
+    Args:
+        model: gated; it stays as it is.
+        loader: calibration images, batches as `calibrate_bn` takes them; it is gone through twice.
+        keep: keep the units that are open for at least this share of the images, in (0, 1].
+        budget: instead of `keep`, keep as many units as cost at most this share of the dense multiply-adds, in (0, 1).
+        recalibrate: recompute the BatchNorm statistics of the small network on the loader.
+
+    Raises:
+        UsageError: if not one of `keep` and `budget` is given, it is outside its range or the smallest network costs
+            more, or if the model has no gates.
+        DataError: as `gate_activity`.
+
+    >>> import slimmable
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> small = extract_gated(model, [torch.randn(16, 4)], budget=0.5)
+    >>> type(small[2]), small[2].out_features
+    (<class 'torch.nn.modules.linear.Linear'>, 14)
+    """
+    check_module("extract_gated", model)
+    _check(keep, budget)
+    if recalibrate and isinstance(loader, Iterator):
+        raise UsageError(
+            "extract_gated: the loader is gone through twice; give a list or a DataLoader, not an iterator"
+        )
+    if PLAN not in model.__dict__:
+        raise UsageError(f"extract_gated: give the model that gate returned; this {type(model).__name__} is not it")
+    with at_width(model, 1.0):
+        activity = gate_activity(model, loader)
+        found: GatePlan = model.__dict__[PLAN]
+        shares = {gate.group: activity[gate.name].cpu().numpy() for gate in found.gates}
+        shares = {group: share for group, share in shares.items() if not found.plan.channels.ordered[group]}
+        kept = _over(shares, keep) if keep is not None else _within(found, shares, budget or 0.0)
+        twin = _of_the_gated_pass(copy_of(model))
+    groups = found.plan.groups
+    orders = {group: np.argsort(-share, kind="stable") for group, share in shares.items()}
+    permute(twin, found.plan, [orders.get(number, np.arange(group.units)) for number, group in enumerate(groups)])
+    slim = apply_plan(twin, found.plan)
+    counts = tuple(kept.get(number, group.units) for number, group in enumerate(groups))
+    try:
+        found.plan.sub_network(counts)
+    except WidthError:  # some of them do not go together
+        counts = found.plan.near(counts).counts
+    if recalibrate:
+        calibrate_bn(slim, loader, [counts])
+    return extract(slim, counts)
+
+
+def _check(keep: float | None, budget: float | None) -> None:
+    if (keep is None) == (budget is None):
+        raise UsageError("extract_gated: give either keep, a share of images, or budget, a share of multiply-adds")
+    if keep is not None and not 0 < as_number(keep) <= 1:
+        raise UsageError(f"extract_gated: keep is a share of the images and must be in (0, 1], got {keep!r}")
+    if budget is not None and not 0 < as_number(budget) < 1:
+        raise UsageError(f"extract_gated: budget is a share of multiply-adds and must be in (0, 1), got {budget!r}")
+
+
+def _over(shares: Shares, keep: float) -> dict[int, int]:
+    return {group: max(1, int((share >= keep).sum())) for group, share in shares.items()}
+
+
+def _within(found: GatePlan, shares: Shares, budget: float) -> dict[int, int]:
+    """Return the counts of as many units, the most open first, as fit the budget."""
+    every = np.concatenate([np.full(len(share), group) for group, share in shares.items()])
+    order = np.argsort(-np.concatenate(list(shares.values())), kind="stable")
+
+    def counts(units: int) -> dict[int, int]:
+        first = every[order[:units]]
+        return {group: max(1, int((first == group).sum())) for group in shares}
+
+    def cost(units: int) -> float:
+        full = found.plan.channels.units
+        masks = {
+            group: torch.cat([torch.ones(1, count), torch.zeros(1, full[group] - count)], 1).double()
+            for group, count in counts(units).items()
+        }
+        return float(sum(found.costs.layers(masks, full).values()))
+
+    dense = float(sum(found.costs.layers({}, found.plan.channels.units).values()))
+    low, high = 0, len(order)
+    if cost(low) > budget * dense:
+        raise UsageError(
+            f"extract_gated: the budget is {budget}, but one unit for each gate costs {cost(low) / dense:.3f} already"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= budget * dense else (low, middle - 1)
+    return counts(low)
+
+
+def _of_the_gated_pass(model: nn.Module) -> nn.Module:
+    """Return, of a gated model, in place, the plain one with the norms of the gated pass."""
+    for norm in [module for module in model.modules() if isinstance(module, PassNorm)]:
+        norm._modules["full"] = norm.of_gated_pass(0)
+    remove_gates(model)
+    strip(model)
+    return model
