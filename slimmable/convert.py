@@ -181,7 +181,8 @@ def _extract_active(model: nn.Module) -> nn.Module:
     small: nn.Module = memo[id(model)] if id(model) in memo else copy_of(model, memo)
     for module in slim:
         twin = memo[id(module)]
-        remove_view(twin)
+        if is_slim(twin):  # a class may copy itself by its constructor
+            remove_view(twin)
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
