@@ -112,6 +112,21 @@ def test_a_budget_is_used_up_by_the_most_open_units(budget):
     assert most <= least
 
 
+def test_multiples():
+    model, x = gated_model(), images("resnet18", 4)
+    for gates in gates_of(model).values():
+        units = gates.at[0].expand.out_features
+        gates.at[0] = Constant((torch.rand(4, units) < torch.linspace(0, 1, units)).double())
+    dense = slimmable.profile(timm.create_model("resnet18", num_classes=5), (3, 64, 64), repeats=0).rows[0].macs
+    for settings in ({"keep": 0.6}, {"budget": 0.5}):
+        small = slimmable.extract_gated(model, [x], round_to=16, recalibrate=False, **settings)
+        counts = [small.get_submodule(name).out_channels for name in gates_of(model)]
+        assert all(count % 16 == 0 for count in counts)
+        assert min(counts) < 64
+        if "budget" in settings:
+            assert 0.45 < slimmable.profile(small, (3, 64, 64), repeats=0).rows[0].macs / dense <= 0.5
+
+
 def test_statistics_are_those_of_the_small_network():
     model, x = gated_model(), images("resnet18", 8)
     set_random_masks(model)
@@ -133,10 +148,12 @@ def test_bad_calls():
         ("keep", 1.5, r"must be in \(0, 1\]"),
         ("budget", 1, r"must be in \(0, 1\), got 1"),
         ("budget", "half", r"must be in \(0, 1\)"),
-        ("budget", 0.001, "one unit for each gate costs 0.0"),
+        ("budget", 0.001, "the fewest units for each gate cost 0.0"),
     ]:
         with pytest.raises(slimmable.UsageError, match=message):
             slimmable.extract_gated(model, [x], **{keyword: value})
+    with pytest.raises(slimmable.UsageError, match="round_to must be an integer"):
+        slimmable.extract_gated(model, [x], keep=0.5, round_to=0)
     for both in ({}, {"keep": 0.5, "budget": 0.5}):
         with pytest.raises(slimmable.UsageError, match="either keep"):
             slimmable.extract_gated(model, [x], **both)
