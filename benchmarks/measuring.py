@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import os
@@ -112,6 +113,26 @@ def write_result(folder: Path, name: str, rows: list[dict[str, Any]], variant: s
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read all result files of a folder, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(path: Path, fields: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
+    """Add the rows of one run to a CSV file, all at once, and note beside it how they were made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(found)
+    path.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -11,8 +11,6 @@ finished ones stand in `results/<data>.csv` and are not repeated. Several proces
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,12 +21,12 @@ from typing import Any
 import torch
 
 import slimmable
-from benchmarks.measuring import environment
+from benchmarks.measuring import append_rows, read_rows
+from benchmarks.training_data import Kept, few_of_each
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
 from slimmable.cli.evaluation import Plain, features_at_widths
 from slimmable.cli.images import Images
-from slimmable.cli.loader import Views
 from slimmable.cli.networks import build_method, small_resnet
 from slimmable.cli.training import Training
 from slimmable.training.diagnostics import GradientDiagnostics
@@ -85,21 +83,6 @@ def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig
     return PretrainConfig(**{"widths": WIDTHS, "seed": seed, **SHARED, **SETS[data], **ARMS[arm], **more})
 
 
-class Kept(Views):
-    """Views that are drawn once and kept, as bytes, for the next run with the same seed: all arms see the same ones."""
-
-    def __init__(self, views: Views, known: dict[tuple[int, int], list[torch.Tensor]]) -> None:
-        super().__init__(views.images, views.labels, views.transforms, views.seed)
-        self.known = known
-
-    def __getitem__(self, key: tuple[int, int]) -> list[torch.Tensor]:
-        if key not in self.known:
-            *drawn, label = super().__getitem__(key)
-            self.known[key] = [*(view.mul(255).round().to(torch.uint8) for view in drawn), label]
-        *views, label = self.known[key]
-        return [*(view.float() / 255 for view in views[: len(self.transforms)]), label]
-
-
 def pretrain(
     config: PretrainConfig,
     planes: tuple[int, ...],
@@ -124,7 +107,7 @@ def pretrain(
             train, images.train_labels, test, images.test_labels, probes=PROBES
         ).items()
     }
-    few = few_of_each(images.train_labels, config.seed)
+    few = few_of_each(images.train_labels, FEW, config.seed)
     labelled = {width: features[few] for width, features in train.items()}
     scarce = evaluate_features(labelled, images.train_labels[few], test, images.test_labels, probes=("linear",))
     for width, found in scarce.items():
@@ -141,12 +124,6 @@ def gradients(training: Training) -> dict[float, dict[str, float]]:
         width: {name: statistics.fmean(row[column.format(width)] for row in late) for name, column in GRADIENTS.items()}
         for width in training.config.widths[1:]
     }
-
-
-def few_of_each(labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return the numbers of `FEW` images of each class."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[labels[order] == number][:FEW] for number in labels.unique()])
 
 
 def cost(training: Training, images: Images) -> float:
@@ -183,26 +160,6 @@ def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> I
         yield {"arm": arm, "seed": seed, "width": width if alone is None else alone, **percent, **spent, **found}
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a result file; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, found: list[dict[str, Any]]) -> None:
-    """Add the rows of one run, all at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
-    path.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
-
-
 def main() -> None:
     """Do the runs that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,9 +175,9 @@ def main() -> None:
         for seed in [0] if given.quick else given.seeds:
             known: dict[tuple[int, int], list[torch.Tensor]] = {}
             for arm in given.arms:
-                if (arm, str(seed)) not in {(row["arm"], row["seed"]) for row in read(path)}:
+                if (arm, str(seed)) not in {(row["arm"], row["seed"]) for row in read_rows(path)}:
                     found = list(run(data, arm, seed, known, **more))
-                    append(path, found)
+                    append_rows(path, FIELDS, found)
                     shown = "  ".join(f"{row['width']}: {row['knn']}/{row['linear']}" for row in found)
                     print(f"{data} seed {seed} {arm}: {shown} (kNN/linear), {found[0]['seconds']} s", flush=True)
 

@@ -13,8 +13,8 @@ from statistics import fmean, stdev
 
 from scipy.stats import t
 
-from benchmarks.measuring import markdown, origin
-from benchmarks.slimclr.run import ARMS, GRADIENTS, HERE, SETS, WIDTHS, read
+from benchmarks.measuring import markdown, origin, read_rows
+from benchmarks.slimclr.run import ARMS, GRADIENTS, HERE, SETS, WIDTHS
 
 Row = dict[str, str]
 PROBES = {"linear": "switchable linear probe", "knn": "kNN", "few": "switchable linear probe, 10 labels of each class"}
@@ -153,7 +153,7 @@ def main() -> None:
     given = parser.parse_args()
     pages = []
     for data in SETS:
-        rows = read(given.results / f"{data}.csv")
+        rows = read_rows(given.results / f"{data}.csv")
         if rows:
             source = origin(json.loads((given.results / f"{data}.json").read_text()))
             pages.append(page(data, rows, source))

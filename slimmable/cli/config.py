@@ -17,6 +17,7 @@ SMALL_RESNET = "small-resnet"
 DIGITS, GLYPHS = "digits", "glyphs"
 FOLDER_IMAGE_SIZE = 64  # pixels; pictures in a folder show more than the embedded digits
 
+GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 OPTIMIZERS = ("adamw", "lars", "sgd")
 VIEWS = ("digits", "mocov2", "simclr", "byol", "supervised")
@@ -33,7 +34,7 @@ _LEAST = {
     **{"epochs": 1, "batch_size": 2, "images": 4, "image_size": 8},
     **{"embedding": 1, "hidden": 0, "queue_size": 1, "key_parts": 1},
 }
-_POSITIVE = ("learning_rate", "joined_learning_rate", "temperature")
+_POSITIVE = ("learning_rate", "joined_learning_rate", "temperature", "gate_weight", "gate_speed")
 _SHARES = ("momentum", "slow_start", "smallest_crop")
 _WITHOUT_LOGITS = ("byol", "vicreg")  # whose distillation compares embeddings
 _KINDS: dict[type, Any] = {float: (int, float), tuple: list, type(None): (int, float, type(None))}  # by the default's
@@ -53,6 +54,9 @@ class PretrainConfig:
     image_size: int = 24
     widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     universal: bool = False
+    gate_budget: float | None = None  # multiply-adds of the gated network over those of the dense one; None: no gates
+    gate_weight: float = 100.0  # of the budget loss, lambda of the paper
+    gate_speed: float = 5.0  # learning rate of the gates over that of the rest
     epochs: int = 20
     batch_size: int = 64  # of all processes together
     optimizer: str = "adamw"
@@ -110,8 +114,21 @@ class PretrainConfig:
                 f"--distill {self.distill} compares logits, which --method {self.method} does not have; there are own, "
                 "none, embedding, mse"
             )
+        if self.gate_budget is not None:
+            self._check_gates(self.gate_budget)
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: give --widths one below 1")
+
+    def _check_gates(self, budget: float) -> None:
+        if not 0 < budget < 1:
+            raise UsageError(f"--gate-budget is a share of the multiply-adds and must be in (0, 1), got {budget}")
+        if self.method not in GATED_METHODS:
+            raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
+        if len(self.widths) > 1:
+            raise UsageError(
+                f"--gate-budget trains one width, got --widths {' '.join(f'{width:g}' for width in self.widths)}; "
+                "leave them away, or gate a slimmable model in a loop of your own"
+            )
 
     @property
     def is_folder(self) -> bool:

@@ -13,6 +13,7 @@ from slimmable._errors import UsageError
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
 from slimmable.convert import slimify
+from slimmable.gating import gate
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
@@ -78,6 +79,9 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 
 def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module, channels: int) -> nn.Module:
     example = torch.zeros(2, channels, config.image_size, config.image_size)
+    if config.gate_budget is not None:  # the head has no gates, and no part in what they may cost
+        backbone = slimify(backbone, config.widths, example_inputs=example, inplace=True)
+        return methods.Encoder(gate(backbone, example_inputs=example, inplace=True), projector)
     encoder = methods.Encoder(backbone, projector)
     return slimify(encoder, config.widths, example_inputs=example, universal=config.universal, inplace=True)
 

@@ -97,4 +97,6 @@ def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainCo
     if preset is not None or PretrainConfig(data=values.get("data", DIGITS)).is_folder:
         photographs = {"views": _VIEWS.get(method, "byol"), "smallest_crop": _CROPS.get(method, 0.08)}
         defaults = {"image_size": FOLDER_IMAGE_SIZE, **photographs, **defaults}
+    if values.get("gate_budget") is not None:
+        defaults = {"widths": (1.0,), **defaults}
     return PretrainConfig(**{**defaults, **values})

@@ -95,7 +95,7 @@ def ungate(model: nn.Module) -> nn.Module:
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
     >>> len(model.state_dict()), len(ungate(model).state_dict())
-    (13, 6)
+    (14, 6)
     """
     check_module("ungate", model)
     return remove_gates(model)

@@ -8,61 +8,21 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from slimmable._errors import DataError, UsageError, WidthError
+from slimmable._errors import UsageError, WidthError
 from slimmable._inputs import check_module
 from slimmable._widths import kept_units
 from slimmable.analysis.ordering import permute
 from slimmable.convert import apply_plan, copy_of, extract, strip
+from slimmable.gating._activity import gate_activity
 from slimmable.gating._find import GatePlan
-from slimmable.gating._passes import gated
 from slimmable.layers._gated import PLAN, PassNorm, remove_gates
 from slimmable.losses._checks import as_number
-from slimmable.training.calibrate import Batch, arguments_of, calibrate_bn
+from slimmable.training.calibrate import Batch, calibrate_bn
 from slimmable.width import at_width
 
 Shares: TypeAlias = "Mapping[int, NDArray[np.float64]]"
-
-
-@torch.no_grad()
-def gate_activity(model: nn.Module, loader: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return for each gate, by name, the share of the images for which it opens each unit: shape (units,), float64.
-
-    The gates decide in eval mode, without noise; the model's modes stay as they are.
-
-    Args:
-        model: gated.
-        loader: batches as `calibrate_bn` takes them.
-
-    Raises: UsageError: if the model has no gates. DataError: if the loader is empty or holds something else.
-
-    >>> import slimmable
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
-    >>> _ = nn.init.ones_(model[2].channel_gate.at[0].expand.weight)
-    >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
-    1
-    """
-    training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    total: dict[str, Tensor] = {}
-    images = 0
-    try:
-        model.eval()
-        for batch in loader:
-            args, kwargs = arguments_of(batch, device, "gate_activity")
-            with gated(model) as run:
-                model(*args, **kwargs)
-            for name, mask in run.masks().items():
-                total[name] = total[name] + mask.double().sum(0) if images else mask.double().sum(0)
-            images += len(next(iter(run.masks().values())))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if not images:
-        raise DataError("gate_activity: loader is empty; give at least one batch")
-    return {name: opened / images for name, opened in total.items()}
 
 
 def extract_gated(

@@ -49,7 +49,8 @@ class ChannelGate(nn.Module):
     """Decides for each image which of a layer's units are open.
 
     A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, both without
-    bias; in training with noise, see `hard_mask`. The decision is made in float32 at least.
+    bias; in training with noise, see `hard_mask`. The decision is made in float32 at least. `threshold`, a buffer, is
+    taken off all logits; it is 0 until `calibrate_gates` sets it.
 
     Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers.
 
@@ -68,6 +69,8 @@ class ChannelGate(nn.Module):
     (torch.Size([2, 24]), 160)
     """
 
+    threshold: Tensor
+
     def __init__(
         self, channels: int, units: int, *, temperature: float = TEMPERATURE, open_at_zero: bool = False
     ) -> None:
@@ -83,6 +86,7 @@ class ChannelGate(nn.Module):
             nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
         self.temperature = temperature
         self.open_at_zero = open_at_zero
+        self.register_buffer("threshold", torch.zeros(()))
 
     @property
     def macs(self) -> int:
@@ -101,7 +105,7 @@ class ChannelGate(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the mask."""
-        logits = at_least_float32(self.logits(pooled))
+        logits = at_least_float32(self.logits(pooled)) - self.threshold
         noise = torch.rand_like(logits) if self.training else None
         return hard_mask(logits, noise, self.temperature, open_at_zero=self.open_at_zero)
 

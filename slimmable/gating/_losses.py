@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimmable._errors import DataError, UsageError
 from slimmable.gating._gate import annealed
 from slimmable.losses._checks import as_number
+from slimmable.training.distributed import gather
 
 
 class Pass(Protocol):
@@ -37,7 +38,7 @@ def budget_loss(share: Tensor, target: float, weight: float = 5.0) -> Tensor:
     >>> budget_loss(torch.tensor([0.4, 0.6]), target=0.3)
     tensor(0.2000)
     """
-    _check_target("budget_loss", target)
+    check_target("budget_loss", target)
     return weight * (share.mean() - target) ** 2
 
 
@@ -58,7 +59,7 @@ def bound_loss(open_share: Tensor, target: float, p: float, weight: float = 1.0)
     >>> bound_loss(torch.tensor([0.1, 0.5, 1.0]), target=0.25, p=1.0)
     tensor(0.1367)
     """
-    _check_target("bound_loss", target)
+    check_target("bound_loss", target)
     if not 0 <= as_number(p) <= 1:
         raise UsageError(f"bound_loss: p is how tight the bounds are and must be in [0, 1], got {p!r}")
     if open_share.ndim != 1 or not len(open_share):
@@ -90,6 +91,11 @@ def open_shares(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> Ten
 
 class GateBudget(nn.Module):
     """Budget loss and bound loss of a gated pass, `p` of the latter annealed over the epochs.
+
+    With several processes both are those of the joined batch, as every process sees it; average the gradients, as
+    DistributedDataParallel and `slimmable.training.average_gradients` do.
+
+    `reached` is the mean share of multiply-adds of the last batch, without gradient; None before.
 
     Source: Krishna et al. 2023; the defaults are theirs.
 
@@ -124,22 +130,29 @@ class GateBudget(nn.Module):
         closed_gradient: bool = True,
     ) -> None:
         super().__init__()
-        _check_target("GateBudget", target)
+        check_target("GateBudget", target)
         self.target, self.budget, self.bound = target, budget, bound
         self.alpha, self.first_epoch, self.closed_gradient = alpha, first_epoch, closed_gradient
+        self.reached: Tensor | None = None
 
     def forward(self, run: Pass, epoch: float) -> Tensor:
         """Return the sum of both losses for the images of a gated pass, a scalar."""
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)
-        shares = open_shares(run.masks().values(), closed_gradient=self.closed_gradient)
-        return budget_loss(run.share(), self.target, self.budget) + bound_loss(shares, self.target, p, self.bound)
+        opened = gather(open_shares(run.masks().values(), closed_gradient=self.closed_gradient)[None]).mean(0)
+        share = gather(run.share())
+        self.reached = share.detach().mean()
+        return budget_loss(share, self.target, self.budget) + bound_loss(opened, self.target, p, self.bound)
 
     def extra_repr(self) -> str:
         """Return the settings, as in the constructor."""
         return f"target={self.target}, budget={self.budget}, bound={self.bound}, alpha={self.alpha}"
 
 
-def _check_target(where: str, target: float) -> None:
+def check_target(where: str, target: float) -> None:
+    """Refuse a share of multiply-adds outside (0, 1).
+
+    Raises: UsageError.
+    """
     if not 0 < as_number(target) < 1:
         raise UsageError(
             f"{where}: target is the share of the dense network's multiply-adds and must be in (0, 1), got {target!r}"

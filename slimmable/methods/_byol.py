@@ -63,7 +63,7 @@ class BYOL(WithFollower):
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss of both directions (eq. 2 and below)."""
-        predictions = [self.online_predictor(self.encoder(view)) for view in batch.views]
+        predictions = [self.online_predictor(each) for each in self.embed(batch.views)]
         first, second = (
             byol(prediction, target) for prediction, target in zip(predictions, batch.targets, strict=True)
         )

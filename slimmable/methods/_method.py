@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from slimmable._columns import places_of
 from slimmable._errors import DivergedError, UsageError
 from slimmable._inputs import check_module
+from slimmable.gating import GateBudget, dense, gated
+from slimmable.layers._gated import has_gates
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._cosines import at_least_float32
 from slimmable.methods._batch import Batch, Outcome, check_batch
@@ -39,6 +41,9 @@ class Method(nn.Module):
 
     views: ClassVar[int] = 2
     """How many views of each image a step takes."""
+
+    two_passes: ClassVar[bool] = True
+    """Whether the encoder sees more than one view, so that one can be the gated network's; see `step`."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -77,6 +82,12 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss of the active width, and what distillation compares."""
 
+    def embed(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Return the encoder's embeddings of each view; in a gated pass the dense network sees all but the first."""
+        first = self.encoder(views[0])
+        with dense(self.encoder) if has_gates(self.encoder) else nullcontext():
+            return [first, *(self.encoder(view) for view in views[1:])]
+
     def finish(self, batch: Batch) -> None:
         """Do what follows the last `backward` of a step."""
 
@@ -89,6 +100,7 @@ class Method(nn.Module):
         number: int | None = None,
         autocast: torch.dtype | None = None,
         diagnostics: GradientDiagnostics | None = None,
+        gates: GateBudget | None = None,
     ) -> dict[float, float]:
         """Add up the gradients of one training step over its widths; return width -> loss, the widest first.
 
@@ -103,13 +115,17 @@ class Method(nn.Module):
             number: of this step, see `SlimRecipe.widths`.
             autocast: type of mixed precision, `torch.bfloat16`, or None. Losses are not scaled, as float16 needs.
             diagnostics: told of every `backward`, and to `discard` what it has when an error passes.
+            gates: with it the first view is the gated network's, the second the dense one's (Krishna et al. 2023), and
+                its losses count too; `progress` is the epoch that it is given, so its `alpha` is that of the whole
+                training. Without it gates are off.
 
         Raises:
             DivergedError: before its `backward`, if a loss is not finite.
-            UsageError: if the recipe is of another model, or the batch has the wrong number of views.
+            UsageError: if the recipe is of another model, the batch has the wrong number of views, or `gates` is given
+                for an encoder without gates, or for a method whose encoder sees one view.
             DataError: if views are not tensors with one entry for each image.
         """
-        self._check(recipe, batch, autocast)
+        self._check(recipe, batch, autocast, gates)
         set_width(self, 1.0)  # also what only `prepare` runs
         losses = {}
         device = batch.views[0].device.type
@@ -120,21 +136,23 @@ class Method(nn.Module):
                         batch.targets = self.prepare(batch, progress)
                 with synchronised_batchnorm():
                     with torch.autocast(device, autocast, enabled=autocast is not None):
-                        outcome = self(batch)
-                        loss = recipe.loss(outcome.loss, self._teach(outcome, recipe.distill))
+                        with nullcontext() if gates is None else gated(self.encoder) as run:
+                            outcome = self(batch)
+                        loss = outcome.loss if gates is None or run is None else outcome.loss + gates(run, progress)
+                        loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
                     losses[width], weighted = _means_of_processes(outcome.loss, loss)
                     if not math.isfinite(losses[width]):
                         raise DivergedError(f"the loss is {losses[width]} at width {width:g}")
                     if not math.isfinite(weighted):
                         raise DivergedError(f"the loss with distillation is {weighted} at width {width:g}")
                     loss.backward()  # type: ignore[no-untyped-call]
-                del outcome, loss  # or they would be there while the next width runs
+                del outcome, loss, run  # or they would be there while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
             self.finish(batch)
         return losses
 
-    def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None) -> None:
+    def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
         """Refuse what a step cannot work with, before anything changes."""
         name = type(self).__name__
         if not isinstance(recipe, SlimRecipe):
@@ -149,6 +167,16 @@ class Method(nn.Module):
             )
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise UsageError(f"{name}.step: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
+        if gates is not None:
+            if not self.two_passes:
+                raise UsageError(
+                    f"{name}.step: its encoder sees one view, but gates are trained with one for each of two passes; "
+                    "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in a loop of your own"
+                )
+            if not isinstance(gates, GateBudget):
+                raise UsageError(f"{name}.step: gates must be a GateBudget or None, got {type(gates).__name__}")
+            if not has_gates(self.encoder):
+                raise UsageError(f"{name}.step: the encoder has no gates; make some with slimmable.gate")
         check_batch(name, batch, self.views)
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:

@@ -38,6 +38,8 @@ class MoCoV2(Method):
     ([1.0], 8)
     """
 
+    two_passes = False
+
     def __init__(
         self,
         encoder: nn.Module,

@@ -67,7 +67,7 @@ class MoCoV3(WithFollower):
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the symmetric loss (algorithm 1)."""
-        queries = [self.online_predictor(self.encoder(view)) for view in batch.views]
+        queries = [self.online_predictor(each) for each in self.embed(batch.views)]
         offset = rank() * len(queries[0])
         logits = [
             moco_v3_logits(query, keys, self.temperature, offset)

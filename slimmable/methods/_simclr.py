@@ -56,6 +56,6 @@ class SimCLR(Method):
 
     def forward(self, batch: Batch) -> Outcome:
         """Return NT-Xent over the gathered batch (eq. 1)."""
-        embeddings = [gather(self.encoder(view)) for view in batch.views]
+        embeddings = [gather(each) for each in self.embed(batch.views)]
         logits = nt_xent_logits(*embeddings)
         return Outcome(contrast(logits, self.temperature), [logits], embeddings)

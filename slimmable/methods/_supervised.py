@@ -37,6 +37,7 @@ class Supervised(Method):
     """
 
     views = 1
+    two_passes = False
 
     def __init__(self, encoder: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__(encoder)

@@ -62,7 +62,7 @@ class VICReg(Method):
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 6)."""
-        first, second = embeddings = [gather(self.encoder(view)) for view in batch.views]
+        first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
         loss = vicreg(first, second, self.invariance, self.variance, self.covariance)
         # so the mean squared difference to the teacher weighs as much as that between the views
         return Outcome(loss, embeddings=[each * math.sqrt(self.invariance) for each in embeddings])

@@ -80,7 +80,7 @@ def network(golden: dict[str, Tensor], *, separate_norms: bool) -> nn.Module:
         open_at_zero=True,
         inplace=True,
     )
-    state = {}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("threshold")}
     for name, tensor in golden.items():
         name = name.removeprefix("net/sd/") if name.startswith("net/sd/") else ""
         if not name or (not separate_norms and "_t." in name):

@@ -1,0 +1,28 @@
+"""What the benchmarks that train share: views that all arms see, and few labels."""
+
+from __future__ import annotations
+
+import torch
+
+from slimmable.cli.loader import Views
+
+
+class Kept(Views):
+    """Views that are drawn once and kept, as bytes, for the next run with the same seed: all arms see the same ones."""
+
+    def __init__(self, views: Views, known: dict[tuple[int, int], list[torch.Tensor]]) -> None:
+        super().__init__(views.images, views.labels, views.transforms, views.seed)
+        self.known = known
+
+    def __getitem__(self, key: tuple[int, int]) -> list[torch.Tensor]:
+        if key not in self.known:
+            *drawn, label = super().__getitem__(key)
+            self.known[key] = [*(view.mul(255).round().to(torch.uint8) for view in drawn), label]
+        *views, label = self.known[key]
+        return [*(view.float() / 255 for view in views[: len(self.transforms)]), label]
+
+
+def few_of_each(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Return the numbers of `count` images of each class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[labels[order] == number][:count] for number in labels.unique()])
