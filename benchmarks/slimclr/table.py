@@ -9,31 +9,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t
-
+from benchmarks.intervals import interval, shown
 from benchmarks.measuring import markdown, origin, read_rows
 from benchmarks.slimclr.run import ARMS, GRADIENTS, HERE, SETS, WIDTHS
 
 Row = dict[str, str]
 PROBES = {"linear": "switchable linear probe", "knn": "kNN", "few": "switchable linear probe, 10 labels of each class"}
 NARROW = WIDTHS[1:]
-
-
-def interval(values: Sequence[float]) -> float:
-    """Return half of the 95 % interval of the mean, by Student's distribution; 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-
-
-def shown(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
-    """Return the mean with its interval, which one value does not have."""
-    if not values:
-        return ""
-    mean = f"{fmean(values):{sign}.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {interval(values):.{digits}f}"
 
 
 def values_of(rows: Sequence[Row], arm: str, width: float, column: str) -> dict[str, float]:

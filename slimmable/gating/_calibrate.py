@@ -26,7 +26,8 @@ def calibrate_gates(model: nn.Module, loader: Iterable[Batch], budget: float) ->
 
     Training holds gates near a budget while they decide with noise; without noise they may open fewer or more units.
     One threshold for the logits of all gates takes this back, and lets a trained network run at other budgets near it.
-    Found by halving an interval, each time with a gated pass in eval mode over all images. Only the gates of the
+    Found by halving an interval, each time with a gated pass in eval mode over all images. Where many logits are the
+    same, as those of untrained gates, the cost jumps; then it is the nearest that can be had. Only the gates of the
     active width change. On an error nothing has.
 
     Args:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks.slimclr import run, table
+from benchmarks.training_data import Kept, few_of_each
+from slimmable.cli.loader import Views
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,9 +36,9 @@ def test_finished_runs_are_not_repeated(tmp_path):
 
 def test_all_arms_of_a_seed_see_the_same_views():
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    views = run.Views(images, torch.arange(4), [lambda image: image.float() / 255 * torch.rand(())] * 2, seed=0)
+    views = Views(images, torch.arange(4), [lambda image: image.float() / 255 * torch.rand(())] * 2, seed=0)
     known = {}
-    first, again = (run.Kept(views, known)[(0, 1)] for _ in range(2))
+    first, again = (Kept(views, known)[(0, 1)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for kept, drawn in zip(first, views[(0, 1)], strict=True):
         torch.testing.assert_close(kept, drawn, rtol=0, atol=0.5 / 255 + 1e-6)
@@ -44,8 +46,8 @@ def test_all_arms_of_a_seed_see_the_same_views():
 
 def test_few_labels_are_as_many_of_each_class():
     labels = torch.arange(200) % 7
-    chosen = run.few_of_each(labels, seed=1)
-    assert labels[chosen].bincount().tolist() == [run.FEW] * 7
+    chosen = few_of_each(labels, 10, seed=1)
+    assert labels[chosen].bincount().tolist() == [10] * 7
     assert len(chosen.unique()) == len(chosen)
 
 
