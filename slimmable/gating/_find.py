@@ -131,16 +131,15 @@ def _found(
             refused.append(((units.makers[group] or ["?"])[0], size, str(error)))
     costs = _costs(trace, units, plan, gates, images)
     savings = costs.savings()
-    for gate in gates:
-        if gate_macs(len(gate.channels), gate.units) >= savings[gate.group]:
+    order = {path: number for number, path in enumerate(trace.calls)}
+    kept: list[Candidate] = []
+    for gate in sorted(gates, key=lambda gate: order[gate.maker]):
+        if gate_macs(len(gate.channels), gate.units) < savings[gate.group]:
+            kept.append(replace(gate, number=sum(other.maker == gate.maker for other in kept)))
+        else:
             reason = f"a gate would cost more multiply-adds than the {savings[gate.group]:.0f} that it could save"
             refused.append((gate.maker, gate.units, reason))
-    order = {path: number for number, path in enumerate(trace.calls)}
-    gates = [gate for gate in gates if gate_macs(len(gate.channels), gate.units) < savings[gate.group]]
-    gates.sort(key=lambda gate: order[gate.maker])
-    makers = [gate.maker for gate in gates]
-    gates = [replace(gate, number=makers[:place].count(gate.maker)) for place, gate in enumerate(gates)]
-    return GatePlan(tuple(gates), tuple(refused), plan, costs)
+    return GatePlan(tuple(kept), tuple(refused), plan, costs)
 
 
 def _costs(trace: Trace, units: Units, plan: Plan, gates: Sequence[Candidate], images: int) -> Costs:

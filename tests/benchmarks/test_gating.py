@@ -1,4 +1,4 @@
-"""The evidence on gating: runs are kept and not repeated, networks have the costs they say, tables say what rows hold."""
+"""The evidence on gating: runs are not repeated, networks cost what they say, tables say what the rows hold."""
 
 import csv
 import json
