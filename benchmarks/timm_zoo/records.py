@@ -21,6 +21,8 @@ COLUMNS = {
              "commit", "error", "cause"),
     "real": ("name", "module", "parameters", "input", "full", "extract", "permute", "magnitude", "zero", "fused",
              "seconds", "commit", "error"),
+    "gates": ("name", "module", "parameters", "gates", "units", "least", "refused", "dense", "masked", "counted",
+              "seconds", "commit", "error"),
 }  # fmt: skip
 
 

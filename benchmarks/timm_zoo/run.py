@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 import timm
 import torch
 
-from benchmarks.timm_zoo import fake, real, records
+from benchmarks.timm_zoo import fake, gates, real, records
 from benchmarks.timm_zoo.guard import guarded
 
-STAGES = {"fake": fake.measure, "real": real.measure}
+STAGES = {"fake": fake.measure, "real": real.measure, "gates": gates.measure}
 HUGE = ("*giant*", "*gigantic*", "*enormous*", "*huge*", "*7b*", "*_6b*", "*xxlarge*", "*large*", "*x48*", "*x32d*")
 
 
