@@ -86,6 +86,6 @@ def with_numbers(name: str) -> dict[str, Any]:
         small = slimmable.extract(apply_plan(copy.deepcopy(model), found.plan), tuple(counts))
     except WidthError:  # these counts do not go together
         return result
-    macs = slimmable.profile(small, example_inputs=example[:1], repeats=0).rows[0].macs
+    macs = slimmable.profile(small, example_inputs=example, repeats=0).rows[0].macs / len(example)
     counted = sum(cost[0].item() for layer, cost in run.layer_macs().items() if "channel_gate" not in layer)
     return result | {"masked": f"{difference(masked, small(example)):.1e}", "counted": f"{counted / macs - 1:.1e}"}

@@ -1,4 +1,4 @@
-"""Write the tables of the sweep, `results/table.md`: one line per family, and every exception with its cause.
+"""Write the tables of the sweep, `results/table.md` and `results/gates.md`: families, and exceptions with their cause.
 
 python -m benchmarks.timm_zoo.table
 """
@@ -24,6 +24,7 @@ def main() -> None:
     fake, real = list(records.read("fake").values()), list(records.read("real").values())
     text = "\n".join([summary(fake, real), "## Families\n", families(fake, real), *exceptions(fake, real)])
     (records.FOLDER / "table.md").write_text(text)
+    (records.FOLDER / "gates.md").write_text(gates_page(list(records.read("gates").values())))
     print(text)
 
 
@@ -77,6 +78,28 @@ def exceptions(fake: Rows, real: Rows) -> Iterable[str]:
     yield markdown(["model", "check"], [[row["name"], broken(row)] for row in good(real) if broken(row)])
     yield "## Models that fail\n"
     yield markdown(["model", "error"], [[row["name"], row["error"][:200]] for row in (*fake, *real) if row["error"]])
+
+
+def gates_page(rows: Rows) -> str:
+    """Say how many models get gates, whether the masks are exact, and what gates can save in each family."""
+    ran = good(rows)
+    gated = [row for row in ran if int(row["gates"])]
+    tried = [row for row in gated if row["masked"]]
+    worst = {
+        name: max((abs(float(row[name])) for row in tried), default=0.0) for name in ("dense", "masked", "counted")
+    }
+    text = (
+        f"{len(gated)} of {len(rows)} models get gates. {len(tried)} were run with numbers: in the dense pass the "
+        f"largest difference to the plain model is {worst['dense']:.0e}, between a gated pass with constant masks and "
+        f"the network of the open units {worst['masked']:.0e}, between their multiply-adds {worst['counted']:.0e}.\n"
+    )
+    header = ["family", "models", "gates, smallest model", "least share", "why groups of the smallest have none"]
+    lines = []
+    for module, found in sorted(by_module(ran).items()):
+        small = min(found, key=lambda row: float(row["parameters"]))
+        lines.append([module, len(found), small["gates"], median(found, "least", 2), small["refused"]])
+    failed = [[row["name"], row["error"][:200]] for row in rows if row["error"]]
+    return "\n".join([text, markdown(header, lines), *([markdown(["model", "error"], failed)] if failed else [])])
 
 
 def broken(row: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import slimmable
-from benchmarks.timm_zoo import fake, real, records, run, table
+from benchmarks.timm_zoo import fake, gates, real, records, run, table
 from benchmarks.timm_zoo.guard import guarded
 
 
@@ -31,6 +31,19 @@ def test_a_line_with_numbers_holds_every_difference():
     assert all(float(line[name]) <= limit for name, limit in table.ORACLES.items() if name != "zero")
     assert "zero" not in line  # layer norms
     assert set(line) | {"name", "commit", "error", "zero"} == set(records.COLUMNS["real"])
+
+
+def test_a_line_on_gates_holds_what_they_can_save():
+    line = gates.measure("test_vit")
+    assert (float(line["dense"]), float(line["counted"])) == (0, 0)
+    assert float(line["masked"]) < 1e-12
+    model = timm.create_model("test_vit")
+    patches = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
+    [row] = slimmable.profile(model, (3, 160, 160), repeats=0).rows
+    assert line["least"] == round((patches + model.head.weight.numel()) / row.macs, 4)  # blocks can close altogether
+    assert set(line) | {"name", "commit", "error"} == set(records.COLUMNS["gates"])
+    page = table.gates_page([{key: str(value) for key, value in line.items()} | {"error": "", "name": "test_vit"}])
+    assert page.startswith("1 of 1 models get gates. 1 were run with numbers")
 
 
 def test_what_costs_more_than_the_limit_is_named_with_its_share():
