@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from itertools import pairwise
 
 import pytest
@@ -143,6 +144,25 @@ def test_whole_heads_are_masked():
         projection = model.get_submodule(maker.replace("qkv", "proj"))
         projection.register_forward_pre_hook(lambda module, args, heads=heads: (args[0] * heads,))
     assert difference(out, model(x)) < 1e-12
+
+
+NO_HEADS = {  # name -> how to make it small, and why its heads have no gate
+    "beit_base_patch16_224": ({"depth": 1}, r"it cannot shrink alone \(view in blocks.0.attn: size\(768\)\)"),
+    "eva02_tiny_patch14_224": ({"depth": 1}, r"it cannot shrink alone .*size\(192\)"),
+    "cait_xxs24_224": ({"depth": 1}, r"it cannot shrink alone .*size\(192\)"),
+    "xcit_nano_12_p8_224": ({"depth": 1}, r"it cannot shrink alone .*size\(128\)"),
+    "pvt_v2_b0": ({"depths": (1, 1, 1, 1)}, r"it cannot shrink alone .*size\(64\)"),
+    "swin_tiny_patch4_window7_224": ({"depths": (1, 1)}, "not from a tensor with one row per image"),
+}
+
+
+@pytest.mark.parametrize("name", NO_HEADS)
+def test_heads_of_attention_that_cannot_run_with_fewer_have_no_gate(name):
+    settings, why = NO_HEADS[name]
+    found = gate_plan(timm.create_model(name, **settings))
+    assert [gate.name for gate in found.gates if gate.name.endswith("mlp.fc1")]
+    assert not any(gate.name.endswith(("qkv", "attn.q", "attn.kv", "attn")) for gate in found.gates)
+    assert any(re.search(why, reason) for maker, _, reason in found.refused if "attn" in maker)
 
 
 @torch.no_grad()
