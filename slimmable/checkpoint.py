@@ -73,7 +73,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Return the model that `save` wrote: with all its widths, or as the plain sub-network that it was.
+    """Return the model that `save` wrote: with all its widths and gates, or as the plain sub-network that it was.
 
     Args:
         path: of the file.

@@ -46,7 +46,8 @@ def gate(
     the same as dropping the channels. `print(gate_plan(model))` shows what is gated and what is not, and why.
 
     Outside of `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it.
+    gates for each of its widths; convert it first, then gate it. `save` and `load` know gates; a state dict of other
+    gates than the model's is a CheckpointError, before any of it is loaded.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.

@@ -245,6 +245,24 @@ def test_a_slimmable_model_has_gates_for_each_width(universal):
     assert small.state_dict().keys() == slimmable.extract(slim, 0.5).state_dict().keys()
 
 
+@torch.no_grad()
+def test_gates_know_registered_widths_and_the_active_one():
+    x = images("resnet18")
+    slim = slimmable.slimify(plain("resnet18"), (1.0, 0.5), example_inputs=x, universal=True)
+    slimmable.calibrate_bn(slim, [x], [0.7])
+    for width in (0.7, 0.5, 0.6):
+        slimmable.set_width(slim, width)
+        model = slimmable.gate(slim, example_inputs=x)
+        assert (slimmable.width_of(model), slimmable.widths_of(model)) == (width, (1.0, 0.7, 0.5))
+        assert torch.equal(model(x), slim(x))
+        with slimmable.gated(model):
+            if width == 0.5:
+                assert not torch.equal(model(x), slim(x))
+                continue
+            with pytest.raises(slimmable.UsageError, match=f"not for the active {width}"):
+                model(x)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_gates_of_their_own(clone):
     x = images("resnet18")
