@@ -20,6 +20,7 @@ from slimmable._recipe import attributes_of, build, fitting_recipe, set_attribut
 from slimmable.analysis._plan_data import decode, encode
 from slimmable.analysis.plan import Plan
 from slimmable.convert import apply_plan, copy_of
+from slimmable.gating._file import gate_again, without_gates
 from slimmable.layers._gated import has_gates
 from slimmable.layers._state import is_slim, state_of
 
@@ -32,10 +33,10 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     """Write `model` into one file, from which `load` makes it again, in another process and without `slimify`.
 
     The file is a safetensors file: tensors, and numbers and names as JSON; nothing in it is ever executed. It holds all
-    widths, those that `calibrate_bn` added too; not optimiser states, hooks or the active width.
+    widths, those that `calibrate_bn` added too, and gates; not optimiser states, hooks or the active width.
 
     Args:
-        model: a converted model, or a plain network, such as a sub-network by `extract`.
+        model: a converted or gated model, or a plain network, such as a sub-network by `extract`.
         path: of the file; what was there stays until the new one is complete.
         arguments: with which `timm.create_model` makes the plain full-width model. Left out, the number of classes and
             of image channels and the image size are read off the model. The file of a model that is not timm's, or no
@@ -55,26 +56,24 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     check_module("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
-    if has_gates(model):
-        raise CheckpointError(
-            f"the gates of this {type(model).__name__} cannot be saved so; write model.state_dict() with torch.save, "
-            "and load it into a model that was gated in the same way"
-        )
-    plan = _plan_of(model)
-    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(model).items()}
+    bare, gating = without_gates(model) if has_gates(model) else (model, None)
+    plan = _plan_of(bare)
+    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(bare).items()}
     tensors = plain_copies(model.state_dict() | hidden)
-    data: dict[str, Any] = {"class": type(model).__name__, "recipe": fitting_recipe(model, plan, arguments)}
-    data["attributes"] = attributes_of(model)
+    data: dict[str, Any] = {"class": type(model).__name__, "recipe": fitting_recipe(bare, plan, arguments)}
+    data["attributes"] = attributes_of(bare)
+    if gating is not None:
+        data["gating"] = gating
     if plan is not None:
         data["plan"], units = encode(plan)
-        data["registered"] = _registered(model, plan)
+        data["registered"] = _registered(bare, plan)
         tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
     metadata = {"format": _FORMAT, "model": json.dumps(data)}
     write_aside(Path(path), lambda aside: save_file(tensors, aside, metadata))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Return the model that `save` wrote: with all its widths, or as the plain sub-network that it was.
+    """Return the model that `save` wrote: with all its widths and gates, or as the plain sub-network that it was.
 
     Args:
         path: of the file.
@@ -182,6 +181,8 @@ def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) 
             pass
     else:
         _resize(network, tensors, network.state_dict(keep_vars=True))
+    if "gating" in data:
+        network = gate_again(network, data["gating"])
     own = network.state_dict(keep_vars=True)
     differ = sorted(name for name in own.keys() | tensors.keys() if name not in own or name not in tensors)
     differ += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-_MOST = 2**20  # numbers of a tensor; larger ones are only shapes
+MOST = 2**20  # numbers of a tensor; larger ones are only shapes
 
 
 def is_index(value: Any) -> bool:
@@ -24,7 +24,7 @@ def is_index(value: Any) -> bool:
 
 def know(fake: Tensor, real: Tensor) -> None:
     """Give a fake tensor its numbers."""
-    if real.numel() <= _MOST:
+    if real.numel() <= MOST:
         with _disable_current_modes():
             fake.slim_value = real.detach().cpu()  # type: ignore[attr-defined]
 

@@ -13,8 +13,19 @@ from slimmable.convert import Skip, copy_of
 from slimmable.gating._find import GatePlan, gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
 from slimmable.gating._judge import Candidate
-from slimmable.layers._gated import GATE, PLAN, LayerGates, Look, Mask, PassNorm, has_gates, remove_gates
-from slimmable.layers._state import WidthState, state_of
+from slimmable.layers._gated import (
+    GATE,
+    PLAN,
+    LayerGates,
+    Look,
+    Mask,
+    PassNorm,
+    has_gates,
+    refuse_other_gates,
+    remove_gates,
+)
+from slimmable.layers._state import Column, WidthState, state_of
+from slimmable.width import set_width, width_of
 
 
 def gate(
@@ -35,7 +46,8 @@ def gate(
     the same as dropping the channels. `print(gate_plan(model))` shows what is gated and what is not, and why.
 
     Outside of `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it.
+    gates for each of its widths; convert it first, then gate it. `save` and `load` know gates; a state dict of other
+    gates than the model's is a CheckpointError, before any of it is loaded.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
@@ -70,6 +82,7 @@ def gate(
     if not found.gates:
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
+    width = None if state_of(model) is None else width_of(model)
     built = [_gates(model, found, candidate, temperature, open_at_zero) for candidate in found.gates]
     target = model if inplace else copy_of(model)
     for candidate, gates in zip(found.gates, built, strict=True):
@@ -83,8 +96,11 @@ def gate(
         for path in dict.fromkeys(path for candidate in found.gates for path in candidate.norms):
             parent, _, name = path.rpartition(".")
             owner = target.get_submodule(parent)
-            owner._modules[name] = PassNorm.of(target.get_submodule(path))
+            owner._modules[name] = PassNorm.of(target.get_submodule(path), len(found.plan.columns))
+    target.register_load_state_dict_pre_hook(refuse_other_gates)  # type: ignore[no-untyped-call]
     target.__dict__[PLAN] = found
+    if width is not None:
+        set_width(target, width)
     return target
 
 
@@ -123,9 +139,13 @@ def _gates(
             per_width.append(reader.units[grouping.mask(counts, reader.ids)].tolist())
     readers = [(reader.axis, per_width) for reader, per_width in zip(candidate.readers, units, strict=True)]
     made_for = LayerGates(candidate.name, candidate.axis, plan.widths, gates, readers)
-    if state_of(model) is not None:
+    converted = state_of(model)
+    if converted is not None:
         state: WidthState = made_for._slim
         state.plan, state.path = plan, f"{candidate.maker}.{_child(candidate)}"
         for column_of, sub_network in zip(state.columns, plan.columns, strict=True):
             column_of.counts = sub_network.counts
+        for registered in converted.columns[len(plan.columns) :]:  # these run dense
+            state.add(Column(registered.width))
+            state.columns[-1].counts = registered.counts
     return made_for

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimmable._errors import ConversionError, TraceError
+from slimmable._input_data import encode_inputs
 from slimmable._inputs import check_module, example_of
 from slimmable.analysis._fake import FakeModel
 from slimmable.analysis._make import best_trace, filled_plan
@@ -32,12 +33,14 @@ class GatePlan:
         refused: for each other group the layer that makes it, its units and why it gets none.
         plan: the channel groups.
         costs: multiply-adds for images of the example's size.
+        example: of `encode_inputs`, for files.
     """
 
     gates: tuple[Candidate, ...]
     refused: tuple[tuple[str, int, str], ...]
     plan: Plan
     costs: Costs
+    example: list[Any]
 
     def __deepcopy__(self, memo: Any) -> GatePlan:
         return self
@@ -139,7 +142,7 @@ def _found(
         else:
             reason = f"a gate would cost more multiply-adds than the {savings[gate.group]:.0f} that it could save"
             refused.append((gate.maker, gate.units, reason))
-    return GatePlan(tuple(kept), tuple(refused), plan, costs)
+    return GatePlan(tuple(kept), tuple(refused), plan, costs, encode_inputs(args, kwargs))
 
 
 def _costs(trace: Trace, units: Units, plan: Plan, gates: Sequence[Candidate], images: int) -> Costs:

@@ -13,6 +13,8 @@ from slimmable.analysis._labels import Ids
 from slimmable.analysis._trace import ModuleCall, Trace
 from slimmable.analysis.plan import Plan
 
+SKIPPED = "skipped"  # the reason where the caller wants no gate
+
 
 @dataclass(frozen=True, eq=False)
 class Reader:
@@ -134,7 +136,7 @@ class Judge:
             raise RefusedError("no layer reads it by weights")
         maker = makers[0]
         if self.skip(maker, self.model.get_submodule(maker)):
-            raise RefusedError("skipped")
+            raise RefusedError(SKIPPED)
         axis, channels = self._looked_at(maker)
         readers = {path: self._reader(path, ids, group) for path, ids in units.reads[group]}
         self._check_shrinks(group)

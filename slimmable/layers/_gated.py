@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from slimmable.layers._gate_tensors import refuse_other_gates as refuse_other_gates
 from slimmable.layers._gates import LayerGates as LayerGates
 from slimmable.layers._gates import Look as Look
 from slimmable.layers._gates import Mask as Mask
@@ -27,6 +28,9 @@ def remove_gates(model: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (Look, Mask)):
                 del module._forward_pre_hooks[key]
+        for key, check in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(check, "hook", None) is refuse_other_gates:
+                del module._load_state_dict_pre_hooks[key]
         module.__dict__.pop(PLAN, None)
         for name, child in list(module._modules.items()):
             if isinstance(child, PassNorm):

@@ -25,13 +25,15 @@ class PassNorm(SwitchableNorm):
     """
 
     @staticmethod
-    def of(norm: nn.Module) -> PassNorm:
-        """Turn a norm, switchable or not, into one with norms for the gated pass, which start as copies.
+    def of(norm: nn.Module, widths: int) -> PassNorm:
+        """Turn a norm, switchable or not, into one with norms for the gated pass too, which start as copies.
+
+        They are for the first `widths` of its widths; those that `calibrate_bn` added run dense.
 
         A switchable norm is changed in place, any other is put inside of a new one.
         """
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
-        copies = [copy_of_norm(own_norm(own.norm_at(index))) for index in range(1 + len(own.narrow))]
+        copies = [copy_of_norm(own_norm(own.norm_at(index))) for index in range(min(widths, 1 + len(own.narrow)))]
         own.__dict__["inside"] = own is not norm
         own.__dict__["state"] = Active(Pass.DENSE)
         own.__class__ = PassNorm

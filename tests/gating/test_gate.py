@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from itertools import pairwise
 
 import pytest
@@ -145,6 +146,25 @@ def test_whole_heads_are_masked():
     assert difference(out, model(x)) < 1e-12
 
 
+NO_HEADS = {  # name -> how to make it small, and why its heads have no gate
+    "beit_base_patch16_224": ({"depth": 1}, r"it cannot shrink alone \(view in blocks.0.attn: size\(768\)\)"),
+    "eva02_tiny_patch14_224": ({"depth": 1}, r"it cannot shrink alone .*size\(192\)"),
+    "cait_xxs24_224": ({"depth": 1}, r"it cannot shrink alone .*size\(192\)"),
+    "xcit_nano_12_p8_224": ({"depth": 1}, r"it cannot shrink alone .*size\(128\)"),
+    "pvt_v2_b0": ({"depths": (1, 1, 1, 1)}, r"it cannot shrink alone .*size\(64\)"),
+    "swin_tiny_patch4_window7_224": ({"depths": (1, 1)}, "not from a tensor with one row per image"),
+}
+
+
+@pytest.mark.parametrize("name", NO_HEADS)
+def test_heads_of_attention_that_cannot_run_with_fewer_have_no_gate(name):
+    settings, why = NO_HEADS[name]
+    found = gate_plan(timm.create_model(name, **settings))
+    assert [gate.name for gate in found.gates if gate.name.endswith("mlp.fc1")]
+    assert not any(gate.name.endswith(("qkv", "attn.q", "attn.kv", "attn")) for gate in found.gates)
+    assert any(re.search(why, reason) for maker, _, reason in found.refused if "attn" in maker)
+
+
 @torch.no_grad()
 def test_multiply_adds_of_each_image_are_those_of_its_own_sub_network():
     x = images("resnet18", 4)
@@ -225,6 +245,24 @@ def test_a_slimmable_model_has_gates_for_each_width(universal):
     assert small.state_dict().keys() == slimmable.extract(slim, 0.5).state_dict().keys()
 
 
+@torch.no_grad()
+def test_gates_know_registered_widths_and_the_active_one():
+    x = images("resnet18")
+    slim = slimmable.slimify(plain("resnet18"), (1.0, 0.5), example_inputs=x, universal=True)
+    slimmable.calibrate_bn(slim, [x], [0.7])
+    for width in (0.7, 0.5, 0.6):
+        slimmable.set_width(slim, width)
+        model = slimmable.gate(slim, example_inputs=x)
+        assert (slimmable.width_of(model), slimmable.widths_of(model)) == (width, (1.0, 0.7, 0.5))
+        assert torch.equal(model(x), slim(x))
+        with slimmable.gated(model):
+            if width == 0.5:
+                assert not torch.equal(model(x), slim(x))
+                continue
+            with pytest.raises(slimmable.UsageError, match=f"not for the active {width}"):
+                model(x)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_gates_of_their_own(clone):
     x = images("resnet18")
@@ -262,7 +300,7 @@ def test_state_dicts():
     assert torch.equal(other.layer1[0].bn1.gated[0].weight, source.layer1[0].bn1.weight)
     assert set(dict(source.named_parameters())) <= set(dict(other.named_parameters()))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"layer1\.0\.conv1\.channel_gate"):  # gates of another network
+    with pytest.raises(slimmable.CheckpointError, match=r"layer1\.0\.conv1\.channel_gate"):  # of another network
         other.load_state_dict({**before, "layer1.0.conv1.channel_gate.at.0.expand.weight": torch.zeros(3, 16)})
 
 
@@ -389,8 +427,6 @@ def test_bad_calls():
         slimmable.gate(model, example_inputs=x)
     with pytest.raises(slimmable.ConversionError, match=r"has gates.*ungate"):
         slimmable.slimify(model, example_inputs=x)
-    with pytest.raises(slimmable.CheckpointError, match="gates"):
-        slimmable.save(model, "model.safetensors")
     with slimmable.gated(model) as run:
         pass
     with pytest.raises(slimmable.UsageError, match="the gate of 2 has decided nothing"):

@@ -1,0 +1,79 @@
+"""The example that a model was traced on as plain data, for files: numbers, strings and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimmable._errors import CheckpointError
+from slimmable._inputs import Arguments
+from slimmable.analysis._values import MOST, is_index
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return arguments of a forward as data for JSON: of images the shape alone, of indices and masks the numbers.
+
+    >>> encode_inputs([torch.zeros(2, 3)], {"mask": torch.tensor([True]), "scale": 2})[1]
+    ['tuple', ['tensor', 'float32', [2, 3], None]]
+    """
+    return _write((tuple(args), dict(kwargs)))
+
+
+def decode_inputs(data: list[Any], like: Tensor) -> Arguments:
+    """Return the arguments that `encode_inputs` wrote, floating-point tensors with any numbers.
+
+    Args:
+        data: of `encode_inputs`.
+        like: tensor whose device all tensors get, and whose type the floating-point ones get.
+
+    Raises: CheckpointError: if an object was among them that is no tensor, number, string, tuple, list or dict. An
+        error of some kind if the data is anything else.
+
+    >>> decode_inputs(encode_inputs([torch.zeros(2, 3)], {"scale": 2}), torch.zeros(1).double())[0][0].dtype
+    torch.float64
+    """
+    args, kwargs = _read(data, like)
+    if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
+        raise CheckpointError("its example is no arguments of a forward")
+    return args, kwargs
+
+
+def _write(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        known = is_index(value) and value.numel() <= MOST
+        numbers = value.flatten().tolist() if known else None
+        return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), numbers]
+    if type(value) in (tuple, list):
+        return [type(value).__name__, *map(_write, value)]
+    if type(value) is dict:
+        return ["dict", *([_write(key), _write(part)] for key, part in value.items())]
+    return ["plain", value] if type(value) in _PLAIN else ["object", type(value).__name__]
+
+
+def _read(data: list[Any], like: Tensor) -> Any:
+    kind, *parts = data
+    if kind == "tensor":
+        return _tensor(like, *parts)
+    if kind in ("tuple", "list"):
+        return (tuple if kind == "tuple" else list)(_read(part, like) for part in parts)
+    if kind == "dict":
+        return {_read(key, like): _read(part, like) for key, part in parts}
+    if kind == "plain" and type(parts[0]) in _PLAIN:
+        return parts[0]
+    raise CheckpointError(f"its example holds an object of class {parts[0]!r}, which no file can hold")
+
+
+def _tensor(like: Tensor, name: str, shape: list[int], numbers: list[Any] | None) -> Tensor:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype) or not all(type(size) is int for size in shape):
+        raise CheckpointError(f"its example has a tensor of type {name!r} and shape {shape!r}")
+    if numbers is not None:
+        return torch.tensor(numbers, dtype=dtype, device=like.device).reshape(shape)
+    if dtype.is_floating_point:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)  # nobody reads its numbers
+    return torch.zeros(shape, dtype=dtype, device=like.device)
