@@ -48,11 +48,13 @@ def hard_mask(
 class ChannelGate(nn.Module):
     """Decides for each image which of a layer's units are open.
 
-    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, both without
-    bias; in training with noise, see `hard_mask`. The decision is made in float32 at least. `threshold`, a buffer, is
+    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit; in training
+    with noise, see `hard_mask`. The decision is made in float32 at least. `threshold`, a buffer, is
     taken off all logits; it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers.
+    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers. They have no bias. An
+    image without an active hidden unit then has logit 0 for all units: with noise half of them are open, without noise
+    none, so what was trained is not what runs.
 
     Shapes: (batch, channels), averages over positions -> (batch, units), of zeros and ones.
 
@@ -61,6 +63,7 @@ class ChannelGate(nn.Module):
         units: that are opened or closed.
         temperature: of the noise.
         open_at_zero: as in `hard_mask`.
+        bias: add a number per unit to the logits.
 
     Raises: UsageError: if an argument is outside its range.
 
@@ -72,7 +75,13 @@ class ChannelGate(nn.Module):
     threshold: Tensor
 
     def __init__(
-        self, channels: int, units: int, *, temperature: float = TEMPERATURE, open_at_zero: bool = False
+        self,
+        channels: int,
+        units: int,
+        *,
+        temperature: float = TEMPERATURE,
+        open_at_zero: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if min(channels, units) < 1:
@@ -81,9 +90,11 @@ class ChannelGate(nn.Module):
         hidden = _hidden(channels)
         self.reduce = nn.Linear(channels, hidden, bias=False)
         self.norm = nn.BatchNorm1d(hidden)
-        self.expand = nn.Linear(hidden, units, bias=False)
+        self.expand = nn.Linear(hidden, units, bias=bias)
         for linear in (self.reduce, self.expand):
             nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        if self.expand.bias is not None:
+            nn.init.zeros_(self.expand.bias)
         self.temperature = temperature
         self.open_at_zero = open_at_zero
         self.register_buffer("threshold", torch.zeros(()))
