@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="pre-train a slimmable network and evaluate every width"))
     _evaluate(commands.add_parser("evaluate", help="evaluate the network of a run again, as it is now"))
+    _compare(commands.add_parser("compare", help="one table and plot of the reports of several runs"))
     _export(
         commands.add_parser("export", aliases=["extract"], help="write widths of a model as files for other programs")
     )
@@ -139,6 +140,13 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
     _add_workers(parser)
     _add_device(parser)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a pre-training run")
+    parser.add_argument(
+        "--output", default="runs/compare", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
 
 
 def _export(parser: argparse.ArgumentParser) -> None:

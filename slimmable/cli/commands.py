@@ -71,6 +71,15 @@ def evaluate(run: str, probes: Sequence[Probe], finetune: int, device: str | Non
     return 0
 
 
+def compare(runs: Sequence[str], output: str) -> int:
+    """Join the reports of several runs in one table and plot."""
+    from slimmable.cli.compare import compare as join
+
+    say(join([Path(run) for run in runs], Path(output)))
+    say(f"wrote compare.csv, compare.md and compare.png to {output}")
+    return 0
+
+
 def export(
     model: str,
     width: Sequence[float | str],
