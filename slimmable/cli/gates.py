@@ -45,12 +45,12 @@ def check_budget(config: PretrainConfig, backbone: nn.Module, channels: int) -> 
         )
 
 
-def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> None:
-    """Set the gates to the budget of the run, in place, on some of the training images."""
+def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
+    """Set the gates to the budget of the run, in place, on some of the training images; return what they cost then."""
     assert config.gate_budget is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
-        calibrate_gates(backbone, _some(config, images), config.gate_budget)
+        return calibrate_gates(backbone, _some(config, images), config.gate_budget)
 
 
 def _some(config: PretrainConfig, images: Images) -> list[Tensor]:

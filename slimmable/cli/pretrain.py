@@ -201,7 +201,8 @@ def _finish(training: Training, images: Images, folder: Path, options: Options) 
         calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
         _save(training, folder)
     if config.gate_budget is not None:
-        calibrate(config, backbone, images)
+        reached = calibrate(config, backbone, images)
+        say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         _save(training, folder)
     save_subnetworks(folder, backbone, config.widths)
     if training.diagnostics is not None and training.diagnostics.rows:

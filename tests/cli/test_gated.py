@@ -12,7 +12,11 @@ from safetensors.torch import load_file
 import slimmable
 from slimmable.__main__ import main
 from slimmable.cli.data import load_images
+from slimmable.cli.networks import new_method
+from slimmable.cli.presets import configure
 from slimmable.cli.run import read_config, trained_backbone
+from slimmable.cli.training import Training
+from slimmable.cli.watch import Watch
 from slimmable.training.knn import knn_accuracy
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 
@@ -53,6 +57,14 @@ def in_gated_pass(backbone, images):
     with slimmable.gated(backbone) as run:
         found = features(backbone, images)
     return found, run.macs()
+
+
+def test_the_run_tells_what_its_gates_cost(gated_run, capsys, images, backbone):
+    """Resuming a finished run ends it again."""
+    assert main(["pretrain", "--output", str(gated_run), "--resume", *ON_CPU]) == 0
+    _, macs = in_gated_pass(backbone, images.train)
+    share = float(macs.mean()) / int(read(gated_run / "metrics.csv")[0]["macs"])
+    assert f"the gates are set to {share:.3f} of the multiply-adds; the budget is 0.3\n" in capsys.readouterr().out
 
 
 def test_run_folder(gated_run):
@@ -125,6 +137,26 @@ def test_knn_of_widths(run, tiny, tmp_path, capsys):
     ]
     shown = "  ".join(f"{width}: {100 * float(row[f'knn/w{width}']):.1f}" for width in ("1", "0.5"))
     assert f"kNN accuracy in %  {shown}\n" in capsys.readouterr().out
+
+
+def test_knn_of_a_universal_run_is_of_the_widths_that_train_in_every_step(tmp_path):
+    config = configure({"images": 32, "batch_size": 16, "widths": (1.0, 0.75, 0.5), "universal": True, "warm_up": 0.0})
+    training = Training(config, new_method(config, 1, 10), load_images(config), torch.device("cpu"))
+
+    class Log:
+        def log(self, step, values):
+            self.taken = (step, values)
+
+        def flush(self):
+            pass
+
+    log = Log()
+    training.step = 3
+    line = Watch(training, tmp_path, [log]).look()
+    (row,) = read(tmp_path / "knn.csv")
+    assert list(row) == ["step", "knn/w1", "knn/w0.5"]
+    assert log.taken == (3, {name: pytest.approx(float(row[name])) for name in ("knn/w1", "knn/w0.5")})
+    assert line == f"kNN accuracy in %  1: {100 * float(row['knn/w1']):.1f}  0.5: {100 * float(row['knn/w0.5']):.1f}"
 
 
 def test_a_run_goes_on_to_the_same_numbers(gated_run, tiny, tmp_path, monkeypatch):
