@@ -10,6 +10,7 @@ from slimmable.cli.config import (
     DIGITS,
     DISTILLATIONS,
     FOLDER_IMAGE_SIZE,
+    GATED_METHODS,
     GLYPHS,
     METHODS,
     OPTIMIZERS,
@@ -21,6 +22,7 @@ from slimmable.cli.loggers import LOGGERS
 
 ALL = "all"
 _DEFAULT_RUN = "runs/pretrain"
+_GATED = f"for {', '.join(GATED_METHODS)}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="pre-train a slimmable network and evaluate every width"))
     _evaluate(commands.add_parser("evaluate", help="evaluate the network of a run again, as it is now"))
+    _compare(commands.add_parser("compare", help="one table and plot of the reports of several runs"))
     _export(
         commands.add_parser("export", aliases=["extract"], help="write widths of a model as files for other programs")
     )
@@ -69,6 +72,8 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="any width from the narrowest on, trained by the sandwich rule",
     )
+    text = f"train one width dense and gated, the gated pass for this share of its multiply-adds; {_GATED}"
+    add(main, "--gate-budget", float, text, metavar="SHARE")
 
     how = parser.add_argument_group("how")
     add(how, "--epochs", int, "passes over the training images")
@@ -87,6 +92,8 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
     add(how, "--distill", str, "how the full width teaches; own: what suits the method", choices=DISTILLATIONS)
     add(how, "--weights", str, "of the widths' losses, as in slimmable.losses.width_weights")
     add(how, "--slow-start", float, "share of the training before narrower widths join")
+    add(how, "--gate-weight", float, "of the loss on what the gated network costs")
+    add(how, "--gate-speed", float, "learning rate of the gates over that of the rest")
     add(how, "--views", str, "whose augmentations", choices=VIEWS)
     add(how, "--smallest-crop", float, "least share of an image's area in a view")
     add(how, "--precision", str, "bfloat16: mixed precision", choices=PRECISIONS)
@@ -104,6 +111,13 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
         default=10,
         metavar="STEPS",
         help="steps from one logged to the next (default: %(default)s)",
+    )
+    where.add_argument(
+        "--knn-every",
+        type=int,
+        metavar="EPOCHS",
+        help="epochs from one kNN accuracy on held-out images to the next; 0: none "
+        "(default: a tenth of all with --gate-budget, else 0)",
     )
     where.add_argument(
         "--diagnostics", action="store_true", help="sample the widths' gradients: imbalance and divergence"
@@ -126,6 +140,13 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
     _add_workers(parser)
     _add_device(parser)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a pre-training run")
+    parser.add_argument(
+        "--output", default="runs/compare", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
 
 
 def _export(parser: argparse.ArgumentParser) -> None:

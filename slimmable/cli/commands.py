@@ -26,6 +26,7 @@ def pretrain(
     workers: int | None,
     log: Sequence[str],
     log_every: int,
+    knn_every: int | None,
     diagnostics: bool,
     preset: str | None,
     **given: Any,
@@ -40,6 +41,8 @@ def pretrain(
     folder = Path(output)
     if log_every < 1:
         raise UsageError(f"--log-every must be at least 1, got {log_every}")
+    if knn_every is not None and knn_every < 0:
+        raise UsageError(f"--knn-every must be 0 or more, got {knn_every}")
     if "widths" in given:
         given["widths"] = _checked(given["widths"])
     if resume:
@@ -48,7 +51,7 @@ def pretrain(
     else:
         config = configure(given, preset)
     with process_group(find_device(device)) as own:
-        options = Options(own, resume, number_of_workers(workers), log, log_every, diagnostics)
+        options = Options(own, resume, number_of_workers(workers), log, log_every, knn_every, diagnostics)
         return run(config, folder, options)
 
 
@@ -65,6 +68,15 @@ def evaluate(run: str, probes: Sequence[Probe], finetune: int, device: str | Non
     backbone = trained_backbone(config, folder, images.channels, images.digest).to(find_device(device))
     chosen = list(dict.fromkeys(probes))
     say(evaluate_run(config, folder, backbone, images, chosen, finetune, number_of_workers(workers)))
+    return 0
+
+
+def compare(runs: Sequence[str], output: str) -> int:
+    """Join the reports of several runs in one table and plot."""
+    from slimmable.cli.compare import compare as join
+
+    say(join([Path(run) for run in runs], Path(output)))
+    say(f"wrote compare.csv, compare.md and compare.png to {output}")
     return 0
 
 

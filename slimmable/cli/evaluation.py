@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from slimmable._modes import in_eval_mode
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
-from slimmable.convert import extract
 from slimmable.training.evaluate import Accuracy, Probe, accuracy_of, evaluate_features, narrowest_first
 from slimmable.training.finetuning import finetune
 from slimmable.training.knn import knn_accuracy
 from slimmable.width import at_width, widths_of
 
+Key = TypeVar("Key")
+Setting = Callable[[], AbstractContextManager[Any]]
+
+
+def features_at_widths(backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0) -> dict[float, Tensor]:
+    """Return width -> features in eval mode, of shape (images, features), float32, on the CPU."""
+    return features_in(
+        {width: partial(at_width, backbone, width) for width in widths_of(backbone)}, backbone, images, workers
+    )
+
 
 @torch.no_grad()
-def features_at_widths(backbone: nn.Module, images: Plain, workers: int = 0) -> dict[float, Tensor]:
-    """Return width -> features in eval mode, of shape (images, features), float32, on the CPU."""
+def features_in(
+    settings: Mapping[Key, Setting], backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+) -> dict[Key, Tensor]:
+    """Return the features of the backbone in each setting, as `features_at_widths` does.
+
+    Args:
+        settings: by name, what makes the block that a forward runs in.
+        backbone, images, workers: as they say.
+    """
     device = next(backbone.parameters()).device
-    parts: dict[float, list[Tensor]] = {width: [] for width in widths_of(backbone)}
+    parts: dict[Key, list[Tensor]] = {name: [] for name in settings}
     with in_eval_mode(backbone):
         for batch in batches_of(images, workers=workers):
             scaled = batch.to(device)
-            for width, found in parts.items():
-                with at_width(backbone, width):
-                    found.append(backbone(scaled).float().cpu())
-    return {width: torch.cat(found) for width, found in parts.items()}
+            for name, setting in settings.items():
+                with setting():
+                    parts[name].append(backbone(scaled).float().cpu())
+    return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def evaluate_backbone(
@@ -51,19 +71,19 @@ def pixels_accuracy(config: PretrainConfig, images: Images) -> float:
 
 
 def finetuned_accuracies(
-    config: PretrainConfig, backbone: nn.Module, images: Images, epochs: int
-) -> dict[float, float]:
-    """Return width -> accuracy of the extracted network after fine-tuning with a classifier on top."""
+    config: PretrainConfig, networks: Mapping[Key, nn.Module], images: Images, epochs: int
+) -> dict[Key, float]:
+    """Return the accuracy of each of the networks after fine-tuning with a classifier on top."""
     train, test = (Plain(part, config.image_size).stacked() for part in (images.train, images.test))
     found = {}
-    for width in widths_of(backbone):
+    for name, network in networks.items():
         classifier = finetune(
-            extract(backbone, width),
+            network,
             train,
             images.train_labels,
             num_classes=len(images.classes),
             epochs=epochs,
             seed=config.seed,
         )
-        found[width] = accuracy_of(classifier, test, images.test_labels)
+        found[name] = accuracy_of(classifier, test, images.test_labels)
     return found

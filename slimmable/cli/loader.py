@@ -124,8 +124,20 @@ class Plain(Dataset[Tensor]):
         return torch.stack([self[index] for index in range(len(self))])
 
 
-def batches_of(images: Plain, batch_size: int = 256, most: int | None = None, workers: int = 0) -> Iterator[Tensor]:
-    """Yield images as floats in [0, 1] in their order, `most` of them."""
+def some_of(images: Plain, most: int) -> Subset[Tensor]:
+    """Return `most` of the images, evenly spread: those of a folder stand class by class.
+
+    >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
+    [0, 2, 5, 7]
+    """
+    count = min(most, len(images))
+    return Subset(images, [place * len(images) // count for place in range(count)])
+
+
+def batches_of(
+    images: Plain | Subset[Tensor], batch_size: int = 256, most: int | None = None, workers: int = 0
+) -> Iterator[Tensor]:
+    """Yield images as floats in [0, 1] in their order, the first `most` of them."""
     chosen = range(len(images) if most is None else min(most, len(images)))
     for batch in _read(Subset(images, chosen), workers, batch_size=batch_size):
         yield batch.float() / 255

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable import methods
-from slimmable._errors import UsageError
+from slimmable._errors import ConversionError, UsageError
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
 from slimmable.convert import slimify
@@ -81,7 +81,10 @@ def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module
     example = torch.zeros(2, channels, config.image_size, config.image_size)
     if config.gate_budget is not None:  # the head has no gates, and no part in what they may cost
         backbone = slimify(backbone, config.widths, example_inputs=example, inplace=True)
-        return methods.Encoder(gate(backbone, example_inputs=example, inplace=True), projector)
+        try:
+            return methods.Encoder(gate(backbone, example_inputs=example, inplace=True), projector)
+        except ConversionError as error:
+            raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
     encoder = methods.Encoder(backbone, projector)
     return slimify(encoder, config.widths, example_inputs=example, universal=config.universal, inplace=True)
 

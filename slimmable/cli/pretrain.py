@@ -20,14 +20,16 @@ from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
 from slimmable.cli.extras import require
 from slimmable.cli.figures import plot_imbalance
+from slimmable.cli.gates import calibrate, check_budget
 from slimmable.cli.images import Images
-from slimmable.cli.loader import Plain, batches_of
+from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.loggers import Logger, make_loggers, read_rows, require_logger
 from slimmable.cli.networks import new_method
 from slimmable.cli.processes import any_process, is_first, wait_for_all
 from slimmable.cli.progress import Progress, say
 from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, save_subnetworks
 from slimmable.cli.training import Training
+from slimmable.cli.watch import Watch, epochs_between
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
@@ -45,6 +47,7 @@ class Options:
     workers: int = 0
     loggers: Sequence[str] = ()
     log_every: int = 10
+    knn_every: int | None = None
     diagnostics: bool = False
 
 
@@ -67,6 +70,8 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
         raise UsageError("--diagnostics compares widths; give --widths more than one")
     images = load_images(config)
     method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
+    if config.gate_budget is not None:
+        check_budget(config, method.backbone, images.channels)
     training = Training(config, method, images, options.device, options.workers)
     checkpoint = folder / CHECKPOINT
     if options.resume and checkpoint.exists():
@@ -97,10 +102,14 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
-    widths = ", ".join(f"{width:g}" for width in config.widths)
-    joins = f"; narrower widths join after {config.slow_start:.0%}" if config.slow_start else ""
+    networks = f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
+    if config.gate_budget is not None:
+        networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
+    joins = (
+        f"; narrower widths join after {config.slow_start:.0%}" if config.slow_start and len(config.widths) > 1 else ""
+    )
     return (
-        f"pre-training {config.model} by {config.method} at widths {widths} on {len(images.train)} images of "
+        f"pre-training {config.model} by {config.method}{networks} on {len(images.train)} images of "
         f"{config.image_size} x {config.image_size} pixels for {config.epochs} epochs{joins}"
     )
 
@@ -138,14 +147,22 @@ def resume_command(folder: Path) -> str:
 def _train(training: Training, folder: Path, options: Options) -> bool:
     """Take the remaining steps, with a checkpoint after every epoch; return False if interrupted before the end."""
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
+    columns += [] if training.gates is None else ["gated_share"]
+    every = epochs_between(training.config, options.knn_every) * training.steps_per_epoch
+    watch = None
     loggers: list[Logger] = []
     if is_first():
         loggers = make_loggers(folder, columns, training.step, options.loggers, asdict(training.config))
+        watch = Watch(training, folder, loggers[1:]) if every else None
 
     def save() -> None:
         for logger in loggers:
             logger.flush()
         training.check_finite()
+        if every and training.step % every == 0:  # before the checkpoint, so that a run that goes on has the row
+            if watch is not None:
+                progress.note(watch.look())
+            wait_for_all()
         if is_first():
             _save(training, folder)
             if training.diagnostics is not None:
@@ -159,6 +176,8 @@ def _train(training: Training, folder: Path, options: Options) -> bool:
             if training.step % options.log_every == 0 or training.step == training.steps:
                 # a universal model's random widths have no curve
                 shown = {f"train_loss/w{width:g}": losses[width] for width in training.config.widths if width in losses}
+                if training.gates is not None and training.gates.reached is not None:
+                    shown["gated_share"] = float(training.gates.reached)
                 for logger in loggers:
                     logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
             stop = any_process(bool(asked), training.device)
@@ -179,7 +198,11 @@ def _finish(training: Training, images: Images, folder: Path, options: Options) 
     config, backbone = training.config, training.method.backbone
     if config.universal:
         some = Plain(images.train, config.image_size)
-        calibrate_bn(backbone, batches_of(some, config.batch_size, _CALIBRATION), config.widths)
+        calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
+        _save(training, folder)
+    if config.gate_budget is not None:
+        reached = calibrate(config, backbone, images)
+        say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         _save(training, folder)
     save_subnetworks(folder, backbone, config.widths)
     if training.diagnostics is not None and training.diagnostics.rows:

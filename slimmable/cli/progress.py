@@ -42,6 +42,10 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    def note(self, text: str) -> None:
+        """Print a line beside the bar."""
+        say(text) if self.bar is None else self.bar.write(text)
+
     def advance(self, losses: dict[float, float]) -> None:
         """Count one step; `losses` are shown by width."""
         self.done += 1

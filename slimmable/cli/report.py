@@ -20,21 +20,35 @@ TITLES = {
     "ridge": "ridge",
     "finetuned": "fine-tuned",
 }
+DENSE, GATED, STATIC = "dense", "gated", "static"  # the first word of a network's name is its kind
+MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at one width: of the backbone without its head.
+    """What was measured of one network: of the backbone without its head.
 
     `shares` holds accuracies on the held-out images in [0, 1] by the keys of `TITLES`; those of the same network before
-    training have the prefix `untrained_`.
+    training have the prefix `untrained_`. The first row of a report has all of its keys. `network` tells the networks
+    of a gated run apart: `dense`, `gated 0.3`, `static 0.5` and so on; other runs have one a width, and leave it empty.
     """
 
     width: float
     parameters: int
     macs: int
     shares: Mapping[str, float] = field(default_factory=dict)
+    network: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the network, a key of `MARKERS`."""
+        return self.network.partition(" ")[0]
+
+    @property
+    def name(self) -> str:
+        """The network, or its width."""
+        return self.network or f"{self.width:g}"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -46,35 +60,44 @@ def to_csv(rows: Sequence[Row]) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["width", "parameters", "macs", *rows[0].shares])
+    named = ["network"] if rows[0].network else []
+    writer.writerow([*named, "width", "parameters", "macs", *rows[0].shares])
     for row in rows:
-        shares = [f"{row.shares[name]:.4f}" for name in rows[0].shares]
-        writer.writerow([row.width, row.parameters, row.macs, *shares])
+        shares = [f"{row.shares[name]:.4f}" if name in row.shares else "" for name in rows[0].shares]
+        writer.writerow([*([row.network] if named else []), row.width, row.parameters, row.macs, *shares])
     return text.getvalue()
 
 
 def read_report(folder: Path) -> dict[float, Row]:
-    """Return the rows of `metrics.csv` in `folder` by width; none if there is no such file.
+    """Return the rows of `metrics.csv` in `folder` by width, of a gated run that of the dense network.
+
+    Raises: CheckpointError: as `read_rows`.
+    """
+    return {row.width: row for row in read_rows(folder) if row.kind in ("", DENSE)}
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Return the rows of `metrics.csv` in `folder`; none if there is no such file.
 
     Raises: CheckpointError: if it is another file.
     """
     path = folder / "metrics.csv"
     if not path.exists():
-        return {}
+        return []
     try:
         with path.open(newline="") as file:
-            rows = [
-                Row(
-                    float(cells.pop("width")),
-                    int(cells.pop("parameters")),
-                    int(cells.pop("macs")),
-                    {name: float(share) for name, share in cells.items()},
-                )
-                for cells in csv.DictReader(file)
-            ]
+            return [_row(cells) for cells in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is not the report of a run ({error})") from error
-    return {row.width: row for row in rows}
+
+
+def _row(cells: dict[str, str]) -> Row:
+    network = cells.pop("network", "")
+    width, parameters, macs = (cells.pop(name) for name in ("width", "parameters", "macs"))
+    for name in cells:
+        title_of(name)
+    shares = {name: float(share) for name, share in cells.items() if share != ""}
+    return Row(float(width), int(parameters), int(macs), shares, network)
 
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
@@ -88,11 +111,12 @@ def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     Accuracy on held-out images in %; "untrained" is the same network before training. kNN on raw pixels: 50.0.
     <BLANKLINE>
     """
-    titles = [_title(name) for name in rows[0].shares]
-    lines = [f"| width | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
+    titles = [title_of(name) for name in rows[0].shares]
+    first = "network" if rows[0].network else "width"
+    lines = [f"| {first} | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
     for row in rows:
-        shares = " | ".join(f"{100 * row.shares[name]:.1f}" for name in rows[0].shares)
-        lines.append(f"| {row.width:g} | {row.parameters:,} | {row.macs:,} | {shares} |")
+        shares = " | ".join(in_percent(row, name) for name in rows[0].shares)
+        lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
     return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
 
@@ -102,17 +126,19 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     matplotlib = require("matplotlib", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    macs = [row.macs / 1e6 for row in rows]
     for name in rows[0].shares:
-        untrained = name.startswith(UNTRAINED)
-        style = {"linestyle": ":", "alpha": 0.6} if untrained else {}
+        style = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
         colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
-        shares = [100 * row.shares[name] for row in rows]
-        axes.plot(macs, shares, marker="o", color=colour, label=_title(name, ", untrained"), **style)
+        for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
+            points = points_of(rows, kind, name)
+            label = ", ".join(part for part in (title_of(name, ", untrained"), kind) if part)
+            axes.plot(*zip(*points, strict=True), marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in rows:
+        if row.kind == STATIC:  # close together; their MACs tell
+            continue
         best = 100 * max(row.shares.values())
-        axes.annotate(f"{row.width:g}", (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(row.name, (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
     axes.set_xlabel("million multiply-accumulates per image")
     axes.set_ylabel("accuracy on held-out images (%)")
     axes.set_title(title)
@@ -124,7 +150,18 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
         write_aside(path, lambda aside: figure.savefig(aside))
 
 
-def _title(name: str, suffix: str = "") -> str:
+def points_of(rows: Sequence[Row], kind: str, name: str) -> list[tuple[float, float]]:
+    """Return million multiply-adds and accuracy in % of the rows of one kind, for a plot."""
+    return [(row.macs / 1e6, 100 * row.shares[name]) for row in rows if row.kind == kind and name in row.shares]
+
+
+def in_percent(row: Row, name: str) -> str:
+    """Return an accuracy of the row for a table."""
+    return f"{100 * row.shares[name]:.1f}" if name in row.shares else ""
+
+
+def title_of(name: str, suffix: str = "") -> str:
+    """Return how an accuracy is called in tables and, with a suffix for untrained ones, in plots."""
     title = TITLES[name.removeprefix(UNTRAINED)]
     if not name.startswith(UNTRAINED):
         return title

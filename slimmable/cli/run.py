@@ -13,6 +13,7 @@ from slimmable._files import write_aside
 from slimmable.cli.checkpoint import load_checkpoint, load_exactly, save_weights
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.evaluation import evaluate_backbone, finetuned_accuracies, pixels_accuracy
+from slimmable.cli.gates import evaluate_networks
 from slimmable.cli.images import Images
 from slimmable.cli.networks import new_method
 from slimmable.cli.report import UNTRAINED, Row, to_markdown, write_report
@@ -73,18 +74,37 @@ def evaluate_run(
     """Evaluate `backbone` and the same network untrained, write the report, and return the table as Markdown."""
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
+    title = f"{config.model}, {config.epochs} epochs of {config.method}"
+    if config.gate_budget is None:
+        rows = _widths_of_run(config, backbone, untrained, images, probes, finetune_epochs, workers)
+    else:
+        rows = evaluate_networks(config, backbone, untrained, images, probes, finetune_epochs, workers)
+        title += f", gated to {config.gate_budget:g}"
+    pixels = pixels_accuracy(config, images)
+    write_report(folder, rows, pixels, title)
+    return to_markdown(rows, pixels)
+
+
+def _widths_of_run(
+    config: PretrainConfig,
+    backbone: nn.Module,
+    untrained: nn.Module,
+    images: Images,
+    probes: Sequence[Probe],
+    finetune_epochs: int,
+    workers: int,
+) -> list[Row]:
+    """Evaluate every width."""
     shares: dict[float, dict[str, float]] = {width: {} for width in config.widths}
     for prefix, network in (("", backbone), (UNTRAINED, untrained)):
         found = evaluate_backbone(config, network, images, probes, workers)
         for width, accuracy in found.items():
             shares[width] |= {prefix + probe: getattr(accuracy, probe) for probe in probes}
         if finetune_epochs and not prefix:
-            for width, share in finetuned_accuracies(config, network, images, finetune_epochs).items():
+            networks = {width: extract(network, width) for width in config.widths}
+            for width, share in finetuned_accuracies(config, networks, images, finetune_epochs).items():
                 shares[width]["finetuned"] = share
     size = (images.channels, config.image_size, config.image_size)
-    rows = [
+    return [
         Row(row.width, row.parameters, row.macs, shares[row.width]) for row in profile(backbone, size, repeats=0).rows
     ]
-    pixels = pixels_accuracy(config, images)
-    write_report(folder, rows, pixels, f"{config.model}, {config.epochs} epochs of {config.method}")
-    return to_markdown(rows, pixels)

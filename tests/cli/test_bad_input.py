@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from torch import nn
 
 from slimmable.__main__ import main
+
+VICREG = ("--method", "vicreg")
 
 
 def refused(capsys, *arguments):
@@ -47,6 +50,16 @@ def refused(capsys, *arguments):
         (["--weights", "widest_plus_second", "--widths", "1"], "--weights widest_plus_second: mode"),
         (["--warm-up", "1", "--epochs", "1"], "--warm-up 1 leaves none of the 1 epochs"),
         (["--workers", "-1"], "--workers must be 0 or more"),
+        (["--knn-every", "-1"], "--knn-every must be 0 or more, got -1"),
+        ([*VICREG, "--gate-budget", "0"], "must be in (0, 1), got 0"),
+        ([*VICREG, "--gate-budget", "1"], "must be in (0, 1), got 1"),
+        ([*VICREG, "--gate-budget", "nan"], "must be in (0, 1), got nan"),
+        ([*VICREG, "--gate-budget", "0.01"], "--gate-budget 0.01: small-resnet with all gates closed costs 0.0"),
+        ([*VICREG, "--gate-budget", "0.3", "--widths", "1", "0.5"], "--gate-budget trains one width, got --widths 1 0"),
+        ([*VICREG, "--gate-budget", "0.3", "--universal"], "--universal needs a narrowest width"),
+        ([*VICREG, "--gate-budget", "0.3", "--gate-weight", "0"], "--gate-weight must be positive, got 0"),
+        ([*VICREG, "--gate-budget", "0.3", "--gate-speed", "inf"], "--gate-speed must be positive, got inf"),
+        (["--gate-budget", "0.3"], "--gate-budget is for --method mocov3, simclr, byol, vicreg, not mocov2"),
         (["--log-every", "0"], "--log-every must be at least 1"),
         (["--preset", "dino"], "--preset dino: there are"),
     ],
@@ -55,6 +68,19 @@ def test_pretrain_refuses(tmp_path, capsys, options, message):
     output = tmp_path / "run"
     assert message in refused(capsys, "pretrain", "--images", "64", *options, "--output", str(output))
     assert not output.exists()
+
+
+def test_a_model_without_anything_to_gate(tmp_path, capsys, monkeypatch):
+    def plain(name, channels, image_size, **settings):
+        first = (nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*first, nn.Linear(8, 4))
+
+    monkeypatch.setattr("slimmable.cli.networks.timm_backbone", plain)
+    options = ("--model", "vgg11", *VICREG, "--gate-budget", "0.3", "--images", "64")
+    message = refused(capsys, "pretrain", *options, "--output", str(tmp_path / "run"))
+    assert "--gate-budget needs a --model that can be gated: nothing in this Sequential can be gated" in message
+    assert "0 (8): its layer reads the model's input, of which a gate learns little" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_widths_that_are_no_numbers(tmp_path, capsys):

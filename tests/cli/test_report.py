@@ -8,8 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slimmable import CheckpointError
 from slimmable.cli.progress import Progress
-from slimmable.cli.report import TITLES, UNTRAINED, Row, plot, read_report, to_csv, to_markdown, write_report
+from slimmable.cli.report import (
+    TITLES,
+    UNTRAINED,
+    Row,
+    plot,
+    read_report,
+    read_rows,
+    to_csv,
+    to_markdown,
+    write_report,
+)
 
 shares = st.floats(0, 1)
 names = st.lists(
@@ -48,9 +59,43 @@ def test_markdown_has_a_line_per_width(given_rows, pixels):
     assert f"raw pixels: {100 * pixels:.1f}" in lines[-1]
 
 
+DENSE = Row(1.0, 50, 900, {"knn": 0.75, "linear": 0.5, "untrained_knn": 0.25}, "dense")
+GATED = Row(1.0, 60, 300, {"knn": 0.5, "linear": 0.25, "untrained_knn": 0.125}, "gated 0.3")
+STATIC = Row(1.0, 20, 280, {"knn": 0.5, "linear": 0.125}, "static 0.3")
+
+
+def test_networks_of_a_gated_run_have_a_column(tmp_path):
+    """What was not measured of a network is empty."""
+    write_report(tmp_path, [DENSE, GATED, STATIC], 0.5, "title")
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "network,width,parameters,macs,knn,linear,untrained_knn",
+        "dense,1.0,50,900,0.7500,0.5000,0.2500",
+        "gated 0.3,1.0,60,300,0.5000,0.2500,0.1250",
+        "static 0.3,1.0,20,280,0.5000,0.1250,",
+    ]
+    assert (tmp_path / "metrics.md").read_text().splitlines()[:5] == [
+        "| network | parameters | MACs | kNN | linear | untrained kNN |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| dense | 50 | 900 | 75.0 | 50.0 | 25.0 |",
+        "| gated 0.3 | 60 | 300 | 50.0 | 25.0 | 12.5 |",
+        "| static 0.3 | 20 | 280 | 50.0 | 12.5 |  |",
+    ]
+    assert read_rows(tmp_path) == [DENSE, GATED, STATIC]
+    assert read_report(tmp_path) == {1.0: DENSE}
+
+
+@pytest.mark.parametrize(
+    "text", ["width,parameters,macs,knn\n1,2\n", "width,parameters,macs,taste\n1,2,3,0.5\n", "a\n1\n"]
+)
+def test_another_file_is_no_report(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(CheckpointError, match=r"metrics\.csv is not the report of a run"):
+        read_rows(tmp_path)
+
+
 def test_plot_of_one_width_and_of_many(tmp_path):
     many = [Row(width, 10, int(1e6 * width), {"knn": width, "untrained_knn": 0.1}) for width in (1.0, 0.75, 0.5, 0.25)]
-    for measured in (many, many[:1]):
+    for measured in (many, many[:1], [DENSE, GATED, STATIC]):
         plot(measured, 0.5, "title", tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

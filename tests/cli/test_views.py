@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from slimmable import SlimmableError
 from slimmable.cli.config import VIEWS
-from slimmable.cli.loader import Plain, Steps, Views, batches_of, load
+from slimmable.cli.loader import Plain, Steps, Views, batches_of, load, some_of
 from slimmable.cli.views import make_views, plain_view
 
 
@@ -130,6 +131,17 @@ def test_an_interrupt_does_not_reach_the_workers():
 def test_a_worker_that_ends_is_one_message():
     with pytest.raises(SlimmableError, match=r"a process that reads images ended \(.*; go on with --resume$"):
         list(after_a_signal(signal.SIGKILL))
+
+
+@given(st.integers(1, 60), st.integers(1, 70))
+def test_some_images_are_spread_over_all(count, most):
+    """Among those of a folder, which stand class by class, each class has its share."""
+    numbers = some_of(Plain(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), 8), most).indices
+    assert len(numbers) == min(count, most)
+    assert 0 <= numbers[0] <= numbers[-1] < count
+    gaps = {after - before for before, after in pairwise(numbers)}
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1
+    assert min(gaps, default=1) >= 1
 
 
 def test_images_for_evaluation_come_in_order():
