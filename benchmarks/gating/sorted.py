@@ -147,7 +147,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     """Train, measure, and write the result file and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=20, help="time per batch size")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "sorted", help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
