@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -44,7 +45,8 @@ def extract_gated(
         loader: calibration images, batches as `calibrate_bn` takes them; it is gone through twice.
         keep: keep the units that are open for at least this share of the images, in (0, 1].
         budget: instead of `keep`, keep as many units as cost at most this share of the dense multiply-adds, in (0, 1).
-        round_to: each gate keeps the nearest multiple of it, where it has that many units; 8 or 16 suit processors.
+        round_to: each gate keeps about as many units as have a multiple of it in channels, where it has that many; 8 or
+            16 suit processors. A head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
     Raises:
@@ -72,7 +74,8 @@ def extract_gated(
         found: GatePlan = model.__dict__[PLAN]
         shares = {gate.group: activity[gate.name].cpu().numpy() for gate in found.gates}
         shares = {group: share for group, share in shares.items() if not found.plan.channels.ordered[group]}
-        kept = _over(shares, keep, round_to) if keep is not None else _within(found, shares, budget or 0.0, round_to)
+        steps = _steps(found, round_to)
+        kept = _over(shares, keep, steps) if keep is not None else _within(found, shares, budget or 0.0, steps)
         twin = _of_the_gated_pass(copy_of(model))
     groups = found.plan.groups
     orders = {group: np.argsort(-share, kind="stable") for group, share in shares.items()}
@@ -99,11 +102,21 @@ def _check(keep: float | None, budget: float | None, round_to: int) -> None:
         raise UsageError(f"extract_gated: budget is a share of multiply-adds and must be in (0, 1), got {budget!r}")
 
 
-def _over(shares: Shares, keep: float, round_to: int) -> dict[int, int]:
-    return {group: kept_units(len(share), float(np.mean(share >= keep)), round_to) for group, share in shares.items()}
+def _steps(found: GatePlan, round_to: int) -> dict[int, int]:
+    """Return group -> the fewest units that have a multiple of `round_to` channels."""
+    channels = {
+        gate.group: min((reader.units >= 0).sum() for reader in gate.readers) // gate.units for gate in found.gates
+    }
+    return {group: round_to // math.gcd(round_to, int(each)) for group, each in channels.items()}
 
 
-def _within(found: GatePlan, shares: Shares, budget: float, round_to: int) -> dict[int, int]:
+def _over(shares: Shares, keep: float, steps: Mapping[int, int]) -> dict[int, int]:
+    return {
+        group: kept_units(len(share), float(np.mean(share >= keep)), steps[group]) for group, share in shares.items()
+    }
+
+
+def _within(found: GatePlan, shares: Shares, budget: float, steps: Mapping[int, int]) -> dict[int, int]:
     """Return the counts of as many units, the most open first, as fit the budget."""
     every = np.concatenate([np.full(len(share), group) for group, share in shares.items()])
     order = np.argsort(-np.concatenate(list(shares.values())), kind="stable")
@@ -111,7 +124,8 @@ def _within(found: GatePlan, shares: Shares, budget: float, round_to: int) -> di
     def counts(units: int) -> dict[int, int]:
         first = np.bincount(every[order[:units]], minlength=len(found.plan.channels.units))
         return {
-            group: kept_units(len(share), float(first[group] / len(share)), round_to) for group, share in shares.items()
+            group: kept_units(len(share), float(first[group] / len(share)), steps[group])
+            for group, share in shares.items()
         }
 
     def cost(units: int) -> float:
@@ -126,7 +140,8 @@ def _within(found: GatePlan, shares: Shares, budget: float, round_to: int) -> di
     low, high = 0, len(order)
     if cost(low) > budget * dense:
         raise UsageError(
-            f"extract_gated: the budget is {budget}, but the fewest units for each gate cost {cost(low) / dense:.3f}"
+            f"extract_gated: the budget is {budget}, but the fewest units for each gate cost "
+            f"{cost(low) / dense:.3f}; give more, or a smaller round_to"
         )
     while low < high:
         middle = (low + high + 1) // 2

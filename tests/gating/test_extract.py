@@ -127,6 +127,16 @@ def test_multiples():
             assert 0.45 < slimmable.profile(small, (3, 64, 64), repeats=0).rows[0].macs / dense <= 0.5
 
 
+def test_heads_have_enough_channels_for_a_multiple():
+    model, x = gated_model("test_vit"), images("test_vit")
+    for name, units in (("blocks.0.attn.qkv", 1), ("blocks.0.mlp.fc1", 44)):
+        gates = gates_of(model)[name]
+        gates.at[0] = Constant((torch.arange(gates.at[0].expand.out_features) < units).double()[None])
+    small = slimmable.extract_gated(model, [x], keep=0.5, round_to=16, recalibrate=False)
+    assert small.blocks[0].attn.proj.in_features == 32  # one head of two
+    assert small.blocks[0].mlp.fc1.out_features == 48
+
+
 def test_statistics_are_those_of_the_small_network():
     model, x = gated_model(), images("resnet18", 8)
     set_random_masks(model)
