@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ def gate(
     separate_norms: bool = True,
     temperature: float = TEMPERATURE,
     open_at_zero: bool = False,
+    bias: bool = True,
     inplace: bool = False,
 ) -> nn.Module:
     """Return a model with the weights of `model` and gates that open and close channels for each image.
@@ -55,7 +58,7 @@ def gate(
         skip: patterns of names of layers, or a function of name and module: what these layers make gets no gate.
         separate_norms: give the BatchNorms on gated channels, and those right behind the readers, statistics, gain and
             bias of their own for the gated pass.
-        temperature, open_at_zero: of the gates, see `ChannelGate`.
+        temperature, open_at_zero, bias: of the gates, see `ChannelGate`.
         inplace: gate `model` itself and return it.
 
     Raises:
@@ -83,7 +86,8 @@ def gate(
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
     width = None if state_of(model) is None else width_of(model)
-    built = [_gates(model, found, candidate, temperature, open_at_zero) for candidate in found.gates]
+    make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
+    built = [_gates(model, found, candidate, make) for candidate in found.gates]
     target = model if inplace else copy_of(model)
     for candidate, gates in zip(found.gates, built, strict=True):
         maker = target.get_submodule(candidate.maker)
@@ -111,7 +115,7 @@ def ungate(model: nn.Module) -> nn.Module:
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
     >>> len(model.state_dict()), len(ungate(model).state_dict())
-    (14, 6)
+    (15, 6)
     """
     check_module("ungate", model)
     return remove_gates(model)
@@ -122,7 +126,7 @@ def _child(candidate: Candidate) -> str:
 
 
 def _gates(
-    model: nn.Module, found: GatePlan, candidate: Candidate, temperature: float, open_at_zero: bool
+    model: nn.Module, found: GatePlan, candidate: Candidate, make: Callable[[int, int], nn.Module]
 ) -> LayerGates:
     """Make the gates of one group, one per width, where and of what type the layer's own parameters are."""
     plan = found.plan
@@ -133,8 +137,7 @@ def _gates(
     for column in plan.columns:
         counts = np.array([*column.counts, 1])
         channels = grouping.count(counts, candidate.channels)
-        made = ChannelGate(channels, column.counts[candidate.group], temperature=temperature, open_at_zero=open_at_zero)
-        gates.append(made.to(own.device, own.dtype))
+        gates.append(make(channels, column.counts[candidate.group]).to(own.device, own.dtype))
         for reader, per_width in zip(candidate.readers, units, strict=True):
             per_width.append(reader.units[grouping.mask(counts, reader.ids)].tolist())
     readers = [(reader.axis, per_width) for reader, per_width in zip(candidate.readers, units, strict=True)]

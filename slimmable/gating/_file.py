@@ -34,6 +34,7 @@ def without_gates(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         "example": found.example,
         "skipped": [maker for maker, _, reason in found.refused if reason == SKIPPED],
         "separate_norms": any(isinstance(module, PassNorm) for module in model.modules()),
+        "bias": any(gate.expand.bias is not None for gate in _gates(model)),
         "settings": [[gate.temperature, gate.open_at_zero] for gate in _gates(model)],
     }
     bare = remove_gates(copy_of(model))
@@ -60,7 +61,8 @@ def gate_again(model: nn.Module, data: dict[str, Any]) -> nn.Module:
 
     Raises: an error of some kind if the data is of another model, or anything else.
     """
-    gate(model, **_arguments(model, data), separate_norms=bool(data["separate_norms"]), inplace=True)
+    norms, bias = bool(data["separate_norms"]), bool(data["bias"])
+    gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
     for made, (temperature, open_at_zero) in zip(_gates(model), data["settings"], strict=True):
         check_temperature("load", "temperature", temperature)
         made.temperature, made.open_at_zero = float(temperature), bool(open_at_zero)

@@ -52,9 +52,9 @@ class ChannelGate(nn.Module):
     with noise, see `hard_mask`. The decision is made in float32 at least. `threshold`, a buffer, is
     taken off all logits; it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers. They have no bias. An
-    image without an active hidden unit then has logit 0 for all units: with noise half of them are open, without noise
-    none, so what was trained is not what runs.
+    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers. They have no bias,
+    so an image without an active hidden unit has logit 0 for all units: with noise half of them are open, without
+    noise none, and what was trained is not what runs.
 
     Shapes: (batch, channels), averages over positions -> (batch, units), of zeros and ones.
 

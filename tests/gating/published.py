@@ -78,6 +78,7 @@ def network(golden: dict[str, Tensor], *, separate_norms: bool) -> nn.Module:
         separate_norms=separate_norms,
         temperature=0.66667,
         open_at_zero=True,
+        bias=False,
         inplace=True,
     )
     state = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("threshold")}

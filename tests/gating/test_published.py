@@ -30,7 +30,7 @@ class Replayed:
 
 
 def published_gate():
-    gate = ChannelGate(16, 24, temperature=0.66667, open_at_zero=True).double()
+    gate = ChannelGate(16, 24, temperature=0.66667, open_at_zero=True, bias=False).double()
     names = {"atten_c.0": "reduce", "atten_c.1": "norm", "atten_c.3": "expand"}
     state = {"threshold": gate.threshold}
     for name, tensor in GOLDEN.items():
