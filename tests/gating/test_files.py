@@ -88,7 +88,7 @@ def test_timm_models_come_back(name, widths, tmp_path):
     net = timm.create_model(name, num_classes=5).eval()
     if widths:
         net = slimmable.slimify(net, widths, example_inputs=x)
-    model = trained(slimmable.gate(net, example_inputs=x[:1], temperature=0.4, open_at_zero=True))
+    model = trained(slimmable.gate(net, example_inputs=x[:1], temperature=0.4, open_at_zero=True, bias=False))
     slimmable.save(model, tmp_path / "model.safetensors")
     again = slimmable.load(tmp_path / "model.safetensors")
     same(again, model, x)
