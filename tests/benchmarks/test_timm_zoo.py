@@ -43,7 +43,8 @@ def test_a_line_on_gates_holds_what_they_can_save():
     assert line["least"] == round((patches + model.head.weight.numel()) / row.macs, 4)  # blocks can close altogether
     assert set(line) | {"name", "commit", "error"} == set(records.COLUMNS["gates"])
     page = table.gates_page([{key: str(value) for key, value in line.items()} | {"error": "", "name": "test_vit"}])
-    assert page.startswith("1 of 1 models get gates. 1 were run with numbers")
+    assert page.startswith("1 of 1 models get gates. 1 were run with numbers. ")
+    assert "but for none." in page
 
 
 def test_what_costs_more_than_the_limit_is_named_with_its_share():
