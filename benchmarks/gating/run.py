@@ -30,14 +30,15 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
 from slimmable.cli.networks import build_method, small_resnet
 from slimmable.cli.training import Training
-from slimmable.gating import calibrate_gates, gate_activity
+from slimmable.gating import calibrate_gates, gate_activity, ungate
 from slimmable.training.evaluate import evaluate_features
 
 HERE = Path(__file__).parent
 PLANES = (8, 16, 32, 64)
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 WIDTHS = {0.1: 0.31, 0.2: 0.44, 0.3: 0.56, 0.4: 0.64, 0.5: 0.69}  # with multiply-adds next to these budgets
-ARMS = ("vanilla", "gated", "narrow", "slimmable")
+GATED = ("gated", "no bias")  # gates as by default, and as published
+ARMS = ("vanilla", "gated", "narrow", "slimmable", "no bias")
 FEW = 10  # labelled images of each class in the probe with few labels
 CALIBRATION = 1024  # training images
 SHARED: dict[str, Any] = {
@@ -76,12 +77,14 @@ class Study:
         if arm == "slimmable":
             config = self.configuration(widths=(1.0, *sorted(WIDTHS.values(), reverse=True)))
         else:
-            config = self.configuration(gate_budget=budget if arm == "gated" else None)
+            config = self.configuration(gate_budget=budget if arm in GATED else None)
         backbone = small_resnet(self.images.channels, PLANES)
         if arm == "narrow" and budget is not None:
             width = WIDTHS[budget]
             backbone = slimmable.extract(self.converted(1.0, width), width)
         method = build_method(config, backbone, self.images.channels, len(self.images.classes))
+        if arm == "no bias":
+            slimmable.gate(ungate(method.backbone), example_inputs=self.example, bias=False, inplace=True)
         training = Training(config, method, self.images, torch.device("cpu"))
         training.views = Kept(training.views, self.known)
         start = time.process_time()
@@ -89,7 +92,7 @@ class Study:
             training.take_step()
         seconds = f"{time.process_time() - start:.0f}"
         trained = method.backbone.eval()
-        found = self.gated(trained, budget) if arm == "gated" and budget else self.plain(trained, arm == "slimmable")
+        found = self.gated(trained, budget) if arm in GATED and budget else self.plain(trained, arm == "slimmable")
         for row in found:
             yield {"arm": arm, "budget": budget or "", "seed": self.seed, **row, "seconds": seconds}
 
@@ -162,7 +165,7 @@ def main() -> None:
     for seed in [0] if given.quick else given.seeds:
         study = Study(seed, **more)
         for arm in given.arms:
-            for budget in given.budgets if arm in ("gated", "narrow") else (None,):
+            for budget in (None,) if arm in ("vanilla", "slimmable") else given.budgets:
                 if (arm, str(budget or ""), str(seed)) in {(r["arm"], r["budget"], r["seed"]) for r in read_rows(path)}:
                     continue
                 found = list(study.run(arm, budget))

@@ -22,6 +22,8 @@ NETWORKS = {  # name in the tables -> arm, network
     "dense pass": ("gated", "dense"),
     "gated pass": ("gated", "gated"),
     "gated pass, as trained": ("gated", "gated, as trained"),
+    "dense pass, gates without bias": ("no bias", "dense"),
+    "gated pass, gates without bias": ("no bias", "gated"),
     "static network": ("gated", "static"),
     "narrow, alone": ("narrow", "dense"),
     "slimmable": ("slimmable", ""),
@@ -31,6 +33,7 @@ PAIRS = (
     ("gated pass", "vanilla"),
     ("gated pass", "narrow, alone"),
     ("gated pass", "slimmable"),
+    ("gated pass", "gated pass, gates without bias"),
     ("static network", "gated pass"),
     ("static network", "narrow, alone"),
 )
@@ -77,7 +80,7 @@ def costs(rows: Sequence[Row]) -> str:
             farthest = max(shares, key=lambda share: abs(share - budget), default=0.0)
             cells.append(f"{fmean(shares):.3f} ({farthest:.3f})" if shares else "")
         lines.append((name, *cells))
-    return markdown(("multiply-adds", *map(str, BUDGETS)), lines[1:])
+    return markdown(("multiply-adds", *map(str, BUDGETS)), [line for line in lines if not line[0].startswith("dense")])
 
 
 def page(rows: Sequence[Row], source: str) -> str:
@@ -99,7 +102,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         vanilla = list(values_of(rows, "vanilla", 1.0, column).values())
         if vanilla:
             axes.axhline(fmean(vanilla), color="grey", linewidth=1, label="vanilla, dense")
-        for name in (name for name in NETWORKS if name != "gated pass, as trained"):
+        for name in (name for name in NETWORKS if "," not in name or name == "narrow, alone"):
             found = [list(values_of(rows, name, budget, column).values()) for budget in BUDGETS]
             if not all(found):
                 continue

@@ -28,7 +28,7 @@ def test_rows_and_tables(tmp_path):
     assert "vanilla" not in said
     rows = list(csv.DictReader((tmp_path / "digits.csv").open()))
     found = {(row["arm"], row["network"]): row for row in rows}
-    assert len(found) == len(rows) == 2 + 4 + 6
+    assert len(found) == len(rows) == 2 + 2 * 4 + 6
     for arm, network in (("gated", "gated"), ("gated", "static"), ("narrow", "dense"), ("slimmable", "0.4")):
         assert float(found[arm, network]["share"]) == pytest.approx(0.4, abs=0.05)
     text = table.page(rows, "")
