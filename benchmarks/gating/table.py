@@ -55,6 +55,7 @@ def accuracies(rows: Sequence[Row], column: str) -> str:
     lines = [("vanilla", shown(list(values_of(rows, "vanilla", 1.0, column).values())), *[""] * (len(BUDGETS) - 1))]
     for name in NETWORKS:
         lines.append((name, *(shown(list(values_of(rows, name, budget, column).values())) for budget in BUDGETS)))
+    lines = [line for line in lines if any(line[1:])]
     return markdown(("network", *map(str, BUDGETS)), lines)
 
 
@@ -67,7 +68,7 @@ def differences(rows: Sequence[Row], column: str) -> str:
             ours, theirs = values_of(rows, name, budget, column), values_of(rows, base, budget, column)
             cells.append(shown([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()], sign="+"))
         lines.append((f"{name} minus {base}", *cells))
-    return markdown(("", *map(str, BUDGETS)), lines)
+    return markdown(("", *map(str, BUDGETS)), [line for line in lines if any(line[1:])])
 
 
 def costs(rows: Sequence[Row]) -> str:
@@ -80,7 +81,8 @@ def costs(rows: Sequence[Row]) -> str:
             farthest = max(shares, key=lambda share: abs(share - budget), default=0.0)
             cells.append(f"{fmean(shares):.3f} ({farthest:.3f})" if shares else "")
         lines.append((name, *cells))
-    return markdown(("multiply-adds", *map(str, BUDGETS)), [line for line in lines if not line[0].startswith("dense")])
+    lines = [line for line in lines if any(line[1:]) and not line[0].startswith("dense")]
+    return markdown(("multiply-adds", *map(str, BUDGETS)), lines)
 
 
 def page(rows: Sequence[Row], source: str) -> str:
@@ -141,7 +143,8 @@ def plot_channels(activity: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("stage")
         axes.set_title(f"budget {budget}", fontsize=10)
     figure.axes[0].set_ylabel("share of channels")
-    figure.axes[-1].legend(fontsize=7, loc="upper right")
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=130)
 
 
