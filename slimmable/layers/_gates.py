@@ -13,7 +13,7 @@ from slimmable.layers._container import SwitchableContainer, inner_modules
 from slimmable.layers._pass import Pass
 from slimmable.layers._recompute import Active, in_backward
 
-Seen: TypeAlias = "list[tuple[Tensor, tuple[int, ...]]]"
+Seen: TypeAlias = "list[tuple[Tensor, tuple[int, ...], int]]"
 
 
 class LayerGates(SwitchableContainer):
@@ -73,11 +73,11 @@ class LayerGates(SwitchableContainer):
         return inner_modules(self, "at")[str(index)]
 
     def own_at(self, index: int) -> nn.Module:
-        """Return nothing of interest: extracted networks have no gates."""
-        return nn.Identity()
+        """Return what `remove_gates` takes out: extracted networks have no gates."""
+        return NoGates()
 
     def watch(self, seen: Seen | None) -> None:
-        """Put what is decided from now on, and the positions that were looked at, into a list."""
+        """Put what is decided from now on, the positions that were looked at and the width's index into a list."""
         self.__dict__["seen"], self.__dict__["mask"] = seen, None
 
     def decide(self, source: Tensor) -> None:
@@ -88,7 +88,7 @@ class LayerGates(SwitchableContainer):
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         self.__dict__["mask"] = mask
         if self.seen is not None and not in_backward():
-            self.seen.append((mask, tuple(source.shape[axis] for axis in others)))
+            self.seen.append((mask, tuple(source.shape[axis] for axis in others), self._slim.index))
 
     def masked(self, source: Tensor, number: int) -> Tensor:
         """Return the input of a layer with closed units set to zero."""
@@ -120,6 +120,10 @@ class LayerGates(SwitchableContainer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a forward."""
         return {**self.__dict__, "mask": None, "seen": None}
+
+
+class NoGates(nn.Identity):
+    """What is in the place of gates while a network is extracted."""
 
 
 def _index(units: Sequence[int], device: torch.device | None) -> Tensor:
