@@ -16,7 +16,7 @@ from slimmable.gating._costs import Costs
 from slimmable.gating._find import GatePlan, costs_for
 from slimmable.gating._gate import ChannelGate
 from slimmable.layers._gated import GATE, PLAN, Gated, LayerGates, Pass, gated_parts
-from slimmable.layers._gates import Seen
+from slimmable.layers._gates import Decision
 
 
 class GatedPass:
@@ -28,7 +28,7 @@ class GatedPass:
 
     def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
         self._model = model
-        self._seen: dict[LayerGates, Seen] = {each: [] for each in gates}
+        self._seen: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
         self._sizes: dict[tuple[int, ...], Costs] = {}
 
     def masks(self) -> dict[str, Tensor]:
@@ -42,7 +42,10 @@ class GatedPass:
         if not all(self._seen.values()):
             idle = next(gates.name for gates, seen in self._seen.items() if not seen)
             raise UsageError(f"the gate of {idle} has decided nothing: run the model inside `with gated(model)`")
-        found = {gates.name: torch.cat([mask for mask, *_ in seen]) for gates, seen in self._seen.items()}
+        found = {
+            gates.name: torch.cat([each.mask for each in seen if each.mask is not None])
+            for gates, seen in self._seen.items()
+        }
         if len({len(mask) for mask in found.values()}) > 1:
             counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
             raise UsageError(
@@ -100,7 +103,7 @@ class GatedPass:
 
     def _index(self) -> int:
         """Return the index of the width that the model has run at; before it has, of the active one."""
-        found = {index for seen in self._seen.values() for *_, index in seen}
+        found = {each.index for seen in self._seen.values() for each in seen}
         if len(found) > 1:
             raise UsageError("the model has run at several widths; give each a `with gated(model)` block of its own")
         return found.pop() if found else next(iter(self._seen))._slim.index
@@ -121,7 +124,7 @@ class GatedPass:
             costs = self._sizes[key]
         for gates, seen in self._seen.items():
             expected = costs.positions[gates.name.partition("/")[0]]
-            for _, positions, _ in seen:
+            for positions in {each.positions for each in seen}:
                 if positions != expected:
                     raise UsageError(
                         f"{gates.name} has read {positions} positions, but for the size to be counted it reads "

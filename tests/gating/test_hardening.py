@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from slimmable.gating import GateBudget, annealed, calibrate_gates, gate_activity, ungate
@@ -71,6 +72,27 @@ def test_a_forward_that_was_broken_off():
         model(torch.ones(3, 4))
     with pytest.raises(slimmable.UsageError, match=r"different numbers of images \(2 6, 4 3\)"):
         run.masks()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_checkpoints_between_a_gate_and_what_it_masks(inside):
+    model = gated_model().eval()
+
+    def gradient(run_part):
+        model.zero_grad()
+        with slimmable.gated(model) as run:
+            scores = [run_part(model[5:], model[:5](x)) for x in (IMAGES, 1 - 2 * IMAGES)]
+            if inside:
+                scores[0].sum().backward()
+        assert not torch.equal(*run.masks()["2"].chunk(2))
+        if not inside:
+            scores[0].sum().backward()
+        return model[5].weight.grad.clone()
+
+    torch.nn.init.normal_(model[2].channel_gate.at[0].expand.bias)
+    expected = gradient(lambda part, x: part(x))
+    found = gradient(lambda part, x: checkpoint(part, x, use_reentrant=False))
+    torch.testing.assert_close(found, expected)
 
 
 class Attending(nn.Module):
