@@ -22,7 +22,7 @@ from slimmable.analysis._make import make_plan
 from slimmable.analysis._sizes import feature_sizes, layer_sizes
 from slimmable.analysis.ordering import magnitude_order, permute
 from slimmable.analysis.plan import Plan, Setting
-from slimmable.layers._container import SwitchableContainer
+from slimmable.layers._container import SwitchableContainer, replace_modules
 from slimmable.layers._gated import has_gates, remove_gates
 from slimmable.layers._state import is_slim, state_of
 from slimmable.layers._switch import SwitchableNorm
@@ -254,21 +254,12 @@ def _has_the_tensors(model: nn.Module, plan: Plan) -> bool:
 def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
     """Take all views and containers off `model`; return the containers by path."""
     norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
-    _replace(model, {id(norm): norm.to_norm() for norm in norms.values()})
+    replace_modules(model, {id(norm): norm.to_norm() for norm in norms.values()})
     for module in model.modules():
         module.__dict__.pop("_slim_root", None)
         if is_slim(module) and not isinstance(module, SwitchableContainer):
             remove_view(module)
     return norms
-
-
-def _replace(model: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
-    """Put modules in the places of others, given by `id`; return the root."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and id(child) in new:
-                module._modules[name] = new[id(child)]
-    return new.get(id(model), model)
 
 
 def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
@@ -300,7 +291,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
                 sizes |= feature_sizes(module, found.columns[0], found.columns)
             install_view(module, found.widths, cut, values, sizes, caches)
             _know(module, found, path)
-    root = _replace(model, norms)
+    root = replace_modules(model, norms)
     root.__dict__["_slim_root"] = True
     return root
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import DataError
+from slimmable._errors import DataError, UsageError
 from slimmable._modes import in_eval_mode
-from slimmable.gating._passes import GatedPass, gated
+from slimmable.gating._passes import GatedPass, gated, parts_of
 from slimmable.training.calibrate import Batch, arguments_of
 
 Taken = TypeVar("Taken")
@@ -26,7 +26,9 @@ def gate_activity(model: nn.Module, loader: Iterable[Batch]) -> dict[str, Tensor
         model: gated.
         loader: batches as `calibrate_bn` takes them.
 
-    Raises: UsageError: if the model has no gates. DataError: if the loader is empty or holds something else.
+    Raises:
+        UsageError: if the model has no gates, or the loader is no list of batches or the like.
+        DataError: if the loader is empty or holds something else.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -51,8 +53,11 @@ def over_batches(
 ) -> list[Taken]:
     """Run a gated pass in eval mode on each batch, and return what `take` makes of each.
 
-    Raises: DataError: if the loader is empty or holds something else; `where` is for the message.
+    Raises: as `gate_activity`; `where` is for the message.
     """
+    parts_of(where, model)
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
     device = next(model.parameters()).device
     found = []
     with in_eval_mode(model):

@@ -12,7 +12,7 @@ from slimmable._errors import UsageError
 from slimmable.gating._activity import over_batches
 from slimmable.gating._gate import ChannelGate
 from slimmable.gating._losses import check_target
-from slimmable.gating._passes import GatedPass
+from slimmable.gating._passes import GatedPass, parts_of
 from slimmable.layers._gated import LayerGates
 from slimmable.training.calibrate import Batch
 
@@ -37,7 +37,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[Batch], budget: float) ->
 
     Raises:
         UsageError: if the budget is outside (0, 1), costs less than all gates closed or more than all open, or the
-            model has no gates.
+            model has no gates, or the loader can be gone through once only.
         DataError: if the loader is empty or holds something else.
 
     >>> import slimmable
@@ -47,11 +47,11 @@ def calibrate_gates(model: nn.Module, loader: Iterable[Batch], budget: float) ->
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
     """
-    check_target("calibrate_gates", budget)
+    check_target("calibrate_gates", budget, "budget")
     if isinstance(loader, Iterator):
         raise UsageError("calibrate_gates: the loader is gone through often; give a list or a DataLoader, no iterator")
-    parts = [module for module in model.modules() if isinstance(module, LayerGates)]
-    gates = [part.module_at(part._slim.index) for part in parts]
+    parts = parts_of("calibrate_gates", model)
+    gates = [part.module_at(part._slim.index) for part in parts if isinstance(part, LayerGates)]
     thresholds = [gate.threshold for gate in gates if isinstance(gate, ChannelGate)]
     before = [threshold.clone() for threshold in thresholds]
 

@@ -15,6 +15,7 @@ from slimmable.convert import Skip, copy_of
 from slimmable.gating._find import GatePlan, gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
 from slimmable.gating._judge import Candidate
+from slimmable.layers._container import replace_modules
 from slimmable.layers._gated import (
     GATE,
     PLAN,
@@ -97,10 +98,9 @@ def gate(
     for candidate, gates in zip(found.gates, built, strict=True):  # behind the masks of what the same layer reads
         target.get_submodule(candidate.maker).register_forward_pre_hook(Look(gates))
     if separate_norms:
-        for path in dict.fromkeys(path for candidate in found.gates for path in candidate.norms):
-            parent, _, name = path.rpartition(".")
-            owner = target.get_submodule(parent)
-            owner._modules[name] = PassNorm.of(target.get_submodule(path), len(found.plan.columns))
+        paths = {path for candidate in found.gates for path in candidate.norms}
+        norms = [target.get_submodule(path) for path in paths]
+        replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
     target.register_load_state_dict_pre_hook(refuse_other_gates)  # type: ignore[no-untyped-call]
     target.__dict__[PLAN] = found
     if width is not None:

@@ -89,7 +89,7 @@ def costs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> Costs:
 
 def _images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     tensors = output_tensors((args, kwargs))
-    if not tensors or not tensors[0].ndim:
+    if not tensors or not tensors[0].ndim or not len(tensors[0]):
         raise ConversionError("gates are for models whose first input is a tensor with one row per image")
     return len(tensors[0])
 

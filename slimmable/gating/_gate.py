@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
-from slimmable.losses._checks import check_temperature
+from slimmable.losses._checks import as_number, check_temperature
 from slimmable.losses._cosines import at_least_float32
 
 TEMPERATURE = 2 / 3
@@ -137,7 +137,11 @@ def annealed(
 
     Before `first_epoch` it is `start`. With the defaults it is the `p` of the bound loss (Krishna et al. 2023).
 
+    Raises: UsageError: if the epoch is no number.
+
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
     """
+    if math.isnan(as_number(epoch)):
+        raise UsageError(f"annealed: epoch must be a number, got {epoch!r}")
     return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
 from slimmable.gating._gate import annealed
-from slimmable.losses._checks import as_number
+from slimmable.losses._checks import as_number, check_factor
 from slimmable.training.distributed import gather
 
 
+@runtime_checkable
 class Pass(Protocol):
     """What `GateBudget` needs of a gated pass; `gated(model)` gives one."""
 
@@ -107,7 +108,7 @@ class GateBudget(nn.Module):
         first_epoch: from which on they do.
         closed_gradient: as in `open_shares`.
 
-    Raises: UsageError: if the target is outside (0, 1).
+    Raises: UsageError: if the target is outside (0, 1), or another number is below 0.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -131,12 +132,19 @@ class GateBudget(nn.Module):
     ) -> None:
         super().__init__()
         check_target("GateBudget", target)
+        for name, value in {"budget": budget, "bound": bound, "alpha": alpha, "first_epoch": first_epoch}.items():
+            check_factor("GateBudget", name, value)
         self.target, self.budget, self.bound = target, budget, bound
         self.alpha, self.first_epoch, self.closed_gradient = alpha, first_epoch, closed_gradient
         self.reached: Tensor | None = None
 
     def forward(self, run: Pass, epoch: float) -> Tensor:
-        """Return the sum of both losses for the images of a gated pass, a scalar."""
+        """Return the sum of both losses for the images of a gated pass, a scalar.
+
+        Raises: UsageError: if `run` is no gated pass, or `epoch` no number.
+        """
+        if not isinstance(run, Pass):
+            raise UsageError(f"GateBudget: give it what `with gated(model) as run` gives, got {type(run).__name__}")
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)
         opened = gather(open_shares(run.masks().values(), closed_gradient=self.closed_gradient)[None]).mean(0)
         share = gather(run.share())
@@ -148,12 +156,12 @@ class GateBudget(nn.Module):
         return f"target={self.target}, budget={self.budget}, bound={self.bound}, alpha={self.alpha}"
 
 
-def check_target(where: str, target: float) -> None:
+def check_target(where: str, target: float, name: str = "target") -> None:
     """Refuse a share of multiply-adds outside (0, 1).
 
     Raises: UsageError.
     """
     if not 0 < as_number(target) < 1:
         raise UsageError(
-            f"{where}: target is the share of the dense network's multiply-adds and must be in (0, 1), got {target!r}"
+            f"{where}: {name} is the share of the dense network's multiply-adds and must be in (0, 1), got {target!r}"
         )

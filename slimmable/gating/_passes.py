@@ -16,17 +16,19 @@ from slimmable.gating._costs import Costs
 from slimmable.gating._find import GatePlan, costs_for
 from slimmable.gating._gate import ChannelGate
 from slimmable.layers._gated import GATE, PLAN, Gated, LayerGates, Pass, gated_parts
+from slimmable.layers._gates import Decision
 
 
 class GatedPass:
     """What the gates have decided in the forwards of one `with gated(model) as run:` block.
 
-    Images of several forwards stand one behind the other. All results keep their gradient.
+    Images of several forwards, at one width, stand one behind the other. All results keep their gradient; a forward in
+    `torch.utils.checkpoint.checkpoint` has none with `use_reentrant=True`, so give it `use_reentrant=False`.
     """
 
     def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
         self._model = model
-        self._seen: dict[LayerGates, list[tuple[Tensor, tuple[int, ...]]]] = {each: [] for each in gates}
+        self._seen: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
         self._sizes: dict[tuple[int, ...], Costs] = {}
 
     def masks(self) -> dict[str, Tensor]:
@@ -34,12 +36,23 @@ class GatedPass:
 
         A layer that makes several groups has `/1` and so on behind its name, from the second one on.
 
-        Raises: UsageError: if the model has not run in the block.
+        Raises: UsageError: if the model has not run in the block, or at several widths, or not to its end.
         """
+        self._index()
         if not all(self._seen.values()):
             idle = next(gates.name for gates, seen in self._seen.items() if not seen)
             raise UsageError(f"the gate of {idle} has decided nothing: run the model inside `with gated(model)`")
-        return {gates.name: torch.cat([mask for mask, _ in seen]) for gates, seen in self._seen.items()}
+        found = {
+            gates.name: torch.cat([each.mask for each in seen if each.mask is not None])
+            for gates, seen in self._seen.items()
+        }
+        if len({len(mask) for mask in found.values()}) > 1:
+            counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
+            raise UsageError(
+                f"the gates have decided for different numbers of images ({counts}): a forward was broken off, which "
+                "takes a new `with gated(model)` block, or at this image size some layers see windows and not images"
+            )
+        return found
 
     def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         """Return layer -> its multiply-adds for each image, in float64, shape (images,).
@@ -55,8 +68,8 @@ class GatedPass:
         masks = self.masks()
         found, costs = self._costs(input_size)
         group_of = {gate.name: gate.group for gate in found.gates}
-        gates = next(iter(self._seen))
-        counts = found.plan.columns[gates._slim.index].counts
+        index = self._index()
+        counts = found.plan.columns[index].counts
         doubles = {name: mask.double() for name, mask in masks.items()}
         some = next(iter(doubles.values()))
         layers = costs.layers({group_of[name]: mask for name, mask in doubles.items()}, counts)
@@ -66,7 +79,7 @@ class GatedPass:
 
         macs = {path: of_each_image(cost) for path, cost in layers.items()}
         for each in self._seen:
-            own = each.module_at(each._slim.index)
+            own = each.module_at(index)
             cost = own.macs if isinstance(own, ChannelGate) else 0
             macs[f"{each.name}.{GATE}"] = of_each_image(cost)
         return macs
@@ -79,14 +92,21 @@ class GatedPass:
         return torch.stack(list(self.layer_macs(input_size).values())).sum(0)
 
     def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
-        """Return the multiply-adds of an image in the dense pass, at the active width."""
+        """Return the multiply-adds of an image in the dense pass, at the width that the model has run at."""
         found, costs = self._costs(input_size)
-        counts = found.plan.columns[next(iter(self._seen))._slim.index].counts
+        counts = found.plan.columns[self._index()].counts
         return float(sum(costs.layers({}, counts).values()))
 
     def share(self, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Return the multiply-adds of each image over those of the dense pass: shape (images,)."""
         return self.macs(input_size) / self.dense_macs(input_size)
+
+    def _index(self) -> int:
+        """Return the index of the width that the model has run at; before it has, of the active one."""
+        found = {each.index for seen in self._seen.values() for each in seen}
+        if len(found) > 1:
+            raise UsageError("the model has run at several widths; give each a `with gated(model)` block of its own")
+        return found.pop() if found else next(iter(self._seen))._slim.index
 
     def _costs(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, Costs]:
         root = next((module for module in self._model.modules() if PLAN in module.__dict__), None)
@@ -96,13 +116,15 @@ class GatedPass:
         if input_size is None:
             costs = found.costs
         else:
+            if not isinstance(input_size, (tuple, list)):
+                raise UsageError(f"input_size is the size of one image, such as (3, 224, 224), got {input_size!r}")
             key = tuple(input_size)
             if key not in self._sizes:
                 self._sizes[key] = costs_for(root, found, image_batch(root, key, images=1))
             costs = self._sizes[key]
         for gates, seen in self._seen.items():
             expected = costs.positions[gates.name.partition("/")[0]]
-            for _, positions in seen:
+            for positions in {each.positions for each in seen}:
                 if positions != expected:
                     raise UsageError(
                         f"{gates.name} has read {positions} positions, but for the size to be counted it reads "
@@ -115,9 +137,11 @@ class GatedPass:
 def gated(model: nn.Module) -> Iterator[GatedPass]:
     """Run a block with the gates on; it gives what they decide. Afterwards the pass is what it was before.
 
-    In training the gates decide with noise, in eval without. Works on a gated model and on any wrapper around it.
+    In training the gates decide with noise, in eval without. Works on a gated model and on any wrapper around it. A
+    copy that is made inside of the block stays gated, so make it outside.
 
-    Raises: UsageError: if the model has no gates. In eval, gates that were never trained give a warning.
+    Raises: UsageError: if the model has no gates, or holds several gated models. In eval, gates that were never trained
+        give a warning.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -127,10 +151,16 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     >>> run.macs().shape, run.dense_macs()
     (torch.Size([3]), 352.0)
     """
-    parts = _parts("gated", model)
+    parts = parts_of("gated", model)
+    roots = [path for path, module in model.named_modules() if PLAN in module.__dict__]
+    if len(roots) > 1:
+        raise UsageError(
+            f"gated: this {type(model).__name__} holds {len(roots)} gated models, {', '.join(roots)}; give each a "
+            "`with gated(...)` of its own"
+        )
     gates = [part for part in parts if isinstance(part, LayerGates)]
     norm = getattr(gates[0].at[0], "norm", None)
-    if isinstance(norm, nn.BatchNorm1d) and not norm.training and norm.num_batches_tracked == 0:
+    if isinstance(norm, nn.BatchNorm1d) and not norm.training and _is_zero(norm.num_batches_tracked):
         warnings.warn(
             f"the gates of this {type(model).__name__} were never trained; what they open is chance", stacklevel=3
         )
@@ -159,11 +189,19 @@ def dense(model: nn.Module) -> Iterator[None]:
     ...     torch.equal(model(torch.ones(1, 4)), net(torch.ones(1, 4)))
     True
     """
-    with _during(_parts("dense", model), Pass.DENSE):
+    with _during(parts_of("dense", model), Pass.DENSE):
         yield
 
 
-def _parts(where: str, model: nn.Module) -> list[Gated]:
+def _is_zero(count: Tensor | None) -> bool:
+    return count is not None and not count.is_meta and bool(count == 0)
+
+
+def parts_of(where: str, model: nn.Module) -> list[Gated]:
+    """Return what reacts to the pass.
+
+    Raises: UsageError: if there are no gates; `where` is for the message.
+    """
     check_module(where, model)
     parts = gated_parts(model)
     if not any(isinstance(part, LayerGates) for part in parts):

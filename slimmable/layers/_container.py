@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 from torch import nn
@@ -41,6 +41,15 @@ class SwitchableContainer(nn.Module):
     def extra_repr(self) -> str:
         """Name the widths and the active one."""
         return f"widths={self.widths}, width={self.width}"
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put modules in all places of others, given by `id`; return the root."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and id(child) in new:
+                module._modules[name] = new[id(child)]
+    return new.get(id(model), model)
 
 
 def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from slimmable.layers._container import replace_modules
 from slimmable.layers._gate_tensors import refuse_other_gates as refuse_other_gates
 from slimmable.layers._gates import LayerGates as LayerGates
 from slimmable.layers._gates import Look as Look
 from slimmable.layers._gates import Mask as Mask
+from slimmable.layers._gates import NoGates as NoGates
 from slimmable.layers._pass import Pass as Pass
 from slimmable.layers._pass_norm import PassNorm as PassNorm
 
@@ -33,11 +35,10 @@ def remove_gates(model: nn.Module) -> nn.Module:
                 del module._load_state_dict_pre_hooks[key]
         module.__dict__.pop(PLAN, None)
         for name, child in list(module._modules.items()):
-            if isinstance(child, PassNorm):
-                module._modules[name] = child.without()
-            elif isinstance(child, LayerGates) or name.startswith(GATE):  # in an extracted network it is something else
+            if isinstance(child, (LayerGates, NoGates)):
                 del module._modules[name]
-    return model.without() if isinstance(model, PassNorm) else model
+    norms = [module for module in model.modules() if isinstance(module, PassNorm)]
+    return replace_modules(model, {id(norm): norm.without() for norm in norms})
 
 
 def has_gates(model: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,23 @@ from slimmable.layers._container import SwitchableContainer, inner_modules
 from slimmable.layers._pass import Pass
 from slimmable.layers._recompute import Active, in_backward
 
-Seen: TypeAlias = "list[tuple[Tensor, tuple[int, ...]]]"
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a gate has decided in one forward.
+
+    Attributes:
+        mask: of shape (images, units); None before there is one.
+        positions: the sizes of what the layer read, without batch and channels.
+        index: of the width.
+    """
+
+    mask: Tensor | None
+    positions: tuple[int, ...]
+    index: int
+
+
+_NONE = Decision(None, (), 0)
 
 
 class LayerGates(SwitchableContainer):
@@ -32,8 +49,8 @@ class LayerGates(SwitchableContainer):
     """
 
     state: Active[Pass]
-    mask: Tensor | None
-    seen: Seen | None
+    decision: Active[Decision]
+    seen: list[Decision] | None
 
     def __init__(
         self,
@@ -50,7 +67,7 @@ class LayerGates(SwitchableContainer):
         self.reader_axes = tuple(axis for axis, _ in readers)
         self._indices: dict[str, tuple[int, ...]] = {}
         self.__dict__["state"] = Active(Pass.DENSE)
-        self.__dict__["mask"] = None
+        self.__dict__["decision"] = Active(_NONE)
         self.__dict__["seen"] = None
         for number, (_, per_width) in enumerate(readers):
             for index, units in enumerate(per_width):
@@ -73,12 +90,12 @@ class LayerGates(SwitchableContainer):
         return inner_modules(self, "at")[str(index)]
 
     def own_at(self, index: int) -> nn.Module:
-        """Return nothing of interest: extracted networks have no gates."""
-        return nn.Identity()
+        """Return what `remove_gates` takes out: extracted networks have no gates."""
+        return NoGates()
 
-    def watch(self, seen: Seen | None) -> None:
-        """Put what is decided from now on, and the positions that were looked at, into a list."""
-        self.__dict__["seen"], self.__dict__["mask"] = seen, None
+    def watch(self, seen: list[Decision] | None) -> None:
+        """Put what is decided from now on into a list."""
+        self.__dict__["seen"], self.decision.active = seen, _NONE
 
     def decide(self, source: Tensor) -> None:
         """Look at the input of the layer and keep the mask for the layers that read what it makes."""
@@ -86,15 +103,16 @@ class LayerGates(SwitchableContainer):
             return
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
-        self.__dict__["mask"] = mask
+        decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index)
+        self.decision.active = decision
         if self.seen is not None and not in_backward():
-            self.seen.append((mask, tuple(source.shape[axis] for axis in others)))
+            self.seen.append(decision)
 
     def masked(self, source: Tensor, number: int) -> Tensor:
         """Return the input of a layer with closed units set to zero."""
         if self.state.active is not Pass.GATED:
             return source
-        mask = self.mask
+        mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
             raise UsageError(
                 f"a layer reads what {self.name} makes, but its gate has "
@@ -119,7 +137,11 @@ class LayerGates(SwitchableContainer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a forward."""
-        return {**self.__dict__, "mask": None, "seen": None}
+        return {**self.__dict__, "decision": Active(_NONE), "seen": None}
+
+
+class NoGates(nn.Identity):
+    """What is in the place of gates while a network is extracted."""
 
 
 def _index(units: Sequence[int], device: torch.device | None) -> Tensor:

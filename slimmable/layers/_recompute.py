@@ -64,7 +64,7 @@ class Active(Generic[C]):
 
     def switch(self, column: C, following: int) -> None:
         """Do as setting `active` where `next_node` gives a number, this one; quicker for many at a time."""
-        self._now = column
+        self._now, self._again = column, None
         switches = self._switches
         if switches[-1][0] == following:  # no node was made since the last switch
             switches.pop()

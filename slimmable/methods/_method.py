@@ -122,7 +122,7 @@ class Method(nn.Module):
         Raises:
             DivergedError: before its `backward`, if a loss is not finite.
             UsageError: if the recipe is of another model, the batch has the wrong number of views, or `gates` is given
-                for an encoder without gates, or for a method whose encoder sees one view.
+                for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
             DataError: if views are not tensors with one entry for each image.
         """
         self._check(recipe, batch, autocast, gates)
@@ -177,6 +177,11 @@ class Method(nn.Module):
                 raise UsageError(f"{name}.step: gates must be a GateBudget or None, got {type(gates).__name__}")
             if not has_gates(self.encoder):
                 raise UsageError(f"{name}.step: the encoder has no gates; make some with slimmable.gate")
+            if recipe.random_widths:
+                raise UsageError(
+                    f"{name}.step: the recipe has random_widths, but gates are for the widths that slimify was given; "
+                    "make it without them"
+                )
         check_batch(name, batch, self.views)
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:

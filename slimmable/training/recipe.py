@@ -67,7 +67,7 @@ class SlimRecipe:
         self.distill = distill
         self.weights = _weight_of_each(widths_of(model), weights)
         self._mode = _check_sandwich(model, weights, random_widths) if random_widths else None
-        self._random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
+        self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
         self.slow_start = _check_share("slow_start", slow_start)
         self._step: _Step | None = None
         self._loop: weakref.ref[Generator[float, None, None]] | None = None
@@ -198,7 +198,7 @@ class SlimRecipe:
     def _drawn(self, mode: str) -> dict[float, float]:
         """Return width -> weight of a step with random widths, from the widest to the narrowest."""
         widest, *_, narrowest = self.weights
-        drawn = [self._random.uniform(narrowest, widest) for _ in range(self._random_widths)]
+        drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
         return _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), mode)
 
     def _views(self, step: _Step, teach: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:

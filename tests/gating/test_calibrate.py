@@ -100,7 +100,7 @@ def test_more_budget_opens_more():
 @pytest.mark.parametrize(
     ("loader", "budget", "error", "message"),
     [
-        (IMAGES, 0.0, UsageError, r"calibrate_gates: target .* in \(0, 1\), got 0.0"),
+        (IMAGES, 0.0, UsageError, r"calibrate_gates: budget .* in \(0, 1\), got 0.0"),
         (
             IMAGES,
             0.01,

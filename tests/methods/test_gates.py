@@ -15,7 +15,7 @@ import slimmable
 from slimmable import GateBudget, methods
 from slimmable._errors import UsageError
 from slimmable.training import average_gradients, cosine_momentum
-from tests.methods.networks import WIDTHS, batch_of, gradients_of, make, recipe_of
+from tests.methods.networks import DIM, FEATURES, HIDDEN, WIDTHS, batch_of, encoder, gradients_of, make, recipe_of
 from tests.methods.test_methods import ORACLES
 from tests.two_processes import run_in_two
 
@@ -96,6 +96,16 @@ def test_without_a_budget_gates_are_off(name):
     found = method.step(recipe_of(method), batch_of(method), progress=0.8)
     assert found == pytest.approx(plain.step(recipe_of(plain), batch_of(plain), progress=0.8), rel=1e-12)
     assert all(gradient is None for label, gradient in gradients_of(method).items() if "channel_gate" in label)
+
+
+def test_random_widths_are_refused_before_anything_changes():
+    torch.manual_seed(0)
+    network = encoder(methods.VICReg.projector(FEATURES, HIDDEN, DIM), (1.0, 0.25), universal=True)
+    method = methods.VICReg(slimmable.gate(network, example_inputs=EXAMPLE, inplace=True))
+    recipe = slimmable.SlimRecipe(method.online, random_widths=1)
+    with pytest.raises(UsageError, match="the recipe has random_widths, but gates are for the widths"):
+        method.step(recipe, batch_of(method), 0.5, gates=GateBudget(0.3))
+    assert all(gradient is None for gradient in gradients_of(method).values())
 
 
 @pytest.mark.parametrize(
