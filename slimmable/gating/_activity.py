@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from slimmable._errors import DataError, UsageError
 from slimmable._modes import in_eval_mode
-from slimmable.gating._passes import GatedPass, gated, parts_of
+from slimmable.gating._gated_pass import GatedPass
+from slimmable.gating._passes import gated, parts_of
 from slimmable.training.calibrate import Batch, arguments_of
 
 Taken = TypeVar("Taken")

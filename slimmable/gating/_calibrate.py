@@ -11,8 +11,9 @@ from torch import nn
 from slimmable._errors import UsageError
 from slimmable.gating._activity import over_batches
 from slimmable.gating._gate import ChannelGate
+from slimmable.gating._gated_pass import GatedPass
 from slimmable.gating._losses import check_target
-from slimmable.gating._passes import GatedPass, parts_of
+from slimmable.gating._passes import parts_of
 from slimmable.layers._gated import LayerGates
 from slimmable.training.calibrate import Batch
 

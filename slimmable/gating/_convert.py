@@ -49,6 +49,8 @@ def gate(
     whole attention heads. The gate looks at what the maker reads; the mask goes on the inputs of the readers, which is
     the same as dropping the channels. `print(gate_plan(model))` shows what is gated and what is not, and why.
 
+    Of every tensor the first axis is that of the images; models with another order cannot be told from those.
+
     Outside of `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
     gates for each of its widths; convert it first, then gate it. `save` and `load` know gates; a state dict of other
     gates than the model's is a CheckpointError, before any of it is loaded.
