@@ -25,7 +25,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     Raises: UsageError: if the model has no gates, or holds several gated models. In eval, gates that were never trained
         give a warning.
 
-    >>> import slimmable
+    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
     >>> with gated(model) as run:
@@ -64,7 +64,7 @@ def dense(model: nn.Module) -> Iterator[None]:
 
     Raises: UsageError: if the model has no gates.
 
-    >>> import slimmable
+    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
     >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
     >>> with dense(model):
