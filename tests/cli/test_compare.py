@@ -70,7 +70,8 @@ def test_the_csv_has_every_row_of_every_run(tmp_path_factory, found):
     runs = [make_run(root / str(number), rows) for number, rows in enumerate(found)]
     assert main(["compare", *runs, "--output", str(root / "out")]) == 0
     with (root / "out" / "compare.csv").open(newline="") as file:
-        lines = [list(map(float, (line["run"], *list(line.values())[2:]))) for line in csv.DictReader(file)]
+        columns = ("run", "width", "parameters", "macs", "knn", "linear")
+        lines = [[float(line[column]) for column in columns] for line in csv.DictReader(file)]
     assert lines == [
         [number, row.width, row.parameters, row.macs, row.shares["knn"], row.shares["linear"]]
         for number, rows in enumerate(found)
