@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.data import Subset
 
-from slimmable.cli.loader import Views
+from slimmable.cli.images import ImageSet
+from slimmable.cli.loader import Plain, Views
 
 
 class Kept(Views):
@@ -26,3 +28,9 @@ def few_of_each(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Return the numbers of `count` images of each class."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == number][:count] for number in labels.unique()])
+
+
+def first_of(images: ImageSet, size: int, most: int) -> Subset[torch.Tensor]:
+    """Return the first `most` images, of one size."""
+    plain = Plain(images, size)
+    return Subset(plain, range(min(most, len(plain))))

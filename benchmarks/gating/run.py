@@ -22,7 +22,7 @@ from torch import nn
 
 import slimmable
 from benchmarks.measuring import append_rows, read_rows
-from benchmarks.training_data import Kept, few_of_each
+from benchmarks.training_data import Kept, few_of_each, first_of
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
 from slimmable.cli.evaluation import features_at_widths
@@ -107,7 +107,7 @@ class Study:
 
     def gated(self, backbone: nn.Module, budget: float) -> Iterator[dict[str, Any]]:
         """Yield a row for each pass, for gates as they were trained, and for the static network."""
-        some = list(batches_of(Plain(self.images.train, self.size[1]), most=CALIBRATION))
+        some = list(batches_of(first_of(self.images.train, self.size[1], CALIBRATION)))
         held_out = list(batches_of(Plain(self.images.test, self.size[1])))
         yield from self.plain(backbone, slim=False)
         yield self.gated_pass(backbone, "gated, as trained")

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import slimmable
 from benchmarks.gating.run import SHARED
 from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
+from benchmarks.training_data import first_of
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
-from slimmable.cli.loader import Plain, batches_of
+from slimmable.cli.loader import batches_of
 from slimmable.cli.networks import build_method, small_resnet
 from slimmable.cli.training import Training
 from slimmable.gating import calibrate_gates, gated
@@ -48,8 +49,8 @@ def trained(**more: Any) -> tuple[nn.Module, Tensor]:
     while training.step < training.steps:
         training.take_step()
     model = method.backbone.eval()
-    calibrate_gates(model, list(batches_of(Plain(images.train, config.image_size), most=IMAGES)), BUDGET)
-    return model, torch.cat(list(batches_of(Plain(images.test, config.image_size), most=IMAGES)))
+    calibrate_gates(model, list(batches_of(first_of(images.train, config.image_size, IMAGES))), BUDGET)
+    return model, torch.cat(list(batches_of(first_of(images.test, config.image_size, IMAGES))))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,8 +16,9 @@ from slimmable.cli.evaluation import features_in, finetuned_accuracies
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row
-from slimmable.convert import copy_of, extract
-from slimmable.gating import ChannelGate, calibrate_gates, extract_gated, gated
+from slimmable.convert import extract
+from slimmable.gating import GatePlan, calibrate_gates, extract_gated, gated
+from slimmable.layers._gated import PLAN
 from slimmable.profile import parameter_count, profile
 from slimmable.training.evaluate import Probe, evaluate_features
 
@@ -26,18 +26,13 @@ _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks; those of Krishna
 _CALIBRATION = 1024  # training images
 
 
-def check_budget(config: PretrainConfig, backbone: nn.Module, channels: int) -> None:
+def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
     """Refuse a budget below what the gates and the rest of the network cost with all gates closed.
 
     Raises: UsageError.
     """
-    closed = copy_of(backbone).cpu().train()
-    for module in closed.modules():
-        if isinstance(module, ChannelGate):
-            module.threshold.fill_(math.inf)
-    with torch.no_grad(), gated(closed) as run:
-        closed(torch.zeros(2, channels, config.image_size, config.image_size))
-    least = float(run.share().max())
+    found: GatePlan = backbone.__dict__[PLAN]
+    least = found.least_share()
     if config.gate_budget is not None and config.gate_budget < least:
         raise UsageError(
             f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
@@ -48,9 +43,16 @@ def check_budget(config: PretrainConfig, backbone: nn.Module, channels: int) -> 
 def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
     """Set the gates to the budget of the run, in place, on some of the training images; return what they cost then."""
     assert config.gate_budget is not None
+    with _also_untrained():
+        return calibrate_gates(backbone, _some(config, images), config.gate_budget)
+
+
+@contextmanager
+def _also_untrained() -> Iterator[None]:
+    """Let untrained gates, which a report compares with trained ones, pass without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
-        return calibrate_gates(backbone, _some(config, images), config.gate_budget)
+        yield
 
 
 def _some(config: PretrainConfig, images: Images) -> list[Tensor]:
@@ -73,8 +75,7 @@ def features_of_passes(
             yield
         shares.append(run.share().cpu())
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
+    with _also_untrained():
         found = features_in({DENSE: nullcontext, GATED: counted}, backbone, images, workers)
     return found, torch.cat(shares)
 

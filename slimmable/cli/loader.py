@@ -134,10 +134,7 @@ def some_of(images: Plain, most: int) -> Subset[Tensor]:
     return Subset(images, [place * len(images) // count for place in range(count)])
 
 
-def batches_of(
-    images: Plain | Subset[Tensor], batch_size: int = 256, most: int | None = None, workers: int = 0
-) -> Iterator[Tensor]:
-    """Yield images as floats in [0, 1] in their order, the first `most` of them."""
-    chosen = range(len(images) if most is None else min(most, len(images)))
-    for batch in _read(Subset(images, chosen), workers, batch_size=batch_size):
+def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
+    """Yield images as floats in [0, 1] in their order."""
+    for batch in _read(images, workers, batch_size=batch_size):
         yield batch.float() / 255

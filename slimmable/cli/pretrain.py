@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
     images = load_images(config)
     method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
     if config.gate_budget is not None:
-        check_budget(config, method.backbone, images.channels)
+        check_budget(config, method.backbone)
     training = Training(config, method, images, options.device, options.workers)
     checkpoint = folder / CHECKPOINT
     if options.resume and checkpoint.exists():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimmable._errors import ConversionError, TraceError
@@ -44,6 +45,20 @@ class GatePlan:
 
     def __deepcopy__(self, memo: Any) -> GatePlan:
         return self
+
+    def least_share(self) -> float:
+        """Return what a gated pass costs over the dense one, at the full width, with all gates closed.
+
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> gate_plan(net, example_inputs=torch.zeros(2, 4)).least_share()  # first layer and gate, of 192 multiply-adds
+        0.4166666666666667
+        """
+        counts = self.plan.channels.units
+        closed = {gate.group: torch.zeros(1, gate.units, dtype=torch.float64) for gate in self.gates}
+        own = sum(gate_macs(len(gate.channels), gate.units) for gate in self.gates)
+        left = own + sum(self.costs.layers(closed, counts).values())
+        return float(left / sum(self.costs.layers({}, counts).values()))
 
     def __str__(self) -> str:
         lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Subset
 
 from slimmable import SlimmableError
 from slimmable.cli.config import VIEWS
@@ -146,6 +147,6 @@ def test_some_images_are_spread_over_all(count, most):
 
 def test_images_for_evaluation_come_in_order():
     images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
-    batches = list(batches_of(Plain(images, 8), batch_size=3, most=5))
+    batches = list(batches_of(Subset(Plain(images, 8), range(5)), batch_size=3))
     assert [len(batch) for batch in batches] == [3, 2]
     assert torch.equal(torch.cat(batches), images[:5].float() / 255)

@@ -13,6 +13,7 @@ from torch import nn
 import slimmable
 from slimmable._errors import DataError, UsageError
 from slimmable.gating import calibrate_gates, gate_activity
+from slimmable.layers._gated import PLAN
 
 IMAGES = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -125,3 +126,11 @@ def test_bad_calls_change_nothing(loader, budget, error, message):
 def test_a_model_without_gates():
     with pytest.raises(UsageError, match="Linear has no gates"):
         calibrate_gates(nn.Linear(4, 2), [torch.zeros(2, 4)], 0.5)
+
+
+def test_the_least_share_is_what_closed_gates_cost():
+    model = gated_model().eval()
+    for module in model.modules():
+        if isinstance(module, slimmable.gating.ChannelGate):
+            module.threshold.fill_(float("inf"))
+    assert model.__dict__[PLAN].least_share() == pytest.approx(cost(model, IMAGES[0][:2]), rel=1e-12)
