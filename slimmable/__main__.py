@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from slimmable._errors import SlimmableError
 from slimmable.cli.arguments import make_parser
+from slimmable.errors import SlimmableError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,16 +9,16 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from slimmable._errors import ConversionError, WidthError
 from slimmable._inputs import check_module
 from slimmable._widths import width_index
-from slimmable.analysis._sizes import feature_sizes, layer_sizes
 from slimmable.analysis.plan import Plan, Setting
-from slimmable.layers import _view
-from slimmable.layers._container import SwitchableContainer
-from slimmable.layers._recompute import next_node
-from slimmable.layers._state import Column, WidthState
-from slimmable.layers._switch import SwitchableNorm
+from slimmable.analysis.sizes import feature_sizes, layer_sizes
+from slimmable.errors import ConversionError, WidthError
+from slimmable.view import view as _view
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableNorm
+from slimmable.view.recompute import next_node
+from slimmable.view.state import Column, WidthState
 
 Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
 

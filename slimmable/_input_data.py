@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimmable._errors import CheckpointError
-from slimmable._inputs import Arguments
-from slimmable.analysis._values import MOST, is_index
+from slimmable._inputs import MOST, Arguments, is_index
+from slimmable.errors import CheckpointError
 
 _PLAIN = (type(None), bool, int, float, str)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from slimmable._errors import ConversionError, UsageError
+from slimmable.errors import ConversionError, UsageError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+MOST = 2**20  # numbers of a tensor; larger ones are only shapes
 
 
 class Inputs:
@@ -122,3 +123,8 @@ def _image_size(model: nn.Module) -> tuple[int, ...] | None:
         channels = size[0]
     made_for = getattr(layers.get("patch_embed"), "img_size", None)
     return (channels, *(made_for or size[1:]))
+
+
+def is_index(value: Any) -> bool:
+    """Tell whether a tensor holds numbers that shapes may depend on: integers or booleans."""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.is_meta)

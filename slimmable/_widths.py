@@ -8,7 +8,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, TypeAlias
 
-from slimmable._errors import WidthError
+from slimmable.errors import WidthError
 
 Kept: TypeAlias = "int | tuple[int, ...] | None"
 """What is kept along one axis at one width: all, the first k, or these indices (ascending)."""

@@ -42,7 +42,7 @@ def measure(name: str, size: int, batch: int, round_to: int, repeats: int) -> li
     torch.manual_seed(0)
     dense, model = gated(name, size)
     images = torch.randn(batch, 3, size, size)
-    static = slimmable.extract_gated(model, [images[:1]], budget=BUDGET, round_to=round_to, recalibrate=False)
+    static = slimmable.gating.extract_gated(model, [images[:1]], budget=BUDGET, round_to=round_to, recalibrate=False)
     rows: list[dict[str, object]] = []
     for way in WAYS[:2]:
         calls = [call(each, images, way) for each in (dense, static)]

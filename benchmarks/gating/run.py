@@ -84,7 +84,7 @@ class Study:
             backbone = slimmable.extract(self.converted(1.0, width), width)
         method = build_method(config, backbone, self.images.channels, len(self.images.classes))
         if arm == "no bias":
-            slimmable.gate(ungate(method.backbone), example_inputs=self.example, bias=False, inplace=True)
+            slimmable.gating.gate(ungate(method.backbone), example_inputs=self.example, bias=False, inplace=True)
         training = Training(config, method, self.images, torch.device("cpu"))
         training.views = Kept(training.views, self.known)
         start = time.process_time()
@@ -114,16 +114,16 @@ class Study:
         calibrate_gates(backbone, some, budget)
         yield self.gated_pass(backbone, "gated")
         self.activity = {name: opened.tolist() for name, opened in gate_activity(backbone, held_out).items()}
-        static = slimmable.extract_gated(backbone, some, budget=budget)
+        static = slimmable.gating.extract_gated(backbone, some, budget=budget)
         yield next(self.plain(slimmable.slimify(static, (1.0,), example_inputs=self.example), False)) | {
             "network": "static"
         }
 
     def gated_pass(self, backbone: nn.Module, name: str) -> dict[str, Any]:
         """Return the row of the gated pass."""
-        with slimmable.gated(backbone):
+        with slimmable.gating.gated(backbone):
             known = self.features(backbone, self.images.train)
-        with slimmable.gated(backbone) as run:
+        with slimmable.gating.gated(backbone) as run:
             asked = self.features(backbone, self.images.test)
         accuracy = self.accuracies(known, asked)[1.0]
         return {"network": name, "share": f"{float(run.share().mean()):.4f}"} | accuracy

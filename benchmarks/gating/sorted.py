@@ -105,7 +105,7 @@ def measure(model: nn.Module, images: Tensor, batch: int, seconds: float, least:
     for groups in GROUPS:
         members = grouped(torch.cat(list(masks.values()), 1), groups)
         networks = [
-            slimmable.extract_gated(model, [images[own]], keep=ANY, recalibrate=False).eval() for own in members
+            slimmable.gating.extract_gated(model, [images[own]], keep=ANY, recalibrate=False).eval() for own in members
         ]
         macs = [slimmable.profile(network, size, repeats=0).rows[0].macs / full for network in networks]
         networks = [network.to(memory_format=torch.channels_last) for network in networks]

@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse
 
 import slimmable
 from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
-from slimmable.layers._gated import LayerGates
+from slimmable.gating._parts import LayerGates
 
 HERE = Path(__file__).parent
 MODELS = ("resnet18", "resnet50", "mobilenetv3_large_100", "convnext_atto", "vit_tiny_patch16_224")
@@ -48,7 +48,7 @@ def gated(name: str, size: int) -> tuple[nn.Module, nn.Module]:
     """Return the dense network and the same one with drawn gates."""
     sized = {"img_size": size} if name.startswith("vit") else {}
     dense = timm.create_model(name, **sized).eval()
-    model = slimmable.gate(dense, example_inputs=torch.zeros(2, 3, size, size))
+    model = slimmable.gating.gate(dense, example_inputs=torch.zeros(2, 3, size, size))
     for gates in model.modules():
         if isinstance(gates, LayerGates):
             gates.at[0] = Drawn(gates.at[0].expand.out_features)
@@ -87,8 +87,10 @@ def measure(name: str, batch: int, size: int, way: str, given: argparse.Namespac
     rows = []
     for budget, round_to in itertools.product(given.budgets, given.round_to) if suits(way, dense) else ():
         try:
-            static = slimmable.extract_gated(model, [images[:1]], budget=budget, round_to=round_to, recalibrate=False)
-        except slimmable.UsageError as error:
+            static = slimmable.gating.extract_gated(
+                model, [images[:1]], budget=budget, round_to=round_to, recalibrate=False
+            )
+        except slimmable.errors.UsageError as error:
             print(f"{name}, rounded to {round_to}: {error}")
             continue
         macs = [slimmable.profile(each, (3, size, size), repeats=0).rows[0].macs for each in (static, dense)]

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 import slimmable
 from benchmarks.measuring import interleaved, markdown, median_cpu_ms, origin, read_results, write_result
 from benchmarks.overhead.run import HERE, MODELS, forward, train
-from slimmable.layers._state import state_of
+from slimmable.view.state import state_of
 
 WIDTHS = (1.0, 0.5, 0.25)
 COSTS = ("read", "copy", "zeros")

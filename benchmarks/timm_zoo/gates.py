@@ -15,10 +15,10 @@ from torch import nn
 import slimmable
 from benchmarks.timm_zoo.fake import module_of
 from benchmarks.timm_zoo.real import smallest
-from slimmable._errors import WidthError
-from slimmable.convert import apply_plan
+from slimmable._convert import apply_plan
+from slimmable.errors import WidthError
 from slimmable.gating import ChannelGate, GatePlan
-from slimmable.layers._gated import PLAN, LayerGates
+from slimmable.gating._parts import PLAN, LayerGates
 from tests.convert.oracles import difference
 
 WITH_NUMBERS = 25e6  # parameters
@@ -43,7 +43,7 @@ def measure(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     start = time.process_time()
-    found = slimmable.gate_plan(model)
+    found = slimmable.gating.gate_plan(model)
     seconds = time.process_time() - start
     counts = found.plan.channels.units
     closed = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64) for gate in found.gates}
@@ -70,7 +70,7 @@ def refused(found: GatePlan, most: int = 4) -> str:
 def with_numbers(name: str) -> dict[str, Any]:
     """Compare with the plain model, and with the network of the open units alone; differences are relative."""
     model, example = smallest(name)
-    gated = slimmable.gate(model, example_inputs=example, separate_norms=False)
+    gated = slimmable.gating.gate(model, example_inputs=example, separate_norms=False)
     found: GatePlan = gated.__dict__[PLAN]
     counts = list(found.plan.channels.units)
     gates = {part.name: part for part in gated.modules() if isinstance(part, LayerGates)}
@@ -79,7 +79,7 @@ def with_numbers(name: str) -> dict[str, Any]:
         made = gates[gate.name].at[0]
         assert isinstance(made, ChannelGate)
         gates[gate.name].at[0] = Constant(made, gate.units, opened)
-    with slimmable.gated(gated) as run:
+    with slimmable.gating.gated(gated) as run:
         masked = gated(example)
     result: dict[str, Any] = {"dense": f"{difference(gated(example), model(example)):.1e}"}
     try:

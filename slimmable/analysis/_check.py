@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slimmable._errors import ConversionError
+from slimmable._nested import output_tensors
 from slimmable._widths import kept_of
-from slimmable.analysis._fake import FakeModel, Shortcuts
-from slimmable.analysis._nested import output_tensors
 from slimmable.analysis.channels import SubNetwork
+from slimmable.analysis.fake import FakeModel, Shortcuts
 from slimmable.analysis.plan import Plan
+from slimmable.errors import ConversionError
 
 
 def first_failure(fake: FakeModel, plan: Plan) -> tuple[str, Exception] | None:

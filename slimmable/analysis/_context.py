@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from slimmable.analysis._integers import Constraint, Expression, TracedInt
-from slimmable.analysis._labels import Axes, Ids, Labels, pattern
+from slimmable.analysis.integers import Constraint, Expression, TracedInt
+from slimmable.analysis.labels import Axes, Ids, Labels, pattern
 
 
 @dataclass

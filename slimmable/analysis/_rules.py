@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from slimmable.analysis._context import Context
-from slimmable.analysis._integers import TracedInt
-from slimmable.analysis._labels import Ids
+from slimmable.analysis.integers import TracedInt
+from slimmable.analysis.labels import Ids
 
 Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
 

@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from slimmable.analysis._context import Context
-from slimmable.analysis._integers import TracedInt
-from slimmable.analysis._labels import Ids, spread
 from slimmable.analysis._rules import rule, tensors
+from slimmable.analysis.integers import TracedInt
+from slimmable.analysis.labels import Ids, spread
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from slimmable.analysis._context import Context
-from slimmable.analysis._labels import Ids, spread
 from slimmable.analysis._rules import rule, tensors, unknown
+from slimmable.analysis.labels import Ids, spread
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from slimmable._widths import kept_units
-from slimmable.analysis._fit import Counts, Failure, Grouping, Requirements, Values
-from slimmable.analysis._labels import Ids, Labels
-from slimmable.analysis._trace import Trace
+from slimmable.analysis.fit import Counts, Failure, Grouping, Requirements, Values
+from slimmable.analysis.labels import Ids, Labels
+from slimmable.analysis.trace import Trace
 
 
 @dataclass

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slimmable._widths import Kept
-from slimmable.analysis._fit import Counts, Grouping, Requirements, Values, attributes_of
-from slimmable.analysis._integers import Constraint, Expression
-from slimmable.analysis._labels import Ids
 from slimmable.analysis._solve import Solution
-from slimmable.analysis._trace import Trace
+from slimmable.analysis.fit import Counts, Grouping, Requirements, Values, attributes_of
+from slimmable.analysis.integers import Constraint, Expression
+from slimmable.analysis.labels import Ids
+from slimmable.analysis.trace import Trace
 
 TensorName = tuple[str, str]  # module path, name of a parameter or buffer
 _NESTED = "use_nested_tensor"

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from slimmable._errors import WidthError
-from slimmable._names import is_under
+from slimmable._modules import is_under
 from slimmable._widths import Kept, kept_units, width_index
 from slimmable.analysis._solve import counts_at
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
+from slimmable.errors import WidthError
 
 AxisName = tuple[str, str, int]  # module path, tensor name, axis
 Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"

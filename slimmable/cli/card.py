@@ -10,9 +10,9 @@ import timm
 import torch
 
 import slimmable
+from slimmable._profile import Row
 from slimmable.cli.programs import INPUT
 from slimmable.cli.source import Source
-from slimmable.profile import Row
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import CheckpointError, UsageError
-from slimmable._files import plain_copies, write_aside
+from slimmable._atomic import plain_copies, write_aside
 from slimmable.cli.extras import require
+from slimmable.errors import CheckpointError, UsageError
 
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from slimmable._errors import UsageError, WidthError
-from slimmable._files import write_aside
+from slimmable._atomic import write_aside
 from slimmable._widths import check_widths
 from slimmable.cli.arguments import ALL
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import timm_backbone
 from slimmable.cli.progress import say
+from slimmable.errors import UsageError, WidthError
 from slimmable.training.evaluate import Probe
 
 
@@ -130,8 +130,8 @@ extract = export  # as the command was called when it knew runs only
 
 def profile(name: str, image_size: int | None, widths: Sequence[float] | None, csv: str | None) -> int:
     """Print what each width of a timm model costs."""
-    from slimmable.convert import slimify
-    from slimmable.profile import profile as measure
+    from slimmable._convert import slimify
+    from slimmable._profile import profile as measure
 
     model, shape = _timm_model(name, image_size)
     table = measure(slimify(model, _checked(widths), example_inputs=torch.zeros(2, *shape)), shape)
@@ -143,7 +143,7 @@ def profile(name: str, image_size: int | None, widths: Sequence[float] | None, c
 
 def plan(name: str, image_size: int | None, widths: Sequence[float] | None) -> int:
     """Print what of a timm model would be slimmed."""
-    from slimmable.convert import plan as make_plan
+    from slimmable._convert import plan as make_plan
 
     model, shape = _timm_model(name, image_size)
     say(str(make_plan(model, _checked(widths), example_inputs=torch.zeros(2, *shape))))

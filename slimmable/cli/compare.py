@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from slimmable._errors import CheckpointError, UsageError
-from slimmable._files import fill_aside
+from slimmable._atomic import fill_aside
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
 from slimmable.cli.report import MARKERS, UNTRAINED, Row, in_percent, points_of, read_rows, title_of
 from slimmable.cli.run import read_config
+from slimmable.errors import CheckpointError, UsageError
 
 Reports: TypeAlias = "Mapping[str, Sequence[Row]]"
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from slimmable._errors import CheckpointError, SlimmableError, UsageError
 from slimmable._widths import check_widths
+from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.losses import width_weights
 from slimmable.losses._online import Kind
 

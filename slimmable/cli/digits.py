@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimmable._errors import DataError
 from slimmable.cli.extras import require
 from slimmable.cli.images import Images
+from slimmable.errors import DataError
 
 SMALLEST_CANVAS = 20
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from slimmable._modes import in_eval_mode
+from slimmable._modules import in_eval_mode
+from slimmable._width import at_width, widths_of
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
 from slimmable.training.evaluate import Accuracy, Probe, accuracy_of, evaluate_features, narrowest_first
 from slimmable.training.finetuning import finetune
 from slimmable.training.knn import knn_accuracy
-from slimmable.width import at_width, widths_of
 
 Key = TypeVar("Key")
 Setting = Callable[[], AbstractContextManager[Any]]

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimmable._errors import SlimmableError
-from slimmable._files import fill_aside
+from slimmable._atomic import fill_aside
+from slimmable._convert import extract
+from slimmable._nested import output_tensors
+from slimmable._profile import profile
 from slimmable._widths import width_index
-from slimmable.analysis._nested import output_tensors
 from slimmable.cli.card import File, model_card
 from slimmable.cli.checkpoint import load_exactly, save_weights
 from slimmable.cli.extras import require
@@ -27,8 +28,7 @@ from slimmable.cli.programs import (
     trace,
 )
 from slimmable.cli.source import Source
-from slimmable.convert import extract
-from slimmable.profile import profile
+from slimmable.errors import SlimmableError
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:

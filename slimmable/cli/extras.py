@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from slimmable._errors import SlimmableError
+from slimmable.errors import SlimmableError
 
 
 class MissingPackageError(SlimmableError, ImportError):

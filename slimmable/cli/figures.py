@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slimmable._errors import DataError
-from slimmable._files import write_aside
+from slimmable._atomic import write_aside
 from slimmable.cli.extras import require
+from slimmable.errors import DataError
 
 
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:

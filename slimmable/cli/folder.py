@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimmable._errors import DataError
 from slimmable.cli.extras import require
 from slimmable.cli.images import Images
+from slimmable.errors import DataError
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_SHARE = 0.2

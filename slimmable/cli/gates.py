@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from slimmable._errors import UsageError
+from slimmable._convert import extract
+from slimmable._profile import parameter_count, profile
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.evaluation import features_in, finetuned_accuracies
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row
-from slimmable.convert import extract
+from slimmable.errors import UsageError
 from slimmable.gating import GatePlan, calibrate_gates, extract_gated, gated
-from slimmable.layers._gated import PLAN
-from slimmable.profile import parameter_count, profile
+from slimmable.gating._parts import PLAN
 from slimmable.training.evaluate import Probe, evaluate_features
 
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks; those of Krishna et al. 2023

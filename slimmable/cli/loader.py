@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from slimmable._errors import DataError, SlimmableError
 from slimmable.cli.images import ImageSet
 from slimmable.cli.views import plain_view
+from slimmable.errors import DataError, SlimmableError
 
 Key = tuple[int, int]
 

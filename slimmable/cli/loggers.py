@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimmable._errors import CheckpointError
-from slimmable._files import write_aside
+from slimmable._atomic import write_aside
 from slimmable.cli.extras import require
+from slimmable.errors import CheckpointError
 
 LOG = "losses.csv"
 LOGGERS = ("tensorboard", "wandb")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from slimmable import methods
-from slimmable._errors import ConversionError, UsageError
+from slimmable._convert import slimify
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
-from slimmable.convert import slimify
+from slimmable.errors import ConversionError, UsageError
 from slimmable.gating import gate
 
 

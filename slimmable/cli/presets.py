@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slimmable._errors import UsageError
 from slimmable.cli.config import DIGITS, FOLDER_IMAGE_SIZE, PretrainConfig
+from slimmable.errors import UsageError
 
 Settings = dict[str, Any]
 

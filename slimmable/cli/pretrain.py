@@ -13,8 +13,7 @@ from types import FrameType
 
 import torch
 
-from slimmable._errors import CheckpointError, DivergedError, UsageError
-from slimmable._files import write_aside
+from slimmable._atomic import write_aside
 from slimmable.cli.checkpoint import load_checkpoint, save_checkpoint
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
@@ -30,6 +29,7 @@ from slimmable.cli.progress import Progress, say
 from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, save_subnetworks
 from slimmable.cli.training import Training
 from slimmable.cli.watch import Watch, epochs_between
+from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 

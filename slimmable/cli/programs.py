@@ -15,9 +15,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slimmable._errors import SlimmableError
-from slimmable.analysis._nested import output_tensors
+from slimmable._nested import output_tensors
 from slimmable.cli.extras import require
+from slimmable.errors import SlimmableError
 
 INPUT, OUTPUT = "images", "output"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

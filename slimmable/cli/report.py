@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slimmable._errors import CheckpointError
-from slimmable._files import write_aside
+from slimmable._atomic import write_aside
 from slimmable.cli.extras import require
+from slimmable.errors import CheckpointError
 
 UNTRAINED = "untrained_"
 TITLES = {

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from slimmable._errors import CheckpointError
-from slimmable._files import write_aside
+from slimmable._atomic import write_aside
+from slimmable._convert import extract
+from slimmable._profile import profile
 from slimmable.cli.checkpoint import load_checkpoint, load_exactly, save_weights
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.evaluation import evaluate_backbone, finetuned_accuracies, pixels_accuracy
@@ -17,8 +18,7 @@ from slimmable.cli.gates import evaluate_networks
 from slimmable.cli.images import Images
 from slimmable.cli.networks import new_method
 from slimmable.cli.report import UNTRAINED, Row, to_markdown, write_report
-from slimmable.convert import extract
-from slimmable.profile import profile
+from slimmable.errors import CheckpointError
 from slimmable.training.evaluate import Probe
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -10,19 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import CheckpointError, SlimmableError, UsageError
-from slimmable._recipe import build
+from slimmable._convert import apply_plan, slimify
+from slimmable._width import widths_of
 from slimmable.analysis.plan import Plan
-from slimmable.checkpoint import load, read
 from slimmable.cli.checkpoint import load_exactly
 from slimmable.cli.config import SMALL_RESNET, PretrainConfig
 from slimmable.cli.extras import require
 from slimmable.cli.networks import check_name, make_timm, small_resnet
 from slimmable.cli.report import Row, read_report
 from slimmable.cli.run import CONFIG, read_config, trained_backbone
-from slimmable.convert import apply_plan, slimify
-from slimmable.layers._state import is_slim
-from slimmable.width import widths_of
+from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.files.construction import build
+from slimmable.files.model import load, read
+from slimmable.view.state import is_slim
 
 
 @dataclass(frozen=True)

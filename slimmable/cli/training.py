@@ -8,15 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import DivergedError, UsageError
 from slimmable.cli.checkpoint import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Steps, Views, load, seed_of
 from slimmable.cli.views import make_views
+from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import GateBudget
-from slimmable.layers._gated import GATE
+from slimmable.gating._parts import GATE
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._online import Kind
 from slimmable.methods import Batch, Method

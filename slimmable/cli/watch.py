@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.evaluation import features_in
 from slimmable.cli.gates import features_of_passes
@@ -15,7 +16,6 @@ from slimmable.cli.loader import Plain, some_of
 from slimmable.cli.loggers import CsvLog, Logger
 from slimmable.cli.training import Training
 from slimmable.training.knn import knn_accuracy
-from slimmable.width import at_width
 
 KNN = "knn.csv"
 _MOST = 50_000  # training images that vote

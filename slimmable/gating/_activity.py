@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
-from slimmable._modes import in_eval_mode
+from slimmable._modules import in_eval_mode
+from slimmable.errors import DataError, UsageError
 from slimmable.gating._gated_pass import GatedPass
 from slimmable.gating._passes import gated, parts_of
 from slimmable.training.calibrate import Batch, arguments_of
@@ -33,7 +33,7 @@ def gate_activity(model: nn.Module, loader: Iterable[Batch]) -> dict[str, Tensor
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> _ = nn.init.ones_(model[2].channel_gate.at[0].expand.weight)
     >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
     1

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from slimmable._errors import UsageError
+from slimmable.errors import UsageError
 from slimmable.gating._activity import over_batches
 from slimmable.gating._gate import ChannelGate
 from slimmable.gating._gated_pass import GatedPass
 from slimmable.gating._losses import check_target
+from slimmable.gating._parts import LayerGates
 from slimmable.gating._passes import parts_of
-from slimmable.layers._gated import LayerGates
 from slimmable.training.calibrate import Batch
 
 _HALVINGS = 40
@@ -43,7 +43,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[Batch], budget: float) ->
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> _ = nn.init.normal_(model[2].channel_gate.at[0].expand.bias)  # as if it was trained
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5

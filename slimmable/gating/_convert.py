@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimmable._errors import ConversionError, UsageError
+from slimmable._convert import Skip, copy_of
 from slimmable._inputs import check_module
-from slimmable.convert import Skip, copy_of
+from slimmable._modules import replace_modules
+from slimmable._width import set_width, width_of
+from slimmable.errors import ConversionError, UsageError
 from slimmable.gating._find import GatePlan, gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
 from slimmable.gating._judge import Candidate
-from slimmable.layers._container import replace_modules
-from slimmable.layers._gated import (
+from slimmable.gating._parts import (
     GATE,
     PLAN,
     LayerGates,
@@ -27,8 +28,7 @@ from slimmable.layers._gated import (
     refuse_other_gates,
     remove_gates,
 )
-from slimmable.layers._state import Column, WidthState, state_of
-from slimmable.width import set_width, width_of
+from slimmable.view.state import Column, WidthState, state_of
 
 
 def gate(
@@ -72,11 +72,11 @@ def gate(
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> x = torch.randn(3, 4)
     >>> torch.equal(model(x), net(x))
     True
-    >>> with slimmable.gated(model.train()) as run:
+    >>> with slimmable.gating.gated(model.train()) as run:
     ...     scores = model(x)
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
@@ -115,7 +115,7 @@ def ungate(model: nn.Module) -> nn.Module:
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> len(model.state_dict()), len(ungate(model).state_dict())
     (15, 6)
     """

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimmable.analysis._fit import Grouping
-from slimmable.analysis._labels import Ids
+from slimmable.analysis.fit import Grouping
+from slimmable.analysis.labels import Ids
 
 
 @dataclass(frozen=True, eq=False)

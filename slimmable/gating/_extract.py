@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from slimmable._errors import UsageError, WidthError
+from slimmable._convert import apply_plan, copy_of, extract, strip
 from slimmable._inputs import check_module
+from slimmable._width import at_width
 from slimmable._widths import kept_units
-from slimmable.analysis.ordering import permute
-from slimmable.convert import apply_plan, copy_of, extract, strip
+from slimmable.analysis.importance import permute
+from slimmable.errors import UsageError, WidthError
 from slimmable.gating._activity import gate_activity
 from slimmable.gating._find import GatePlan
-from slimmable.layers._gated import PLAN, PassNorm, remove_gates
+from slimmable.gating._parts import PLAN, PassNorm, remove_gates
 from slimmable.losses._checks import as_number
 from slimmable.training.calibrate import Batch, calibrate_bn
-from slimmable.width import at_width
 
 Shares: TypeAlias = "Mapping[int, NDArray[np.float64]]"
 
@@ -56,7 +56,7 @@ def extract_gated(
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> small = extract_gated(model, [torch.randn(16, 4)], budget=0.5)
     >>> type(small[2]), small[2].out_features
     (<class 'torch.nn.modules.linear.Linear'>, 14)

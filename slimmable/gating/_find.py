@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import ConversionError, TraceError
+from slimmable._convert import Skip, skipper, strip
 from slimmable._input_data import encode_inputs
 from slimmable._inputs import check_module, example_of
-from slimmable.analysis._fake import FakeModel
-from slimmable.analysis._make import best_trace, filled_plan
-from slimmable.analysis._nested import output_tensors
-from slimmable.analysis._trace import Trace
+from slimmable._nested import output_tensors
+from slimmable.analysis.fake import FakeModel
+from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
-from slimmable.convert import Skip, skipper, strip
+from slimmable.analysis.trace import Trace
+from slimmable.errors import ConversionError, TraceError
 from slimmable.gating._costs import Costs
 from slimmable.gating._gate import gate_macs
 from slimmable.gating._judge import Candidate, Judge, RefusedError, Units
-from slimmable.layers._gated import remove_gates
-from slimmable.layers._state import is_slim, state_of
+from slimmable.gating._parts import remove_gates
+from slimmable.view.state import is_slim, state_of
 
 
 @dataclass(frozen=True, eq=False)

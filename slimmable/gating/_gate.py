@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.losses._checks import as_number, check_temperature
 from slimmable.losses._cosines import at_least_float32
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import UsageError
 from slimmable._inputs import image_batch
+from slimmable.errors import UsageError
 from slimmable.gating._costs import Costs
 from slimmable.gating._find import GatePlan, costs_for
 from slimmable.gating._gate import ChannelGate
-from slimmable.layers._gated import GATE, PLAN, LayerGates
-from slimmable.layers._gates import Decision
+from slimmable.gating._layer_gates import Decision
+from slimmable.gating._parts import GATE, PLAN, LayerGates
 
 
 class GatedPass:

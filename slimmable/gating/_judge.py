@@ -9,9 +9,9 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable.analysis._labels import Ids
-from slimmable.analysis._trace import ModuleCall, Trace
+from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Plan
+from slimmable.analysis.trace import ModuleCall, Trace
 
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 

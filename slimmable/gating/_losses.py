@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.gating._gate import annealed
 from slimmable.losses._checks import as_number, check_factor
 from slimmable.training.distributed import gather
@@ -112,9 +112,9 @@ class GateBudget(nn.Module):
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> criterion = GateBudget(0.5)
-    >>> with slimmable.gated(model) as run:
+    >>> with slimmable.gating.gated(model) as run:
     ...     scores = model(torch.randn(8, 4))
     >>> criterion(run, epoch=3).shape
     torch.Size([])

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimmable._errors import UsageError
 from slimmable._inputs import check_module
+from slimmable.errors import UsageError
 from slimmable.gating._gated_pass import GatedPass
-from slimmable.layers._gated import PLAN, Gated, LayerGates, Pass, gated_parts
+from slimmable.gating._parts import PLAN, Gated, LayerGates, Pass, gated_parts
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> with gated(model) as run:
     ...     scores = model(torch.randn(3, 4))
     >>> run.macs().shape, run.dense_macs()
@@ -66,7 +66,7 @@ def dense(model: nn.Module) -> Iterator[None]:
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
-    >>> model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> with dense(model):
     ...     torch.equal(model(torch.ones(1, 4)), net(torch.ones(1, 4)))
     True
@@ -87,7 +87,7 @@ def parts_of(where: str, model: nn.Module) -> list[Gated]:
     check_module(where, model)
     parts = gated_parts(model)
     if not any(isinstance(part, LayerGates) for part in parts):
-        raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gate")
+        raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gating.gate")
     return parts
 
 

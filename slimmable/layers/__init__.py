@@ -4,7 +4,6 @@ from slimmable.layers._batchnorm import SwitchableBatchNorm as SwitchableBatchNo
 from slimmable.layers._batchnorm import SwitchableBatchNorm1d as SwitchableBatchNorm1d
 from slimmable.layers._batchnorm import SwitchableBatchNorm2d as SwitchableBatchNorm2d
 from slimmable.layers._batchnorm import SwitchableBatchNorm3d as SwitchableBatchNorm3d
-from slimmable.layers._container import SwitchableContainer as SwitchableContainer
 from slimmable.layers._conv import SlimConv1d as SlimConv1d
 from slimmable.layers._conv import SlimConv2d as SlimConv2d
 from slimmable.layers._conv import SlimConv3d as SlimConv3d
@@ -12,7 +11,8 @@ from slimmable.layers._linear import SlimLinear as SlimLinear
 from slimmable.layers._norm import SlimGroupNorm as SlimGroupNorm
 from slimmable.layers._norm import SlimLayerNorm as SlimLayerNorm
 from slimmable.layers._probe import SwitchableProbe as SwitchableProbe
-from slimmable.layers._switch import SwitchableNorm as SwitchableNorm
+from slimmable.view.container import SwitchableContainer as SwitchableContainer
+from slimmable.view.norms import SwitchableNorm as SwitchableNorm
 
 __all__ = [
     "SlimConv1d",

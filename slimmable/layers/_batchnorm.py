@@ -8,9 +8,9 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._errors import ConversionError
 from slimmable._widths import check_widths, kept_units
-from slimmable.layers._switch import SwitchableNorm
+from slimmable.errors import ConversionError
+from slimmable.view.norms import SwitchableNorm
 
 Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
 

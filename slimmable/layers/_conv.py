@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from slimmable._widths import Kept, check_widths
 from slimmable.layers._kept import in_groups, ranges_of
 from slimmable.layers._twin import plain_twin, slim_twin
-from slimmable.layers._view import install_view
+from slimmable.view.view import install_view
 
 Conv = TypeVar("Conv", bound="_SlimConv")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimmable._errors import WidthError
 from slimmable._widths import Kept, kept_units
+from slimmable.errors import WidthError
 
 Ranges = list[range]
 """For each width, from the widest, the units kept."""

@@ -10,7 +10,7 @@ from torch import nn
 from slimmable._widths import check_widths
 from slimmable.layers._kept import in_groups, ranges_of
 from slimmable.layers._twin import plain_twin, slim_twin
-from slimmable.layers._view import install_view
+from slimmable.view.view import install_view
 
 
 class SlimLinear(nn.Linear):

@@ -11,7 +11,7 @@ from torch import nn
 from slimmable._widths import Kept, check_widths, kept_units
 from slimmable.layers._kept import first_units, in_groups
 from slimmable.layers._twin import plain_twin, slim_twin
-from slimmable.layers._view import install_view
+from slimmable.view.view import install_view
 
 
 class SlimLayerNorm(nn.LayerNorm):

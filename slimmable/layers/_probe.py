@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimmable._errors import ConversionError
 from slimmable._widths import kept_units
-from slimmable.layers._container import SwitchableContainer, inner_modules
+from slimmable.errors import ConversionError
+from slimmable.view.container import SwitchableContainer, inner_modules
 
 
 class SwitchableProbe(SwitchableContainer):

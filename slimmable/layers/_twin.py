@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from slimmable._errors import ConversionError
-from slimmable.layers._state import is_slim
-from slimmable.layers._view import remove_view
+from slimmable._modules import twin_of
+from slimmable.errors import ConversionError
+from slimmable.view.state import is_slim
+from slimmable.view.view import remove_view
 
 Layer = TypeVar("Layer", bound=nn.Module)
-
-
-def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:
-    """Return a module of class `kind` with the same Parameters, buffers, settings, hooks and training flag."""
-    twin = kind.__new__(kind)
-    twin.__dict__.update({name: _own(value) for name, value in module.__dict__.items()})
-    return twin
 
 
 def slim_twin(module: nn.Module, kind: type[Layer]) -> Layer:
@@ -43,8 +37,3 @@ def plain_twin(module: nn.Module, kind: type[Layer]) -> Layer:
     if type(twin) is not kind:
         raise ConversionError(f"{type(module).__name__} has no torch twin of class {kind.__name__}")
     return twin
-
-
-def _own(value: Any) -> Any:
-    """Copy the tables that modules keep their parts and hooks in, so that twins do not change each other's."""
-    return value.copy() if isinstance(value, (dict, set)) else value

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 
 import torch
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 
 
 def check_matrix(where: str, name: str, tensor: torch.Tensor) -> None:

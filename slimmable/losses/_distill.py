@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from slimmable._errors import DataError
+from slimmable.errors import DataError
 from slimmable.losses._checks import check_factor, check_same_shape, check_temperature
 from slimmable.losses._cosines import at_least_float32, unit
 

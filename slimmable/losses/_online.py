@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.losses import _distill
 from slimmable.losses._checks import check_share, check_temperature
 

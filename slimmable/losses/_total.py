@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slimmable._errors import UsageError
+from slimmable.errors import UsageError
 
 
 def slim_term(

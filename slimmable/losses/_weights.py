@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from slimmable._errors import UsageError, WidthError
 from slimmable._widths import check_widths
+from slimmable.errors import UsageError, WidthError
 
 
 def _widest_plus(widths: Sequence[float], extra: float) -> list[float]:

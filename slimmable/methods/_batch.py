@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 
 
 @dataclass

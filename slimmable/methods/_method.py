@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimmable._columns import places_of
-from slimmable._errors import DivergedError, UsageError
 from slimmable._inputs import check_module
-from slimmable.gating import GateBudget, dense, gated
-from slimmable.layers._gated import has_gates
+from slimmable._width import set_width
+from slimmable.errors import DivergedError, UsageError
+from slimmable.gating import GateBudget, dense, gated, has_gates
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._cosines import at_least_float32
 from slimmable.methods._batch import Batch, Outcome, check_batch
@@ -24,7 +24,6 @@ from slimmable.training._processes import alone, world_size
 from slimmable.training.diagnostics import GradientDiagnostics
 from slimmable.training.distributed import synchronised_batchnorm
 from slimmable.training.recipe import SlimRecipe
-from slimmable.width import set_width
 
 
 class Method(nn.Module):
@@ -176,7 +175,7 @@ class Method(nn.Module):
             if not isinstance(gates, GateBudget):
                 raise UsageError(f"{name}.step: gates must be a GateBudget or None, got {type(gates).__name__}")
             if not has_gates(self.encoder):
-                raise UsageError(f"{name}.step: the encoder has no gates; make some with slimmable.gate")
+                raise UsageError(f"{name}.step: the encoder has no gates; make some with slimmable.gating.gate")
             if recipe.random_widths:
                 raise UsageError(
                     f"{name}.step: the recipe has random_widths, but gates are for the widths that slimify was given; "

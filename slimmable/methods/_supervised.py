@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._checks import check_share
 from slimmable.methods._batch import Batch, Outcome

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from slimmable._columns import columns_of, places_of
-from slimmable.convert import shallow_modules
-from slimmable.layers._container import SwitchableContainer
-from slimmable.layers._cut import Cut, put, take
-from slimmable.layers._state import Column, state_of
-from slimmable.layers._switch import SwitchableNorm
+from slimmable._convert import shallow_modules
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.cuts import Cut, put, take
+from slimmable.view.norms import SwitchableNorm
+from slimmable.view.state import Column, state_of
 
 
 @dataclass(frozen=True)

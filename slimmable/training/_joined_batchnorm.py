@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from slimmable._errors import DataError
+from slimmable.errors import DataError
 from slimmable.losses._cosines import at_least_float32
 from slimmable.training._processes import of_all
 

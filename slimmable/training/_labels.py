@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimmable._errors import DataError
+from slimmable.errors import DataError
 from slimmable.losses._checks import check_count, check_factor
 
 

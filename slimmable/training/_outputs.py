@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimmable._modes import in_eval_mode
+from slimmable._modules import in_eval_mode
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimmable._atomic import write_aside
 from slimmable._columns import columns_of, places_of
-from slimmable._errors import UsageError
-from slimmable._files import write_aside
+from slimmable._width import widths_of
+from slimmable.errors import UsageError
 from slimmable.losses._checks import check_count
 from slimmable.losses._cosines import at_least_float32
 from slimmable.training._blocks import Shared, shared_parameters
 from slimmable.training._gradient_sums import Sums, added, sums_of, values_of
-from slimmable.width import widths_of
 
 
 class GradientDiagnostics:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.losses._cosines import at_least_float32
 from slimmable.training._batchnorm_sync import synchronised_batchnorm as synchronised_batchnorm
 from slimmable.training._processes import alone, of_all

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
 from slimmable._inputs import check_module
+from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
 from slimmable.analysis.plan import Plan
-from slimmable.layers._state import state_of
+from slimmable.errors import DataError, UsageError
 from slimmable.losses._checks import check_count, check_matrix
 from slimmable.training._labels import check_classes, check_tensors
 from slimmable.training._outputs import outputs_of
 from slimmable.training.knn import check_labels, knn_accuracy
 from slimmable.training.probe import train_probe, train_slimmable_probe
 from slimmable.training.ridge import ridge_classifier
-from slimmable.width import at_width, widths_of
+from slimmable.view.state import state_of
 
 Probe = Literal["knn", "linear", "slimmable", "ridge"]
 

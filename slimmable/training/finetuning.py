@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
 from slimmable._inputs import check_module
-from slimmable.layers._state import is_slim
+from slimmable.errors import DataError, UsageError
 from slimmable.losses._checks import check_factor
 from slimmable.training._labels import check_classes, check_training
 from slimmable.training._outputs import as_input, outputs_of
 from slimmable.training.knn import check_labels
+from slimmable.view.state import is_slim
 
 
 def finetune(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimmable._errors import DataError
+from slimmable.errors import DataError
 from slimmable.losses._checks import check_count, check_temperature
 from slimmable.training._labels import check_classes, check_tensors
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._errors import DataError, UsageError
 from slimmable._inputs import check_module
-from slimmable.layers._state import is_slim
+from slimmable._width import set_width
+from slimmable.errors import DataError, UsageError
 from slimmable.losses._checks import check_count, check_matrix, check_share
 from slimmable.training._processes import rank, world_size
 from slimmable.training.distributed import gather
-from slimmable.width import set_width
+from slimmable.view.state import is_slim
 
 
 def follower_of(network: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from slimmable._errors import UsageError
+from slimmable.errors import UsageError
 from slimmable.losses._checks import as_number
 
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._errors import DataError
 from slimmable._widths import check_widths
+from slimmable.errors import DataError
 from slimmable.layers import SwitchableNorm, SwitchableProbe
-from slimmable.layers._view import install_view
 from slimmable.losses import soft_cross_entropy
 from slimmable.losses._checks import check_matrix
 from slimmable.losses._cosines import at_least_float32
 from slimmable.training._labels import check_features, check_tensors, check_training
+from slimmable.view.view import install_view
 
 
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:

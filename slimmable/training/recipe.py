@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from slimmable._columns import places_of
-from slimmable._errors import DataError, UsageError, WidthError
+from slimmable._width import set_width, widths_of
+from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.losses._checks import as_number, check_count
-from slimmable.width import set_width, widths_of
 
 
 class SlimRecipe:
@@ -40,7 +40,7 @@ class SlimRecipe:
     Raises: UsageError or WidthError: if an argument does not fit, with the values.
 
     >>> from slimmable.layers import SlimLinear
-    >>> from slimmable.width import width_of
+    >>> from slimmable._width import width_of
     >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(model, slow_start=0.5)
     >>> [width for width in recipe.widths(progress=0.1)], [width for width in recipe.widths(progress=0.9)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimmable.analysis._integers import Expression, TracedInt, express
+from slimmable.analysis.integers import Expression, TracedInt, express
 
 KEY = ("module", "attribute", ())
 

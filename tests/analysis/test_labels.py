@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimmable.analysis._labels import Labels, pattern, spread
+from slimmable.analysis.labels import Labels, pattern, spread
 
 
 def slow_classes(count: int, pairs: list[tuple[int, int]]) -> list[set[int]]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable.analysis.ordering import magnitude_order
+from slimmable.analysis.importance import magnitude_order
 
 SIZES = torch.tensor([2.0, 4.0, 1.0, 3.0])  # of the weights that read each unit
 IMPORTANT_FIRST = [1, 3, 0, 2]

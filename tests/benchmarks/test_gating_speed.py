@@ -66,9 +66,11 @@ def test_a_treated_network_computes_the_same(way):
 def test_groups_of_one_image_compute_what_the_masks_do():
     torch.manual_seed(0)
     images = torch.randn(6, 3, 16, 16)
-    model = slimmable.gate(small_resnet(3, (8, 16, 16, 16)), example_inputs=images).eval()
+    model = slimmable.gating.gate(small_resnet(3, (8, 16, 16, 16)), example_inputs=images).eval()
     members = list(torch.tensor([4, 1, 0, 5, 3, 2]).split(1))
-    networks = [slimmable.extract_gated(model, [images[own]], keep=ANY, recalibrate=False).eval() for own in members]
+    networks = [
+        slimmable.gating.extract_gated(model, [images[own]], keep=ANY, recalibrate=False).eval() for own in members
+    ]
     torch.testing.assert_close(
         sorted_run(networks, members, images)(), masked_run(model, images)(), rtol=1e-4, atol=1e-5
     )

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from slimmable import DataError
 from slimmable.__main__ import main
 from slimmable.cli import digits
 from slimmable.cli.config import PretrainConfig
@@ -18,6 +17,7 @@ from slimmable.cli.digits import cluttered_digits
 from slimmable.cli.folder import FolderImages, folder_images
 from slimmable.cli.glyphs import CHARACTERS, glyphs
 from slimmable.cli.loader import Plain, batches_of
+from slimmable.errors import DataError
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(20, 40), st.integers(0, 1000))

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import slimmable
-from slimmable import CheckpointError
 from slimmable.__main__ import main
-from slimmable._files import fill_aside
+from slimmable._atomic import fill_aside
+from slimmable.errors import CheckpointError
 
 NAME = "test_resnet"
 

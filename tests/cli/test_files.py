@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimmable import CheckpointError
-from slimmable._files import fill_aside, write_aside
+from slimmable._atomic import fill_aside, write_aside
 from slimmable.cli.checkpoint import (
     load_checkpoint,
     load_exactly,
@@ -18,6 +17,7 @@ from slimmable.cli.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from slimmable.errors import CheckpointError
 
 
 def half_written(error):

@@ -54,7 +54,7 @@ def features(backbone, images):
 
 def in_gated_pass(backbone, images):
     """The features of the gated pass, and the multiply-adds of each image."""
-    with slimmable.gated(backbone) as run:
+    with slimmable.gating.gated(backbone) as run:
         found = features(backbone, images)
     return found, run.macs()
 
@@ -213,7 +213,7 @@ def test_export_writes_the_dense_network(gated_run, backbone, tmp_path):
     program = torch.export.load(tmp_path / "width-1.0.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(program(images), backbone(images))
-        with slimmable.gated(backbone):
+        with slimmable.gating.gated(backbone):
             assert not torch.allclose(program(images), backbone(images))
     weights = load_file(tmp_path / "width-1.0.safetensors")
     assert not any("gate" in name for name in weights)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from slimmable._errors import UsageError
 from slimmable.cli.config import DISTILLATIONS, METHODS, PretrainConfig
 from slimmable.cli.data import load_images
 from slimmable.cli.networks import new_method
 from slimmable.cli.presets import PRESETS, configure, named
 from slimmable.cli.training import Training, make_optimizer
+from slimmable.errors import UsageError
 from slimmable.losses import OnlineDistillation
 
 

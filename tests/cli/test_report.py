@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimmable import CheckpointError
 from slimmable.cli.progress import Progress
 from slimmable.cli.report import (
     TITLES,
@@ -21,6 +20,7 @@ from slimmable.cli.report import (
     to_markdown,
     write_report,
 )
+from slimmable.errors import CheckpointError
 
 shares = st.floats(0, 1)
 names = st.lists(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable.analysis._fake import filled_caches
-from slimmable.analysis._nested import output_tensors
-from slimmable.analysis.ordering import magnitude_order, permute
+from slimmable._nested import output_tensors
+from slimmable.analysis.fake import filled_caches
+from slimmable.analysis.importance import magnitude_order, permute
 from slimmable.analysis.plan import Plan
 
 Run = Callable[[nn.Module], list[Tensor]]

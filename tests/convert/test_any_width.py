@@ -16,7 +16,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 import slimmable
-from slimmable import ConversionError, WidthError
+from slimmable.errors import ConversionError, WidthError
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable import CheckpointError, ConversionError, DataError, UsageError, WidthError, convert
-from slimmable.layers._view import install_view
+from slimmable import convert
+from slimmable.errors import CheckpointError, ConversionError, DataError, UsageError, WidthError
+from slimmable.view.view import install_view
 
 X = torch.zeros(2, 4)
 

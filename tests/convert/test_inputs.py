@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable import Inputs
-from slimmable.analysis._nested import output_tensors
+from slimmable._nested import output_tensors
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -142,7 +142,7 @@ def test_a_forward_whose_only_argument_is_a_dict_or_a_tuple_takes_inputs(kind):
     ],
 )
 def test_an_example_that_the_forward_does_not_take_is_refused_with_its_signature(example, message):
-    with pytest.raises(slimmable.ConversionError, match=message):
+    with pytest.raises(slimmable.errors.ConversionError, match=message):
         slimmable.plan(Network(8, 1, "tuple", "dict"), WIDTHS, example_inputs=example)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimmable
-from slimmable import CheckpointError
+from slimmable.errors import CheckpointError
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)

@@ -92,7 +92,7 @@ def test_other_widths_can_be_asked_for_later(slim, images):
 
 def test_surgery_is_refused_until_the_model_is_converted_again(slim, images):
     slim.fc = nn.Linear(64, 7)
-    with pytest.raises(slimmable.ConversionError, match=r"fc \(Linear\).*slimify"):
+    with pytest.raises(slimmable.errors.ConversionError, match=r"fc \(Linear\).*slimify"):
         slimmable.set_width(slim, 0.5)
     slim.train()
     statistics = slim.layer1[0].bn1.narrow[0].running_mean.add_(3).clone()
@@ -269,7 +269,7 @@ def test_magnitude_order_keeps_the_function_and_puts_large_channels_first(images
     with torch.no_grad():
         assert oracles.difference(slim(images), model(images)) < 1e-12
     plan = slimmable.plan(slimmable.extract(slim, 1.0), WIDTHS, example_inputs=images)
-    from slimmable.analysis.ordering import magnitude_order
+    from slimmable.analysis.importance import magnitude_order
 
     for order in magnitude_order(slimmable.extract(slim, 1.0), plan):
         assert (order == range(len(order))).all()
@@ -308,7 +308,7 @@ def test_a_model_on_the_meta_device_converts():
 def test_widths_that_cannot_be_used(images, widths):
     model = tiny_resnet()
     before = [type(module) for module in model.modules()]
-    with pytest.raises(slimmable.WidthError):
+    with pytest.raises(slimmable.errors.WidthError):
         slimmable.slimify(model, widths, example_inputs=images, inplace=True)
     assert [type(module) for module in model.modules()] == before
 
@@ -328,7 +328,7 @@ def test_widths_that_cannot_be_used(images, widths):
 def test_arguments_that_cannot_be_used(images, arguments, message):
     model = tiny_resnet()
     before, kinds = states(model), [type(module) for module in model.modules()]
-    with pytest.raises(slimmable.ConversionError, match=message):
+    with pytest.raises(slimmable.errors.ConversionError, match=message):
         slimmable.slimify(model, WIDTHS, inplace=True, **{"example_inputs": images, **arguments})
     assert equal_states(states(model), before)
     assert [type(module) for module in model.modules()] == kinds
@@ -340,7 +340,7 @@ def test_a_model_whose_path_depends_on_the_data_is_refused_with_the_module_named
             return x if x.sum() > 0 else -x
 
     model = nn.Sequential(nn.Linear(4, 8), Branches(), nn.Linear(8, 2))
-    with pytest.raises(slimmable.TraceError, match=r"module '1' \(Branches\)"):
+    with pytest.raises(slimmable.errors.TraceError, match=r"module '1' \(Branches\)"):
         slimmable.slimify(model, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
 
 
@@ -352,13 +352,13 @@ def test_models_that_were_never_converted(images):
         lambda: slimmable.run_widths(model, images),
         lambda: slimmable.widths_of(model),
     ):
-        with pytest.raises(slimmable.ConversionError, match="slimify"):
+        with pytest.raises(slimmable.errors.ConversionError, match="slimify"):
             call()
 
 
 def test_unknown_widths_name_the_nearest(slim, images):
     for call in (lambda: slimmable.set_width(slim, 0.3), lambda: slimmable.extract(slim, 0.3)):
-        with pytest.raises(slimmable.WidthError, match=r"Nearest is 0\.25"):
+        with pytest.raises(slimmable.errors.WidthError, match=r"Nearest is 0\.25"):
             call()
     assert slimmable.width_of(slim) == 1.0
 
@@ -405,6 +405,6 @@ def test_the_profile_measures_latency_and_leaves_the_model_alone(slim, images):
 def test_the_profile_says_which_inputs_the_model_does_not_take():
     slim = slimmable.slimify(timm.create_model("vit_tiny_patch16_224", depth=1), WIDTHS)
     message = r"not run on inputs of shape \(1, 3, 64, 64\): it fails in module 'patch_embed'"
-    with pytest.raises(slimmable.UsageError, match=message):
+    with pytest.raises(slimmable.errors.UsageError, match=message):
         slimmable.profile(slim, (3, 64, 64))
     assert slimmable.width_of(slim) == 1.0

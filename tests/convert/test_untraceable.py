@@ -72,7 +72,7 @@ def detector() -> nn.Module:
 
 
 def test_the_error_says_where_and_what_to_do(detector, images):
-    with pytest.raises(slimmable.TraceError) as caught:
+    with pytest.raises(slimmable.errors.TraceError) as caught:
         slimmable.slimify(detector, WIDTHS, example_inputs=(images,))
     message = str(caught.value)
     assert caught.value.module == "proposals"
@@ -144,7 +144,7 @@ def test_a_skipped_module_that_cannot_run_with_numbers_either_says_both(images):
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 2).double(), Broken())
     nn.init.ones_(model[1].double().weight), nn.init.ones_(model[3].weight)
-    with pytest.raises(slimmable.TraceError, match=r"(?s)module '4' \(Broken\).*this head has no weights yet"):
+    with pytest.raises(slimmable.errors.TraceError, match=r"(?s)module '4' \(Broken\).*this head has no weights yet"):
         slimmable.slimify(model, WIDTHS, example_inputs=torch.ones(1, 3, 16, 16).double(), skip="4")
 
 
@@ -157,6 +157,6 @@ def test_branches_in_the_model_itself_cannot_be_skipped(images):
         def forward(self, x: Tensor) -> Tensor:
             return self.first(x) if x.sum() > 0 else x
 
-    with pytest.raises(slimmable.TraceError, match=r"module '\(the model itself\)'") as caught:
+    with pytest.raises(slimmable.errors.TraceError, match=r"module '\(the model itself\)'") as caught:
         slimmable.slimify(Branches(), WIDTHS, example_inputs=torch.ones(1, 4), skip="first")
     assert "skip=" not in str(caught.value)

@@ -72,7 +72,7 @@ def our_name(name: str) -> str:
 def network(golden: dict[str, Tensor], *, separate_norms: bool) -> nn.Module:
     """Our gated network with the published weights; shared norms take those of the gated pass."""
     plain = Network().double()
-    model = slimmable.gate(
+    model = slimmable.gating.gate(
         plain,
         example_inputs=golden["net/x1"].double(),
         separate_norms=separate_norms,

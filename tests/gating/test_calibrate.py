@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimmable
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.gating import calibrate_gates, gate_activity
-from slimmable.layers._gated import PLAN
+from slimmable.gating._parts import PLAN
 
 IMAGES = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -26,13 +26,13 @@ def gated_model(widths=None):
     )  # fmt: skip
     if widths:
         net = slimmable.slimify(net, widths, example_inputs=IMAGES[0])
-    model = slimmable.gate(net, example_inputs=IMAGES[0]).train()
+    model = slimmable.gating.gate(net, example_inputs=IMAGES[0]).train()
     with torch.no_grad():
         for width in widths or (None,):
             if width:
                 slimmable.set_width(model, width)
             for images in IMAGES:  # statistics of the gates
-                with slimmable.gated(model):
+                with slimmable.gating.gated(model):
                     model(images)
     return model
 
@@ -41,7 +41,7 @@ def cost(model, images):
     """The mean share of images, each one run by itself."""
     shares = []
     for image in images:
-        with torch.no_grad(), slimmable.gated(model) as run:
+        with torch.no_grad(), slimmable.gating.gated(model) as run:
             model(image[None])
         shares.append(run.share().item())
     return sum(shares) / len(shares)

@@ -9,7 +9,7 @@ from torch import nn
 
 import slimmable
 from slimmable.gating import gate_activity
-from slimmable.layers._gated import PLAN, LayerGates
+from slimmable.gating._parts import PLAN, LayerGates
 from tests.convert.oracles import difference, randomise
 from tests.gating.test_gate import Constant, gates_of, images
 
@@ -21,7 +21,7 @@ def gated_model(name="resnet18", **kwargs):
     model = randomise(timm.create_model(name, num_classes=5)).eval().double()
     if "widths" in kwargs:
         model = slimmable.slimify(model, kwargs.pop("widths"), example_inputs=images(name))
-    return slimmable.gate(model, example_inputs=images(name), **kwargs)
+    return slimmable.gating.gate(model, example_inputs=images(name), **kwargs)
 
 
 def set_random_masks(model):
@@ -46,9 +46,9 @@ def test_constant_masks_are_extracted(name):
         if hasattr(module, "gated"):
             randomise(module.gated, seed=5)
     set_random_masks(model)
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         expected = model(x)
-    small = slimmable.extract_gated(model, [x], keep=0.5, recalibrate=False)
+    small = slimmable.gating.extract_gated(model, [x], keep=0.5, recalibrate=False)
     assert difference(small(x), expected) < 1e-12
     assert difference(small(x), model(x)) > 1e-3
     assert not any(type(module).__module__.startswith("slimmable") for module in small.modules())
@@ -61,10 +61,10 @@ def test_constant_masks_are_extracted(name):
 def test_a_slimmable_model_gives_its_full_width():
     model, x = gated_model(widths=(1.0, 0.5)), images("resnet18")
     set_random_masks(model)
-    with slimmable.gated(model):
+    with slimmable.gating.gated(model):
         expected = model(x)
     slimmable.set_width(model, 0.5)
-    small = slimmable.extract_gated(model, [x], keep=0.5, recalibrate=False)
+    small = slimmable.gating.extract_gated(model, [x], keep=0.5, recalibrate=False)
     assert difference(small(x), expected) < 1e-12
     assert slimmable.width_of(model) == 0.5
 
@@ -98,7 +98,7 @@ def test_a_budget_is_used_up_by_the_most_open_units(budget):
     for gates in gates_of(model).values():  # every unit with an activity of its own, nearly
         gates.at[0] = Constant((torch.rand(4, gates.at[0].expand.out_features) < torch.rand(1)).double())
     activity = gate_activity(model, [x])
-    small = slimmable.extract_gated(model, [x], budget=budget)
+    small = slimmable.gating.extract_gated(model, [x], budget=budget)
     dense = slimmable.profile(timm.create_model("resnet18", num_classes=5), (3, 64, 64), repeats=0).rows[0].macs
     macs = slimmable.profile(small, (3, 64, 64), repeats=0).rows[0].macs
     assert budget * 0.99 < macs / dense <= budget
@@ -119,7 +119,7 @@ def test_multiples():
         gates.at[0] = Constant((torch.rand(4, units) < torch.linspace(0, 1, units)).double())
     dense = slimmable.profile(timm.create_model("resnet18", num_classes=5), (3, 64, 64), repeats=0).rows[0].macs
     for settings in ({"keep": 0.6}, {"budget": 0.5}):
-        small = slimmable.extract_gated(model, [x], round_to=16, recalibrate=False, **settings)
+        small = slimmable.gating.extract_gated(model, [x], round_to=16, recalibrate=False, **settings)
         counts = [small.get_submodule(name).out_channels for name in gates_of(model)]
         assert all(count % 16 == 0 for count in counts)
         assert min(counts) < 64
@@ -132,7 +132,7 @@ def test_heads_have_enough_channels_for_a_multiple():
     for name, units in (("blocks.0.attn.qkv", 1), ("blocks.0.mlp.fc1", 44)):
         gates = gates_of(model)[name]
         gates.at[0] = Constant((torch.arange(gates.at[0].expand.out_features) < units).double()[None])
-    small = slimmable.extract_gated(model, [x], keep=0.5, round_to=16, recalibrate=False)
+    small = slimmable.gating.extract_gated(model, [x], keep=0.5, round_to=16, recalibrate=False)
     assert small.blocks[0].attn.proj.in_features == 32  # one head of two
     assert small.blocks[0].mlp.fc1.out_features == 48
 
@@ -140,7 +140,7 @@ def test_heads_have_enough_channels_for_a_multiple():
 def test_statistics_are_those_of_the_small_network():
     model, x = gated_model(), images("resnet18", 8)
     set_random_masks(model)
-    small = slimmable.extract_gated(model, [x], keep=0.5)
+    small = slimmable.gating.extract_gated(model, [x], keep=0.5)
     seen = {}
     small.layer2[0].conv1.register_forward_hook(lambda module, args, out: seen.update(out=out))
     norm = small.layer2[0].bn1
@@ -160,19 +160,19 @@ def test_bad_calls():
         ("budget", "half", r"must be in \(0, 1\)"),
         ("budget", 0.001, "the fewest units for each gate cost 0.0"),
     ]:
-        with pytest.raises(slimmable.UsageError, match=message):
-            slimmable.extract_gated(model, [x], **{keyword: value})
-    with pytest.raises(slimmable.UsageError, match="round_to must be an integer"):
-        slimmable.extract_gated(model, [x], keep=0.5, round_to=0)
+        with pytest.raises(slimmable.errors.UsageError, match=message):
+            slimmable.gating.extract_gated(model, [x], **{keyword: value})
+    with pytest.raises(slimmable.errors.UsageError, match="round_to must be an integer"):
+        slimmable.gating.extract_gated(model, [x], keep=0.5, round_to=0)
     for both in ({}, {"keep": 0.5, "budget": 0.5}):
-        with pytest.raises(slimmable.UsageError, match="either keep"):
-            slimmable.extract_gated(model, [x], **both)
-    with pytest.raises(slimmable.UsageError, match="gone through twice"):
-        slimmable.extract_gated(model, iter([x]), keep=0.5)
-    with pytest.raises(slimmable.DataError, match="loader is empty"):
-        slimmable.extract_gated(model, [], keep=0.5)
-    with pytest.raises(slimmable.DataError, match="gate_activity: a batch of type dict"):
-        slimmable.extract_gated(model, [{"image": x}], keep=0.5)
-    with pytest.raises(slimmable.UsageError, match="give the model that gate returned"):
-        slimmable.extract_gated(nn.Sequential(model), [x], keep=0.5)
+        with pytest.raises(slimmable.errors.UsageError, match="either keep"):
+            slimmable.gating.extract_gated(model, [x], **both)
+    with pytest.raises(slimmable.errors.UsageError, match="gone through twice"):
+        slimmable.gating.extract_gated(model, iter([x]), keep=0.5)
+    with pytest.raises(slimmable.errors.DataError, match="loader is empty"):
+        slimmable.gating.extract_gated(model, [], keep=0.5)
+    with pytest.raises(slimmable.errors.DataError, match="gate_activity: a batch of type dict"):
+        slimmable.gating.extract_gated(model, [{"image": x}], keep=0.5)
+    with pytest.raises(slimmable.errors.UsageError, match="give the model that gate returned"):
+        slimmable.gating.extract_gated(nn.Sequential(model), [x], keep=0.5)
     assert any(isinstance(module, LayerGates) for module in model.modules())

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimmable
-from slimmable import CheckpointError
+from slimmable.errors import CheckpointError
 from slimmable.gating import ChannelGate, ungate
-from slimmable.layers._gated import PLAN, LayerGates, PassNorm
+from slimmable.gating._parts import PLAN, LayerGates, PassNorm
 from tests.convert.oracles import randomise
 from tests.convert.test_save_load import JUNK, leaves
 
@@ -65,7 +65,7 @@ def same(first, second, x):
                 assert torch.equal(first(x), second(x))
                 if width not in first.__dict__[PLAN].plan.widths:
                     continue
-                with slimmable.gated(first) as run, slimmable.gated(second) as own:
+                with slimmable.gating.gated(first) as run, slimmable.gating.gated(second) as own:
                     assert torch.equal(first(x), second(x))
                 assert torch.equal(run.share(), own.share())
                 assert run.masks().keys() == own.masks().keys()
@@ -88,13 +88,13 @@ def test_timm_models_come_back(name, widths, tmp_path):
     net = timm.create_model(name, num_classes=5).eval()
     if widths:
         net = slimmable.slimify(net, widths, example_inputs=x)
-    model = trained(slimmable.gate(net, example_inputs=x[:1], temperature=0.4, open_at_zero=True, bias=False))
+    model = trained(slimmable.gating.gate(net, example_inputs=x[:1], temperature=0.4, open_at_zero=True, bias=False))
     slimmable.save(model, tmp_path / "model.safetensors")
     again = slimmable.load(tmp_path / "model.safetensors")
     same(again, model, x)
     state = again.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    small = [slimmable.extract_gated(each, [x], keep=0.5, recalibrate=False) for each in (again, model)]
+    small = [slimmable.gating.extract_gated(each, [x], keep=0.5, recalibrate=False) for each in (again, model)]
     assert torch.equal(small[0](x), small[1](x))
     slimmable.save(again, tmp_path / "again.safetensors")
     assert said(tmp_path / "again.safetensors") == said(tmp_path / "model.safetensors")
@@ -121,7 +121,7 @@ def test_random_chains_come_back(sizes, widths, separate, norm, skipped, univers
             slimmable.calibrate_bn(net, [x], [0.8])
     second = str(3 if norm else 2)
     skip = (lambda name, module: name == second) if skipped and len(sizes) > 3 else ()
-    model = slimmable.gate(net, example_inputs=x, separate_norms=separate, skip=skip, temperature=temperature)
+    model = slimmable.gating.gate(net, example_inputs=x, separate_norms=separate, skip=skip, temperature=temperature)
     assert (second in {part.name for part in model.modules() if isinstance(part, LayerGates)}) == (skip == ())
     slimmable.save(trained(model), tmp_path / "model")
     with pytest.raises(CheckpointError, match="model="):
@@ -155,16 +155,16 @@ def test_examples_of_any_kind(tmp_path):
     ids, options = torch.randint(9, (2, 5)), {"mask": torch.rand(2, 5) < 0.5, "scale": torch.ones(1), "names": ("a", 1)}
     options["mask"][0, 0] = False
     example = slimmable.Inputs({"ids": ids}, options=options)
-    model = trained(slimmable.gate(Reader(), example_inputs=example).double())
+    model = trained(slimmable.gating.gate(Reader(), example_inputs=example).double())
     slimmable.save(model, tmp_path / "model")
     again = slimmable.load(tmp_path / "model", Reader())
-    with torch.no_grad(), slimmable.gated(model) as run, slimmable.gated(again) as own:
+    with torch.no_grad(), slimmable.gating.gated(model) as run, slimmable.gating.gated(again) as own:
         inputs = {"ids": torch.randint(9, (3, 5))}, {"mask": torch.zeros(3, 5), "scale": torch.ones(1).double()}
         assert torch.equal(model(inputs[0], options=inputs[1]), again(inputs[0], options=inputs[1]))
     assert torch.equal(run.share(), own.share())
 
     with_object = slimmable.Inputs({"ids": ids}, options={**options, "names": Box(name="a")})
-    model = slimmable.gate(Reader(), example_inputs=with_object)
+    model = slimmable.gating.gate(Reader(), example_inputs=with_object)
     with pytest.raises(CheckpointError, match="an object of class 'Box', which no file can hold"):
         slimmable.save(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -175,7 +175,7 @@ def small_model(sizes=(8, 16, 16, 12), widths=None, **arguments):
     net, x = chain(sizes), torch.randn(2, 3, 6, 6)
     if widths:
         net = slimmable.slimify(net, widths, example_inputs=x)
-    return slimmable.gate(net, example_inputs=x, **arguments)
+    return slimmable.gating.gate(net, example_inputs=x, **arguments)
 
 
 def test_what_cannot_come_back_is_not_saved(tmp_path):
@@ -234,7 +234,7 @@ def test_gates_with_anything_in_the_place_of_anything_load_as_they_are_or_are_re
     expected = small_model(widths=(1.0, 0.5))
     assert [type(module) for module in model.modules()] == [type(module) for module in expected.modules()]
     x = torch.randn(2, 3, 6, 6)
-    with slimmable.gated(model):
+    with slimmable.gating.gated(model):
         assert model(x).shape == (2, 3)
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimmable
-from slimmable.convert import apply_plan
-from slimmable.gating import GatedPass, gate_plan, ungate
-from slimmable.layers._gated import PLAN, LayerGates, PassNorm
+from slimmable._convert import apply_plan
+from slimmable.errors import ConversionError, UsageError
+from slimmable.gating import GatedPass, dense, gate, gate_plan, gated, ungate
+from slimmable.gating._parts import PLAN, LayerGates, PassNorm
 from tests.convert.oracles import difference, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of this .* were never trained")
@@ -75,13 +76,13 @@ def set_masks(model, share, index=0):
 @torch.no_grad()
 def test_constant_masks_are_the_extracted_network(name):
     model, x = plain(name), images(name)
-    gated_model = slimmable.gate(model, example_inputs=x, separate_norms=False)
+    gated_model = gate(model, example_inputs=x, separate_norms=False)
     assert len(gates_of(gated_model)) == FAMILIES[name]
     assert torch.equal(gated_model(x), model(x))
     assert not hasattr(model, PLAN)
 
     set_masks(gated_model, 1.0)
-    with slimmable.gated(gated_model) as run:
+    with gated(gated_model) as run:
         assert torch.equal(gated_model(x), model(x))
     assert run.macs().tolist() == [run.dense_macs()] * 2
     [row] = slimmable.profile(model, example_inputs=x[:1], repeats=0).rows
@@ -89,7 +90,7 @@ def test_constant_masks_are_the_extracted_network(name):
     assert slimmable.profile(gated_model, example_inputs=x[:1], repeats=0).rows == (row,)
 
     counts = set_masks(gated_model, 0.4)
-    with slimmable.gated(gated_model) as run:
+    with gated(gated_model) as run:
         out = gated_model(x)
     small = slimmable.extract(apply_plan(copy.deepcopy(model), gated_model.__dict__[PLAN].plan), counts)
     assert difference(out, small(x)) < 1e-12
@@ -114,10 +115,10 @@ PLACES = {  # modules whose output is what the gate of a layer masks, channels l
 def test_masks_of_images_zero_channels_behind_the_activation(name):
     model, x = plain(name), images(name, 4)
     places, axis = PLACES[name]
-    gated_model = slimmable.gate(model, example_inputs=x[:2], separate_norms=False, skip=lambda name, _: "attn" in name)
+    gated_model = gate(model, example_inputs=x[:2], separate_norms=False, skip=lambda name, _: "attn" in name)
     for gates in gates_of(gated_model).values():
         gates.at[0] = Constant(torch.randint(2, (4, gates.at[0].expand.out_features)).double())
-    with slimmable.gated(gated_model) as run:
+    with gated(gated_model) as run:
         out = gated_model(x)
     masks = run.masks()
     assert masks.keys() <= places.keys()
@@ -135,8 +136,8 @@ def test_masks_of_images_zero_channels_behind_the_activation(name):
 @torch.no_grad()
 def test_whole_heads_are_masked():
     model, x = plain("test_vit"), images("test_vit", 3)
-    gated_model = slimmable.gate(model, example_inputs=x, skip="*.mlp")
-    with slimmable.gated(gated_model) as run:
+    gated_model = gate(model, example_inputs=x, skip="*.mlp")
+    with gated(gated_model) as run:
         out = gated_model(x)
     for maker, mask in run.masks().items():
         assert mask.shape == (3, 2)
@@ -168,8 +169,8 @@ def test_heads_of_attention_that_cannot_run_with_fewer_have_no_gate(name):
 @torch.no_grad()
 def test_multiply_adds_of_each_image_are_those_of_its_own_sub_network():
     x = images("resnet18", 4)
-    model = slimmable.gate(plain("resnet18"), example_inputs=x[:1])
-    with slimmable.gated(model) as run:
+    model = gate(plain("resnet18"), example_inputs=x[:1])
+    with gated(model) as run:
         model(x[:3])
         model(x[3:])
     found = model.__dict__[PLAN]
@@ -185,23 +186,23 @@ def test_multiply_adds_of_each_image_are_those_of_its_own_sub_network():
 
 
 def test_other_input_sizes():
-    model = slimmable.gate(plain("resnet18"), example_inputs=images("resnet18"))
+    model = gate(plain("resnet18"), example_inputs=images("resnet18"))
     x = torch.randn(2, 3, 96, 64, dtype=torch.float64)
-    with torch.no_grad(), slimmable.gated(model) as run:
+    with torch.no_grad(), gated(model) as run:
         model(x)
-    with pytest.raises(slimmable.UsageError, match=r"has read \(24, 16\) positions, but .* \(16, 16\)"):
+    with pytest.raises(UsageError, match=r"has read \(24, 16\) positions, but .* \(16, 16\)"):
         run.macs()
     bare = ungate(copy.deepcopy(model))
     assert run.dense_macs((3, 96, 64)) == slimmable.profile(bare, (3, 96, 64), repeats=0).rows[0].macs
 
 
 def test_norms_of_the_two_passes():
-    model = slimmable.gate(plain("resnet18"), example_inputs=images("resnet18")).train()
+    model = gate(plain("resnet18"), example_inputs=images("resnet18")).train()
     own = [name for name, module in model.named_modules() if isinstance(module, PassNorm)]
     assert sorted(own) == sorted(f"layer{i}.{j}.bn{k}" for i in range(1, 5) for j in range(2) for k in (1, 2))
     dense, gated_norm = model.layer1[0].bn1.full, model.layer1[0].bn1.gated[0]
     before = dense.running_mean.clone()
-    with slimmable.gated(model):
+    with gated(model):
         model(images("resnet18", 4))
     assert torch.equal(dense.running_mean, before)
     assert not torch.equal(gated_norm.running_mean, before)
@@ -218,17 +219,17 @@ def test_norms_of_the_two_passes():
 def test_a_slimmable_model_has_gates_for_each_width(universal):
     x = images("resnet18")
     slim = slimmable.slimify(plain("resnet18"), (1.0, 0.5), example_inputs=x, universal=universal)
-    model = slimmable.gate(slim, example_inputs=x)
+    model = gate(slim, example_inputs=x)
     rows = {row.width: row for row in slimmable.profile(slim, example_inputs=x[:1], repeats=0).rows}
     for index, width in enumerate((1.0, 0.5)):
         with slimmable.at_width(model, width), slimmable.at_width(slim, width):
             assert torch.equal(model(x), slim(x))
-            with slimmable.gated(model) as run:
+            with gated(model) as run:
                 model(x)
             assert {mask.shape[1] for mask in run.masks().values()} == {int(n * width) for n in (64, 128, 256, 512)}
             assert run.dense_macs() == rows[width].macs
             counts = set_masks(model, 0.4, index)
-            with slimmable.gated(model) as run:
+            with gated(model) as run:
                 out = model(x)
             assert run.macs()[0] == model.__dict__[PLAN].plan.sub_network(counts).macs / 2
         if width == 1.0 and not universal:  # its norms are those of the full width
@@ -237,7 +238,10 @@ def test_a_slimmable_model_has_gates_for_each_width(universal):
     if universal:
         with slimmable.at_width(model, 0.7), slimmable.at_width(slim, 0.7):
             assert torch.equal(model(x), slim(x))
-            with pytest.raises(slimmable.UsageError, match=r"not for the active 0\.7"), slimmable.gated(model):
+            with (
+                pytest.raises(UsageError, match=r"not for the active 0\.7"),
+                gated(model),
+            ):
                 model(x)
     small = slimmable.extract(model, 0.5)
     with slimmable.at_width(model, 0.5):
@@ -252,44 +256,44 @@ def test_gates_know_registered_widths_and_the_active_one():
     slimmable.calibrate_bn(slim, [x], [0.7])
     for width in (0.7, 0.5, 0.6):
         slimmable.set_width(slim, width)
-        model = slimmable.gate(slim, example_inputs=x)
+        model = gate(slim, example_inputs=x)
         assert (slimmable.width_of(model), slimmable.widths_of(model)) == (width, (1.0, 0.7, 0.5))
         assert torch.equal(model(x), slim(x))
-        with slimmable.gated(model):
+        with gated(model):
             if width == 0.5:
                 assert not torch.equal(model(x), slim(x))
                 continue
-            with pytest.raises(slimmable.UsageError, match=f"not for the active {width}"):
+            with pytest.raises(UsageError, match=f"not for the active {width}"):
                 model(x)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_gates_of_their_own(clone):
     x = images("resnet18")
-    model = slimmable.gate(plain("resnet18"), example_inputs=x)
-    with slimmable.gated(model) as run:
+    model = gate(plain("resnet18"), example_inputs=x)
+    with gated(model) as run:
         model(x)
         twin = clone(model)  # while masks with a history are about
     with torch.no_grad():
-        with slimmable.gated(twin) as own:
+        with gated(twin) as own:
             twin(x)
         assert not torch.equal(model(x), twin(x))  # the copy is in its gated pass, the model is not
         for name, mask in run.masks().items():
             assert torch.equal(mask, own.masks()[name])
         gates_of(twin)["layer1.0.conv1"].at[0].expand.weight.zero_()
-        with slimmable.gated(model) as again:
+        with gated(model) as again:
             model(x)
     assert torch.equal(again.masks()["layer1.0.conv1"], run.masks()["layer1.0.conv1"])
 
 
 def test_state_dicts():
     x = images("resnet18")
-    model, other = (slimmable.gate(plain("resnet18"), example_inputs=x) for _ in range(2))
+    model, other = (gate(plain("resnet18"), example_inputs=x) for _ in range(2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     other.load_state_dict(model.state_dict())
-    with torch.no_grad(), slimmable.gated(model), slimmable.gated(other):
+    with torch.no_grad(), gated(model), gated(other):
         assert torch.equal(model(x), other(x))
     source = plain("resnet18")
     nn.init.normal_(source.layer1[0].bn1.weight)
@@ -300,7 +304,7 @@ def test_state_dicts():
     assert torch.equal(other.layer1[0].bn1.gated[0].weight, source.layer1[0].bn1.weight)
     assert set(dict(source.named_parameters())) <= set(dict(other.named_parameters()))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(slimmable.CheckpointError, match=r"layer1\.0\.conv1\.channel_gate"):  # of another network
+    with pytest.raises(slimmable.errors.CheckpointError, match=r"layer1\.0\.conv1\.channel_gate"):  # of another network
         other.load_state_dict({**before, "layer1.0.conv1.channel_gate.at.0.expand.weight": torch.zeros(3, 16)})
 
 
@@ -308,7 +312,7 @@ def test_ungate_gives_the_model_back():
     model = plain("resnet18")
     names = [type(module) for module in model.modules()]
     state = model.state_dict()
-    gated_model = slimmable.gate(model, example_inputs=images("resnet18"), inplace=True)
+    gated_model = gate(model, example_inputs=images("resnet18"), inplace=True)
     assert gated_model is model
     assert ungate(model) is model
     assert [type(module) for module in model.modules()] == names
@@ -322,14 +326,14 @@ def test_every_parameter_learns_and_the_budget_is_reached():
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 4, 4),
     )  # fmt: skip
-    model = slimmable.gate(net, example_inputs=torch.zeros(2, 3, 8, 8))
-    criterion = slimmable.GateBudget(0.4)
+    model = gate(net, example_inputs=torch.zeros(2, 3, 8, 8))
+    criterion = slimmable.gating.GateBudget(0.4)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for step in range(60):
         optimizer.zero_grad()
-        with slimmable.gated(model) as run:
-            gated = model(torch.randn(32, 3, 8, 8))
-        loss = criterion(run, epoch=step) + 0.01 * (gated - model(torch.randn(32, 3, 8, 8))).square().mean()
+        with gated(model) as run:
+            output = model(torch.randn(32, 3, 8, 8))
+        loss = criterion(run, epoch=step) + 0.01 * (output - model(torch.randn(32, 3, 8, 8))).square().mean()
         loss.backward()
         if step == 0:
             assert all(parameter.grad is not None for parameter in model.parameters())
@@ -339,20 +343,20 @@ def test_every_parameter_learns_and_the_budget_is_reached():
 
 def test_mixed_precision_and_checkpointing():
     x = images("resnet18", 4).float()
-    model = slimmable.gate(plain("resnet18").float(), example_inputs=x[:2])
-    with torch.autocast("cpu", torch.bfloat16), slimmable.gated(model.train()) as run:
+    model = gate(plain("resnet18").float(), example_inputs=x[:2])
+    with torch.autocast("cpu", torch.bfloat16), gated(model.train()) as run:
         out = model(x)
     assert {mask.dtype for mask in run.masks().values()} == {torch.float32}
     assert set(torch.cat([mask.flatten() for mask in run.masks().values()]).tolist()) == {0.0, 1.0}
     out.float().sum().backward()
 
-    model = slimmable.gate(plain("resnet18"), example_inputs=x[:2].double()).train()
+    model = gate(plain("resnet18"), example_inputs=x[:2].double()).train()
     gradients = []
     for checkpointed in (False, True):
         twin = copy.deepcopy(model)
         twin.set_grad_checkpointing(checkpointed)
         torch.manual_seed(3)
-        with slimmable.gated(twin) as run:
+        with gated(twin) as run:
             out = twin(x.double())
         (out.square().sum() + run.share().mean()).backward()  # runs blocks again, in the gated pass
         gradients.append([parameter.grad for parameter in twin.parameters() if parameter.grad is not None])
@@ -362,14 +366,14 @@ def test_mixed_precision_and_checkpointing():
 
 def test_compiled():
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    model = slimmable.gate(net, example_inputs=torch.zeros(2, 4)).eval()
+    model = gate(net, example_inputs=torch.zeros(2, 4)).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.randn(3, 4)
     for _ in range(2):
         assert torch.equal(compiled(x), model(x))
-        with slimmable.gated(model) as run:
+        with gated(model) as run:
             expected = model(x)
-        with slimmable.gated(compiled) as own:
+        with gated(compiled) as own:
             torch.testing.assert_close(compiled(x), expected)
         assert not torch.equal(expected, model(x))
         assert torch.equal(own.masks()["3"], run.masks()["3"])
@@ -390,8 +394,8 @@ def test_random_chains(sizes, groups, random):
     assert len(found.gates) + len(found.refused) == len(found.plan.channels.units)
     if not found.gates:
         return
-    model = slimmable.gate(net, example_inputs=x)
-    with torch.no_grad(), slimmable.gated(model) as run:
+    model = gate(net, example_inputs=x)
+    with torch.no_grad(), gated(model) as run:
         out = model(x)
         y, masks = x, run.masks()
         for number, layer in enumerate(net):
@@ -408,65 +412,65 @@ def test_random_chains(sizes, groups, random):
 def test_bad_calls():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     x = torch.zeros(2, 4)
-    with pytest.raises(slimmable.UsageError, match=r"has no gates; make some with slimmable\.gate"):
-        slimmable.gated(net).__enter__()
-    with pytest.raises(slimmable.UsageError, match="has no gates"):
-        slimmable.dense(net).__enter__()
-    with pytest.raises(slimmable.UsageError, match=r"needs a torch\.nn\.Module"):
-        slimmable.gate("resnet18")
-    with pytest.raises(slimmable.ConversionError, match="can be gated\n  0 \\(8\\): its layer reads the model's input"):
-        slimmable.gate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), example_inputs=x)
-    with pytest.raises(slimmable.UsageError, match="temperature"):
-        slimmable.gate(net, example_inputs=x, temperature=0.0, inplace=True)
-    with pytest.raises(slimmable.ConversionError, match="matches no module"):
-        slimmable.gate(net, example_inputs=x, skip="body", inplace=True)
+    with pytest.raises(UsageError, match=r"has no gates; make some with slimmable\.gate"):
+        gated(net).__enter__()
+    with pytest.raises(UsageError, match="has no gates"):
+        dense(net).__enter__()
+    with pytest.raises(UsageError, match=r"needs a torch\.nn\.Module"):
+        gate("resnet18")
+    with pytest.raises(ConversionError, match="can be gated\n  0 \\(8\\): its layer reads the model's input"):
+        gate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), example_inputs=x)
+    with pytest.raises(UsageError, match="temperature"):
+        gate(net, example_inputs=x, temperature=0.0, inplace=True)
+    with pytest.raises(ConversionError, match="matches no module"):
+        gate(net, example_inputs=x, skip="body", inplace=True)
     assert not any(module._forward_pre_hooks for module in net.modules())
 
-    model = slimmable.gate(net, example_inputs=x)
-    with pytest.raises(slimmable.UsageError, match="has gates already"):
-        slimmable.gate(model, example_inputs=x)
-    with pytest.raises(slimmable.ConversionError, match=r"has gates.*ungate"):
+    model = gate(net, example_inputs=x)
+    with pytest.raises(UsageError, match="has gates already"):
+        gate(model, example_inputs=x)
+    with pytest.raises(ConversionError, match=r"has gates.*ungate"):
         slimmable.slimify(model, example_inputs=x)
-    with slimmable.gated(model) as run:
+    with gated(model) as run:
         pass
-    with pytest.raises(slimmable.UsageError, match="the gate of 2 has decided nothing"):
+    with pytest.raises(UsageError, match="the gate of 2 has decided nothing"):
         run.macs()
-    with pytest.raises(slimmable.UsageError, match="its gate has not decided"), slimmable.gated(model):
+    with pytest.raises(UsageError, match="its gate has not decided"), gated(model):
         model[4](torch.zeros(2, 32))
-    with pytest.warns(UserWarning, match="never trained"), slimmable.gated(model.eval()):
+    with pytest.warns(UserWarning, match="never trained"), gated(model.eval()):
         model(x)
     slim = slimmable.slimify(nn.Sequential(net, nn.Linear(2, 2)), (1.0, 0.5), example_inputs=x)
-    with pytest.raises(slimmable.ConversionError, match="a part of this"):
-        slimmable.gate(slim[0], example_inputs=x)
+    with pytest.raises(ConversionError, match="a part of this"):
+        gate(slim[0], example_inputs=x)
 
 
 @pytest.mark.parametrize("target", [0, 1, -0.1, 1.5, float("nan"), "0.3", True])
 def test_targets_outside_their_range(target):
     for call in (
-        lambda: slimmable.GateBudget(target),
+        lambda: slimmable.gating.GateBudget(target),
         lambda: slimmable.gating.budget_loss(torch.ones(2), target),
         lambda: slimmable.gating.bound_loss(torch.ones(2), target, 0.5),
     ):
-        with pytest.raises(slimmable.UsageError, match=r"must be in \(0, 1\)"):
+        with pytest.raises(UsageError, match=r"must be in \(0, 1\)"):
             call()
-    with pytest.raises(slimmable.UsageError, match=r"must be in \[0, 1\]"):
+    with pytest.raises(UsageError, match=r"must be in \[0, 1\]"):
         slimmable.gating.bound_loss(torch.ones(2), 0.5, 1.1)
-    with pytest.raises(slimmable.DataError, match="one share per gate"):
+    with pytest.raises(slimmable.errors.DataError, match="one share per gate"):
         slimmable.gating.bound_loss(torch.ones(2, 2), 0.5, 0.5)
-    with pytest.raises(slimmable.DataError, match="no mask"):
+    with pytest.raises(slimmable.errors.DataError, match="no mask"):
         slimmable.gating.open_shares([])
 
 
 def test_the_pass_ends_with_the_block():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    model = gate(net, example_inputs=torch.zeros(2, 4))
     x = torch.randn(64, 4)
-    with slimmable.gated(model) as run:
-        with slimmable.dense(model):
+    with gated(model) as run:
+        with dense(model):
             assert torch.equal(model(x), net(x))
         assert not torch.equal(model(x), net(x))
     assert isinstance(run, GatedPass)
     assert torch.equal(model(x), net(x))
-    with pytest.raises(ZeroDivisionError), slimmable.gated(model):
+    with pytest.raises(ZeroDivisionError), gated(model):
         raise ZeroDivisionError
     assert torch.equal(model(x), net(x))

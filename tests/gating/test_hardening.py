@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import slimmable
+from slimmable.errors import UsageError
 from slimmable.gating import GateBudget, annealed, calibrate_gates, gate_activity, ungate
-from slimmable.layers._gated import PassNorm
+from slimmable.gating._parts import PassNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of this .* were never trained")
 
@@ -26,32 +27,35 @@ def plain():
 
 def gated_model(widths=None):
     net = plain() if widths is None else slimmable.slimify(plain(), widths, example_inputs=IMAGES)
-    return slimmable.gate(net, example_inputs=IMAGES)
+    return slimmable.gating.gate(net, example_inputs=IMAGES)
 
 
 def test_costs_are_those_of_the_width_that_has_run():
     model = gated_model((1.0, 0.5))
     with slimmable.at_width(model, 0.5):
-        with slimmable.gated(model) as run:
+        with slimmable.gating.gated(model) as run:
             model(IMAGES)
         inside = run.share(), run.dense_macs()
         expected = slimmable.profile(slimmable.extract(model, 0.5), (3, 16, 16), repeats=0).rows[0].macs
     assert inside[1] == expected
     assert run.dense_macs() == expected
     assert torch.equal(run.share(), inside[0])
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         model(IMAGES)
         slimmable.set_width(model, 0.5)
         model(IMAGES)
-    with pytest.raises(slimmable.UsageError, match="several widths"):
+    with pytest.raises(UsageError, match="several widths"):
         run.share()
 
 
 def test_several_gated_models_are_not_one():
     both = nn.ModuleDict({"student": gated_model(), "teacher": gated_model()})
-    with pytest.raises(slimmable.UsageError, match=r"2 gated models, student, teacher"), slimmable.gated(both):
+    with (
+        pytest.raises(UsageError, match=r"2 gated models, student, teacher"),
+        slimmable.gating.gated(both),
+    ):
         pass
-    with slimmable.gated(both["student"]) as first, slimmable.gated(both["teacher"]) as second:
+    with slimmable.gating.gated(both["student"]) as first, slimmable.gating.gated(both["teacher"]) as second:
         both["student"](IMAGES)
         both["teacher"](IMAGES[:2])
     assert [len(first.share()), len(second.share())] == [4, 2]
@@ -59,18 +63,18 @@ def test_several_gated_models_are_not_one():
 
 def test_a_forward_that_was_broken_off():
     net = nn.Sequential(nn.Linear(4, 8), *(part for _ in range(3) for part in (nn.ReLU(), nn.Linear(8, 8))))
-    model = slimmable.gate(net, example_inputs=torch.zeros(2, 4))
+    model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
 
     def fail(*_):
         raise MemoryError
 
     broken = model[2].register_forward_hook(fail)
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         with pytest.raises(MemoryError):
             model(torch.ones(3, 4))
         broken.remove()
         model(torch.ones(3, 4))
-    with pytest.raises(slimmable.UsageError, match=r"different numbers of images \(2 6, 4 3\)"):
+    with pytest.raises(UsageError, match=r"different numbers of images \(2 6, 4 3\)"):
         run.masks()
 
 
@@ -80,7 +84,7 @@ def test_checkpoints_between_a_gate_and_what_it_masks(inside):
 
     def gradient(run_part):
         model.zero_grad()
-        with slimmable.gated(model) as run:
+        with slimmable.gating.gated(model) as run:
             scores = [run_part(model[5:], model[:5](x)) for x in (IMAGES, 1 - 2 * IMAGES)]
             if inside:
                 scores[0].sum().backward()
@@ -131,10 +135,10 @@ class Aliased(nn.Module):
 
 
 def test_norms_with_two_names():
-    model = slimmable.gate(Aliased(), example_inputs=IMAGES)
+    model = slimmable.gating.gate(Aliased(), example_inputs=IMAGES)
     assert isinstance(model.norm, PassNorm)
     assert model.norm is model.layers[3]
-    with slimmable.gated(model):
+    with slimmable.gating.gated(model):
         model(IMAGES)
     counts = [int(norm.num_batches_tracked) for norm in (model.norm.full, model.norm.of_gated_pass(0))]
     assert counts == [0, 1]
@@ -145,7 +149,7 @@ def test_norms_with_two_names():
 
 def test_on_the_meta_device():
     model = gated_model().eval().to(device="meta")
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         assert model(IMAGES.to("meta")).shape == (4, 4)
     assert run.masks()["2"].shape == (4, 32)
 
@@ -154,28 +158,28 @@ def test_on_the_meta_device():
 def test_what_is_no_loader_and_no_gated_model(call):
     model = gated_model()
     for loader in (None, 3, IMAGES):
-        with pytest.raises(slimmable.UsageError, match=f"loader must hold batches.*{type(loader).__name__}"):
+        with pytest.raises(UsageError, match=f"loader must hold batches.*{type(loader).__name__}"):
             call(model, loader)
     for other, message in ((None, "needs a torch.nn.Module"), (nn.ReLU(), "no gates"), (plain(), "no gates")):
-        with pytest.raises(slimmable.UsageError, match=message):
+        with pytest.raises(UsageError, match=message):
             call(other, [IMAGES])
 
 
 def test_bad_arguments():
     model = gated_model()
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         scores = model(IMAGES)
     for given in (None, scores, model, {}):
-        with pytest.raises(slimmable.UsageError, match=f"with gated.*got {type(given).__name__}"):
+        with pytest.raises(UsageError, match=f"with gated.*got {type(given).__name__}"):
             GateBudget(0.3)(given, 0)
     for epoch in (None, "1", float("nan")):
-        with pytest.raises(slimmable.UsageError, match="epoch must be a number"):
+        with pytest.raises(UsageError, match="epoch must be a number"):
             annealed(epoch)
     for setting in ({"budget": -1}, {"bound": "x"}, {"alpha": float("nan")}, {"first_epoch": "a"}):
-        with pytest.raises(slimmable.UsageError, match=next(iter(setting))):
+        with pytest.raises(UsageError, match=next(iter(setting))):
             GateBudget(0.3, **setting)
     for size in (24, "24"):
-        with pytest.raises(slimmable.UsageError, match="input_size is the size of one image"):
+        with pytest.raises(UsageError, match="input_size is the size of one image"):
             run.share(size)
-    with pytest.raises(slimmable.ConversionError, match="one row per image"):
-        slimmable.gate(plain(), example_inputs=IMAGES[:0])
+    with pytest.raises(slimmable.errors.ConversionError, match="one row per image"):
+        slimmable.gating.gate(plain(), example_inputs=IMAGES[:0])

@@ -22,7 +22,7 @@ def gated_model():
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(32, 4),
     )  # fmt: skip
-    return slimmable.gate(net.double(), example_inputs=IMAGES[0])
+    return slimmable.gating.gate(net.double(), example_inputs=IMAGES[0])
 
 
 class Both(nn.Module):
@@ -33,7 +33,7 @@ class Both(nn.Module):
         self.model = model
 
     def forward(self, x0, x1):
-        with slimmable.gated(self.model) as run:
+        with slimmable.gating.gated(self.model) as run:
             z0 = self.model(x0)
         return z0, self.model(x1), run.share()
 

@@ -144,7 +144,7 @@ def test_step(tag, monkeypatch):
     case = next(case for case in MANIFEST["cases"] if case.get("tag") == tag)
     model = network(GOLDEN, separate_norms=tag == "separate_bn").train()
     monkeypatch.setattr(torch, "rand_like", Replayed(*(GOLDEN[f"net/uniform{i}"] for i in range(8))))
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         first = model(IMAGES[0])
     second = model(IMAGES[1])
     at = f"net/{tag}/train"
@@ -184,13 +184,13 @@ def test_step(tag, monkeypatch):
 @pytest.mark.filterwarnings("ignore:the gates of this Network were never trained")
 def test_both_passes_in_eval(tag):
     model = network(GOLDEN, separate_norms=tag == "separate_bn").eval()
-    with slimmable.gated(model) as run:
+    with slimmable.gating.gated(model) as run:
         gated = model(IMAGES[0])
     at = f"net/{tag}/eval"
     for mask, number in zip(run.masks().values(), range(8), strict=True):
         assert torch.equal(mask, GOLDEN[f"{at}/mask{number}"].flatten(1).double())
     torch.testing.assert_close(gated, GOLDEN[f"{at}/feats_gated"], **CLOSE)
-    with slimmable.dense(model):
+    with slimmable.gating.dense(model):
         torch.testing.assert_close(model(IMAGES[1]), GOLDEN[f"{at}/feats_dense"], **CLOSE)
     assert budget_loss(run.share(), 0.3).item() == pytest.approx(
         GOLDEN[f"{at}/rloss"].item(), rel=1e-6

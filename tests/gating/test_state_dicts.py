@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable import CheckpointError
+from slimmable.errors import CheckpointError
 from slimmable.gating import gate_activity, ungate
 from tests.gating.test_files import chain, small_model
 
@@ -118,7 +118,7 @@ def test_networks_without_gates_do_not_check():
     without = [
         slimmable.extract(slim, 0.5),
         slimmable.extract(small_model(), 1.0),
-        slimmable.extract_gated(small_model(), [x], keep=0.5),
+        slimmable.gating.extract_gated(small_model(), [x], keep=0.5),
         ungate(small_model()),
         ungate(copy.deepcopy(slim)),
     ]

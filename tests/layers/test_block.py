@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from slimmable._width import set_width
 from slimmable.layers import SlimConv2d
-from slimmable.layers._view import install_view
-from slimmable.width import set_width
+from slimmable.view.view import install_view
 
 WIDTHS = (1.0, 0.5)
 CUTS = {"first units": (2, 3), "shifted": ((1, 2), (2, 3, 4))}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from slimmable._width import set_width
 from slimmable.layers import (
     SlimConv2d,
     SlimGroupNorm,
@@ -13,7 +14,6 @@ from slimmable.layers import (
     SwitchableBatchNorm2d,
     SwitchableProbe,
 )
-from slimmable.width import set_width
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 X = torch.randn(2, 3, 6, 6)

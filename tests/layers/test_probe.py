@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slimmable._errors import ConversionError, WidthError
+from slimmable._width import run_widths, set_width, width_of
+from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SwitchableProbe
-from slimmable.width import run_widths, set_width, width_of
 
 WIDTHS = (1.0, 0.5, 0.25)
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slimmable._errors import ConversionError, WidthError
+from slimmable._width import set_width, width_of
 from slimmable._widths import kept_units
+from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
 from slimmable.layers._kept import disjoint_units
-from slimmable.layers._view import narrow_values, original_class
-from slimmable.width import set_width, width_of
+from slimmable.view.view import narrow_values, original_class
 
 SLIM_CONV = {1: SlimConv1d, 2: SlimConv2d, 3: SlimConv3d}
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

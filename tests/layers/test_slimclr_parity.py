@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from slimmable._errors import WidthError
+from slimmable._width import set_width, width_of, widths_of
+from slimmable.errors import WidthError
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm1d, SwitchableBatchNorm2d, SwitchableProbe
 from slimmable.layers._kept import disjoint_units
-from slimmable.width import set_width, width_of, widths_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TENSORS = load_file(GOLDEN / "slimclr_resnet.safetensors")

@@ -12,7 +12,8 @@ from timm.layers import convert_sync_batchnorm as timm_convert_sync_batchnorm
 from torch import nn
 from torch.func import functional_call
 
-from slimmable._errors import ConversionError, WidthError
+from slimmable._width import at_width, set_width, width_of
+from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import (
     SwitchableBatchNorm,
     SwitchableBatchNorm1d,
@@ -20,7 +21,6 @@ from slimmable.layers import (
     SwitchableBatchNorm3d,
     SwitchableNorm,
 )
-from slimmable.width import at_width, set_width, width_of
 
 WIDTHS = (1.0, 0.5, 0.25)
 KEPT = (None, 4, (1, 6))

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from slimmable._width import set_width
 from slimmable.layers import SwitchableNorm
-from slimmable.layers._view import install_view
-from slimmable.width import set_width
+from slimmable.view.view import install_view
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TENSORS = load_file(GOLDEN / "usnets.safetensors")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from slimmable._errors import ConversionError
-from slimmable.layers._view import (
+from slimmable._width import set_width
+from slimmable.errors import ConversionError
+from slimmable.view.view import (
     install_view,
     is_slim,
     narrow_tensors,
@@ -22,7 +23,6 @@ from slimmable.layers._view import (
     remove_view,
     state_of,
 )
-from slimmable.width import set_width
 
 WIDTHS = (1.0, 0.5, 0.25)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from slimmable._errors import ConversionError, WidthError
+from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
+from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm2d, SwitchableProbe
-from slimmable.layers._view import install_view
-from slimmable.width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
+from slimmable.view.view import install_view
 
 WIDTHS = (1.0, 0.5, 0.25)
 

@@ -129,5 +129,5 @@ def test_a_forward_too_many_switches_ago_is_refused():
         for width in (0.5, 1.0):
             slimmable.set_width(slim, width)
             slim(x)
-    with pytest.raises(slimmable.WidthError, match="call backward earlier"):
+    with pytest.raises(slimmable.errors.WidthError, match="call backward earlier"):
         loss.backward()

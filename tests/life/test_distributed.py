@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import slimmable
-from slimmable._errors import UsageError
+from slimmable.errors import UsageError
 from slimmable.training import average_gradients, distributed
 from tests.two_processes import run_in_two
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable._errors import UsageError
+from slimmable.errors import UsageError
 from tests.life.networks import WIDTHS, plain, shapes
 
 pytest.importorskip("lightly", reason="lightly is not installed")

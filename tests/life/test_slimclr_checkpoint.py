@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import slimmable
-from slimmable import CheckpointError, SwitchableProbe, UsageError, WidthError, at_width, load_slimclr, widths_of
+from slimmable import SwitchableProbe, at_width, load_slimclr, widths_of
+from slimmable.errors import CheckpointError, UsageError, WidthError
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "slimclr_resnet.safetensors")
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

@@ -102,9 +102,9 @@ def test_new_layers_are_named_and_converted_by_converting_again(surgery, resnet)
     surgery(resnet)
     recipe = r"gained layers after its conversion.*slimmable\.slimify"
     for use in (slimmable.widths_of, slimmable.width_of, lambda m: slimmable.run_widths(m, SMALL)):
-        with pytest.raises(slimmable.ConversionError, match=SURGERY[surgery]):
+        with pytest.raises(slimmable.errors.ConversionError, match=SURGERY[surgery]):
             use(resnet)
-    with pytest.raises(slimmable.ConversionError, match=recipe):
+    with pytest.raises(slimmable.errors.ConversionError, match=recipe):
         slimmable.set_width(resnet, 0.5)
     mine = dict(resnet.named_parameters())
     assert slimmable.slimify(resnet, WIDTHS, example_inputs=SMALL, inplace=True) is resnet
@@ -138,7 +138,7 @@ def test_a_new_parameter_of_another_shape_is_refused_and_healed_by_another_conve
     resnet.fc.bias = nn.Parameter(torch.zeros(20))
     assert resnet(SMALL).shape == (2, 20)
     slimmable.set_width(resnet, 0.5)
-    with pytest.raises(slimmable.ConversionError, match=r"fc\.weight .* has shape \(20, 512\)"):
+    with pytest.raises(slimmable.errors.ConversionError, match=r"fc\.weight .* has shape \(20, 512\)"):
         resnet(SMALL)
     assert shapes(slimmable.slimify(resnet, WIDTHS, example_inputs=SMALL), SMALL) == [(2, 20)] * 3
 
@@ -151,7 +151,7 @@ def test_timms_other_classifiers(name):
     assert isinstance(slim.get_classifier(), nn.Identity)
     assert shapes(slim, x) == [(2, features), (2, features // 2), (2, features // 4)]
     slim.reset_classifier(7)
-    with pytest.raises(slimmable.ConversionError, match=r"(fc|head|classifier) \(Linear\)"):
+    with pytest.raises(slimmable.errors.ConversionError, match=r"(fc|head|classifier) \(Linear\)"):
         slimmable.set_width(slim, 0.5)
     assert slim.get_classifier().in_features == features  # sized by what stays full
     slim = slimmable.slimify(slim, WIDTHS)

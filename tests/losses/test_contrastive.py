@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimmable import losses
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 
 sizes = st.integers(1, 6)
 seeds = st.integers(0, 2**32 - 1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimmable import losses
-from slimmable._errors import DataError, SlimmableError, UsageError
+from slimmable.errors import DataError, SlimmableError, UsageError
 
 KINDS = ("kl", "embedding", "mse", "dkd", "atkd")
 kinds = st.sampled_from(KINDS)

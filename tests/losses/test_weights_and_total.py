@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimmable import losses
-from slimmable._errors import UsageError, WidthError
+from slimmable.errors import UsageError, WidthError
 
 MODES = ("ones", "share", "width", "scaled_share", "widest_plus_rest", "narrower_sums", "widest_plus_second")
 width_lists = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True).map(lambda rest: [1.0, *rest])

@@ -11,7 +11,7 @@ from torch import nn
 
 import slimmable
 from slimmable import methods
-from slimmable._errors import DataError, DivergedError, UsageError
+from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.training import GradientDiagnostics
 from tests.methods.networks import DIM, FEATURES, HIDDEN, WIDTHS, batch_of, encoder, make, predictor, recipe_of
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import slimmable
-from slimmable import GateBudget, methods
-from slimmable._errors import UsageError
+from slimmable import methods
+from slimmable.errors import UsageError
+from slimmable.gating import GateBudget
 from slimmable.training import average_gradients, cosine_momentum
 from tests.methods.networks import DIM, FEATURES, HIDDEN, WIDTHS, batch_of, encoder, gradients_of, make, recipe_of
 from tests.methods.test_methods import ORACLES
@@ -27,7 +28,7 @@ EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
 def make_gated(name: str) -> methods.Method:
     torch.manual_seed(0)
     method = make(name)
-    slimmable.gate(method.encoder, example_inputs=EXAMPLE, skip="projector*", inplace=True)
+    slimmable.gating.gate(method.encoder, example_inputs=EXAMPLE, skip="projector*", inplace=True)
     if hasattr(method, "momentum_encoder"):
         method.momentum_encoder = copy.deepcopy(method.encoder).requires_grad_(False)
     return method.train()
@@ -48,9 +49,9 @@ def taking_turns(method: methods.Method, runs: list[slimmable.gating.GatedPass])
     def encoder(view):
         calls.append(1)
         if len(calls) % 2 == 0:
-            with slimmable.dense(method.encoder):
+            with slimmable.gating.dense(method.encoder):
                 return method.encoder(view)
-        with slimmable.gated(method.encoder) as run:
+        with slimmable.gating.gated(method.encoder) as run:
             found = method.encoder(view)
         runs.append(run)
         return found
@@ -101,7 +102,7 @@ def test_without_a_budget_gates_are_off(name):
 def test_random_widths_are_refused_before_anything_changes():
     torch.manual_seed(0)
     network = encoder(methods.VICReg.projector(FEATURES, HIDDEN, DIM), (1.0, 0.25), universal=True)
-    method = methods.VICReg(slimmable.gate(network, example_inputs=EXAMPLE, inplace=True))
+    method = methods.VICReg(slimmable.gating.gate(network, example_inputs=EXAMPLE, inplace=True))
     recipe = slimmable.SlimRecipe(method.online, random_widths=1)
     with pytest.raises(UsageError, match="the recipe has random_widths, but gates are for the widths"):
         method.step(recipe, batch_of(method), 0.5, gates=GateBudget(0.3))
@@ -113,7 +114,7 @@ def test_random_widths_are_refused_before_anything_changes():
     [
         ("mocov2", GateBudget(0.3), "MoCoV2.step: its encoder sees one view"),
         ("supervised", GateBudget(0.3), "Supervised.step: its encoder sees one view"),
-        ("vicreg", GateBudget(0.3), "the encoder has no gates; make some with slimmable.gate"),
+        ("vicreg", GateBudget(0.3), "the encoder has no gates; make some with slimmable.gating.gate"),
         ("vicreg", 0.3, "gates must be a GateBudget or None, got float"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 import slimmable
 from slimmable import methods
-from slimmable._errors import DivergedError, UsageError
+from slimmable.errors import DivergedError, UsageError
 from slimmable.training import GradientDiagnostics, cosine_momentum
 from tests.methods.networks import DIM, FEATURES, HIDDEN, MAKE, WIDTHS, batch_of, encoder, gradients_of, make, recipe_of
 

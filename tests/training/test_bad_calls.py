@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable._errors import DataError, UsageError, WidthError
+from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.training import (
     GradientDiagnostics,
     accuracy_of,

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
-from slimmable._errors import ConversionError, DataError, WidthError
 from slimmable._inputs import Inputs
+from slimmable._width import at_width, set_width, width_of
+from slimmable.errors import ConversionError, DataError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
 from slimmable.training.calibrate import calibrate_bn
-from slimmable.width import at_width, set_width, width_of
 
 WIDTHS = (1.0, 0.5, 0.25)
 

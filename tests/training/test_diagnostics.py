@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
-from slimmable._errors import DataError, UsageError, WidthError
 from slimmable.cli.figures import plot_imbalance
+from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
 from slimmable.training._blocks import shared_parameters

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
-from slimmable import DataError
-from slimmable._errors import UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.training import evaluate_widths, features_of, knn_accuracy, probe_loss, train_probe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -131,7 +130,7 @@ def test_probe_is_as_good_as_logistic_regression():
 def test_probe_refuses_features_without_labels():
     with pytest.raises(DataError, match=r"features of width 0.5 have shape \(2, 4\), expected \(3, features\)"):
         train_probe({1.0: torch.zeros(3, 8), 0.5: torch.zeros(2, 4)}, torch.zeros(3, dtype=torch.long))
-    with pytest.raises(slimmable.WidthError):
+    with pytest.raises(slimmable.errors.WidthError):
         train_probe({0.5: torch.zeros(3, 8)}, torch.zeros(3, dtype=torch.long))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import slimmable
-from slimmable._errors import DataError, UsageError
+from slimmable.errors import DataError, UsageError
 from slimmable.training import accuracy_of, finetune
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimmable
-from slimmable import DataError, SlimLinear, at_width
-from slimmable._errors import UsageError
+from slimmable import SlimLinear, at_width
+from slimmable.errors import DataError, UsageError
 from slimmable.losses import moco_logits
 from slimmable.training import MoCo
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from benchmarks.training_step.saved import peak_saved_bytes
-from slimmable._errors import DataError
+from slimmable.errors import DataError
 from slimmable.losses import nt_xent, nt_xent_logits
 from slimmable.training import average_gradients, gather, synchronised_batchnorm
 from slimmable.training._joined_batchnorm import merged_moments

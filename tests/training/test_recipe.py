@@ -12,10 +12,10 @@ from torch import nn
 
 import slimmable
 from slimmable import losses
-from slimmable._errors import DataError, UsageError, WidthError
+from slimmable._width import at_width, set_width, width_of
+from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training.recipe import SlimRecipe
-from slimmable.width import at_width, set_width, width_of
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 KINDS = (None, "kl", "embedding", "mse", "dkd", "atkd")

@@ -9,7 +9,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from slimmable._errors import UsageError
+from slimmable.errors import UsageError
 from slimmable.training import MoCo, cosine_momentum
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "slimclr_schedules.json").read_text())

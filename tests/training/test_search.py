@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimmable
-from slimmable import ConversionError, UsageError
+from slimmable.errors import ConversionError, UsageError
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.25)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
-from slimmable._errors import DataError, UsageError, WidthError
+from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.training import (
     Accuracy,
     accuracy_of,

@@ -1,0 +1,119 @@
+"""Writing files so that an interruption, a full disk or another writer never destroys what was there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimmable.errors import CheckpointError
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, bring it to the disk, and only then put it in the place of `path`.
+
+    Raises: CheckpointError: if it cannot be written; what was at `path` is still there.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> write_aside(target, lambda path: path.write_text("done"))
+    >>> target.read_text()
+    'done'
+    """
+    if not path.name:
+        raise CheckpointError(f"{path} is a folder; give the path of a file")
+    aside = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
+    try:
+        mode = _touch(aside)
+        write(aside)
+        aside.chmod(mode)  # safetensors makes private files
+        _sync(aside)
+        os.replace(aside, path)
+        if os.name == "posix":
+            _sync(path.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise CheckpointError(_cannot_write(path, error)) from error
+        raise
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
+    """Let `fill` make files in a folder inside `folder`, and when all are done, move them to `folder` itself.
+
+    Returns: the paths of the files, by name.
+
+    Raises: CheckpointError: if it cannot be written; what was in `folder` is still there, unless the system fails while
+        the finished files are moved.
+
+    >>> target = Path(tempfile.mkdtemp())
+    >>> [path.name for path in fill_aside(target, lambda inside: (inside / "note.txt").write_text("done"))]
+    ['note.txt']
+    """
+    made = not folder.exists()
+    aside = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        mode = _touch(aside / "mode")
+        (aside / "mode").unlink()
+        fill(aside)
+        files = sorted(aside.iterdir())
+        for file in files:
+            file.chmod(mode)
+            _sync(file)
+        paths = [file.replace(folder / file.name) for file in files]
+        if os.name == "posix":
+            _sync(folder)
+        made = False
+        return paths
+    except OSError as error:
+        raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict as a safetensors file takes them: on the CPU, contiguous, none sharing memory.
+
+    Raises: CheckpointError: if something is no tensor, or has no numbers.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"a tensor on {tensor.device}"
+            raise CheckpointError(f"{name} is {kind}, not a plain tensor with numbers, and cannot be saved")
+    plain = torch.contiguous_format
+    return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in tensors.items()}
+
+
+def _touch(path: Path) -> int:
+    """Make an empty file, and return the mode that the system gives to new files."""
+    path.touch()
+    return path.stat().st_mode & 0o777
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    kept = "; the previous one is unharmed" if path.exists() else ""
+    return f"cannot write {path} ({error}){kept}"

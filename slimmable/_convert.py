@@ -1,0 +1,328 @@
+"""`slimify`, `extract` and `plan`: from a model to a slimmable one, and from that to plain small ones."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimmable._addons import addons_of, detach_all
+from slimmable._inputs import Arguments, check_module, example_of
+from slimmable._modules import is_under, replace_modules
+from slimmable._width import at_width, widths_of
+from slimmable._widths import Kept, check_widths
+from slimmable.analysis.fake import left_behind
+from slimmable.analysis.importance import magnitude_order, permute
+from slimmable.analysis.make import make_plan
+from slimmable.analysis.plan import Plan, Setting
+from slimmable.analysis.sizes import feature_sizes, layer_sizes
+from slimmable.errors import ConversionError
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableNorm
+from slimmable.view.state import is_slim, state_of
+from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+Skip = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+def slimify(
+    model: nn.Module,
+    widths: Iterable[float] = WIDTHS,
+    *,
+    example_inputs: Any = None,
+    skip: Skip = (),
+    round_to: int = 1,
+    order: str | None = None,
+    universal: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """Return a model with the weights of `model` that runs at several widths; `model` itself stays as it is.
+
+    The model's channels are labelled in one run on fake tensors; at width w each group of channels keeps its first
+    `round(w * n)`. Image channels, class scores and embeddings stay full. BatchNorms are switched: one per width.
+    Parameters stay full-size under their names, and the full width computes the same numbers as before.
+
+    Args:
+        model: any module whose forward can be traced, with parameters on any device.
+        widths: distinct numbers in (0, 1], with 1.0 among them.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs` of both for the
+            forward; timm models need none.
+        skip: patterns (`fnmatch`) of module names, or a function `(name, module) -> bool`: kept at full width. "", the
+            model itself, keeps the model's outputs full, for a backbone whose features other code reads. A skipped
+            module that cannot be traced is run once with the numbers of the example. A converted model that is
+            given again without `skip` keeps what it skips, unless layers were added to it.
+        round_to: kept channels are a multiple of it, where a group has that many.
+        order: "magnitude" permutes the channels first, those that the next layers weigh most to the front; the full
+            network computes the same function.
+        universal: let `set_width` take any width from the narrowest on. BatchNorms then share gain and bias, sliced,
+            and have statistics of their own for each of `widths`, and for those given to `calibrate_bn` later.
+        inplace: convert `model` itself and return it.
+
+    Raises:
+        WidthError: for widths that cannot be used.
+        TraceError: if the forward fails on fake tensors; the message names the operation and the module.
+        ConversionError: for other arguments that cannot be used. On any error `model` is as it was.
+        UsageError: if `model` is no module, or one that has no sizes yet. A model of which nothing gets thinner is
+            converted with a warning.
+
+    Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
+    `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    >>> slim = slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 3, 8, 8))
+    >>> with at_width(slim, 0.5):
+    ...     print(slim[0].weight.shape, slim(torch.zeros(2, 3, 8, 8)).shape)
+    torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
+    """
+    check_module("slimify", model)
+    for addon in addons_of(model).values():
+        raise ConversionError(f"this {type(model).__name__} {addon.REFUSAL}, convert it, and put them back")
+    wanted = check_widths(widths)
+    if order not in (None, "magnitude"):
+        raise ConversionError(f'order {order!r} is unknown; it is None or "magnitude"')
+    if skip == () and order is None and _plan_of(model, wanted, round_to, universal) is not None:
+        return model if inplace else copy_of(model)
+    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+    if not found.channels.units:
+        warnings.warn(
+            f"nothing in this {type(model).__name__} gets thinner at any width; print(slimmable.plan(...)) says why",
+            stacklevel=2,
+        )
+    target = model if inplace else copy_of(model)
+    state = state_of(target)
+    old: Plan | None = None if state is None else state.plan
+    before = strip(target)
+    orders = [] if order is None else magnitude_order(target, found)
+    try:
+        if orders:
+            permute(target, found, orders)
+        return apply_plan(target, found, {} if orders else before)  # narrow norms of before are in the old order
+    except BaseException:
+        strip(target)
+        if orders:
+            permute(target, found, [np.argsort(units) for units in orders])
+        if old is not None:
+            apply_plan(target, old, before)
+        raise
+
+
+def plan(
+    model: nn.Module,
+    widths: Iterable[float] = WIDTHS,
+    *,
+    example_inputs: Any = None,
+    skip: Skip = (),
+    round_to: int = 1,
+    universal: bool = False,
+) -> Plan:
+    """Return what `slimify` would do with the same arguments; printing it shows groups, kept counts and pins.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> print(plan(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4)))
+    group   units  kept at 1.0, 0.5                  axes
+        0       8  8, 4                              0.weight[0], 0.bias[0], 2.weight[1]
+    kept at full width:
+      2.weight[0] (2): output in the model itself: class scores or an embedding
+      2.bias[0] (2): output in the model itself: class scores or an embedding
+    """
+    check_module("plan", model)
+    wanted = check_widths(widths)
+    known = _plan_of(model, wanted, round_to, universal) if skip == () else None
+    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+
+
+def extract(model: nn.Module, width: Setting) -> nn.Module:
+    """Return the network of one width: the original classes, no class of this library, memory of its own.
+
+    `width` may be whatever `set_width` takes.
+
+    Raises:
+        ConversionError: if `model` has no slimmable part.
+        WidthError: if it does not have this width.
+
+    >>> net = slimify(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+    >>> extract(net, 0.5)
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): Linear(in_features=4, out_features=2, bias=True)
+    )
+    """
+    with at_width(model, width):
+        return _extract_active(model)
+
+
+def _extract_active(model: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    slim = []
+    for module in shallow_modules(model):
+        state = state_of(module)
+        if state is None:
+            continue
+        if isinstance(module, SwitchableContainer):
+            memo[id(module)] = copy.deepcopy(module.own_at(state.index), memo)
+            continue
+        slim.append(module)
+        for name, part in narrow_tensors(module, state.active).items():
+            full = {**module._parameters, **module._buffers, **module.__dict__}[name]
+            if id(full) not in memo:
+                own = part.detach().clone(memory_format=torch.contiguous_format)
+                memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
+    small: nn.Module = memo[id(model)] if id(model) in memo else copy_of(model, memo)
+    for module in slim:
+        twin = memo[id(module)]
+        if is_slim(twin):  # a class may copy itself by its constructor
+            remove_view(twin)
+        twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
+    for module in small.modules():
+        module.__dict__.pop("_slim_root", None)
+    return detach_all(small)
+
+
+# -- the steps of a conversion
+def _plan(
+    model: nn.Module, inputs: Arguments, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool
+) -> Plan:
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
+    args, kwargs = inputs
+    skips = skipper(model, skip)
+    return make_plan(model, args, kwargs, widths, skips, round_to, universal, strip)
+
+
+def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+    """Return `skip` as a function of path and module.
+
+    Raises: ConversionError: if it is no pattern, no list of patterns that match, and no such function.
+    """
+    if callable(skip) and not isinstance(skip, type):
+        try:
+            inspect.signature(skip).bind("", model)
+        except (TypeError, ValueError) as error:
+            raise ConversionError(f"skip is {skip!r}, which cannot be called as skip(name, module): {error}") from error
+        return skip
+    patterns: list[Any] = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConversionError(f"skip is {skip!r}; it is a name pattern, a list of them, or a function (name, module)")
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(is_under(name, pattern) for name in names):
+            raise ConversionError(
+                f"skip pattern {pattern!r} matches no module of {type(model).__name__}; "
+                f"its modules are named like {', '.join(repr(name) for name in names[1:6])}"
+            )
+
+    return lambda name, module: any(is_under(name, pattern) for pattern in patterns)
+
+
+def _plan_of(model: nn.Module, widths: tuple[float, ...], round_to: int, universal: bool) -> Plan | None:
+    """Return the plan of a converted model, if nothing is left to convert for these arguments."""
+    state = state_of(model)
+    plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    if plan is None or (plan.widths, plan.round_to, plan.universal) != (widths, round_to, universal):
+        return None
+    try:
+        widths_of(model)
+    except ConversionError:  # it has gained a layer
+        return None
+    return plan if _has_the_tensors(model, plan) else None
+
+
+def _has_the_tensors(model: nn.Module, plan: Plan) -> bool:
+    """Tell whether all tensors have the sizes that they had when the plan was made."""
+    modules = dict(model.named_modules())
+    for (path, name), axes in plan.channels.tensors.items():
+        module = modules.get(path)
+        store = {} if module is None else module._parameters if name in module._parameters else module._buffers
+        if name not in store or [len(ids) for ids in axes if ids is not None] != [
+            size for size, ids in zip(store[name].shape, axes, strict=False) if ids is not None
+        ]:
+            return False
+    return True
+
+
+def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
+    """Take all views and containers off `model`; return the containers by path."""
+    norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
+    replace_modules(model, {id(norm): norm.to_norm() for norm in norms.values()})
+    for module in model.modules():
+        module.__dict__.pop("_slim_root", None)
+        if is_slim(module) and not isinstance(module, SwitchableContainer):
+            remove_view(module)
+    return norms
+
+
+def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
+    """Convert a plain model in place: every module with something to slim gets its view, every BatchNorm its container.
+
+    Containers that the model had `before`, by path, stay where they keep the same channels.
+    """
+    tensors: dict[str, dict[str, list[list[Kept]]]] = {}
+    for (path, name), per_width in found.tensors.items():
+        tensors.setdefault(path, {})[name] = per_width
+    norms: dict[int, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    attributed = {path for path, _ in found.channels.attributes}  # also those that change in other sub-networks only
+    for path, module in list(model.named_modules()):
+        own = tensors.get(path, {})
+        if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
+            continue
+        if isinstance(module, _BatchNorm):
+            inside = (*inside, f"{path}.") if path else inside
+            for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
+                kept = [axes[0] for axes in per_width]
+                norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
+                _know(norm, found, path)
+        elif module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
+            cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
+            values, caches = found.values.get(path, {}), found.caches.get(path)
+            sizes = layer_sizes(module, cut, values)
+            if module is model:
+                sizes |= feature_sizes(module, found.columns[0], found.columns)
+            install_view(module, found.widths, cut, values, sizes, caches)
+            _know(module, found, path)
+    root = replace_modules(model, norms)
+    root.__dict__["_slim_root"] = True
+    return root
+
+
+def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
+    """Return the container of a norm; one that it had before stays if it keeps the same channels."""
+    if before is not None and before.full is norm and before.keeps(found.widths, kept, found.universal):
+        before.forget_registered(len(found.widths))
+        before.train(norm.training)
+        return before
+    return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)
+
+
+def _know(module: nn.Module, found: Plan, path: str) -> None:
+    """Tell a module's state the plan and its place in it."""
+    state = state_of(module)
+    assert state is not None
+    state.plan, state.path = found, path
+    for column, sub_network in zip(state.columns, found.columns, strict=False):
+        column.counts = sub_network.counts
+
+
+def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield every module once, containers without the modules that they hold."""
+    hidden: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, SwitchableContainer):
+            hidden.update(id(inner) for child in module.children() for inner in child.modules())
+    yield from (module for module in model.modules() if id(module) not in hidden)
+
+
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy; tensors that a forward with gradient has left behind are copied without their history."""
+    memo = {} if memo is None else memo
+    for key, value in left_behind(model).items():
+        memo.setdefault(key, value.detach().clone())
+    return copy.deepcopy(model, memo)

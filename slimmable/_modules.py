@@ -1,0 +1,79 @@
+"""Modules in general: matching their names, replacing them, evaluation mode for a while, subclasses nobody hears of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def is_under(name: str, pattern: str) -> bool:
+    """Tell whether a module's name, or that of a module above it, matches a pattern of `fnmatch`.
+
+    >>> is_under("layer1.0.conv1", "layer1*"), is_under("layer1.0.conv1", "layer1"), is_under("layer10", "layer1")
+    (True, True, False)
+    """
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[: count + 1]), pattern) for count in range(len(parts)))
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put all of `model` into evaluation mode while the block runs, and each module's own mode back afterwards.
+
+    >>> model = nn.Sequential(nn.Dropout().eval(), nn.Dropout())
+    >>> with in_eval_mode(model):
+    ...     [module.training for module in model.modules()]
+    [False, False, False]
+    >>> [module.training for module in model.modules()]
+    [True, False, True]
+    """
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put modules in all places of others, given by `id`; return the root."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and id(child) in new:
+                module._modules[name] = new[id(child)]
+    return new.get(id(model), model)
+
+
+def empty_cache(blank: object) -> object:
+    """Return an empty cache to fill; a tensor is never filled, only replaced."""
+    return blank if isinstance(blank, Tensor) else copy.copy(blank)
+
+
+class _Unannounced:
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Keep generated classes out of the registries that classes of users keep of their subclasses."""
+
+
+def unannounced(base: type[nn.Module], body: Mapping[str, Any]) -> type[nn.Module]:
+    """Return a subclass of `base` that `base` does not hear of."""
+    return type(base.__name__, (_Unannounced, base), dict(body))
+
+
+def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:
+    """Return a module of class `kind` with the same Parameters, buffers, settings, hooks and training flag."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update({name: _own(value) for name, value in module.__dict__.items()})
+    return twin
+
+
+def _own(value: Any) -> Any:
+    """Copy the tables that modules keep their parts and hooks in, so that twins do not change each other's."""
+    return value.copy() if isinstance(value, (dict, set)) else value

@@ -1,0 +1,188 @@
+"""What each width costs: parameters, multiply-adds, activations, latency."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slimmable._convert import copy_of, shallow_modules
+from slimmable._inputs import check_module, example_of, image_batch
+from slimmable._modules import in_eval_mode
+from slimmable._nested import output_tensors
+from slimmable._width import at_width, widths_of
+from slimmable.analysis.fake import FakeModel
+from slimmable.errors import UsageError
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.state import state_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """The costs of one width.
+
+    Attributes:
+        width: the width.
+        parameters: numbers in all parameters that the width uses.
+        macs: multiply-adds of all convolutions and matrix products of a forward, half of what torch's flop counter
+            counts, for the whole batch.
+        activations: numbers in the outputs of these operations.
+        latency_ms: median time of a forward in milliseconds, or None if it was not measured.
+    """
+
+    width: float
+    parameters: int
+    macs: int
+    activations: int
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A table with one `Row` a width; printing it shows the table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'width':>6} {'parameters':>12} {'MACs':>16} {'activations':>12} {'latency':>11}"]
+        for row in self.rows:
+            latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"
+            lines.append(f"{row.width:>6g} {row.parameters:>12,} {row.macs:>16,} {row.activations:>12,} {latency:>11}")
+        return "\n".join(lines)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table as CSV, the fields of `Row` as header."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([field.name for field in fields(Row)])
+            writer.writerows(astuple(row) for row in self.rows)
+
+
+def profile(
+    model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_inputs: Any = None, repeats: int = 5
+) -> Profile:
+    """Measure every width of a slimmable model, or a plain model as its only width.
+
+    Args:
+        model: on any device; its width, mode and statistics stay as they are.
+        input_size: of one input without the batch axis, such as (3, 224, 224); a batch of one is run.
+        example_inputs: instead of `input_size`, as for `slimify`.
+        repeats: timed forwards a width, after one that is not timed; 0 to measure no latency.
+
+    Raises:
+        ConversionError: if neither is given and the model does not say what its input looks like.
+        UsageError: if the model does not run on these inputs.
+
+    >>> from slimmable.layers import SlimLinear
+    >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))
+    >>> print(profile(net, (8,), repeats=0))
+     width   parameters             MACs  activations     latency
+         1          212              192           20           -
+       0.5           90               80           10           -
+    """
+    check_module("profile", model)
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise UsageError(f"profile: repeats must be an integer from 0 on, got {repeats!r}")
+    if example_inputs is None and input_size is not None:
+        sizes = input_size if isinstance(input_size, (tuple, list)) else [0]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise UsageError(f"profile: input_size must be sizes such as (3, 224, 224), got {input_size!r}")
+        example_inputs = image_batch(model, tuple(input_size), images=1)
+    elif example_inputs is None:
+        (batch,), _ = example_of(model)
+        example_inputs = batch[:1]
+    args, kwargs = example_of(model, example_inputs)
+    slim = any(state_of(module) is not None for module in model.modules())
+    rows = []
+    for width in widths_of(model) if slim else (1.0,):
+        with at_width(model, width) if slim else nullcontext():
+            count = _count(model, args, kwargs)
+            latency = _latency_ms(lambda: model(*args, **kwargs), model, repeats) if repeats else None
+            rows.append(Row(width, parameter_count(model), count.flops // 2, count.activations, latency))
+    return Profile(tuple(rows))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many numbers the parameters have that `model` uses at its active width.
+
+    >>> from slimmable.layers import SlimLinear
+    >>> from slimmable._width import set_width
+    >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
+    >>> set_width(layer, 0.5)
+    >>> parameter_count(layer)
+    10
+    """
+    seen: set[int] = set()
+    total = 0
+    stack = list(shallow_modules(model))
+    while stack:
+        module = stack.pop()
+        state = state_of(module)
+        if isinstance(module, SwitchableContainer):
+            if not module.idle:
+                stack += list(module.module_at(0 if state is None else state.index).modules())
+            continue
+        for name, full in module._parameters.items():
+            if full is not None and id(full) not in seen:
+                seen.add(id(full))
+                total += getattr(module, name).numel()
+    return total
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts as torch's flop counter does, with its formulas, and the outputs of what it counts."""
+
+    def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.formulas, self.flops, self.activations = formulas, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+            self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
+        return out
+
+
+def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counter:
+    from torch.utils.flop_counter import flop_registry  # slow to import
+
+    fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
+    try:
+        fake.run(counter)
+    except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on numbers
+        counter = _Counter(flop_registry)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+            copy_of(model).eval()(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in output_tensors((args, kwargs)))
+        raise UsageError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: it fails in module {fake.running!r} "
+            f"({error}); give another input_size or example_inputs"
+        ) from error
+    return counter
+
+
+def _latency_ms(run: Callable[[], Any], model: nn.Module, repeats: int) -> float:
+    weight = next(model.parameters(), None)
+    wait = torch.cuda.synchronize if weight is not None and weight.is_cuda else nullcontext
+    times = []
+    with in_eval_mode(model), torch.no_grad():
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            run()
+            wait()
+            times.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times[1:])

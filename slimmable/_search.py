@@ -1,0 +1,176 @@
+"""Searching for sub-networks that need not be uniform: greedy slimming under a budget."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from slimmable._columns import places_of
+from slimmable._width import at_width
+from slimmable.analysis.channels import SubNetwork
+from slimmable.analysis.plan import Plan
+from slimmable.errors import ConversionError, UsageError
+from slimmable.losses._checks import as_number
+from slimmable.training.calibrate import Batch, collect_statistics
+
+Cost = Literal["macs", "parameters"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sub-network that a search has found.
+
+    Attributes:
+        counts: how many units of each channel group it keeps; what `set_width`, `extract` and `calibrate_bn` take.
+        score: what `evaluate` gave for it.
+        macs: multiply-adds, for the whole batch of the example that the model was converted with.
+        parameters: numbers in all parameters.
+    """
+
+    counts: tuple[int, ...]
+    score: float
+    macs: int
+    parameters: int
+
+
+def search(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    budget: float | Sequence[float],
+    *,
+    of: Cost = "macs",
+    step: float = 0.1,
+    calibrate: Iterable[Batch] | None = None,
+    progress: bool = True,
+) -> list[Found]:
+    """Shrink `model` greedily, one channel group at a time, and return the first sub-network within each budget.
+
+    In each round every group is tried with `step` of its units less, and the one whose shrinking leaves the best score
+    is shrunk. No group gets narrower than at the model's narrowest width. The model's weights, statistics and width
+    stay as they are.
+
+    Args:
+        model: a converted model, best a universal one that was trained with the sandwich rule.
+        evaluate: the score of the model as it is switched, the higher the better; such as its accuracy on images held
+            out from training.
+        budget: share of the full network's cost, in (0, 1], or several.
+        of: the cost, "macs" or "parameters".
+        step: share of a group's units, in (0, 1).
+        calibrate: batches, as for `calibrate_bn`, from which BatchNorm statistics are computed before every evaluation;
+            None if `evaluate` needs none. They are gone through again and again, so give a list.
+        progress: show a bar, on a terminal.
+
+    Returns: one `Found` for each budget, in their order.
+
+    Raises:
+        ConversionError: if `model` was not converted, or is made of several converted models.
+        UsageError: if an argument does not fit, or a budget cannot be met above the narrowest width.
+
+    Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3.
+
+    >>> import slimmable, torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model = slimmable.slimify(net, (1.0, 0.25), example_inputs=torch.zeros(1, 4), universal=True)
+    >>> [found] = search(model, lambda net: float(net[0].weight.shape[0]), 0.6, step=0.25)
+    >>> found
+    Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
+    """
+    plan = _plan_of(model)
+    budgets = list(budget) if isinstance(budget, Iterable) else [budget]
+    _check(plan, budgets, of, step)
+    if calibrate is not None and iter(calibrate) is calibrate:
+        raise UsageError("search: calibrate can be gone through only once; give a list of batches")
+    full, least = (getattr(plan.columns[index], of) for index in (0, -1))
+    limits = [max(share * full, least) for share in budgets]  # a share of exactly the least may round below it
+
+    def score(candidate: SubNetwork) -> Found:
+        with at_width(model, candidate.counts):
+            if calibrate is not None:
+                collect_statistics(model, calibrate)
+            value = _number(evaluate(model))
+        return Found(candidate.counts, value, candidate.macs, candidate.parameters)
+
+    current = plan.columns[0]
+    best = score(current)
+    path = [best]
+    with _bar(progress, f"{of} down to {min(budgets):g}") as bar:
+        while getattr(best, of) > min(limits):
+            tried = [score(candidate) for candidate in _smaller(plan, current, of, step)]
+            best = max(tried, key=lambda found: (found.score, -getattr(found, of)))
+            current = plan.sub_network(best.counts)
+            path.append(best)
+            bar(getattr(best, of) / getattr(path[0], of), best.score)
+    return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
+    if len(plans) != 1:
+        raise ConversionError(
+            f"{type(model).__name__} has {len(plans)} parts that slimmable.slimify has converted; search needs one"
+        )
+    return plans.popitem()[1]  # type: ignore[no-any-return]
+
+
+def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
+    if of not in ("macs", "parameters"):
+        raise UsageError(f"search: of={of!r} is unknown; it is 'macs' or 'parameters'")
+    if not 0 < as_number(step) < 1:
+        raise UsageError(f"search: step must be in (0, 1), got {step!r}")
+    least = getattr(plan.columns[-1], of) / getattr(plan.columns[0], of)
+    for share in budgets:
+        if not 0 < as_number(share) <= 1:
+            raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
+        if share < least:
+            raise UsageError(f"search: budget {share} cannot be met; the narrowest width needs {least:.3f} of the {of}")
+    if not budgets:
+        raise UsageError("search: there is no budget")
+
+
+def _number(score: object) -> float:
+    try:
+        value = float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise UsageError(f"search: evaluate must give a number, the higher the better, got {score!r}")
+    return value
+
+
+def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[SubNetwork]:
+    """Return what `current` becomes when one group keeps a step less, for each group where that makes it cheaper."""
+    found: dict[tuple[int, ...], SubNetwork] = {}
+    for group, (units, count, least) in enumerate(
+        zip(plan.channels.units, current.counts, plan.columns[-1].counts, strict=True)
+    ):
+        fewer = max(least, count - max(1, round(step * units / plan.round_to)) * plan.round_to)
+        if fewer < count:
+            candidate = plan.near((*current.counts[:group], fewer, *current.counts[group + 1 :]))
+            if getattr(candidate, of) < getattr(current, of):
+                found[candidate.counts] = candidate
+    return list(found.values()) or [plan.columns[-1]]  # groups that can only shrink together
+
+
+@contextmanager
+def _bar(show: bool, what: str) -> Iterator[Callable[[float, float], None]]:
+    """Give a function that shows the share of the cost and the score reached, if there is somebody to look."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        show = False
+    if not show or not sys.stderr.isatty():
+        yield lambda share, score: None
+        return
+    with tqdm(desc=f"search: {what}", unit="round", dynamic_ncols=True) as bar:
+
+        def shown(share: float, score: float) -> None:
+            bar.set_postfix_str(f"at {share:.3f}, score {score:.4g}", refresh=False)
+            bar.update()
+
+        yield shown

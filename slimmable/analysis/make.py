@@ -1,0 +1,132 @@
+"""Making a plan: trace, solve, try what is doubtful in another way, and check that every width runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from slimmable.analysis._check import first_failure
+from slimmable.analysis._solve import Solution, solve
+from slimmable.analysis.channels import channels_of
+from slimmable.analysis.fake import FakeModel, recorded_outputs
+from slimmable.analysis.labels import Ids, Labels
+from slimmable.analysis.plan import Pin, Plan
+from slimmable.analysis.trace import Skip, Trace, trace
+from slimmable.errors import TraceError
+
+
+def make_plan(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    widths: tuple[float, ...],
+    skip: Skip,
+    round_to: int = 1,
+    universal: bool = False,
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> Plan:
+    """Trace `model` and return its plan.
+
+    A labelled axis folded into several is carried by one of them; where that choice ends pinned, the second choice is
+    tried once and the plan that keeps fewer parameters at the narrowest width is returned.
+
+    Raises: TraceError: if the model's forward fails on fake tensors.
+    """
+    pinned: dict[str, str] = {}
+    replayed: dict[str, list[Any]] = {}
+    keep_caches = False
+    while True:
+        fake = FakeModel(model, args, kwargs, keep_caches, prepare, replayed)
+        try:
+            found = best_trace(fake, widths, _also(skip, pinned), round_to)
+        except TraceError as error:
+            if fake.emptied and not keep_caches:
+                keep_caches = True  # what looked like a cache is something that the forward needs
+                continue
+            above = _skipped(model, skip, error.module)
+            if above is None or above in replayed:
+                raise
+            try:
+                replayed = recorded_outputs(model, args, kwargs, [*replayed, above], prepare)
+            except Exception as cause:
+                raise TraceError(f"{error}\nNor does the model run with numbers: {cause}") from cause
+            continue
+        plan = filled_plan(fake, *found, Plan(widths, round_to=round_to, universal=universal))
+        failed = first_failure(fake, plan)
+        if failed is None:
+            return plan
+        path, reason = failed
+        while path and (path in pinned or not _has_tensors(plan, path)):
+            path = path.rpartition(".")[0]  # what fails there comes from the modules inside
+        if path in pinned or not _has_tensors(plan, path):
+            raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
+        line = str(reason).partition("\n")[0]
+        pinned[path] = f"fails when narrow ({line[:100]})"
+
+
+def _has_tensors(plan: Plan, path: str) -> bool:
+    return any(owner == path or (path and owner.startswith(f"{path}.")) for owner, _ in plan.tensors)
+
+
+def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
+    """Return the path of the outermost skipped module that holds the module at `path`, or None."""
+    parts = path.split(".")
+    above = [".".join(parts[: i + 1]) for i in range(len(parts) if path else 0)]
+    return next((name for name in above if skip(name, model.get_submodule(name))), None)
+
+
+def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
+    def reason(path: str) -> str | None:
+        return next((why for name, why in pinned.items() if path == name or path.startswith(f"{name}.")), None)
+
+    return lambda path, module: reason(path) or skip(path, module)
+
+
+def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
+    """Trace, and once more with the second choice for folded axes whose first one looks bad; return the better."""
+    first = trace(fake, widths, skip, {})
+    solution = solve(first, widths, round_to)
+    labels = first.context.labels
+    trouble = np.zeros(len(labels), bool)
+    for ids in solution.disagreed:
+        trouble[labels.find(ids)] = True
+
+    def doubtful(ids: Ids) -> bool:
+        roots = labels.find(ids)
+        return bool(labels.pinned(ids).all() or trouble[roots].any() or 2 * len(np.unique(roots)) <= len(ids))
+
+    stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
+    if not stuck:
+        return first, solution
+    second = trace(fake, widths, skip, dict.fromkeys(stuck, 1))
+    other = solve(second, widths, round_to)
+    last = len(widths) - 1
+    better = other.parameters(second, last) < solution.parameters(first, last)
+    return (second, other) if better else (first, solution)
+
+
+def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
+    """Fill an empty plan with what a trace and its solution have found, and return it."""
+    plan.channels = channels_of(fake.model, found, solution)
+    plan.caches = found.caches
+    for counts, values in zip(solution.counts, solution.values, strict=True):
+        plan.columns.append(plan.channels.sub_network(counts, values))
+    labels = found.context.labels
+    for (path, name), axes in found.tensors.items():
+        for axis, ids in enumerate(axes):
+            if ids is None or solution.grouping.groups_in([ids]):
+                continue
+            if labels.produced(ids).any() and labels.pinned(ids).any():
+                plan.pins.append(Pin((path, name, axis), len(ids), _reason(labels, ids)))
+    return plan
+
+
+def _reason(labels: Labels, ids: Ids) -> str:
+    roots = set(labels.find(ids).tolist())
+    for pinned, reason in labels.reasons:
+        if not roots.isdisjoint(labels.find(pinned).tolist()):
+            return reason
+    return "merged with an axis that stays full"

@@ -1,0 +1,311 @@
+"""One run of a model on fake tensors, in which every operation moves or merges channel labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slimmable._modules import unannounced
+from slimmable._nested import output_tensors
+from slimmable.analysis import _rules_layer, _rules_shape
+from slimmable.analysis._context import Call, Context
+from slimmable.analysis._layers import size_axes
+from slimmable.analysis._rules import name_of, rule_of, tensors
+from slimmable.analysis.fake import FakeModel, run_operation
+from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
+from slimmable.analysis.labels import Ids
+from slimmable.errors import TraceError
+
+_ = _rules_shape  # imported for its rules
+
+Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why
+
+
+@dataclass
+class ModuleCall:
+    """One run of a module: its first argument, if that is a tensor, the labels that it had, and what came out."""
+
+    source: Tensor | None
+    axes: list[Ids | None]
+    out: Any = None
+
+
+@dataclass
+class Trace:
+    """What one run has shown."""
+
+    context: Context
+    tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
+    attributes: dict[Attribute, int] = field(default_factory=dict)
+    outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `FakeModel.forget` says
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Applies the rule of every ATen operation."""
+
+    def __init__(self, context: Context, fake: FakeModel) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.context, self.fake, self.asleep = context, fake, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = run_operation(func, args, kwargs)
+        if not self.asleep and tensors(out):
+            context = self.context
+            context.operation, context.module = name_of(func), self.fake.running
+            rule_of(func)(context, args, kwargs, out)
+        return out
+
+
+class _Calls(TorchFunctionMode):
+    """Remembers the Python-level call, hands out traced sizes, and takes attention as one operation."""
+
+    def __init__(self, context: Context, operations: _Operations) -> None:
+        super().__init__()
+        self.context, self.operations = context, operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+            return self._size(args, kwargs)
+        if name == "numel":
+            total: int = 1
+            for axis in range(args[0].ndim):
+                total = total * self.context.size(args[0], axis)
+            return total
+        if name == "scaled_dot_product_attention":
+            return self._attention(func, args, kwargs)
+        if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
+            self.context.operation = name
+            _rules_layer.normalized_shape(self.context, args[0], args[1])
+        self.context.call = Call(name, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.context.call = None
+
+    def _size(self, args: Any, kwargs: Any) -> Any:
+        tensor, dims = args[0], args[1:] or tuple(kwargs.values())
+        if dims and dims[0] is not None:
+            return self.context.size(tensor, int(dims[0]))
+        return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.operations.asleep = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.operations.asleep = False
+        context = self.context
+        context.operation, context.module = "scaled_dot_product_attention", self.operations.fake.running
+        names = ("query", "key", "value")
+        _rules_layer.attention(context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
+        return out
+
+
+def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int]) -> Trace:
+    """Run `fake` once and return the labels of all parameters, buffers and outputs.
+
+    Raises: TraceError: if the forward fails; the message names the operation and the module, and what can be done.
+    """
+    context = Context(widths, choices)
+    result = Trace(context)
+    _label_tensors(fake.model, result, skip)
+    operations = _Operations(context, fake)
+    never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
+    quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
+    fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
+    read: set[tuple[str, str]] = set()
+    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result), quiet:
+        try:
+            output = fake.run(operations, _Calls(context, operations))
+        except Exception as error:
+            raise _failed(fake, context, error) from error
+        finally:
+            fake.on_replay = None
+            for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+                tensor.__dict__.pop("slim_axes", None)
+                tensor.__dict__.pop("slim_origin", None)
+    _follow_sizes(fake.model, result, read)
+    result.caches = fake.forget()
+    whole = skip("", fake.model)
+    for tensor in output_tensors(output):
+        if whole:
+            context.operation, context.module = "output", ""
+            for ids in context.axes(tensor):
+                context.pin(ids, "the model itself is skipped")
+        _label_output(context, tensor, result)
+    return result
+
+
+@contextmanager
+def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
+    """Note what each module is called with, and what it returns."""
+    handles = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: Any) -> None:
+            source = args[0] if args and isinstance(args[0], Tensor) else None
+            axes = [] if source is None else result.context.axes(source)
+            result.calls.setdefault(path, []).append(ModuleCall(source, axes))
+
+        def after(_: nn.Module, args: Any, out: Any) -> None:
+            result.calls[path][-1].out = out
+
+        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
+
+    for path, module in fake.model.named_modules():
+        watch(path, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[None]:
+    """Note the size attributes of torch's layers that the forward reads, by module path and name."""
+    watched = [(path, module) for path, module in model.named_modules() if size_axes(module)]
+    kinds = {module: type(module) for _, module in watched}
+
+    def property_of(path: str, name: str) -> property:
+        def get(module: Any) -> Any:
+            read.add((path, name))
+            return module.__dict__[name]
+
+        return property(get)
+
+    for path, module in watched:
+        names = {name: property_of(path, name) for name in size_axes(module) if name in module.__dict__}
+        module.__class__ = unannounced(kinds[module], names)
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+
+
+def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -> None:
+    """Let the sizes of torch's layers that the forward reads be those of their weights."""
+    context = result.context
+    for path, name in sorted(read):
+        module = model.get_submodule(path)
+        axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
+        context.operation, context.module = f"reading {name}", path
+        ids = axes[axis]
+        full = module._parameters["weight"].shape[axis]  # type: ignore[union-attr]
+        size = Expression("constant", full) if ids is None else Expression("size", ids)
+        if axis and "groups" in module.__dict__:
+            size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
+        value = Expression("attribute", (path, name, ()))
+        context.constraints.append(Constraint(value, None, 0, context.where, size))
+
+
+def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
+    path = fake.running
+    own = "move what fails into a module of its own and skip that, "
+    skipping = f"keep the module at full width with skip={path!r}, " if path else own
+    failed = TraceError(
+        f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
+        f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
+        f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}\nThe forward is run on shapes alone, so it "
+        f"cannot branch on numbers. You can {skipping}convert the part of the model that should get thinner, such as "
+        "model.backbone, in place, or pass other example_inputs."
+    )
+    failed.module = path
+    return failed
+
+
+def _pin_inputs(context: Context, path: str, inputs: Any) -> None:
+    context.operation, context.module = "skip", path
+    for tensor in output_tensors(inputs):
+        for ids in context.axes(tensor):
+            context.pin(ids, "read by a module that runs only with numbers")
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
+    context = result.context
+    for path, module in model.named_modules():
+        skipped = skip(path, module)
+        first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
+        owned = {**module._parameters, **module._buffers}
+        for name, tensor in owned.items():
+            if tensor is None:
+                continue
+            if not hasattr(tensor, "slim_axes"):
+                labelled = [n > 1 and axis < first_space for axis, n in enumerate(tensor.shape)]
+                axes = [context.labels.fresh(n) if yes else None for n, yes in zip(tensor.shape, labelled, strict=True)]
+                context.label(tensor, axes, "weights")
+                context.labels.roles.extend(ids for ids in axes if ids is not None)
+            result.tensors[path, name] = context.axes(tensor)
+            if skipped:
+                context.operation, context.module = skipped if isinstance(skipped, str) else "skip", path
+                for ids in context.axes(tensor):
+                    context.pin(ids)
+
+
+@contextmanager
+def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
+    """Replace the integer attributes of all modules by traced ones for the time of a run."""
+    before: list[tuple[nn.Module, str, Any]] = []
+
+    def traced(value: Any, key: Attribute) -> Any:
+        if type(value) is int:
+            result.attributes[key] = value
+            return TracedInt(value, Expression("attribute", key), result.context.on_equal)
+        if type(value) in (tuple, list, torch.Size):
+            parts = [traced(part, (*key[:2], (*key[2], i))) for i, part in enumerate(value)]
+            return type(value)(parts)
+        return value
+
+    for path, module in model.named_modules():
+        for name, value in list(module.__dict__.items()):
+            if type(value) in (int, tuple, list, torch.Size) and value:
+                replaced = traced(value, (path, name, ()))
+                before.append((module, name, value))
+                module.__dict__[name] = replaced
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
+def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
+    """Pin the units of a classifier or an embedding; features of a backbone may get thinner.
+
+    An output is final if only affine steps lie between the last layer with weights and it, and no other layer
+    reads it (class scores), or a single layer makes it and it is a vector (the embedding of a projection head,
+    which a predictor may read).
+    """
+    axes = context.axes(tensor)
+    result.outputs.append((tuple(tensor.shape), axes))
+    origin = context.origin(tensor)
+    if origin not in ("mixed", "normed") or (origin == "normed" and tensor.ndim > 2):
+        return
+    labels = context.labels
+    for ids in axes:
+        if ids is None:
+            continue
+        roots = set(labels.find(ids).tolist())
+        read = any(not roots.isdisjoint(labels.find(other).tolist()) for other in context.consumed)
+        makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for _, other in context.producers)
+        if not read or (tensor.ndim == 2 and makers == 1):
+            context.operation, context.module = "output", ""
+            context.pin(ids, "class scores or an embedding")

@@ -1,0 +1,1 @@
+"""Files: models as safetensors, plans as JSON, how timm made a network, checkpoints of SlimCLR."""

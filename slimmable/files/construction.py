@@ -1,0 +1,173 @@
+"""How a timm model was made, as far as its tensors show, and the plain numbers that its modules hold."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimmable.analysis.plan import Plan
+from slimmable.errors import CheckpointError
+from slimmable.view.norms import SwitchableNorm
+from slimmable.view.view import original_class
+
+_NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_NUMBERS = (int, float, bool, str)
+
+
+def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the timm architecture of `model` and the arguments that make it, or None if it is not timm's.
+
+    A network that is no longer what timm makes, after surgery, has none either, with a warning.
+
+    Raises: CheckpointError: if arguments are given, and make another model.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if name is None:
+        if arguments is not None:
+            raise CheckpointError(f"arguments are for models of timm; {type(model).__name__} does not say it is one")
+        return None
+    for candidate in [arguments] if arguments is not None else _candidates(model, config):
+        recipe = {"timm": name, "arguments": dict(candidate)}
+        try:
+            with torch.device("meta"):
+                plain = build(recipe)
+        except CheckpointError:
+            if arguments is not None:
+                raise
+            continue
+        if _fits(model, plain, plan):
+            return recipe
+    if arguments is not None:
+        raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes another network than this")
+    warnings.warn(
+        f"timm.create_model({name!r}) makes another network than this one, so load(path, model=...) will need the "
+        "plain network; if arguments make it, give them: save(..., arguments={'num_classes': 10})",
+        stacklevel=3,
+    )
+    return None
+
+
+def build(recipe: Mapping[str, Any]) -> nn.Module:
+    """Make a plain timm model with random weights.
+
+    Raises: CheckpointError: if timm has no such architecture, or cannot make it.
+    """
+    import timm
+
+    try:
+        name, arguments = recipe["timm"], recipe["arguments"]
+        known = isinstance(name, str) and timm.is_model(name) and ":" not in name
+        if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
+            raise CheckpointError(f"{name!r} with {arguments!r} is no recipe of a timm model")
+        model: nn.Module = timm.create_model(name, **arguments)
+        return model
+    except CheckpointError:
+        raise
+    except Exception as error:  # constructors of timm raise all kinds
+        raise CheckpointError(f"timm cannot make the model {recipe!r} ({error})") from error
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, _NUMBERS)
+
+
+def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield arguments that the model may have been made with, from none to all that can be read off it."""
+    found: dict[str, Any] = {}
+    yield dict(found)
+    classes = getattr(model, "num_classes", None)
+    if type(classes) is int:
+        found["num_classes"] = classes
+        yield dict(found)
+    first = config.get("first_conv")
+    for name in [first] if isinstance(first, str) else first or ():
+        conv = dict(model.named_modules()).get(name)
+        if isinstance(conv, nn.modules.conv._ConvNd):
+            found["in_chans"] = conv.in_channels
+            yield dict(found)
+            break
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        found["img_size"] = list(size)
+        yield dict(found)
+
+
+def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
+    """Tell whether `plain` is the full network of `model`, or may be that of which it is a part."""
+    if _classes(model) != _classes(plain):
+        return False
+    own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
+    names = [name for name in own if plan is None or ".narrow." not in name]
+    if set(names) != set(full):
+        return False
+    shapes = [(own[name].shape, full[name].shape) for name in names]
+    if plan is not None:
+        return all(mine == whole for mine, whole in shapes)
+    return all(len(m) == len(w) and all(a <= b for a, b in zip(m, w, strict=True)) for m, w in shapes)
+
+
+def _classes(model: nn.Module) -> dict[str, type]:
+    """Return the class of every module of the plain network; BatchNorms are all alike, since converters swap them."""
+    classes = {path: original_class(module) for path, module in _plain_modules(model)}
+    return {path: _BatchNorm if issubclass(kind, _BatchNorm) else kind for path, kind in classes.items()}
+
+
+def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that the network has when it is plain, with their paths."""
+    norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+    ours = {id(module) for norm in norms for module in (norm, *norm.narrow.modules())}
+    yield from ((path, module) for path, module in model.named_modules() if id(module) not in ours)
+
+
+def attributes_of(model: nn.Module) -> list[list[Any]]:
+    """Return module path, name and full value of all attributes that are numbers or nested tuples and lists of them."""
+    return [
+        [path, name, value]
+        for path, module in _plain_modules(model)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and _is_number(value)
+    ]
+
+
+def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
+    """Set what `attributes_of` returned, where the model has an attribute of the same kind with another value.
+
+    What is None in the model is only known after a forward, and stays.
+
+    Raises: CheckpointError: if the model has no such attribute.
+    """
+    modules = dict(model.named_modules())
+    for path, name, value in given:
+        own = vars(modules[path]).get(name, ...) if path in modules else ...
+        if own is None:
+            continue
+        if not _is_number(own):
+            place = f"{path}.{name}".lstrip(".")
+            raise CheckpointError(f"{place} is no number or list of numbers in this network, but in the file's it is")
+        new = _like(own, value)
+        if new != own:
+            modules[path].__dict__[name] = new
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_number, value)) and len(value) > 0
+    return type(value) in (int, float, bool)
+
+
+def _like(own: Any, value: Any) -> Any:
+    """Return a value of a file with the types of the one that the model has."""
+    if isinstance(own, (tuple, list)) and isinstance(value, list) and len(own) == len(value):
+        parts = [_like(*pair) for pair in zip(own, value, strict=True)]
+        return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
+    if type(own) in (int, float, bool) and type(value) in (int, float, bool):
+        return type(own)(value)
+    raise CheckpointError(f"{value!r} is in the place of {own!r}")

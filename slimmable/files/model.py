@@ -1,0 +1,235 @@
+"""One file for a model, slimmable or a sub-network of one: safetensors with what rebuilds it in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimmable._addons import addons_of, restore_all
+from slimmable._atomic import plain_copies, write_aside
+from slimmable._columns import places_of, registered
+from slimmable._convert import apply_plan, copy_of
+from slimmable._inputs import check_module
+from slimmable.analysis.plan import Plan
+from slimmable.errors import CheckpointError, SlimmableError
+from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes
+from slimmable.files.plan_json import decode, encode
+from slimmable.view.state import is_slim, state_of
+
+_FORMAT = "slimmable 1"
+_UNITS = "slimmable/units"
+_HIDDEN = "slimmable/buffer/"
+
+
+def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
+    """Write `model` into one file, from which `load` makes it again, in another process and without `slimify`.
+
+    The file is a safetensors file: tensors, and numbers and names as JSON; nothing in it is ever executed. It holds all
+    widths, those that `calibrate_bn` added too, and gates; not optimiser states, hooks or the active width.
+
+    Args:
+        model: a converted or gated model, or a plain network, such as a sub-network by `extract`.
+        path: of the file; what was there stays until the new one is complete.
+        arguments: with which `timm.create_model` makes the plain full-width model. Left out, the number of classes and
+            of image channels and the image size are read off the model. The file of a model that is not timm's, or no
+            longer as timm makes it, has no recipe; `load` then is to be given the plain model. A warning says so.
+
+    Raises: CheckpointError: if the arguments make another model, if something cannot be saved, or on a failed write.
+
+    >>> import slimmable, tempfile, timm
+    >>> model = slimmable.slimify(timm.create_model("test_resnet", num_classes=3), (1.0, 0.5))
+    >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> slimmable.save(model, path)
+    >>> slimmable.widths_of(slimmable.load(path))
+    (1.0, 0.5)
+    """
+    from safetensors.torch import save_file
+
+    check_module("save", model)
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
+    bare, described = model, {}
+    for name, addon in addons_of(model).items():
+        bare, described[name] = addon.describe(bare)
+    plan = _plan_of(bare)
+    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(bare).items()}
+    tensors = plain_copies(model.state_dict() | hidden)
+    data: dict[str, Any] = {**described, "class": type(model).__name__, "recipe": fitting_recipe(bare, plan, arguments)}
+    data["attributes"] = attributes_of(bare)
+    if plan is not None:
+        data["plan"], units = encode(plan)
+        data["registered"] = _registered(bare, plan)
+        tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
+    metadata = {"format": _FORMAT, "model": json.dumps(data)}
+    write_aside(Path(path), lambda aside: save_file(tensors, aside, metadata))
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Return the model that `save` wrote: with all its widths and gates, or as the plain sub-network that it was.
+
+    Args:
+        path: of the file.
+        model: the plain full-width network, any weights, for files of models that timm does not make so; it stays as
+            it is.
+
+    The model is on the CPU, or on the device of `model`, at its full width and in evaluation mode.
+
+    Raises: CheckpointError: if the file is missing, damaged, foreign, or of another network; the message says which.
+    """
+    if model is not None:
+        check_module("load", model)
+    data, tensors = read(Path(path))
+    if model is None and data.get("recipe") is None:
+        raise CheckpointError(
+            f"{path} holds a {data.get('class')} that timm does not make so; build the plain full-width network and "
+            "give it as load(path, model=...)"
+        )
+    if model is not None and any(is_slim(module) for module in model.modules()):
+        raise CheckpointError(f"load({path}, model=...) is to be given the plain network, not a converted one")
+    network = build(data["recipe"]) if model is None else copy_of(model)
+    try:
+        network = _fill(network, data, tensors)
+    except SlimmableError as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded: what it says of the model makes no sense ({type(error).__name__}: {error})"
+        ) from error
+    return network.eval()
+
+
+def _plan_of(model: nn.Module) -> Plan | None:
+    """Return the plan of a converted model, and None for a plain one.
+
+    Raises: CheckpointError: for anything between them.
+    """
+    if not any(is_slim(module) for module in model.modules()):
+        return None
+    places_of(model)  # raises for surgery
+    state = state_of(model)
+    plans = {id(other.plan) for _, other in places_of(model)}
+    root = "_slim_root" in model.__dict__
+    if state is None or state.plan is None or not root or plans != {id(state.plan)}:
+        raise CheckpointError(
+            f"{type(model).__name__} is not as slimmable.slimify returned it: it has slimmable layers from elsewhere, "
+            "or is a part or a wrapper of a converted model; save the converted model itself"
+        )
+    plan: Plan = state.plan
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = {name for name, _ in tensors}
+    gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
+    if gone:
+        raise CheckpointError(
+            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "
+            "with slimmable.slimify, then save it"
+        )
+    return plan
+
+
+def _registered(model: nn.Module, plan: Plan) -> list[Any]:
+    """Return the widths and sub-networks that were added after the conversion."""
+    state = state_of(model)
+    assert state is not None
+    return [column.width for column in state.columns[len(plan.widths) :]]
+
+
+def _hidden(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are not in the state dict."""
+    saved = model.state_dict(keep_vars=True)
+    own = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    return {name: buffer for name, buffer in own.items() if not name.rpartition(".")[2].startswith("_slim")}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file of `save` says of its model, and its tensors.
+
+    Raises: CheckpointError: if it is missing, damaged, or was not written by `save`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise CheckpointError(f"{path} was not written by slimmable.save")
+            data = json.loads(metadata["model"])
+            return dict(data), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read; it is damaged, or no safetensors file ({error})") from error
+
+
+def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    hidden = {name.removeprefix(_HIDDEN): tensors.pop(name) for name in list(tensors) if name.startswith(_HIDDEN)}
+    _resize(network, hidden, _hidden(network))
+    set_attributes(network, data["attributes"])
+    if "plan" in data:
+        plan = decode(data["plan"], tensors.pop(_UNITS).numpy())
+        _check(network, plan)
+        network = apply_plan(network, plan)
+        settings = [tuple(setting) if isinstance(setting, list) else float(setting) for setting in data["registered"]]
+        with registered(network, settings):
+            pass
+    else:
+        _resize(network, tensors, network.state_dict(keep_vars=True))
+    network = restore_all(network, data)
+    own = network.state_dict(keep_vars=True)
+    differ = sorted(name for name in own.keys() | tensors.keys() if name not in own or name not in tensors)
+    differ += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    if differ:
+        raise CheckpointError(f"{len(differ)} tensors are of another network: {', '.join(differ[:5])}")
+    for name, tensor in own.items():
+        tensor.data = tensor.data.to(tensors[name].dtype)
+    network.load_state_dict(tensors)
+    return network
+
+
+def _check(network: nn.Module, plan: Plan) -> None:
+    """Refuse a plan of another network: each tensor and attribute must be there, of the right size and kind.
+
+    The plan's empty caches are those of the network.
+    """
+    modules = dict(network.named_modules())
+    for (path, name), axes in plan.channels.tensors.items():
+        store = {**modules[path]._parameters, **modules[path]._buffers}
+        shape = store[name].shape
+        if len(shape) != len(axes) or any(a is not None and len(a) != n for a, n in zip(axes, shape, strict=False)):
+            place = f"{path}.{name}".lstrip(".")
+            raise CheckpointError(f"{place} has shape {tuple(shape)}, which the file's plan does not fit")
+    for (path, name), full in plan.channels.attributes.items():
+        if vars(modules[path]).get(name) != full:
+            place, own = f"{path}.{name}".lstrip("."), vars(modules[path]).get(name)
+            raise CheckpointError(f"{place} is {own!r}, in the file {full!r}")
+    for path, at in plan.caches.items():
+        for name in at:
+            value = vars(modules[path]).get(name, ...)
+            if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
+                raise CheckpointError(f"{path}.{name} is nothing that a forward keeps results in")
+            at[name] = {} if isinstance(value, dict) else value
+
+
+def _resize(network: nn.Module, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers the sizes, and buffers that are not in the state dict the contents, of the file."""
+    replaced: dict[int, nn.Parameter] = {}
+    saved = network.state_dict(keep_vars=True).keys()
+    for name, tensor in own.items():
+        given = new.get(name)
+        if given is None or (given.shape == tensor.shape and name in saved):
+            continue
+        if given.ndim != tensor.ndim or any(a > b for a, b in zip(given.shape, tensor.shape, strict=True)):
+            raise CheckpointError(f"{name} has shape {tuple(given.shape)}, the full network's {tuple(tensor.shape)}")
+        path, _, last = name.rpartition(".")
+        module = network.get_submodule(path)
+        if isinstance(tensor, nn.Parameter):
+            small = torch.empty(given.shape, dtype=tensor.dtype, device=tensor.device)
+            module._parameters[last] = replaced.setdefault(id(tensor), nn.Parameter(small, tensor.requires_grad))
+        else:
+            module._buffers[last] = given.to(tensor.device)

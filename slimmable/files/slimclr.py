@@ -1,0 +1,162 @@
+"""The networks that the authors of SlimCLR released, as slimmable networks of timm."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._convert import WIDTHS, slimify
+from slimmable._widths import check_widths
+from slimmable.errors import CheckpointError, UsageError
+from slimmable.layers import SwitchableProbe
+
+_BLOCKS = (3, 4, 6, 3)  # of the stages of ResNet-50; the published code numbers them through
+_ENCODERS = ("encoder_q.", "base_encoder.")  # MoCo v2 and SimCLR, MoCo v3
+
+
+def load_slimclr(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any], *, widths: Iterable[float] = WIDTHS
+) -> nn.Module:
+    """Return a slimmable `resnet50` of timm with the weights of a checkpoint of the published SlimCLR code.
+
+    Checkpoints of pre-training (MoCo v2, MoCo v3, SimCLR) give the trained encoder without its projection head:
+    (N, 3, H, W) -> features (N, kept of 2048). The momentum encoder, predictor, queue and optimizer are left out.
+    Checkpoints of linear evaluation have one classifier per width, which become a `SwitchableProbe` as `model.fc`:
+    (N, 3, H, W) -> scores (N, 1000); `model.reset_classifier(0)` takes it off, and `save` takes the rest. Those of
+    supervised training have a classifier that is sliced, and keep it.
+
+    The model is on the CPU, in float32, at its full width and in evaluation mode. Images are to be prepared as by the
+    authors: shorter side 256, centre crop 224, mean and deviation of ImageNet.
+
+    Args:
+        checkpoint: path of the file, or what `torch.load` or `state_dict` gave; with or without the `module.` of
+            parallel training and the other entries of a training checkpoint. A file is read with `weights_only=True`,
+            so that nothing in it is executed; of other objects than tensors and plain data, only an
+            `argparse.Namespace`, as training scripts like to save, is let through.
+        widths: with which the network was trained; those of the released ones by default. Its sub-networks share their
+            weights (`overlap_weight` 1, as in the authors' scripts); a checkpoint does not show whether they do.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or holds other objects, or if it is another network; the
+            message lists all entries that are missing, unknown or of another shape.
+        UsageError: if `checkpoint` is neither a path nor a dict.
+        WidthError: if `widths` cannot be used.
+
+    Source: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, arXiv 2209.15525.
+
+    >>> part = {"module.encoder_q.features.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+    >>> load_slimclr({"epoch": 200, "state_dict": part})
+    Traceback (most recent call last):
+    slimmable.errors.CheckpointError: the checkpoint has 1 residual block; only ResNet-50, with 16, can be loaded
+    """
+    import timm
+
+    checked = check_widths(widths)
+    source, tensors = _read(checkpoint)
+    given = _encoder(source, tensors)
+    switched = "fc.linears.0.weight" in given
+    scores = given.get("fc.linears.0.weight" if switched else "fc.weight")
+    classes = 0 if scores is None else next(iter(scores.shape), 0)
+    model = timm.create_model("resnet50", num_classes=0 if switched else classes)
+    model = slimify(model, checked, inplace=True)
+    if switched:
+        model.fc = SwitchableProbe(2048, classes, checked)
+        vars(model)["num_classes"] = classes
+    own = {_published(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    _compare(source, given, {name: tensor for name, (_, tensor) in own.items()}, checked)
+    model.load_state_dict({own[name][0]: tensor for name, tensor in given.items()})
+    return model.eval()
+
+
+def _published(name: str) -> str:
+    """Return what the published code calls an entry of the state dict.
+
+    >>> _published("layer2.0.downsample.1.narrow.0.bias")
+    'features.3.shortcut.1.bn.1.bias'
+    """
+    name = re.sub(r"^layer(\d)\.(\d+)", lambda at: f"features.{sum(_BLOCKS[: int(at[1]) - 1]) + int(at[2])}", name)
+    name = name.replace("downsample", "shortcut")
+    name = re.sub(r"narrow\.(\d+)", lambda at: f"bn.{int(at[1]) + 1}", name)
+    return re.sub(r"(bn\d|shortcut\.1)\.(?!bn)", r"\1.bn.0.", name)
+
+
+def _compare(source: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], widths: tuple[float, ...]) -> None:
+    """Raise a CheckpointError with all names that are missing, unknown or of another shape."""
+    both = [name for name in wanted if name in given]
+    shapes = {name: (tuple(given[name].shape), tuple(wanted[name].shape)) for name in both}
+    lists = {
+        "missing": [name for name in wanted if name not in given],
+        "unknown": [name for name in given if name not in wanted],
+        "of another shape": [
+            f"{name} {has}, expected {needs}" for name, (has, needs) in shapes.items() if has != needs
+        ],
+    }
+    if any(lists.values()):
+        text = "".join(f"\n  {what}: {', '.join(names)}" for what, names in lists.items() if names)
+        raise CheckpointError(
+            f"{source} is not a ResNet-50 of the published SlimCLR code with widths {widths}; "
+            f"if it has other widths, give them as load_slimclr(..., widths=...){text}"
+        )
+
+
+def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a state dict that is the network, without a projection head.
+
+    Raises: CheckpointError: if it is none of the published code, or not a ResNet-50.
+    """
+    names = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in tensors.items()}
+    head = r"fc\.\d"  # a projection head is a sequence of layers
+    for prefix in _ENCODERS:
+        part = {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
+        if part:
+            names, head = part, r"fc\."  # whatever it is, it projects
+            break
+    network = {name: tensor for name, tensor in names.items() if not re.match(head, name)}
+    blocks = {name.split(".")[1] for name in network if name.startswith("features.")}
+    if not blocks:
+        hint = "it has names such as features.0.conv1.weight and bn1.bn.0.weight"
+        if any(name.startswith("layer1.") for name in network):
+            hint = "this may be a network that is not slimmable; load it into one that slimmable.slimify has converted"
+        found = ", ".join(list(network)[:3]) or "nothing"
+        raise CheckpointError(f"{source} has no network of the published SlimCLR code: it holds {found}; {hint}")
+    if len(blocks) != sum(_BLOCKS):
+        count = f"{len(blocks)} residual block{'s' * (len(blocks) > 1)}"
+        raise CheckpointError(f"{source} has {count}; only ResNet-50, with {sum(_BLOCKS)}, can be loaded")
+    return network
+
+
+def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Tensor]]:
+    """Return what to call the checkpoint in messages, and its state dict."""
+    source, data = "the checkpoint", checkpoint
+    if isinstance(checkpoint, (str, os.PathLike)):
+        source, data = str(checkpoint), _load(Path(checkpoint))
+    elif not isinstance(checkpoint, Mapping):
+        raise UsageError(f"load_slimclr is to be given a path or a dict, got {type(checkpoint).__name__}")
+    if isinstance(data, Mapping):
+        data = data.get("state_dict", data)
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{source} holds no state dict, but {type(data).__name__}")
+    other = [f"{name} ({type(value).__name__})" for name, value in data.items() if not isinstance(value, Tensor)]
+    if other or not all(isinstance(name, str) for name in data):
+        raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
+    return source, data
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make the unpickler raise all kinds
+        raise CheckpointError(
+            f"{path} cannot be read; it is damaged, no checkpoint of torch, or holds objects that could run programs. "
+            "If you trust it, give load_slimclr what torch.load(path, weights_only=False) returns"
+        ) from error

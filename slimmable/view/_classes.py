@@ -1,0 +1,215 @@
+"""The generated classes of the width view: subclasses whose properties give what the active column has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._modules import empty_cache, unannounced
+from slimmable.errors import ConversionError
+from slimmable.view.cuts import put, take
+from slimmable.view.state import WidthState, state_of
+
+
+def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
+    place = ".".join(filter(None, (module.__dict__["_slim"].path, name)))
+    return ConversionError(
+        f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, unlike when its widths were made; "
+        "call slimmable.slimify on the model again"
+    )
+
+
+def _missing(module: nn.Module, name: str) -> AttributeError:
+    return AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+
+def _set_plain(module: nn.Module, name: str, value: object) -> None:
+    """Store what nn.Module does not store itself: neither a Parameter nor a registered buffer."""
+    module.__dict__[name] = value
+
+
+def _setattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
+    """Let a forward at a narrow width that assigns a buffer change what the width keeps of it."""
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        state = state_of(self)
+        cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
+        full = None if cut is None else self._buffers.get(name)
+        if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
+            if value.shape != take(full, cut, self._buffers).shape:
+                raise _changed(self, name, value)
+            value = put(full, cut, self._buffers, value.detach())
+        base.__setattr__(self, name, value)
+
+    return set_attribute
+
+
+def _delete_plain(module: nn.Module, name: str) -> None:
+    if name not in module.__dict__:
+        raise _missing(module, name)
+    del module.__dict__[name]
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: Any) -> Tensor | None:
+        parameters = self._parameters
+        if name in parameters:
+            tensor = parameters[name]
+        elif name in self._buffers:
+            tensor = self._buffers[name]
+        elif name in self.__dict__:
+            tensor = self.__dict__[name]
+        else:
+            raise _missing(self, name)
+        cut = self._slim.active.cuts.get(name)
+        if cut is None or tensor is None:
+            return cast("Tensor | None", tensor)
+        if tensor.shape != cut.full:
+            raise _changed(self, name, tensor)
+        return take(tensor, cut, self._buffers)
+
+    return property(get, lambda self, value: _set_plain(self, name, value), lambda self: _delete_plain(self, name))
+
+
+def _value_property(name: str) -> property:
+    def get(self: Any) -> object:
+        if name not in self.__dict__:
+            raise _missing(self, name)
+        value: object = self._slim.active.values.get(name, self.__dict__[name])
+        return value
+
+    def put(self: Any, value: object) -> None:
+        _set_plain(self, name, value)
+        state = state_of(self)
+        if state is not None and name in state.columns[0].values:
+            state.columns[0].values[name] = value
+
+    return property(get, put, lambda self: _delete_plain(self, name))
+
+
+def _cache_property(name: str) -> property:
+    def get(self: Any) -> object:
+        return self._slim.active.caches[name]
+
+    def put(self: Any, value: object) -> None:
+        state = self._slim
+        for column in state.columns:
+            column.caches[name] = empty_cache(state.blanks[name])
+        state.active.caches[name] = value
+
+    return property(get, put)
+
+
+@contextmanager
+def _at_full(state: WidthState) -> Iterator[None]:
+    active, state.active = state.active, state.columns[0]
+    try:
+        yield
+    finally:
+        state.active = active
+
+
+def _extra_repr(base: type[nn.Module]) -> Callable[[nn.Module], str]:
+    def extra_repr(self: nn.Module) -> str:
+        state = cast(WidthState, state_of(self))
+        with _at_full(state):
+            full = base.extra_repr(self)
+        width = f"widths={state.widths}, width={state.active.width}"
+        return f"{full}, {width}" if full else width
+
+    return extra_repr
+
+
+def _own_repr(base: type[nn.Module]) -> Callable[[nn.Module], str]:
+    """For classes that print themselves without `extra_repr`: as at full width."""
+
+    def own_repr(self: nn.Module) -> str:
+        with _at_full(cast(WidthState, state_of(self))):
+            return base.__repr__(self)
+
+    return own_repr
+
+
+def _apply_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
+    """Keep the contents of the index buffers through moves that drop contents, such as `to_empty`."""
+
+    def apply_to_all(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        base._apply(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        for name, kept in cast(WidthState, state_of(self)).index_buffers.items():
+            buffer = self._buffers[name]
+            if buffer is not None and not buffer.is_meta:
+                self._buffers[name] = torch.tensor(kept, device=buffer.device)
+        return self
+
+    return apply_to_all
+
+
+def _reduce_of(base: type[nn.Module], *names: tuple[str, ...]) -> Callable[..., Any]:
+    """Pickle and copy by way of the original class, since the generated one cannot be imported."""
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        with _at_full(cast(WidthState, state_of(self))):  # recurrent layers refresh their list of weights here
+            reduced = base.__reduce_ex__(self, max(2, int(protocol)))
+        if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
+            return reduced
+        return (_rebuild, (base, names, *reduced[1][1:]), *reduced[2:])
+
+    return reduce_ex
+
+
+def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
+    viewed = _viewed_class(base, *names)
+    return viewed.__new__(viewed, *args)
+
+
+def add_properties(
+    module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
+) -> None:
+    """Let reading these names of the module give what the active width has; others that do so go on doing it."""
+    base, known = getattr(type(module), "_slim_view", (type(module), ((), (), (), ())))
+    new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
+    names = [tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True)]
+    if any(names):
+        module.__class__ = _viewed_class(base, *names)
+
+
+_Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
+_viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
+
+
+def _viewed_class(base: type[nn.Module], *names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the subclass of `base` with properties for these tensors, values and caches."""
+    if (base, names) not in _viewed_classes:
+        _viewed_classes[base, names] = _make_viewed_class(base, *names)
+    return _viewed_classes[base, names]
+
+
+def _make_viewed_class(
+    base: type[nn.Module],
+    tensors: tuple[str, ...],
+    values: tuple[str, ...],
+    caches: tuple[str, ...],
+    buffers: tuple[str, ...],
+) -> type[nn.Module]:
+    body: dict[str, Any] = {
+        "_slim_base": base,
+        "_slim_view": (base, (tensors, values, caches, buffers)),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce_of(base, tensors, values, caches, buffers),
+        "extra_repr": _extra_repr(base),
+        "_apply": _apply_of(base),
+    }
+    if buffers:
+        body["__setattr__"] = _setattr_of(base)
+    if base.__repr__ is not nn.Module.__repr__:
+        body["__repr__"] = _own_repr(base)
+    body.update({name: _tensor_property(name) for name in tensors})
+    body.update({name: _value_property(name) for name in values})
+    body.update({name: _cache_property(name) for name in caches})
+    return unannounced(base, body)

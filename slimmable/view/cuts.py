@@ -1,0 +1,107 @@
+"""Cuts: which part of a full tensor a width keeps, and how to take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import mul
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from slimmable._widths import Kept
+from slimmable.errors import ConversionError, WidthError
+
+_INDEX_PREFIX = "_slim_kept"
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class Cut(NamedTuple):
+    """How to take a slice of a tensor of a full shape: a block, if it is not the whole, then index buffers by axis."""
+
+    full: tuple[int, ...]
+    block: tuple[slice, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    picks: tuple[tuple[int, str], ...]
+
+
+def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dict[str, tuple[int, ...]]) -> Cut | None:
+    """Turn what is kept on each axis into a block and index buffers, or into None for the whole tensor.
+
+    Args:
+        shape: of the full tensor.
+        kept: for each axis what is kept.
+        what: the tensor, for errors.
+        buffers: name -> indices of the buffers that cuts need; those of this one are added.
+
+    Raises: ConversionError: if an axis has fewer units than are to be kept.
+    """
+    block: list[slice] = []
+    picks: list[tuple[int, str]] = []
+    for axis, (size, keep) in enumerate(zip(shape, kept, strict=True)):
+        first, last = (0, size if keep is None else keep) if not isinstance(keep, tuple) else (keep[0], keep[-1] + 1)
+        if last > size:
+            raise ConversionError(f"{what}: axis {axis} has size {size}, cannot keep {keep}")
+        if isinstance(keep, tuple) and last - first != len(keep):
+            name = f"{_INDEX_PREFIX}{hash(keep) % 2**64:x}"  # the same indices have one name wherever they are cut
+            buffers[name] = keep
+            picks.append((axis, name))
+            first, last = 0, size
+        block.append(slice(first, last))
+    sizes = tuple(part.stop - part.start for part in block)
+    starts = tuple(part.start for part in block)
+    if sizes == tuple(shape) and not picks:
+        return None
+    block = block if sizes != tuple(shape) else []
+    return Cut(tuple(shape), tuple(block), starts if any(starts) else (), sizes, tuple(picks))
+
+
+def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tensor:
+    """Return the part of a tensor that a cut keeps; `buffers` holds the indices."""
+    if cut.block:
+        tensor = _block(tensor, cut)
+    for axis, buffer in cut.picks:
+        if buffer not in buffers:
+            raise WidthError("a sub-network that the model does not keep is gone; call backward before the next switch")
+        tensor = tensor.index_select(axis, cast(Tensor, buffers[buffer]))
+    return tensor
+
+
+def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Tensor) -> Tensor:
+    """Return a copy of a tensor in which what a cut keeps is `part`."""
+
+    def fill(whole: Tensor, picks: Sequence[tuple[int, str]]) -> None:
+        if not picks:
+            whole.copy_(part)
+            return
+        (axis, buffer), *others = picks
+        indices = cast(Tensor, buffers[buffer])
+        picked = whole.index_select(axis, indices)
+        fill(picked, others)
+        whole.index_copy_(axis, indices, picked)
+
+    with torch.no_grad():
+        whole = tensor.to(part.dtype, copy=True)
+        fill(whole[cut.block] if cut.block else whole, cut.picks)
+    return whole
+
+
+def _block(tensor: Tensor, cut: Cut) -> Tensor:
+    """Take the block in one operation; indexing takes one per axis, and each fills zeros of its own in the backward."""
+    if type(tensor) not in _PLAIN_TENSORS or is_compiling():
+        return tensor[cut.block]
+    strides = tensor.stride()
+    if not cut.starts:
+        return tensor.as_strided(cut.sizes, strides)
+    return tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))
+
+
+def take_channels(tensor: Tensor, kept: Kept) -> Tensor:
+    """Return what is kept along the first axis."""
+    if kept is None:
+        return tensor
+    if isinstance(kept, int):
+        return tensor[:kept]
+    return tensor.index_select(0, torch.tensor(kept, device=tensor.device))

@@ -1,0 +1,205 @@
+"""Switchable norms: one real norm per width, so that each width has its own statistics and its own gain and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from slimmable._widths import Kept
+from slimmable.errors import ConversionError
+from slimmable.view._narrow import NarrowNorms, TensorsOfFull, copy_of_norm, narrowed, own_norm, share
+from slimmable.view.container import SwitchableContainer, inner_modules
+from slimmable.view.cuts import take_channels
+from slimmable.view.state import Column, Counts
+
+
+class SwitchableNorm(SwitchableContainer):
+    """A container of one real norm per width; the forward runs the norm of the active width and touches no other.
+
+    In the state dict, as in `named_parameters`, the full width's norm has the plain names (`bn.weight`), the narrower
+    ones are `bn.narrow.0.weight` and so on, from wide to narrow. A checkpoint without the narrow names loads into
+    the full norm, and its kept channels into the narrower ones.
+
+    Attributes that the container does not have are those of the active norm. Setting one sets it in every norm; only
+    a tensor is set in the active norm alone.
+
+    Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
+
+    Args:
+        full: the norm of the full width, of any class; the container keeps this very module.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        kept: for each width, from the widest, which of the channels it keeps: None for all, a number for the first
+            ones, or indices.
+        shared_affine: narrower norms have statistics of their own, but read their part of the full norm's gain and
+            bias (Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.2).
+
+    >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
+    >>> [name for name, _ in norm.named_parameters()]
+    ['weight', 'bias', 'narrow.0.weight', 'narrow.0.bias']
+    >>> norm.norm_at(1).num_features
+    4
+    """
+
+    full: nn.Module
+    narrow: NarrowNorms
+
+    def __init__(
+        self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
+    ) -> None:
+        super().__init__(widths)
+        if len(kept) != len(self.widths):
+            raise ConversionError(
+                f"{len(kept)} entries of kept channels for the {len(self.widths)} widths {self.widths}"
+            )
+        self.__dict__["_parameters"] = TensorsOfFull(self._modules, "_parameters")
+        self.__dict__["_buffers"] = TensorsOfFull(self._modules, "_buffers")
+        self.__dict__["_kept"] = tuple(kept)
+        self.add_module("full", full)
+        self.add_module("narrow", NarrowNorms(self._modules, kept[1:], shared_affine))
+        self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
+        self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_norm(
+        cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
+    ) -> SwitchableNorm:
+        """Switch `norm`: it becomes the full width's norm itself, or with `share=False` a copy of it does."""
+        return SwitchableNorm(norm if share else copy_of_norm(norm), widths, kept)
+
+    def to_norm(self) -> nn.Module:
+        """Return the norm of the full width, the very module that the container holds."""
+        return self.full
+
+    def norm_at(self, index: int) -> nn.Module:
+        """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
+        if index == 0:
+            return cast(nn.Module, self._modules["full"])
+        if index == -1:
+            return cast(nn.Module, self._slim.active.guest[0])
+        return inner_modules(self, "narrow")[str(index - 1)]
+
+    module_at = norm_at
+
+    def own_at(self, index: int) -> nn.Module:
+        """Return the norm of the width with this index; of one that shares gain and bias, a twin that does not."""
+        return own_norm(self.norm_at(index))
+
+    def keeps(self, widths: Sequence[float], kept: Sequence[Kept], shared_affine: bool) -> bool:
+        """Tell whether the container was made with these arguments."""
+        same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
+        return same and self.narrow.shared_affine == shared_affine
+
+    def forget_registered(self, own: int) -> None:
+        """Keep only the first `own` columns, those that the container was made with, and be at the full width."""
+        self.activate(self._slim.columns[0])
+        self._slim.keep_first(own)
+        self.__dict__["_kept"] = self._kept[:own]
+        self.narrow.keep_first(own - 1)
+
+    def make_column(self, width: float | Counts, kept: Kept) -> Column:
+        """Return a guest: a further width, with gain and bias of the full norm and, at first, its statistics."""
+        return Column(width, guest=(share(narrowed(self.full, kept), self._modules, kept), kept))
+
+    def activate(self, column: Column) -> None:
+        """Switch to a column, one of the container's own or a guest."""
+        state = self._slim
+        if state.active is column:
+            return
+        self._modules.pop("guest", None)
+        if column.guest is not None:
+            self._modules["guest"] = column.guest[0].train(self.training)
+        state.active = column
+
+    def register_column(self, column: Column) -> None:
+        """Make a guest one of the container's own widths; its statistics are in the state dict from now on."""
+        norm, kept = column.guest
+        self.narrow.add(norm, kept)
+        self.__dict__["_kept"] = (*self._kept, kept)
+        self._slim.add(column)
+        if self._slim.active is column:
+            del self._modules["guest"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the norm of the active width."""
+        return self.norm_at(self._slim.index)(*args, **kwargs)
+
+    def norms(self) -> Iterator[nn.Module]:
+        """Yield the norms of all widths, and that of an active guest."""
+        yield from (self.full, *self.narrow)
+        yield from (norm for name, norm in self._modules.items() if name == "guest" and norm is not None)
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        if name.startswith("_") or "narrow" not in modules:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.norm_at(self._slim.index), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or name in self._modules or name.startswith("_") or not hasattr(self.full, name):
+            super().__setattr__(name, value)
+        elif isinstance(value, Tensor):
+            setattr(self.norm_at(self._slim.index), name, value)
+        else:
+            for norm in self.norms():
+                setattr(norm, name, value)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """List the full norm under the container's own name, before the container."""
+        memo = set() if memo is None else memo
+        yield from self.full.named_modules(memo, prefix, remove_duplicate)
+        if self not in memo:
+            memo.add(self)
+            yield prefix, self
+        yield from self.narrow.named_modules(memo, f"{prefix}.narrow" if prefix else "narrow", remove_duplicate)
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Save the full norm under the container's own name, the narrower ones under `narrow`."""
+        found: Any = self.full.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        found._metadata[f"{prefix}full"] = found._metadata[prefix[:-1]]
+        return self.narrow.state_dict(destination=found, prefix=f"{prefix}narrow.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
+    ) -> None:
+        """Rename to the children's names what torch hands on to them; `_report_plain_names` undoes it in reports."""
+        mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not any(key.startswith("narrow.") for key in mine):
+            for key, tensor in self.full.state_dict(keep_vars=True).items():
+                if key in mine and mine[key].shape == tensor.shape:
+                    state_dict.update(self._for_narrow(f"{prefix}narrow.", key, mine[key]))
+        for key, value in mine.items():
+            if not key.startswith("narrow."):
+                del state_dict[prefix + key]
+                state_dict[f"{prefix}full.{key}"] = value
+        self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
+
+    def _for_narrow(self, prefix: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Cut a tensor of the full norm for each narrower one."""
+        own = [norm.state_dict(keep_vars=True) for norm in self.narrow]
+        shapes = [tensors[key].shape if key in tensors else None for tensors in own]  # what is shared, they lack
+        return {
+            f"{prefix}{position}.{key}": take_channels(tensor, None if shape == tensor.shape else kept).clone()
+            for position, (shape, kept) in enumerate(zip(shapes, self._kept[1:], strict=True))
+            if shape is not None
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
+
+
+def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
+    """Name missing, unexpected and ill-shaped tensors as the state dict does; a guest starts again."""
+    prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
+    if guest is not None:
+        norm._modules["guest"] = guest
+        buffers = dict(narrowed(norm.full, norm._slim.active.guest[1]).named_buffers())
+        for name, buffer in guest.named_buffers():
+            buffer.copy_(buffers[name])
+    for report in reports:
+        report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]

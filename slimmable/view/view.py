@@ -1,0 +1,213 @@
+"""The width view: any module, of any class, runs with the slices and sizes of its active width.
+
+`install_view` gives a module a generated subclass of its own class. Reading `module.weight` then gives the slice of the
+active width and `module.num_heads` the number of that width, so the class's own `forward` just works, also for classes
+that we never heard of. The Parameters themselves stay full-size, under their own names, where optimizers, state dicts
+and averages look for them. The generated class has the name of the original, which it is a subclass of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._modules import empty_cache
+from slimmable._widths import Kept
+from slimmable.errors import ConversionError
+from slimmable.view._classes import add_properties
+from slimmable.view.cuts import Cut, make_cut, take
+from slimmable.view.state import Column, Counts, WidthState, is_slim, state_of
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that the module has without its view; for our own layers it is torch's.
+
+    A subclass of one of our layers stays, since it may have a forward of its own.
+
+    >>> linear = nn.Linear(4, 4)
+    >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {})
+    >>> type(linear) is nn.Linear, original_class(linear) is nn.Linear
+    (False, True)
+    """
+    base = getattr(type(module), "_slim_base", type(module))
+    return cast("type[nn.Module]", base.__dict__.get("_slim_plain", base))
+
+
+def install_view(
+    module: nn.Module,
+    widths: tuple[float, ...],
+    tensors: Mapping[str, Sequence[Sequence[Kept]]],
+    values: Mapping[str, Sequence[object]],
+    sizes: Mapping[str, Sequence[object]] | None = None,
+    caches: Mapping[str, object] | None = None,
+) -> None:
+    """Let `module` run at several widths, in place; it starts at the full width.
+
+    Args:
+        module: any module; only its own tensors and attributes are concerned, not those of its children.
+        widths: from the widest, 1.0, to the narrowest.
+        tensors: name of a parameter, a buffer or a tensor attribute -> for each width -> for each axis what is kept.
+        values: name of a plain attribute -> its value at each width.
+        sizes: the same for attributes that go on reading as at full width, such as `in_features`, which other code
+            sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
+        caches: attributes in which the module's own forward keeps what it has computed -> their value when empty.
+            Each width gets its own; assigning one drops what other widths keep.
+
+    With no tensors and no values the module is only marked as known to have nothing to slim; its class stays.
+
+    Raises:
+        ConversionError: if the module has a view already, or a tensor does not exist or is too small.
+
+    >>> linear = nn.Linear(4, 4, bias=False)
+    >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {"in_features": (4, 2)})
+    >>> activate(linear, linear._slim.columns[1])
+    >>> linear.weight.shape, linear
+    (torch.Size([4, 2]), Linear(in_features=4, out_features=4, bias=False, widths=(1.0, 0.5), width=0.5))
+    """
+    if is_slim(module):
+        raise ConversionError(f"{type(module).__name__} has a width view already; remove it first with remove_view")
+    state = WidthState(widths)
+    for what in (tensors, values, sizes or {}):
+        for name, per_width in what.items():
+            _check_length(module, name, per_width, widths)
+    for index, column in enumerate(state.columns):
+        kept = {name: per_width[index] for name, per_width in tensors.items()}
+        column.cuts = _cuts(module, kept, state.index_buffers)
+        column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
+        column.sizes = {name: per_width_values[index] for name, per_width_values in (sizes or {}).items()}
+        column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
+    state.blanks = dict(caches or {})
+    _register(module, state.index_buffers, tensors)
+    module.__dict__["_slim"] = state
+    for name, full in state.columns[0].values.items():
+        module.__dict__.setdefault(name, full)
+    add_properties(module, tensors, values, state.blanks)
+
+
+def remove_view(module: nn.Module) -> None:
+    """Undo `install_view`: the original class, full tensors and full values.
+
+    Raises:
+        ConversionError: if the module has no view.
+    """
+    state = state_of(module)
+    if state is None:
+        raise ConversionError(f"{type(module).__name__} has no width view to remove")
+    module.__class__ = original_class(module)
+    del module.__dict__["_slim"]
+    module.__dict__.update(state.blanks)
+    for buffer in (*state.index_buffers, *_guest_buffers(state)):
+        delattr(module, buffer)
+
+
+def make_column(
+    module: nn.Module,
+    width: float | Counts,
+    kept: Mapping[str, Sequence[Kept]],
+    values: Mapping[str, object],
+    sizes: Mapping[str, object],
+) -> Column:
+    """Return a guest column for a module with a view: a further width, which `activate` switches to."""
+    state = cast(WidthState, state_of(module))
+    buffers: dict[str, tuple[int, ...]] = {}
+    column = Column(width, _cuts(module, kept, buffers), values, sizes, guest=buffers)
+    column.caches = {name: empty_cache(blank) for name, blank in state.blanks.items()}
+    return column
+
+
+def register_column(module: nn.Module, column: Column) -> None:
+    """Make a guest column one of the module's own."""
+    state = cast(WidthState, state_of(module))
+    _welcome(module, column)
+    state.index_buffers.update(column.guest)
+    state.add(column)
+
+
+def forget_registered(module: nn.Module, own: int, buffers: Mapping[str, tuple[int, ...]]) -> None:
+    """Keep only the first `own` columns and these index buffers, and be at the full width."""
+    state = cast(WidthState, state_of(module))
+    activate(module, state.columns[0])
+    state.keep_first(own)
+    for buffer in state.index_buffers.keys() - buffers.keys():
+        delattr(module, buffer)
+    state.index_buffers = dict(buffers)
+
+
+def activate(module: nn.Module, column: Column) -> None:
+    """Switch a module with a view to a column, its own or a guest."""
+    state = cast(WidthState, state_of(module))
+    if state.active is column:
+        return
+    for buffer in _guest_buffers(state):
+        delattr(module, buffer)
+    if column.guest is not None:
+        _welcome(module, column)
+    state.active = column
+
+
+def _welcome(module: nn.Module, column: Column) -> None:
+    """Give the module what a guest column needs: index buffers, and properties for what was never cut before."""
+    _register(module, column.guest, column.cuts)
+    add_properties(module, column.cuts, column.values)
+
+
+def _guest_buffers(state: WidthState) -> list[str]:
+    """Return the buffers that are here only for the guest that is active."""
+    return [buffer for buffer in state.active.guest if buffer not in state.index_buffers] if state.index == -1 else []
+
+
+def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]:
+    """Return the slices that the module has at a column, or at that of this index; they share memory where torch can.
+
+    A guest column must be the active one.
+    """
+    state = state_of(module)
+    if state is None:
+        return {}
+    cuts = (state.columns[column] if isinstance(column, int) else column).cuts
+    found = {name: (_full_tensor(module, name), cut) for name, cut in cuts.items()}
+    return {name: take(tensor, cut, module._buffers) for name, (tensor, cut) in found.items() if tensor is not None}
+
+
+def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
+    """Return the plain attributes that the module has at a column, or at that of this index."""
+    state = state_of(module)
+    if state is None:
+        return {}
+    found = state.columns[column] if isinstance(column, int) else column
+    return found.values | found.sizes
+
+
+def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
+    for store in (module._parameters, module._buffers, module.__dict__):
+        if name in store:
+            return cast("Tensor | None", store[name])
+    raise ConversionError(f"{type(module).__name__} has no tensor {name!r}")
+
+
+def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]], buffers: dict[str, tuple[int, ...]]) -> dict[str, Cut]:
+    """Return the cuts of those tensors that are not whole, and add the index buffers that they need."""
+    found = {}
+    for name, axes in kept.items():
+        tensor = _full_tensor(module, name)
+        cut = None if tensor is None else make_cut(tensor.shape, axes, f"{type(module).__name__}.{name}", buffers)
+        if cut is not None:
+            found[name] = cut
+    return found
+
+
+def _register(module: nn.Module, buffers: Mapping[str, tuple[int, ...]], tensors: Iterable[str]) -> None:
+    device = next((tensor.device for name in tensors if (tensor := _full_tensor(module, name)) is not None), None)
+    for buffer, kept in buffers.items():
+        if buffer not in module._buffers:
+            module.register_buffer(buffer, torch.tensor(kept, device=device), persistent=False)
+
+
+def _check_length(module: nn.Module, name: str, per_width: Sequence[object], widths: tuple[float, ...]) -> None:
+    if len(per_width) != len(widths):
+        raise ConversionError(
+            f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
+        )
