@@ -43,8 +43,8 @@ from slimmable.losses import OnlineDistillation as OnlineDistillation
 from slimmable.profile import profile as profile
 from slimmable.search import search as search
 from slimmable.slimclr import load_slimclr as load_slimclr
-from slimmable.training.calibrate import calibrate_bn as calibrate_bn
-from slimmable.training.recipe import SlimRecipe as SlimRecipe
+from slimmable.training import SlimRecipe as SlimRecipe
+from slimmable.training import calibrate_bn as calibrate_bn
 from slimmable.width import AllWidths as AllWidths
 from slimmable.width import at_width as at_width
 from slimmable.width import run_widths as run_widths

@@ -14,7 +14,7 @@ from slimmable.cli.gates import features_of_passes
 from slimmable.cli.loader import Plain, some_of
 from slimmable.cli.loggers import CsvLog, Logger
 from slimmable.cli.training import Training
-from slimmable.training.knn import knn_accuracy
+from slimmable.evaluation import knn_accuracy
 from slimmable.width import at_width
 
 KNN = "knn.csv"

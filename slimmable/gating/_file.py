@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimmable._checks import check_positive
 from slimmable._errors import CheckpointError, SlimmableError
 from slimmable._input_data import decode_inputs
 from slimmable._inputs import Inputs
@@ -16,7 +17,6 @@ from slimmable.gating._find import GatePlan, gate_plan
 from slimmable.gating._gate import ChannelGate
 from slimmable.gating._judge import SKIPPED
 from slimmable.layers._gated import PLAN, LayerGates, PassNorm, remove_gates
-from slimmable.losses._checks import check_temperature
 
 
 def without_gates(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -64,7 +64,7 @@ def gate_again(model: nn.Module, data: dict[str, Any]) -> nn.Module:
     norms, bias = bool(data["separate_norms"]), bool(data["bias"])
     gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
     for made, (temperature, open_at_zero) in zip(_gates(model), data["settings"], strict=True):
-        check_temperature("load", "temperature", temperature)
+        check_positive("load", temperature=temperature)
         made.temperature, made.open_at_zero = float(temperature), bool(open_at_zero)
     return model
 

@@ -19,11 +19,11 @@ from slimmable.analysis.plan import Setting
 from slimmable.layers import SwitchableNorm
 from slimmable.width import at_width, set_width, widths_of
 
-Batch: TypeAlias = "torch.Tensor | Sequence[torch.Tensor] | Inputs"
+ModelInput: TypeAlias = "torch.Tensor | Sequence[torch.Tensor] | Inputs"
 
 
 @torch.no_grad()
-def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Setting] | None = None) -> None:
+def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterable[Setting] | None = None) -> None:
     """Recompute the running statistics of the BatchNorms at `widths` (None: all), as the mean over `loader`'s batches.
 
     The post-statistics of US-Nets (Yu and Huang 2019, section 3.2), wanted for widths whose statistics were not, or no
@@ -64,7 +64,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Set
 
 
 @torch.no_grad()
-def collect_statistics(model: nn.Module, loader: Iterable[Batch]) -> None:
+def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Do as `calibrate_bn` at the active width if the model does not keep it; statistics that it keeps stay."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
     _collect(model, loader, [], [container.norm_at(-1) for container in containers if "guest" in container._modules])
@@ -72,7 +72,7 @@ def collect_statistics(model: nn.Module, loader: Iterable[Batch]) -> None:
 
 def _collect(
     model: nn.Module,
-    loader: Iterable[Batch],
+    loader: Iterable[ModelInput],
     widths: Sequence[Setting],
     modules: Sequence[nn.Module],
 ) -> None:
@@ -101,7 +101,7 @@ def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
-def arguments_of(batch: Batch, device: torch.device, where: str = "calibrate_bn") -> Arguments:
+def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
     """Return the arguments of the forward that a batch is, on a device.
 
     Raises: DataError: if it is none, or empty.
@@ -113,7 +113,7 @@ def arguments_of(batch: Batch, device: torch.device, where: str = "calibrate_bn"
     return tuple(args), dict(kwargs)
 
 
-def _input_of(batch: Batch, where: str) -> Inputs:
+def _input_of(batch: ModelInput, where: str) -> Inputs:
     if isinstance(batch, Inputs):
         return batch
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

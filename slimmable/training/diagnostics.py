@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimmable._checks import check_count
 from slimmable._columns import columns_of, places_of
 from slimmable._errors import UsageError
 from slimmable._files import write_aside
-from slimmable.losses._checks import check_count
-from slimmable.losses._cosines import at_least_float32
-from slimmable.training._blocks import Shared, shared_parameters
-from slimmable.training._gradient_sums import Sums, added, sums_of, values_of
+from slimmable._numerics import at_least_float32
+from slimmable.training._gradients import SharedParameter, Sums, added, shared_parameters, sums_of, values_of
 from slimmable.width import widths_of
 
 
@@ -62,7 +61,7 @@ class GradientDiagnostics:
 
     >>> from slimmable import SlimLinear, SlimRecipe
     >>> model = SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
-    >>> recipe, diagnostics = SlimRecipe(model, weights="ones"), GradientDiagnostics(model, every=50)
+    >>> recipe, diagnostics = SlimRecipe(model, loss_weights="ones"), GradientDiagnostics(model, every=50)
     >>> for width in recipe.widths(progress=1.0):
     ...     recipe.loss(model(torch.ones(1, int(4 * width))).sum()).backward()
     ...     diagnostics.after_backward(width)
@@ -73,7 +72,7 @@ class GradientDiagnostics:
     """
 
     def __init__(self, model: nn.Module, every: int = 50) -> None:
-        check_count("GradientDiagnostics", "every", every)
+        check_count("GradientDiagnostics", every=every)
         self.model = model
         self.every = every
         self.widths = widths_of(model)
@@ -186,7 +185,7 @@ class GradientDiagnostics:
         write_aside(Path(path), write)
 
 
-def _is_layer(shared: Shared) -> bool:
+def _is_layer(shared: SharedParameter) -> bool:
     return shared.parameter.ndim > 1
 
 

@@ -14,7 +14,7 @@ import slimmable
 from slimmable._errors import ConversionError, DataError, WidthError
 from slimmable._inputs import Inputs
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
-from slimmable.training.calibrate import calibrate_bn
+from slimmable.training import calibrate_bn
 from slimmable.width import at_width, set_width, width_of
 
 WIDTHS = (1.0, 0.5, 0.25)

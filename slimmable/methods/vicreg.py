@@ -6,11 +6,10 @@ import math
 
 from torch import nn
 
-from slimmable.losses import OnlineDistillation, vicreg
-from slimmable.losses._vicreg import check_factors
-from slimmable.methods._batch import Batch, Outcome
-from slimmable.methods._method import Method
-from slimmable.training.distributed import gather
+from slimmable._checks import check_not_negative
+from slimmable._distributed import gather
+from slimmable.losses import OnlineDistillation, vicreg_loss
+from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
 
 
 class VICReg(Method):
@@ -20,7 +19,7 @@ class VICReg(Method):
 
     Args:
         encoder: an `Encoder`, converted.
-        invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg`.
+        invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg_loss`.
 
     Raises: UsageError: if a factor is negative.
 
@@ -39,20 +38,16 @@ class VICReg(Method):
         self, encoder: nn.Module, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
     ) -> None:
         super().__init__(encoder)
-        check_factors("VICReg", invariance, variance, covariance)
+        check_not_negative("VICReg", invariance=invariance, variance=variance, covariance=covariance)
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     @staticmethod
-    def projector(features: int, hidden: int, dim: int) -> nn.Sequential:
-        """Return the expander, three layers: (batch, features) -> (batch, dim)."""
+    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the projection head (the "expander"), three layers: (batch, in_features) -> (batch, proj_dim)."""
         return nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, dim, bias=False),
+            *hidden_layer(in_features, hidden_dim),
+            *hidden_layer(hidden_dim, hidden_dim),
+            nn.Linear(hidden_dim, proj_dim, bias=False),
         )
 
     @staticmethod
@@ -63,6 +58,6 @@ class VICReg(Method):
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 6)."""
         first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
-        loss = vicreg(first, second, self.invariance, self.variance, self.covariance)
-        # so the mean squared difference to the teacher weighs as much as that between the views
+        loss = vicreg_loss(first, second, self.invariance, self.variance, self.covariance)
+        # So that the mean squared difference to the teacher weighs as much as that between the views.
         return Outcome(loss, embeddings=[each * math.sqrt(self.invariance) for each in embeddings])

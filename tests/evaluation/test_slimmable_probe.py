@@ -15,8 +15,8 @@ from torch import nn
 
 import slimmable
 from slimmable._errors import DataError, UsageError, WidthError
-from slimmable.training import (
-    Accuracy,
+from slimmable.evaluation import (
+    Accuracies,
     accuracy_of,
     evaluate_features,
     evaluate_widths,
@@ -158,7 +158,7 @@ def test_evaluation_of_features_is_that_of_each_classifier():
     only = evaluate_features(train, labels, test, answers, probes=("ridge",))[0.5]
     assert only.ridge == found[0.5].ridge
     assert math.isnan(only.knn)
-    assert [field.name for field in dataclasses.fields(Accuracy)] == list(ALL)
+    assert [field.name for field in dataclasses.fields(Accuracies)] == list(ALL)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 import slimmable
 from slimmable._errors import DataError, UsageError
-from slimmable.training import accuracy_of, finetune
+from slimmable.evaluation import accuracy_of, finetune
 
 
 def net(dropout=0.0):

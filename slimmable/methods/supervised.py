@@ -5,32 +5,30 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimmable._checks import check_classes, check_fraction
 from slimmable._errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation
-from slimmable.losses._checks import check_share
-from slimmable.methods._batch import Batch, Outcome
-from slimmable.methods._method import Method
-from slimmable.training._labels import check_classes
+from slimmable.methods.method import Batch, Method, Outcome
 
 
 class Supervised(Method):
     """Classification at every width, with in-place distillation (Yu and Huang, *Universally Slimmable Networks*, 2019).
 
-    With its own distillation narrow widths see no labels, only the full width's class probabilities (section 3.2
+    With its own distillation, narrow widths see no labels, only the full width's class probabilities (section 3.2
     there). For universal models give the recipe `random_widths=2`: the sandwich rule.
 
     Args:
         encoder: images in, class scores out; converted. An `Encoder` whose projector is the classifier.
-        label_smoothing: share of the probability that is spread over all classes.
+        label_smoothing: fraction of the probability that is spread over all classes.
 
     Raises: UsageError: if `label_smoothing` is not in [0, 1].
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, Supervised.projector(8, classes=3))
+    >>> encoder = Encoder(backbone, Supervised.projector(8, num_classes=3))
     >>> method = Supervised(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
-    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation(), weights="ones")
+    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation(), loss_weights="ones")
     >>> losses = method.step(recipe, Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7)
     >>> list(losses)
     [1.0, 0.5]
@@ -41,17 +39,17 @@ class Supervised(Method):
 
     def __init__(self, encoder: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__(encoder)
-        check_share("Supervised", "label_smoothing", label_smoothing)
+        check_fraction("Supervised", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     @staticmethod
-    def projector(features: int, classes: int) -> nn.Linear:
-        """Return the classifier: (batch, features) -> (batch, classes)."""
-        return nn.Linear(features, classes)
+    def projector(in_features: int, num_classes: int) -> nn.Linear:
+        """Return the classifier: (batch, in_features) -> (batch, num_classes)."""
+        return nn.Linear(in_features, num_classes)
 
     @staticmethod
     def distillation() -> OnlineDistillation:
-        """Return in-place distillation: the full width's probabilities in the place of the labels."""
+        """Return in-place distillation: the full width's probabilities take the place of the labels."""
         return OnlineDistillation(teacher_temperature=1.0, student_temperature=1.0, weight=1.0)
 
     def forward(self, batch: Batch) -> Outcome:

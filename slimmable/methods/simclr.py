@@ -1,20 +1,19 @@
-"""SimCLR: both views of an image attract each other, all other images of the batch repel."""
+"""SimCLR: the two views of an image attract each other, all other images of the batch repel."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from slimmable.losses import OnlineDistillation, contrast, nt_xent_logits
-from slimmable.losses._checks import check_temperature
-from slimmable.methods._batch import Batch, Outcome
-from slimmable.methods._method import Method
-from slimmable.training.distributed import gather
+from slimmable._checks import check_positive
+from slimmable._distributed import gather
+from slimmable.losses import OnlineDistillation, contrastive_cross_entropy, nt_xent_logits
+from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
 
 
 class SimCLR(Method):
     """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
 
-    The embeddings of all processes are gathered, with their gradients, so each image meets the whole batch.
+    The embeddings of all processes are gathered, with their gradients, so each image is compared with the whole batch.
 
     Args:
         encoder: an `Encoder`, converted.
@@ -35,19 +34,14 @@ class SimCLR(Method):
 
     def __init__(self, encoder: nn.Module, *, temperature: float = 0.1) -> None:
         super().__init__(encoder)
-        check_temperature("SimCLR", "temperature", temperature)
+        check_positive("SimCLR", temperature=temperature)
         self.temperature = temperature
 
     @staticmethod
-    def projector(features: int, hidden: int, dim: int) -> nn.Sequential:
-        """Return the head, two layers with BatchNorm: (batch, features) -> (batch, dim)."""
-        return nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, dim, bias=False),
-            nn.BatchNorm1d(dim),
-        )
+    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the projection head, two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
+        last = nn.Linear(hidden_dim, proj_dim, bias=False)
+        return nn.Sequential(*hidden_layer(in_features, hidden_dim), last, nn.BatchNorm1d(proj_dim))
 
     @staticmethod
     def distillation() -> OnlineDistillation:
@@ -58,4 +52,4 @@ class SimCLR(Method):
         """Return NT-Xent over the gathered batch (eq. 1)."""
         embeddings = [gather(each) for each in self.embed(batch.views)]
         logits = nt_xent_logits(*embeddings)
-        return Outcome(contrast(logits, self.temperature), [logits], embeddings)
+        return Outcome(contrastive_cross_entropy(logits, self.temperature), [logits], embeddings)

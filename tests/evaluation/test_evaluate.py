@@ -14,7 +14,7 @@ from torch import nn
 import slimmable
 from slimmable import DataError
 from slimmable._errors import UsageError
-from slimmable.training import evaluate_widths, features_of, knn_accuracy, probe_loss, train_probe
+from slimmable.evaluation import evaluate_widths, features_of, knn_accuracy, probe_loss, train_probe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -8,8 +8,7 @@ from torch import nn
 
 import slimmable
 from slimmable._errors import DataError, UsageError, WidthError
-from slimmable.training import (
-    GradientDiagnostics,
+from slimmable.evaluation import (
     accuracy_of,
     evaluate_features,
     features_of,
@@ -20,6 +19,7 @@ from slimmable.training import (
     train_probe,
     train_slimmable_probe,
 )
+from slimmable.training import GradientDiagnostics
 
 X, Y = torch.eye(4).repeat(4, 1), torch.arange(4).repeat(4)
 CUT = {1.0: X, 0.5: X[:, :2]}
@@ -38,13 +38,13 @@ NET = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"epochs": -1}, "epochs must be an integer from 0 on, got -1"),
-        ({"epochs": 1.5}, "epochs must be an integer from 0 on, got 1.5"),
-        ({"batch_size": 0}, "batch_size must be an integer from 1 on, got 0"),
-        ({"batch_size": -3}, "batch_size must be an integer from 1 on, got -3"),
-        ({"learning_rate": "a"}, "learning_rate must be a number from 0 on, got 'a'"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number from 0 on, got nan"),
-        ({"num_classes": 4.0}, "num_classes must be an integer from 1 on, got 4.0"),
+        ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 0, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size must be an integer of at least 1, got -3"),
+        ({"learning_rate": "a"}, "learning_rate must be a finite number of at least 0, got 'a'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0, got nan"),
+        ({"num_classes": 4.0}, "num_classes must be an integer of at least 1, got 4.0"),
     ],
 )
 def test_settings_of_a_training(train, setting, says):
@@ -60,17 +60,25 @@ def test_settings_of_a_training(train, setting, says):
         (lambda: train_slimmable_probe({1.0: X[:, :2], 0.5: X}, Y), DataError, r"\[2, 4\] features at widths"),
         (lambda: ridge_classifier(X.to(torch.complex64), Y), DataError, "complex64, expected real"),
         (lambda: finetune(None, X, Y), UsageError, "finetune needs a torch.nn.Module"),
-        (lambda: finetune(NET, X, Y, weight_decay=-1), UsageError, "weight_decay must be a number from 0 on, got -1"),
+        (lambda: finetune(NET, X, Y, weight_decay=-1), UsageError, "weight_decay must be a finite number .* got -1"),
         (lambda: probe_loss({0.5: X}, Y), WidthError, "full width 1.0 is missing"),
         (lambda: probe_loss({1.0: X}, Y[:3]), DataError, r"labels have shape \(3,\) .* scores of shape \(16, 4\)"),
         (lambda: probe_loss({1.0: X}, Y.float()), DataError, "float32, expected class numbers"),
-        (lambda: knn_accuracy(X, Y, X, Y, k=1.5), UsageError, "k must be an integer from 1 on, got 1.5"),
+        (lambda: knn_accuracy(X, Y, X, Y, k=1.5), UsageError, "k must be an integer of at least 1, got 1.5"),
         (lambda: knn_accuracy(X, Y, X, Y, temperature="a"), UsageError, "temperature must be .* got 'a'"),
         (lambda: knn_accuracy(X, Y - 1, X, Y), DataError, "labels from -1"),
         (lambda: knn_accuracy(X, Y.float(), X, Y), DataError, "labels are torch.float32"),
         (lambda: knn_accuracy(X, Y.tolist(), X, Y), DataError, "labels must be a tensor, got list"),
-        (lambda: accuracy_of(NET, X, Y, batch_size=0), UsageError, "batch_size must be an integer from 1 on, got 0"),
-        (lambda: accuracy_of(nn.Flatten(0), X, Y), DataError, r"returns has shape \(64,\), expected \(batch"),
+        (
+            lambda: accuracy_of(NET, X, Y, batch_size=0),
+            UsageError,
+            "batch_size must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: accuracy_of(nn.Flatten(0), X, Y),
+            DataError,
+            r"accuracy_of: scores has shape \(64,\), expected \(batch",
+        ),
         (lambda: accuracy_of(NET, X, Y.float()), DataError, "labels are torch.float32"),
         (lambda: features_of(SLIM, X[:0], 1.0), DataError, "at least one image"),
         (lambda: features_of(SLIM, X, 1.0, -1), UsageError, "batch_size .* got -1"),

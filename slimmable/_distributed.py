@@ -1,4 +1,4 @@
-"""Several processes: gradients averaged once per step, embeddings gathered, batch norms of the joined batch."""
+"""Talk to the other processes of a training: which one am I, gather tensors, average gradients."""
 
 from __future__ import annotations
 
@@ -12,28 +12,59 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from slimmable._errors import DataError, UsageError
-from slimmable.losses._cosines import at_least_float32
-from slimmable.training._batchnorm_sync import synchronised_batchnorm as synchronised_batchnorm
-from slimmable.training._processes import alone, of_all
+from slimmable._numerics import at_least_float32
 
 _BUCKET = 25 * 2**20  # bytes in one reduction, as in DistributedDataParallel
+
+
+def alone(group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether there is no process group, or this process is the only one in it."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of this process; 0 without a process group."""
+    return 0 if alone(group) else dist.get_rank(group)
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of processes; 1 without a process group."""
+    return 1 if alone(group) else dist.get_world_size(group)
+
+
+def from_all(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Return the tensors of all processes in rank order, without gradient; they must agree in shape and type."""
+    own = tensor.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group)
+    return parts
+
+
+def means_over_processes(*values: Tensor) -> list[float]:
+    """Return the mean of each scalar over all processes, so that all of them see the same numbers, NaN included."""
+    means = torch.stack([at_least_float32(value.detach()).reshape(()) for value in values])
+    if not alone():
+        dist.all_reduce(means)
+        means /= world_size()
+    found: list[float] = means.tolist()
+    return found
 
 
 def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Replace every gradient of `model` by its average over the processes; call it after the step's last `backward`.
 
-    A step of `SlimRecipe` has one backward pass per width, and each leaves out the parameters of other widths.
-    DistributedDataParallel expects one pass that uses all: let the loop run under its `no_sync`, and then call this.
-    A model without that wrapper works too, if all processes start from the same weights.
+    A step of `SlimRecipe` runs one backward pass per width, and each leaves out the parameters of other widths.
+    DistributedDataParallel expects a single pass that uses every parameter, so run the loop under its `no_sync`, then
+    call this. An unwrapped model works too, if all processes start from the same weights.
 
-    A gradient that is None in all processes stays None; where only some have it, it counts as zero in the others.
-    Without a process group, or with one process, nothing happens.
+    A gradient that is None in every process stays None; where only some processes have it, it counts as zero in the
+    others. Without a process group, or with one process, nothing happens.
 
     Args:
         model: the same model in each process, wrapped in DistributedDataParallel or not.
         group: the processes to average over; all of them by default.
 
-    Raises: UsageError: if the gradients are sharded, as `fully_shard` makes them: it averages them itself.
+    Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself.
 
     >>> layer = nn.Linear(2, 1)
     >>> layer(torch.ones(1, 2)).sum().backward()
@@ -62,7 +93,7 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into runs of one type and device, each of at most about the size of a bucket."""
+    """Cut a list into runs of one type and device, each of about one bucket's size at most."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -77,21 +108,21 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the tensors of all processes in one, joined along dim 0 in rank order, with gradient.
+    """Return the tensors of all processes, concatenated along dim 0 in rank order; gradients flow back.
 
     For losses that compare the images of a batch with each other: every process computes the loss of the joined batch
-    from the gathered embeddings, and `average_gradients` after the last `backward` makes of it the gradients that one
-    process would get on the joined batch. As the backward pass communicates, too, all processes must run it.
+    from the gathered embeddings, and `average_gradients` after the last `backward` then gives the gradients that one
+    process would get from the joined batch. The backward pass communicates too, so all processes must run it.
 
-    Tensors of any type can be gathered; what needs no gradient comes back without a graph. Two views at once spare a
-    round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`. Without a process group, or with one process,
+    Tensors of any type can be gathered; those that need no gradient come back without a graph. Two views at once save
+    a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`. Without a process group, or with one process,
     the result is `tensor` itself.
 
     Args:
         tensor: shape (batch, ...), the same in all processes; the result has shape (processes * batch, ...).
         group: the processes to gather from; all of them by default.
 
-    Raises: DataError: in all processes, if their tensors differ in shape, type or need of gradient, or lack a dim 0.
+    Raises: DataError: in all processes, if their tensors differ in shape, type or need of gradient, or are scalars.
 
     >>> embeddings = torch.ones(4, 8)
     >>> gather(embeddings).shape  # the only process: nothing to add
@@ -104,12 +135,12 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 class _Gather(Function):
-    """All-gather; its backward adds up what the processes ask of each row, and hands every process its own rows."""
+    """All-gather; its backward sums the gradients of all processes and gives each process those of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        return torch.cat(of_all(tensor, group))
+        return torch.cat(from_all(tensor, group))
 
     @staticmethod
     @once_differentiable
@@ -125,7 +156,7 @@ def _check_alike(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     graph = tensor.requires_grad and torch.is_grad_enabled()
     own = f"{tuple(tensor.shape)} of {tensor.dtype}{', with gradient' if graph else ''}"
     digest = torch.tensor(zlib.crc32(own.encode()), device=tensor.device)
-    if len({int(other) for other in of_all(digest, group)}) > 1:
+    if len({int(other) for other in from_all(digest, group)}) > 1:
         all_own: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(all_own, own, group)
         listed = "; ".join(f"process {number}: {what}" for number, what in enumerate(all_own))

@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier trained together with the backbone below it."""
+"""Fine-tune an extracted network together with a new classifier on top of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimmable._checks import check_classes, check_count, check_labelled, check_not_negative
 from slimmable._errors import DataError, UsageError
 from slimmable._inputs import check_module
+from slimmable.evaluation.evaluate import as_input, outputs_of
+from slimmable.evaluation.linear import zero_linear
 from slimmable.layers._state import is_slim
-from slimmable.losses._checks import check_factor
-from slimmable.training._labels import check_classes, check_training
-from slimmable.training._outputs import as_input, outputs_of
-from slimmable.training.knn import check_labels
 
 
 def finetune(
@@ -30,11 +29,11 @@ def finetune(
     weight_decay: float = 1e-4,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Train a copy of an extracted network and a new linear classifier on top of it; `backbone` stays as it is.
+    """Train a copy of an extracted network and a new linear classifier on top of it; `backbone` is not changed.
 
-    Cross-entropy, SGD with Nesterov momentum 0.9, a learning rate that falls to 0 by a cosine, step by step, and weight
-    decay on all weights but biases and those of norms. BatchNorms are in train mode: their statistics follow. The
-    classifier starts from zero, and frozen parameters stay frozen. There is no augmentation.
+    Cross-entropy; SGD with Nesterov momentum 0.9; a learning rate that falls to 0 by a cosine, step by step; weight
+    decay on all weights but biases and those of norms. BatchNorms are in train mode, so their statistics are updated.
+    The classifier starts from zero, and frozen parameters stay frozen. There is no augmentation.
 
     Args:
         backbone: images in, features of shape (batch, features) out, as `slimmable.extract` returns it for a width; the
@@ -42,10 +41,10 @@ def finetune(
         images: of shape (images, channels, height, width), floats, or uint8 to be scaled to [0, 1].
         labels: class numbers of shape (images,).
         num_classes: number of classes; by default one more than the largest label.
-        epochs, batch_size: a last batch is not smaller than the others by more than one image.
+        epochs, batch_size: batches differ by one image at most, so the last one is not a small rest.
         learning_rate: at the start.
         weight_decay: per step, times the learning rate.
-        seed: of the order of the images and of any dropout; the same seed gives the same network.
+        seed: for the order of the images and for dropout; the same seed gives the same network.
 
     Returns: `nn.Sequential` of `backbone` and `classifier`, in eval mode; `accuracy_of` measures it.
 
@@ -61,20 +60,19 @@ def finetune(
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
     check_module("finetune", backbone)
-    check_training("finetune", epochs, batch_size, learning_rate)
-    check_factor("finetune", "weight_decay", weight_decay)
+    check_count("finetune", least=0, epochs=epochs)
+    check_count("finetune", batch_size=batch_size)
+    check_not_negative("finetune", learning_rate=learning_rate, weight_decay=weight_decay)
     if any(is_slim(module) for module in backbone.modules()):
         raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
-    check_labels("finetune: images", images, labels)
+    check_labelled("finetune: images", images, labels)
     classes = check_classes("finetune", labels, num_classes)
     features = outputs_of(backbone, images[:2], batch_size=2)
     if features.ndim != 2:
         raise DataError(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
         )
-    classifier = nn.Linear(features.shape[1], classes, device="meta").to_empty(device=features.device)
-    nn.init.zeros_(classifier.weight)
-    nn.init.zeros_(classifier.bias)
+    classifier = zero_linear(features.shape[1], classes, features.device)
     network = nn.Sequential(OrderedDict(backbone=copy.deepcopy(backbone), classifier=classifier)).train()
     optimizer = torch.optim.SGD(
         param_groups_weight_decay(network, weight_decay), lr=learning_rate, momentum=0.9, nesterov=True

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimmable._errors import DataError, UsageError
-from slimmable.training import ridge_classifier
+from slimmable.evaluation import ridge_classifier
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=40, deadline=None)
@@ -107,7 +107,11 @@ X, Y = torch.ones(4, 2), torch.arange(4)
         (lambda: ridge_classifier(X, Y - 1), DataError, "labels from -1 to 2"),
         (lambda: ridge_classifier(X, Y, num_classes=3), DataError, "labels from 0 to 3 .* from 0 to 2"),
         (lambda: ridge_classifier(X / 0, Y), DataError, "nan or infinity"),
-        (lambda: ridge_classifier(X, Y, penalty=0.0), UsageError, "penalty must be a number from 1e-9 on, got 0.0"),
+        (
+            lambda: ridge_classifier(X, Y, penalty=0.0),
+            UsageError,
+            "penalty must be a finite number of at least 1e-9, got 0.0",
+        ),
         (lambda: ridge_classifier(X, Y, penalty=float("nan")), UsageError, "got nan"),
     ],
 )
