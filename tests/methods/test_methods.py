@@ -182,7 +182,7 @@ def test_wrong_batches_are_refused():
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "high"])
 def test_wrong_settings_are_refused(value):
     network = nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="momentum must be in"):
+    with pytest.raises(UsageError, match="momentum must be a number in"):
         methods.BYOL(network, network, momentum=value)
     if value != 1.5:
         for make_method in (methods.SimCLR, methods.MoCoV2):
