@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_classes, check_count, check_labelled, check_not_negative
+from slimmable._checks import check_classes, check_labelled, check_not_negative
 from slimmable._errors import DataError, UsageError
 from slimmable._inputs import check_module
 from slimmable.evaluation.evaluate import as_input, outputs_of
-from slimmable.evaluation.linear import zero_linear
+from slimmable.evaluation.linear import check_training, zero_linear
 from slimmable.layers._state import is_slim
 
 
@@ -60,9 +60,8 @@ def finetune(
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
     check_module("finetune", backbone)
-    check_count("finetune", least=0, epochs=epochs)
-    check_count("finetune", batch_size=batch_size)
-    check_not_negative("finetune", learning_rate=learning_rate, weight_decay=weight_decay)
+    check_training("finetune", epochs, batch_size, learning_rate)
+    check_not_negative("finetune", weight_decay=weight_decay)
     if any(is_slim(module) for module in backbone.modules()):
         raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
     check_labelled("finetune: images", images, labels)

@@ -93,7 +93,8 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    classes = _check("train_probe", features, labels, num_classes, epochs, batch_size, learning_rate)
+    check_training("train_probe", epochs, batch_size, learning_rate)
+    classes = _classes("train_probe", features, labels, num_classes)
     moments = {width: _moments(features[width]) for width in check_widths(features)}
     scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
     probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
@@ -146,7 +147,8 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
-    classes = _check("train_slimmable_probe", features, labels, num_classes, epochs, batch_size, learning_rate)
+    check_training("train_slimmable_probe", epochs, batch_size, learning_rate)
+    classes = _classes("train_slimmable_probe", features, labels, num_classes)
     widths = check_widths(features)
     full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
     if max(kept) > full:
@@ -180,19 +182,15 @@ def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
     return linear
 
 
-def _check(
-    where: str,
-    features: Mapping[float, Tensor],
-    labels: Tensor,
-    num_classes: int | None,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-) -> int:
-    """Check the arguments of a probe; return the number of classes."""
+def check_training(where: str, epochs: int, batch_size: int, learning_rate: float) -> None:
+    """Raise `UsageError` unless all are numbers that a training can have."""
     check_count(where, least=0, epochs=epochs)
     check_count(where, batch_size=batch_size)
     check_not_negative(where, learning_rate=learning_rate)
+
+
+def _classes(where: str, features: Mapping[float, Tensor], labels: Tensor, num_classes: int | None) -> int:
+    """Check the features of every width; return the number of classes."""
     return max(
         check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
         for width in check_widths(features)
