@@ -22,14 +22,14 @@ def alone(group: dist.ProcessGroup | None = None) -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1
 
 
-def rank(group: dist.ProcessGroup | None = None) -> int:
+def rank() -> int:
     """Return the number of this process; 0 without a process group."""
-    return 0 if alone(group) else dist.get_rank(group)
+    return 0 if alone() else dist.get_rank()
 
 
-def world_size(group: dist.ProcessGroup | None = None) -> int:
+def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
-    return 1 if alone(group) else dist.get_world_size(group)
+    return 1 if alone() else dist.get_world_size()
 
 
 def from_all(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:

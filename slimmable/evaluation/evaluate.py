@@ -178,22 +178,25 @@ def evaluate_features(
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     classes = check_classes("evaluate_features", torch.cat([train_labels, test_labels]), None)
-    found: dict[str, dict[float, float]] = {}
-    if "knn" in probes:
-        found["knn"] = {
-            width: knn_accuracy(train[width], train_labels, test[width], test_labels, k=k) for width in widths
-        }
+    trained: dict[str, nn.Module] = {}
     if "linear" in probes:
-        found["linear"] = _accuracy_of_each(train_probe(train, train_labels, num_classes=classes), test, test_labels)
+        trained["linear"] = train_probe(train, train_labels, num_classes=classes)
     if "slimmable" in probes:
-        probe = train_slimmable_probe(train, train_labels, num_classes=classes)
-        found["slimmable"] = _accuracy_of_each(probe, test, test_labels)
-    if "ridge" in probes:
-        found["ridge"] = {
-            width: _accuracy(ridge_classifier(part, train_labels, num_classes=classes)(test[width]), test_labels)
-            for width, part in train.items()
-        }
-    return {width: Accuracies(**{name: of[width] for name, of in found.items()}) for width in widths}
+        trained["slimmable"] = train_slimmable_probe(train, train_labels, num_classes=classes)
+    found = {}
+    for width in widths:
+        known, asked = train[width], test[width]
+        accuracies = {}
+        for name, probe in trained.items():
+            with at_width(probe, width), torch.no_grad():
+                accuracies[name] = _accuracy(probe(asked.float()), test_labels)
+        if "knn" in probes:
+            accuracies["knn"] = knn_accuracy(known, train_labels, asked, test_labels, k=k)
+        if "ridge" in probes:
+            classifier = ridge_classifier(known, train_labels, num_classes=classes)
+            accuracies["ridge"] = _accuracy(classifier(asked), test_labels)
+        found[width] = Accuracies(**accuracies)
+    return found
 
 
 def _check_probes(where: str, probes: Sequence[ProbeName], k: int) -> None:
@@ -201,16 +204,6 @@ def _check_probes(where: str, probes: Sequence[ProbeName], k: int) -> None:
     listed = isinstance(probes, Iterable) and not isinstance(probes, str)
     if not listed or any(name not in get_args(ProbeName) for name in probes):
         raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(ProbeName))}; got {probes!r}")
-
-
-@torch.no_grad()
-def _accuracy_of_each(probe: nn.Module, features: Mapping[float, Tensor], labels: Tensor) -> dict[float, float]:
-    """Return width -> accuracy of a probe that switches widths."""
-    found = {}
-    for width, part in features.items():
-        with at_width(probe, width):
-            found[width] = _accuracy(probe(part.float()), labels)
-    return found
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:

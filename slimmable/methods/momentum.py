@@ -63,11 +63,6 @@ class MoCoV2(Method):
         """Return the projection head, two layers without BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
         return nn.Sequential(nn.Linear(in_features, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, proj_dim))
 
-    @staticmethod
-    def distillation() -> OnlineDistillation:
-        """Return the distillation of SlimCLR: cosines at temperature 5."""
-        return OnlineDistillation()
-
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Return the keys of the second view."""
         return [self.moco.keys(self.encoder, batch.views[1])]

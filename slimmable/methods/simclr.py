@@ -6,7 +6,7 @@ from torch import nn
 
 from slimmable._checks import check_positive
 from slimmable._distributed import gather
-from slimmable.losses import OnlineDistillation, contrastive_cross_entropy, nt_xent_logits
+from slimmable.losses import contrastive_cross_entropy, nt_xent_logits
 from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
 
 
@@ -42,11 +42,6 @@ class SimCLR(Method):
         """Return the projection head, two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
         last = nn.Linear(hidden_dim, proj_dim, bias=False)
         return nn.Sequential(*hidden_layer(in_features, hidden_dim), last, nn.BatchNorm1d(proj_dim))
-
-    @staticmethod
-    def distillation() -> OnlineDistillation:
-        """Return the distillation of SlimCLR: cosines at temperature 5."""
-        return OnlineDistillation()
 
     def forward(self, batch: Batch) -> Outcome:
         """Return NT-Xent over the gathered batch (eq. 1)."""

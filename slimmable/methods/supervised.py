@@ -65,13 +65,13 @@ class Supervised(Method):
 def _checked(labels: Tensor | None, scores: Tensor) -> Tensor:
     if labels is None:
         raise UsageError("Supervised learns from labels; give the batch some")
-    shares = isinstance(labels, Tensor) and labels.is_floating_point()
-    if not isinstance(labels, Tensor) or labels.shape != (scores.shape if shares else scores.shape[:1]):
+    probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
+    if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
         found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
         raise DataError(
             f"Supervised: labels are {found}, expected class numbers of shape {tuple(scores.shape[:1])}, or "
             f"probabilities of shape {tuple(scores.shape)}"
         )
-    if not shares:
+    if not probabilities:
         check_classes("Supervised", labels, scores.shape[1])
     return labels

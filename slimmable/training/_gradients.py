@@ -20,7 +20,7 @@ from slimmable.layers._state import Column, state_of
 from slimmable.layers._switch import SwitchableNorm
 
 Sums: TypeAlias = "dict[tuple[str, float, float], Tensor]"
-"""(kind, width, other width or the same) -> a sum over the entries of the parameters that it is of."""
+"""(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class SharedParameter:
 
 
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
-    """Return the parameters of `model` that all `widths` share, in the order of their names in the model.
+    """Return the parameters of `model` that all `widths` share, in the order of `named_parameters`.
 
-    Parameters of switchable norms and probes belong to one width each and are left out; of a model with shared gains
-    and biases these are shared. A parameter that several modules hold comes once, with the block of the first.
+    Parameters of switchable norms and probes belong to one width each and are left out, unless the model shares gains
+    and biases between widths. A parameter that several modules hold comes once, with the block of the first.
 
-    Raises: WidthError: if the model does not have one of the widths. ConversionError: if nothing reacts to widths.
+    Raises: WidthError: if the model lacks one of the widths. ConversionError: if nothing in it reacts to widths.
 
     >>> from slimmable import SlimLinear
     >>> [weight, bias] = shared_parameters(SlimLinear(8, 4, widths=(1.0, 0.5)), (1.0, 0.5))
@@ -83,7 +83,7 @@ def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | 
 
 
 def _block(module: nn.Module, name: str, column: Column | None) -> Block:
-    """Return what a column of a module, None for a module without widths, reads of its parameter."""
+    """Return what a module's column (None for a module without widths) reads of its parameter."""
     if column is None:
         return Block(None, {})
     if not isinstance(module, SwitchableNorm):
@@ -94,14 +94,14 @@ def _block(module: nn.Module, name: str, column: Column | None) -> Block:
 
 
 def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:
-    """Return the sums of one parameter, as a dict of float64 tensors without axes on the CPU.
+    """Return the sums of one parameter, as scalar float64 tensors on the CPU.
 
-    The kinds are `total` and `own` (squares of the total and of each width's own gradient in the block of the width),
+    The kinds are `total` and `own` (squares of the total and of each width's own gradient in the width's block),
     `product` (of two widths' own gradients), and `first` and `second` (squares of the two in what both widths read).
 
     Args:
         shared: the parameter.
-        gradient: the total one.
+        gradient: its total gradient.
         own: width -> its own gradient, of the shape of its block.
     """
     total = at_least_float32(gradient)
@@ -117,7 +117,7 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
 
 
 def added(all_sums: Iterable[Sums]) -> Sums:
-    """Return the sums of several parameters as one vector."""
+    """Return the sums of several parameters taken together as one vector."""
     result: Sums = {}
     for sums in all_sums:
         result |= {key: result[key] + value if key in result else value for key, value in sums.items()}
@@ -125,7 +125,7 @@ def added(all_sums: Iterable[Sums]) -> Sums:
 
 
 def values_of(sums: Sums, widths: Sequence[float]) -> dict[str, Tensor]:
-    """Return column -> value for the sums of a parameter or of several; NaN where there is no sum.
+    """Return column -> value for the sums of one or several parameters; NaN where there is no sum.
 
     >>> one, four = torch.tensor(1.0), torch.tensor(4.0)
     >>> values = values_of({("total", 1.0, 1.0): four, ("total", 0.5, 0.5): one}, (1.0, 0.5))

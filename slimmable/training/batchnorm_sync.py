@@ -20,24 +20,24 @@ from slimmable._numerics import at_least_float32
 
 @contextmanager
 def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Let every batch norm in training mode work on the joined batch of all processes while the block runs.
+    """While the block runs, let every batch norm in training mode work on the joined batch of all processes.
 
     Outputs, gradients and running statistics are those of one process with the joined batch. No module is replaced:
-    it holds for whatever calls `torch.nn.functional.batch_norm`, such as torch's and timm's batch norms and the norm
-    of each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same order, at
-    the same width; their batches may differ in size. Half precision is computed in float32. Layers in eval mode
-    that have running statistics stay as they are. Without a process group, or with one process, nothing changes.
+    the block applies to whatever calls `torch.nn.functional.batch_norm`, such as torch's and timm's batch norms and
+    the norm of each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same
+    order, at the same width; their batches may differ in size. Half precision is computed in float32. Layers in eval
+    mode that have running statistics are not affected. Without a process group, or with one process, nothing changes.
 
-    Forward passes belong in the block, and with activation checkpointing `backward`, too. The block replaces the
-    function in `torch` itself, so it holds for all threads; it does not reach into TorchScript, and there are no
-    second derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` (for timm's models
+    Run forward passes in the block, and with activation checkpointing `backward` too. The block replaces the function
+    in `torch` itself, so it applies to all threads; it does not reach into TorchScript, and there are no second
+    derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` (for timm's models
     `timm.layers.convert_sync_batchnorm`) is faster, and works on slimmable models as well.
 
     Args:
         group: the processes whose batches are joined; all of them by default.
 
-    Raises: DataError: in all processes, by a batch norm whose input differs in channels, type or need of gradient
-        between them, or has one value per channel in the whole joined batch.
+    Raises: DataError: in all processes, by a batch norm whose input differs between them in channels, type or need of
+        gradient, or has fewer than two values per channel in the joined batch.
 
     >>> norm = torch.nn.BatchNorm1d(2)
     >>> with synchronised_batchnorm():  # the only process: the batch is the joined batch
@@ -79,7 +79,7 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
             return native(input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
         return joined(input, running_mean, running_var, weight, bias, momentum, eps, group)
 
-    # Not by a TorchFunctionMode: it is off within `backward`, where activation checkpointing runs forwards again.
+    # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
     F.batch_norm, torch.batch_norm = our_functional, our_native
     try:
         yield
@@ -89,7 +89,7 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
 
 @functools.cache
 def _eager() -> Callable[..., Tensor]:
-    """Return `joined_batch_norm` out of the compiler's reach; made when needed only, since it loads the compiler."""
+    """Return `joined_batch_norm` hidden from the compiler; made only when needed, since this loads the compiler."""
     return cast(Callable[..., Tensor], torch.compiler.disable(joined_batch_norm))  # type: ignore[no-untyped-call]
 
 
@@ -103,7 +103,7 @@ def joined_batch_norm(
     eps: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Return what `batch_norm` in training gives for the own part of the joined batch, shape (batch, channels, ...)."""
+    """Return this process's part of the batch norm of the joined batch, shape (batch, channels, ...)."""
     counts = _counts(input, group)
     with torch.no_grad():
         values = at_least_float32(input)
@@ -120,12 +120,12 @@ def joined_batch_norm(
 
 
 def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means, and the sums of squared distances to them, of the union of several samples.
+    """Return the means of several samples taken together, and the sums of squared distances to them.
 
     The pairwise update of Chan, Golub and LeVeque (1979), for any number of samples; a sample may be empty.
 
     Args:
-        counts: values per channel in each sample.
+        counts: number of values per channel in each sample.
         means, squares: shape (samples, channels); the mean of each sample, and the sum of squared distances to it.
 
     >>> merged_moments([1, 3], torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [6.0]]))  # e.g. of 0 and 3, 3, 6
@@ -137,7 +137,7 @@ def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tup
 
 
 class _Normalise(Function):
-    """Centre, scale, and apply gain and bias; the backward includes the way through the moments of the joined batch."""
+    """Centre, scale, apply gain and bias; the backward includes the gradient through the joined batch's moments."""
 
     @staticmethod
     def forward(
