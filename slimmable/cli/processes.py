@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from slimmable.training._processes import alone, rank
+from slimmable._distributed import alone, rank
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from slimmable._distributed import rank, world_size
 from slimmable.cli.checkpoint import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
@@ -18,12 +19,9 @@ from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import GateBudget
 from slimmable.gating._parts import GATE
 from slimmable.losses import OnlineDistillation
-from slimmable.losses._online import Kind
+from slimmable.losses.distillation import DistillationKind
 from slimmable.methods import Batch, Method
-from slimmable.training._processes import rank, world_size
-from slimmable.training.diagnostics import GradientDiagnostics
-from slimmable.training.distributed import average_gradients
-from slimmable.training.recipe import SlimRecipe
+from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
 
 _GATE_ALPHA = 10.0  # over the whole training: 0.02 an epoch of 500 (Krishna et al. 2023)
 _RANDOM_WIDTHS = 2  # a step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
@@ -57,14 +55,14 @@ class Training:
         self.recipe = SlimRecipe(
             method.online,
             distill=_distillation(config, method),
-            weights=config.weights,
+            loss_weights=config.weights,
             slow_start=config.slow_start,
             random_widths=_RANDOM_WIDTHS if config.universal else 0,
             seed=config.seed,
         )
         self.diagnostics: GradientDiagnostics | None = None
         budget = config.gate_budget
-        self.gates = None if budget is None else GateBudget(budget, budget=config.gate_weight, alpha=_GATE_ALPHA)
+        self.gates = None if budget is None else GateBudget(budget, budget_weight=config.gate_weight, alpha=_GATE_ALPHA)
         self.optimizer = make_optimizer(config, method.online)
         rising = config.epochs / 20 if config.warm_up is None else config.warm_up
         warm_up = round(rising * self.steps_per_epoch)
@@ -92,7 +90,7 @@ class Training:
             self.recipe,
             Batch(views, labels),
             progress,
-            number=self.step,
+            step=self.step,
             autocast=autocast,
             diagnostics=self.diagnostics,
             gates=self.gates,
@@ -198,7 +196,7 @@ def _distillation(config: PretrainConfig, method: Method) -> OnlineDistillation 
     own = method.distillation()
     if config.distill in ("none", "own"):
         return own if config.distill == "own" else None
-    kind = cast(Kind, config.distill)
+    kind = cast(DistillationKind, config.distill)
     return OnlineDistillation(kind, own.teacher_temperature, own.student_temperature, weight=own.weight)
 
 

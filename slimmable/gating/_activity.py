@@ -12,13 +12,13 @@ from slimmable._modules import in_eval_mode
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._gated_pass import GatedPass
 from slimmable.gating._passes import gated, parts_of
-from slimmable.training.calibrate import Batch, arguments_of
+from slimmable.training.calibrate import ModelInput, arguments_of
 
 Taken = TypeVar("Taken")
 
 
 @torch.no_grad()
-def gate_activity(model: nn.Module, loader: Iterable[Batch]) -> dict[str, Tensor]:
+def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
     """Return for each gate, by name, the share of the images for which it opens each unit: shape (units,), float64.
 
     The gates decide in eval mode, without noise; the model's modes stay as they are.
@@ -50,7 +50,7 @@ def _opened(run: GatedPass) -> tuple[dict[str, Tensor], int]:
 
 
 def over_batches(
-    model: nn.Module, loader: Iterable[Batch], take: Callable[[GatedPass], Taken], where: str
+    model: nn.Module, loader: Iterable[ModelInput], take: Callable[[GatedPass], Taken], where: str
 ) -> list[Taken]:
     """Run a gated pass in eval mode on each batch, and return what `take` makes of each.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimmable._checks import check_positive
 from slimmable._convert import copy_of
 from slimmable._input_data import decode_inputs
 from slimmable._inputs import Inputs
@@ -18,7 +19,6 @@ from slimmable.gating._judge import SKIPPED
 from slimmable.gating._parts import PLAN, LayerGates, PassNorm
 from slimmable.gating._parts import has_gates as present
 from slimmable.gating._parts import remove_gates as detach
-from slimmable.losses._checks import check_temperature
 
 __all__ = ["REFUSAL", "describe", "detach", "present", "restore"]
 
@@ -70,7 +70,7 @@ def restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
     norms, bias = bool(data["separate_norms"]), bool(data["bias"])
     gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
     for made, (temperature, open_at_zero) in zip(_gates(model), data["settings"], strict=True):
-        check_temperature("load", "temperature", temperature)
+        check_positive("load", temperature=temperature)
         made.temperature, made.open_at_zero = float(temperature), bool(open_at_zero)
     return model
 

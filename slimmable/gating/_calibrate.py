@@ -15,14 +15,14 @@ from slimmable.gating._gated_pass import GatedPass
 from slimmable.gating._losses import check_target
 from slimmable.gating._parts import LayerGates
 from slimmable.gating._passes import parts_of
-from slimmable.training.calibrate import Batch
+from slimmable.training.calibrate import ModelInput
 
 _HALVINGS = 40
 _CLOSE = 5e-4  # share of the dense multiply-adds that is close enough
 
 
 @torch.no_grad()
-def calibrate_gates(model: nn.Module, loader: Iterable[Batch], budget: float) -> float:
+def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
     """Set the thresholds of the gates so that a gated pass costs `budget` on average, in place; return what it costs.
 
     Training holds gates near a budget while they decide with noise; without noise they may open fewer or more units.
@@ -90,6 +90,6 @@ def _found(cost: Callable[[float], float], budget: float) -> float:
     return cost(math.tan(at * math.pi / 2))
 
 
-def _mean_share(model: nn.Module, loader: Iterable[Batch]) -> float:
+def _mean_share(model: nn.Module, loader: Iterable[ModelInput]) -> float:
     shares = over_batches(model, loader, GatedPass.share, "calibrate_gates")
     return float(torch.cat(shares).mean())

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from slimmable._checks import number_or_nan
 from slimmable._convert import apply_plan, copy_of, extract, strip
 from slimmable._inputs import check_module
 from slimmable._width import at_width
@@ -20,15 +21,14 @@ from slimmable.errors import UsageError, WidthError
 from slimmable.gating._activity import gate_activity
 from slimmable.gating._find import GatePlan
 from slimmable.gating._parts import PLAN, PassNorm, remove_gates
-from slimmable.losses._checks import as_number
-from slimmable.training.calibrate import Batch, calibrate_bn
+from slimmable.training.calibrate import ModelInput, calibrate_bn
 
 Shares: TypeAlias = "Mapping[int, NDArray[np.float64]]"
 
 
 def extract_gated(
     model: nn.Module,
-    loader: Iterable[Batch],
+    loader: Iterable[ModelInput],
     keep: float | None = None,
     *,
     budget: float | None = None,
@@ -96,9 +96,9 @@ def _check(keep: float | None, budget: float | None, round_to: int) -> None:
         raise UsageError(f"extract_gated: round_to must be an integer of at least 1, got {round_to!r}")
     if (keep is None) == (budget is None):
         raise UsageError("extract_gated: give either keep, a share of images, or budget, a share of multiply-adds")
-    if keep is not None and not 0 < as_number(keep) <= 1:
+    if keep is not None and not 0 < number_or_nan(keep) <= 1:
         raise UsageError(f"extract_gated: keep is a share of the images and must be in (0, 1], got {keep!r}")
-    if budget is not None and not 0 < as_number(budget) < 1:
+    if budget is not None and not 0 < number_or_nan(budget) < 1:
         raise UsageError(f"extract_gated: budget is a share of multiply-adds and must be in (0, 1), got {budget!r}")
 
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from slimmable._checks import check_positive, number_or_nan
+from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
-from slimmable.losses._checks import as_number, check_temperature
-from slimmable.losses._cosines import at_least_float32
 
 TEMPERATURE = 2 / 3
 _TINY = 1e-8  # keeps the logarithms of the noise finite
@@ -86,7 +86,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         if min(channels, units) < 1:
             raise UsageError(f"ChannelGate: channels and units must be at least 1, got {channels} and {units}")
-        check_temperature("ChannelGate", "temperature", temperature)
+        check_positive("ChannelGate", temperature=temperature)
         hidden = _hidden(channels)
         self.reduce = nn.Linear(channels, hidden, bias=False)
         self.norm = nn.BatchNorm1d(hidden)
@@ -142,6 +142,6 @@ def annealed(
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
     """
-    if math.isnan(as_number(epoch)):
+    if math.isnan(number_or_nan(epoch)):
         raise UsageError(f"annealed: epoch must be a number, got {epoch!r}")
     return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))

@@ -9,10 +9,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from slimmable._checks import check_not_negative, number_or_nan
+from slimmable._distributed import gather
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._gate import annealed
-from slimmable.losses._checks import as_number, check_factor
-from slimmable.training.distributed import gather
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ def bound_loss(open_share: Tensor, target: float, p: float, weight: float = 1.0)
     tensor(0.1367)
     """
     check_target("bound_loss", target)
-    if not 0 <= as_number(p) <= 1:
+    if not 0 <= number_or_nan(p) <= 1:
         raise UsageError(f"bound_loss: p is how tight the bounds are and must be in [0, 1], got {p!r}")
     if open_share.ndim != 1 or not len(open_share):
         raise DataError(f"bound_loss: expected one share per gate, shape (gates,), got {tuple(open_share.shape)}")
@@ -102,8 +102,8 @@ class GateBudget(nn.Module):
 
     Args:
         target: wanted multiply-adds of the gated network, the gates' own included, over the dense one's; in (0, 1).
-        budget: weight of the budget loss, lambda of the paper.
-        bound: weight of the bound loss, gamma of the paper.
+        budget_weight: weight of the budget loss, lambda of the paper.
+        bound_weight: weight of the bound loss, gamma of the paper.
         alpha: how fast the bounds widen, see `annealed`.
         first_epoch: from which on they do.
         closed_gradient: as in `open_shares`.
@@ -124,17 +124,17 @@ class GateBudget(nn.Module):
         self,
         target: float,
         *,
-        budget: float = 5.0,
-        bound: float = 1.0,
+        budget_weight: float = 5.0,
+        bound_weight: float = 1.0,
         alpha: float = 0.02,
         first_epoch: float = 0,
         closed_gradient: bool = True,
     ) -> None:
         super().__init__()
         check_target("GateBudget", target)
-        for name, value in {"budget": budget, "bound": bound, "alpha": alpha, "first_epoch": first_epoch}.items():
-            check_factor("GateBudget", name, value)
-        self.target, self.budget, self.bound = target, budget, bound
+        weights = {"budget_weight": budget_weight, "bound_weight": bound_weight}
+        check_not_negative("GateBudget", **weights, alpha=alpha, first_epoch=first_epoch)
+        self.target, self.budget_weight, self.bound_weight = target, budget_weight, bound_weight
         self.alpha, self.first_epoch, self.closed_gradient = alpha, first_epoch, closed_gradient
         self.reached: Tensor | None = None
 
@@ -149,11 +149,13 @@ class GateBudget(nn.Module):
         opened = gather(open_shares(run.masks().values(), closed_gradient=self.closed_gradient)[None]).mean(0)
         share = gather(run.share())
         self.reached = share.detach().mean()
-        return budget_loss(share, self.target, self.budget) + bound_loss(opened, self.target, p, self.bound)
+        budget = budget_loss(share, self.target, self.budget_weight)
+        return budget + bound_loss(opened, self.target, p, self.bound_weight)
 
     def extra_repr(self) -> str:
         """Return the settings, as in the constructor."""
-        return f"target={self.target}, budget={self.budget}, bound={self.bound}, alpha={self.alpha}"
+        weights = f"budget_weight={self.budget_weight}, bound_weight={self.bound_weight}"
+        return f"target={self.target}, {weights}, alpha={self.alpha}"
 
 
 def check_target(where: str, target: float, name: str = "target") -> None:
@@ -161,7 +163,7 @@ def check_target(where: str, target: float, name: str = "target") -> None:
 
     Raises: UsageError.
     """
-    if not 0 < as_number(target) < 1:
+    if not 0 < number_or_nan(target) < 1:
         raise UsageError(
             f"{where}: {name} is the share of the dense network's multiply-adds and must be in (0, 1), got {target!r}"
         )

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import slimmable
+from slimmable import _distributed
 from slimmable.errors import UsageError
-from slimmable.training import average_gradients, distributed
+from slimmable.training import average_gradients
 from tests.two_processes import run_in_two
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -63,7 +64,7 @@ def summed(model: nn.Module, x: Tensor, widths: tuple[float, ...]) -> None:
 
 
 def one_backward_a_width(model: nn.Module, x: Tensor, widths: tuple[float, ...]) -> None:
-    recipe = slimmable.SlimRecipe(model, weights=[1] * len(WIDTHS), slow_start=0.5)
+    recipe = slimmable.SlimRecipe(model, loss_weights=[1] * len(WIDTHS), slow_start=0.5)
     wrapped = isinstance(model, DistributedDataParallel)
     with model.no_sync() if wrapped else contextlib.nullcontext():
         for _ in recipe.widths(0.9 if len(widths) > 1 else 0.1):
@@ -154,9 +155,9 @@ def some_gradients_are_missing() -> Gradients:
     model["d"].grad = torch.full((2, 4), 3.0 * rank, dtype=torch.float64)
     if rank == 1:
         model["b"].grad = torch.ones(3)
-    distributed._BUCKET = 16
+    _distributed._BUCKET = 16
     average_gradients(model)
-    distributed._BUCKET = 25 * 2**20
+    _distributed._BUCKET = 25 * 2**20
     return gradients_of(model)
 
 

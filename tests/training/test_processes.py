@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from benchmarks.training_step.saved import peak_saved_bytes
+from slimmable._distributed import alone
 from slimmable.errors import DataError
 from slimmable.losses import nt_xent, nt_xent_logits
 from slimmable.training import average_gradients, gather, synchronised_batchnorm
-from slimmable.training._joined_batchnorm import merged_moments
-from slimmable.training._processes import alone
+from slimmable.training.batchnorm_sync import merged_moments
 from tests.two_processes import run_in_two
 
 WIDTHS = (1.0, 0.5, 0.25)
