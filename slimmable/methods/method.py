@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -163,14 +163,15 @@ class Method(nn.Module):
                 the whole training. Without it, gates are off.
 
         Raises:
-            DivergedError: before the width's `backward`, if a loss is not finite.
+            DivergedError: if a loss is not finite; all gradients are then cleared. Losses are read once, after the last
+                `backward`, because reading a number makes the CPU wait for the GPU.
             UsageError: if the recipe is of another model, the batch has the wrong number of views, or `gates` is given
                 for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
             DataError: if views are not tensors with one entry for each image.
         """
         self._check(recipe, batch, autocast, gates)
         set_width(self, 1.0)  # also the modules that only `prepare` runs
-        losses = {}
+        found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and that with distillation
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
         with _left_clean(batch, diagnostics):
             for width in recipe.widths(progress, step):
@@ -183,15 +184,16 @@ class Method(nn.Module):
                             outcome = self(batch)
                         loss = outcome.loss if gates is None or run is None else outcome.loss + gates(run, progress)
                         loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
-                    losses[width], weighted = means_over_processes(outcome.loss, loss)
-                    if not math.isfinite(losses[width]):
-                        raise DivergedError(f"the loss is {losses[width]} at width {width:g}")
-                    if not math.isfinite(weighted):
-                        raise DivergedError(f"the loss with distillation is {weighted} at width {width:g}")
+                    found[width] = outcome.loss.detach(), loss.detach()
                     loss.backward()  # type: ignore[no-untyped-call]
                 del outcome, loss, run  # or they would stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
+            try:
+                losses = _finite_losses(found)
+            except DivergedError:
+                self.zero_grad()
+                raise
             self.finish(batch)
         return losses
 
@@ -266,3 +268,18 @@ def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterat
         raise
     finally:
         batch.targets = ()
+
+
+def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
+    """Return each width's own loss, averaged over the processes.
+
+    Raises: DivergedError: if a loss is not finite.
+    """
+    numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
+    losses = dict(zip(found, numbers[::2], strict=True))
+    for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at width {width:g}")
+        if not math.isfinite(distilled):
+            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}")
+    return losses
