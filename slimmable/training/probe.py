@@ -18,6 +18,8 @@ from slimmable.losses._checks import check_matrix
 from slimmable.losses._cosines import at_least_float32
 from slimmable.training._labels import check_features, check_tensors, check_training
 
+_NO_EPS = 1e-30  # changes no variance that `_moments` gives; 0 is not allowed by torch 2.11
+
 
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
     """Return the loss of a switchable probe, a scalar in nats (SlimCLR, Zhao et al. 2024, linear evaluation).
@@ -141,7 +143,7 @@ def train_slimmable_probe(
     full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
     if max(kept) > full:
         raise DataError(f"train_slimmable_probe: {kept} features at widths {widths}; none may have more than the full")
-    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=0.0, affine=False, device=labels.device), widths, kept)
+    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, width in enumerate(widths):
         mean, deviation = _moments(features[width])
         norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
