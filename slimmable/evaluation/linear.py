@@ -26,6 +26,7 @@ from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
 _NOISE = 1e-14  # of the mean square: a variance below it is the rounding of float32
+_NO_EPS = 1e-30  # changes no variance that `_moments` gives; torch 2.11 does not allow 0
 
 
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def train_slimmable_probe(
         raise DataError(
             f"train_slimmable_probe: {kept} features at widths {widths}; none may have more than the full width"
         )
-    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=0.0, affine=False, device=labels.device), widths, kept)
+    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, width in enumerate(widths):
         mean, deviation = _moments(features[width])
         norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)

@@ -80,7 +80,7 @@ def _value_property(name: str) -> property:
         if name not in self.__dict__:
             raise _missing(self, name)
         values = self._slim.active.values
-        # reading `self.__dict__` only where there is no other way: before torch 2.12, torch.compile cannot
+        # `self.__dict__` only where there is no other way: torch.compile cannot read it up to torch 2.11
         value: object = values[name] if name in values else self.__dict__[name]
         return value
 

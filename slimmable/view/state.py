@@ -68,7 +68,7 @@ class WidthState(Active[Column]):
     @property
     def index(self) -> int:
         """The position of the active column."""
-        return operator.index(self.active.index)  # a constant in torch.compile; before torch 2.11 it need not be one
+        return operator.index(self.active.index)  # a constant for torch.compile, also for that of torch 2.6
 
     def add(self, column: Column) -> None:
         """Append a column."""

@@ -394,6 +394,14 @@ def test_the_profile_agrees_with_torchs_flop_counter_on_the_extracted_network(na
         assert [int(row["macs"]) for row in csv.DictReader(file)] == [row.macs for row in profile.rows]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Hardtanh, nn.Hardsigmoid])
+def test_activations_that_old_versions_of_torch_do_not_mark_as_pointwise_keep_nothing_full(kind, inplace):
+    model = nn.Sequential(nn.Linear(8, 16), kind(inplace=inplace), nn.Linear(16, 4))
+    full, half = slimmable.plan(model, (1.0, 0.5), example_inputs=torch.zeros(2, 8)).columns
+    assert half.macs * 2 == full.macs
+
+
 class Attend(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
