@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
@@ -120,14 +120,15 @@ class Method(nn.Module):
                 training. Without it gates are off.
 
         Raises:
-            DivergedError: before its `backward`, if a loss is not finite.
+            DivergedError: if a loss is not finite; then all gradients are cleared. Losses are looked at once, after the
+                last `backward`, because reading a number makes the CPU wait for the GPU.
             UsageError: if the recipe is of another model, the batch has the wrong number of views, or `gates` is given
                 for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
             DataError: if views are not tensors with one entry for each image.
         """
         self._check(recipe, batch, autocast, gates)
         set_width(self, 1.0)  # also what only `prepare` runs
-        losses = {}
+        found: dict[float, tuple[Tensor, Tensor]] = {}  # of each width, its own loss and that with distillation
         device = batch.views[0].device.type
         with _left_clean(batch, diagnostics):
             for width in recipe.widths(progress, number):
@@ -140,15 +141,16 @@ class Method(nn.Module):
                             outcome = self(batch)
                         loss = outcome.loss if gates is None or run is None else outcome.loss + gates(run, progress)
                         loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
-                    losses[width], weighted = _means_of_processes(outcome.loss, loss)
-                    if not math.isfinite(losses[width]):
-                        raise DivergedError(f"the loss is {losses[width]} at width {width:g}")
-                    if not math.isfinite(weighted):
-                        raise DivergedError(f"the loss with distillation is {weighted} at width {width:g}")
+                    found[width] = outcome.loss.detach(), loss.detach()
                     loss.backward()  # type: ignore[no-untyped-call]
                 del outcome, loss, run  # or they would be there while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
+            try:
+                losses = _finite_means(found)
+            except DivergedError:
+                self.zero_grad()
+                raise
             self.finish(batch)
         return losses
 
@@ -210,11 +212,20 @@ def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterat
         batch.targets = ()
 
 
-def _means_of_processes(*values: Tensor) -> list[float]:
-    """Return the means, so that all processes see the same, also if one of them has no number."""
-    means = torch.stack([at_least_float32(value.detach()).reshape(()) for value in values])
+def _finite_means(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
+    """Return the losses' means over processes, so that all see the same, also if one of them has no number.
+
+    Raises: DivergedError: if a loss is not finite.
+    """
+    means = torch.stack([at_least_float32(value).reshape(()) for pair in found.values() for value in pair])
     if not alone(None):
         dist.all_reduce(means)
         means /= world_size()
-    found: list[float] = means.tolist()
-    return found
+    numbers: list[float] = means.tolist()
+    losses = dict(zip(found, numbers[::2], strict=True))
+    for (width, loss), weighted in zip(losses.items(), numbers[1::2], strict=True):
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at width {width:g}")
+        if not math.isfinite(weighted):
+            raise DivergedError(f"the loss with distillation is {weighted} at width {width:g}")
+    return losses
