@@ -125,7 +125,7 @@ def _check_alike(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     graph = tensor.requires_grad and torch.is_grad_enabled()
     own = f"{tuple(tensor.shape)} of {tensor.dtype}{', with gradient' if graph else ''}"
     digest = torch.tensor(zlib.crc32(own.encode()), device=tensor.device)
-    if len({int(other) for other in of_all(digest, group)}) > 1:
+    if len(set(torch.stack(of_all(digest, group)).tolist())) > 1:
         all_own: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(all_own, own, group)
         listed = "; ".join(f"process {number}: {what}" for number, what in enumerate(all_own))

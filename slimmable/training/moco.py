@@ -149,10 +149,9 @@ class MoCo(nn.Module):
             raise DataError(
                 f"MoCo.enqueue: keys of shape {tuple(keys.shape)} do not fit a queue of shape ({dim}, {size})"
             )
-        start = int(self.position)
-        places = torch.arange(start, start + len(keys), device=self.queue.device) % size
+        places = (torch.arange(len(keys), device=self.queue.device) + self.position) % size
         self.queue[:, places] = keys.T.to(self.queue.dtype)
-        self.position.fill_((start + len(keys)) % size)
+        self.position.copy_((self.position + len(keys)) % size)
 
     @staticmethod
     def _order(count: int, device: torch.device) -> Tensor:
