@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             most = PARTS[part][1] if given.device == "cuda" else left
             found.append(run_part(part, command_of(part, given.device, given.tiny), min(most, left)))
         print(f"{part}: {found[-1]['state']}, {found[-1]['seconds']} s", flush=True)
-        print("\n".join(found[-1].get("errors", ())), file=sys.stderr, end="", flush=True)
+        if "errors" in found[-1]:
+            print("\n".join(found[-1]["errors"]), file=sys.stderr, flush=True)
         write_result(given.out, "gpu", found, variant, dtype="bfloat16", commit=commit)
         (given.out / "table.md").write_text(table(given.out))
     print(f"\n{table(given.out)}")

@@ -133,7 +133,8 @@ def run_tests(sizes: Sizes) -> Iterator[Row]:
     yield {"what": "CUDA tests", "passed": passed, "failed": len(failed), "skipped": len(skipped)}
     if failed or told.returncode or (sizes.gpu and not passed):
         print(told.stdout, file=sys.stderr)
-        raise RuntimeError(f"pytest failed: {', '.join(case.get('name', '?') for case in failed) or told.returncode}")
+        names = ", ".join(case.get("name", "?") for case in failed) or "no test passed, or pytest ended in an error"
+        raise RuntimeError(f"pytest ended with {told.returncode}: {names}")
 
 
 def step(sizes: Sizes) -> Iterator[Row]:
