@@ -17,9 +17,9 @@ from slimmable.errors import DataError, UsageError
 _BUCKET = 25 * 2**20  # bytes in one reduction, as in DistributedDataParallel
 
 
-def alone(group: dist.ProcessGroup | None = None) -> bool:
+def alone() -> bool:
     """Return whether there is no process group, or this process is the only one in it."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def rank() -> int:
@@ -32,11 +32,11 @@ def world_size() -> int:
     return 1 if alone() else dist.get_world_size()
 
 
-def from_all(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+def from_all(tensor: Tensor) -> list[Tensor]:
     """Return the tensors of all processes in rank order, without gradient; they must agree in shape and type."""
     own = tensor.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
     return parts
 
 
@@ -50,7 +50,7 @@ def means_over_processes(*values: Tensor) -> list[float]:
     return found
 
 
-def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+def average_gradients(model: nn.Module) -> None:
     """Replace every gradient of `model` by its average over the processes; call it after the step's last `backward`.
 
     A step of `SlimRecipe` runs one backward pass per width, and each leaves out the parameters of other widths.
@@ -61,8 +61,7 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
     others. Without a process group, or with one process, nothing happens.
 
     Args:
-        model: the same model in each process, wrapped in DistributedDataParallel or not.
-        group: the processes to average over; all of them by default.
+        model: the same in each process, wrapped in DistributedDataParallel or not.
 
     Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself.
 
@@ -70,7 +69,7 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> average_gradients(layer)  # the only process: nothing to do
     """
-    if alone(group):
+    if alone():
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -78,7 +77,7 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
     if any(hasattr(parameter, "placements") for parameter in parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(used, dist.ReduceOp.MAX, group)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
     gradients = []
     for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
         if anywhere:
@@ -86,8 +85,8 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
             gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
 
@@ -107,7 +106,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """Return the tensors of all processes, concatenated along dim 0 in rank order; gradients flow back.
 
     For losses that compare the images of a batch with each other: every process computes the loss of the joined batch
@@ -120,7 +119,6 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
     Args:
         tensor: shape (batch, ...), the same in all processes; the result has shape (processes * batch, ...).
-        group: the processes to gather from; all of them by default.
 
     Raises: DataError: in all processes, if their tensors differ in shape, type or need of gradient, or are scalars.
 
@@ -128,37 +126,35 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     >>> gather(embeddings).shape  # the only process: nothing to add
     torch.Size([4, 8])
     """
-    if alone(group):
+    if alone():
         return tensor
-    _check_alike(tensor, group)
-    return cast(Tensor, _Gather.apply(tensor, group))
+    _check_alike(tensor)
+    return cast(Tensor, _Gather.apply(tensor))
 
 
 class _Gather(Function):
     """All-gather; its backward sums the gradients of all processes and gives each process those of its own rows."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return torch.cat(from_all(tensor, group))
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return torch.cat(from_all(tensor))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = at_least_float32(grad).clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        own = total.tensor_split(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
-        return own.to(grad.dtype), None
+        dist.all_reduce(total)
+        return total.tensor_split(dist.get_world_size())[dist.get_rank()].to(grad.dtype)
 
 
-def _check_alike(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+def _check_alike(tensor: Tensor) -> None:
     """Raise `DataError` in all processes unless their tensors can be gathered."""
     graph = tensor.requires_grad and torch.is_grad_enabled()
     own = f"{tuple(tensor.shape)} of {tensor.dtype}{', with gradient' if graph else ''}"
     digest = torch.tensor(zlib.crc32(own.encode()), device=tensor.device)
-    if len(set(torch.stack(from_all(digest, group)).tolist())) > 1:
-        all_own: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(all_own, own, group)
+    if len(set(torch.stack(from_all(digest)).tolist())) > 1:
+        all_own: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_own, own)
         listed = "; ".join(f"process {number}: {what}" for number, what in enumerate(all_own))
         raise DataError(
             f"gather: the processes' tensors must be alike, but are {listed}; give batches of one size (drop_last=True)"

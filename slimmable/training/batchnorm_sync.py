@@ -19,7 +19,7 @@ from slimmable.errors import DataError
 
 
 @contextmanager
-def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def synchronised_batchnorm() -> Iterator[None]:
     """While the block runs, let every batch norm in training mode work on the joined batch of all processes.
 
     Outputs, gradients and running statistics are those of one process with the joined batch. No module is replaced:
@@ -33,9 +33,6 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
     derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` (for timm's models
     `timm.layers.convert_sync_batchnorm`) is faster, and works on slimmable models as well.
 
-    Args:
-        group: the processes whose batches are joined; all of them by default.
-
     Raises: DataError: in all processes, by a batch norm whose input differs between them in channels, type or need of
         gradient, or has fewer than two values per channel in the joined batch.
 
@@ -45,7 +42,7 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
-    if alone(group):
+    if alone():
         yield
         return
     functional, native, joined = F.batch_norm, torch.batch_norm, _eager()
@@ -62,7 +59,7 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
     ) -> Tensor:
         if not training:
             return functional(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return joined(input, running_mean, running_var, weight, bias, momentum, eps, group)
+        return joined(input, running_mean, running_var, weight, bias, momentum, eps)
 
     def our_native(
         input: Tensor,
@@ -77,7 +74,7 @@ def synchronised_batchnorm(group: dist.ProcessGroup | None = None) -> Iterator[N
     ) -> Tensor:
         if not training:
             return native(input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
-        return joined(input, running_mean, running_var, weight, bias, momentum, eps, group)
+        return joined(input, running_mean, running_var, weight, bias, momentum, eps)
 
     # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
     F.batch_norm, torch.batch_norm = our_functional, our_native
@@ -101,22 +98,21 @@ def joined_batch_norm(
     bias: Tensor | None,
     momentum: float,
     eps: float,
-    group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Return this process's part of the batch norm of the joined batch, shape (batch, channels, ...)."""
-    counts = _counts(input, group)
+    counts = _counts(input)
     with torch.no_grad():
         values = at_least_float32(input)
-        mean = _sums(values) / max(1, counts[dist.get_rank(group)])
+        mean = _sums(values) / max(1, counts[dist.get_rank()])
         squares = _sums((values - _per_channel(mean, values)).square_())
-        means, all_squares = torch.stack(from_all(torch.stack([mean, squares]), group)).unbind(1)
+        means, all_squares = torch.stack(from_all(torch.stack([mean, squares]))).unbind(1)
         mean, squares = merged_moments(counts, means, all_squares)
         total = sum(counts)
         for running, found in ((running_mean, mean), (running_var, squares / (total - 1))):
             if running is not None:
                 running.copy_(torch.lerp(running.to(found.dtype), found, momentum))
         scale = (squares / total + eps).rsqrt()
-    return cast(Tensor, _Normalise.apply(input, weight, bias, mean, scale, total, group))
+    return cast(Tensor, _Normalise.apply(input, weight, bias, mean, scale, total))
 
 
 def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,16 +137,9 @@ class _Normalise(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        scale: Tensor,
-        total: int,
-        group: dist.ProcessGroup | None,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, scale: Tensor, total: int
     ) -> Tensor:
-        ctx.total, ctx.group = total, group
+        ctx.total = total
         ctx.save_for_backward(input, weight, mean, scale)
         gain = scale if weight is None else scale * weight
         output = (at_least_float32(input) - _per_channel(mean, input)).mul_(_per_channel(gain, input))
@@ -167,23 +156,22 @@ class _Normalise(Function):
         grad_bias, grad_weight = sums.to(scale.dtype if weight is None else weight.dtype, copy=True)
         grad_input = None
         if needs_input:
-            dist.all_reduce(sums, group=ctx.group)
+            dist.all_reduce(sums)
             shift, slope = sums / ctx.total
             gain = scale if weight is None else scale * weight
             inner = normal.mul_(_per_channel(-slope, input)).add_(grad).sub_(_per_channel(shift, input))
             grad_input = inner.mul_(_per_channel(gain, input)).to(input.dtype)
-        rest = (None, None, None, None)
-        return grad_input, grad_weight if needs_weight else None, grad_bias if needs_bias else None, *rest
+        return grad_input, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 
-def _counts(input: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+def _counts(input: Tensor) -> list[int]:
     """Return the number of values per channel in each process; raise `DataError` in all if they cannot be joined."""
     if input.ndim < 2:
         raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
     channels = input.shape[1]
     graph = input.requires_grad and torch.is_grad_enabled()
     own = [input.numel() // max(1, channels), channels, input.dtype.itemsize, int(graph)]
-    everyones = torch.stack(from_all(torch.tensor(own, device=input.device), group)).tolist()
+    everyones = torch.stack(from_all(torch.tensor(own, device=input.device))).tolist()
     if any(other[1:] != everyones[0][1:] for other in everyones):
         listed = "; ".join(
             f"process {rank}: {other[1]} channels of {other[2]} bytes{', with gradient' if other[3] else ''}"

@@ -69,10 +69,12 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, momentum: float) -> None:
-        """Move the copy's parameters towards those of `network`: keep `momentum` of them, take the rest from there.
+        """Replace each parameter `p` of the copy by `momentum * p + (1 - momentum) * q`, with `q` that of `network`.
 
-        Raises: UsageError: if `network` has another number of parameters than the copy, or other shapes.
+        Raises: UsageError: if `momentum` is not in [0, 1], or `network` has another number of parameters than the copy
+            or other shapes.
         """
+        check_fraction("MomentumEncoder.update", momentum=momentum)
         own: list[Tensor] = list(self.network.parameters())
         others: list[Tensor] = list(network.parameters())
         if len(own) != len(others):

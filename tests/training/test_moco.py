@@ -11,7 +11,7 @@ import slimmable
 from slimmable import SlimLinear, at_width
 from slimmable.errors import DataError, UsageError
 from slimmable.losses import moco_logits
-from slimmable.training import MoCo
+from slimmable.training import MoCo, MomentumEncoder
 
 
 @given(st.integers(1, 12), st.lists(st.integers(1, 12), max_size=8))
@@ -125,6 +125,17 @@ def test_refused_keys(shape):
         moco.keys(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)), torch.zeros(1, 2))
     with pytest.raises(DataError, match="keys must be a tensor"):
         moco.enqueue([1.0, 2.0])
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan"), "high"])
+def test_a_momentum_encoder_refuses_what_is_no_momentum(momentum):
+    network = nn.Linear(2, 3)
+    encoder = MomentumEncoder(network)
+    before = encoder.network.weight.clone()
+    torch.nn.init.zeros_(network.weight)
+    with pytest.raises(UsageError, match=r"MomentumEncoder\.update: momentum must be a number in \[0, 1\]"):
+        encoder.update(network, momentum)
+    assert torch.equal(encoder.network.weight, before)
 
 
 @pytest.mark.parametrize("network", [None, nn.Flatten()])

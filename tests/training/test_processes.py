@@ -51,7 +51,7 @@ def views(dtype: torch.dtype) -> Tensor:
 
 def part(tensor: Tensor, dim: int = 0) -> Tensor:
     """What this process has of a tensor: one of two halves, or all of it."""
-    return tensor if alone(None) else tensor.chunk(2, dim)[dist.get_rank()]
+    return tensor if alone() else tensor.chunk(2, dim)[dist.get_rank()]
 
 
 def backward_passes(model: nn.Module, recipe: slimmable.SlimRecipe, images: Tensor, progress: float) -> None:
