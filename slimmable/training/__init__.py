@@ -10,7 +10,6 @@ from slimmable.training.evaluate import accuracy_of as accuracy_of
 from slimmable.training.evaluate import evaluate_features as evaluate_features
 from slimmable.training.evaluate import evaluate_widths as evaluate_widths
 from slimmable.training.evaluate import features_of as features_of
-from slimmable.training.finetuning import finetune as finetune
 from slimmable.training.knn import knn_accuracy as knn_accuracy
 from slimmable.training.moco import MoCo as MoCo
 from slimmable.training.momentum import cosine_momentum as cosine_momentum
@@ -32,7 +31,6 @@ __all__ = [
     "evaluate_features",
     "evaluate_widths",
     "features_of",
-    "finetune",
     "gather",
     "knn_accuracy",
     "probe_loss",

@@ -218,7 +218,7 @@ def interrupted(folder):
 def test_extract_is_export(run, tmp_path):
     """The run's own report is in the card, and `extract` is another name of the command."""
     output = tmp_path / "out"
-    assert main(["extract", str(run), "--width", "0.5", "--format", "safetensors", "--output", str(output)]) == 0
+    assert main(["export", str(run), "--width", "0.5", "--format", "safetensors", "--output", str(output)]) == 0
     text = (output / "README.md").read_text()
     lines = (run / "metrics.csv").read_text().splitlines()[1:]
     for line in lines:

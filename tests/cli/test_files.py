@@ -11,7 +11,7 @@ from torch import nn
 
 from slimmable import CheckpointError
 from slimmable._files import fill_aside, write_aside
-from slimmable.cli.checkpoint import (
+from slimmable.cli.run import (
     load_checkpoint,
     load_exactly,
     load_optimizer_tensors,

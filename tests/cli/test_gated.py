@@ -1,7 +1,6 @@
 """Runs with a gate budget: what they write, that it is what was trained, and that kNN on the way changes nothing."""
 
 import csv
-import shutil
 import subprocess
 import sys
 
@@ -11,12 +10,12 @@ from safetensors.torch import load_file
 
 import slimmable
 from slimmable.__main__ import main
+from slimmable.cli.config import configure
 from slimmable.cli.data import load_images
+from slimmable.cli.evaluation import Watch
 from slimmable.cli.networks import new_method
-from slimmable.cli.presets import configure
 from slimmable.cli.run import read_config, trained_backbone
 from slimmable.cli.training import Training
-from slimmable.cli.watch import Watch
 from slimmable.training.knn import knn_accuracy
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 
@@ -140,7 +139,9 @@ def test_knn_of_widths(run, tiny, tmp_path, capsys):
 
 
 def test_knn_of_a_universal_run_is_of_the_widths_that_train_in_every_step(tmp_path):
-    config = configure({"images": 32, "batch_size": 16, "widths": (1.0, 0.75, 0.5), "universal": True, "warm_up": 0.0})
+    config = configure(
+        {"num_images": 32, "batch_size": 16, "widths": (1.0, 0.75, 0.5), "universal": True, "warmup_epochs": 0.0}
+    )
     training = Training(config, new_method(config, 1, 10), load_images(config), torch.device("cpu"))
 
     class Log:
@@ -194,16 +195,6 @@ def test_evaluate_gives_the_numbers_of_the_run(gated_run, capsys):
     assert main(["evaluate", str(gated_run), *ON_CPU]) == 0
     assert {path.name: path.read_bytes() for path in gated_run.iterdir() if path.suffix != ".png"} == before
     assert (gated_run / "metrics.md").read_text() in capsys.readouterr().out
-
-
-def test_evaluate_takes_every_probe_and_fine_tunes_plain_networks(gated_run, tmp_path):
-    shutil.copytree(gated_run, tmp_path / "run")
-    probes = ["--probes", "knn", "ridge", "slimmable", "--finetune", "1"]
-    assert main(["evaluate", str(tmp_path / "run"), *probes, *ON_CPU]) == 0
-    dense, gated, *static = read(tmp_path / "run" / "metrics.csv")
-    assert list(dense)[4:8] == ["knn", "ridge", "slimmable", "finetuned"]
-    assert gated["finetuned"] == ""
-    assert all(0 <= float(row["finetuned"]) <= 1 for row in (dense, *static))
 
 
 def test_export_writes_the_dense_network(gated_run, backbone, tmp_path):

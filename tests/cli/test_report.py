@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimmable import CheckpointError
-from slimmable.cli.progress import Progress
+from slimmable.cli.loggers import Progress
 from slimmable.cli.report import (
     TITLES,
     UNTRAINED,

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import slimmable
+from benchmarks.finetuning import finetune
 from slimmable._errors import DataError, UsageError, WidthError
 from slimmable.training import (
     GradientDiagnostics,
     accuracy_of,
     evaluate_features,
     features_of,
-    finetune,
     knn_accuracy,
     probe_loss,
     ridge_classifier,

@@ -18,7 +18,7 @@ from torch import nn
 
 import slimmable
 from slimmable._errors import DataError, UsageError, WidthError
-from slimmable.cli.figures import plot_imbalance
+from slimmable.cli.report import plot_imbalance
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
 from slimmable.training._blocks import shared_parameters

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import slimmable
+from benchmarks.finetuning import finetune
 from slimmable._errors import DataError, UsageError
-from slimmable.training import accuracy_of, finetune
+from slimmable.training import accuracy_of
 
 
 def net(dropout=0.0):

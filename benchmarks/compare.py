@@ -1,13 +1,21 @@
-"""`slimmable compare`: the reports of several runs in one table and one plot."""
+"""The reports of several pre-training runs in one table and one plot.
+
+    python -m benchmarks.compare runs/gated-* runs/widths --output runs/compare
+
+The runs must be of the same images, and evaluated by the same probes. In the plot each run has a colour; circles are
+dense networks, diamonds gated passes, squares static networks.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from slimmable._errors import CheckpointError, UsageError
+from slimmable._errors import CheckpointError, SlimmableError, UsageError
 from slimmable._files import fill_aside
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
@@ -54,7 +62,7 @@ def _check_same_images(configs: Mapping[Path, PretrainConfig]) -> None:
     """Refuse accuracies on different held-out images."""
     known = {}
     for folder, config in configs.items():
-        own = Path(config.data).resolve() if config.is_folder else f"{config.images} {config.data}"
+        own = Path(config.data).resolve() if config.is_folder else f"{config.num_images} {config.data}"
         known[folder] = f"{own} at {config.image_size} pixels"
     if len(set(known.values())) > 1:
         shown = "; ".join(f"{folder}: {images}" for folder, images in known.items())
@@ -115,3 +123,22 @@ def _plot(reports: Reports, probes: Sequence[str], path: Path) -> None:
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     with matplotlib.rc_context({"savefig.dpi": 150}):
         figure.savefig(path, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Join the reports; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a pre-training run")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for the files")
+    given = parser.parse_args(argv)
+    try:
+        print(compare(given.runs, given.output))
+    except SlimmableError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote compare.csv, compare.md and compare.png to {given.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
