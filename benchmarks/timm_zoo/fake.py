@@ -13,8 +13,8 @@ from torch.utils.flop_counter import flop_registry
 
 import slimmable
 from slimmable._inputs import example_of
+from slimmable._profile import _Counter
 from slimmable.analysis.plan import Plan
-from slimmable.profile import _Counter
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 LIMIT = 0.34  # of the multiply-adds, at width 0.5

@@ -50,8 +50,8 @@ def _image_size() -> Any:
     return option(None, "height and width in pixels", within=at_least(1), shown="the model's own")
 
 
-def _widths() -> Any:
-    return option(None, WIDTHS_HELP, shown=" ".join(map(str, DEFAULT_WIDTHS)), metavar="W")
+def _widths(group: str = "") -> Any:
+    return option(None, WIDTHS_HELP, shown=" ".join(map(str, DEFAULT_WIDTHS)), metavar="W", group=group)
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,9 @@ class ExportOptions:
         action="append",
     )
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
-    widths: tuple[float, ...] | None = _widths()
+    widths: tuple[float, ...] | None = _widths("for a timm model, except that a file takes --image-size, too")
     checkpoint: Path | None = option(
-        None,
-        "weights of the plain or the converted model, by torch.save or safetensors",
-        group="for a timm model; a file and a run have their own, except that a file takes --image-size",
-        metavar="FILE",
+        None, "weights of the plain or the converted model, by torch.save or safetensors", metavar="FILE"
     )
     pretrained: bool = option(False, "timm's own weights, trained at the full width only")
     num_classes: int | None = option(
@@ -202,8 +199,8 @@ def profile(given: dict[str, Any]) -> int:
     """Print what each width of a timm model costs."""
     own = _take(ProfileOptions, given)
     from slimmable._files import write_aside
+    from slimmable._profile import profile as measure
     from slimmable.convert import slimify
-    from slimmable.profile import profile as measure
 
     model, example = _timm_model(own)
     table = measure(slimify(model, _checked(own.widths), example_inputs=example), tuple(example.shape[1:]))
@@ -245,7 +242,9 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the program `slimmable`."""
-    parser = _Parser(prog="slimmable", description="Slimmable networks: one set of weights, several widths.")
+    parser = _Parser(
+        prog="slimmable", description="Slimmable networks: one set of weights, several widths.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"slimmable {slimmable.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():

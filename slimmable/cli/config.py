@@ -49,15 +49,16 @@ class PretrainConfig:
     model: str = option("small_resnet", "a timm model, or small_resnet: timm's ResNet-10, narrow, for small images")
     data: str = option(
         DIGITS,
-        "digits: cluttered digits, which come with scikit-learn; or a folder of images, one folder per class inside; "
-        "class names serve for evaluation only, except with --method supervised",
+        "digits: cluttered digits, which come with scikit-learn; or the path of a folder with a folder of images for each "
+        "class; the classes serve for evaluation only, except with --method supervised",
+        metavar="NAME",
     )
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(
         24, "height and width in pixels", within=at_least(8), shown=f"24; with a folder {FOLDER_IMAGE_SIZE}"
     )
     augmentation: str = option(
-        "digits", "whose augmentations", choices=AUGMENTATIONS, shown="digits; with a folder those of the method"
+        "digits", "the augmentations of this method", choices=AUGMENTATIONS, shown="digits; with a folder those of the method"
     )
     min_crop_scale: float = option(
         0.56, "smallest share of an image's area in a view", within=FRACTION, shown="0.56; with a folder 0.08 or 0.2"
@@ -71,7 +72,7 @@ class PretrainConfig:
     loss_weights: str = option(
         "widest_plus_rest", "weights of the widths' losses, as in slimmable.losses.width_weights", metavar="MODE"
     )
-    slow_start: float = option(0.5, "fraction of the training before narrower widths join", within=FRACTION)
+    slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
         None,
         "train one width dense and gated: channel gates let an image use this share of the multiply-adds on average; "
@@ -86,9 +87,9 @@ class PretrainConfig:
     proj_hidden_dim: int = option(
         0, "units between the layers of the projector; 0: as many as features", within=at_least(0)
     )
-    temperature: float = option(0.2, "of a contrastive loss", within=POSITIVE)
+    temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(
-        0.99, "of a momentum encoder; mocov3 and byol raise it to 1 by a cosine", within=FRACTION
+        0.99, "momentum of the momentum encoder; mocov3 and byol raise it to 1 by a cosine", within=FRACTION
     )
     queue_size: int = option(
         256, "keys that mocov2 keeps, at most a quarter of the images and at least one batch", within=at_least(1)
@@ -97,10 +98,10 @@ class PretrainConfig:
 
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step, of all processes together", within=at_least(2))
-    opt: str = option("adamw", "optimizer; norms and biases do not decay", choices=("adamw", "lars", "sgd"))
+    opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
     lr: float = option(0.006, "peak learning rate, for this batch size", within=POSITIVE)
     lr_after_slow_start: float | None = option(
-        None, "another peak from the end of the slow start on", within=POSITIVE, shown="the same"
+        None, "peak learning rate after the slow start", within=POSITIVE, shown="the same"
     )
     warmup_epochs: float | None = option(
         None,
@@ -108,10 +109,10 @@ class PretrainConfig:
         within=NOT_NEGATIVE,
         shown="a twentieth of all",
     )
-    weight_decay: float = option(0.05, "of weights", within=NOT_NEGATIVE)
+    weight_decay: float = option(0.05, "weight decay; norms and biases have none", within=NOT_NEGATIVE)
     precision: str = option("float32", "bfloat16: mixed precision", choices=("float32", "bfloat16"))
     seed: int = option(
-        0, "of weights, order and views", within=Range("in [0, 2**31)", lambda value: 0 <= value < 2**31)
+        0, "seed of the weights, the order of the images and the views", within=Range("in [0, 2**31)", lambda value: 0 <= value < 2**31)
     )
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from slimmable._errors import UsageError
 from slimmable._modes import in_eval_mode
+from slimmable._profile import parameter_count, profile
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
@@ -24,7 +25,6 @@ from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row, to_markdo
 from slimmable.cli.training import Training
 from slimmable.convert import extract
 from slimmable.gating import calibrate_gates, extract_gated, gated
-from slimmable.profile import parameter_count, profile
 from slimmable.training.evaluate import Probe, evaluate_features, narrowest_first
 from slimmable.training.knn import knn_accuracy
 from slimmable.width import at_width, widths_of

@@ -15,6 +15,7 @@ from torch import nn
 import slimmable
 from slimmable._errors import SlimmableError
 from slimmable._files import fill_aside
+from slimmable._profile import Row, profile
 from slimmable._widths import width_index
 from slimmable.analysis._nested import output_tensors
 from slimmable.checkpoint import load, save
@@ -32,7 +33,6 @@ from slimmable.cli.programs import (
 )
 from slimmable.cli.source import Source
 from slimmable.convert import extract
-from slimmable.profile import Row, profile
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from slimmable._errors import UsageError
 
+_METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
 
@@ -81,10 +83,13 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             several = get_origin(kind) is tuple
             if several and "action" not in parsing:
                 parsing["nargs"] = "+"
-            parsing.setdefault("type", get_args(kind)[0] if several else kind)
-            parsing["choices"] = each.metadata["choices"] or None
-        text = "; ".join(part for part in (each.metadata["help"], default_text(each)) if part)
-        group.add_argument(_name(each), default=argparse.SUPPRESS, help=text, **parsing)
+            one = get_args(kind)[0] if several else kind
+            parsing.setdefault("type", one)
+            if each.metadata["choices"]:
+                parsing["choices"] = each.metadata["choices"]
+            else:
+                parsing.setdefault("metavar", _METAVARS.get(one))
+        group.add_argument(_name(each), default=argparse.SUPPRESS, help=help_text(each), **parsing)
 
 
 def _name(each: Field[Any]) -> str:
@@ -92,12 +97,13 @@ def _name(each: Field[Any]) -> str:
     return each.name if positional else flag(each.name)
 
 
-def default_text(each: Field[Any]) -> str:
-    """Return what the help says of an option's range and default."""
+def help_text(each: Field[Any]) -> str:
+    """Return the help of an option, with its range and its default."""
     within, default = each.metadata["within"], each.metadata["shown"]
     if not default and each.default is not MISSING and each.default is not None and each.default is not False:
         default = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else str(each.default)
-    return ", ".join(([within.text] if within else []) + ([f"default: {default}"] if default else []))
+    more = "; ".join(([within.text] if within else []) + ([f"default: {default}"] if default else []))
+    return f"{each.metadata['help']} ({more})" if more else str(each.metadata["help"])
 
 
 def check(settings: Any) -> None:

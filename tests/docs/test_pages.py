@@ -14,7 +14,7 @@ from slimmable.cli.commands import make_parser
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in sorted((ROOT / "docs").glob("**/*.md"))}
-PUBLIC = {name: value for name, value in vars(slimmable).items() if not name.startswith("_") and callable(value)}
+PUBLIC = {name: getattr(slimmable, name) for name in dir(slimmable) if callable(getattr(slimmable, name))}
 
 
 def test_the_readme_fits_two_screens():
