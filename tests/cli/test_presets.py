@@ -63,7 +63,7 @@ def test_folders_get_the_views_of_their_method(method):
     own = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}
     assert config.augmentation == own.get(method, "byol")
     assert config.image_size == 64
-    assert configure({"method": method}).views == "digits"
+    assert configure({"method": method}).augmentation == "digits"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])

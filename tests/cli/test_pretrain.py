@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -62,8 +63,10 @@ def test_subnetworks_are_what_the_checkpoint_extracts(run):
         small = slimmable.extract(backbone, width)
         assert sum(parameter.numel() for parameter in small.parameters()) == counts[width]
         small.load_state_dict(load_file(run / f"width-{width}.safetensors"))
-        with slimmable.at_width(backbone.eval(), width):
+        loaded = slimmable.load(run / f"width-{width}.safetensors")
+        with torch.no_grad(), slimmable.at_width(backbone.eval(), width):
             torch.testing.assert_close(small.eval()(example + 0.5), backbone(example + 0.5), rtol=0, atol=0)
+            assert torch.equal(loaded(example + 0.5), backbone(example + 0.5))
 
 
 def interrupt_after(steps, monkeypatch):
@@ -120,10 +123,20 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tiny, run, tmp_path
     assert_same_results(folder, run)
 
 
+def contents(folder):
+    """What is in the files, as bytes; of safetensors files, which order their metadata at random, by name."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".md", ".json")}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+            found[path.name] = (file.metadata(), tensors)
+    return found
+
+
 def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"}
+    before = contents(run)
     assert main(["pretrain", "--output", str(run), "--resume", "--device", "cpu", "--workers", "0"]) == 0
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"} == before
+    assert contents(run) == before
 
 
 def test_evaluate_gives_the_numbers_of_the_run(run, capsys):
