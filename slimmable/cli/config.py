@@ -49,8 +49,8 @@ class PretrainConfig:
     model: str = option("small_resnet", "a timm model, or small_resnet: timm's ResNet-10, narrow, for small images")
     data: str = option(
         DIGITS,
-        "digits: cluttered digits, which come with scikit-learn; or the path of a folder with a folder of images for each "
-        "class; the classes serve for evaluation only, except with --method supervised",
+        "digits: cluttered digits, which come with scikit-learn; or the path of a folder with a folder of images for "
+        "each class; the classes serve for evaluation only, except with --method supervised",
         metavar="NAME",
     )
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
@@ -58,7 +58,7 @@ class PretrainConfig:
         24, "height and width in pixels", within=at_least(8), shown=f"24; with a folder {FOLDER_IMAGE_SIZE}"
     )
     augmentation: str = option(
-        "digits", "the augmentations of this method", choices=AUGMENTATIONS, shown="digits; with a folder those of the method"
+        "digits", "the augmentations of which method", choices=AUGMENTATIONS, shown="digits; with a folder its own"
     )
     min_crop_scale: float = option(
         0.56, "smallest share of an image's area in a view", within=FRACTION, shown="0.56; with a folder 0.08 or 0.2"
@@ -112,7 +112,9 @@ class PretrainConfig:
     weight_decay: float = option(0.05, "weight decay; norms and biases have none", within=NOT_NEGATIVE)
     precision: str = option("float32", "bfloat16: mixed precision", choices=("float32", "bfloat16"))
     seed: int = option(
-        0, "seed of the weights, the order of the images and the views", within=Range("in [0, 2**31)", lambda value: 0 <= value < 2**31)
+        0,
+        "seed of the weights, the order of the images and the views",
+        within=Range("in [0, 2**31)", lambda value: 0 <= value < 2**31),
     )
 
     def __post_init__(self) -> None:
