@@ -279,8 +279,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
 
 
 def _suggestion(typed: str, known: Iterable[str]) -> str:
-    similar = difflib.get_close_matches(typed, list(known), n=2)
-    return f"; did you mean {' or '.join(similar)}?" if similar else ""
+    similar = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def _take(options: type[_T], given: dict[str, Any]) -> _T:

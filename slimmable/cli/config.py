@@ -61,13 +61,13 @@ class PretrainConfig:
         "digits", "the augmentations of which method", choices=AUGMENTATIONS, shown="digits; with a folder its own"
     )
     min_crop_scale: float = option(
-        0.56, "smallest share of an image's area in a view", within=FRACTION, shown="0.56; with a folder 0.08 or 0.2"
+        0.56, "least share of an image in a view", within=FRACTION, shown="0.56; with a folder 0.08 or 0.2"
     )
 
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, WIDTHS_HELP, metavar="W", group="widths and gates")
     universal: bool = option(False, "train any width from the narrowest on, by the sandwich rule")
     distill: str = option(
-        "own", "how the full width teaches narrower ones; own: as suits the method", choices=DISTILLATIONS
+        "own", "how the full width teaches the others; own: as suits the method", choices=DISTILLATIONS
     )
     loss_weights: str = option(
         "widest_plus_rest", "weights of the widths' losses, as in slimmable.losses.width_weights", metavar="MODE"
@@ -84,28 +84,22 @@ class PretrainConfig:
     gate_lr_scale: float = option(5.0, "learning rate of the gates over that of the rest", within=POSITIVE)
 
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=at_least(1), group="method")
-    proj_hidden_dim: int = option(
-        0, "units between the layers of the projector; 0: as many as features", within=at_least(0)
-    )
+    proj_hidden_dim: int = option(0, "hidden units of the projector; 0: as many as features", within=at_least(0))
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(
-        0.99, "momentum of the momentum encoder; mocov3 and byol raise it to 1 by a cosine", within=FRACTION
+        0.99, "momentum of the averaged encoder; mocov3 and byol raise it to 1", within=FRACTION
     )
-    queue_size: int = option(
-        256, "keys that mocov2 keeps, at most a quarter of the images and at least one batch", within=at_least(1)
-    )
+    queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch for which mocov2 makes keys one by one", within=at_least(1))
 
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step, of all processes together", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
     lr: float = option(0.006, "peak learning rate, for this batch size", within=POSITIVE)
-    lr_after_slow_start: float | None = option(
-        None, "peak learning rate after the slow start", within=POSITIVE, shown="the same"
-    )
+    lr_after_slow_start: float | None = option(None, "peak after the slow start", within=POSITIVE, shown="the same")
     warmup_epochs: float | None = option(
         None,
-        "epochs over which the learning rate rises; then it falls by a cosine",
+        "epochs in which the learning rate rises; then it falls by a cosine",
         within=NOT_NEGATIVE,
         shown="a twentieth of all",
     )

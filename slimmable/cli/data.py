@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from slimmable._errors import DataError
@@ -221,9 +222,8 @@ def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[s
 
 def _decode(path: str) -> Tensor | str:
     """Return the image, or in a few words why it cannot be read."""
-    image = require("PIL.Image", "pillow")
     try:
-        with image.open(path) as file:
+        with Image.open(path) as file:
             picture = _eight_bits(file).convert("RGB")
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return data.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()

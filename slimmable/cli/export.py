@@ -79,8 +79,6 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
     for package in ONNX_PACKAGES if "onnx" in formats else ():
         require(package, package, extra="onnx")
-    if "safetensors" in formats:
-        require("safetensors", "safetensors")
     files: list[File] = []
 
     def write(folder: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision.transforms import v2
 
 from slimmable._errors import DataError, SlimmableError
 from slimmable.cli.data import ImageSet
-from slimmable.cli.extras import require
 
 Key = tuple[int, int]
 
@@ -157,7 +157,6 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
     >>> first(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
     torch.Size([3, 28, 28])
     """
-    v2 = require("torchvision.transforms.v2", "torchvision")
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
 
     def view(*changes: nn.Module) -> nn.Module:
@@ -193,6 +192,5 @@ def plain_view(size: int) -> nn.Module:
     >>> plain_view(28)(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
     torch.Size([3, 28, 28])
     """
-    v2: Any = require("torchvision.transforms.v2", "torchvision")
     composed: nn.Module = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     return composed

@@ -52,8 +52,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         wait_for_all()
     for name in options.log:
         require_logger(name)
-    for name in ("matplotlib", "safetensors"):  # which are needed after hours
-        require(name, name)
+    require("matplotlib", "matplotlib")  # which is needed after hours
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give --widths more than one")
     images = load_images(config)

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimmable._errors import CheckpointError, UsageError
 from slimmable._files import plain_copies, write_aside
 from slimmable.checkpoint import save
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.extras import require
 from slimmable.cli.networks import new_method
 from slimmable.convert import extract
 
@@ -91,8 +92,7 @@ def save_checkpoint(
     """
     tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
-    safetensors = require("safetensors.torch", "safetensors")
-    write_aside(path, lambda aside: safetensors.save_file(tensors, aside, metadata))
+    write_aside(path, lambda aside: save_file(tensors, aside, metadata))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -100,17 +100,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises: CheckpointError: if the file is missing, damaged, or not the checkpoint of a pre-training run.
     """
-    safetensors = require("safetensors", "safetensors")
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a mapping
         if metadata.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a checkpoint of a pre-training run")
         step = int(metadata["step"])
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
     return Checkpoint(tensors, training, step, metadata.get("images"))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 from slimmable._errors import DivergedError, UsageError
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images
-from slimmable.cli.extras import require
 from slimmable.cli.loader import Steps, Views, load, make_views, seed_of
 from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.gating import GateBudget
@@ -74,7 +75,7 @@ class Training:
             raise UsageError(
                 f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs for training; give a smaller one"
             )
-        self.schedule = require("timm.scheduler", "timm").CosineLRScheduler(
+        self.schedule = CosineLRScheduler(
             self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
         )
         self._batches: Iterator[list[Tensor]] = iter(())
@@ -166,11 +167,10 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     [(0.0, 1), (0.05, 1)]
     """
     names = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}  # timm's "sgd" is Nesterov's
-    make = require("timm.optim", "timm").create_optimizer_v2
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
     if config.opt == "adamw":
         settings["fused"] = True
-    optimizer = cast(torch.optim.Optimizer, make(online, names[config.opt], **settings))
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(online, names[config.opt], **settings)
     _scale_gates(optimizer, online, config.gate_lr_scale)
     return optimizer
 
