@@ -41,9 +41,9 @@ class ImageSet(Protocol):
 class Images:
     """Training and held-out images with their classes.
 
-    The labels have shape (images,) and dtype int64; but for supervised training they are for evaluation only.
-    `handwriting` says that the images are glyphs, which a mirror would spoil. `digest` tells the files of a folder from
-    others: their number and a hash of their names.
+    The labels have shape (images,) and dtype int64; except for supervised training they serve for evaluation only.
+    `handwriting` says that the images show characters, which mirroring would spoil. `digest` identifies the files of a
+    folder: their number and a hash of their names.
     """
 
     train: ImageSet
@@ -208,7 +208,7 @@ def _classes(root: Path) -> dict[str, list[Path]]:
 
 
 def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[str, list[Path]]]:
-    """Leave out the files that cannot be read, and say which."""
+    """Leave out the files that cannot be read, and name them."""
     paths = [path for part in parts for listed in part.values() for path in listed]
     with ThreadPoolExecutor() as pool:
         reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
@@ -232,7 +232,7 @@ def _decode(path: str) -> Tensor | str:
 
 
 def _eight_bits(picture: Any) -> Any:
-    """Return a picture of 16 bits with 8, as its conversion would cut off what is above 255, and others as they are."""
+    """Return a picture of 16 bits with 8, since its conversion would cut off what is above 255; others as they are."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return picture.convert("I").point(lambda value: value / 256).convert("L")
     if picture.mode in ("I", "F"):

@@ -18,7 +18,7 @@ Key = tuple[int, int]
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed for torch that is another one for other numbers.
+    """Return a seed for torch; different numbers give different seeds.
 
     >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
     (True, False)
@@ -44,7 +44,7 @@ class Steps(Sampler[list[Key]]):
     """The images of each step from `start` to the end of training: one process's share of the batch.
 
     Args:
-        count: number of images; the rest of an epoch that fills no batch is left out.
+        count: number of images; the last ones of an epoch that do not fill a batch are left out.
         batch_size: of all processes together, a multiple of their number.
         epochs, start, seed: of the training; `start` is the number of steps done.
         rank, processes: which share to take.
@@ -125,7 +125,7 @@ class Plain(Dataset[Tensor]):
 
 
 def some_of(images: Plain, most: int) -> Subset[Tensor]:
-    """Return `most` of the images, evenly spread: those of a folder stand class by class.
+    """Return up to `most` of the images, evenly spread, since those of a folder come class by class.
 
     >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
     [0, 2, 5, 7]
@@ -135,7 +135,7 @@ def some_of(images: Plain, most: int) -> Subset[Tensor]:
 
 
 def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
-    """Yield images as floats in [0, 1] in their order."""
+    """Yield the images in their order, as floats in [0, 1]."""
     for batch in _read(images, workers, batch_size=batch_size):
         yield batch.float() / 255
 

@@ -31,7 +31,7 @@ class Logger(Protocol):
 
 
 class CsvLog:
-    """A file with a line for each logged step; a run that goes on keeps the lines of the steps that it has done."""
+    """A file with a line for each logged step; a run that goes on keeps the lines of the steps it has done."""
 
     def __init__(self, path: Path, columns: Sequence[str], done: int) -> None:
         names = ("step", *columns)

@@ -79,6 +79,13 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     )
 
 
+def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
+    """Return a fresh backbone of `config` that is converted by itself, without the head of the method."""
+    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    example = torch.zeros(2, channels, config.image_size, config.image_size)
+    return slimify(backbone, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+
+
 def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
     """Refuse a budget below what the gates and the rest of the network cost with all gates closed.
 

@@ -24,10 +24,11 @@ from slimmable.cli.processes import any_process, is_first, wait_for_all
 from slimmable.cli.report import plot_imbalance
 from slimmable.cli.run import (
     CHECKPOINT,
+    MODEL,
     load_checkpoint,
     refuse_existing,
     save_checkpoint,
-    save_subnetworks,
+    save_networks,
     start_folder,
 )
 from slimmable.cli.training import Training
@@ -54,7 +55,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         require_logger(name)
     require("matplotlib", "matplotlib")  # which is needed after hours
     if options.diagnostics and len(config.widths) == 1:
-        raise UsageError("--diagnostics compares widths; give --widths more than one")
+        raise UsageError("--diagnostics compares widths; give more than one by --widths")
     images = load_images(config)
     method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
     if config.gate_budget is not None:
@@ -105,7 +106,7 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
 
 
 def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
-    """Return `config` with a queue well below `count` images: none must meet its own last key among the negatives.
+    """Return `config` with a queue well below `count`, so that no image meets its own last key among the negatives.
 
     >>> fit_queue(PretrainConfig(queue_size=256, batch_size=16), count=400).queue_size
     100
@@ -174,7 +175,8 @@ def _finish(training: Training, images: Images, folder: Path, options: RunOption
         reached = calibrate(config, backbone, images)
         say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         _save(training, folder)
-    save_subnetworks(folder, backbone, config.widths)
+    if not save_networks(folder, config, backbone, images.channels):
+        say(f"{MODEL} is left out: {config.model} without its head keeps other channels at a width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     say(evaluate_run(config, folder, backbone, images, workers=options.workers or 0))

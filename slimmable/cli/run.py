@@ -9,7 +9,7 @@ about them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from slimmable._errors import CheckpointError, UsageError
 from slimmable._files import plain_copies, write_aside
 from slimmable.checkpoint import save
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.networks import new_method
+from slimmable.cli.networks import converted_backbone, new_method
 from slimmable.convert import extract
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
+MODEL = "model.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
 
@@ -176,7 +177,29 @@ def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest
     return method.backbone.eval()
 
 
-def save_subnetworks(folder: Path, backbone: nn.Module, widths: Sequence[float]) -> None:
-    """Write the plain backbone of each width as `width-<width>.safetensors`, for `slimmable.load`."""
-    for width in widths:
-        save(extract(backbone, width), folder / f"width-{width}.safetensors")
+def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
+    """Write the networks of a run for `slimmable.load`: each width as a plain network, and the one that has all widths.
+
+    Returns: whether the latter was written. Without gates the backbone was converted together with its head; it is left
+        out in the rare case that the backbone by itself keeps other channels.
+    """
+    plain = {width: extract(backbone, width) for width in config.widths}
+    for width, network in plain.items():
+        save(network, folder / f"width-{width}.safetensors")
+    alone = backbone
+    if config.gate_budget is None:
+        alone = converted_backbone(config, channels)
+        try:
+            load_exactly(alone, backbone.state_dict(), MODEL)
+        except CheckpointError:
+            return False
+        if not all(_same(extract(alone, width), network) for width, network in plain.items()):
+            return False
+    save(alone, folder / MODEL)
+    return True
+
+
+def _same(network: nn.Module, other: nn.Module) -> bool:
+    """Return whether two networks have the same tensors."""
+    ours, theirs = network.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name].cpu()) for name in ours)

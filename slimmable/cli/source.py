@@ -100,7 +100,7 @@ def run_source(run: Path) -> Source:
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
-    """Return the converted timm model that `slimmable.save` wrote into the file `path`, for images of its own size.
+    """Return the converted timm model in the file `path` of `slimmable.save`, for images of `image_size`, or its own.
 
     Raises:
         CheckpointError: if the file cannot be read, or holds another model.
@@ -146,7 +146,7 @@ def timm_source(
     """Return the timm model `name`, converted to `widths`, with weights of a file, of timm, or random ones.
 
     Raises:
-        UsageError: if timm does not know the name, has no weights for it, or cannot make it so.
+        UsageError: if timm does not know the name, has no weights for it, or cannot make it like this.
         CheckpointError: if `checkpoint` cannot be read or belongs to another model.
     """
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
@@ -182,7 +182,7 @@ def _pretrained(
 ) -> tuple[nn.Module, dict[str, object]]:
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
-        raise UsageError(f"timm has no pretrained weights for {name}; leave --pretrained away, or give --checkpoint")
+        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or give --checkpoint")
     try:
         return make_timm(name, {**settings, "pretrained": True}, image_size)
     except SlimmableError:
@@ -203,7 +203,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not a file of weights ({reason})") from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} is not a file of weights: it holds other things than tensors")
+        raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""A pre-training, step by step; every step seeds its own random numbers, so a run can stop and go on anywhere."""
+"""The steps of a pre-training run; each seeds its own random numbers, so a run can stop and go on anywhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _RANDOM_WIDTHS = 2  # a step of a universal model, besides the widest and the na
 class Training:
     """A method with everything that its training steps need, and the number of steps done.
 
-    With several processes, each one makes this with the same arguments.
+    With several processes, each makes one with the same arguments.
     """
 
     def __init__(

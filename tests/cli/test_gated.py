@@ -69,7 +69,7 @@ def test_the_run_tells_what_its_gates_cost(gated_run, capsys, images, backbone):
 def test_run_folder(gated_run):
     names = {path.name for path in gated_run.iterdir()}
     reports = {"metrics.csv", "metrics.md", "accuracy.png", "losses.csv", "knn.csv"}
-    assert names == {"config.json", "checkpoint.safetensors", "width-1.0.safetensors"} | reports
+    assert names == {"config.json", "checkpoint.safetensors", "model.safetensors", "width-1.0.safetensors"} | reports
     (row,) = read(gated_run / "losses.csv")
     assert list(row) == ["step", "learning_rate", "train_loss/w1", "gated_share"]
     assert 0 < float(row["gated_share"]) < 1
@@ -211,6 +211,15 @@ def test_export_writes_the_dense_network(gated_run, backbone, tmp_path):
     dense = read(gated_run / "metrics.csv")[0]
     shares = " | ".join(f"{100 * float(dense[name]):.1f}" for name in ("knn", "linear"))
     assert f"| {shares} |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_model_of_the_run_loads_with_its_gates(gated_run, backbone):
+    model = slimmable.load(gated_run / "model.safetensors")
+    images = torch.rand(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(images), backbone(images))
+        with slimmable.gated(model), slimmable.gated(backbone):
+            assert torch.equal(model(images), backbone(images))
 
 
 def test_two_processes_make_one_run(tiny, tmp_path, monkeypatch):

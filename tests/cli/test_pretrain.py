@@ -18,7 +18,7 @@ from torch import nn
 import slimmable
 from slimmable.__main__ import main
 from slimmable._small_resnet import small_resnet
-from slimmable.cli.run import load_checkpoint
+from slimmable.cli.run import load_checkpoint, read_config, save_networks, trained_backbone
 from slimmable.cli.training import Training
 
 
@@ -33,7 +33,7 @@ def assert_same_results(folder, other):
 
 def test_run_folder(run):
     names = {path.name for path in run.iterdir()}
-    subnetworks = {"width-1.0.safetensors", "width-0.5.safetensors"}
+    subnetworks = {"model.safetensors", "width-1.0.safetensors", "width-0.5.safetensors"}
     reports = {"metrics.csv", "metrics.md", "accuracy.png"}
     assert names == {"config.json", "checkpoint.safetensors", "losses.csv"} | reports | subnetworks
     with open(run / "metrics.csv") as file:
@@ -67,6 +67,24 @@ def test_subnetworks_are_what_the_checkpoint_extracts(run):
         with torch.no_grad(), slimmable.at_width(backbone.eval(), width):
             torch.testing.assert_close(small.eval()(example + 0.5), backbone(example + 0.5), rtol=0, atol=0)
             assert torch.equal(loaded(example + 0.5), backbone(example + 0.5))
+
+
+def test_the_model_of_a_run_loads_at_all_widths(run):
+    model = slimmable.load(run / "model.safetensors")
+    assert slimmable.widths_of(model) == (1.0, 0.5)
+    images = torch.rand(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+    for width in (1.0, 0.5):
+        with torch.no_grad(), slimmable.at_width(model, width):
+            assert torch.equal(model(images), slimmable.load(run / f"width-{width}.safetensors")(images))
+
+
+def test_a_backbone_that_keeps_other_channels_without_its_head_is_left_out(run, tmp_path, monkeypatch):
+    config = read_config(run)
+    backbone = trained_backbone(config, run, channels=1)
+    other = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=torch.zeros(2, 1, 24, 24), skip="")
+    monkeypatch.setattr("slimmable.cli.run.converted_backbone", lambda config, channels: other)
+    assert not save_networks(tmp_path, config, backbone, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.safetensors", "width-0.5.safetensors"}
 
 
 def interrupt_after(steps, monkeypatch):
