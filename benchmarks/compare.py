@@ -107,7 +107,6 @@ def _write_csv(reports: Reports, probes: Sequence[str], path: Path) -> None:
 
 def _plot(reports: Reports, probes: Sequence[str], path: Path) -> None:
     """Draw accuracy against MACs, a panel for each probe, a colour for each run and a marker for each kind."""
-    matplotlib = require("matplotlib", "matplotlib")
     size = (4.0 * len(probes) + 2.4, 4.0)
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(probes), sharex=True, squeeze=False)[0]
@@ -121,8 +120,7 @@ def _plot(reports: Reports, probes: Sequence[str], path: Path) -> None:
         axes.set_ylabel(f"{title_of(probe)}: accuracy on held-out images (%)")
         axes.grid(alpha=0.3)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    with matplotlib.rc_context({"savefig.dpi": 150}):
-        figure.savefig(path, format="png")
+    figure.savefig(path, format="png", dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

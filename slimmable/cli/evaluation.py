@@ -148,9 +148,12 @@ def rows_of_run(
     """
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
-    if config.gate_budget is None:
-        return _rows_of_widths(config, backbone, untrained, images, probes, workers)
-    return _rows_of_gated_run(config, backbone, untrained, images, probes, workers)
+    prober = _Prober(config, images, probes, workers)
+    if config.gate_budget is not None:
+        return _rows_of_gated_run(config, backbone, untrained, prober)
+    trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
+    costs = profile(backbone, prober.size, repeats=0).rows
+    return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
@@ -171,69 +174,60 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
     return networks
 
 
-def _rows_of_widths(
-    config: PretrainConfig,
-    backbone: nn.Module,
-    untrained: nn.Module,
-    images: Images,
-    probes: Sequence[Probe],
-    workers: int,
-) -> list[Row]:
-    shares: dict[float, dict[str, float]] = {width: {} for width in config.widths}
-    for prefix, network in (("", backbone), (UNTRAINED, untrained)):
-        train, test = (
-            narrowest_first(network, features_at_widths(network, Plain(part, config.image_size), workers))
-            for part in (images.train, images.test)
+class _Prober:
+    """Measures networks on the images of a run: probe -> accuracy, with a prefix before the names of the probes."""
+
+    def __init__(self, config: PretrainConfig, images: Images, probes: Sequence[Probe], workers: int) -> None:
+        self.images, self.probes, self.workers = images, probes, workers
+        self.train, self.test = (Plain(part, config.image_size) for part in (images.train, images.test))
+        self.size = (images.channels, config.image_size, config.image_size)
+
+    def of_widths(self, network: nn.Module, prefix: str = "") -> dict[float, dict[str, float]]:
+        """Measure every width of a converted network."""
+        known, asked = (
+            narrowest_first(network, features_at_widths(network, part, self.workers))
+            for part in (self.train, self.test)
         )
-        found = evaluate_features(train, images.train_labels, test, images.test_labels, probes=probes)
-        for width, accuracy in found.items():
-            shares[width] |= {prefix + probe: getattr(accuracy, probe) for probe in probes}
-    costs = profile(backbone, _input_size(config, images), repeats=0).rows
-    return [Row(row.width, row.parameters, row.macs, shares[row.width]) for row in costs]
+        return self._accuracies(known, asked, prefix)
+
+    def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
+        """Measure the dense and the gated pass; also return what the latter costs on average over the former."""
+        known, _ = features_of_passes(network, self.train, self.workers)
+        asked, costs = features_of_passes(network, self.test, self.workers)
+        found = {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}
+        return found, float(costs.mean())
+
+    def of_plain(self, network: nn.Module) -> dict[str, float]:
+        """Measure a plain network."""
+        known, asked = (
+            features_in({1.0: nullcontext}, network, part, self.workers) for part in (self.train, self.test)
+        )
+        return self._accuracies(known, asked, "")[1.0]
+
+    def _accuracies(
+        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor], prefix: str
+    ) -> dict[float, dict[str, float]]:
+        labels, held_out = self.images.train_labels, self.images.test_labels
+        found = evaluate_features(known, labels, asked, held_out, probes=self.probes)
+        return {width: {prefix + probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 
 
-def _rows_of_gated_run(
-    config: PretrainConfig,
-    backbone: nn.Module,
-    untrained: nn.Module,
-    images: Images,
-    probes: Sequence[Probe],
-    workers: int,
-) -> list[Row]:
+def _rows_of_gated_run(config: PretrainConfig, backbone: nn.Module, untrained: nn.Module, prober: _Prober) -> list[Row]:
     """Evaluate both passes and the static networks; the gates of `untrained` are set to the budget, in place."""
-    train, test = Plain(images.train, config.image_size), Plain(images.test, config.image_size)
-    networks = plain_networks(config, backbone, images)
-    known, _ = features_of_passes(backbone, train, workers)
-    asked, costs = features_of_passes(backbone, test, workers)
-    for name in list(networks)[1:]:
-        known |= features_in({name: nullcontext}, networks[name], train, workers)
-        asked |= features_in({name: nullcontext}, networks[name], test, workers)
-    shares = {name: _accuracies(known[name], asked[name], images, probes) for name in known}
-    calibrate(config, untrained, images)
-    known, _ = features_of_passes(untrained, train, workers)
-    asked, _ = features_of_passes(untrained, test, workers)
-    for name in known:
-        found = _accuracies(known[name], asked[name], images, probes)
-        shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
-    plain = {
-        name: profile(network, _input_size(config, images), repeats=0).rows[0] for name, network in networks.items()
-    }
-    rows = {name: Row(1.0, row.parameters, row.macs, shares[name], name) for name, row in plain.items()}
+    dense, *static = plain_networks(config, backbone, prober.images).items()
+    shares, cost = prober.of_passes(backbone)
+    shares |= {name: prober.of_plain(network) for name, network in static}
+    calibrate(config, untrained, prober.images)
+    for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
+        shares[name] |= found
+    rows = []
+    for name, network in (dense, *static):
+        own = profile(network, prober.size, repeats=0).rows[0]
+        rows.append(Row(1.0, own.parameters, own.macs, shares[name], name))
     with gated(backbone):
         parameters = parameter_count(backbone)
-    macs = round(float(costs.mean()) * rows[DENSE].macs)
-    own = Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}")
-    return [rows.pop(DENSE), own, *rows.values()]
-
-
-def _input_size(config: PretrainConfig, images: Images) -> tuple[int, int, int]:
-    return images.channels, config.image_size, config.image_size
-
-
-def _accuracies(train: Tensor, test: Tensor, images: Images, probes: Sequence[Probe]) -> dict[str, float]:
-    """Return probe -> accuracy of the features of one network."""
-    found = evaluate_features({1.0: train}, images.train_labels, {1.0: test}, images.test_labels, probes=probes)[1.0]
-    return {probe: getattr(found, probe) for probe in probes}
+    macs = round(cost * rows[0].macs)
+    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
 
 
 def epochs_between(config: PretrainConfig, asked: int | None) -> int:

@@ -123,7 +123,6 @@ def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
 
 def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None:
     """Draw accuracy against MACs, trained and untrained, as a PNG file at `path`."""
-    matplotlib = require("matplotlib", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for name in rows[0].shares:
@@ -146,8 +145,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    with matplotlib.rc_context({"savefig.dpi": 150}):
-        write_aside(path, lambda aside: figure.savefig(aside))
+    write_aside(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
 def points_of(rows: Sequence[Row], kind: str, name: str) -> list[tuple[float, float]]:
@@ -203,7 +201,6 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
             f"plot_imbalance: {len(rows)} rows without a column rest_ratio/w...; give the rows of GradientDiagnostics "
             "of a model with two widths or more"
         )
-    matplotlib = require("matplotlib", "matplotlib")
     ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)
@@ -227,5 +224,4 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
         axes.grid(alpha=0.3)
     cosines.legend(loc="lower right", frameon=False)
     figure.suptitle(title)
-    with matplotlib.rc_context({"savefig.dpi": 150}):
-        write_aside(Path(path), lambda aside: figure.savefig(aside, format="png"))
+    write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))
