@@ -84,7 +84,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     def write(folder: Path) -> None:
         for width in chosen:
             files.extend(_write(source, width, tuple(dict.fromkeys(formats)), folder))
-        costs = profile(source.model, example_inputs=source.example()[:1], repeats=0)
+        costs = profile(source.model, example_inputs=torch.zeros(1, *source.image), repeats=0)
         (folder / "README.md").write_text(model_card(source, costs.rows, files))
 
     fill_aside(output, write)

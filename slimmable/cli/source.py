@@ -55,10 +55,6 @@ class Source:
         given = "".join(f", {key}={value!r}" for key, value in (self.arguments or {}).items())
         return self.name if self.arguments is None else f'timm.create_model("{self.name}"{given})'
 
-    def example(self) -> Tensor:
-        """Return two images of zeros."""
-        return torch.zeros(2, *self.image)
-
 
 def kind_of(model: str) -> Literal["run", "file", "timm"]:
     """Tell whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model.
@@ -162,7 +158,7 @@ def timm_source(
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
-    model = _converted(model, widths, image)
+    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None and slimmed:
         load_exactly(model, tensors, str(checkpoint))
     return Source(
@@ -209,10 +205,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _values(known: Mapping[str, Any]) -> str:
     return f"in [0, 1], less the mean {known['mean']}, divided by the standard deviation {known['std']}"
-
-
-def _converted(model: nn.Module, widths: Sequence[float], image: Sequence[int]) -> nn.Module:
-    return slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
 
 
 def _origin(name: str, checkpoint: Path | None, pretrained: bool) -> str:
