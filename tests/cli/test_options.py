@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slimmable.losses._online import Kind
+from slimmable.losses.distillation import DistillationKind
 
 import slimmable
 from slimmable.__main__ import main
@@ -79,7 +79,7 @@ def test_typos(capsys, arguments, message):
 
 
 def test_every_kind_of_distillation_is_a_choice():
-    assert ("own", "none", *get_args(Kind)) == DISTILLATIONS
+    assert ("own", "none", *get_args(DistillationKind)) == DISTILLATIONS
 
 
 RANGED = [each for each in fields(PretrainConfig) if each.metadata["within"]]
