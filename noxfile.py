@@ -4,7 +4,7 @@ import nox
 
 nox.options.sessions = ["lint", "test", "docs"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-CORE = ("tests/analysis", "tests/convert", "tests/layers", "tests/losses", "tests/training")
+CORE = [f"tests/{room}" for room in ("layers", "convert", "losses", "training", "evaluation", "life")]
 
 
 @nox.session
@@ -17,7 +17,7 @@ def test(session: nox.Session) -> None:
 @nox.session
 def floor(session: nox.Session) -> None:
     """Run the core tests on the oldest torch that is supported."""
-    session.install("-e", ".[test]", "torch==2.6.0")
+    session.install("-e", ".[cli,test-core]", "torch==2.6.0")
     session.run("pytest", "-n", "2", *(session.posargs or CORE), env=ONE_THREAD)
 
 
