@@ -18,8 +18,7 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row
 from slimmable.errors import UsageError
-from slimmable.gating import GatePlan, calibrate_gates, extract_gated, gated
-from slimmable.gating._parts import PLAN
+from slimmable.gating import calibrate_gates, extract_gated, gate_plan, gated
 from slimmable.training.evaluate import Probe, evaluate_features
 
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks; those of Krishna et al. 2023
@@ -31,8 +30,7 @@ def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
 
     Raises: UsageError.
     """
-    found: GatePlan = backbone.__dict__[PLAN]
-    least = found.least_share()
+    least = gate_plan(backbone).least_share()
     if config.gate_budget is not None and config.gate_budget < least:
         raise UsageError(
             f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "

@@ -15,8 +15,7 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Steps, Views, load, seed_of
 from slimmable.cli.views import make_views
 from slimmable.errors import DivergedError, UsageError
-from slimmable.gating import GateBudget
-from slimmable.gating._parts import GATE
+from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
 from slimmable.losses._online import Kind
 from slimmable.methods import Batch, Method
@@ -64,7 +63,7 @@ class Training:
         )
         self.diagnostics: GradientDiagnostics | None = None
         budget = config.gate_budget
-        self.gates = None if budget is None else GateBudget(budget, budget=config.gate_weight, alpha=_GATE_ALPHA)
+        self.gates = None if budget is None else GateBudget(budget, budget_weight=config.gate_weight, alpha=_GATE_ALPHA)
         self.optimizer = make_optimizer(config, method.online)
         rising = config.epochs / 20 if config.warm_up is None else config.warm_up
         warm_up = round(rising * self.steps_per_epoch)
@@ -175,7 +174,7 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
 
 def _speed_up_gates(optimizer: torch.optim.Optimizer, online: nn.Module, speed: float) -> None:
     """Move the gates' parameters to a group of their own, whose learning rate timm's schedule multiplies by `speed`."""
-    gates = {id(parameter) for name, parameter in online.named_parameters() if GATE in name}
+    gates = {id(parameter) for parameter in gate_parameters(online)}
     found = []
     for group in optimizer.param_groups:
         found += [parameter for parameter in group["params"] if id(parameter) in gates]

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from slimmable.errors import UsageError
-from slimmable.gating import GateBudget, annealed, calibrate_gates, gate_activity, ungate
-from slimmable.gating._parts import PassNorm
+from slimmable.gating import GateBudget, PassNorm, annealed, calibrate_gates, gate_activity, ungate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of this .* were never trained")
 
@@ -175,7 +174,7 @@ def test_bad_arguments():
     for epoch in (None, "1", float("nan")):
         with pytest.raises(UsageError, match="epoch must be a number"):
             annealed(epoch)
-    for setting in ({"budget": -1}, {"bound": "x"}, {"alpha": float("nan")}, {"first_epoch": "a"}):
+    for setting in ({"budget_weight": -1}, {"bound_weight": "x"}, {"alpha": float("nan")}, {"first_epoch": "a"}):
         with pytest.raises(UsageError, match=next(iter(setting))):
             GateBudget(0.3, **setting)
     for size in (24, "24"):

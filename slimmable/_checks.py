@@ -1,0 +1,121 @@
+"""Check arguments: numbers in their ranges, tensors of the right shape, labels; messages name the caller and the value.
+
+`where` is the name of the public function or class; its arguments are given by name.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from slimmable.errors import DataError, UsageError
+
+
+def number_or_nan(value: object) -> float:
+    """Return `value` as a float, or NaN, which lies in no range, if it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return float(value)
+
+
+def check_count(where: str, *, least: int = 1, **values: object) -> None:
+    """Raise `UsageError` unless each of `values` is an integer of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise UsageError(f"{where}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_fraction(where: str, **values: object) -> None:
+    """Raise `UsageError` unless each of `values` is a number in [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= number_or_nan(value) <= 1:
+            raise UsageError(f"{where}: {name} must be a number in [0, 1], got {value!r}")
+
+
+def check_not_negative(where: str, **values: object) -> None:
+    """Raise `UsageError` unless each of `values` is a finite number of at least 0."""
+    for name, value in values.items():
+        if not 0 <= number_or_nan(value) < math.inf:
+            raise UsageError(f"{where}: {name} must be a finite number of at least 0, got {value!r}")
+
+
+def check_positive(where: str, **values: object) -> None:
+    """Raise `UsageError` unless each of `values` is a positive, finite number."""
+    for name, value in values.items():
+        if not 0 < number_or_nan(value) < math.inf:
+            raise UsageError(f"{where}: {name} must be a positive number, got {value!r}")
+
+
+def check_tensors(where: str, **tensors: object) -> None:
+    """Raise `DataError` unless all are tensors."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+
+
+def check_matrices(where: str, **tensors: Tensor) -> None:
+    """Raise `DataError` unless all are floating-point matrices with at least one row and one column."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"{where}: {name} must be a tensor of shape (batch, features), got {type(tensor).__name__}")
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise DataError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, expected (batch, features) with at least one of "
+                "each; flatten other axes first"
+            )
+        if not tensor.is_floating_point():
+            raise DataError(f"{where}: {name} is {tensor.dtype}, expected a floating-point tensor")
+
+
+def check_same_shape(where: str, **tensors: Tensor) -> None:
+    """Raise `DataError` unless all are floating-point matrices of one shape."""
+    check_matrices(where, **tensors)
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise DataError(f"{where}: shapes differ: {shapes}; row i of each must belong to the same image")
+
+
+def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
+    """Raise `DataError` unless there is at least one image (or row of features), and one label for each."""
+    check_tensors(where, images=images, labels=labels)
+    if not images.ndim or not len(images) or labels.shape != (len(images),):
+        raise DataError(
+            f"{where} has shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}; expected one label "
+            "for each of at least one image"
+        )
+
+
+def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
+    """Return the number of classes, one more than the largest label if `num_classes` is None.
+
+    Raises: DataError: if the labels are not class numbers from 0 up. UsageError: if `num_classes` is not a count.
+    """
+    check_tensors(where, labels=labels)
+    if num_classes is not None:
+        check_count(where, num_classes=num_classes)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; give labels.long()")
+    lowest, highest = int(labels.min()), int(labels.max())
+    classes = highest + 1 if num_classes is None else num_classes
+    if lowest < 0 or highest >= classes:
+        raise DataError(f"{where}: labels from {lowest} to {highest} are not class numbers from 0 to {classes - 1}")
+    return classes
+
+
+def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None) -> int:
+    """Return the number of classes, as `check_classes`.
+
+    Raises: DataError: also if the features are not a real matrix with one row for each label.
+    """
+    check_tensors(where, features=features, labels=labels)
+    if features.is_complex():
+        raise DataError(f"{where} are {features.dtype}, expected real numbers")
+    if features.ndim != 2 or 0 in features.shape or labels.shape != features.shape[:1]:
+        raise DataError(
+            f"{where} have shape {tuple(features.shape)}, expected ({len(labels)}, features) for labels of shape "
+            f"{tuple(labels.shape)}; there must be at least one of each"
+        )
+    return check_classes(where, labels, num_classes)

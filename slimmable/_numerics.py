@@ -1,0 +1,33 @@
+"""Compute in float32 at least, also under autocast: type promotion, unit vectors, matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SHORTEST = 1e-12  # vectors below this length count as zero
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float32 if it has half precision, and unchanged otherwise."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
+    """Return `tensor` with its vectors along `dim` scaled to length 1; a zero vector stays zero and gets no gradient.
+
+    A zero vector has no direction: near it the gradient grows without bound, past what half precision can hold.
+    """
+    exact = at_least_float32(tensor)
+    length: Tensor = torch.linalg.vector_norm(exact, dim=dim, keepdim=True)
+    return exact / length.masked_fill(length < _SHORTEST, torch.inf)
+
+
+def matmul_without_autocast(left: Tensor, right: Tensor) -> Tensor:
+    """Return `left @ right` in the wider of the two types; autocast does not apply.
+
+    For cosines: they are divided by a small temperature next, which would magnify the rounding of half precision.
+    """
+    wider = torch.promote_types(left.dtype, right.dtype)
+    with torch.autocast(left.device.type, enabled=False):
+        return left.to(wider) @ right.to(wider)
