@@ -41,12 +41,13 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         "settings": [[own.temperature, own.open_at_zero] for own in gates],
     }
     bare = ungate(copy_of(model))
+    arguments = _arguments(bare, data)
     changed = CheckpointError(
         f"this {type(model).__name__} was changed after it was gated; take the gates off with "
         "slimmable.gating.ungate, gate it again, then save it"
     )
     try:
-        again = _units_by_name(gate_plan(bare, **_arguments(bare, data)))
+        again = _units_by_name(gate_plan(bare, **arguments))
     except SlimmableError as error:
         raise changed from error
     own_names = {module.name for module in model.modules() if isinstance(module, LayerGates)}

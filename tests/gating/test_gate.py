@@ -411,7 +411,7 @@ def test_random_chains(sizes, groups, random):
 def test_bad_calls():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     x = torch.zeros(2, 4)
-    with pytest.raises(UsageError, match=r"has no gates; make some with slimmable\.gate"):
+    with pytest.raises(UsageError, match=r"has no gates; make some with slimmable\.gating\.gate"):
         gated(net).__enter__()
     with pytest.raises(UsageError, match="has no gates"):
         dense(net).__enter__()
