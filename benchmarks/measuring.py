@@ -29,17 +29,23 @@ class Times:
     cpu: list[float] = field(default_factory=list)
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, Times]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    least: int = 5,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, Times]:
     """Time the calls in turn, A B C, B C A, C A B, ..., for about `seconds` and at least `least` rounds.
 
     What disturbs the machine for longer than one round disturbs all of them, so that the ratios within a round are
     steadier than the times. One untimed round comes first. The rounds are a multiple of the number of calls: each
-    is first, second, ... equally often.
+    is first, second, ... equally often. On a GPU `wait` is `torch.cuda.synchronize`: a call is over when its work is.
     """
     names = list(calls)
     times = {name: Times() for name in names}
     for name in names:
         calls[name]()
+    wait()
     gc.collect()
     gc.disable()
     try:
@@ -49,6 +55,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, least
             for name in names[first:] + names[:first]:
                 wall, cpu = time.perf_counter(), time.process_time()
                 calls[name]()
+                wait()
                 times[name].cpu.append((time.process_time() - cpu) * 1000)
                 times[name].wall.append((time.perf_counter() - wall) * 1000)
             rounds += 1
@@ -62,17 +69,34 @@ def compare(times: Times, baseline: Times) -> dict[str, float]:
 
     Processor time is what counts on a machine that does other work too: waiting for a core is not in it.
     """
-    ratios = sorted(a / b for a, b in zip(times.cpu, baseline.cpu, strict=True))
-    n = len(ratios)
-    half = 0.98 * n**0.5  # 1.96 standard deviations of the rank of the median
     named = {
-        "ratio": statistics.median(ratios),
-        "low": ratios[max(0, int(n / 2 - half))],
-        "high": ratios[min(n - 1, int(n / 2 + half))],
+        **_ratio(times.cpu, baseline.cpu),
         "wall_ratio": statistics.median(a / b for a, b in zip(times.wall, baseline.wall, strict=True)),
         "baseline_cpu_ms": statistics.median(baseline.cpu),
     }
-    return {name: round(value, 4) for name, value in named.items()} | {"rounds": n}
+    return {name: round(value, 4) for name, value in named.items()} | {"rounds": len(times.cpu)}
+
+
+def compare_wall(times: Times, baseline: Times) -> dict[str, float]:
+    """Return the median of the ratios within each round by the clock on the wall, as counts where a GPU works."""
+    named = {
+        "ms": statistics.median(times.wall),
+        "baseline_ms": statistics.median(baseline.wall),
+        **_ratio(times.wall, baseline.wall),
+    }
+    return {name: round(value, 4) for name, value in named.items()} | {"rounds": len(times.wall)}
+
+
+def _ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """Return the median of the ratios with a 95 % interval."""
+    ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
+    n = len(ratios)
+    half = 0.98 * n**0.5  # 1.96 standard deviations of the rank of the median
+    return {
+        "ratio": statistics.median(ratios),
+        "low": ratios[max(0, int(n / 2 - half))],
+        "high": ratios[min(n - 1, int(n / 2 + half))],
+    }
 
 
 def median_cpu_ms(times: Times) -> float:
@@ -81,7 +105,8 @@ def median_cpu_ms(times: Times) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Return the command, the versions and the machine."""
+    """Return the command, the versions and the machine, with its GPU if it has one."""
+    card = {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
         "versions": {
@@ -91,6 +116,7 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": {
+            **card,
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -101,12 +127,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_result(folder: Path, name: str, rows: list[dict[str, Any]], variant: str) -> Path:
+def write_result(
+    folder: Path, name: str, rows: list[dict[str, Any]], variant: str, dtype: str = "float32", **more: Any
+) -> Path:
     """Write one result file with the environment and the rows; its name says what else the figures depend on."""
     folder.mkdir(parents=True, exist_ok=True)
     release = ".".join(torch.__version__.split(".")[:2])
-    path = folder / f"{name}--{variant}-float32-torch{release}-threads{torch.get_num_threads()}.json"
-    path.write_text(json.dumps({"name": name, **environment(), "rows": rows}, indent=1) + "\n")
+    path = folder / f"{name}--{variant}-{dtype}-torch{release}-threads{torch.get_num_threads()}.json"
+    path.write_text(json.dumps({"name": name, **environment(), **more, "rows": rows}, indent=1) + "\n")
     return path
 
 
@@ -145,12 +173,13 @@ def origin(result: Mapping[str, Any]) -> str:
     """Say in one line where the numbers of a result come from."""
     machine, versions = result["machine"], result["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{machine['cpu']}, {machine['cores']} cores; {named}; {result['date']}"
+    card = f"{machine['card']}; " if "card" in machine else ""
+    return f"{card}{machine['cpu']}, {machine['cores']} cores; {named}; {result['date']}"
 
 
 def _module_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else sys.argv[0]
+    return spec.name.removesuffix(".__main__") if spec is not None else sys.argv[0]
 
 
 def _cpu_model() -> str:

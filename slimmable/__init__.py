@@ -24,11 +24,11 @@ from slimmable.files.model import load, save
 from slimmable.files.slimclr import load_slimclr
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm, SwitchableProbe
 from slimmable.losses import OnlineDistillation
-from slimmable.training.calibrate import calibrate_bn
-from slimmable.training.recipe import SlimRecipe
+from slimmable.training import SlimRecipe, calibrate_bn
 
 if TYPE_CHECKING:
     from slimmable import errors as errors
+    from slimmable import evaluation as evaluation
     from slimmable import gating as gating
     from slimmable import layers as layers
     from slimmable import losses as losses

@@ -98,7 +98,7 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
         check_count(where, num_classes=num_classes)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; give labels.long()")
-    lowest, highest = int(labels.min()), int(labels.max())
+    lowest, highest = torch.stack(labels.aminmax()).tolist()
     classes = highest + 1 if num_classes is None else num_classes
     if lowest < 0 or highest >= classes:
         raise DataError(f"{where}: labels from {lowest} to {highest} are not class numbers from 0 to {classes - 1}")

@@ -11,13 +11,13 @@ from typing import Literal
 
 from torch import nn
 
+from slimmable._checks import number_or_nan
 from slimmable._columns import places_of
 from slimmable._width import at_width
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
 from slimmable.errors import ConversionError, UsageError
-from slimmable.losses._checks import as_number
-from slimmable.training.calibrate import Batch, collect_statistics
+from slimmable.training.calibrate import ModelInput, collect_statistics
 
 Cost = Literal["macs", "parameters"]
 
@@ -46,7 +46,7 @@ def search(
     *,
     of: Cost = "macs",
     step: float = 0.1,
-    calibrate: Iterable[Batch] | None = None,
+    calibrate: Iterable[ModelInput] | None = None,
     progress: bool = True,
 ) -> list[Found]:
     """Shrink `model` greedily, one channel group at a time, and return the first sub-network within each budget.
@@ -121,11 +121,11 @@ def _plan_of(model: nn.Module) -> Plan:
 def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
     if of not in ("macs", "parameters"):
         raise UsageError(f"search: of={of!r} is unknown; it is 'macs' or 'parameters'")
-    if not 0 < as_number(step) < 1:
+    if not 0 < number_or_nan(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
     least = getattr(plan.columns[-1], of) / getattr(plan.columns[0], of)
     for share in budgets:
-        if not 0 < as_number(share) <= 1:
+        if not 0 < number_or_nan(share) <= 1:
             raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
         if share < least:
             raise UsageError(f"search: budget {share} cannot be met; the narrowest width needs {least:.3f} of the {of}")

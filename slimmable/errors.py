@@ -1,5 +1,16 @@
 """Errors of the library; each one also is the built-in error that older ``except`` clauses expect."""
 
+__all__ = [
+    "CheckpointError",
+    "ConversionError",
+    "DataError",
+    "DivergedError",
+    "SlimmableError",
+    "TraceError",
+    "UsageError",
+    "WidthError",
+]
+
 
 class SlimmableError(Exception):
     """Base of every error that `slimmable` raises on purpose."""

@@ -3,14 +3,19 @@
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:  # the CUDA tests run without it, where nothing can be installed
+    settings = None
 
 # One thread a process: several test processes share the cores, and results do not depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine must not fail a test.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+if settings is not None:
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):
@@ -18,8 +23,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    import torch  # after the number of threads is set
+
+    skipped = {}
     if not config.getoption("--runslow"):
-        skip = pytest.mark.skip(reason="slow; run with --runslow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+        skipped["slow"] = "slow; run with --runslow"
+    if not torch.cuda.is_available():
+        skipped["cuda"] = "needs a CUDA device"
+    for item in items:
+        for mark, reason in skipped.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

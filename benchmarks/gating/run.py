@@ -30,8 +30,8 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
 from slimmable.cli.networks import build_method, small_resnet
 from slimmable.cli.training import Training
+from slimmable.evaluation import evaluate_features
 from slimmable.gating import calibrate_gates, gate_activity, ungate
-from slimmable.training.evaluate import evaluate_features
 
 HERE = Path(__file__).parent
 PLANES = (8, 16, 32, 64)

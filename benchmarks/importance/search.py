@@ -31,7 +31,7 @@ FIELDS = ("model", "seed", "network", "width", "macs", "accuracy")
 def trained(data: Digits, epochs: int) -> nn.Module:
     """Return a universal model trained at any width."""
     model = slimmable.slimify(create(NAME), WIDTHS, example_inputs=data.test[:1], universal=True)
-    recipe = slimmable.SlimRecipe(model, weights="ones", random_widths=2)
+    recipe = slimmable.SlimRecipe(model, loss_weights="ones", random_widths=2)
 
     def step(images: Tensor, labels: Tensor) -> None:
         for _ in recipe.widths(progress=1.0):

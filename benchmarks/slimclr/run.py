@@ -29,8 +29,8 @@ from slimmable.cli.evaluation import Plain, features_at_widths
 from slimmable.cli.images import Images
 from slimmable.cli.networks import build_method, small_resnet
 from slimmable.cli.training import Training
-from slimmable.training.diagnostics import GradientDiagnostics
-from slimmable.training.evaluate import evaluate_features
+from slimmable.evaluation import evaluate_features
+from slimmable.training import GradientDiagnostics
 
 HERE = Path(__file__).parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

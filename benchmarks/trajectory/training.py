@@ -31,7 +31,7 @@ class Way:
     def recipe(self, model: nn.Module) -> slimmable.SlimRecipe:
         """Return the recipe of a training in this way."""
         if not self.techniques:
-            return slimmable.SlimRecipe(model, weights="ones")
+            return slimmable.SlimRecipe(model, loss_weights="ones")
         return slimmable.SlimRecipe(model, distill=slimmable.OnlineDistillation(), slow_start=0.5)
 
     def loss(self, model: nn.Module, views: tuple[Tensor, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,8 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
     "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
-    "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
+    "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
+    "leaky_relu", "elu", "celu", "selu",  # in part without torch's tag up to 2.11
 )  # fmt: skip
 def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Broadcast: aligned axes shrink together."""

@@ -65,7 +65,8 @@ class Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _fake(self, value: Any, given: list[Tensor]) -> Any:
         if not isinstance(value, Tensor):
             return value
-        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        with _disable_current_modes():
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         return FakeTensor(self.mode, meta, given[0].device)
 
     def _masks_as_indices(self, args: Any) -> Any:

@@ -16,7 +16,7 @@ from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import timm_backbone
 from slimmable.cli.progress import say
 from slimmable.errors import UsageError, WidthError
-from slimmable.training.evaluate import Probe
+from slimmable.evaluation.evaluate import ProbeName
 
 
 def pretrain(
@@ -55,7 +55,7 @@ def pretrain(
         return run(config, folder, options)
 
 
-def evaluate(run: str, probes: Sequence[Probe], finetune: int, device: str | None, workers: int | None) -> int:
+def evaluate(run: str, probes: Sequence[ProbeName], finetune: int, device: str | None, workers: int | None) -> int:
     """Evaluate the last weights of a run again and replace its report."""
     from slimmable.cli.data import load_images
     from slimmable.cli.run import evaluate_run, read_config, trained_backbone

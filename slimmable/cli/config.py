@@ -11,7 +11,7 @@ from typing import Any, get_args
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.losses import width_weights
-from slimmable.losses._online import Kind
+from slimmable.losses.distillation import DistillationKind
 
 SMALL_RESNET = "small-resnet"
 DIGITS, GLYPHS = "digits", "glyphs"
@@ -21,7 +21,7 @@ GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 OPTIMIZERS = ("adamw", "lars", "sgd")
 VIEWS = ("digits", "mocov2", "simclr", "byol", "supervised")
-DISTILLATIONS = ("own", "none", *get_args(Kind))
+DISTILLATIONS = ("own", "none", *get_args(DistillationKind))
 PRECISIONS = ("float32", "bfloat16")
 _CHOICES = {
     "method": METHODS,

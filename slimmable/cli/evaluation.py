@@ -16,9 +16,8 @@ from slimmable._width import at_width, widths_of
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
-from slimmable.training.evaluate import Accuracy, Probe, accuracy_of, evaluate_features, narrowest_first
-from slimmable.training.finetuning import finetune
-from slimmable.training.knn import knn_accuracy
+from slimmable.evaluation import Accuracies, accuracy_of, evaluate_features, finetune, knn_accuracy
+from slimmable.evaluation.evaluate import ProbeName, narrowest_first
 
 Key = TypeVar("Key")
 Setting = Callable[[], AbstractContextManager[Any]]
@@ -53,8 +52,8 @@ def features_in(
 
 
 def evaluate_backbone(
-    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[Probe], workers: int = 0
-) -> dict[float, Accuracy]:
+    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName], workers: int = 0
+) -> dict[float, Accuracies]:
     """Return width -> accuracies on the held-out images."""
     train, test = (
         narrowest_first(backbone, features_at_widths(backbone, Plain(part, config.image_size), workers))

@@ -23,7 +23,7 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        wanted = package if extra is None else f'"slimmable[{extra}]"'
+        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in the clone of slimmable)'
         raise MissingPackageError(
-            f"this command needs {package}, which cannot be imported ({error}). Install it with: pip install {wanted}"
+            f"this command needs {package}, which cannot be imported ({error}). Install it with: {way}"
         ) from error

@@ -18,8 +18,8 @@ from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row
 from slimmable.errors import UsageError
+from slimmable.evaluation.evaluate import ProbeName, evaluate_features
 from slimmable.gating import calibrate_gates, extract_gated, gate_plan, gated
-from slimmable.training.evaluate import Probe, evaluate_features
 
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks; those of Krishna et al. 2023
 _CALIBRATION = 1024  # training images
@@ -83,7 +83,7 @@ def evaluate_networks(
     backbone: nn.Module,
     untrained: nn.Module,
     images: Images,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeName],
     finetune_epochs: int = 0,
     workers: int = 0,
 ) -> list[Row]:
@@ -135,7 +135,7 @@ def _static_networks(config: PretrainConfig, backbone: nn.Module, images: Images
     return networks
 
 
-def _accuracies(train: Tensor, test: Tensor, images: Images, probes: Sequence[Probe]) -> dict[str, float]:
+def _accuracies(train: Tensor, test: Tensor, images: Images, probes: Sequence[ProbeName]) -> dict[str, float]:
     """Return probe -> accuracy of the features of one network."""
     labels = images.train_labels, images.test_labels
     found = evaluate_features({1.0: train}, labels[0], {1.0: test}, labels[1], probes=probes)[1.0]

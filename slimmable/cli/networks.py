@@ -55,10 +55,10 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
         encoder = _converted(config, backbone, methods.MoCoV2.projector(features, hidden, dim), channels)
         return methods.MoCoV2(
             encoder,
-            dim=dim,
+            proj_dim=dim,
             queue_size=config.queue_size,
             momentum=config.momentum,
-            parts=config.key_parts,
+            bn_splits=config.key_parts,
             temperature=config.temperature,
         )
     if config.method == "byol":

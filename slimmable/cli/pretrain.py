@@ -30,8 +30,7 @@ from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, save_subnetworks
 from slimmable.cli.training import Training
 from slimmable.cli.watch import Watch, epochs_between
 from slimmable.errors import CheckpointError, DivergedError, UsageError
-from slimmable.training.calibrate import calibrate_bn
-from slimmable.training.diagnostics import GradientDiagnostics
+from slimmable.training import GradientDiagnostics, calibrate_bn
 
 INTERRUPTED = 130
 GRADIENTS = "gradients.csv"

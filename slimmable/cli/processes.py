@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from slimmable.training._processes import alone, rank
+from slimmable._distributed import alone, rank
 
 
 @contextmanager
@@ -35,13 +35,13 @@ def is_first() -> bool:
 
 def wait_for_all() -> None:
     """Wait until every process has come so far."""
-    if not alone(None):
+    if not alone():
         dist.barrier()
 
 
 def any_process(value: bool, device: torch.device) -> bool:
     """Return whether `value` is true in any process."""
-    if alone(None):
+    if alone():
         return value
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -19,11 +19,11 @@ from slimmable.cli.images import Images
 from slimmable.cli.networks import new_method
 from slimmable.cli.report import UNTRAINED, Row, to_markdown, write_report
 from slimmable.errors import CheckpointError
-from slimmable.training.evaluate import Probe
+from slimmable.evaluation.evaluate import ProbeName
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
-PROBES: tuple[Probe, ...] = ("knn", "linear")
+PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 
 
 def read_config(folder: Path) -> PretrainConfig:
@@ -67,7 +67,7 @@ def evaluate_run(
     folder: Path,
     backbone: nn.Module,
     images: Images,
-    probes: Sequence[Probe] = PROBES,
+    probes: Sequence[ProbeName] = PROBES,
     finetune_epochs: int = 0,
     workers: int = 0,
 ) -> str:
@@ -90,7 +90,7 @@ def _widths_of_run(
     backbone: nn.Module,
     untrained: nn.Module,
     images: Images,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeName],
     finetune_epochs: int,
     workers: int,
 ) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from slimmable._distributed import rank, world_size
 from slimmable.cli.checkpoint import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
@@ -17,12 +18,9 @@ from slimmable.cli.views import make_views
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
-from slimmable.losses._online import Kind
+from slimmable.losses.distillation import DistillationKind
 from slimmable.methods import Batch, Method
-from slimmable.training._processes import rank, world_size
-from slimmable.training.diagnostics import GradientDiagnostics
-from slimmable.training.distributed import average_gradients
-from slimmable.training.recipe import SlimRecipe
+from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
 
 _GATE_ALPHA = 10.0  # over the whole training: 0.02 an epoch of 500 (Krishna et al. 2023)
 _RANDOM_WIDTHS = 2  # a step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
@@ -56,7 +54,7 @@ class Training:
         self.recipe = SlimRecipe(
             method.online,
             distill=_distillation(config, method),
-            weights=config.weights,
+            loss_weights=config.weights,
             slow_start=config.slow_start,
             random_widths=_RANDOM_WIDTHS if config.universal else 0,
             seed=config.seed,
@@ -91,7 +89,7 @@ class Training:
             self.recipe,
             Batch(views, labels),
             progress,
-            number=self.step,
+            step=self.step,
             autocast=autocast,
             diagnostics=self.diagnostics,
             gates=self.gates,
@@ -197,7 +195,7 @@ def _distillation(config: PretrainConfig, method: Method) -> OnlineDistillation 
     own = method.distillation()
     if config.distill in ("none", "own"):
         return own if config.distill == "own" else None
-    kind = cast(Kind, config.distill)
+    kind = cast(DistillationKind, config.distill)
     return OnlineDistillation(kind, own.teacher_temperature, own.student_temperature, weight=own.weight)
 
 

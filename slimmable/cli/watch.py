@@ -15,7 +15,7 @@ from slimmable.cli.gates import features_of_passes
 from slimmable.cli.loader import Plain, some_of
 from slimmable.cli.loggers import CsvLog, Logger
 from slimmable.cli.training import Training
-from slimmable.training.knn import knn_accuracy
+from slimmable.evaluation import knn_accuracy
 
 KNN = "knn.csv"
 _MOST = 50_000  # training images that vote

@@ -14,7 +14,7 @@ from slimmable.errors import DataError, UsageError
 from slimmable.gating._gate import ChannelGate
 from slimmable.gating._losses import check_budget
 from slimmable.gating._passes import GatedPass, gated, gates_of
-from slimmable.training.calibrate import Batch, arguments_of
+from slimmable.training.calibrate import ModelInput, arguments_of
 
 Taken = TypeVar("Taken")
 
@@ -23,7 +23,7 @@ _CLOSE = 5e-4  # difference of shares of the dense multiply-adds that is close e
 
 
 @torch.no_grad()
-def gate_activity(model: nn.Module, loader: Iterable[Batch]) -> dict[str, Tensor]:
+def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
     """Return for each gate, by name, the fraction of the images for which it opens each unit: shape (units,), float64.
 
     The gates decide in eval mode, without noise; the modes of the model are put back.
@@ -55,7 +55,7 @@ def _opened(run: GatedPass) -> tuple[dict[str, Tensor], int]:
 
 
 @torch.no_grad()
-def calibrate_gates(model: nn.Module, loader: Iterable[Batch], budget: float) -> float:
+def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
     """Set the thresholds of the gates so that gated passes cost `budget` on average, in place; return what they cost.
 
     Training holds gates near a budget while they decide with noise; without noise they may open fewer or more units.
@@ -125,7 +125,7 @@ def _set_to_budget(share_at: Callable[[float], float], budget: float) -> float:
 
 
 def _over_batches(
-    where: str, model: nn.Module, loader: Iterable[Batch], take: Callable[[GatedPass], Taken]
+    where: str, model: nn.Module, loader: Iterable[ModelInput], take: Callable[[GatedPass], Taken]
 ) -> list[Taken]:
     """Run a gated pass in eval mode on each batch, and return what `take` makes of each.
 

@@ -23,7 +23,7 @@ from slimmable.gating._convert import ungate
 from slimmable.gating._losses import check_budget
 from slimmable.gating._pass_norm import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan
-from slimmable.training.calibrate import Batch, calibrate_bn
+from slimmable.training.calibrate import ModelInput, calibrate_bn
 
 M = TypeVar("M", bound=nn.Module)
 Activity: TypeAlias = "Mapping[int, NDArray[np.float64]]"
@@ -32,7 +32,7 @@ Activity: TypeAlias = "Mapping[int, NDArray[np.float64]]"
 
 def extract_gated(
     model: M,
-    loader: Iterable[Batch],
+    loader: Iterable[ModelInput],
     keep: float | None = None,
     *,
     budget: float | None = None,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._checks import check_not_negative, number_or_nan
+from slimmable._distributed import gather
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._passes import GatedPass
-from slimmable.training.distributed import gather
 
 
 def annealed(

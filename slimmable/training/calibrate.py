@@ -1,4 +1,4 @@
-"""BatchNorm statistics of chosen widths, computed anew from data."""
+"""Recompute the BatchNorm statistics of chosen widths from data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TypeAlias, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._columns import registered
@@ -19,30 +19,33 @@ from slimmable.analysis.plan import Setting
 from slimmable.errors import DataError, UsageError
 from slimmable.layers import SwitchableNorm
 
-Batch: TypeAlias = "torch.Tensor | Sequence[torch.Tensor] | Inputs"
+ModelInput: TypeAlias = "Tensor | Sequence[Tensor] | Inputs"
+"""One batch of a loader: the model's input, a tuple or list that starts with it, or `Inputs`."""
 
 
 @torch.no_grad()
-def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Setting] | None = None) -> None:
-    """Recompute the running statistics of the BatchNorms at `widths` (None: all), as the mean over `loader`'s batches.
+def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterable[Setting] | None = None) -> None:
+    """Recompute the running statistics of the BatchNorms at `widths` (None: all) as the mean over `loader`'s batches.
 
-    The post-statistics of US-Nets (Yu and Huang 2019, section 3.2), wanted for widths whose statistics were not, or no
-    longer, trained along: each norm is reset, then collects the cumulative average of the batches' means and unbiased
-    variances, with the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one that
-    several of them share gets the average over these. Momenta, training modes and the width are put back, and on an
-    error the statistics too.
+    These are the post-statistics of US-Nets (Yu and Huang 2019, section 3.2), for widths whose statistics were not, or
+    no longer, trained along. Each norm is reset and then collects the cumulative average of the batches' means and
+    unbiased variances, with the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one
+    that several of them share gets the average over these. Momenta, training modes and the width are put back, and
+    after an error the statistics too.
 
-    `widths` may hold whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics
-    of its own yet has them from now on, in the state dict too.
-
-    A batch is the model's input, or a tuple or list that starts with it, or `slimmable.Inputs` for a forward that takes
-    something else than one tensor; it is moved to the model's device. A few thousand images do:
-    `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave out a smaller last one.
+    Args:
+        model: converted, or built from slimmable layers.
+        loader: batches, each the model's input, a tuple or list that starts with it, or `slimmable.Inputs` for a
+            forward that takes something other than one tensor; they are moved to the model's device. A few thousand
+            images are enough: `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave
+            out a smaller last one.
+        widths: whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics of
+            its own yet keeps those found here, in the state dict too.
 
     Raises:
         WidthError: if the model lacks one of `widths`.
-        DataError: if `loader` is empty, a batch is neither, or statistics are not finite.
-        UsageError: if `widths` is one width, or `loader` nothing to go through.
+        DataError: if `loader` is empty or holds something else, or statistics are not finite.
+        UsageError: if `widths` is a single width, or `loader` cannot be iterated over.
 
     >>> from slimmable.layers import SwitchableBatchNorm1d
     >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
@@ -60,23 +63,23 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Batch], widths: Iterable[Set
     with registered(model, chosen):
         if chosen:
             with at_width(model, chosen[0]):
-                _collect(model, loader, chosen, list(model.modules()))
+                _collect(model, loader, chosen, model.modules())
 
 
 @torch.no_grad()
-def collect_statistics(model: nn.Module, loader: Iterable[Batch]) -> None:
-    """Do as `calibrate_bn` at the active width if the model does not keep it; statistics that it keeps stay."""
+def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
+    """Do what `calibrate_bn` does, at the active width if the model does not keep that width; others stay as they are.
+
+    Raises: as `calibrate_bn`.
+    """
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    _collect(model, loader, [], [container.norm_at(-1) for container in containers if "guest" in container._modules])
+    _collect(model, loader, [None], [each.norm_at(-1) for each in containers if "guest" in each._modules])
 
 
 def _collect(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    widths: Sequence[Setting],
-    modules: Sequence[nn.Module],
+    model: nn.Module, loader: Iterable[ModelInput], widths: Sequence[Setting | None], modules: Iterable[nn.Module]
 ) -> None:
-    """Run the batches at each of `widths`, without any at the active one; for those norms among `modules` that run."""
+    """Run every batch at each of `widths`, None for the active one, and collect in the norms among `modules`."""
     norms = [module for module in modules if _has_statistics(module)]
     if not norms:
         return
@@ -86,8 +89,7 @@ def _collect(
         for batch in loader:
             empty = False
             args, kwargs = arguments_of(batch, device)
-            settings: Sequence[Setting | None] = widths or [None]
-            for width in settings:
+            for width in widths:
                 if width is not None:
                     set_width(model, width)
                 model(*args, **kwargs)
@@ -101,28 +103,23 @@ def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
-def arguments_of(batch: Batch, device: torch.device, where: str = "calibrate_bn") -> Arguments:
-    """Return the arguments of the forward that a batch is, on a device.
+def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
+    """Return the arguments of the forward that a batch stands for, on a device.
 
-    Raises: DataError: if it is none, or empty.
+    Raises: DataError: if it stands for none, or is empty.
     """
-    given = _input_of(batch, where)
-    if any(tensor.numel() == 0 for tensor in output_tensors((given.args, given.kwargs))):
+    if not isinstance(batch, Inputs):
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(first, Tensor):
+            raise DataError(
+                f"{where}: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
+                "with one; give (batch['image'] for batch in loader), or slimmable.Inputs(...) for each batch"
+            )
+        batch = Inputs(first)
+    if any(tensor.numel() == 0 for tensor in output_tensors((batch.args, batch.kwargs))):
         raise DataError(f"{where}: a batch is empty")
-    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
+    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (batch.args, batch.kwargs))
     return tuple(args), dict(kwargs)
-
-
-def _input_of(batch: Batch, where: str) -> Inputs:
-    if isinstance(batch, Inputs):
-        return batch
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(first, torch.Tensor):
-        raise DataError(
-            f"{where}: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
-            "with one; give (batch['image'] for batch in loader), or slimmable.Inputs(...) for each batch"
-        )
-    return Inputs(first)
 
 
 @contextmanager

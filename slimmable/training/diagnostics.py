@@ -1,4 +1,4 @@
-"""What the widths' gradients do to each other: who dominates the shared weights, and do they point the same way."""
+"""Measure how the widths' gradients act on each other: which dominates the shared weights, and how far they agree."""
 
 from __future__ import annotations
 
@@ -11,58 +11,57 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
+from slimmable._checks import check_count
 from slimmable._columns import columns_of, places_of
+from slimmable._numerics import at_least_float32
 from slimmable._width import widths_of
 from slimmable.errors import UsageError
-from slimmable.losses._checks import check_count
-from slimmable.losses._cosines import at_least_float32
-from slimmable.training._blocks import Shared, shared_parameters
-from slimmable.training._gradient_sums import Sums, added, sums_of, values_of
+from slimmable.training._gradients import SharedParameter, Sums, added, shared_parameters, sums_of, values_of
 
 
 class GradientDiagnostics:
     """Gradient imbalance and divergence between widths during a training (SlimCLR, Zhao et al. 2024, Figure 3).
 
-    In one step out of `every` the gradients are looked at after each width's `backward` and before the update:
-    `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, `L_w` the part of it that
-    width w brought. Only parameters that all widths share count; those of switchable norms and probes belong to one
-    width each. A value without `_total` is the mean over layers, that is, over the shared parameters with two axes or
-    more; layers in which it is not a finite number are left out. With `_total` it is of all shared parameters as one
-    vector. What a step has nothing for, such as a width that did not run, is NaN.
+    One step out of `every` is sampled: the gradients are read after each width's `backward` and before the update.
+    `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, `L_w` the part of it from
+    width w. Only parameters that all widths share count; those of switchable norms and probes belong to one width
+    each. A value without `_total` is the mean over layers, that is, over the shared parameters with two axes or more;
+    layers in which it is not finite are left out. A value with `_total` is of all shared parameters as one vector.
+    What a step has nothing for, such as a width that did not run, is NaN.
 
     | column | value |
     |---|---|
     | `step` | number of the step, from 0 |
-    | `grad_norm/w0.25` | norm of the gradient of `L` by `theta_0.25`; the mean over layers is the published statistic |
-    | `grad_ratio/w0.25` | norm by `theta_1.0` over norm by `theta_0.25`, both of `L`; at least 1 |
-    | `rest_ratio/w0.25` | the same with what of `theta_1.0` is not in `theta_0.25`; below 1 a small part dominates |
+    | `grad_norm/w0.25` | norm of the gradient of `L` by `theta_0.25`; its mean over layers is the published statistic |
+    | `grad_ratio/w0.25` | the same by `theta_1.0`, over that by `theta_0.25`; at least 1 |
+    | `rest_ratio/w0.25` | the same with only what `theta_0.25` lacks of `theta_1.0`; below 1 a small part dominates |
     | `own_norm/w0.25` | norm of the gradient of `L_0.25` by `theta_0.25` |
     | `own_ratio/w0.25` | norm of the gradient of `L_1.0` over that of `L_0.25` |
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` by what both widths read |
 
-    Norms are those of the gradients as they are, so under a `GradScaler` they are multiplied by its scale; ratios and
-    cosines do not depend on a common scale. A width's own gradient is the difference that its `backward` made to the
-    added-up gradients, with their rounding: use float32 parameters, as mixed precision does, rather than half ones.
-    Widths that a recipe draws anew in each step count in `L`, but have no columns. In several processes own gradients
-    are those of the process, or of all if each `backward` averages; the total ones are what `after_step` finds.
+    Norms are those of the gradients as they are, so a `GradScaler` multiplies them by its scale; ratios and cosines
+    do not depend on a common scale. A width's own gradient is the difference that its `backward` made to the summed
+    gradients, with their rounding: use float32 parameters, as mixed precision does, rather than half-precision ones.
+    Random widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of
+    the process, or of all if each `backward` averages; the total ones are what `after_step` finds.
 
-    In a sampled step this holds about three times the memory of the gradients; in others nothing.
+    A sampled step needs about three times the memory of the gradients, other steps none.
 
     Args:
         model: anything that `set_width` takes; not sharded.
-        every: distance in steps between two samples; the first is step 0.
+        every: number of steps from one sample to the next; the first is step 0.
 
     Attributes:
-        step: number of the step that runs.
+        step: number of the current step.
         rows: one dict of column -> value for each sampled step.
         layer_names: names of the layers, in the order of the values in `layers`.
         layers: for each row column -> float32 tensor of shape (layers,), the values behind the mean.
 
-    Raises: UsageError: if `every` is no positive integer. ConversionError: if nothing in `model` reacts to widths.
+    Raises: UsageError: if `every` is not a positive integer. ConversionError: if nothing in `model` reacts to widths.
 
     >>> from slimmable import SlimLinear, SlimRecipe
     >>> model = SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
-    >>> recipe, diagnostics = SlimRecipe(model, weights="ones"), GradientDiagnostics(model, every=50)
+    >>> recipe, diagnostics = SlimRecipe(model, loss_weights="ones"), GradientDiagnostics(model, every=50)
     >>> for width in recipe.widths(progress=1.0):
     ...     recipe.loss(model(torch.ones(1, int(4 * width))).sum()).backward()
     ...     diagnostics.after_backward(width)
@@ -73,7 +72,7 @@ class GradientDiagnostics:
     """
 
     def __init__(self, model: nn.Module, every: int = 50) -> None:
-        check_count("GradientDiagnostics", "every", every)
+        check_count("GradientDiagnostics", every=every)
         self.model = model
         self.every = every
         self.widths = widths_of(model)
@@ -87,9 +86,9 @@ class GradientDiagnostics:
         self.discard()
 
     def after_backward(self, width: float) -> None:
-        """Take in what the `backward` of `width` has added to the gradients; call it after each.
+        """Record what the `backward` of `width` added to the gradients; call it after each.
 
-        In steps that are not sampled nothing happens. Several calls with one width, as for a batch in parts, add up.
+        Nothing happens in steps that are not sampled. Several calls with one width, as for a batch in parts, add up.
         The gradients must have been cleared before the first `backward` of the step.
 
         Raises: WidthError: if the model does not have this width.
@@ -114,10 +113,10 @@ class GradientDiagnostics:
         self._called = True
 
     def after_step(self) -> None:
-        """Count the step, and in a sampled one make its row; call it before the optimizer's update.
+        """Count the step, and add its row if it is sampled; call it before the optimizer's update.
 
-        Raises: UsageError: if a step is sampled and `after_backward` was not called in it, or no shared parameter has a
-            gradient.
+        Raises: UsageError: if the step is sampled, but `after_backward` was not called in it or no shared parameter has
+            a gradient.
         """
         if self.step % self.every == 0:
             self._sample()
@@ -151,7 +150,7 @@ class GradientDiagnostics:
         self.discard()
 
     def discard(self) -> None:
-        """Drop what was taken in since the last step; call it if a step is broken off and its gradients are cleared."""
+        """Forget what was recorded since the last step; call it if a step breaks off and its gradients are cleared."""
         self._own: dict[float, dict[str, Tensor]] = {}  # width -> parameter -> its own gradient, in the width's block
         self._before: dict[str, Tensor] = {}  # parameter -> its gradient at the last call
         self._called = False
@@ -161,7 +160,7 @@ class GradientDiagnostics:
         return {"step": self.step, "rows": list(self.rows), "layers": list(self.layers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called.
+        """Continue from where `state_dict` was called.
 
         Raises: UsageError: if `state` is something else.
         """
@@ -172,7 +171,7 @@ class GradientDiagnostics:
         self.discard()
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV; a file that is there is replaced when the new one is complete.
+        """Write the rows as CSV; an existing file is replaced once the new one is complete.
 
         Raises: CheckpointError: if it cannot be written.
         """
@@ -186,7 +185,7 @@ class GradientDiagnostics:
         write_aside(Path(path), write)
 
 
-def _is_layer(shared: Shared) -> bool:
+def _is_layer(shared: SharedParameter) -> bool:
     return shared.parameter.ndim > 1
 
 

@@ -1,86 +1,119 @@
-"""Momentum encoders, and the queue of MoCo v2, for a network that runs at several widths."""
+"""Momentum encoders and their schedule, and the key queue of MoCo, for a network that runs at several widths."""
 
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimmable._checks import check_count, check_fraction, check_matrices
+from slimmable._distributed import gather, rank, world_size
 from slimmable._inputs import check_module
 from slimmable._width import set_width
 from slimmable.errors import DataError, UsageError
-from slimmable.losses._checks import check_count, check_matrix, check_share
-from slimmable.training._processes import rank, world_size
-from slimmable.training.distributed import gather
 from slimmable.view.state import is_slim
 
 
-def follower_of(network: nn.Module) -> nn.Module:
-    """Return a copy of `network` at its full width that takes no gradients: a momentum encoder at its start.
+def cosine_momentum(progress: float, start: float = 0.99) -> float:
+    """Return the momentum `1 - (1 - start) (1 + cos(pi progress)) / 2`, which rises from `start` to 1.
 
-    >>> [parameter.requires_grad for parameter in follower_of(nn.Linear(2, 2)).parameters()]
-    [False, False]
+    It is the fraction of itself that a momentum encoder keeps in a step (Grill et al., BYOL, 2020, section 3.2; MoCo
+    v3, Chen et al. 2021, starts from 0.99).
+
+    Args:
+        progress: fraction of the training done, in [0, 1].
+        start: momentum at the start, in [0, 1].
+
+    Raises: UsageError: if an argument is not in [0, 1].
+
+    >>> cosine_momentum(0.0), cosine_momentum(0.5), cosine_momentum(1.0)
+    (0.99, 0.995, 1.0)
     """
-    follower = copy.deepcopy(network).requires_grad_(False)
-    if any(is_slim(module) for module in follower.modules()):
-        set_width(follower, 1.0)
-    return follower
+    check_fraction("cosine_momentum", progress=progress, start=start)
+    return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@torch.no_grad()
-def follow(follower: nn.Module, network: nn.Module, momentum: float) -> None:
-    """Move the parameters of `follower` towards those of `network`: `momentum` of its own, the rest of the network's.
+class MomentumEncoder(nn.Module):
+    """A copy of `network` at its full width that takes no gradients and follows it as an exponential moving average.
 
-    Buffers, such as BatchNorm statistics, stay: they come from the follower's own forward.
+    Calling it runs the copy, which is `self.network`. Only parameters are averaged; buffers such as BatchNorm
+    statistics come from the copy's own forward passes.
 
-    Raises: UsageError: if the two have not the same number of parameters, or not of the same shapes.
+    Raises: UsageError: if `network` is not a module, or has no parameters to follow.
 
     >>> network = nn.Linear(2, 2)
-    >>> follower = follower_of(network)
+    >>> encoder = MomentumEncoder(network)
     >>> network.weight.data += 1.0
-    >>> follow(follower, network, momentum=0.75)
-    >>> (network.weight - follower.weight)[0]
+    >>> encoder.update(network, momentum=0.75)
+    >>> (network.weight - encoder.network.weight)[0]
     tensor([0.7500, 0.7500], grad_fn=<SelectBackward0>)
     """
-    own: list[Tensor] = list(follower.parameters())
-    others: list[Tensor] = list(network.parameters())
-    if len(own) != len(others):
-        raise UsageError(f"follow: the network has {len(others)} parameters, the one copied from it has {len(own)}")
-    for number, (follows, leads) in enumerate(zip(own, others, strict=True)):
-        if follows.shape != leads.shape:
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        check_module("MomentumEncoder", network)
+        if next(network.parameters(), None) is None:
+            raise UsageError(f"MomentumEncoder: the network, {type(network).__name__}, has no parameters to follow")
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        if any(is_slim(module) for module in self.network.modules()):
+            set_width(self.network, 1.0)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of the copy, without gradient."""
+        return self.network(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, momentum: float) -> None:
+        """Replace each parameter `p` of the copy by `momentum * p + (1 - momentum) * q`, with `q` that of `network`.
+
+        Raises: UsageError: if `momentum` is not in [0, 1], or `network` has another number of parameters than the copy
+            or other shapes.
+        """
+        check_fraction("MomentumEncoder.update", momentum=momentum)
+        own: list[Tensor] = list(self.network.parameters())
+        others: list[Tensor] = list(network.parameters())
+        if len(own) != len(others):
             raise UsageError(
-                f"follow: parameter {number} of the network has shape {tuple(leads.shape)}, of the one copied from it "
-                f"{tuple(follows.shape)}"
+                f"MomentumEncoder.update: the network has {len(others)} parameters, the copy of it has {len(own)}"
             )
-    torch._foreach_lerp_(own, others, 1 - momentum)
+        for number, (mine, other) in enumerate(zip(own, others, strict=True)):
+            if mine.shape != other.shape:
+                raise UsageError(
+                    f"MomentumEncoder.update: parameter {number} has shape {tuple(other.shape)} in the network, "
+                    f"{tuple(mine.shape)} in the copy of it"
+                )
+        torch._foreach_lerp_(own, others, 1 - momentum)
 
 
 class MoCo(nn.Module):
-    """Key encoder and queue (He et al. 2020, algorithm 1), sized and timed as in SlimCLR (Zhao et al. 2024).
+    """Key encoder and queue (He et al. 2020, algorithm 1), with the sizes and the order of SlimCLR (Zhao et al. 2024).
 
     The key encoder runs at the full width only. Once per step call `keys`, which first moves the key encoder's
-    parameters towards the network's, and, after the last `backward`, `enqueue`. Queue and key encoder are part of the
-    state dict; the network itself is not.
+    parameters towards the network's, and, after the last `backward`, `enqueue`. Queue and key encoder are in the state
+    dict; the network itself is not.
 
     Args:
-        network: the query encoder, converted or not; images in, embeddings of shape (batch, dim) out.
-        dim: size of an embedding.
-        queue_size: number of keys kept as negatives. Well below the number of training images: an image must not meet
-            its own key of the last epoch among the negatives.
-        momentum: share of itself that the key encoder keeps in each step.
-        parts: the key encoder runs on this many random parts of a batch, one after the other. With one part, a query
-            and its key share their batch's statistics in every BatchNorm, which gives the pair away; MoCo shuffles
-            batches between processes against that (He et al. 2020, section 3.3), more than one part does it in one.
-            A batch with fewer images has a part for each.
-            Several processes share the parts, of the joined batch; there are at least as many parts as processes.
+        network: the query encoder, converted or not; images in, embeddings of shape (batch, proj_dim) out.
+        proj_dim: size of an embedding.
+        queue_size: number of keys kept as negatives. Keep it well below the number of training images: an image must
+            not meet its own key of the last epoch among the negatives.
+        momentum: fraction of itself that the key encoder keeps in each step.
+        bn_splits: the key encoder runs on this many random parts of a batch, one after the other. With one, a query and
+            its key share their batch's statistics in every BatchNorm, which gives the pair away. MoCo shuffles batches
+            between processes against that (He et al. 2020, section 3.3); more than one part does so in one process. A
+            batch with fewer images than that has a part for each image. Several processes split the joined batch, into
+            at least one part for each process.
 
-    Raises: UsageError: if `dim`, `queue_size` or `parts` is no integer from 1 on, `momentum` is not in [0, 1], or
-        `network` has no parameters.
+    Raises: UsageError: if `proj_dim`, `queue_size` or `bn_splits` is not an integer of at least 1, `momentum` is not in
+        [0, 1], or `network` has no parameters.
 
     >>> network = nn.Linear(3, 8)
-    >>> moco = MoCo(network, dim=8, queue_size=32)
+    >>> moco = MoCo(network, proj_dim=8, queue_size=32)
     >>> moco.enqueue(moco.keys(network, torch.ones(4, 3)))
     >>> moco.queue.shape, int(moco.position)
     (torch.Size([8, 32]), 4)
@@ -90,72 +123,69 @@ class MoCo(nn.Module):
     position: Tensor
 
     def __init__(
-        self, network: nn.Module, dim: int, queue_size: int = 65536, momentum: float = 0.999, *, parts: int = 1
+        self,
+        network: nn.Module,
+        proj_dim: int,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        *,
+        bn_splits: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("queue_size", queue_size), ("parts", parts)):
-            check_count("MoCo", name, value)
-        check_share("MoCo", "momentum", momentum)
+        check_count("MoCo", proj_dim=proj_dim, queue_size=queue_size, bn_splits=bn_splits)
+        check_fraction("MoCo", momentum=momentum)
         check_module("MoCo", network)
-        first = next(network.parameters(), None)
-        if first is None:
-            raise UsageError(f"MoCo: the network, {type(network).__name__}, has no parameters to follow")
-        self.key = follower_of(network)
+        self.key_encoder = MomentumEncoder(network)
         self.momentum = momentum
-        self.parts = parts
-        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size, device=first.device), dim=0))
+        self.bn_splits = bn_splits
+        device = next(network.parameters()).device
+        self.register_buffer("queue", F.normalize(torch.randn(proj_dim, queue_size, device=device), dim=0))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def keys(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Move the key encoder towards `network`, then return its unit-length embeddings of `images`, (batch, dim).
+        """Move the key encoder towards `network`, then return its unit-length embeddings of `images`.
 
-        Only parameters follow the network; BatchNorm statistics of the key encoder come from its own forward.
+        The result has shape (batch, proj_dim).
 
         Raises:
             UsageError: if `network` is not the one that the key encoder was copied from.
-            DataError: if several processes cannot share the parts evenly.
+            DataError: if several processes cannot divide the parts evenly.
         """
         processes, batch = world_size(), len(images)
-        parts = max(processes, min(self.parts, batch * processes))
-        if processes > 1 and (parts % processes or batch * processes % parts):
+        splits = max(processes, min(self.bn_splits, batch * processes))
+        if processes > 1 and (splits % processes or batch * processes % splits):
             raise DataError(
-                f"MoCo.keys: {parts} parts of {processes} x {batch} images cannot be shared by {processes} processes; "
-                "choose multiples of their number"
+                f"MoCo.keys: {splits} parts of {processes} x {batch} images cannot be divided among {processes} "
+                "processes; choose multiples of their number"
             )
-        follow(self.key, network, self.momentum)
-        if parts == 1:
-            return F.normalize(self.key(images), dim=1)
+        self.key_encoder.update(network, self.momentum)
+        if splits == 1:
+            return F.normalize(self.key_encoder(images), dim=1)
         images = gather(images)
-        order = self._order(len(images), images.device)
-        shares = order.tensor_split(parts)  # process r makes the keys of every share from r on, in steps of processes
-        own = [self.key(images[share]) for share in shares[rank() :: processes]]
+        order = torch.randperm(len(images), device=images.device)
+        order = gather(order[None])[0]  # the same in all processes
+        parts = order.tensor_split(splits)  # process r makes the keys of parts r, r + processes, ...
+        own = [self.key_encoder(images[part]) for part in parts[rank() :: processes]]
         keys = F.normalize(gather(torch.cat(own)), dim=1)
-        taken = torch.cat([share for first in range(processes) for share in shares[first::processes]])
-        return keys[taken.argsort()][rank() * batch :][:batch]
+        rows = torch.cat([part for process in range(processes) for part in parts[process::processes]])
+        return keys[rows.argsort()][rank() * batch :][:batch]
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Let `keys`, shape (batch, dim), of all processes take the place of the oldest in the queue.
+        """Replace the oldest keys of the queue by `keys`, shape (batch, proj_dim), of all processes.
 
         Call it after the step's last `backward`: the graph still refers to the queue.
 
         Raises: DataError: if the queue cannot hold the batch, or the embeddings have another size.
         """
         dim, size = self.queue.shape
-        check_matrix("MoCo.enqueue", "keys", keys)
+        check_matrices("MoCo.enqueue", keys=keys)
         keys = gather(keys)
         if keys.shape[1] != dim or len(keys) > size:
             raise DataError(
                 f"MoCo.enqueue: keys of shape {tuple(keys.shape)} do not fit a queue of shape ({dim}, {size})"
             )
-        start = int(self.position)
-        places = torch.arange(start, start + len(keys), device=self.queue.device) % size
+        places = (torch.arange(len(keys), device=self.queue.device) + self.position) % size
         self.queue[:, places] = keys.T.to(self.queue.dtype)
-        self.position.fill_((start + len(keys)) % size)
-
-    @staticmethod
-    def _order(count: int, device: torch.device) -> Tensor:
-        """Return a random order of the joined batch, the same in all processes."""
-        order = torch.randperm(count, device=device)
-        return order if world_size() == 1 else gather(order[None])[0]
+        self.position.copy_((self.position + len(keys)) % size)

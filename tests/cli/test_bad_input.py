@@ -172,5 +172,5 @@ def test_unknown_model(command, capsys):
 def test_missing_package_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     message = refused(capsys, "pretrain", "--output", str(tmp_path / "run"))
-    assert 'pip install "slimmable[cli]"' in message
+    assert 'pip install ".[cli]" (in the clone of slimmable)' in message
     assert not (tmp_path / "run").exists()

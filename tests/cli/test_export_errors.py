@@ -116,7 +116,7 @@ def test_missing_package_names_the_extra(tmp_path, capsys, monkeypatch, package)
     options = ["--width", "1", "--format", "pt2", "--format", "onnx"]
     message = refused(capsys, NAME, *options, "--output", tmp_path / "out")
     assert f"needs {package}" in message
-    assert 'pip install "slimmable[onnx]"' in message
+    assert 'pip install ".[onnx]" (in the clone of slimmable)' in message
     assert os.listdir(tmp_path) == []
 
 

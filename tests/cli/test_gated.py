@@ -17,7 +17,7 @@ from slimmable.cli.presets import configure
 from slimmable.cli.run import read_config, trained_backbone
 from slimmable.cli.training import Training
 from slimmable.cli.watch import Watch
-from slimmable.training.knn import knn_accuracy
+from slimmable.evaluation import knn_accuracy
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 
 GATED = ("--widths", "1", "--method", "vicreg", "--gate-budget", "0.3")

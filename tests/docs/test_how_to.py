@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import slimmable
-from slimmable.losses import contrast, moco_logits, slim_loss
+from slimmable.losses import contrastive_cross_entropy, moco_logits, slim_loss
 from tests.docs.test_examples import NEEDED, afters, blocks, needs, place, run
 
 __all__ = ["place"]  # a fixture for all tests here
@@ -56,7 +56,7 @@ def test_the_logits_that_moco_teaches_are_those_of_the_criterion_of_lightly():
     negatives = criterion.memory_bank.bank.T.clone()  # as on the page
     (line,) = {line.strip() for line in blocks("docs/how-to/lightly.md", "python")[2].splitlines() if "bank." in line}
     assert line == "negatives = criterion.memory_bank.bank.T.clone()"
-    expected = contrast(moco_logits(query, key, negatives), criterion.temperature)
+    expected = contrastive_cross_entropy(moco_logits(query, key, negatives), criterion.temperature)
     torch.testing.assert_close(criterion(query, key), expected)
 
 

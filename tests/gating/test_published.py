@@ -8,7 +8,7 @@ from torch import nn
 
 import slimmable
 from slimmable.gating import ChannelGate, annealed, bound_loss, budget_loss, gate_plan, hard_mask, open_fractions
-from slimmable.losses import vicreg
+from slimmable.losses import vicreg_loss
 from tests.gating.published import BLOCKS, Network, golden, manifest, network, our_name
 
 GOLDEN, MANIFEST = golden(), manifest()
@@ -161,7 +161,7 @@ def test_step(tag, monkeypatch):
     rloss = budget_loss(run.share(), case["den_target"], case["lbda"])
     shares = open_fractions(run.masks().values(), closed_gradient=False)
     bloss = bound_loss(shares, case["den_target"], case["p"], case["gamma"])
-    total = vicreg(first, second) + rloss + bloss
+    total = vicreg_loss(first, second) + rloss + bloss
     assert rloss.item() == pytest.approx(case["rloss"], rel=1e-10)
     assert bloss.item() == pytest.approx(case["bloss"], rel=1e-10)
     assert total.item() == pytest.approx(case["total"], rel=1e-10)

@@ -134,7 +134,7 @@ def test_a_model_in_half_precision_runs_at_every_width():
 
 
 # -- devices
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_moves_to_the_device_and_trains_there(name):
     slim, x = converted(name).double(), images().double()
@@ -153,7 +153,7 @@ def test_a_model_moves_to_the_device_and_trains_there(name):
         torch.testing.assert_close(small(x.cuda()), moved(x.cuda()))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_on_a_device_recomputes_at_the_width_of_the_forward(reentrant):
     """The backward pass has a thread of its own there."""

@@ -76,7 +76,7 @@ def test_moco_v3_equals_the_definition_also_with_gathered_keys(batch, dim, befor
         for i in range(batch)
     ]
     expected = 2 * temperature * sum(slow) / batch
-    assert losses.moco_v3(query, keys, temperature, before).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert losses.moco_v3_loss(query, keys, temperature, before).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @quick
@@ -100,7 +100,7 @@ def test_the_positive_is_in_column_0_and_each_logit_comes_once(n, dim, seed):
 def test_embeddings_that_are_all_alike_cost_the_log_of_the_choices(n, dim):
     z = torch.ones(n, dim, dtype=torch.float64)
     close(losses.nt_xent(z, z), torch.tensor(math.log(2 * n - 1), dtype=torch.float64))
-    close(losses.moco_v3(z, z), torch.tensor(2 * math.log(n), dtype=torch.float64))
+    close(losses.moco_v3_loss(z, z), torch.tensor(2 * math.log(n), dtype=torch.float64))
     close(losses.info_nce(z, z, torch.ones(dim, n, dtype=torch.float64)), torch.tensor(math.log(n + 1)).double(), 1e-6)
 
 
@@ -110,7 +110,7 @@ def test_the_order_of_the_batch_and_the_scale_of_embeddings_do_not_matter(n, dim
     z0, z1, queue, scale = random(seed, (n, dim), (n, dim), (dim, 7), (n, 1))
     scale = scale.exp()
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    for loss in (losses.nt_xent, losses.moco_v3, lambda a, b: losses.info_nce(a, b, queue)):
+    for loss in (losses.nt_xent, losses.moco_v3_loss, lambda a, b: losses.info_nce(a, b, queue)):
         close(loss(z0[order], z1[order]), loss(z0, z1))
         close(loss(z0 * scale, z1 / scale), loss(z0, z1))
     close(losses.nt_xent(z1, z0), losses.nt_xent(z0, z1))
@@ -123,9 +123,9 @@ def test_the_order_of_the_batch_and_the_scale_of_embeddings_do_not_matter(n, dim
     ("loss", "size"),
     [
         (lambda a, b, _: losses.nt_xent(a, b), 200),  # squared norms overflow float16
-        (lambda a, b, _: losses.moco_v3(a, b), 200),
+        (lambda a, b, _: losses.moco_v3_loss(a, b), 200),
         (losses.info_nce, 200),
-        (lambda a, b, _: losses.vicreg(a, b), 2),  # its gradient grows with the cube of the size
+        (lambda a, b, _: losses.vicreg_loss(a, b), 2),  # its gradient grows with the cube of the size
     ],
 )
 def test_half_precision_is_computed_in_float32(loss, size, dtype):
@@ -140,14 +140,18 @@ def test_half_precision_is_computed_in_float32(loss, size, dtype):
 
 def test_autocast_does_not_round_the_cosines():
     z0, z1, queue = random(0, (4, 8), (4, 8), (8, 16), dtype=torch.float32)
-    expected = losses.info_nce(z0, z1, queue), losses.nt_xent(z0, z1), losses.vicreg(z0, z1)
+    expected = losses.info_nce(z0, z1, queue), losses.nt_xent(z0, z1), losses.vicreg_loss(z0, z1)
     with torch.autocast("cpu", torch.bfloat16):
-        close((losses.info_nce(z0, z1, queue), losses.nt_xent(z0, z1), losses.vicreg(z0, z1)), expected, 1e-6)
+        close((losses.info_nce(z0, z1, queue), losses.nt_xent(z0, z1), losses.vicreg_loss(z0, z1)), expected, 1e-6)
 
 
 def test_zero_embeddings_stay_finite():
     zero = torch.zeros(3, 4, requires_grad=True)
-    for loss in (losses.nt_xent(zero, zero), losses.moco_v3(zero, zero), losses.info_nce(zero, zero, zero.detach().T)):
+    for loss in (
+        losses.nt_xent(zero, zero),
+        losses.moco_v3_loss(zero, zero),
+        losses.info_nce(zero, zero, zero.detach().T),
+    ):
         (gradient,) = torch.autograd.grad(loss, zero)
         assert loss.isfinite()
         assert gradient.isfinite().all()
@@ -167,11 +171,11 @@ def test_modules_equal_the_functions():
     z0, z1, z2, z3, queue = random(0, (4, 8), (4, 8), (4, 8), (4, 8), (8, 16))
     assert losses.InfoNCE(0.07)(z0, z1, queue) == losses.info_nce(z0, z1, queue, 0.07)
     assert losses.NTXent(0.5)(z0, z1) == losses.nt_xent(z0, z1, 0.5)
-    assert losses.MoCoV3(0.2)(z0, z1, z2, z3) == losses.moco_v3(z0, z3, 0.2) + losses.moco_v3(z1, z2, 0.2)
-    assert losses.VICReg(1, 2, 3)(z0, z1) == losses.vicreg(z0, z1, 1, 2, 3)
+    assert losses.MoCoV3Loss(0.2)(z0, z1, z2, z3) == losses.moco_v3_loss(z0, z3, 0.2) + losses.moco_v3_loss(z1, z2, 0.2)
+    assert losses.VICRegLoss(1, 2, 3)(z0, z1) == losses.vicreg_loss(z0, z1, 1, 2, 3)
 
 
-@pytest.mark.parametrize("loss", [losses.nt_xent, losses.moco_v3, losses.vicreg])
+@pytest.mark.parametrize("loss", [losses.nt_xent, losses.moco_v3_loss, losses.vicreg_loss])
 def test_compiles_to_one_graph(loss):
     z0, z1 = random(0, (4, 8), (4, 8))
     torch.compiler.reset()
@@ -197,12 +201,12 @@ A, B = torch.zeros(4, 8), torch.zeros(4, 7)
             [r"\(16, 8\)", r"\(8, negatives\)", "transposed"],
         ),
         (lambda: losses.info_nce(A, A[:3], A.T), DataError, [r"query \(4, 8\), key \(3, 8\)"]),
-        (lambda: losses.moco_v3(A, A[:3]), DataError, [r"\(4, 8\)", r"\(3, 8\)", "positives"]),
-        (lambda: losses.moco_v3(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
-        (lambda: losses.moco_v3(A, A, offset=-1), DataError, ["offset -1"]),
-        (lambda: losses.vicreg(A[:1], A[:1]), DataError, [r"\(1, 8\)", "two images"]),
-        (lambda: losses.vicreg(A, A, -1.0), UsageError, ["vicreg: invariance", "-1.0"]),
-        (lambda: losses.VICReg(covariance="1"), UsageError, ["VICReg: covariance", "'1'"]),
+        (lambda: losses.moco_v3_loss(A, A[:3]), DataError, [r"\(4, 8\)", r"\(3, 8\)", "positives"]),
+        (lambda: losses.moco_v3_loss(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
+        (lambda: losses.moco_v3_loss(A, A, offset=-1), DataError, ["offset -1"]),
+        (lambda: losses.vicreg_loss(A[:1], A[:1]), DataError, [r"\(1, 8\)", "two images"]),
+        (lambda: losses.vicreg_loss(A, A, -1.0), UsageError, ["vicreg_loss: invariance", "-1.0"]),
+        (lambda: losses.VICRegLoss(covariance="1"), UsageError, ["VICRegLoss: covariance", "'1'"]),
         (lambda: losses.InfoNCE(-1.0), UsageError, ["InfoNCE", "temperature", "-1.0"]),
     ],
 )
@@ -222,5 +226,5 @@ def test_vicreg_equals_the_definition(n, dim, seed):
         for i in range(dim):
             expected += 25 * max(0.0, 1 - math.sqrt(covariances[i, i] + 1e-4)) / dim
             expected += sum(covariances[i, j] ** 2 for j in range(dim) if j != i) / dim
-    close(losses.vicreg(z0, z1), expected)
-    close(losses.vicreg(z1, z0), expected)
+    close(losses.vicreg_loss(z0, z1), expected)
+    close(losses.vicreg_loss(z1, z0), expected)

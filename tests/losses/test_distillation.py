@@ -172,12 +172,16 @@ A = torch.zeros(4, 8)
         (lambda: losses.OnlineDistillation()(A, []), UsageError, ["no teacher"]),
         (lambda: losses.OnlineDistillation()(A, None), DataError, ["one or several tensors, got None"]),
         (lambda: losses.OnlineDistillation("dkd")(A, A, "0"), DataError, ["column number", "'0'"]),
-        (lambda: losses.decoupled(A, A, alpha=-1), UsageError, ["alpha", "-1"]),
-        (lambda: losses.decoupled(A, A, beta="1"), UsageError, ["beta", "'1'"]),
-        (lambda: losses.standardised(A, A, scale=0), UsageError, ["scale", "0"]),
+        (lambda: losses.decoupled_distillation(A, A, alpha=-1), UsageError, ["alpha", "-1"]),
+        (lambda: losses.decoupled_distillation(A, A, beta="1"), UsageError, ["beta", "'1'"]),
+        (lambda: losses.standardised_distillation(A, A, scale=0), UsageError, ["scale", "0"]),
         (lambda: losses.OnlineDistillation("dkd")(A, A, 8), DataError, ["column 8", "8 classes"]),
         (lambda: losses.OnlineDistillation("dkd")(A, A, A[:, 0]), DataError, ["float32", "4 column numbers"]),
-        (lambda: losses.OnlineDistillation("dkd")(A[:, :1], A[:, :1]), DataError, [r"\(4, 1\)", "no other class"]),
+        (
+            lambda: losses.OnlineDistillation("dkd")(A[:, :1], A[:, :1]),
+            DataError,
+            [r"\(4, 1\)", "no class other"],
+        ),
     ],
 )
 def test_errors_say_what_does_not_fit(call, error, words):

@@ -37,7 +37,7 @@ def outputs_per_width(case, z, z2):
         return [(contrastive, logits, z)]
     return [
         (
-            [losses.moco_v3(q, k, temperature) for q in queries],
+            [losses.moco_v3_loss(q, k, temperature) for q in queries],
             [losses.moco_v3_logits(q, k, temperature) for q in queries],
             queries,
         )
@@ -97,9 +97,9 @@ def divergence(case):
     if "/kd_v2" in name:
         return lambda s, t: losses.soft_cross_entropy(s, t, case["Tt"], case["Ts"])
     if "/dkd" in name:
-        return lambda s, t: losses.decoupled(s, t, target, case["alpha"], case["beta"], case["T"])
+        return lambda s, t: losses.decoupled_distillation(s, t, target, case["alpha"], case["beta"], case["T"])
     if "atkd_v2" in name:
-        return lambda s, t: losses.standardised(s, t, case["T"], case["multiplier"])
+        return lambda s, t: losses.standardised_distillation(s, t, case["T"], case["multiplier"])
     return losses.squared_error
 
 
@@ -160,7 +160,7 @@ def test_published_weights(case):
 
 def test_published_vicreg():
     z1, z2 = (VICREG[f"vicreg/{name}"].clone().requires_grad_() for name in ("z1", "z2"))
-    loss = losses.vicreg(z1, z2)
+    loss = losses.vicreg_loss(z1, z2)
     loss.backward()
     close(loss, VICREG["vicreg/loss"])
     close(z1.grad, VICREG["vicreg/grad_z1"])
@@ -169,6 +169,6 @@ def test_published_vicreg():
 
 def test_published_vicreg_parts():
     z1, z2 = VICREG["vicreg/z1"], VICREG["vicreg/z2"]
-    close(losses.vicreg(z1, z2, 1, 0, 0), VICREG["vicreg/sim"])
-    close(losses.vicreg(z1, z2, 0, 1, 0), VICREG["vicreg/var"])
-    close(losses.vicreg(z1, z2, 0, 0, 1), VICREG["vicreg/cov"])
+    close(losses.vicreg_loss(z1, z2, 1, 0, 0), VICREG["vicreg/sim"])
+    close(losses.vicreg_loss(z1, z2, 0, 1, 0), VICREG["vicreg/var"])
+    close(losses.vicreg_loss(z1, z2, 0, 0, 1), VICREG["vicreg/cov"])

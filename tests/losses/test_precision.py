@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimmable import losses
-from slimmable.training import probe_loss
+from slimmable.evaluation import probe_loss
 
 
 def queue_of(z):
@@ -20,10 +20,10 @@ def distillation(kind):
 LOSSES = {
     "nt_xent": losses.nt_xent,
     "info_nce": lambda query, key: losses.info_nce(query, key, queue_of(query)),
-    "moco_v3": lambda query, keys: losses.moco_v3(query, keys, 0.2),
-    "byol": losses.byol,
-    "vicreg": losses.vicreg,
-    "contrast": lambda logits, _: losses.contrast(logits, 0.2),
+    "moco_v3": lambda query, keys: losses.moco_v3_loss(query, keys, 0.2),
+    "byol": losses.byol_loss,
+    "vicreg": losses.vicreg_loss,
+    "contrast": lambda logits, _: losses.contrastive_cross_entropy(logits, 0.2),
     "probe_loss": lambda wide, narrow: probe_loss({1.0: wide, 0.5: narrow}, torch.arange(len(wide)) % wide.shape[1]),
     **{kind: distillation(kind) for kind in ("kl", "embedding", "mse", "dkd", "atkd")},
     "slim_loss": lambda a, b: losses.slim_loss(

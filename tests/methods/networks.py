@@ -28,7 +28,7 @@ def predictor(plain: nn.Module) -> nn.Module:
 MAKE: dict[str, Callable[[], methods.Method]] = {
     "simclr": lambda: methods.SimCLR(encoder(methods.SimCLR.projector(FEATURES, HIDDEN, DIM))),
     "mocov2": lambda: methods.MoCoV2(
-        encoder(methods.MoCoV2.projector(FEATURES, HIDDEN, DIM)), dim=DIM, queue_size=32, momentum=0.9, parts=4
+        encoder(methods.MoCoV2.projector(FEATURES, HIDDEN, DIM)), proj_dim=DIM, queue_size=32, momentum=0.9, bn_splits=4
     ),
     "mocov3": lambda: methods.MoCoV3(
         encoder(methods.MoCoV3.projector(FEATURES, HIDDEN, DIM)), predictor(methods.MoCoV3.predictor(HIDDEN, DIM))

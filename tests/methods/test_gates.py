@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import slimmable
 from slimmable import methods
 from slimmable.errors import UsageError
 from slimmable.gating import GateBudget
-from slimmable.training import average_gradients, cosine_momentum
+from slimmable.training import MomentumEncoder, average_gradients, cosine_momentum
 from tests.methods.networks import DIM, FEATURES, HIDDEN, WIDTHS, batch_of, encoder, gradients_of, make, recipe_of
 from tests.methods.test_methods import ORACLES
 from tests.two_processes import run_in_two
@@ -30,7 +29,7 @@ def make_gated(name: str) -> methods.Method:
     method = make(name)
     slimmable.gating.gate(method.encoder, example_inputs=EXAMPLE, skip="projector*", inplace=True)
     if hasattr(method, "momentum_encoder"):
-        method.momentum_encoder = copy.deepcopy(method.encoder).requires_grad_(False)
+        method.momentum_encoder = MomentumEncoder(method.encoder)
     return method.train()
 
 
@@ -63,7 +62,7 @@ def taking_turns(method: methods.Method, runs: list[slimmable.gating.GatedPass])
 @pytest.mark.parametrize("name", GATED)
 def test_losses_and_gradients_are_those_of_plain_code(name):
     method, again = make_gated(name), make_gated(name)
-    recipe = slimmable.SlimRecipe(method.online, weights="ones")
+    recipe = slimmable.SlimRecipe(method.online, loss_weights="ones")
     criterion = GateBudget(TARGET, alpha=ALPHA)
     torch.manual_seed(1)  # of the gates' noise
     found = method.step(recipe, batch_of(method), progress=0.8, gates=criterion)

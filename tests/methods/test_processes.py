@@ -27,7 +27,9 @@ def train(name: str, share: slice) -> list[dict[str, Any]]:
         losses = method.step(recipe, batch, progress)
         average_gradients(method.online)
         # the key encoder of MoCo sees other images in each process, so its statistics differ, as published
-        buffers = {label: tensor.clone() for label, tensor in method.named_buffers() if "moco.key." not in label}
+        buffers = {
+            label: tensor.clone() for label, tensor in method.named_buffers() if "moco.key_encoder." not in label
+        }
         found.append({"losses": losses, "gradients": gradients_of(method), "buffers": buffers})
         optimizer.step()
     return found

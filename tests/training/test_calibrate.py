@@ -15,7 +15,7 @@ from slimmable._inputs import Inputs
 from slimmable._width import at_width, set_width, width_of
 from slimmable.errors import ConversionError, DataError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
-from slimmable.training.calibrate import calibrate_bn
+from slimmable.training import calibrate_bn
 
 WIDTHS = (1.0, 0.5, 0.25)
 

@@ -21,7 +21,7 @@ from slimmable.cli.figures import plot_imbalance
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
-from slimmable.training._blocks import shared_parameters
+from slimmable.training._gradients import shared_parameters
 from tests.layers.test_slimclr_parity import TENSORS, build
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -137,7 +137,7 @@ def expected_row(model, x, widths, hidden, scales):
 
 def run_step(model, diagnostics, x, scales, progress=1.0, recipe=None):
     """One step as a user writes it, the loss of each width scaled."""
-    recipe = recipe or SlimRecipe(model, weights="ones", slow_start=0.5)
+    recipe = recipe or SlimRecipe(model, loss_weights="ones", slow_start=0.5)
     model.zero_grad()
     for width in recipe.widths(progress):
         recipe.loss(scales.get(width, 1.0) * model(x).square().mean()).backward()
@@ -310,7 +310,7 @@ def test_wrappers_give_the_same_values(tmp_path):
 
 def test_widths_drawn_in_a_step_count_in_the_total_only():
     model = converted(universal=True)
-    recipe = SlimRecipe(model, weights="ones", random_widths=2)
+    recipe = SlimRecipe(model, loss_weights="ones", random_widths=2)
     diagnostics = GradientDiagnostics(model)
     run_step(model, diagnostics, torch.randn(4, 3, 32, 32), {}, recipe=recipe)
     row = diagnostics.rows[0]
@@ -369,7 +369,7 @@ def test_the_gradients_stay_as_they_are():
 # -- wrong calls
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, "50"])
 def test_every_must_be_a_number_of_steps(every):
-    with pytest.raises(UsageError, match="every must be an integer from 1 on"):
+    with pytest.raises(UsageError, match="every must be an integer of at least 1"):
         GradientDiagnostics(mlp([3, 8, 2], (1.0, 0.5)), every)
 
 

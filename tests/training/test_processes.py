@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from benchmarks.training_step.saved import peak_saved_bytes
+from slimmable._distributed import alone
 from slimmable.errors import DataError
 from slimmable.losses import nt_xent, nt_xent_logits
 from slimmable.training import average_gradients, gather, synchronised_batchnorm
-from slimmable.training._joined_batchnorm import merged_moments
-from slimmable.training._processes import alone
+from slimmable.training.batchnorm_sync import merged_moments
 from tests.two_processes import run_in_two
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -51,7 +51,7 @@ def views(dtype: torch.dtype) -> Tensor:
 
 def part(tensor: Tensor, dim: int = 0) -> Tensor:
     """What this process has of a tensor: one of two halves, or all of it."""
-    return tensor if alone(None) else tensor.chunk(2, dim)[dist.get_rank()]
+    return tensor if alone() else tensor.chunk(2, dim)[dist.get_rank()]
 
 
 def backward_passes(model: nn.Module, recipe: slimmable.SlimRecipe, images: Tensor, progress: float) -> None:

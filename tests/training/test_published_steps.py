@@ -13,8 +13,7 @@ from torch import nn
 
 from slimmable import losses, methods
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm1d, SwitchableBatchNorm2d
-from slimmable.training.moco import MoCo
-from slimmable.training.recipe import SlimRecipe
+from slimmable.training import MoCo, SlimRecipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -147,8 +146,8 @@ def scaled_copy(model):
 @cases_of("mocov2")
 def test_moco_v2_step(case):
     model, (x_query, x_key) = network("mocov2")
-    moco = MoCo(model, dim=16, queue_size=case["K"], momentum=case["moco_m"]).double()
-    moco.key = scaled_copy(model)
+    moco = MoCo(model, proj_dim=16, queue_size=case["K"], momentum=case["moco_m"]).double()
+    moco.key_encoder.network = scaled_copy(model)
     moco.queue.copy_(STEPS["queue0"])
     recipe, progress = recipe_of(case, model)
     terms = []
@@ -157,10 +156,10 @@ def test_moco_v2_step(case):
         if recipe.first:
             keys = moco.keys(model, x_key)
         logits = losses.moco_logits(query, keys, moco.queue)
-        terms.append(recipe.loss(losses.contrast(logits, case["T"]), teach=logits))
+        terms.append(recipe.loss(losses.contrastive_cross_entropy(logits, case["T"]), teach=logits))
         terms[-1].backward()
     moco.enqueue(keys)
-    assert_published(case, terms, model, moco.key)
+    assert_published(case, terms, model, moco.key_encoder.network)
     close(moco.queue, STEPS[f"{case['name']}/queue_after"])
     assert moco.position == case["ptr"]
 
@@ -195,7 +194,7 @@ def test_moco_v3_step(case):
                     own.lerp_(other, 1 - momentum)
                 k0, k1 = key(x0), key(x1)
         logits = [losses.moco_v3_logits(q, k, case["T"]) for q, k in ((q0, k1), (q1, k0))]
-        contrastive = losses.moco_v3(q0, k1, case["T"]) + losses.moco_v3(q1, k0, case["T"])
+        contrastive = losses.moco_v3_loss(q0, k1, case["T"]) + losses.moco_v3_loss(q1, k0, case["T"])
         terms.append(recipe.loss(contrastive, teach=logits))
         terms[-1].backward()
     assert_published(case, terms, base, key)
@@ -224,11 +223,12 @@ def assert_published_step(case, method, losses_of_step, key=None):
 @cases_of("mocov2")
 def test_moco_v2_takes_the_published_step(case):
     model, views = network("mocov2")
-    method = methods.MoCoV2(model, dim=16, queue_size=case["K"], momentum=case["moco_m"], temperature=case["T"])
+    method = methods.MoCoV2(model, proj_dim=16, queue_size=case["K"], momentum=case["moco_m"], temperature=case["T"])
     method.moco.double().queue.copy_(STEPS["queue0"])
-    method.moco.key = scaled_copy(model)
+    method.moco.key_encoder.network = scaled_copy(model)
     recipe, progress = recipe_of(case, method.online)
-    assert_published_step(case, method, method.step(recipe, methods.Batch(views), progress), method.moco.key)
+    found = method.step(recipe, methods.Batch(views), progress)
+    assert_published_step(case, method, found, method.moco.key_encoder.network)
     close(method.moco.queue, STEPS[f"{case['name']}/queue_after"])
 
 
@@ -246,11 +246,11 @@ def test_moco_v3_takes_the_published_step(case):
     top = predictor().double()
     top.load_state_dict(ours(STEPS, "predictor/"))
     method = methods.MoCoV3(model, top, momentum=case["init_m"], temperature=case["T"])
-    method.momentum_encoder = scaled_copy(model)
+    method.momentum_encoder.network = scaled_copy(model)
     recipe, _ = recipe_of(case, method.online)
     recipe.slow_start = case["slim_start_epoch"] / case["E"]
     found = method.step(recipe, methods.Batch(views), case["epoch"] / case["E"])
-    assert_published_step(case, method, found, method.momentum_encoder)
+    assert_published_step(case, method, found, method.momentum_encoder.network)
     parameters = dict(top.named_parameters())
     for name, gradient in ours(STEPS, f"{case['name']}/grad_predictor/").items():
         given = parameters[name].grad

@@ -15,7 +15,7 @@ from slimmable import losses
 from slimmable._width import at_width, set_width, width_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
-from slimmable.training.recipe import SlimRecipe
+from slimmable.training import SlimRecipe
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 KINDS = (None, "kl", "embedding", "mse", "dkd", "atkd")
@@ -91,10 +91,21 @@ def test_gradients_equal_those_of_the_summed_loss(kind, teachers, weights, share
 def test_weights_by_mode_sequence_and_mapping():
     model = network()
     expected = dict(zip(WIDTHS, (2.5, 1.0, 1.0, 1.0), strict=True))
-    assert SlimRecipe(model).weights == expected
-    assert SlimRecipe(model, weights=(2.5, 1, 1, 1)).weights == expected
-    mapping = SlimRecipe(model, weights={0.25: 1, 0.5: 1, 0.75: 1, 1: 2.5}).weights
+    assert SlimRecipe(model).loss_weights == expected
+    assert SlimRecipe(model, loss_weights=(2.5, 1, 1, 1)).loss_weights == expected
+    mapping = SlimRecipe(model, loss_weights={0.25: 1, 0.5: 1, 0.75: 1, 1: 2.5}).loss_weights
     assert list(mapping.items()) == list(expected.items())
+
+
+def test_the_repr_shows_the_widths_and_the_techniques():
+    recipe = SlimRecipe(network((1.0, 0.5)), losses.OnlineDistillation("mse"), slow_start=0.25)
+    assert repr(recipe) == (
+        f"SlimRecipe(widths=(1.0, 0.5), distill={recipe.distill!r}, loss_weights=(1.5, 1.0), slow_start=0.25, "
+        "random_widths=0)"
+    )
+    drawn = SlimRecipe(universal((1.0, 0.25)), loss_weights="ones", random_widths=2)
+    assert "widths=(1.0, 0.25), distill=None, loss_weights='ones'" in repr(drawn)
+    assert "random_widths=2" in repr(drawn)
 
 
 def test_slow_start_trains_the_widest_width_only_and_unweighted():
@@ -258,11 +269,11 @@ KL = losses.OnlineDistillation()
         (lambda: SlimRecipe(network()).widths(math.nan), UsageError, ["progress", "nan"]),
         (lambda: SlimRecipe(network()).widths(True), UsageError, ["progress", "True"]),
         (lambda: SlimRecipe(network()).widths("0.5"), UsageError, ["progress", "'0.5'"]),
-        (lambda: SlimRecipe(network(), weights="rest"), UsageError, ["unknown mode 'rest'"]),
-        (lambda: SlimRecipe(network(), weights=(1, 1)), WidthError, [r"2 weights \(1, 1\) for the 4 widths"]),
-        (lambda: SlimRecipe(network(), weights={1.0: 1, 0.5: 1}), WidthError, [r"\[0.5, 1.0\], the model has"]),
-        (lambda: SlimRecipe(network(), weights=(1, 1, 1, -1)), WidthError, ["width 0.25", "got -1"]),
-        (lambda: SlimRecipe(network(), weights=(1, math.nan, 1, 1)), WidthError, ["width 0.75", "got nan"]),
+        (lambda: SlimRecipe(network(), loss_weights="rest"), UsageError, ["unknown mode 'rest'"]),
+        (lambda: SlimRecipe(network(), loss_weights=(1, 1)), WidthError, [r"2 loss weights \(1, 1\) for the 4 widths"]),
+        (lambda: SlimRecipe(network(), loss_weights={1.0: 1, 0.5: 1}), WidthError, [r"\[0.5, 1.0\], the model has"]),
+        (lambda: SlimRecipe(network(), loss_weights=(1, 1, 1, -1)), WidthError, ["width 0.25", "got -1"]),
+        (lambda: SlimRecipe(network(), loss_weights=(1, math.nan, 1, 1)), WidthError, ["width 0.75", "got nan"]),
         (lambda: SlimRecipe(network()).loss(C), UsageError, ["no loop is running"]),
         (lambda: in_loop(lambda r, w: (r.loss(C), r.loss(C))), UsageError, ["called twice at width 1.0"]),
         (lambda: in_loop(lambda r, w: r.loss(C), distill=KL), UsageError, ["teach is missing at width 1.0"]),
@@ -355,7 +366,7 @@ def test_draws_are_anew_in_each_step_and_the_same_for_the_same_seed():
         (lambda: universal((1.0, 0.75, 0.5), universal=False), {"random_widths": 2}, "universal=True"),
         (lambda: universal((1.0,)), {"random_widths": 2}, "narrowest width below 1.0"),
         (universal, {"random_widths": -1}, "-1"),
-        (universal, {"random_widths": 2, "weights": [1, 1, 1]}, "mode"),
+        (universal, {"random_widths": 2, "loss_weights": [1, 1, 1]}, "mode"),
     ],
 )
 def test_sandwich_arguments_that_do_not_fit(model, options, says):

@@ -72,20 +72,20 @@ def test_timms_cosine_is_the_published_learning_rate(name):
 def test_momentum_update_is_the_published_one():
     case = GOLDEN["momentum_update"]
     network = nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2)).double()
-    moco = MoCo(network, dim=2, queue_size=4, momentum=case["m"]).double()
+    moco = MoCo(network, proj_dim=2, queue_size=4, momentum=case["m"]).double()
     with torch.no_grad():
         network[0].weight.copy_(torch.tensor(case["q"]))
-        moco.key[0].weight.copy_(torch.tensor(case["k_before"]))
+        moco.key_encoder.network[0].weight.copy_(torch.tensor(case["k_before"]))
     network[1].running_mean.fill_(5.0)
-    moco.key.eval()
+    moco.key_encoder.network.eval()
     moco.keys(network, torch.ones(4, 3, dtype=torch.float64))
-    torch.testing.assert_close(moco.key[0].weight.tolist(), case["k_after"], rtol=1e-6, atol=1e-7)
-    assert moco.key[1].running_mean.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(moco.key_encoder.network[0].weight.tolist(), case["k_after"], rtol=1e-6, atol=1e-7)
+    assert moco.key_encoder.network[1].running_mean.tolist() == [0.0, 0.0]
 
 
 def test_queue_is_the_published_one():
     case = GOLDEN["queue"]
-    moco = MoCo(nn.Linear(1, 1), dim=case["dim"], queue_size=case["K"])
+    moco = MoCo(nn.Linear(1, 1), proj_dim=case["dim"], queue_size=case["K"])
     for step in case["history"]:
         moco.enqueue(torch.tensor(step["keys(N=4,dim=4)"]))
         assert int(moco.position) == step["ptr_after"]

@@ -1,0 +1,91 @@
+"""Fine-tune an extracted network together with a new classifier on top of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimmable._checks import check_classes, check_labelled, check_not_negative
+from slimmable._inputs import check_module
+from slimmable.errors import DataError, UsageError
+from slimmable.evaluation.evaluate import as_input, outputs_of
+from slimmable.evaluation.linear import check_training, zero_linear
+from slimmable.view.state import is_slim
+
+
+def finetune(
+    backbone: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int | None = None,
+    epochs: int = 30,
+    batch_size: int = 128,
+    learning_rate: float = 0.02,
+    weight_decay: float = 1e-4,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Train a copy of an extracted network and a new linear classifier on top of it; `backbone` is not changed.
+
+    Cross-entropy; SGD with Nesterov momentum 0.9; a learning rate that falls to 0 by a cosine, step by step; weight
+    decay on all weights but biases and those of norms. BatchNorms are in train mode, so their statistics are updated.
+    The classifier starts from zero, and frozen parameters stay frozen. There is no augmentation.
+
+    Args:
+        backbone: images in, features of shape (batch, features) out, as `slimmable.extract` returns it for a width; the
+            training runs on its device.
+        images: of shape (images, channels, height, width), floats, or uint8 to be scaled to [0, 1].
+        labels: class numbers of shape (images,).
+        num_classes: number of classes; by default one more than the largest label.
+        epochs, batch_size: batches differ by one image at most, so the last one is not a small rest.
+        learning_rate: at the start.
+        weight_decay: per step, times the learning rate.
+        seed: for the order of the images and for dropout; the same seed gives the same network.
+
+    Returns: `nn.Sequential` of `backbone` and `classifier`, in eval mode; `accuracy_of` measures it.
+
+    Raises: UsageError: if `backbone` runs at several widths, or a number is out of its range. DataError: if images,
+        labels or features do not fit.
+
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+    >>> images = torch.eye(4).reshape(4, 1, 2, 2).repeat(8, 1, 1, 1)
+    >>> network = finetune(backbone, images, torch.arange(4).repeat(8))
+    >>> network(images).argmax(1)[:4]
+    tensor([0, 1, 2, 3])
+    """
+    from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+    check_module("finetune", backbone)
+    check_training("finetune", epochs, batch_size, learning_rate)
+    check_not_negative("finetune", weight_decay=weight_decay)
+    if any(is_slim(module) for module in backbone.modules()):
+        raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
+    check_labelled("finetune: images", images, labels)
+    classes = check_classes("finetune", labels, num_classes)
+    features = outputs_of(backbone, images[:2], batch_size=2)
+    if features.ndim != 2:
+        raise DataError(
+            f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
+        )
+    classifier = zero_linear(features.shape[1], classes, features.device)
+    network = nn.Sequential(OrderedDict(backbone=copy.deepcopy(backbone), classifier=classifier)).train()
+    optimizer = torch.optim.SGD(
+        param_groups_weight_decay(network, weight_decay), lr=learning_rate, momentum=0.9, nesterov=True
+    )
+    steps = -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * steps))
+    targets = labels.to(features.device)
+    with torch.random.fork_rng([features.device] if features.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images)).tensor_split(steps):
+                optimizer.zero_grad()
+                scores = network(as_input(network, images[rows.to(images.device)]))
+                F.cross_entropy(scores, targets[rows.to(targets.device)]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+    return network.eval()

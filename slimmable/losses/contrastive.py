@@ -1,0 +1,211 @@
+"""Contrastive losses of MoCo v2, SimCLR and MoCo v3, and the logits that online distillation compares.
+
+All `*_logits` functions put the positive pair into column 0 and the negatives behind it. Embeddings are scaled to unit
+length here, so raw and normalised ones give the same value. Half-precision input is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimmable._checks import check_matrices, check_positive, check_same_shape
+from slimmable._numerics import at_least_float32, matmul_without_autocast, unit_vectors
+from slimmable.errors import DataError
+
+
+def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Return the mean cross-entropy of picking column 0 by `logits / temperature`, a scalar in nats.
+
+    The last step of the losses below. Where the logits are needed anyway, for distillation, computing them once and
+    calling this saves a second matrix product. `logits` has shape (batch, 1 + negatives).
+
+    Raises: DataError: if `logits` is not a floating-point matrix. UsageError: if `temperature` is not positive.
+
+    >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # nothing to choose by: log 5
+    tensor(1.6094)
+    """
+    check_matrices("contrastive_cross_entropy", logits=logits)
+    check_positive("contrastive_cross_entropy", temperature=temperature)
+    positive = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+    return F.cross_entropy(at_least_float32(logits) / temperature, positive)
+
+
+def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    """Return the cosines of MoCo (He et al. 2020, algorithm 1), not divided by a temperature.
+
+    `query` and `key` have shape (batch, dim), `queue` has (dim, negatives) as in MoCo; the result has shape
+    (batch, 1 + negatives), with the cosine of `query[i]` and `key[i]` in column 0. Later changes of `queue` do not
+    affect it.
+
+    Raises: DataError: if the shapes do not fit.
+
+    >>> moco_logits(torch.eye(2), torch.eye(2), torch.tensor([[3.0], [4.0]]))
+    tensor([[1.0000, 0.6000],
+            [1.0000, 0.8000]])
+    """
+    check_same_shape("moco_logits", query=query, key=key)
+    check_matrices("moco_logits", queue=queue)
+    if queue.shape[0] != query.shape[1]:
+        hint = "; it seems transposed" if queue.shape[1] == query.shape[1] else ""
+        raise DataError(
+            f"moco_logits: queue has shape {tuple(queue.shape)}, expected ({query.shape[1]}, negatives) "
+            f"for queries of shape {tuple(query.shape)}{hint}"
+        )
+    query = unit_vectors(query)
+    positives = (query * unit_vectors(key)).sum(1, keepdim=True)
+    return torch.cat([positives, matmul_without_autocast(query, unit_vectors(queue, dim=0))], dim=1)
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
+    """Return the InfoNCE loss of MoCo v2, a scalar in nats (He et al. 2020, eq. 1; temperature of Chen et al. 2020).
+
+    Shapes and errors are those of `moco_logits`. The queue must not hold the keys of this batch yet.
+
+    >>> query = torch.eye(4, 8)
+    >>> queue = torch.eye(8)[:, 4:]  # orthogonal to all queries
+    >>> info_nce(query, query, queue, temperature=1.0)  # log(e + 4) - 1
+    tensor(0.9048)
+    """
+    return contrastive_cross_entropy(moco_logits(query, key, queue), temperature)
+
+
+def nt_xent_logits(z0: Tensor, z1: Tensor) -> Tensor:
+    """Return the cosines of SimCLR among all 2n embeddings of two views, not divided by a temperature.
+
+    `z0` and `z1` have shape (n, dim), with row i of both from the same image; the result has shape (2n, 2n - 1), with
+    the rows of `z0` first. Column 0 is the other view of the same image; then follow the other images in the other
+    view, and those in the same view. With several processes, gather both views first (`slimmable.training.gather`).
+
+    Raises: DataError: if the shapes differ or are not those of matrices.
+
+    >>> nt_xent_logits(torch.eye(2), torch.eye(2))
+    tensor([[1., 0., 0.],
+            [1., 0., 0.],
+            [1., 0., 0.],
+            [1., 0., 0.]])
+    """
+    check_same_shape("nt_xent_logits", z0=z0, z1=z1)
+    z0, z1 = unit_vectors(z0), unit_vectors(z1)
+    across = matmul_without_autocast(z0, z1.T)
+    within = [_off_diagonal(matmul_without_autocast(z, z.T)) for z in (z0, z1)]
+    positives = across.diagonal()[:, None]
+    return torch.cat(
+        [
+            torch.cat([positives, _off_diagonal(across), within[0]], dim=1),
+            torch.cat([positives, _off_diagonal(across.T), within[1]], dim=1),
+        ]
+    )
+
+
+def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:
+    """Return the NT-Xent loss of SimCLR, a scalar in nats: the mean over all 2n embeddings (Chen et al. 2020, eq. 1).
+
+    Shapes and errors are those of `nt_xent_logits`.
+
+    >>> nt_xent(torch.ones(4, 8), torch.ones(4, 8))  # all alike: log(2n - 1)
+    tensor(1.9459)
+    """
+    return contrastive_cross_entropy(nt_xent_logits(z0, z1), temperature)
+
+
+def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
+    """Return the logits of MoCo v3 for one direction: cosines, here divided by `temperature`.
+
+    `query` has shape (batch, dim) and `keys` (n, dim) with n >= batch; row `offset + i` of `keys` is the positive of
+    `query[i]`. So keys gathered from several processes go in with `offset = rank * batch`. The result has shape
+    (batch, n): the positive in column 0, the other keys behind it in their order.
+
+    Raises: DataError: if the shapes do not fit. UsageError: if `temperature` is not positive.
+
+    >>> moco_v3_logits(torch.eye(2), torch.eye(2), temperature=0.5)
+    tensor([[2., 0.],
+            [2., 0.]])
+    """
+    check_matrices("moco_v3_logits", query=query, keys=keys)
+    check_positive("moco_v3_logits", temperature=temperature)
+    batch, end = query.shape[0], offset + query.shape[0]
+    if keys.shape[1] != query.shape[1] or not 0 <= offset <= keys.shape[0] - batch:
+        raise DataError(
+            f"moco_v3_logits: query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}: expected "
+            f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
+        )
+    logits = matmul_without_autocast(unit_vectors(query), unit_vectors(keys).T) / temperature
+    own = logits[:, offset:end]
+    return torch.cat([own.diagonal()[:, None], logits[:, :offset], _off_diagonal(own), logits[:, end:]], dim=1)
+
+
+def moco_v3_loss(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
+    """Return the loss of MoCo v3 for one direction, a scalar: cross-entropy times `2 * temperature`.
+
+    The loss of a step is symmetric: `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` (Chen et al. 2021, algorithm 1; the
+    temperature is 1.0 for ResNets and 0.2 for vision transformers). Shapes and errors are those of `moco_v3_logits`.
+
+    >>> moco_v3_loss(torch.ones(4, 8), torch.ones(4, 8))  # all alike: 2 log 4
+    tensor(2.7726)
+    """
+    return 2 * temperature * contrastive_cross_entropy(moco_v3_logits(query, keys, temperature, offset), 1.0)
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    """Return the entries off the diagonal of a matrix of shape (n, n), as shape (n, n - 1)."""
+    n = square.shape[0]
+    # After its first entry, the flattened matrix is n - 1 runs of n entries, each followed by one of the diagonal.
+    return square.reshape(-1)[1:].reshape(n - 1, n + 1)[:, :n].reshape(n, n - 1)
+
+
+class _WithTemperature(nn.Module):
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        check_positive(type(self).__name__, temperature=temperature)
+        self.temperature = temperature
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+class InfoNCE(_WithTemperature):
+    """`info_nce` as a module.
+
+    >>> InfoNCE()
+    InfoNCE(temperature=0.2)
+    """
+
+    def __init__(self, temperature: float = 0.2) -> None:
+        super().__init__(temperature)
+
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        """Return `info_nce(query, key, queue)` at the module's temperature."""
+        return info_nce(query, key, queue, self.temperature)
+
+
+class NTXent(_WithTemperature):
+    """`nt_xent` as a module.
+
+    >>> NTXent(temperature=0.5)(torch.ones(4, 8), torch.ones(4, 8))
+    tensor(1.9459)
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__(temperature)
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Return `nt_xent(z0, z1)` at the module's temperature."""
+        return nt_xent(z0, z1, self.temperature)
+
+
+class MoCoV3Loss(_WithTemperature):
+    """The symmetric loss of MoCo v3 as a module: `moco_v3_loss` in both directions.
+
+    >>> q = k = torch.ones(4, 8)
+    >>> MoCoV3Loss()(q, q, k, k)
+    tensor(5.5452)
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__(temperature)
+
+    def forward(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, offset: int = 0) -> Tensor:
+        """Return `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` at the module's temperature."""
+        return moco_v3_loss(q0, k1, self.temperature, offset) + moco_v3_loss(q1, k0, self.temperature, offset)

@@ -1,0 +1,240 @@
+"""Online distillation: wider widths teach narrower ones within the same training step.
+
+The functions take a student's and a teacher's output, matrices of one shape (batch, classes). They return a scalar and
+let no gradient into the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimmable._checks import check_fraction, check_not_negative, check_positive, check_same_shape
+from slimmable._numerics import at_least_float32, unit_vectors
+from slimmable.errors import DataError, UsageError
+
+DistillationKind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
+Teachers = Literal["widest", "all wider"]
+
+
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, teacher_temperature: float = 5.0, student_temperature: float = 5.0
+) -> Tensor:
+    """Return the cross-entropy from softmax(teacher / T_t) to softmax(student / T_s), times T_s squared, in nats.
+
+    The distillation of SlimCLR (Zhao et al. 2024, "online distillation", after Hinton et al. 2015). The teacher's
+    entropy is not subtracted; the gradient is that of the Kullback-Leibler divergence.
+
+    Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
+
+    >>> soft_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), 1.0, 1.0)  # log 4
+    tensor(1.3863)
+    """
+    student, teacher = _prepare("soft_cross_entropy", student, teacher)
+    check_positive(
+        "soft_cross_entropy", teacher_temperature=teacher_temperature, student_temperature=student_temperature
+    )
+    targets = (teacher / teacher_temperature).softmax(1)
+    return student_temperature**2 * F.cross_entropy(student / student_temperature, targets)
+
+
+def embedding_cross_entropy(
+    student: Tensor, teacher: Tensor, teacher_temperature: float = 5.0, student_temperature: float = 5.0
+) -> Tensor:
+    """Return `soft_cross_entropy` of embeddings scaled to unit length, whose features stand for classes.
+
+    Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
+
+    >>> z = torch.eye(2)
+    >>> bool(embedding_cross_entropy(z, z) == embedding_cross_entropy(7 * z, z))
+    True
+    """
+    student, teacher = _prepare("embedding_cross_entropy", student, teacher)
+    return soft_cross_entropy(unit_vectors(student), unit_vectors(teacher), teacher_temperature, student_temperature)
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference over all elements, of logits or of embeddings (scaled to unit length before).
+
+    Raises: DataError: if the shapes differ.
+
+    >>> squared_error(torch.zeros(2, 2), torch.full((2, 2), 3.0))
+    tensor(9.)
+    """
+    student, teacher = _prepare("squared_error", student, teacher)
+    return F.mse_loss(student, teacher)
+
+
+def decoupled_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    target: int | Tensor = 0,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the decoupled knowledge distillation loss (Zhao et al. 2022, eq. 7), times the temperature squared.
+
+    `alpha` weighs the divergence of "target or not", `beta` that among the other classes. `target` is the column of
+    the right class: one for all rows, or a tensor of shape (batch,). The logits of this package have it in column 0.
+
+    Raises: DataError: if the shapes do not fit, or there is only one class. UsageError: if the temperature is not
+        positive, or a weight is negative.
+
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> decoupled_distillation(logits, logits)
+    tensor(0.)
+    """
+    student, teacher = _prepare("decoupled_distillation", student, teacher)
+    check_positive("decoupled_distillation", temperature=temperature)
+    check_not_negative("decoupled_distillation", alpha=alpha, beta=beta)
+    of_target, of_others = [], []
+    for logits in (student / temperature, teacher / temperature):
+        right, others = _split(logits, target)
+        total = logits.logsumexp(1, keepdim=True)
+        of_target.append(torch.cat([right, others.logsumexp(1, keepdim=True)], dim=1) - total)
+        of_others.append(others.log_softmax(1))
+    return temperature**2 * (alpha * _divergence(*of_target) + beta * _divergence(*of_others))
+
+
+def standardised_distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, scale: float = 2.0) -> Tensor:
+    """Return the divergence of logits that are standardised row by row and multiplied by `scale` ("atkd").
+
+    The Kullback-Leibler divergence at `temperature`, times the temperature squared; the gradient flows through the
+    student's standardisation. As in the code of SlimCLR (Zhao et al. 2024).
+
+    Raises: DataError: if the shapes differ. UsageError: if the temperature or `scale` is not positive.
+
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> standardised_distillation(logits, 10 * logits) < 1e-6
+    tensor(True)
+    """
+    student, teacher = _prepare("standardised_distillation", student, teacher)
+    check_positive("standardised_distillation", temperature=temperature, scale=scale)
+    classes = student.shape[1:]
+    return temperature**2 * _divergence(
+        (F.layer_norm(student, classes) * scale / temperature).log_softmax(1),
+        (F.layer_norm(teacher, classes) * scale / temperature).log_softmax(1),
+    )
+
+
+def _prepare(where: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    check_same_shape(where, student=student, teacher=teacher)
+    return at_least_float32(student), at_least_float32(teacher.detach())
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence from log-probabilities `teacher` to `student`, averaged over the batch."""
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _split(logits: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logit of the target, shape (batch, 1), and the others, shape (batch, classes - 1)."""
+    batch, classes = logits.shape
+    if classes < 2:
+        raise DataError(
+            f"decoupled_distillation: logits of shape {tuple(logits.shape)} have no class other than the target"
+        )
+    if isinstance(target, int):
+        if not 0 <= target < classes:
+            raise DataError(f"decoupled_distillation: target column {target} is not among the {classes} classes")
+        others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1) if target else logits[:, 1:]
+        return logits[:, target : target + 1], others
+    if not isinstance(target, Tensor):
+        raise DataError(f"decoupled_distillation: target must be a column number or a tensor of them, got {target!r}")
+    if target.shape != (batch,) or target.is_floating_point():
+        raise DataError(
+            f"decoupled_distillation: target has shape {tuple(target.shape)} and type {target.dtype}, expected {batch} "
+            f"column numbers for logits of shape {tuple(logits.shape)}"
+        )
+    right = target.long()[:, None]
+    columns = torch.arange(classes - 1, device=logits.device)
+    return logits.gather(1, right), logits.gather(1, columns + (columns >= right))
+
+
+class OnlineDistillation(nn.Module):
+    """The loss that pulls a narrow width's output towards the outputs of wider ones (SlimCLR, Zhao et al. 2024).
+
+    Call it with the student's output and that of one teacher, or of several from the widest down, all of shape
+    (batch, classes). It returns a scalar; no gradient flows into a teacher.
+
+    | kind | compares | published name |
+    |---|---|---|
+    | `kl` | logits, by `soft_cross_entropy` | seed loss (the paper's choice) |
+    | `embedding` | embeddings, by `embedding_cross_entropy` | inplace distill |
+    | `mse` | logits or normalised embeddings, by `squared_error` | mse |
+    | `dkd` | logits with the right answer in column 0, by `decoupled_distillation` | dkd |
+    | `atkd` | logits, by `standardised_distillation` | atkd |
+
+    Args:
+        kind: one of the table.
+        teacher_temperature: for `kl` and `embedding`; the others have the constants of their publications. The default
+            is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; MoCo v3 takes 1, and logits divided
+            by its own temperature.
+        student_temperature: the same for the student.
+        teachers: "widest" learns from the first of several teachers, "all wider" averages the losses to all of them.
+        weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].
+
+    Raises: UsageError: if an argument is not one of these. DataError: when called with shapes that differ.
+
+    >>> distill = OnlineDistillation()
+    >>> distill
+    OnlineDistillation(kind='kl', teacher_temperature=5.0, student_temperature=5.0, teachers='widest', weight=0.5)
+    >>> distill(torch.zeros(2, 4), torch.zeros(2, 4))  # 25 log 4
+    tensor(34.6574)
+    """
+
+    def __init__(
+        self,
+        kind: DistillationKind = "kl",
+        teacher_temperature: float = 5.0,
+        student_temperature: float = 5.0,
+        teachers: Teachers = "widest",
+        weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        kinds = get_args(DistillationKind)
+        if kind not in kinds:
+            raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(kinds)}")
+        if teachers not in get_args(Teachers):
+            raise UsageError(f"OnlineDistillation: teachers must be 'widest' or 'all wider', got {teachers!r}")
+        check_fraction("OnlineDistillation", weight=weight)
+        check_positive(
+            "OnlineDistillation", teacher_temperature=teacher_temperature, student_temperature=student_temperature
+        )
+        self.kind: DistillationKind = kind
+        self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
+        self.teachers: Teachers = teachers
+        self.weight = weight
+
+    def forward(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: int | Tensor = 0) -> Tensor:
+        """Return the loss of `student`; `target` is the right answer's column, which only `dkd` needs."""
+        if isinstance(teachers, Tensor):
+            teachers = [teachers]
+        elif not isinstance(teachers, Iterable):
+            raise DataError(f"OnlineDistillation: teachers must be one or several tensors, got {teachers!r}")
+        several = list(teachers)
+        if not several:
+            raise UsageError("OnlineDistillation: there is no teacher; give the output of at least one wider width")
+        chosen = several[:1] if self.teachers == "widest" else several
+        return torch.stack([self._compare(student, teacher, target) for teacher in chosen]).mean()
+
+    def _compare(self, student: Tensor, teacher: Tensor, target: int | Tensor) -> Tensor:
+        if self.kind == "kl":
+            return soft_cross_entropy(student, teacher, self.teacher_temperature, self.student_temperature)
+        if self.kind == "embedding":
+            return embedding_cross_entropy(student, teacher, self.teacher_temperature, self.student_temperature)
+        if self.kind == "mse":
+            return squared_error(student, teacher)
+        if self.kind == "dkd":
+            return decoupled_distillation(student, teacher, target)
+        return standardised_distillation(student, teacher)
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor."""
+        names = ("kind", "teacher_temperature", "student_temperature", "teachers", "weight")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -1,0 +1,285 @@
+"""What all methods share: the encoder, the batch, and one training step at one width after the other."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimmable._columns import places_of
+from slimmable._distributed import means_over_processes
+from slimmable._inputs import check_module
+from slimmable._width import set_width
+from slimmable.errors import DataError, DivergedError, UsageError
+from slimmable.gating import GateBudget, dense, gated, has_gates
+from slimmable.losses import OnlineDistillation
+from slimmable.training import GradientDiagnostics, SlimRecipe, synchronised_batchnorm
+
+
+class Encoder(nn.Module):
+    """A backbone and its projection head, plain PyTorch: images in, embeddings of shape (batch, proj_dim) out.
+
+    Convert both together: the features between them get thinner with the backbone, the embedding keeps its size.
+
+    >>> import torch, slimmable
+    >>> encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 6))
+    >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
+    >>> with slimmable.at_width(encoder, 0.5):
+    ...     encoder.backbone(torch.zeros(2, 1, 2, 2)).shape, encoder(torch.zeros(2, 1, 2, 2)).shape
+    (torch.Size([2, 4]), torch.Size([2, 6]))
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embeddings of `images`, not scaled to unit length."""
+        output: Tensor = self.projector(self.backbone(images))
+        return output
+
+
+@dataclass
+class Batch:
+    """The views of a batch of images, each of shape (batch, channels, height, width), and labels where they count."""
+
+    views: Sequence[Tensor]
+    labels: Tensor | None = None
+    targets: Sequence[Tensor] = ()  # while a step runs, what `prepare` returned, once for all widths
+
+
+@dataclass
+class Outcome:
+    """What a method makes of a batch at one width.
+
+    `loss` is the method's scalar loss. `logits` and `embeddings` are what distillation can compare between widths: one
+    tensor of shape (rows, classes) for each direction or view.
+    """
+
+    loss: Tensor
+    logits: Sequence[Tensor] = ()
+    embeddings: Sequence[Tensor] = ()
+
+
+class Method(nn.Module):
+    """A training method around a converted encoder; subclasses say what happens once per step, and at each width.
+
+    With several processes, each sees its own part of the batch. A step followed by `average_gradients` then gives the
+    gradients, and the BatchNorm statistics, of one process that sees the whole batch.
+
+    Args:
+        encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
+
+    Raises: UsageError: if `encoder` is not a module.
+    """
+
+    views: ClassVar[int] = 2
+    """How many views of each image a step takes."""
+
+    two_passes: ClassVar[bool] = True
+    """Whether the encoder sees more than one view, so that one can go through the gated network; see `step`."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        check_module(type(self).__name__, encoder)
+        self.encoder = encoder
+
+    @property
+    def online(self) -> nn.ModuleList:
+        """What is trained and switches widths: give it to `SlimRecipe`, and its parameters to the optimizer."""
+        return nn.ModuleList([self.encoder])
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What is kept after the training: the encoder without its projection head.
+
+        Raises: UsageError: if the encoder has no part of this name.
+        """
+        kept = getattr(self.encoder, "backbone", None)
+        if not isinstance(kept, nn.Module):
+            raise UsageError(
+                f"{type(self).__name__}.backbone: the encoder, {type(self.encoder).__name__}, has no module of this "
+                "name; make it a slimmable.methods.Encoder"
+            )
+        return kept
+
+    @staticmethod
+    def distillation() -> OnlineDistillation:
+        """Return the distillation that suits this method's outputs; here that of SlimCLR, cosines at temperature 5."""
+        return OnlineDistillation()
+
+    def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
+        """Do what happens once per step, at the full width and without gradients; the result is `batch.targets`."""
+        return ()
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Outcome:
+        """Return the loss of the active width, and what distillation compares."""
+
+    def embed(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Return the encoder's embeddings of each view; in a gated pass, all but the first by the dense network."""
+        first = self.encoder(views[0])
+        with dense(self.encoder) if has_gates(self.encoder) else nullcontext():
+            return [first, *(self.encoder(view) for view in views[1:])]
+
+    def finish(self, batch: Batch) -> None:
+        """Do what comes after the last `backward` of a step."""
+
+    def step(
+        self,
+        recipe: SlimRecipe,
+        batch: Batch,
+        progress: float,
+        *,
+        step: int | None = None,
+        autocast: torch.dtype | None = None,
+        diagnostics: GradientDiagnostics | None = None,
+        gates: GateBudget | None = None,
+    ) -> dict[float, float]:
+        """Add up the gradients of one training step over its widths; return width -> loss, the widest first.
+
+        Clear the gradients before. Afterwards average them over the processes, if there are several, and step the
+        optimizer. After an error the width is 1.0, but widths that ran have left gradients and BatchNorm statistics,
+        and a momentum encoder has moved.
+
+        Args:
+            recipe: made of `online`.
+            batch: views, and labels for methods that use them.
+            progress: fraction of the training done, in [0, 1].
+            step: number of this step, see `SlimRecipe.widths`.
+            autocast: type of mixed precision, such as `torch.bfloat16`, or None. Losses are not scaled, as float16
+                would need.
+            diagnostics: told of every `backward`; after an error, what it holds of this step is discarded.
+            gates: with it the first view goes through the gated network and the second through the dense one (Krishna
+                et al. 2023), and its losses are added. It is given `progress` for the epoch, so its `alpha` is that of
+                the whole training. Without it, gates are off.
+
+        Raises:
+            DivergedError: if a loss is not finite; all gradients are then cleared. Losses are read once, after the last
+                `backward`, because reading a number makes the CPU wait for the GPU.
+            UsageError: if the recipe is of another model, the batch has the wrong number of views, or `gates` is given
+                for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
+            DataError: if views are not tensors with one entry for each image.
+        """
+        self._check(recipe, batch, autocast, gates)
+        set_width(self, 1.0)  # also the modules that only `prepare` runs
+        found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and that with distillation
+        mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
+        with _left_clean(batch, diagnostics):
+            for width in recipe.widths(progress, step):
+                if recipe.first:
+                    with torch.no_grad(), mixed():
+                        batch.targets = self.prepare(batch, progress)
+                with synchronised_batchnorm():
+                    with mixed():
+                        with nullcontext() if gates is None else gated(self.encoder) as run:
+                            outcome = self(batch)
+                        loss = outcome.loss if gates is None or run is None else outcome.loss + gates(run, progress)
+                        loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
+                    found[width] = outcome.loss.detach(), loss.detach()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                del outcome, loss, run  # or they would stay alive while the next width runs
+                if diagnostics is not None:
+                    diagnostics.after_backward(width)
+            try:
+                losses = _finite_losses(found)
+            except DivergedError:
+                self.zero_grad()
+                raise
+            self.finish(batch)
+        return losses
+
+    def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
+        """Refuse what a step cannot work with, before anything changes."""
+        where = f"{type(self).__name__}.step"
+        if not isinstance(recipe, SlimRecipe):
+            raise UsageError(f"{where}: recipe must be a SlimRecipe(method.online, ...), got {type(recipe).__name__}")
+        switched = {id(module) for module, _ in places_of(recipe.model)}
+        if not switched.issuperset(id(module) for module, _ in places_of(self.online)):
+            raise UsageError(
+                f"{where}: the recipe switches the widths of another model, or of a part of this one; "
+                "make it of `online`: SlimRecipe(method.online, ...)"
+            )
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
+        if gates is not None:
+            self._check_gates(where, recipe, gates)
+        if not isinstance(batch, Batch):
+            raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
+        if len(batch.views) != self.views:
+            raise UsageError(f"{where}: takes {self.views} views of each image, got {len(batch.views)}")
+        for view in batch.views:
+            if not isinstance(view, Tensor) or not view.ndim:
+                raise DataError(f"{where}: a view must be a tensor of shape (batch, ...), got {view!r}")
+        if len({len(view) for view in batch.views}) > 1:
+            shapes = " and ".join(str(tuple(view.shape)) for view in batch.views)
+            raise DataError(f"{where}: views have shapes {shapes}; row i of each must belong to the same image")
+
+    def _check_gates(self, where: str, recipe: SlimRecipe, gates: GateBudget) -> None:
+        if not self.two_passes:
+            raise UsageError(
+                f"{where}: its encoder sees one view, but gates are trained with one for each of two passes; "
+                "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
+            )
+        if not isinstance(gates, GateBudget):
+            raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
+        if not has_gates(self.encoder):
+            raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
+        if recipe.random_widths:
+            raise UsageError(
+                f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
+                "make it without them"
+            )
+
+    def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:
+        if distill is None:
+            return None
+        kind = "embeddings" if distill.kind in ("embedding", "mse") else "logits"
+        found: Sequence[Tensor] = getattr(outcome, kind)
+        if not found:
+            raise UsageError(
+                f"{type(self).__name__} has no {kind}, which distillation of kind {distill.kind!r} compares; its own "
+                f"is {self.distillation().kind!r}"
+            )
+        return found
+
+
+def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module]:
+    """Return a layer of a projection head or predictor: linear, BatchNorm, ReLU."""
+    return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+
+
+@contextmanager
+def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterator[None]:
+    """Leave nothing of a step in the batch, and nothing of a step that broke off in the diagnostics."""
+    try:
+        yield
+    except BaseException:
+        if diagnostics is not None:
+            diagnostics.discard()
+        raise
+    finally:
+        batch.targets = ()
+
+
+def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
+    """Return each width's own loss, averaged over the processes.
+
+    Raises: DivergedError: if a loss is not finite.
+    """
+    numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
+    losses = dict(zip(found, numbers[::2], strict=True))
+    for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at width {width:g}")
+        if not math.isfinite(distilled):
+            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}")
+    return losses

@@ -1,0 +1,199 @@
+"""Let batch norms use the statistics of all processes' batches together, for as long as a block runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from slimmable._distributed import alone, from_all
+from slimmable._numerics import at_least_float32
+from slimmable.errors import DataError
+
+
+@contextmanager
+def synchronised_batchnorm() -> Iterator[None]:
+    """While the block runs, let every batch norm in training mode work on the joined batch of all processes.
+
+    Outputs, gradients and running statistics are those of one process with the joined batch. No module is replaced:
+    the block applies to whatever calls `torch.nn.functional.batch_norm`, such as torch's and timm's batch norms and
+    the norm of each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same
+    order, at the same width; their batches may differ in size. Half precision is computed in float32. Layers in eval
+    mode that have running statistics are not affected. Without a process group, or with one process, nothing changes.
+
+    Run forward passes in the block, and with activation checkpointing `backward` too. The block replaces the function
+    in `torch` itself, so it applies to all threads; it does not reach into TorchScript, and there are no second
+    derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` (for timm's models
+    `timm.layers.convert_sync_batchnorm`) is faster, and works on slimmable models as well.
+
+    Raises: DataError: in all processes, by a batch norm whose input differs between them in channels, type or need of
+        gradient, or has fewer than two values per channel in the joined batch.
+
+    >>> norm = torch.nn.BatchNorm1d(2)
+    >>> with synchronised_batchnorm():  # the only process: the batch is the joined batch
+    ...     norm(torch.tensor([[0.0, 1.0], [2.0, 5.0]])).detach().round(decimals=2)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    """
+    if alone():
+        yield
+        return
+    functional, native, joined = F.batch_norm, torch.batch_norm, _eager()
+
+    def our_functional(
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return functional(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return joined(input, running_mean, running_var, weight, bias, momentum, eps)
+
+    def our_native(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        if not training:
+            return native(input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
+        return joined(input, running_mean, running_var, weight, bias, momentum, eps)
+
+    # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
+    F.batch_norm, torch.batch_norm = our_functional, our_native
+    try:
+        yield
+    finally:
+        F.batch_norm, torch.batch_norm = functional, native
+
+
+@functools.cache
+def _eager() -> Callable[..., Tensor]:
+    """Return `joined_batch_norm` hidden from the compiler; made only when needed, since this loads the compiler."""
+    return cast(Callable[..., Tensor], torch.compiler.disable(joined_batch_norm))  # type: ignore[no-untyped-call]
+
+
+def joined_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Return this process's part of the batch norm of the joined batch, shape (batch, channels, ...)."""
+    counts = _counts(input)
+    with torch.no_grad():
+        values = at_least_float32(input)
+        mean = _sums(values) / max(1, counts[dist.get_rank()])
+        squares = _sums((values - _per_channel(mean, values)).square_())
+        means, all_squares = torch.stack(from_all(torch.stack([mean, squares]))).unbind(1)
+        mean, squares = merged_moments(counts, means, all_squares)
+        total = sum(counts)
+        for running, found in ((running_mean, mean), (running_var, squares / (total - 1))):
+            if running is not None:
+                running.copy_(torch.lerp(running.to(found.dtype), found, momentum))
+        scale = (squares / total + eps).rsqrt()
+    return cast(Tensor, _Normalise.apply(input, weight, bias, mean, scale, total))
+
+
+def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of several samples taken together, and the sums of squared distances to them.
+
+    The pairwise update of Chan, Golub and LeVeque (1979), for any number of samples; a sample may be empty.
+
+    Args:
+        counts: number of values per channel in each sample.
+        means, squares: shape (samples, channels); the mean of each sample, and the sum of squared distances to it.
+
+    >>> merged_moments([1, 3], torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [6.0]]))  # e.g. of 0 and 3, 3, 6
+    (tensor([3.]), tensor([18.]))
+    """
+    sizes = torch.tensor(counts, dtype=means.dtype, device=means.device)[:, None]
+    mean = (sizes / sum(counts) * means).sum(0)
+    return mean, squares.sum(0) + (sizes * (means - mean).square()).sum(0)
+
+
+class _Normalise(Function):
+    """Centre, scale, apply gain and bias; the backward includes the gradient through the joined batch's moments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, scale: Tensor, total: int
+    ) -> Tensor:
+        ctx.total = total
+        ctx.save_for_backward(input, weight, mean, scale)
+        gain = scale if weight is None else scale * weight
+        output = (at_least_float32(input) - _per_channel(mean, input)).mul_(_per_channel(gain, input))
+        return (output if bias is None else output.add_(_per_channel(bias, input))).to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, scale = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad = at_least_float32(grad)
+        normal = (at_least_float32(input) - _per_channel(mean, input)).mul_(_per_channel(scale, input))
+        sums = torch.stack([_sums(grad), _sums(grad * normal)])
+        grad_bias, grad_weight = sums.to(scale.dtype if weight is None else weight.dtype, copy=True)
+        grad_input = None
+        if needs_input:
+            dist.all_reduce(sums)
+            shift, slope = sums / ctx.total
+            gain = scale if weight is None else scale * weight
+            inner = normal.mul_(_per_channel(-slope, input)).add_(grad).sub_(_per_channel(shift, input))
+            grad_input = inner.mul_(_per_channel(gain, input)).to(input.dtype)
+        return grad_input, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
+
+
+def _counts(input: Tensor) -> list[int]:
+    """Return the number of values per channel in each process; raise `DataError` in all if they cannot be joined."""
+    if input.ndim < 2:
+        raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
+    channels = input.shape[1]
+    graph = input.requires_grad and torch.is_grad_enabled()
+    own = [input.numel() // max(1, channels), channels, input.dtype.itemsize, int(graph)]
+    everyones = torch.stack(from_all(torch.tensor(own, device=input.device))).tolist()
+    if any(other[1:] != everyones[0][1:] for other in everyones):
+        listed = "; ".join(
+            f"process {rank}: {other[1]} channels of {other[2]} bytes{', with gradient' if other[3] else ''}"
+            for rank, other in enumerate(everyones)
+        )
+        raise DataError(
+            f"synchronised_batchnorm: the processes' inputs must be alike, but are {listed}; "
+            "run the same layers at the same width in all processes"
+        )
+    counts = [other[0] for other in everyones]
+    if sum(counts) < 2:
+        raise DataError(
+            f"synchronised_batchnorm: the joined batch has {sum(counts)} values per channel, expected more than 1"
+        )
+    return counts
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Return the sum of each channel's values, shape (channels)."""
+    return values.sum([axis for axis in range(values.ndim) if axis != 1])
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value per channel in the shape that broadcasts over `like`."""
+    return values.view(1, -1, *[1] * (like.ndim - 2))

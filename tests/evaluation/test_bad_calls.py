@@ -1,0 +1,112 @@
+"""Every probe and measure says which argument does not fit, with its value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import slimmable
+from slimmable.errors import DataError, UsageError, WidthError
+from slimmable.evaluation import (
+    accuracy_of,
+    evaluate_features,
+    features_of,
+    finetune,
+    knn_accuracy,
+    probe_loss,
+    ridge_classifier,
+    train_probe,
+    train_slimmable_probe,
+)
+from slimmable.training import GradientDiagnostics
+
+X, Y = torch.eye(4).repeat(4, 1), torch.arange(4).repeat(4)
+CUT = {1.0: X, 0.5: X[:, :2]}
+SLIM = slimmable.SlimLinear(4, 2, widths=(1.0, 0.5))
+NET = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda **more: train_probe(CUT, Y, **more),
+        lambda **more: train_slimmable_probe(CUT, Y, **more),
+        lambda **more: finetune(NET, X, Y, **more),
+    ],
+)
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 0, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size must be an integer of at least 1, got -3"),
+        ({"learning_rate": "a"}, "learning_rate must be a finite number of at least 0, got 'a'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0, got nan"),
+        ({"num_classes": 4.0}, "num_classes must be an integer of at least 1, got 4.0"),
+    ],
+)
+def test_settings_of_a_training(train, setting, says):
+    with pytest.raises(UsageError, match=says):
+        train(**setting)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: train_probe(CUT, Y.tolist()), DataError, "labels must be a tensor, got list"),
+        (lambda: train_probe({1.0: X.numpy()}, Y), DataError, "features must be a tensor, got ndarray"),
+        (lambda: train_slimmable_probe({1.0: X[:, :2], 0.5: X}, Y), DataError, r"\[2, 4\] features at widths"),
+        (lambda: ridge_classifier(X.to(torch.complex64), Y), DataError, "complex64, expected real"),
+        (lambda: finetune(None, X, Y), UsageError, "finetune needs a torch.nn.Module"),
+        (lambda: finetune(NET, X, Y, weight_decay=-1), UsageError, "weight_decay must be a finite number .* got -1"),
+        (lambda: probe_loss({0.5: X}, Y), WidthError, "full width 1.0 is missing"),
+        (lambda: probe_loss({1.0: X}, Y[:3]), DataError, r"labels have shape \(3,\) .* scores of shape \(16, 4\)"),
+        (lambda: probe_loss({1.0: X}, Y.float()), DataError, "float32, expected class numbers"),
+        (lambda: knn_accuracy(X, Y, X, Y, k=1.5), UsageError, "k must be an integer of at least 1, got 1.5"),
+        (lambda: knn_accuracy(X, Y, X, Y, temperature="a"), UsageError, "temperature must be .* got 'a'"),
+        (lambda: knn_accuracy(X, Y - 1, X, Y), DataError, "labels from -1"),
+        (lambda: knn_accuracy(X, Y.float(), X, Y), DataError, "labels are torch.float32"),
+        (lambda: knn_accuracy(X, Y.tolist(), X, Y), DataError, "labels must be a tensor, got list"),
+        (
+            lambda: accuracy_of(NET, X, Y, batch_size=0),
+            UsageError,
+            "batch_size must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: accuracy_of(nn.Flatten(0), X, Y),
+            DataError,
+            r"accuracy_of: scores has shape \(64,\), expected \(batch",
+        ),
+        (lambda: accuracy_of(NET, X, Y.float()), DataError, "labels are torch.float32"),
+        (lambda: features_of(SLIM, X[:0], 1.0), DataError, "at least one image"),
+        (lambda: features_of(SLIM, X, 1.0, -1), UsageError, "batch_size .* got -1"),
+        (lambda: evaluate_features(CUT, Y, CUT, Y, probes=None), UsageError, "probes must be a list .* got None"),
+        (lambda: evaluate_features(CUT, Y, CUT, Y, probes=("ridge",), k=0), UsageError, "k must be .* got 0"),
+        (lambda: evaluate_features({1.0: X}, Y, {1.0: X[:, :2]}, Y), DataError, r"\(16, 4\), test \(16, 2\)"),
+        (
+            lambda: GradientDiagnostics(SLIM).load_state_dict({"step": "3", "rows": [], "layers": []}),
+            UsageError,
+            "not what its state_dict",
+        ),
+    ],
+)
+def test_wrong_calls(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_a_model_without_parameters_has_an_accuracy():
+    assert accuracy_of(nn.Identity(), X, Y) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_knn_takes_class_numbers_of_any_integer_type(dtype):
+    assert knn_accuracy(X, Y.to(dtype), X, Y.to(dtype), k=1) == 1.0
+
+
+def test_knn_of_one_number_per_image():
+    """Features of shape (images,): a cosine of numbers is the sign of their product."""
+    signs = torch.tensor([-2.0, -1.0, 1.0, 3.0])
+    assert knn_accuracy(signs, (signs > 0).long(), signs, (signs > 0).long(), k=2) == 1.0

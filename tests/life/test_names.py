@@ -1,0 +1,47 @@
+"""The public face: few names at the top, everything else in submodules that are imported when they are first used."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import slimmable
+
+SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "training")
+
+
+def test_the_top_level_names_are_these():
+    assert set(slimmable.__all__) == {
+        *("slimify", "plan", "extract", "save", "load", "load_slimclr", "profile", "search", "calibrate_bn"),
+        *("set_width", "at_width", "width_of", "widths_of", "run_widths", "AllWidths"),
+        *("SlimRecipe", "OnlineDistillation", "SwitchableProbe", "Inputs", "SlimmableError"),
+        *("SlimConv2d", "SlimLinear", "SwitchableBatchNorm"),
+    }
+    assert dir(slimmable) == sorted([*slimmable.__all__, *SUBMODULES])
+    assert all(callable(getattr(slimmable, name)) for name in slimmable.__all__)
+
+
+@pytest.mark.parametrize("name", SUBMODULES)
+def test_submodules_say_what_they_offer(name):
+    module = importlib.import_module(f"slimmable.{name}")
+    assert getattr(slimmable, name) is module
+    assert sorted(module.__all__) == sorted(set(module.__all__))
+    for own in module.__all__:
+        assert getattr(module, own).__doc__, f"slimmable.{name}.{own} has no docstring"
+
+
+def test_a_name_that_there_is_not():
+    with pytest.raises(AttributeError, match="module 'slimmable' has no attribute 'gate'"):
+        slimmable.gate  # noqa: B018
+
+
+def test_importing_is_cheap_and_submodules_come_by_themselves():
+    code = """
+import sys, slimmable
+loaded = {name for name in sys.modules if name.split(".")[0] in ("slimmable", "timm", "sklearn", "torchvision")}
+heavy = ("timm", "sklearn", "torchvision", "slimmable.gating", "slimmable.methods", "slimmable.evaluation")
+assert not loaded & set(heavy), loaded & set(heavy)
+slimmable.gating.gate, slimmable.methods.SimCLR, slimmable.evaluation.knn_accuracy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
