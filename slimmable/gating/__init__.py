@@ -3,11 +3,11 @@
 from slimmable._addons import offer
 from slimmable.gating._addon import ADDON
 from slimmable.gating._calibrate import calibrate_gates, gate_activity
-from slimmable.gating._convert import gate, gate_parameters, has_gates, ungate
+from slimmable.gating._convert import gate, gate_parameters, ungate
 from slimmable.gating._extract import extract_gated
 from slimmable.gating._find import gate_plan
 from slimmable.gating._gate import ChannelGate, hard_mask
-from slimmable.gating._layer_gates import LayerGates
+from slimmable.gating._layer_gates import LayerGates, has_gates
 from slimmable.gating._losses import GateBudget, annealed, bound_loss, budget_loss, open_fractions
 from slimmable.gating._pass_norm import PassNorm
 from slimmable.gating._passes import GatedPass, dense, gated

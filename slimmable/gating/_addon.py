@@ -12,11 +12,11 @@ from slimmable._checks import check_positive
 from slimmable._convert import copy_of
 from slimmable._inputs import Inputs
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.gating._convert import gate, has_gates, ungate
+from slimmable.gating._convert import gate, ungate
 from slimmable.gating._example import decode_inputs
 from slimmable.gating._find import SKIPPED, gate_plan
 from slimmable.gating._gate import ChannelGate
-from slimmable.gating._layer_gates import LayerGates
+from slimmable.gating._layer_gates import gates_in, has_gates
 from slimmable.gating._pass_norm import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan
 
@@ -50,7 +50,7 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         again = _units_by_name(gate_plan(bare, **arguments))
     except SlimmableError as error:
         raise changed from error
-    own_names = {module.name for module in model.modules() if isinstance(module, LayerGates)}
+    own_names = {gates.name for gates in gates_in(model)}
     if again != _units_by_name(found) or own_names != {name for name, _ in again}:
         raise changed
     return bare, data
@@ -87,7 +87,7 @@ def _channel_gates(model: nn.Module) -> list[ChannelGate]:
     Raises: CheckpointError: if one is of another class, which a file cannot name.
     """
     found = []
-    for gates in (module for module in model.modules() if isinstance(module, LayerGates)):
+    for gates in gates_in(model):
         for own in gates.at:
             if not isinstance(own, ChannelGate):
                 raise CheckpointError(f"the gate of {gates.name} is a {type(own).__name__}; a file holds ChannelGates")

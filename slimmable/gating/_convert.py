@@ -16,7 +16,7 @@ from slimmable._width import set_width, width_of
 from slimmable.errors import ConversionError, UsageError
 from slimmable.gating._find import gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
-from slimmable.gating._layer_gates import GATE, DecideHook, LayerGates, MaskHook, NoGates
+from slimmable.gating._layer_gates import GATE, DecideHook, LayerGates, MaskHook, NoGates, gates_in
 from slimmable.gating._pass_norm import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan, PlannedGate
 from slimmable.gating._state_dicts import refuse_other_gates
@@ -77,7 +77,7 @@ def gate(
     {'2': (3, 32)}
     """
     check_module("gate", model)
-    if has_gates(model):
+    if gates_in(model):
         raise UsageError(f"this {type(model).__name__} has gates already; take them off with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
     if not found.gates:
@@ -129,11 +129,6 @@ def ungate(model: M) -> M:
     return cast(M, replace_modules(model, {id(norm): norm.without() for norm in norms}))
 
 
-def has_gates(model: nn.Module) -> bool:
-    """Return whether a model has gates."""
-    return any(isinstance(module, LayerGates) for module in model.modules())
-
-
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model's gates, for an optimizer that treats them apart; none for a model without.
 
@@ -143,8 +138,7 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> [tuple(parameter.shape) for parameter in gate_parameters(model)]
     [(2, 8), (2,), (2,), (32, 2), (32,)]
     """
-    gates = [module for module in model.modules() if isinstance(module, LayerGates)]
-    return [parameter for each in gates for parameter in each.parameters()]
+    return [parameter for gates in gates_in(model) for parameter in gates.parameters()]
 
 
 def _child(planned: PlannedGate) -> str:
@@ -158,23 +152,22 @@ def _layer_gates(
     plan = found.plan
     grouping = plan.channels.needed.grouping
     own = next(model.get_submodule(planned.maker).parameters())
-    gates: list[nn.Module] = []
-    units: list[list[list[int]]] = [[] for _ in planned.readers]
-    for column in plan.columns:
-        counts = np.array([*column.counts, 1])
-        channels = grouping.count(counts, planned.channels)
-        gates.append(make(channels, column.counts[planned.group]).to(own.device, own.dtype))
-        for reader, per_width in zip(planned.readers, units, strict=True):
-            per_width.append(reader.units[grouping.mask(counts, reader.ids)].tolist())
-    readers = [(reader.axis, per_width) for reader, per_width in zip(planned.readers, units, strict=True)]
+    per_width = [np.array([*column.counts, 1]) for column in plan.columns]
+    gates = [
+        make(grouping.count(counts, planned.channels), int(counts[planned.group])).to(own.device, own.dtype)
+        for counts in per_width
+    ]
+    readers = [
+        (reader.axis, [reader.units[grouping.mask(counts, reader.ids)].tolist() for counts in per_width])
+        for reader in planned.readers
+    ]
     made = LayerGates(planned.name, planned.axis, plan.widths, gates, readers)
     converted = state_of(model)
     if converted is not None:
         state: WidthState = made._slim
         state.plan, state.path = plan, f"{planned.maker}.{_child(planned)}"
-        for own_column, sub_network in zip(state.columns, plan.columns, strict=True):
-            own_column.counts = sub_network.counts
         for registered in converted.columns[len(plan.columns) :]:  # these run dense
             state.add(Column(registered.width))
-            state.columns[-1].counts = registered.counts
+        for column, known in zip(state.columns, converted.columns, strict=True):
+            column.counts = known.counts
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,15 +58,14 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     images = _image_count(args, kwargs)
     fake, trace, solution = _traced(model, args, kwargs, (1.0,) if plan is None else plan.widths)
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
-    groups = _Groups(trace, plan)
-    judge = _Judge(fake.model, trace, groups, plan, images, skips)
+    finder = _Finder(trace, plan)
     possible, refused = [], []
     for group, units in enumerate(plan.channels.units):
         try:
-            possible.append(judge.gate_of(group))
+            possible.append(finder.gate_of(group, fake.model, images, skips))
         except _RefusedError as error:
-            refused.append(Refused((groups.makers[group] or ["?"])[0], units, str(error)))
-    macs = _layer_macs(trace, groups, plan, possible, images)
+            refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
+    macs = finder.layer_macs(possible, images)
     savings = macs.savings()
     order = {path: number for number, path in enumerate(trace.calls)}
     gates: list[PlannedGate] = []
@@ -83,7 +82,7 @@ def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMac
     """Return the multiply-adds of a gated model for inputs of another size than its example."""
     args, kwargs = example_of(model, example_inputs)
     _, trace, _ = _traced(model, args, kwargs, found.plan.widths)
-    return _layer_macs(trace, _Groups(trace, found.plan), found.plan, found.gates, _image_count(args, kwargs))
+    return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
 
 
 def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -110,134 +109,111 @@ def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...])
     raise AssertionError
 
 
-def _layer_macs(trace: Trace, groups: _Groups, plan: Plan, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
-    products = [(path, macs, tuple(map(groups.units_on, axes))) for macs, axes, path in trace.context.products]
-    positions = {}
-    for gate in gates:
-        source = trace.calls[gate.maker][0].source
-        assert source is not None
-        positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
-    return LayerMacs(products, plan.channels.needed.grouping, images, positions)
-
-
-class _Groups:
-    """What a trace says of each channel group of a plan.
-
-    Attributes:
-        makers: for each group the paths of the layers that make its units.
-        reads: for each group the layers that read it by weights, with the labels of what they read.
-        meeting: group -> the operation in which its units meet without weights.
-        summed: the groups in which features are added up.
-        outputs: the groups in the model's output.
-    """
-
-    def __init__(self, trace: Trace, plan: Plan) -> None:
-        context, channels = trace.context, plan.channels
-        self._labels, self.grouping = context.labels, channels.needed.grouping
-        self._units = np.full(
-            len(self._labels), len(self.grouping.group_of) - 1
-        )  # the last one stands for what is full
-        for key, axes in trace.tensors.items():
-            for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
-                if ids is not None and units is not None:
-                    self._units[self._labels.find(ids)] = units
-        self.makers: list[list[str]] = [[] for _ in channels.units]
-        for path, ids in context.producers:
-            for group in self.groups_on(ids):
-                if path not in self.makers[group]:
-                    self.makers[group].append(path)
-        self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
-        for path, ids in context.reads:
-            for group in self.groups_on(ids):
-                self.reads[group].append((path, ids))
-        self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self.groups_on(ids)}
-        self.summed = {group for ids in context.sums for group in self.groups_on(ids)}
-        outputs = [ids for _, axes in trace.outputs for ids in axes if ids is not None]
-        self.outputs = {group for ids in outputs for group in self.groups_on(ids)}
-
-    def units_on(self, ids: Ids) -> Ids:
-        """Return the units of the plan on an axis of the trace."""
-        units: Ids = self._units[self._labels.find(ids)]
-        return units
-
-    def groups_on(self, ids: Ids) -> list[int]:
-        """Return the groups on an axis of the trace."""
-        return self.grouping.groups_in([self.units_on(ids)])
-
-    def input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
-        """Return the axis of a module's input that carries these labels, and its units; never that of the images."""
-        wanted = set(self._labels.find(ids).tolist())
-        for axis, own in enumerate(call.axes):
-            if axis and own is not None and wanted <= set(self._labels.find(own).tolist()):
-                return axis, self.units_on(own)
-        return None
-
-
 class _RefusedError(Exception):
     """A group gets no gate; the message says why."""
 
 
-@dataclass
-class _Judge:
-    """Decides whether a group can have a gate."""
+class _Finder:
+    """Finds gates for the channel groups of a plan, by what a trace of the same model says of them."""
 
-    model: nn.Module
-    trace: Trace
-    groups: _Groups
-    plan: Plan
-    images: int
-    skip: Callable[[str, nn.Module], bool]
+    def __init__(self, trace: Trace, plan: Plan) -> None:
+        context, channels = trace.context, plan.channels
+        self.trace, self.plan, self.labels, self.grouping = trace, plan, context.labels, channels.needed.grouping
+        self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for what is full
+        for key, axes in trace.tensors.items():
+            for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
+                if ids is not None and units is not None:
+                    self._units[self.labels.find(ids)] = units
+        self.makers: list[list[str]] = [[] for _ in channels.units]
+        for path, ids in context.producers:
+            for group in self._groups_on(ids):
+                if path not in self.makers[group]:
+                    self.makers[group].append(path)
+        self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
+        for path, ids in context.reads:
+            for group in self._groups_on(ids):
+                self.reads[group].append((path, ids))
+        self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
+        self.summed = {group for ids in context.sums for group in self._groups_on(ids)}
+        outputs = [ids for _, axes in trace.outputs for ids in axes if ids is not None]
+        self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
 
-    def gate_of(self, group: int) -> PlannedGate:
+    def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
+        """Return the multiply-adds of the trace, which was of this many images."""
+        products = [(path, macs, tuple(map(self._units_on, axes))) for macs, axes, path in self.trace.context.products]
+        positions = {}
+        for gate in gates:
+            source = self.trace.calls[gate.maker][0].source
+            assert source is not None
+            positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
+        return LayerMacs(products, self.grouping, images, positions)
+
+    def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
         """Return the gate that a group can have.
 
         Raises: _RefusedError: with the reason, if it can have none.
         """
-        groups, units = self.groups, self.plan.channels.units[group]
-        makers, reads = groups.makers[group], groups.reads[group]
+        units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
         if units < 2:
             raise _RefusedError("it has one unit")
-        if group in groups.outputs:
+        if group in self.outputs:
             raise _RefusedError("it is in the model's output")
-        if group in groups.summed and len(makers) > 1:
+        if group in self.summed and len(makers) > 1:
             raise _RefusedError(f"features of {len(makers)} layers are added up in it (a residual stream)")
-        if group in groups.meeting:
-            raise _RefusedError(f"its units meet in {groups.meeting[group]}")
+        if group in self.meeting:
+            raise _RefusedError(f"its units meet in {self.meeting[group]}")
         if not reads or not makers:
             raise _RefusedError("no layer reads it by weights")
         maker = makers[0]
-        if self.skip(maker, self.model.get_submodule(maker)):
+        if skip(maker, model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
-        axis, channels = self._looked_at(maker)
-        readers = {path: self._reader(path, ids, group) for path, ids in reads}
+        axis, channels = self._looked_at(maker, images)
+        readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
         self._check_shrinks(group)
-        return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), self._norms(group, readers))
+        norms = self._norms(group, readers, model)
+        return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
 
-    def _call(self, path: str, role: str) -> ModuleCall:
+    def _units_on(self, ids: Ids) -> Ids:
+        """Return the units of the plan on an axis of the trace."""
+        units: Ids = self._units[self.labels.find(ids)]
+        return units
+
+    def _groups_on(self, ids: Ids) -> list[int]:
+        return self.grouping.groups_in([self._units_on(ids)])
+
+    def _call(self, path: str, role: str, images: int) -> ModuleCall:
         calls = self.trace.calls.get(path, [])
         if len(calls) != 1:
             raise _RefusedError(f"{path} {role} and runs {len(calls)} times in one forward")
         source = calls[0].source
-        if source is None or source.ndim < 2 or len(source) != self.images:
+        if source is None or source.ndim < 2 or len(source) != images:
             raise _RefusedError(f"{path} {role}, but not from a tensor with one row per image")
         return calls[0]
 
-    def _looked_at(self, maker: str) -> tuple[int, Ids]:
+    def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
+        """Return the axis of a module's input that carries these labels, and its units; never that of the images."""
+        wanted = set(self.labels.find(ids).tolist())
+        for axis, own in enumerate(call.axes):
+            if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
+                return axis, self._units_on(own)
+        return None
+
+    def _looked_at(self, maker: str, images: int) -> tuple[int, Ids]:
         """Return the axis of the maker's input where the channels lie, and the units on it."""
-        call = self._call(maker, "makes it")
+        call = self._call(maker, "makes it", images)
         for path, ids in self.trace.context.reads:
-            found = self.groups.input_axis(call, ids) if path == maker else None
+            found = self._input_axis(call, ids) if path == maker else None
             if found is not None:
                 return found
         raise _RefusedError("its layer reads the model's input, of which a gate learns little")
 
-    def _reader(self, path: str, ids: Ids, group: int) -> Reader:
-        found = self.groups.input_axis(self._call(path, "reads it"), ids)
+    def _reader(self, path: str, ids: Ids, group: int, images: int) -> Reader:
+        found = self._input_axis(self._call(path, "reads it", images), ids)
         if found is None:
             raise _RefusedError(f"{path} reads it, but not as its input")
         axis, units = found
-        grouping = self.groups.grouping
-        return Reader(path, axis, units, np.where(grouping.group_of[units] == group, grouping.rank[units], -1))
+        ranks = np.where(self.grouping.group_of[units] == group, self.grouping.rank[units], -1)
+        return Reader(path, axis, units, ranks)
 
     def _check_shrinks(self, group: int) -> None:
         counts = np.array([*self.plan.channels.units, 1])
@@ -247,15 +223,15 @@ class _Judge:
             constraint = failures[0].constraint
             raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
 
-    def _norms(self, group: int, readers: Mapping[str, Reader]) -> tuple[str, ...]:
+    def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
         """Find the BatchNorms on the group's channels, and those right behind the layers that read it."""
         outputs = {id(self.trace.calls[path][0].out) for path in readers}
         found = []
-        for path, module in self.model.named_modules():
+        for path, module in model.named_modules():
             if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
                 continue
             axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
-            inside = any(ids is not None and group in self.groups.groups_on(ids) for ids in axes)
+            inside = any(ids is not None and group in self._groups_on(ids) for ids in axes)
             if inside or any(id(call.source) in outputs for call in self.trace.calls[path]):
                 found.append(path)
         return tuple(found)

@@ -160,6 +160,16 @@ class NoGates(nn.Identity):
     """What is in the place of gates while a network is extracted."""
 
 
+def gates_in(model: nn.Module) -> list[LayerGates]:
+    """Return the gates in a model, in the order of their layers."""
+    return [module for module in model.modules() if isinstance(module, LayerGates)]
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Return whether a model has gates."""
+    return bool(gates_in(model))
+
+
 class DecideHook:
     """Before the layer that makes the units: the gate decides."""
 

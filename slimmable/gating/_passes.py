@@ -13,7 +13,7 @@ from slimmable._inputs import check_module, image_batch
 from slimmable.errors import UsageError
 from slimmable.gating._find import macs_for
 from slimmable.gating._gate import ChannelGate
-from slimmable.gating._layer_gates import GATE, Decision, LayerGates, Pass
+from slimmable.gating._layer_gates import GATE, Decision, LayerGates, Pass, gates_in
 from slimmable.gating._pass_norm import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
 
@@ -191,7 +191,7 @@ def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
     Raises: UsageError: if there are none; `where` is for the message.
     """
     check_module(where, model)
-    gates = [module for module in model.modules() if isinstance(module, LayerGates)]
+    gates = gates_in(model)
     if not gates:
         raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gating.gate")
     return gates
