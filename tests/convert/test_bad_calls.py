@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable import convert
+from slimmable import _convert as convert
 from slimmable.errors import CheckpointError, ConversionError, DataError, UsageError, WidthError
 from slimmable.view.view import install_view
 

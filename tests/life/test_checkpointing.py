@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slimmable
-from slimmable.layers import _recompute
+from slimmable.view import recompute as _recompute
 from tests.life.networks import WIDTHS, converted, images
 
 
