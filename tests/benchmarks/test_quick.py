@@ -97,3 +97,12 @@ def test_trajectories_are_drawn(tmp_path):
         assert 0 < float(row["straightness"]) <= 1 + 1e-6
         assert (row["cosine"] == "nan") == (row["width"] == "1.0")
     assert (tmp_path / "table.md").read_text().count("| SimCLR |") == 4
+
+
+def test_alternatives_are_measured(tmp_path):
+    quick("alternatives.run", tmp_path)
+    found = {path.name.partition("--")[0]: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
+    assert set(found) == {"graphs", "symbols", "reads", "ddp"}
+    assert all(row["slimify"]["recorded"] and row["slimify"]["right"] for row in found["graphs"])
+    assert {row["way"] for row in found["reads"]} > {"extracted"}
+    assert "right at half width" in (tmp_path / "table.md").read_text()
