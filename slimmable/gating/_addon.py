@@ -47,11 +47,11 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         "slimmable.gating.ungate, gate it again, then save it"
     )
     try:
-        again = _units_by_name(gate_plan(bare, **arguments))
+        again = [(planned.name, planned.units) for planned in gate_plan(bare, **arguments).gates]
     except SlimmableError as error:
         raise changed from error
-    own_names = {gates.name for gates in gates_in(model)}
-    if again != _units_by_name(found) or own_names != {name for name, _ in again}:
+    before = [(planned.name, planned.units) for planned in found.gates]
+    if again != before or {own.name for own in gates_in(model)} != {name for name, _ in before}:
         raise changed
     return bare, data
 
@@ -75,10 +75,6 @@ def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
     args, kwargs = decode_inputs(data["example"], like)
     skipped = set(map(str, data["skipped"]))
     return {"example_inputs": Inputs(*args, **kwargs), "skip": lambda path, module: path in skipped}
-
-
-def _units_by_name(found: GatePlan) -> list[tuple[str, int]]:
-    return [(planned.name, planned.units) for planned in found.gates]
 
 
 def _channel_gates(model: nn.Module) -> list[ChannelGate]:

@@ -24,6 +24,7 @@ class PassNorm(SwitchableNorm):
     """
 
     active_pass: Active[Pass]
+    gated: nn.ModuleList
 
     @staticmethod
     def of(norm: nn.Module, widths: int) -> PassNorm:
@@ -39,7 +40,7 @@ class PassNorm(SwitchableNorm):
         own.__dict__["active_pass"] = Active(Pass.DENSE)
         own.__class__ = PassNorm
         own.add_module("gated", nn.ModuleList(copies))
-        own._modules["gated"].training = own.training  # type: ignore[union-attr]
+        own.gated.training = own.training
         return cast(PassNorm, own)
 
     def without(self) -> nn.Module:
@@ -53,10 +54,10 @@ class PassNorm(SwitchableNorm):
 
         Raises: UsageError: if the width has none.
         """
-        gated = inner_modules(self, "gated")
-        if str(index) not in gated:
+        norms = inner_modules(self, "gated")
+        if str(index) not in norms:
             raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
-        return gated[str(index)]
+        return norms[str(index)]
 
     def norm_at(self, index: int) -> nn.Module:
         """Return the norm that the active pass has for the width with this index."""
@@ -77,14 +78,12 @@ class PassNorm(SwitchableNorm):
         """List the gated pass's norms last."""
         memo = set() if memo is None else memo
         yield from super().named_modules(memo, prefix, remove_duplicate)
-        gated = cast(nn.Module, self._modules["gated"])
-        yield from gated.named_modules(memo, f"{prefix}.gated" if prefix else "gated", remove_duplicate)
+        yield from self.gated.named_modules(memo, f"{prefix}.gated" if prefix else "gated", remove_duplicate)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Save the gated pass's norms under `gated`."""
         found = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        gated = cast(nn.Module, self._modules["gated"])
-        return gated.state_dict(destination=found, prefix=f"{prefix}gated.", keep_vars=keep_vars)
+        return self.gated.state_dict(destination=found, prefix=f"{prefix}gated.", keep_vars=keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
@@ -96,7 +95,7 @@ class PassNorm(SwitchableNorm):
     def _from_dense(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
         """Take what a checkpoint has for the dense pass; narrow norms that share gain and bias take the full's."""
         found = {}
-        for index, norm in enumerate(cast(nn.ModuleList, self._modules["gated"])):
+        for index, norm in enumerate(self.gated):
             dense = f"{prefix}full." if index == 0 else f"{prefix}narrow.{index - 1}."
             for key, tensor in norm.state_dict(keep_vars=True).items():
                 given = state_dict.get(f"{dense}{key}", state_dict.get(f"{prefix}full.{key}"))
