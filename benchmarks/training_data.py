@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Subset
 
-from slimmable.cli.images import ImageSet
+from slimmable.cli.data import ImageSet
 from slimmable.cli.loader import Plain, Views
 
 

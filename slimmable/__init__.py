@@ -7,24 +7,11 @@
 >>> model[0].weight.shape
 torch.Size([8, 8])
 
-Everything else lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating` and `errors`,
-which are imported when they are first used.
+Everything else lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating` and `errors`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from slimmable._convert import extract, plan, slimify
-from slimmable._inputs import Inputs
-from slimmable._profile import profile
-from slimmable._search import search
-from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
-from slimmable.errors import SlimmableError
-from slimmable.files.model import load, save
-from slimmable.files.slimclr import load_slimclr
-from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm, SwitchableProbe
-from slimmable.losses import OnlineDistillation
-from slimmable.training import SlimRecipe, calibrate_bn
 
 if TYPE_CHECKING:
     from slimmable import errors as errors
@@ -34,6 +21,7 @@ if TYPE_CHECKING:
     from slimmable import losses as losses
     from slimmable import methods as methods
     from slimmable import training as training
+    from slimmable._public import *
 
 __version__ = "0.1.0"
 
@@ -67,9 +55,13 @@ _SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", 
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name, and torch with it, when it is first asked for: `slimmable --help` is quick."""
     if name in _SUBMODULES:
         return import_module(f"slimmable.{name}")
-    raise AttributeError(f"module 'slimmable' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module("slimmable._public"), name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from slimmable.cli.arguments import make_parser
+from slimmable.cli.commands import parse
 from slimmable.errors import SlimmableError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 130 when interrupted.
+    """Run one command and return its exit code: 0, 2 for input that cannot be used, 130 when interrupted.
 
     >>> main(["plan", "resnet1"])
     2
     """
-    arguments = vars(make_parser().parse_args(argv))
-    name = arguments.pop("command")
+    arguments = sys.argv[1:] if argv is None else argv
+    command, given = parse(arguments)
     try:
-        from slimmable.cli import commands  # imports torch, which --help does not need
-
-        return int(getattr(commands, name)(**arguments))
+        return command.run(given)
     except SlimmableError as error:
-        print(f"slimmable {name}: {error}", file=sys.stderr)
+        print(f"slimmable {arguments[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"slimmable {name}: interrupted", file=sys.stderr)
+        print(f"slimmable {arguments[0]}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as in `slimmable plan NAME | head`
         sys.stderr.close()

@@ -23,12 +23,12 @@ from torch import nn
 import slimmable
 from benchmarks.measuring import append_rows, read_rows
 from benchmarks.training_data import Kept, few_of_each, first_of
+from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import load_images
+from slimmable.cli.data import Images, load_images
 from slimmable.cli.evaluation import features_at_widths
-from slimmable.cli.images import Images
 from slimmable.cli.loader import Plain, batches_of
-from slimmable.cli.networks import build_method, small_resnet
+from slimmable.cli.networks import build_method
 from slimmable.cli.training import Training
 from slimmable.evaluation import evaluate_features
 from slimmable.gating import calibrate_gates, gate_activity, ungate
@@ -42,8 +42,8 @@ ARMS = ("vanilla", "gated", "narrow", "slimmable", "no bias")
 FEW = 10  # labelled images of each class in the probe with few labels
 CALIBRATION = 1024  # training images
 SHARED: dict[str, Any] = {
-    **{"method": "vicreg", "data": "digits", "images": 4096, "image_size": 20, "batch_size": 128},
-    **{"epochs": 30, "warm_up": 2.5, "learning_rate": 0.006, "embedding": 256, "hidden": 256},
+    **{"method": "vicreg", "data": "digits", "num_images": 4096, "image_size": 20, "batch_size": 128},
+    **{"epochs": 30, "warmup_epochs": 2.5, "lr": 0.006, "proj_dim": 256, "proj_hidden_dim": 256},
 }
 PROBES = ("knn", "linear", "few")
 FIELDS = ("arm", "budget", "seed", "network", "share", *PROBES, "seconds")
@@ -69,7 +69,9 @@ class Study:
 
     def converted(self, *widths: float) -> nn.Module:
         """A new backbone at these widths."""
-        return slimmable.slimify(small_resnet(self.images.channels, PLANES), widths, example_inputs=self.example)
+        return slimmable.slimify(
+            small_resnet(in_chans=self.images.channels, channels=PLANES), widths, example_inputs=self.example
+        )
 
     def run(self, arm: str, budget: float | None) -> Iterator[dict[str, Any]]:
         """Train and evaluate; yield a row for each network that comes of it."""
@@ -78,7 +80,7 @@ class Study:
             config = self.configuration(widths=(1.0, *sorted(WIDTHS.values(), reverse=True)))
         else:
             config = self.configuration(gate_budget=budget if arm in GATED else None)
-        backbone = small_resnet(self.images.channels, PLANES)
+        backbone = small_resnet(in_chans=self.images.channels, channels=PLANES)
         if arm == "narrow" and budget is not None:
             width = WIDTHS[budget]
             backbone = slimmable.extract(self.converted(1.0, width), width)
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
     given = parser.parse_args()
-    more: dict[str, Any] = {"epochs": 1, "warm_up": 0.0, "images": 512} if given.quick else {}
+    more: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0.0, "num_images": 512} if given.quick else {}
     path = given.out / "digits.csv"
     for seed in [0] if given.quick else given.seeds:
         study = Study(seed, **more)

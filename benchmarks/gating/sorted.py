@@ -23,10 +23,11 @@ import slimmable
 from benchmarks.gating.run import SHARED
 from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
 from benchmarks.training_data import first_of
+from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
 from slimmable.cli.loader import batches_of
-from slimmable.cli.networks import build_method, small_resnet
+from slimmable.cli.networks import build_method
 from slimmable.cli.training import Training
 from slimmable.gating import calibrate_gates, gated
 
@@ -44,7 +45,9 @@ def trained(**more: Any) -> tuple[nn.Module, Tensor]:
     config = PretrainConfig(**{"widths": (1.0,), **SHARED, "gate_budget": BUDGET, **more})
     images = load_images(config)
     torch.manual_seed(config.seed)
-    method = build_method(config, small_resnet(images.channels, PLANES), images.channels, len(images.classes))
+    method = build_method(
+        config, small_resnet(in_chans=images.channels, channels=PLANES), images.channels, len(images.classes)
+    )
     training = Training(config, method, images, torch.device("cpu"))
     while training.step < training.steps:
         training.take_step()
@@ -153,7 +156,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "sorted", help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
     given = parser.parse_args()
-    more: dict[str, Any] = {"epochs": 1, "warm_up": 0.0, "images": 256} if given.quick else {"epochs": given.epochs}
+    more: dict[str, Any] = (
+        {"epochs": 1, "warmup_epochs": 0.0, "num_images": 256} if given.quick else {"epochs": given.epochs}
+    )
     model, images = trained(**more)
     rows = [patterns(model, images)]
     for batch in BATCHES[:1] if given.quick else BATCHES:

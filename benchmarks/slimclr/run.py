@@ -21,13 +21,15 @@ from typing import Any
 import torch
 
 import slimmable
+from benchmarks.glyphs import glyphs
 from benchmarks.measuring import append_rows, read_rows
 from benchmarks.training_data import Kept, few_of_each
+from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import load_images
-from slimmable.cli.evaluation import Plain, features_at_widths
-from slimmable.cli.images import Images
-from slimmable.cli.networks import build_method, small_resnet
+from slimmable.cli.data import Images, load_images
+from slimmable.cli.evaluation import features_at_widths
+from slimmable.cli.loader import Plain
+from slimmable.cli.networks import build_method
 from slimmable.cli.training import Training
 from slimmable.evaluation import evaluate_features
 from slimmable.training import GradientDiagnostics
@@ -36,28 +38,28 @@ HERE = Path(__file__).parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 PLANES = (8, 16, 32, 64)
 FEW = 10  # labelled images of each class in the probe with few labels
-BARE: dict[str, Any] = {"slow_start": 0.0, "distill": "none", "weights": "ones"}
+BARE: dict[str, Any] = {"slow_start": 0.0, "distill": "none", "loss_weights": "ones"}
 ARMS: dict[str, dict[str, Any]] = {
     "alone": BARE,  # one network for each width
     "bare": BARE,
     "slow start": BARE | {"slow_start": 0.5},
     "distillation": BARE | {"distill": "own"},
-    "re-weighting": BARE | {"weights": "widest_plus_rest"},
+    "re-weighting": BARE | {"loss_weights": "widest_plus_rest"},
     "all": {},
     "all, longer": {"epochs": 42},  # as many multiply-adds as the networks alone
     "labels": BARE | {"method": "supervised"},  # for its gradients
 }
 SHARED: dict[str, Any] = {
     "epochs": 30,
-    "warm_up": 2.5,
+    "warmup_epochs": 2.5,
     "batch_size": 128,
-    "embedding": 64,
-    "hidden": 64,
+    "proj_dim": 64,
+    "proj_hidden_dim": 64,
     "queue_size": 512,
 }
 SETS: dict[str, dict[str, Any]] = {
-    "digits": {"data": "digits", "images": 4096, "image_size": 20, "learning_rate": 0.006},
-    "glyphs": {"data": "glyphs", "images": 4096, "image_size": 20, "learning_rate": 0.006},
+    "digits": {"data": "digits", "num_images": 4096, "image_size": 20, "lr": 0.006},
+    "glyphs": {"data": "glyphs", "num_images": 4096, "image_size": 20, "lr": 0.006},
 }
 PROBES = ("knn", "linear", "slimmable", "ridge")
 GRADIENTS = {"rest": "rest_ratio/w{0}", "rest_total": "rest_ratio_total/w{0}", "cosine": "grad_cosine_total/w1.0_w{0}"}
@@ -83,6 +85,12 @@ def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig
     return PretrainConfig(**{"widths": WIDTHS, "seed": seed, **SHARED, **SETS[data], **ARMS[arm], **more})
 
 
+def images_of(config: PretrainConfig) -> Images:
+    if config.data == "glyphs":
+        return glyphs(config.num_images, config.num_images // 4, config.image_size)
+    return load_images(config)
+
+
 def pretrain(
     config: PretrainConfig,
     planes: tuple[int, ...],
@@ -91,7 +99,9 @@ def pretrain(
 ) -> Trained:
     """Train one network at the widths of `config`, and evaluate each."""
     torch.manual_seed(config.seed)
-    method = build_method(config, small_resnet(images.channels, planes), images.channels, len(images.classes))
+    method = build_method(
+        config, small_resnet(in_chans=images.channels, channels=planes), images.channels, len(images.classes)
+    )
     training = Training(config, method, images, torch.device("cpu"))
     training.views = Kept(training.views, known)
     training.diagnostics = GradientDiagnostics(method.online, EVERY)
@@ -142,11 +152,11 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each width."""
     config = configuration(data, arm, seed, **more)
-    images = load_images(config)
+    images = images_of(config)
     if arm == "alone":
         for width in WIDTHS:
             planes = tuple(round(width * each) for each in PLANES)
-            one = replace(config, widths=(1.0,), hidden=round(width * config.hidden))
+            one = replace(config, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
             yield from rows(pretrain(one, planes, images, known), arm, seed, width)
     else:
         yield from rows(pretrain(config, PLANES, images, known), arm, seed)
@@ -169,7 +179,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
     given = parser.parse_args()
-    more: dict[str, Any] = {"epochs": 1, "warm_up": 0.0, "images": 512} if given.quick else {}
+    more: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0.0, "num_images": 512} if given.quick else {}
     for data in given.data[:1] if given.quick else given.data:
         path = given.out / f"{data}.csv"
         for seed in [0] if given.quick else given.seeds:

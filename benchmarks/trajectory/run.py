@@ -26,7 +26,7 @@ from benchmarks.importance.run import digits, write
 from benchmarks.measuring import markdown, origin
 from benchmarks.trajectory.plane import Map, Plane, draw, map_of, plane_of
 from benchmarks.trajectory.training import WAYS, WIDTHS, Run, Way, train, view
-from slimmable.cli.figures import plot_imbalance
+from slimmable.cli.report import plot_imbalance
 from slimmable.training import GradientDiagnostics
 
 HERE = Path(__file__).parent

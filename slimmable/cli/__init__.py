@@ -1,1 +1,1 @@
-"""cli."""
+"""The commands of the program `slimmable`, and what they work with."""

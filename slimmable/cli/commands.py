@@ -1,153 +1,297 @@
-"""The commands: from parsed arguments to what they do; each returns the exit code."""
+"""The commands of the program `slimmable`: their options, their parser, and what each of them does.
+
+Torch is imported by the commands, not by the parser, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import torch
-
-from slimmable._atomic import write_aside
+import slimmable
 from slimmable._widths import check_widths
-from slimmable.cli.arguments import ALL
-from slimmable.cli.config import PretrainConfig
-from slimmable.cli.networks import timm_backbone
-from slimmable.cli.progress import say
+from slimmable.cli.config import (
+    DEFAULT_WIDTHS,
+    WIDTHS_HELP,
+    PretrainConfig,
+    RunOptions,
+    configure,
+    device_option,
+    with_preset,
+    workers_option,
+)
+from slimmable.cli.extras import say
+from slimmable.cli.options import add_options, at_least, check, flag, option
 from slimmable.errors import UsageError, WidthError
-from slimmable.evaluation.evaluate import ProbeName
+
+if TYPE_CHECKING:
+    import torch
+
+ALL = "all"
+_T = TypeVar("_T")
 
 
-def pretrain(
-    output: str,
-    resume: bool,
-    device: str | None,
-    workers: int | None,
-    log: Sequence[str],
-    log_every: int,
-    knn_every: int | None,
-    diagnostics: bool,
-    preset: str | None,
-    **given: Any,
-) -> int:
+def _width(text: str) -> float | str:
+    if text == ALL:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {ALL}") from None
+
+
+def _image_size() -> Any:
+    return option(None, "height and width in pixels", within=at_least(1), shown="the model's own")
+
+
+def _widths(group: str = "") -> Any:
+    return option(None, WIDTHS_HELP, shown=" ".join(map(str, DEFAULT_WIDTHS)), metavar="W", group=group)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of `evaluate`."""
+
+    run: Path = option(help="folder of a pre-training run", metavar="RUN")
+    probes: tuple[str, ...] = option(
+        ("knn", "linear"),
+        "linear: one classifier per width; slimmable: one for all widths; ridge: in closed form",
+        choices=("knn", "linear", "slimmable", "ridge"),
+    )
+    workers: int | None = workers_option()
+    device: str | None = device_option()
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `export`."""
+
+    model: str = option(
+        help="a timm model, a file of slimmable.save, or the folder of a pre-training run", metavar="MODEL_OR_RUN"
+    )
+    width: tuple[float | str, ...] = option(
+        help="width to write, or all; may be given again", type=_width, action="append", required=True, metavar="W"
+    )
+    format: tuple[str, ...] | None = option(
+        None,
+        "pt2: a program for torch.export.load; onnx: one for any ONNX runtime; safetensors: weights for "
+        "slimmable.load; may be given again",
+        choices=("pt2", "onnx", "safetensors"),
+        shown="pt2, and onnx where it is installed",
+        action="append",
+    )
+    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
+    widths: tuple[float, ...] | None = _widths("for a timm model, except that a file takes --image-size, too")
+    checkpoint: Path | None = option(
+        None, "weights of the plain or the converted model, by torch.save or safetensors", metavar="FILE"
+    )
+    pretrained: bool = option(False, "timm's own weights, trained at the full width only")
+    num_classes: int | None = option(
+        None, "size of the classifier; 0: a backbone that gives features", within=at_least(0), metavar="N"
+    )
+    image_size: int | None = _image_size()
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of `plan`."""
+
+    name: str = option(help="a timm model", metavar="NAME")
+    image_size: int | None = _image_size()
+    widths: tuple[float, ...] | None = _widths()
+
+
+@dataclass(frozen=True)
+class ProfileOptions(ModelOptions):
+    """The options of `profile`."""
+
+    csv: Path | None = option(None, "also write the table as CSV", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: a line of help, the dataclasses of its options, and the function that takes those that were given."""
+
+    help: str
+    options: tuple[type, ...]
+    run: Callable[[dict[str, Any]], int]
+
+
+def pretrain(given: dict[str, Any]) -> int:
     """Pre-train, evaluate, and fill the run folder."""
-    from slimmable.cli.presets import configure, named
-    from slimmable.cli.pretrain import Options
+    own = _take(RunOptions, given)
+    if "widths" in given:
+        given["widths"] = _checked(given["widths"])
     from slimmable.cli.pretrain import pretrain as run
     from slimmable.cli.processes import process_group
     from slimmable.cli.run import read_config
 
-    folder = Path(output)
-    if log_every < 1:
-        raise UsageError(f"--log-every must be at least 1, got {log_every}")
-    if knn_every is not None and knn_every < 0:
-        raise UsageError(f"--knn-every must be 0 or more, got {knn_every}")
-    if "widths" in given:
-        given["widths"] = _checked(given["widths"])
-    if resume:
-        config = read_config(folder)
-        config.check_same(named(given, preset))
+    if own.resume:
+        config = read_config(own.output)
+        config.check_same(with_preset(given, own.preset))
     else:
-        config = configure(given, preset)
-    with process_group(find_device(device)) as own:
-        options = Options(own, resume, number_of_workers(workers), log, log_every, knn_every, diagnostics)
-        return run(config, folder, options)
+        config = configure(given, own.preset)
+    with process_group(_find_device(own.device)) as device:
+        return run(config, replace(own, workers=_count_workers(own.workers)), device)
 
 
-def evaluate(run: str, probes: Sequence[ProbeName], finetune: int, device: str | None, workers: int | None) -> int:
+def evaluate(given: dict[str, Any]) -> int:
     """Evaluate the last weights of a run again and replace its report."""
+    own = _take(EvaluateOptions, given)
     from slimmable.cli.data import load_images
-    from slimmable.cli.run import evaluate_run, read_config, trained_backbone
+    from slimmable.cli.evaluation import evaluate_run
+    from slimmable.cli.run import read_config, trained_backbone
 
-    folder = Path(run)
-    config = read_config(folder)
-    if finetune < 0:
-        raise UsageError(f"--finetune must be 0 or more, got {finetune}")
+    config = read_config(own.run)
     images = load_images(config)
-    backbone = trained_backbone(config, folder, images.channels, images.digest).to(find_device(device))
-    chosen = list(dict.fromkeys(probes))
-    say(evaluate_run(config, folder, backbone, images, chosen, finetune, number_of_workers(workers)))
+    backbone = trained_backbone(config, own.run, images.channels, images.digest).to(_find_device(own.device))
+    probes: list[Any] = list(dict.fromkeys(own.probes))
+    say(evaluate_run(config, own.run, backbone, images, probes, _count_workers(own.workers)))
     return 0
 
 
-def compare(runs: Sequence[str], output: str) -> int:
-    """Join the reports of several runs in one table and plot."""
-    from slimmable.cli.compare import compare as join
-
-    say(join([Path(run) for run in runs], Path(output)))
-    say(f"wrote compare.csv, compare.md and compare.png to {output}")
-    return 0
-
-
-def export(
-    model: str,
-    width: Sequence[float | str],
-    format: Sequence[str] | None,
-    output: str | None,
-    widths: Sequence[float] | None,
-    **settings: Any,
-) -> int:
+def export(given: dict[str, Any]) -> int:
     """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+    settled: dict[str, Any] = {
+        name: given[name] for name in ("widths", "checkpoint", "pretrained", "num_classes") if name in given
+    }
+    own = _take(ExportOptions, given)
+    if own.pretrained and own.checkpoint is not None:
+        raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights are from")
     from slimmable.cli.export import export as write
     from slimmable.cli.source import file_source, kind_of, run_source, timm_source
 
-    kind = kind_of(model)
+    kind = kind_of(own.model)
     if kind == "timm":
-        known = _checked(widths)
-        for asked in width:
+        known = _checked(own.widths)
+        for asked in own.width:
             if asked != ALL and asked not in known:
                 raise WidthError(
-                    f"--width {asked} is not one of --widths {known}, which {model} is converted to; add it"
+                    f"--width {asked} is not one of --widths {known}, which {own.model} is converted to; add it"
                 )
-        source, default = timm_source(model, known, **settings), f"runs/export/{model}"
+        source = timm_source(own.model, known, own.checkpoint, own.pretrained, own.num_classes, own.image_size)
+        folder = own.output or Path("runs/export", own.model)
     else:
-        size = settings.pop("image_size") if kind == "file" else None
-        own = {"widths": widths, **settings}
-        given = ", ".join(
-            f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None and value is not False
-        )
-        if given:
+        if kind == "run" and own.image_size is not None:
+            settled["image_size"] = own.image_size
+        if settled:
             what = "the folder of a run" if kind == "run" else "a saved model"
-            raise UsageError(f"{model} is {what}, which settles what {given} would say; leave it away")
-        if kind == "run":
-            source, default = run_source(Path(model)), model
-        else:
-            source, default = file_source(Path(model), size), f"runs/export/{Path(model).stem}"
-    folder = Path(output or default)
-    chosen = source.widths if ALL in width else [asked for asked in width if not isinstance(asked, str)]
-    for file in write(source, chosen, format, folder):
-        taken = "" if file.any_batch else "; it takes one image a call"
-        say(
-            f"wrote {folder / file.name} ({file.size / 1e6:.2f} MB), off by {file.off:.0e} of the largest output{taken}"
-        )
+            names = ", ".join(map(flag, settled))
+            raise UsageError(f"{own.model} is {what}, which settles what {names} would say; leave it out")
+        path = Path(own.model)
+        source = run_source(path) if kind == "run" else file_source(path, own.image_size)
+        folder = own.output or (path if kind == "run" else Path("runs/export", path.stem))
+    widths = source.widths if ALL in own.width else [asked for asked in own.width if not isinstance(asked, str)]
+    for file in write(source, widths, own.format, folder):
+        note = "" if file.any_batch else "; it takes one image a call"
+        say(f"wrote {folder / file.name} ({file.size / 1e6:.2f} MB), off by {file.off:.0e} of the largest output{note}")
     say(f"wrote {folder / 'README.md'}, the model card")
     return 0
 
 
-extract = export  # as the command was called when it knew runs only
-
-
-def profile(name: str, image_size: int | None, widths: Sequence[float] | None, csv: str | None) -> int:
+def profile(given: dict[str, Any]) -> int:
     """Print what each width of a timm model costs."""
+    own = _take(ProfileOptions, given)
+    from slimmable._atomic import write_aside
     from slimmable._convert import slimify
     from slimmable._profile import profile as measure
 
-    model, shape = _timm_model(name, image_size)
-    table = measure(slimify(model, _checked(widths), example_inputs=torch.zeros(2, *shape)), shape)
+    model, example = _timm_model(own)
+    table = measure(slimify(model, _checked(own.widths), example_inputs=example), tuple(example.shape[1:]))
     say(str(table))
-    if csv is not None:
-        write_aside(Path(csv), table.to_csv)
+    if own.csv is not None:
+        write_aside(own.csv, table.to_csv)
     return 0
 
 
-def plan(name: str, image_size: int | None, widths: Sequence[float] | None) -> int:
+def plan(given: dict[str, Any]) -> int:
     """Print what of a timm model would be slimmed."""
+    own = _take(ModelOptions, given)
     from slimmable._convert import plan as make_plan
 
-    model, shape = _timm_model(name, image_size)
-    say(str(make_plan(model, _checked(widths), example_inputs=torch.zeros(2, *shape))))
+    model, example = _timm_model(own)
+    say(str(make_plan(model, _checked(own.widths), example_inputs=example)))
     return 0
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "pre-train a slimmable network and evaluate every width", (PretrainConfig, RunOptions), pretrain
+    ),
+    "evaluate": Command("evaluate the network of a run again", (EvaluateOptions,), evaluate),
+    "export": Command("write widths of a model as files for other programs", (ExportOptions,), export),
+    "profile": Command(
+        "parameters, MACs, activations and latency of a timm model per width", (ProfileOptions,), profile
+    ),
+    "plan": Command("what of a timm model would be slimmed, and what stays full and why", (ModelOptions,), plan),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in a line, without listing every option before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists what there is\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the program `slimmable`."""
+    parser = _Parser(
+        prog="slimmable", description="Slimmable networks: one set of weights, several widths.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"slimmable {slimmable.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        for options in command.options:
+            add_options(own, options)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+    """Return the command of a command line and the options that were given.
+
+    Exits like argparse: with 0 after `--help` and `--version`, with 2 and a message for what cannot be understood, and
+    with 2 and the help for nothing at all.
+    """
+    parser = make_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        parser.error(f"there is no command {argv[0]}{_suggestion(argv[0], COMMANDS)}")
+    arguments, unknown = parser.parse_known_args(argv)
+    given = vars(arguments)
+    name = given.pop("command")
+    if name is None:
+        parser.error(f"{' '.join(unknown)} is not a command")
+    if unknown:
+        typed = unknown[0].partition("=")[0]
+        known = ["--help", *(flag(each.name) for options in COMMANDS[name].options for each in fields(options))]
+        parser.exit(2, f"slimmable {name}: there is no option {typed}{_suggestion(typed, known)}\n")
+    return COMMANDS[name], given
+
+
+def _suggestion(typed: str, known: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def _take(options: type[_T], given: dict[str, Any]) -> _T:
+    """Move the options of a dataclass from `given` to an instance of it.
+
+    Raises: UsageError: if a value is out of range.
+    """
+    names = [each.name for each in fields(options)]  # type: ignore[arg-type]
+    taken = options(**{name: given.pop(name) for name in names if name in given})
+    check(taken)
+    return taken
 
 
 def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
@@ -156,25 +300,29 @@ def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
     Raises: WidthError: if they cannot be used.
     """
     try:
-        return check_widths(widths or PretrainConfig.widths)
+        return check_widths(widths or DEFAULT_WIDTHS)
     except WidthError as error:
         raise WidthError(f"--widths: {error}") from error
 
 
-def _timm_model(name: str, image_size: int | None) -> tuple[torch.nn.Module, tuple[int, ...]]:
-    """Return a timm model and the shape of its input image."""
-    model = timm_backbone(name, channels=3, image_size=image_size)
-    if image_size is not None:
-        return model, (3, image_size, image_size)
+def _timm_model(options: ModelOptions) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Return a timm model and two images of zeros that it takes."""
+    import torch
+
+    from slimmable.cli.networks import timm_backbone
+
+    model = timm_backbone(options.name, channels=3, image_size=options.image_size)
     channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index]
-    return model, (channels, height, width)
+    return model, torch.zeros(2, channels, options.image_size or height, options.image_size or width)
 
 
-def find_device(name: str | None) -> torch.device:
+def _find_device(name: str | None) -> torch.device:
     """Return the device of this name, or the accelerator if there is one.
 
     Raises: UsageError: if there is no such device.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -185,12 +333,7 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def number_of_workers(given: int | None) -> int:
-    """Return how many processes read images: one beside a process that trains, more where there are processors.
-
-    Raises: UsageError: if a number below 0 was given.
-    """
-    if given is not None and given < 0:
-        raise UsageError(f"--workers must be 0 or more, got {given}")
+def _count_workers(given: int | None) -> int:
+    """Return how many processes read images: one beside each process that trains, more where there are processors."""
     shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(0, shared - 1)) if given is None else given

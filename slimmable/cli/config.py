@@ -1,4 +1,7 @@
-"""The settings of a pre-training run, as given on the command line and kept in its folder."""
+"""What the result of a pre-training run depends on: its options, stated once, and published values of them by name.
+
+Torch is not imported before settings are made, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -6,134 +9,144 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from slimmable._widths import check_widths
+from slimmable.cli.options import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Range,
+    at_least,
+    check,
+    fits,
+    flag,
+    option,
+)
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
-from slimmable.losses import width_weights
-from slimmable.losses.distillation import DistillationKind
 
-SMALL_RESNET = "small-resnet"
-DIGITS, GLYPHS = "digits", "glyphs"
+DIGITS = "digits"
 FOLDER_IMAGE_SIZE = 64  # pixels; pictures in a folder show more than the embedded digits
 
-GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
-OPTIMIZERS = ("adamw", "lars", "sgd")
-VIEWS = ("digits", "mocov2", "simclr", "byol", "supervised")
-DISTILLATIONS = ("own", "none", *get_args(DistillationKind))
-PRECISIONS = ("float32", "bfloat16")
-_CHOICES = {
-    "method": METHODS,
-    "optimizer": OPTIMIZERS,
-    "views": VIEWS,
-    "distill": DISTILLATIONS,
-    "precision": PRECISIONS,
-}
-_LEAST = {
-    **{"epochs": 1, "batch_size": 2, "images": 4, "image_size": 8},
-    **{"embedding": 1, "hidden": 0, "queue_size": 1, "key_parts": 1},
-}
-_POSITIVE = ("learning_rate", "joined_learning_rate", "temperature", "gate_weight", "gate_speed")
-_SHARES = ("momentum", "slow_start", "smallest_crop")
-_WITHOUT_LOGITS = ("byol", "vicreg")  # whose distillation compares embeddings
-_KINDS: dict[type, Any] = {float: (int, float), tuple: list, type(None): (int, float, type(None))}  # by the default's
+GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
+DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
+_WITHOUT_LOGITS = ("byol", "vicreg")  # their distillation compares embeddings
+AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+LOGGERS = ("tensorboard", "wandb")
+DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
+WIDTHS_HELP = "shares of the channels, in (0, 1], with 1 among them"
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What a run is made of; everything that its result depends on.
+    """The settings that the result of a run depends on.
 
-    Raises: UsageError or WidthError: if a value is out of range.
+    Raises: UsageError or WidthError: if a value is out of range, or two do not go together.
     """
 
-    method: str = "mocov2"
-    model: str = SMALL_RESNET
-    data: str = DIGITS  # or glyphs, or a folder of images per class
-    images: int = 4096  # of the embedded sets to train on; a quarter as many are held out
-    image_size: int = 24
-    widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    universal: bool = False
-    gate_budget: float | None = None  # multiply-adds of the gated network over those of the dense one; None: no gates
-    gate_weight: float = 100.0  # of the budget loss, lambda of the paper
-    gate_speed: float = 5.0  # learning rate of the gates over that of the rest
-    epochs: int = 20
-    batch_size: int = 64  # of all processes together
-    optimizer: str = "adamw"
-    learning_rate: float = 0.006  # for this batch size
-    joined_learning_rate: float | None = None  # peak for the steps after the slow start, if another
-    warm_up: float | None = None  # epochs; a twentieth of them if None
-    weight_decay: float = 0.05
-    embedding: int = 64
-    hidden: int = 0  # units between the layers of the head; 0: as many as features
-    temperature: float = 0.2
-    momentum: float = 0.99  # of the momentum encoder
-    queue_size: int = 256
-    key_parts: int = 4
-    distill: str = "own"
-    weights: str = "widest_plus_rest"
-    slow_start: float = 0.5
-    views: str = "digits"
-    smallest_crop: float = 0.56  # share of the image's area
-    precision: str = "float32"
-    seed: int = 0
+    method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
+    model: str = option("small_resnet", "a timm model, or small_resnet: timm's ResNet-10, narrow, for small images")
+    data: str = option(
+        DIGITS,
+        "digits: cluttered digits, which come with scikit-learn; or the path of a folder with a folder of images for "
+        "each class; the classes serve for evaluation only, except with --method supervised",
+        metavar="NAME",
+    )
+    num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
+    image_size: int = option(
+        24, "height and width in pixels", within=at_least(8), shown=f"24; with a folder {FOLDER_IMAGE_SIZE}"
+    )
+    augmentation: str = option(
+        "digits", "the augmentations of which method", choices=AUGMENTATIONS, shown="digits; with a folder its own"
+    )
+    min_crop_scale: float = option(
+        0.56, "least share of an image in a view", within=FRACTION, shown="0.56; with a folder 0.08 or 0.2"
+    )
+
+    widths: tuple[float, ...] = option(DEFAULT_WIDTHS, WIDTHS_HELP, metavar="W", group="widths and gates")
+    universal: bool = option(False, "train any width from the narrowest on, by the sandwich rule")
+    distill: str = option(
+        "own", "how the full width teaches the others; own: as suits the method", choices=DISTILLATIONS
+    )
+    loss_weights: str = option(
+        "widest_plus_rest", "weights of the widths' losses, as in slimmable.losses.width_weights", metavar="MODE"
+    )
+    slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
+    gate_budget: float | None = option(
+        None,
+        "train one width dense and gated: channel gates let an image use this share of the multiply-adds on average; "
+        f"for {', '.join(GATED_METHODS)}",
+        within=Range("in (0, 1)", lambda value: 0 < value < 1),
+        metavar="SHARE",
+    )
+    gate_loss_weight: float = option(100.0, "weight of the loss that holds gates to the budget", within=POSITIVE)
+    gate_lr_scale: float = option(5.0, "learning rate of the gates over that of the rest", within=POSITIVE)
+
+    proj_dim: int = option(64, "size of the projector's output, the embedding", within=at_least(1), group="method")
+    proj_hidden_dim: int = option(0, "hidden units of the projector; 0: as many as features", within=at_least(0))
+    temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
+    ema_momentum: float = option(
+        0.99, "momentum of the averaged encoder; mocov3 and byol raise it to 1", within=FRACTION
+    )
+    queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
+    key_parts: int = option(4, "parts of the batch for which mocov2 makes keys one by one", within=at_least(1))
+
+    epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
+    batch_size: int = option(64, "images per step, of all processes together", within=at_least(2))
+    opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
+    lr: float = option(0.006, "peak learning rate, for this batch size", within=POSITIVE)
+    lr_after_slow_start: float | None = option(None, "peak after the slow start", within=POSITIVE, shown="the same")
+    warmup_epochs: float | None = option(
+        None,
+        "epochs in which the learning rate rises; then it falls by a cosine",
+        within=NOT_NEGATIVE,
+        shown="a twentieth of all",
+    )
+    weight_decay: float = option(0.05, "weight decay; norms and biases have none", within=NOT_NEGATIVE)
+    precision: str = option("float32", "bfloat16: mixed precision", choices=("float32", "bfloat16"))
+    seed: int = option(
+        0,
+        "seed of the weights, the order of the images and the views",
+        within=Range("in [0, 2**31)", lambda value: 0 <= value < 2**31),
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", check_widths(self.widths))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{_option(name)} {getattr(self, name)}: there are {', '.join(choices)}")
-        for name, lowest in _LEAST.items():
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{_option(name)} must be at least {lowest}, got {getattr(self, name)}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{_option(name)} must be positive, got {value}")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{_option(name)} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("warm_up", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"{_option(name)} must be 0 or more, got {value}")
-        if not 0 <= self.seed < 2**31:
-            raise UsageError(f"--seed must be in [0, 2**31), got {self.seed}")
-        try:
-            width_weights(self.widths, self.weights)
-        except SlimmableError as error:
-            raise UsageError(f"--weights {self.weights}: {error}") from error
-        self._check_together()
+        from slimmable.losses import width_weights
 
-    def _check_together(self) -> None:
-        """Refuse what only together makes no sense."""
-        if self.views == "supervised" != self.method:
-            raise UsageError(f"--views supervised makes one view of an image, but --method {self.method} takes two")
+        object.__setattr__(self, "widths", check_widths(self.widths))
+        check(self)
+        try:
+            width_weights(self.widths, self.loss_weights)
+        except SlimmableError as error:
+            raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
+        if self.augmentation == "supervised" != self.method:
+            raise UsageError(
+                f"--augmentation supervised makes one view of an image, but --method {self.method} takes two"
+            )
         if self.method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
             raise UsageError(
                 f"--distill {self.distill} compares logits, which --method {self.method} does not have; there are own, "
                 "none, embedding, mse"
             )
         if self.gate_budget is not None:
-            self._check_gates(self.gate_budget)
+            self._check_gates()
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: give --widths one below 1")
 
-    def _check_gates(self, budget: float) -> None:
-        if not 0 < budget < 1:
-            raise UsageError(f"--gate-budget is a share of the multiply-adds and must be in (0, 1), got {budget}")
+    def _check_gates(self) -> None:
         if self.method not in GATED_METHODS:
             raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
         if len(self.widths) > 1:
             raise UsageError(
                 f"--gate-budget trains one width, got --widths {' '.join(f'{width:g}' for width in self.widths)}; "
-                "leave them away, or gate a slimmable model in a loop of your own"
+                "leave them out, or gate a slimmable model in a training loop of your own"
             )
 
     @property
     def is_folder(self) -> bool:
         """Whether the images come from a folder."""
-        return self.data not in (DIGITS, GLYPHS)
+        return self.data != DIGITS
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
@@ -144,21 +157,20 @@ class PretrainConfig:
         """Read settings that `to_json` wrote; `path` is for messages.
 
         Raises:
-            CheckpointError: if the text is not JSON, names are missing or unknown, or a value is of another kind.
+            CheckpointError: if the text is not JSON, names are missing or unknown, or a value is of another type.
             UsageError or WidthError: if a value is out of range.
         """
         try:
             values = json.loads(text)
             if not isinstance(values, dict):
                 raise TypeError(f"expected an object, found {type(values).__name__}")
-            missing = {field.name for field in fields(cls)} ^ set(values)
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a configuration of this program ({error})") from error
-        if missing:
-            raise CheckpointError(f"{path} is of another version: {', '.join(sorted(missing))} missing or unknown")
+            raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
+        differing = {each.name for each in fields(cls)} ^ set(values)
+        if differing:
+            raise CheckpointError(f"{path} is of another version: {', '.join(sorted(differing))} missing or unknown")
         for name, value in values.items():
-            kind = type(getattr(cls, name))
-            if not isinstance(value, _KINDS.get(kind, kind)):
+            if not fits(cls, name, value):
                 raise CheckpointError(f"{path}: {name} cannot be {value!r}")
         return cls(**values)
 
@@ -168,7 +180,7 @@ class PretrainConfig:
         Raises: UsageError: if a value of `given` is another than here, naming all of them.
         """
         other = [
-            f"{_option(name)}: the run has {getattr(self, name)}, now {value}"
+            f"{flag(name)}: the run has {getattr(self, name)}, now {value}"
             for name, value in given.items()
             if getattr(self, name) != value
         ]
@@ -176,5 +188,129 @@ class PretrainConfig:
             raise UsageError("--resume goes on with the settings of the run; " + "; ".join(other))
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def workers_option() -> Any:
+    """Return the field `workers` of the commands that read images."""
+    text = "processes that read and augment images; they do not change the result"
+    return option(None, text, within=NOT_NEGATIVE, shown="by the number of processors", metavar="N")
+
+
+def device_option() -> Any:
+    """Return the field `device` of the commands that compute."""
+    return option(None, "such as cpu or cuda", shown="cuda where there is one")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `pretrain` beside the settings that its result depends on."""
+
+    preset: str | None = option(
+        None, "published settings by name, such as slimclr-mocov2-imagenet; other options override them", group="run"
+    )
+    output: Path = option(Path("runs/pretrain"), "run folder to make; it must not exist, or be empty", metavar="RUN")
+    resume: bool = option(False, "go on with an interrupted run, to the same result; its settings need not be given")
+    log: tuple[str, ...] = option((), "where to log, besides losses.csv in the run folder", choices=LOGGERS)
+    log_every: int = option(10, "steps from one logged to the next", within=at_least(1), metavar="STEPS")
+    knn_every: int | None = option(
+        None,
+        "epochs from one kNN accuracy on held-out images to the next; 0: none",
+        within=NOT_NEGATIVE,
+        shown="a tenth of all with --gate-budget, else 0",
+        metavar="EPOCHS",
+    )
+    diagnostics: bool = option(False, "sample the gradients of the widths: imbalance and divergence")
+    workers: int | None = workers_option()
+    device: str | None = device_option()
+
+
+Settings = dict[str, Any]
+
+_SMALL_IMAGES: dict[str, Settings] = {  # where a method differs from the defaults above
+    "mocov3": {"temperature": 1.0},
+    "vicreg": {"proj_hidden_dim": 256, "proj_dim": 256},
+    "supervised": {"slow_start": 0.0, "loss_weights": "ones"},
+}
+_AUGMENTATIONS = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}  # of other methods byol's
+_MIN_CROP_SCALES = {"mocov2": 0.2, "mocov3": 0.2}
+
+_IMAGENET: Settings = {"image_size": 224, "model": "resnet50", "opt": "sgd", "warmup_epochs": 10.0, "slow_start": 0.5}
+_LARS: Settings = _IMAGENET | {"opt": "lars", "weight_decay": 1e-6}
+
+# Learning rates are those for the batch size given with them. Where published code and paper differ, the paper holds.
+# Left out: the floor of VICReg's learning rate (a thousandth of its peak; here 0), and the colour noise of Yu et al.
+# (PCA lighting).
+PRESETS: dict[str, Settings] = {
+    # Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, and its published scripts
+    "slimclr-mocov2-imagenet": _IMAGENET
+    | {"method": "mocov2", "epochs": 200, "batch_size": 1024, "lr": 0.2, "weight_decay": 1e-4}
+    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.2}
+    | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8},
+    "slimclr-mocov3-imagenet": _LARS
+    | {"method": "mocov3", "epochs": 300, "batch_size": 1024, "lr": 1.2, "lr_after_slow_start": 3.2}
+    | {"proj_hidden_dim": 4096, "proj_dim": 256, "temperature": 1.0, "ema_momentum": 0.99},
+    "slimclr-simclr-imagenet": _LARS
+    | {"method": "simclr", "epochs": 100, "batch_size": 1024, "lr": 2.4}
+    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1},
+    # the methods' own settings, at several widths
+    "mocov2-imagenet": _IMAGENET
+    | {"method": "mocov2", "epochs": 800, "batch_size": 256, "lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0.0}
+    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.2}
+    | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8},
+    "mocov3-imagenet": _LARS
+    | {"method": "mocov3", "epochs": 300, "batch_size": 4096, "lr": 4.8}
+    | {"proj_hidden_dim": 4096, "proj_dim": 256, "temperature": 1.0, "ema_momentum": 0.99},
+    "mocov3-vit-imagenet": _IMAGENET
+    | {"method": "mocov3", "model": "vit_small_patch16_224", "opt": "adamw", "epochs": 300, "batch_size": 4096}
+    | {"lr": 2.4e-3, "warmup_epochs": 40.0, "weight_decay": 0.1, "min_crop_scale": 0.08}
+    | {"proj_hidden_dim": 4096, "proj_dim": 256, "temperature": 0.2, "ema_momentum": 0.99},
+    "simclr-imagenet": _LARS
+    | {"method": "simclr", "epochs": 100, "batch_size": 4096, "lr": 4.8, "weight_decay": 1e-4}
+    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1},
+    "byol-imagenet": _LARS
+    | {"method": "byol", "epochs": 1000, "batch_size": 4096, "lr": 3.2, "weight_decay": 1.5e-6}
+    | {"proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.996},
+    "vicreg-imagenet": _LARS
+    | {"method": "vicreg", "epochs": 1000, "batch_size": 2048, "lr": 1.6}
+    | {"proj_hidden_dim": 8192, "proj_dim": 8192},
+    # the supervised slimmable network that Zhao et al. compare with (Yu et al. 2019: no distillation)
+    "supervised-imagenet": _IMAGENET
+    | {"method": "supervised", "epochs": 100, "batch_size": 512, "lr": 0.2, "weight_decay": 1e-4}
+    | {"warmup_epochs": 5.0, "slow_start": 0.0, "distill": "none", "loss_weights": "ones"},
+}
+
+
+def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
+    """Return the settings `given`, and those of the preset that are not given.
+
+    Raises: UsageError: if the preset is unknown or of another method.
+    """
+    if preset is None:
+        return dict(given)
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+    own = PRESETS[preset]
+    if given.get("method", own["method"]) != own["method"]:
+        raise UsageError(f"--preset {preset} is of --method {own['method']}, not {given['method']}")
+    return {**own, **given}
+
+
+def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainConfig:
+    """Return the settings of a run: those `given`, then those of the preset, then what suits the method and images.
+
+    Raises: UsageError or WidthError: if a value is out of range, or the preset is unknown or of another method.
+
+    >>> configure({"epochs": 100}, "slimclr-mocov2-imagenet").queue_size
+    65536
+    """
+    values = with_preset(given, preset)
+    method = values.get("method", PretrainConfig.method)
+    defaults = _SMALL_IMAGES.get(method, {}) if preset is None else {}
+    if preset is not None or values.get("data", DIGITS) != DIGITS:
+        defaults = {
+            "image_size": FOLDER_IMAGE_SIZE,
+            "augmentation": _AUGMENTATIONS.get(method, "byol"),
+            "min_crop_scale": _MIN_CROP_SCALES.get(method, 0.08),
+            **defaults,
+        }
+    if values.get("gate_budget") is not None:
+        defaults = {"widths": (1.0,), **defaults}
+    return PretrainConfig(**{**defaults, **values})

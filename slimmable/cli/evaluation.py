@@ -1,44 +1,63 @@
-"""Evaluation of a trained network: features of every width in one pass over the images, then the probes."""
+"""What the networks of a run are worth: features in one pass over the images, then probes on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
+from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width, widths_of
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.images import Images
-from slimmable.cli.loader import Plain, batches_of
-from slimmable.evaluation import Accuracies, accuracy_of, evaluate_features, finetune, knn_accuracy
+from slimmable.cli.data import Images
+from slimmable.cli.loader import Plain, batches_of, some_of
+from slimmable.cli.loggers import CsvLog, Logger
+from slimmable.cli.networks import new_method
+from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row, to_markdown, write_report
+from slimmable.cli.training import Training
+from slimmable.errors import UsageError
+from slimmable.evaluation import evaluate_features, knn_accuracy
 from slimmable.evaluation.evaluate import ProbeName, narrowest_first
+from slimmable.gating import calibrate_gates, extract_gated, gated
+
+PROBES: tuple[ProbeName, ...] = ("knn", "linear")
+KNN_LOG = "knn.csv"
+_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks; those of Krishna et al. 2023
+_CALIBRATION = 1024  # training images that set the gates
+_VOTERS = 50_000  # training images that vote in kNN while a run trains
 
 Key = TypeVar("Key")
-Setting = Callable[[], AbstractContextManager[Any]]
 
 
 def features_at_widths(backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0) -> dict[float, Tensor]:
     """Return width -> features in eval mode, of shape (images, features), float32, on the CPU."""
-    return features_in(
-        {width: partial(at_width, backbone, width) for width in widths_of(backbone)}, backbone, images, workers
-    )
+    settings = {width: partial(at_width, backbone, width) for width in widths_of(backbone)}
+    return features_in(settings, backbone, images, workers)
 
 
 @torch.no_grad()
 def features_in(
-    settings: Mapping[Key, Setting], backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+    settings: Mapping[Key, Callable[[], AbstractContextManager[Any]]],
+    backbone: nn.Module,
+    images: Plain | Subset[Tensor],
+    workers: int = 0,
 ) -> dict[Key, Tensor]:
     """Return the features of the backbone in each setting, as `features_at_widths` does.
 
     Args:
-        settings: by name, what makes the block that a forward runs in.
-        backbone, images, workers: as they say.
+        settings: by name, what makes the `with` block that a forward runs in.
+        backbone: gives features of shape (batch, features).
+        images: are read once for all settings.
+        workers: processes that read them.
     """
     device = next(backbone.parameters()).device
     parts: dict[Key, list[Tensor]] = {name: [] for name in settings}
@@ -51,38 +70,220 @@ def features_in(
     return {name: torch.cat(found) for name, found in parts.items()}
 
 
-def evaluate_backbone(
-    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName], workers: int = 0
-) -> dict[float, Accuracies]:
-    """Return width -> accuracies on the held-out images."""
-    train, test = (
-        narrowest_first(backbone, features_at_widths(backbone, Plain(part, config.image_size), workers))
-        for part in (images.train, images.test)
-    )
-    return evaluate_features(train, images.train_labels, test, images.test_labels, probes=probes)
+def features_of_passes(
+    backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the features of the dense and of the gated pass, and what the latter costs.
+
+    Returns: pass -> features in eval mode, of shape (images, features), float32; and for each image the multiply-adds
+        of the gated pass, the gates' own included, over those of the dense one, of shape (images,).
+    """
+    shares: list[Tensor] = []
+
+    @contextmanager
+    def counted() -> Iterator[None]:
+        with gated(backbone) as run:
+            yield
+        shares.append(run.share().cpu())
+
+    with _untrained_gates_allowed():
+        found = features_in({DENSE: nullcontext, GATED: counted}, backbone, images, workers)
+    return found, torch.cat(shares)
 
 
-def pixels_accuracy(config: PretrainConfig, images: Images) -> float:
-    """Return the accuracy of kNN on the pixels, at no more than 32 x 32 of them."""
+@contextmanager
+def _untrained_gates_allowed() -> Iterator[None]:
+    """Do not warn of untrained gates, which a report compares with trained ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
+        yield
+
+
+def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
+    """Set the gates to the budget of the run, in place, on some of the training images; return what they cost then."""
+    assert config.gate_budget is not None
+    with _untrained_gates_allowed():
+        return calibrate_gates(backbone, _calibration_images(config, images), config.gate_budget)
+
+
+def _calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
+    return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
+
+
+def evaluate_run(
+    config: PretrainConfig,
+    folder: Path,
+    backbone: nn.Module,
+    images: Images,
+    probes: Sequence[ProbeName] = PROBES,
+    workers: int = 0,
+) -> str:
+    """Evaluate `backbone` and the same network untrained, write the report, and return the table as Markdown."""
+    return report_run(config, folder, rows_of_run(config, backbone, images, probes, workers), images)
+
+
+def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images) -> str:
+    """Write the report of a run into its folder, and return the table as Markdown."""
+    title = f"{config.model}, {config.epochs} epochs of {config.method}"
+    if config.gate_budget is not None:
+        title += f", gated to {config.gate_budget:g}"
     size = min(config.image_size, 32)
     train, test = (Plain(part, size).stacked() for part in (images.train, images.test))
-    return knn_accuracy(train, images.train_labels, test, images.test_labels)
+    pixels = knn_accuracy(train, images.train_labels, test, images.test_labels)
+    write_report(folder, rows, pixels, title)
+    return to_markdown(rows, pixels)
 
 
-def finetuned_accuracies(
-    config: PretrainConfig, networks: Mapping[Key, nn.Module], images: Images, epochs: int
-) -> dict[Key, float]:
-    """Return the accuracy of each of the networks after fine-tuning with a classifier on top."""
-    train, test = (Plain(part, config.image_size).stacked() for part in (images.train, images.test))
-    found = {}
-    for name, network in networks.items():
-        classifier = finetune(
-            network,
-            train,
-            images.train_labels,
-            num_classes=len(images.classes),
-            epochs=epochs,
-            seed=config.seed,
+def rows_of_run(
+    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName] = PROBES, workers: int = 0
+) -> list[Row]:
+    """Evaluate every network of a run, and the same ones untrained.
+
+    Args:
+        config: of the run.
+        backbone: trained; the gates of one that has them are calibrated.
+        images: of the run.
+        probes: that measure the features.
+        workers: processes that read images.
+    """
+    device = next(backbone.parameters()).device
+    untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
+    prober = _Prober(config, images, probes, workers)
+    if config.gate_budget is not None:
+        return _rows_of_gated_run(config, backbone, untrained, prober)
+    trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
+    costs = profile(backbone, prober.size, repeats=0).rows
+    return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
+
+
+def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
+    """Return the plain networks of a run, by the names of their rows.
+
+    Of a gated run these are the dense one and the static ones: the channels that are open most, within each budget that
+    can be had.
+    """
+    if config.gate_budget is None:
+        return {f"{width:g}": extract(backbone, width) for width in config.widths}
+    some = _calibration_images(config, images)
+    networks = {DENSE: extract(backbone, 1.0)}
+    for budget in sorted({*_BUDGETS, config.gate_budget}, reverse=True):
+        try:
+            networks[f"{STATIC} {budget:g}"] = extract_gated(backbone, some, budget=budget)
+        except UsageError:  # one unit for each gate costs more
+            break
+    return networks
+
+
+class _Prober:
+    """Measures networks on the images of a run: probe -> accuracy, with a prefix before the names of the probes."""
+
+    def __init__(self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int) -> None:
+        self.images, self.probes, self.workers = images, probes, workers
+        self.train, self.test = (Plain(part, config.image_size) for part in (images.train, images.test))
+        self.size = (images.channels, config.image_size, config.image_size)
+
+    def of_widths(self, network: nn.Module, prefix: str = "") -> dict[float, dict[str, float]]:
+        """Measure every width of a converted network."""
+        known, asked = (
+            narrowest_first(network, features_at_widths(network, part, self.workers))
+            for part in (self.train, self.test)
         )
-        found[name] = accuracy_of(classifier, test, images.test_labels)
-    return found
+        return self._accuracies(known, asked, prefix)
+
+    def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
+        """Measure the dense and the gated pass; also return what the latter costs on average over the former."""
+        known, _ = features_of_passes(network, self.train, self.workers)
+        asked, costs = features_of_passes(network, self.test, self.workers)
+        found = {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}
+        return found, float(costs.mean())
+
+    def of_plain(self, network: nn.Module) -> dict[str, float]:
+        """Measure a plain network."""
+        known, asked = (
+            features_in({1.0: nullcontext}, network, part, self.workers) for part in (self.train, self.test)
+        )
+        return self._accuracies(known, asked, "")[1.0]
+
+    def _accuracies(
+        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor], prefix: str
+    ) -> dict[float, dict[str, float]]:
+        labels, held_out = self.images.train_labels, self.images.test_labels
+        found = evaluate_features(known, labels, asked, held_out, probes=self.probes)
+        return {width: {prefix + probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+
+
+def _rows_of_gated_run(config: PretrainConfig, backbone: nn.Module, untrained: nn.Module, prober: _Prober) -> list[Row]:
+    """Evaluate both passes and the static networks; the gates of `untrained` are set to the budget, in place."""
+    dense, *static = plain_networks(config, backbone, prober.images).items()
+    shares, cost = prober.of_passes(backbone)
+    shares |= {name: prober.of_plain(network) for name, network in static}
+    calibrate(config, untrained, prober.images)
+    for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
+        shares[name] |= found
+    rows = []
+    for name, network in (dense, *static):
+        own = profile(network, prober.size, repeats=0).rows[0]
+        rows.append(Row(1.0, own.parameters, own.macs, shares[name], name))
+    with gated(backbone):
+        parameters = parameter_count(backbone)
+    macs = round(cost * rows[0].macs)
+    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
+
+
+def epochs_between(config: PretrainConfig, asked: int | None) -> int:
+    """Return the number of epochs between two evaluations, 0 for none; by default a tenth of a run with gates.
+
+    >>> epochs_between(PretrainConfig(), None), epochs_between(PretrainConfig(), 3)
+    (0, 3)
+    """
+    if asked is not None:
+        return asked
+    return 0 if config.gate_budget is None else max(1, config.epochs // 10)
+
+
+class Watch:
+    """Writes the kNN accuracy of every network of a run to `knn.csv`, without any effect on the training.
+
+    Args:
+        training: of the run; rows of steps that it has not done are dropped.
+        folder: of the run.
+        loggers: that get the numbers too.
+    """
+
+    def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
+        self.training = training
+        config = training.config
+        # of a universal model the other widths have no statistics before the end
+        self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
+        passes = ["knn/dense", "knn/gated", "gated_share"]
+        self.columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
+        self.loggers = [CsvLog(folder / KNN_LOG, self.columns, training.step), *loggers]
+
+    def look(self) -> str:
+        """Evaluate, write a row, and return a line that says the same."""
+        found = self._evaluate()
+        for logger in self.loggers:
+            logger.log(self.training.step, found)
+            logger.flush()
+        shares = {name[4:].lstrip("w"): 100 * share for name, share in found.items() if name.startswith("knn/")}
+        costs = f"  ({found['gated_share']:.2f} of the multiply-adds)" if "gated_share" in found else ""
+        return "kNN accuracy in %  " + "  ".join(f"{name}: {share:.1f}" for name, share in shares.items()) + costs
+
+    def _evaluate(self) -> dict[str, float]:
+        """Return the numbers of a row by column; gates decide without noise, at the thresholds of the training."""
+        config, images, backbone = self.training.config, self.training.images, self.training.method.backbone
+        train = some_of(Plain(images.train, config.image_size), _VOTERS)
+        test = Plain(images.test, config.image_size)
+        labels = images.train_labels[train.indices]
+
+        def accuracy(known: Tensor, asked: Tensor) -> float:
+            return knn_accuracy(known, labels, asked, images.test_labels)
+
+        if config.gate_budget is None:
+            settings = {width: partial(at_width, backbone, width) for width in self.widths}
+            known, asked = (features_in(settings, backbone, part, self.training.workers) for part in (train, test))
+            return {f"knn/w{width:g}": accuracy(known[width], asked[width]) for width in self.widths}
+        trained, _ = features_of_passes(backbone, train, self.training.workers)
+        held_out, share = features_of_passes(backbone, test, self.training.workers)
+        found = {f"knn/{name}": accuracy(trained[name], held_out[name]) for name in trained}
+        return {**found, "gated_share": float(share.mean())}

@@ -1,23 +1,26 @@
-"""`slimmable export`: widths of a model as files that other programs run, each checked against the model."""
+"""`slimmable export`: widths of a model as files for other programs, each checked against the model, and a card."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
+import slimmable
 from slimmable._atomic import fill_aside
 from slimmable._convert import extract
 from slimmable._nested import output_tensors
-from slimmable._profile import profile
+from slimmable._profile import Row, profile
 from slimmable._widths import width_index
-from slimmable.cli.card import File, model_card
-from slimmable.cli.checkpoint import load_exactly, save_weights
 from slimmable.cli.extras import require
 from slimmable.cli.programs import (
+    INPUT,
     ONNX_PACKAGES,
     TOLERANCE,
     Program,
@@ -29,6 +32,31 @@ from slimmable.cli.programs import (
 )
 from slimmable.cli.source import Source
 from slimmable.errors import SlimmableError
+from slimmable.files.model import load, save
+
+
+@dataclass(frozen=True)
+class File:
+    """An exported file.
+
+    Attributes:
+        name: of the file; its suffix is the format.
+        width: of the network in it.
+        size: in bytes.
+        off: largest difference to the model's outputs, as a share of the largest output.
+        any_batch: whether it takes any number of images, or one a call.
+    """
+
+    name: str
+    width: float
+    size: int
+    off: float
+    any_batch: bool
+
+    @property
+    def kind(self) -> str:
+        """The format."""
+        return self.name.rpartition(".")[2]
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
@@ -51,22 +79,19 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
     for package in ONNX_PACKAGES if "onnx" in formats else ():
         require(package, package, extra="onnx")
-    if "safetensors" in formats:
-        require("safetensors", "safetensors")
     files: list[File] = []
 
     def write(folder: Path) -> None:
-        again = source.again() if "safetensors" in formats else None
         for width in chosen:
-            files.extend(_write(source, width, tuple(dict.fromkeys(formats)), again, folder))
-        costs = profile(source.model, example_inputs=source.example()[:1], repeats=0)
+            files.extend(_write(source, width, tuple(dict.fromkeys(formats)), folder))
+        costs = profile(source.model, example_inputs=torch.zeros(1, *source.image), repeats=0)
         (folder / "README.md").write_text(model_card(source, costs.rows, files))
 
     fill_aside(output, write)
     return files
 
 
-def _write(source: Source, width: float, formats: Sequence[str], again: nn.Module | None, folder: Path) -> list[File]:
+def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -> list[File]:
     """Write one width in each format."""
     model = extract(source.model, width).eval()
     images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
@@ -79,9 +104,7 @@ def _write(source: Source, width: float, formats: Sequence[str], again: nn.Modul
             written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)
             any_batch = takes_any_batch(program)
         else:
-            assert again is not None
-            save_weights(path, model, model=source.name, width=str(width), widths=" ".join(map(str, source.widths)))
-            written = _load_weights(path, extract(again, width))
+            written = _save_network(source, model, path)
         off = difference(model, written, images[:1], *([images] if any_batch else []))
         if not off <= TOLERANCE:
             raise SlimmableError(
@@ -93,6 +116,82 @@ def _write(source: Source, width: float, formats: Sequence[str], again: nn.Modul
     return files
 
 
-def _load_weights(path: Path, model: nn.Module) -> Program:
-    load_exactly(model, require("safetensors.torch", "safetensors").load_file(path), path.name)
-    return lambda images: output_tensors(model(images))
+def _save_network(source: Source, model: nn.Module, path: Path) -> Program:
+    """Write a plain network for `slimmable.load`, and return what was written, loaded again."""
+    save(model, path, arguments=source.arguments)
+    again = load(path)
+    return lambda images: output_tensors(again(images))
+
+
+def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> str:
+    """Return the card as Markdown; the licence is left to who publishes the files."""
+    classes = int(getattr(source.model, "num_classes", 0))
+    task = "image-classification" if classes else "image-feature-extraction"
+    channels, height, width = source.image
+    front = [f"pipeline_tag: {task}", "library_name: timm", "# license: to be added by who publishes the files"]
+    front += [] if source.base is None else [f"base_model: {source.base}"]
+    widths = [f"{file_width:g}" for file_width in dict.fromkeys(file.width for file in files)]
+    lines = [
+        *("---", "tags:", *(f"- {tag}" for tag in (task, "timm", "slimmable")), *front, "---"),
+        *(f"# Model card for {source.name} at width{'s' * (len(widths) > 1)} {', '.join(widths)}", ""),
+        "One set of weights runs at several widths: at width 0.5 every layer uses half of its channels. The files here",
+        "hold single widths, as small as these are.",
+        *("", "## Model Details"),
+        f"- **Model Type:** {f'Image classification, {classes} classes' if classes else 'Feature backbone'}",
+        f"- **Image size:** {height} x {width}, {channels} channels, numbers {source.values}",
+        f"- **Full network:** `{source.architecture}`",
+        f"- **Weights:** {source.weights}",
+        f"- **Made with:** slimmable {slimmable.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}",
+        *("", "## Model Stats", "", *_costs(source, costs)),
+        *("", "## Files", "", *_files(files)),
+        *("", "## Model Usage", *_usage(source, files)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _costs(source: Source, costs: Sequence[Row]) -> Iterator[str]:
+    """One line per width, also of those that are not in a file; accuracies where they were measured."""
+    reports = [source.accuracy[row.width].shares for row in costs if row.width in source.accuracy]
+    measured = len(reports) == len(costs) and all({"knn", "linear"} <= set(shares) for shares in reports)
+    yield "| width | parameters | MACs | activations |" + (" kNN, % | linear probe, % |" if measured else "")
+    yield "|---:|---:|---:|---:|" + ("---:|---:|" if measured else "")
+    for row in costs:
+        line = f"| {row.width:g} | {row.parameters:,} | {row.macs:,} | {row.activations:,} |"
+        if measured:
+            shares = source.accuracy[row.width].shares
+            line += f" {100 * shares['knn']:.1f} | {100 * shares['linear']:.1f} |"
+        yield line
+    yield ""
+    yield "MACs: multiply-adds of convolutions and matrix products for one image. Activations: their outputs."
+    if measured:
+        yield "kNN and linear probe: accuracy of classifiers on the features, on held-out images."
+
+
+def _files(files: Sequence[File]) -> Iterator[str]:
+    yield "| file | width | bytes | off by | images a call |"
+    yield "|---|---:|---:|---:|---|"
+    for file in files:
+        images = "any" if file.any_batch else "one"
+        yield f"| {file.name} | {file.width:g} | {file.size:,} | {file.off:.1e} | {images} |"
+    yield ""
+    yield "Off by: largest difference to the outputs of the model that was exported, as a share of the largest output,"
+    yield "in float32, on random images."
+
+
+def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
+    """Python for one file of each format."""
+    shape = ", ".join(map(str, (1, *source.image)))
+    first = {file.kind: file for file in reversed(files)}
+    if "pt2" in first:
+        yield from ("", "With torch alone:", "", "```python", "import torch", "")
+        yield f'program = torch.export.load("{first["pt2"].name}").module()'
+        yield from (f"output = program(torch.rand({shape}))", "```")
+    if "onnx" in first:
+        yield from ("", "In onnxruntime:", "", "```python", "import numpy", "import onnxruntime", "")
+        yield f'session = onnxruntime.InferenceSession("{first["onnx"].name}")'
+        yield f'(output,) = session.run(None, {{"{INPUT}": numpy.zeros(({shape}), numpy.float32)}})'
+        yield "```"
+    if "safetensors" in first:
+        yield from ("", "As a model of timm, to train on:", "", "```python", "import slimmable", "")
+        yield from (f'small = slimmable.load("{first["safetensors"].name}")', "```")

@@ -1,4 +1,4 @@
-"""Optional packages of the command line: imported where needed, missed with a message that says how to go on."""
+"""What every command uses: a line on the terminal, and optional packages, whose absence is explained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class MissingPackageError(SlimmableError, ImportError):
 def require(module: str, package: str, extra: str | None = "cli") -> Any:
     """Import and return `module`.
 
-    Raises: MissingPackageError: if it is not installed; the message names the extra that brings `package`, if one does.
+    Raises: MissingPackageError: if it is not installed; the message names the extra that installs `package`, if one
+        does.
 
     >>> require("json", "python").dumps([1])
     '[1]'
@@ -27,3 +28,8 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
         raise MissingPackageError(
             f"this command needs {package}, which cannot be imported ({error}). Install it with: {way}"
         ) from error
+
+
+def say(text: str) -> None:
+    """Print a line at once, also through a pipe."""
+    print(text, flush=True)

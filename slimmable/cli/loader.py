@@ -1,4 +1,4 @@
-"""Batches of images: random views that depend on the seed and the step only, and plain ones for evaluation."""
+"""Batches of images: random views, which depend on the seed, the epoch and the image only, and plain ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision.transforms import v2
 
-from slimmable.cli.images import ImageSet
-from slimmable.cli.views import plain_view
+from slimmable.cli.data import ImageSet
 from slimmable.errors import DataError, SlimmableError
 
 Key = tuple[int, int]
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed for torch that is another one for other numbers.
+    """Return a seed for torch; different numbers give different seeds.
 
     >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
     (True, False)
@@ -44,7 +44,7 @@ class Steps(Sampler[list[Key]]):
     """The images of each step from `start` to the end of training: one process's share of the batch.
 
     Args:
-        count: number of images; the rest of an epoch that fills no batch is left out.
+        count: number of images; the last ones of an epoch that do not fill a batch are left out.
         batch_size: of all processes together, a multiple of their number.
         epochs, start, seed: of the training; `start` is the number of steps done.
         rank, processes: which share to take.
@@ -125,7 +125,7 @@ class Plain(Dataset[Tensor]):
 
 
 def some_of(images: Plain, most: int) -> Subset[Tensor]:
-    """Return `most` of the images, evenly spread: those of a folder stand class by class.
+    """Return up to `most` of the images, evenly spread, since those of a folder come class by class.
 
     >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
     [0, 2, 5, 7]
@@ -135,6 +135,62 @@ def some_of(images: Plain, most: int) -> Subset[Tensor]:
 
 
 def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
-    """Yield images as floats in [0, 1] in their order."""
+    """Yield the images in their order, as floats in [0, 1]."""
     for batch in _read(images, workers, batch_size=batch_size):
         yield batch.float() / 255
+
+
+def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
+    """Return one transform per view: uint8 images (channels, any height, any width) to floats in [0, 1] of `size`.
+
+    Args:
+        name: whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
+            2020, appendix B; MoCo v3 and VICReg take the same), "supervised" (crop, mirror and jitter), or "digits"
+            (for handwriting: geometry, brightness and blur).
+        size: height and width of a view in pixels.
+        min_crop_scale: least share of the image's area that a view shows.
+        mirror: flip half of the images left to right.
+
+    Draws from torch's global random numbers.
+
+    >>> first, second = make_views("byol", 28, min_crop_scale=0.2, mirror=True)
+    >>> first(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
+    torch.Size([3, 28, 28])
+    """
+    crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
+
+    def view(*changes: nn.Module) -> nn.Module:
+        flip = [v2.RandomHorizontalFlip()] if mirror else []
+        composed: nn.Module = v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])
+        return composed
+
+    def colours(*strength: float) -> list[nn.Module]:
+        return [v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)]
+
+    def blur(share: float) -> nn.Module:
+        kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
+        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=share)  # type: ignore[no-any-return]
+
+    if name == "digits":
+        turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
+        light = v2.ColorJitter(brightness=0.4, contrast=0.4)
+        softer = v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5)
+        return [view(turn, crop, light, softer)] * 2
+    if name == "mocov2":
+        return [view(crop, *colours(0.4, 0.4, 0.4, 0.1), blur(0.5))] * 2
+    if name == "simclr":
+        return [view(crop, *colours(0.8, 0.8, 0.8, 0.2), blur(0.5))] * 2
+    if name == "byol":
+        jitter = colours(0.4, 0.4, 0.2, 0.1)
+        return [view(crop, *jitter, blur(1.0)), view(crop, *jitter, blur(0.1), v2.RandomSolarize(128, p=0.2))]
+    return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
+
+
+def plain_view(size: int) -> nn.Module:
+    """Return the transform for evaluation: the shorter side resized to `size`, the centre cut out, uint8 to uint8.
+
+    >>> plain_view(28)(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
+    torch.Size([3, 28, 28])
+    """
+    composed: nn.Module = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    return composed

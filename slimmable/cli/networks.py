@@ -1,19 +1,22 @@
-"""The networks that are pre-trained: any timm backbone, or a small ResNet for small images, with a method around it."""
+"""The networks that are pre-trained: a timm backbone with a method around it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
+import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import slimify
-from slimmable.cli.config import SMALL_RESNET, PretrainConfig
-from slimmable.cli.extras import require
+from slimmable.cli.config import PretrainConfig
 from slimmable.errors import ConversionError, UsageError
-from slimmable.gating import gate
+from slimmable.gating import GatePlan, gate
+from slimmable.gating._parts import PLAN
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
@@ -27,10 +30,7 @@ def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.M
     Raises: UsageError: if the backbone does not take images of this size, or its name is unknown.
     """
     torch.manual_seed(config.seed)
-    if config.model == SMALL_RESNET:
-        backbone = small_resnet(channels)
-    else:
-        backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
     return build_method(config, backbone, channels, classes)
 
 
@@ -40,41 +40,64 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     Raises: UsageError: if the backbone does not take images of this size.
     """
     features = _count_features(config, backbone, channels)
-    hidden, dim = config.hidden or features, config.embedding
+    hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
+
+    def encoder(projector: nn.Module) -> nn.Module:
+        return _converted(config, backbone, projector, channels)
+
     if config.method == "supervised":
-        return methods.Supervised(
-            _converted(config, backbone, methods.Supervised.projector(features, classes), channels)
-        )
+        return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
     if config.method == "simclr":
-        encoder = _converted(config, backbone, methods.SimCLR.projector(features, hidden, dim), channels)
-        return methods.SimCLR(encoder, temperature=config.temperature)
+        projector = methods.SimCLR.projector(features, hidden, dim)
+        return methods.SimCLR(encoder(projector), temperature=config.temperature)
     if config.method == "vicreg":
-        return methods.VICReg(_converted(config, backbone, methods.VICReg.projector(features, hidden, dim), channels))
+        return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
     if config.method == "mocov2":
-        encoder = _converted(config, backbone, methods.MoCoV2.projector(features, hidden, dim), channels)
         return methods.MoCoV2(
-            encoder,
+            encoder(methods.MoCoV2.projector(features, hidden, dim)),
             proj_dim=dim,
             queue_size=config.queue_size,
-            momentum=config.momentum,
+            momentum=config.ema_momentum,
             bn_splits=config.key_parts,
             temperature=config.temperature,
         )
     if config.method == "byol":
-        encoder = _converted(config, backbone, methods.BYOL.projector(features, hidden, dim), channels)
-        return methods.BYOL(encoder, _predictor(config, methods.BYOL.predictor(hidden, dim)), momentum=config.momentum)
+        online = encoder(methods.BYOL.projector(features, hidden, dim))
+        predictor = _predictor(config, methods.BYOL.predictor(hidden, dim))
+        return methods.BYOL(online, predictor, momentum=config.ema_momentum)
     if isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # a random projection trains more stably (Chen et al. 2021, section 4)
     layers = 2 if patches is None else 3
     projector = methods.MoCoV3.projector(features, hidden, dim, layers=layers)
     predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
     return methods.MoCoV3(
-        _converted(config, backbone, projector, channels),
+        encoder(projector),
         _predictor(config, predictor),
-        momentum=config.momentum,
+        momentum=config.ema_momentum,
         temperature=config.temperature,
     )
+
+
+def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
+    """Return a fresh backbone of `config` that is converted by itself, without the head of the method."""
+    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    example = torch.zeros(2, channels, config.image_size, config.image_size)
+    return slimify(backbone, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+
+
+def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
+    """Refuse a budget below what the gates and the rest of the network cost with all gates closed.
+
+    Raises: UsageError.
+    """
+    found: GatePlan = backbone.__dict__[PLAN]
+    least = found.least_share()
+    if config.gate_budget is not None and config.gate_budget < least:
+        raise UsageError(
+            f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
+            "multiply-adds; give more"
+        )
 
 
 def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module, channels: int) -> nn.Module:
@@ -90,7 +113,7 @@ def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module
 
 
 def _predictor(config: PretrainConfig, predictor: nn.Module) -> nn.Module:
-    example = torch.zeros(2, config.embedding)
+    example = torch.zeros(2, config.proj_dim)
     return slimify(predictor, config.widths, example_inputs=example, universal=config.universal, inplace=True)
 
 
@@ -111,28 +134,6 @@ def _count_features(config: PretrainConfig, backbone: nn.Module, channels: int) 
     return features.shape[1]
 
 
-def small_resnet(channels: int, planes: tuple[int, ...] = (16, 32, 64, 128)) -> nn.Module:
-    """Return timm's ResNet with one basic block per stage, `planes` channels, and a stem that keeps the image's size.
-
-    >>> small_resnet(1)(torch.zeros(2, 1, 24, 24)).shape
-    torch.Size([2, 128])
-    """
-    resnet = require("timm.models.resnet", "timm")
-    network: nn.Module = resnet.ResNet(
-        resnet.BasicBlock,
-        (1, 1, 1, 1),
-        channels=planes,
-        stem_type="deep",  # the one whose width can be set; its three convolutions then make room for one
-        stem_width=planes[0] // 2,
-        in_chans=channels,
-        num_classes=0,
-    )
-    network.conv1 = nn.Conv2d(channels, planes[0], kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    network.maxpool = nn.Identity()
-    return network
-
-
 def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:
     """Return the timm model `name` for `channels` and, if it has a fixed size and one is given, for `image_size`.
 
@@ -141,14 +142,13 @@ def timm_backbone(name: str, channels: int, image_size: int | None, **settings: 
     return make_timm(name, {"in_chans": channels, **settings}, image_size)[0]
 
 
-def make_timm(name: str, settings: Mapping[str, object], image_size: int | None) -> tuple[nn.Module, dict[str, object]]:
+def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the timm model `name`, and the settings that `timm.create_model` took to make it.
 
     Raises: UsageError: as `timm_backbone`.
     """
     check_name(name)
-    timm = require("timm", "timm")
-    sized = dict(settings) if image_size is None else {**settings, "img_size": image_size}
+    sized: dict[str, Any] = dict(settings) if image_size is None else {**settings, "img_size": image_size}
     try:
         try:
             return timm.create_model(name, **sized), sized
@@ -161,9 +161,8 @@ def make_timm(name: str, settings: Mapping[str, object], image_size: int | None)
 
 def check_name(name: str) -> None:
     """Raise UsageError if timm has no model of this name; the message suggests similar ones."""
-    timm = require("timm", "timm")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        similar = difflib.get_close_matches(architecture, [SMALL_RESNET, *timm.list_models()], n=3, cutoff=0.5)
+        similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists the names."
         raise UsageError(f"timm has no model {name!r}. {hint}")

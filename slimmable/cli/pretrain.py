@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from slimmable._atomic import write_aside
-from slimmable.cli.checkpoint import load_checkpoint, save_checkpoint
-from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import load_images
-from slimmable.cli.extras import require
-from slimmable.cli.figures import plot_imbalance
-from slimmable.cli.gates import calibrate, check_budget
-from slimmable.cli.images import Images
+from slimmable.cli.config import PretrainConfig, RunOptions
+from slimmable.cli.data import Images, load_images
+from slimmable.cli.evaluation import Watch, calibrate, epochs_between, evaluate_run
+from slimmable.cli.extras import require, say
 from slimmable.cli.loader import Plain, batches_of, some_of
-from slimmable.cli.loggers import Logger, make_loggers, read_rows, require_logger
-from slimmable.cli.networks import new_method
+from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
+from slimmable.cli.networks import check_budget, new_method
 from slimmable.cli.processes import any_process, is_first, wait_for_all
-from slimmable.cli.progress import Progress, say
-from slimmable.cli.run import CHECKPOINT, CONFIG, evaluate_run, save_subnetworks
+from slimmable.cli.report import plot_imbalance
+from slimmable.cli.run import (
+    CHECKPOINT,
+    MODEL,
+    load_checkpoint,
+    refuse_existing,
+    save_checkpoint,
+    save_networks,
+    start_folder,
+)
 from slimmable.cli.training import Training
-from slimmable.cli.watch import Watch, epochs_between
-from slimmable.errors import CheckpointError, DivergedError, UsageError
-from slimmable.training import GradientDiagnostics, calibrate_bn
+from slimmable.errors import DivergedError, UsageError
+from slimmable.training.calibrate import calibrate_bn
+from slimmable.training.diagnostics import GradientDiagnostics
 
 INTERRUPTED = 130
 GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network's widths
 
 
-@dataclass(frozen=True)
-class Options:
-    """What does not change the result: where it is computed, and what is told of it."""
-
-    device: torch.device
-    resume: bool = False
-    workers: int = 0
-    loggers: Sequence[str] = ()
-    log_every: int = 10
-    knn_every: int | None = None
-    diagnostics: bool = False
-
-
-def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
+def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
     """Train from the start, or from the last checkpoint, then evaluate; return the exit code.
 
     With several processes all train, and the first one evaluates and writes.
 
     Raises: SlimmableError: for data, models and checkpoints that cannot be used, and for a loss that is not finite.
     """
-    begin = time.monotonic()
+    begin, folder = time.monotonic(), options.output
     if not options.resume:
         refuse_existing(folder)
         wait_for_all()
-    for name in options.loggers:
+    for name in options.log:
         require_logger(name)
-    for name in ("matplotlib", "safetensors"):  # which are needed after hours
-        require(name, name)
+    require("matplotlib", "matplotlib")  # which is needed after hours
     if options.diagnostics and len(config.widths) == 1:
-        raise UsageError("--diagnostics compares widths; give --widths more than one")
+        raise UsageError("--diagnostics compares widths; give more than one by --widths")
     images = load_images(config)
     method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
     if config.gate_budget is not None:
         check_budget(config, method.backbone)
-    training = Training(config, method, images, options.device, options.workers)
+    training = Training(config, method, images, device, options.workers or 0)
     checkpoint = folder / CHECKPOINT
     if options.resume and checkpoint.exists():
         found = load_checkpoint(checkpoint)
@@ -94,7 +83,10 @@ def pretrain(config: PretrainConfig, folder: Path, options: Options) -> int:
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise DivergedError(f"step {training.step + 1}: {error}; {last}") from error
     except KeyboardInterrupt:
-        _tell(f"interrupted after step {training.step} of {training.steps}; go on with: {resume_command(folder)}")
+        _tell(
+            f"interrupted after step {training.step} of {training.steps}; go on with: "
+            f"slimmable pretrain --output {folder} --resume"
+        )
         return INTERRUPTED
     _tell(f"{folder} holds the results, after {time.monotonic() - begin:.0f} s")
     return 0
@@ -114,7 +106,7 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
 
 
 def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
-    """Return `config` with a queue well below `count` images: none must meet its own last key among the negatives.
+    """Return `config` with a queue well below `count`, so that no image meets its own last key among the negatives.
 
     >>> fit_queue(PretrainConfig(queue_size=256, batch_size=16), count=400).queue_size
     100
@@ -123,27 +115,7 @@ def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
     return replace(config, queue_size=fitting) if config.method == "mocov2" else config
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raise UsageError if there is something in the way of a new run."""
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists; add --resume to go on with it, or choose another folder with --output")
-
-
-def start_folder(folder: Path, config: PretrainConfig) -> None:
-    """Make the run folder with its configuration."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the run folder {folder} ({error})") from error
-    write_aside(folder / CONFIG, lambda path: path.write_text(config.to_json()))
-
-
-def resume_command(folder: Path) -> str:
-    """The command line that goes on with the run in `folder`."""
-    return f"slimmable pretrain --output {folder} --resume"
-
-
-def _train(training: Training, folder: Path, options: Options) -> bool:
+def _train(training: Training, folder: Path, options: RunOptions) -> bool:
     """Take the remaining steps, with a checkpoint after every epoch; return False if interrupted before the end."""
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
     columns += [] if training.gates is None else ["gated_share"]
@@ -151,7 +123,7 @@ def _train(training: Training, folder: Path, options: Options) -> bool:
     watch = None
     loggers: list[Logger] = []
     if is_first():
-        loggers = make_loggers(folder, columns, training.step, options.loggers, asdict(training.config))
+        loggers = make_loggers(folder, columns, training.step, options.log, asdict(training.config))
         watch = Watch(training, folder, loggers[1:]) if every else None
 
     def save() -> None:
@@ -192,7 +164,7 @@ def _save(training: Training, folder: Path) -> None:
     save_checkpoint(path, training.method.encoder, training.tensors(), training.step, digest)
 
 
-def _finish(training: Training, images: Images, folder: Path, options: Options) -> None:
+def _finish(training: Training, images: Images, folder: Path, options: RunOptions) -> None:
     """Write the sub-networks and the reports."""
     config, backbone = training.config, training.method.backbone
     if config.universal:
@@ -203,10 +175,11 @@ def _finish(training: Training, images: Images, folder: Path, options: Options) 
         reached = calibrate(config, backbone, images)
         say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         _save(training, folder)
-    save_subnetworks(folder, backbone, config.widths)
+    if not save_networks(folder, config, backbone, images.channels):
+        say(f"{MODEL} is left out: {config.model} without its head keeps other channels at a width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
-    say(evaluate_run(config, folder, backbone, images, workers=options.workers))
+    say(evaluate_run(config, folder, backbone, images, workers=options.workers or 0))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:

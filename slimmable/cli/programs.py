@@ -46,7 +46,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
 
 
 def _trace_any_batch(model: nn.Module, images: Tensor) -> ExportedProgram | None:
-    """Return the program for any number of images, or None if the forward takes another way for some number."""
+    """Return the program for any number of images, or None if the forward depends on their number."""
     try:
         program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
         module = program.module()
@@ -133,7 +133,7 @@ def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
 
 
 def _forget_its_making(program: ExportedProgram) -> None:
-    """Drop the example, and the traces of calls with the paths of this machine; both would be stored along."""
+    """Drop the example, and the call traces with the paths of this machine; both would be stored with the program."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():

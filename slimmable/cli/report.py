@@ -1,4 +1,4 @@
-"""The results of a run: a CSV file, the same as a Markdown table, and a plot of accuracy against MACs."""
+"""The results of a run: tables, a plot of accuracy against MACs, and one of what the widths' gradients do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slimmable._atomic import write_aside
 from slimmable.cli.extras import require
-from slimmable.errors import CheckpointError
+from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED = "untrained_"
 TITLES = {
@@ -123,7 +123,6 @@ def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
 
 def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None:
     """Draw accuracy against MACs, trained and untrained, as a PNG file at `path`."""
-    matplotlib = require("matplotlib", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for name in rows[0].shares:
@@ -146,8 +145,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    with matplotlib.rc_context({"savefig.dpi": 150}):
-        write_aside(path, lambda aside: figure.savefig(aside))
+    write_aside(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
 def points_of(rows: Sequence[Row], kind: str, name: str) -> list[tuple[float, float]]:
@@ -173,3 +171,57 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))
     write_aside(folder / "metrics.md", lambda path: path.write_text(to_markdown(rows, pixels_knn)))
     plot(rows, pixels_knn, title, folder / "accuracy.png")
+
+
+def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
+    """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
+
+    Left two ratios over the steps, one colour for each narrow width: solid what the width does not read over what it
+    reads (`rest_ratio`), dotted the whole over what it reads (`grad_ratio`). Where the solid line is below 1, a small
+    part of the weights has the larger gradient. Right the cosine of each width's own gradient with the full width's.
+
+    Args:
+        rows: `GradientDiagnostics.rows`, or rows with these columns.
+        path: of the file; it is replaced when the new one is complete.
+        title: above the panels.
+
+    Raises: DataError: if there are no rows, or they have no ratios. MissingPackageError: without matplotlib.
+        CheckpointError: if the file cannot be written.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "imbalance.png"
+    >>> names = ("grad_ratio/w0.5", "rest_ratio/w0.5", "grad_cosine/w1.0_w0.5")
+    >>> plot_imbalance([{"step": step, **dict.fromkeys(names, 0.5)} for step in (0, 50)], path)
+    >>> path.read_bytes()[1:4]
+    b'PNG'
+    """
+    widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
+    if not widths:
+        raise DataError(
+            f"plot_imbalance: {len(rows)} rows without a column rest_ratio/w...; give the rows of GradientDiagnostics "
+            "of a model with two widths or more"
+        )
+    ticker = require("matplotlib.ticker", "matplotlib")
+    figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
+    ratios, cosines = figure.subplots(1, 2, sharex=True)
+    steps = [row["step"] for row in rows]
+    for number, width in enumerate(widths):
+        colour = f"C{number}"
+        ratios.plot(steps, [row[f"rest_ratio/w{width}"] for row in rows], color=colour, label=f"width {width}")
+        ratios.plot(steps, [row[f"grad_ratio/w{width}"] for row in rows], ":", color=colour)
+        cosines.plot(steps, [row[f"grad_cosine/w1.0_w{width}"] for row in rows], color=colour, label=f"width {width}")
+    ratios.axhline(1, color="grey", linewidth=1)
+    ratios.set_yscale("log")
+    ratios.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ratios.yaxis.set_major_formatter("{x:g}")
+    ratios.yaxis.set_minor_locator(ticker.NullLocator())
+    ratios.set_ylabel("ratio of gradient norms")
+    cosines.axhline(0, color="grey", linewidth=1)
+    cosines.set_ylim(-1, 1)
+    cosines.set_ylabel("cosine with the full width's gradient")
+    for axes in (ratios, cosines):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    cosines.legend(loc="lower right", frameon=False)
+    figure.suptitle(title)
+    write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))

@@ -1,29 +1,53 @@
-"""What a run folder holds, and what is done with a trained network: evaluation and sub-networks."""
+"""The folder of a pre-training run: its settings, its checkpoint, and the trained networks as files.
+
+The checkpoint is one safetensors file with the network and everything that resuming needs. The network's tensors have
+their own names, so without those whose names begin with `training.` (key encoder, queue, optimizer) it is a state dict
+of the converted network. Every step seeds its own random numbers, so the number of steps done is all there is to know
+about them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from slimmable._atomic import write_aside
+from slimmable._atomic import plain_copies, write_aside
 from slimmable._convert import extract
-from slimmable._profile import profile
-from slimmable.cli.checkpoint import load_checkpoint, load_exactly, save_weights
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.evaluation import evaluate_backbone, finetuned_accuracies, pixels_accuracy
-from slimmable.cli.gates import evaluate_networks
-from slimmable.cli.images import Images
-from slimmable.cli.networks import new_method
-from slimmable.cli.report import UNTRAINED, Row, to_markdown, write_report
-from slimmable.errors import CheckpointError
-from slimmable.evaluation.evaluate import ProbeName
+from slimmable.cli.networks import converted_backbone, new_method
+from slimmable.errors import CheckpointError, UsageError
+from slimmable.files.model import save
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
-PROBES: tuple[ProbeName, ...] = ("knn", "linear")
+MODEL = "model.safetensors"
+_FORMAT = "slimmable pretrain 1"
+_TRAINING = "training."
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise UsageError if there is something in the way of a new run."""
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists; add --resume to go on with it, or choose another folder with --output")
+
+
+def start_folder(folder: Path, config: PretrainConfig) -> None:
+    """Make the run folder with its configuration.
+
+    Raises: CheckpointError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the run folder {folder} ({error})") from error
+    write_aside(folder / CONFIG, lambda path: path.write_text(config.to_json()))
 
 
 def read_config(folder: Path) -> PretrainConfig:
@@ -37,6 +61,103 @@ def read_config(folder: Path) -> PretrainConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: {path} cannot be read") from error
     return PretrainConfig.from_json(text, path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors of the network and of the training around it, number of steps done, and `Images.digest`, if known."""
+
+    network: dict[str, Tensor]
+    training: dict[str, Tensor]
+    step: int
+    images: str | None = None
+
+    def check_images(self, data: str, digest: str | None) -> None:
+        """Refuse other images than those of the run: another split, and another order.
+
+        Raises: UsageError: if `digest` is not that of the checkpoint; `data` is for the message.
+        """
+        if self.images is not None and digest != self.images:
+            raise UsageError(
+                f"--data {data} does not hold the files of the run any more (then {self.images}; now {digest}); "
+                "take back what was added, removed or renamed there, or begin another run"
+            )
+
+
+def save_checkpoint(
+    path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
+) -> None:
+    """Write the checkpoint; an earlier one at `path` survives whatever goes wrong.
+
+    Raises: CheckpointError: if it cannot be written.
+    """
+    tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
+    metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
+    write_aside(path, lambda aside: save_file(tensors, aside, metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote.
+
+    Raises: CheckpointError: if the file is missing, damaged, or not the checkpoint of a pre-training run.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a mapping
+        if metadata.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} is not a checkpoint of a pre-training run")
+        step = int(metadata["step"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
+    return Checkpoint(tensors, training, step, metadata.get("images"))
+
+
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load `tensors` into `module` if names and shapes are the same; otherwise change nothing.
+
+    Raises: CheckpointError: listing what differs.
+    """
+    own = module.state_dict()
+    differences = [f"{name} is missing" for name in own if name not in tensors]
+    differences += [f"{name} is not part of the model" for name in tensors if name not in own]
+    differences += [
+        f"{name} has shape {tuple(tensors[name].shape)}, the model's has {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if differences:
+        shown = "".join(f"\n  {line}" for line in differences[:10])
+        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointError(f"{what} belongs to another model or other widths:{shown}{more}")
+    module.load_state_dict(dict(tensors))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named `<number of the parameter>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; learning rates are set by the schedule."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        parameter = parameters[int(number)]
+        if tensor.shape == parameter.shape:  # fused optimizers need state that lies in memory as its parameter does
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
@@ -56,55 +177,29 @@ def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest
     return method.backbone.eval()
 
 
-def save_subnetworks(folder: Path, backbone: nn.Module, widths: Sequence[float]) -> None:
-    """Write the plain backbone of each width as `width-<width>.safetensors`."""
-    for width in widths:
-        write_aside(folder / f"width-{width}.safetensors", partial(save_weights, module=extract(backbone, width)))
+def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
+    """Write the networks of a run for `slimmable.load`: each width as a plain network, and the one that has all widths.
 
-
-def evaluate_run(
-    config: PretrainConfig,
-    folder: Path,
-    backbone: nn.Module,
-    images: Images,
-    probes: Sequence[ProbeName] = PROBES,
-    finetune_epochs: int = 0,
-    workers: int = 0,
-) -> str:
-    """Evaluate `backbone` and the same network untrained, write the report, and return the table as Markdown."""
-    device = next(backbone.parameters()).device
-    untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
-    title = f"{config.model}, {config.epochs} epochs of {config.method}"
+    Returns: whether the latter was written. Without gates the backbone was converted together with its head; it is left
+        out in the rare case that the backbone by itself keeps other channels.
+    """
+    plain = {width: extract(backbone, width) for width in config.widths}
+    for width, network in plain.items():
+        save(network, folder / f"width-{width}.safetensors")
+    alone = backbone
     if config.gate_budget is None:
-        rows = _widths_of_run(config, backbone, untrained, images, probes, finetune_epochs, workers)
-    else:
-        rows = evaluate_networks(config, backbone, untrained, images, probes, finetune_epochs, workers)
-        title += f", gated to {config.gate_budget:g}"
-    pixels = pixels_accuracy(config, images)
-    write_report(folder, rows, pixels, title)
-    return to_markdown(rows, pixels)
+        alone = converted_backbone(config, channels)
+        try:
+            load_exactly(alone, backbone.state_dict(), MODEL)
+        except CheckpointError:
+            return False
+        if not all(_same(extract(alone, width), network) for width, network in plain.items()):
+            return False
+    save(alone, folder / MODEL)
+    return True
 
 
-def _widths_of_run(
-    config: PretrainConfig,
-    backbone: nn.Module,
-    untrained: nn.Module,
-    images: Images,
-    probes: Sequence[ProbeName],
-    finetune_epochs: int,
-    workers: int,
-) -> list[Row]:
-    """Evaluate every width."""
-    shares: dict[float, dict[str, float]] = {width: {} for width in config.widths}
-    for prefix, network in (("", backbone), (UNTRAINED, untrained)):
-        found = evaluate_backbone(config, network, images, probes, workers)
-        for width, accuracy in found.items():
-            shares[width] |= {prefix + probe: getattr(accuracy, probe) for probe in probes}
-        if finetune_epochs and not prefix:
-            networks = {width: extract(network, width) for width in config.widths}
-            for width, share in finetuned_accuracies(config, networks, images, finetune_epochs).items():
-                shares[width]["finetuned"] = share
-    size = (images.channels, config.image_size, config.image_size)
-    return [
-        Row(row.width, row.parameters, row.macs, shares[row.width]) for row in profile(backbone, size, repeats=0).rows
-    ]
+def _same(network: nn.Module, other: nn.Module) -> bool:
+    """Return whether two networks have the same tensors."""
+    ours, theirs = network.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name].cpu()) for name in ours)

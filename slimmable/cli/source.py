@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from slimmable._convert import apply_plan, slimify
+from slimmable._convert import slimify
 from slimmable._width import widths_of
-from slimmable.analysis.plan import Plan
-from slimmable.cli.checkpoint import load_exactly
-from slimmable.cli.config import SMALL_RESNET, PretrainConfig
-from slimmable.cli.extras import require
-from slimmable.cli.networks import check_name, make_timm, small_resnet
+from slimmable.cli.config import PretrainConfig
+from slimmable.cli.networks import check_name, make_timm
 from slimmable.cli.report import Row, read_report
-from slimmable.cli.run import CONFIG, read_config, trained_backbone
+from slimmable.cli.run import CONFIG, load_exactly, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.files.construction import build
 from slimmable.files.model import load, read
@@ -34,8 +32,7 @@ class Source:
         model: the converted network in evaluation mode.
         widths: that it has.
         image: channels, height and width of an input image.
-        again: makes the converted model with other weights, as a reader of the files will.
-        recipe: the lines of Python that do so; they name it `slim`.
+        arguments: with which `timm.create_model` makes the plain network, if timm does.
         weights: where the weights are from, for people.
         values: what the numbers of an image are, for people.
         base: the model on the Hugging Face Hub that the weights are from, or None.
@@ -46,16 +43,17 @@ class Source:
     model: nn.Module
     widths: tuple[float, ...]
     image: tuple[int, int, int]
-    again: Callable[[], nn.Module]
-    recipe: tuple[str, ...]
+    arguments: Mapping[str, object] | None
     weights: str
     values: str
     base: str | None = None
     accuracy: Mapping[float, Row] = field(default_factory=dict)
 
-    def example(self) -> Tensor:
-        """Return two images of zeros."""
-        return torch.zeros(2, *self.image)
+    @property
+    def architecture(self) -> str:
+        """The Python that makes the plain network."""
+        given = "".join(f", {key}={value!r}" for key, value in (self.arguments or {}).items())
+        return self.name if self.arguments is None else f'timm.create_model("{self.name}"{given})'
 
 
 def kind_of(model: str) -> Literal["run", "file", "timm"]:
@@ -83,28 +81,14 @@ def run_source(run: Path) -> Source:
     """
     config = read_config(run)
     channels = 3 if config.is_folder else 1
-    settings: dict[str, object] = {"num_classes": 0, "in_chans": channels}
-
-    image = (channels, config.image_size, config.image_size)
-
-    def again() -> nn.Module:
-        if config.model == SMALL_RESNET:
-            return _converted(small_resnet(channels), config.widths, image)
-        return _converted(make_timm(config.model, settings, config.image_size)[0], config.widths, image)
-
-    recipe: tuple[str, ...]
-    if config.model == SMALL_RESNET:
-        recipe = ("from slimmable.cli.networks import small_resnet", f"model = small_resnet(channels={channels})")
-    else:
-        with torch.device("meta"):
-            recipe = _recipe(config.model, make_timm(config.model, settings, config.image_size)[1])
+    with torch.device("meta"):
+        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
     return Source(
         name=config.model,
         model=trained_backbone(config, run, channels),
         widths=config.widths,
-        image=image,
-        again=again,
-        recipe=(*recipe, _conversion(config.widths, image)),
+        image=(channels, config.image_size, config.image_size),
+        arguments=arguments,
         weights=_training(config),
         values="in [0, 1]",
         accuracy=read_report(run),
@@ -112,14 +96,12 @@ def run_source(run: Path) -> Source:
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
-    """Return the converted timm model that `slimmable.save` wrote into the file `path`, for images of its own size.
+    """Return the converted timm model in the file `path` of `slimmable.save`, for images of `image_size`, or its own.
 
     Raises:
         CheckpointError: if the file cannot be read, or holds another model.
         UsageError: if the model does not take images of `image_size`.
     """
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"--image-size must be at least 1, got {image_size}")
     recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
     if recipe is None:
         raise CheckpointError(
@@ -128,7 +110,6 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     model = load(path)
     if not is_slim(model):
         raise CheckpointError(f"{path} holds one narrow network; load it with slimmable.load, and export that")
-    plan: Plan = model._slim.plan  # type: ignore[assignment, union-attr]
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, *size = known["input_size"]
     channels = recipe["arguments"].get("in_chans", channels)
@@ -144,8 +125,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
         model=model,
         widths=widths_of(model),
         image=(channels, height, width),
-        again=lambda: apply_plan(build(recipe).eval(), plan),
-        recipe=(f'slim = slimmable.load("{path.name}")',),
+        arguments=recipe["arguments"],
         weights=f"`{path.name}`.",
         values=_values(known),
     )
@@ -162,14 +142,10 @@ def timm_source(
     """Return the timm model `name`, converted to `widths`, with weights of a file, of timm, or random ones.
 
     Raises:
-        UsageError: if timm does not know the name, has no weights for it, or cannot make it so.
+        UsageError: if timm does not know the name, has no weights for it, or cannot make it like this.
         CheckpointError: if `checkpoint` cannot be read or belongs to another model.
     """
-    for option, value, least in (("--num-classes", num_classes, 0), ("--image-size", image_size, 1)):
-        if value is not None and value < least:
-            raise UsageError(f"{option} must be at least {least}, got {value}")
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
-
     torch.manual_seed(0)
     if pretrained:
         model, used = _pretrained(name, settings, image_size)
@@ -182,7 +158,7 @@ def timm_source(
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
-    model = _converted(model, widths, image)
+    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None and slimmed:
         load_exactly(model, tensors, str(checkpoint))
     return Source(
@@ -190,11 +166,7 @@ def timm_source(
         model=model,
         widths=tuple(widths),
         image=image,
-        again=lambda: _converted(make_timm(name, settings, image_size)[0], widths, image),
-        recipe=(
-            *_recipe(name, {key: value for key, value in used.items() if key != "pretrained"}),
-            _conversion(tuple(widths), image),
-        ),
+        arguments={key: value for key, value in used.items() if key != "pretrained"},
         weights=_origin(name, checkpoint, pretrained),
         values=_values(known),
         base=known.get("hf_hub_id") if pretrained else None,
@@ -204,10 +176,9 @@ def timm_source(
 def _pretrained(
     name: str, settings: Mapping[str, object], image_size: int | None
 ) -> tuple[nn.Module, dict[str, object]]:
-    timm = require("timm", "timm")
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
-        raise UsageError(f"timm has no pretrained weights for {name}; leave --pretrained away, or give --checkpoint")
+        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or give --checkpoint")
     try:
         return make_timm(name, {**settings, "pretrained": True}, image_size)
     except SlimmableError:
@@ -223,32 +194,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
-        tensors: dict[str, Tensor] = require("timm.models", "timm").load_state_dict(str(path), weights_only=True)
+        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # unpickling fails in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not a file of weights ({reason})") from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} is not a file of weights: it holds other things than tensors")
+        raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
     return tensors
 
 
 def _values(known: Mapping[str, Any]) -> str:
     return f"in [0, 1], less the mean {known['mean']}, divided by the standard deviation {known['std']}"
-
-
-def _recipe(name: str, settings: Mapping[str, object]) -> tuple[str, ...]:
-    arguments = [f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())]
-    return "import timm", f"model = timm.create_model({', '.join(arguments)})"
-
-
-def _converted(model: nn.Module, widths: Sequence[float], image: Sequence[int]) -> nn.Module:
-    return slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
-
-
-def _conversion(widths: tuple[float, ...], image: Sequence[int]) -> str:
-    """The line of Python that does as `_converted`."""
-    shape = ", ".join(map(str, (2, *image)))
-    return f"slim = slimmable.slimify(model, {widths}, example_inputs=torch.zeros({shape}))"
 
 
 def _origin(name: str, checkpoint: Path | None, pretrained: bool) -> str:

@@ -1,20 +1,20 @@
-"""A pre-training, step by step; every step seeds its own random numbers, so a run can stop and go on anywhere."""
+"""The steps of a pre-training run; each seeds its own random numbers, so a run can stop and go on anywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
-from slimmable.cli.checkpoint import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.extras import require
-from slimmable.cli.images import Images
-from slimmable.cli.loader import Steps, Views, load, seed_of
-from slimmable.cli.views import make_views
+from slimmable.cli.data import Images
+from slimmable.cli.loader import Steps, Views, load, make_views, seed_of
+from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
@@ -29,7 +29,7 @@ _RANDOM_WIDTHS = 2  # a step of a universal model, besides the widest and the na
 class Training:
     """A method with everything that its training steps need, and the number of steps done.
 
-    With several processes, each one makes this with the same arguments.
+    With several processes, each makes one with the same arguments.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class Training:
         self.config, self.images, self.device, self.workers = config, images, device, workers
         self.method = method.to(device).train()
         transforms = make_views(
-            config.views, config.image_size, smallest_crop=config.smallest_crop, mirror=not images.handwriting
+            config.augmentation,
+            config.image_size,
+            min_crop_scale=config.min_crop_scale,
+            mirror=not images.handwriting,
         )
         self.views = Views(images.train, images.train_labels, transforms[: method.views], config.seed)
         self.steps_per_epoch = count // config.batch_size
@@ -54,22 +57,24 @@ class Training:
         self.recipe = SlimRecipe(
             method.online,
             distill=_distillation(config, method),
-            loss_weights=config.weights,
+            loss_weights=config.loss_weights,
             slow_start=config.slow_start,
             random_widths=_RANDOM_WIDTHS if config.universal else 0,
             seed=config.seed,
         )
         self.diagnostics: GradientDiagnostics | None = None
         budget = config.gate_budget
-        self.gates = None if budget is None else GateBudget(budget, budget_weight=config.gate_weight, alpha=_GATE_ALPHA)
+        self.gates = (
+            None if budget is None else GateBudget(budget, budget_weight=config.gate_loss_weight, alpha=_GATE_ALPHA)
+        )
         self.optimizer = make_optimizer(config, method.online)
-        rising = config.epochs / 20 if config.warm_up is None else config.warm_up
+        rising = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
         warm_up = round(rising * self.steps_per_epoch)
         if warm_up >= self.steps:
             raise UsageError(
-                f"--warm-up {rising:g} leaves none of the {config.epochs} epochs for training; give a smaller one"
+                f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs for training; give a smaller one"
             )
-        self.schedule = require("timm.scheduler", "timm").CosineLRScheduler(
+        self.schedule = CosineLRScheduler(
             self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
         )
         self._batches: Iterator[list[Tensor]] = iter(())
@@ -123,8 +128,8 @@ class Training:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
     def _set_learning_rate(self, progress: float) -> None:
-        joined = self.config.joined_learning_rate
-        peak = self.config.learning_rate if joined is None or progress < self.config.slow_start else joined
+        later = self.config.lr_after_slow_start
+        peak = self.config.lr if later is None or progress < self.config.slow_start else later
         self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
         self.schedule.step_update(self.step)
 
@@ -161,24 +166,23 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     [(0.0, 1), (0.05, 1)]
     """
     names = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}  # timm's "sgd" is Nesterov's
-    make = require("timm.optim", "timm").create_optimizer_v2
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "momentum": 0.9}
-    if config.optimizer == "adamw":
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
+    if config.opt == "adamw":
         settings["fused"] = True
-    optimizer = cast(torch.optim.Optimizer, make(online, names[config.optimizer], **settings))
-    _speed_up_gates(optimizer, online, config.gate_speed)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(online, names[config.opt], **settings)
+    _scale_gates(optimizer, online, config.gate_lr_scale)
     return optimizer
 
 
-def _speed_up_gates(optimizer: torch.optim.Optimizer, online: nn.Module, speed: float) -> None:
-    """Move the gates' parameters to a group of their own, whose learning rate timm's schedule multiplies by `speed`."""
+def _scale_gates(optimizer: torch.optim.Optimizer, online: nn.Module, scale: float) -> None:
+    """Move the gates' parameters to a group of their own, whose learning rate timm's schedule multiplies by `scale`."""
     gates = {id(parameter) for parameter in gate_parameters(online)}
     found = []
     for group in optimizer.param_groups:
         found += [parameter for parameter in group["params"] if id(parameter) in gates]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
     if found:
-        optimizer.add_param_group({"params": found, "weight_decay": 0.0, "lr_scale": speed})
+        optimizer.add_param_group({"params": found, "weight_decay": 0.0, "lr_scale": scale})
 
 
 def _check_parts(parts: int, batch: int, processes: int) -> None:

@@ -1,7 +1,6 @@
 """Evaluate the features of every width: kNN, linear probes, a ridge classifier, and fine-tuning."""
 
 from slimmable.evaluation.evaluate import Accuracies, accuracy_of, evaluate_features, evaluate_widths, features_of
-from slimmable.evaluation.finetuning import finetune
 from slimmable.evaluation.knn import knn_accuracy
 from slimmable.evaluation.linear import probe_loss, ridge_classifier, train_probe, train_slimmable_probe
 
@@ -11,7 +10,6 @@ __all__ = [
     "evaluate_features",
     "evaluate_widths",
     "features_of",
-    "finetune",
     "knn_accuracy",
     "probe_loss",
     "ridge_classifier",

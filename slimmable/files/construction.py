@@ -60,6 +60,8 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
     """
     import timm
 
+    import slimmable._small_resnet  # noqa: F401  adds it to timm's models
+
     try:
         name, arguments = recipe["timm"], recipe["arguments"]
         known = isinstance(name, str) and timm.is_model(name) and ":" not in name

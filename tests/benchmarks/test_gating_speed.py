@@ -11,7 +11,7 @@ import torch
 import slimmable
 from benchmarks.gating.sorted import ANY, grouped, masked_run, sorted_run
 from benchmarks.gating.speed import WAYS, call, gated
-from slimmable.cli.networks import small_resnet
+from slimmable._small_resnet import small_resnet
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ def test_a_treated_network_computes_the_same(way):
 def test_groups_of_one_image_compute_what_the_masks_do():
     torch.manual_seed(0)
     images = torch.randn(6, 3, 16, 16)
-    model = slimmable.gating.gate(small_resnet(3, (8, 16, 16, 16)), example_inputs=images).eval()
+    model = slimmable.gating.gate(small_resnet(in_chans=3, channels=(8, 16, 16, 16)), example_inputs=images).eval()
     members = list(torch.tensor([4, 1, 0, 5, 3, 2]).split(1))
     networks = [
         slimmable.gating.extract_gated(model, [images[own]], keep=ANY, recalibrate=False).eval() for own in members

@@ -53,11 +53,11 @@ def test_few_labels_are_as_many_of_each_class():
 
 def test_the_cost_is_that_of_the_passes():
     """A step: queries forward and backward at the widths that run, keys forward at the full width."""
-    images = run.load_images(run.configuration("digits", "bare", 0, images=256))
+    images = run.images_of(run.configuration("digits", "bare", 0, num_images=256))
     found = {}
     for arm in ("bare", "slow start"):
-        config = run.configuration("digits", arm, 0, epochs=4, images=256, queue_size=128)
-        method = run.build_method(config, run.small_resnet(1, run.PLANES), 1, 10)
+        config = run.configuration("digits", arm, 0, epochs=4, num_images=256, queue_size=128)
+        method = run.build_method(config, run.small_resnet(in_chans=1, channels=run.PLANES), 1, 10)
         found[arm] = run.cost(run.Training(config, method, images, torch.device("cpu")), images)
         macs = [row.macs for row in run.slimmable.profile(method.encoder, (1, 20, 20), repeats=0).rows]
     steps, batch = 8, 128

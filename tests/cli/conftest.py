@@ -4,7 +4,7 @@ import torch
 from slimmable.__main__ import main
 
 OPTIONS = (
-    *("--images", "64", "--batch-size", "16", "--epochs", "2", "--widths", "1", "0.5"),
+    *("--num-images", "64", "--batch-size", "16", "--epochs", "2", "--widths", "1", "0.5"),
     *("--device", "cpu", "--workers", "0"),
 )
 

@@ -34,31 +34,34 @@ def refused(capsys, *arguments):
         (["--batch-size", "1"], "--batch-size must be at least 2"),
         (["--batch-size", "65"], "--batch-size 65 is more than the 64 training images"),
         (["--image-size", "10"], "--image-size 20 or more"),
-        (["--learning-rate", "nan"], "--learning-rate must be positive"),
+        (["--lr", "nan"], "--lr must be positive"),
         (["--seed", "-1"], "--seed must be"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--data", "/nonexistent/images"], "there is no such folder"),
-        (["--images", "3"], "--images must be at least 4, got 3"),
+        (["--num-images", "3"], "--num-images must be at least 4, got 3"),
         (["--key-parts", "0"], "--key-parts must be at least 1"),
         (["--key-parts", "33"], "--key-parts 33 of --batch-size 64 have fewer than two images each"),
-        (["--views", "supervised"], "--views supervised makes one view of an image, but --method mocov2 takes two"),
+        (
+            ["--augmentation", "supervised"],
+            "--augmentation supervised makes one view of an image, but --method mocov2 takes two",
+        ),
         (["--method", "vicreg", "--distill", "dkd"], "--distill dkd compares logits, which --method vicreg"),
         (["--universal", "--widths", "1"], "--universal needs a narrowest width"),
         (["--diagnostics", "--widths", "1"], "--diagnostics compares widths"),
-        (["--weights", "heavy"], "--weights heavy: unknown mode"),
-        (["--weights", "widest_plus_second", "--widths", "1"], "--weights widest_plus_second: mode"),
-        (["--warm-up", "1", "--epochs", "1"], "--warm-up 1 leaves none of the 1 epochs"),
+        (["--loss-weights", "heavy"], "--loss-weights heavy: unknown mode"),
+        (["--loss-weights", "widest_plus_second", "--widths", "1"], "--loss-weights widest_plus_second: mode"),
+        (["--warmup-epochs", "1", "--epochs", "1"], "--warmup-epochs 1 leaves none of the 1 epochs"),
         (["--workers", "-1"], "--workers must be 0 or more"),
         (["--knn-every", "-1"], "--knn-every must be 0 or more, got -1"),
         ([*VICREG, "--gate-budget", "0"], "must be in (0, 1), got 0"),
         ([*VICREG, "--gate-budget", "1"], "must be in (0, 1), got 1"),
         ([*VICREG, "--gate-budget", "nan"], "must be in (0, 1), got nan"),
-        ([*VICREG, "--gate-budget", "0.01"], "--gate-budget 0.01: small-resnet with all gates closed costs 0.0"),
+        ([*VICREG, "--gate-budget", "0.01"], "--gate-budget 0.01: small_resnet with all gates closed costs 0.0"),
         ([*VICREG, "--gate-budget", "0.3", "--widths", "1", "0.5"], "--gate-budget trains one width, got --widths 1 0"),
         ([*VICREG, "--gate-budget", "0.3", "--universal"], "--universal needs a narrowest width"),
-        ([*VICREG, "--gate-budget", "0.3", "--gate-weight", "0"], "--gate-weight must be positive, got 0"),
-        ([*VICREG, "--gate-budget", "0.3", "--gate-speed", "inf"], "--gate-speed must be positive, got inf"),
+        ([*VICREG, "--gate-budget", "0.3", "--gate-loss-weight", "0"], "--gate-loss-weight must be positive, got 0"),
+        ([*VICREG, "--gate-budget", "0.3", "--gate-lr-scale", "inf"], "--gate-lr-scale must be positive, got inf"),
         (["--gate-budget", "0.3"], "--gate-budget is for --method mocov3, simclr, byol, vicreg, not mocov2"),
         (["--log-every", "0"], "--log-every must be at least 1"),
         (["--preset", "dino"], "--preset dino: there are"),
@@ -66,7 +69,7 @@ def refused(capsys, *arguments):
 )
 def test_pretrain_refuses(tmp_path, capsys, options, message):
     output = tmp_path / "run"
-    assert message in refused(capsys, "pretrain", "--images", "64", *options, "--output", str(output))
+    assert message in refused(capsys, "pretrain", "--num-images", "64", *options, "--output", str(output))
     assert not output.exists()
 
 
@@ -76,7 +79,7 @@ def test_a_model_without_anything_to_gate(tmp_path, capsys, monkeypatch):
         return nn.Sequential(*first, nn.Linear(8, 4))
 
     monkeypatch.setattr("slimmable.cli.networks.timm_backbone", plain)
-    options = ("--model", "vgg11", *VICREG, "--gate-budget", "0.3", "--images", "64")
+    options = ("--model", "vgg11", *VICREG, "--gate-budget", "0.3", "--num-images", "64")
     message = refused(capsys, "pretrain", *options, "--output", str(tmp_path / "run"))
     assert "--gate-budget needs a --model that can be gated: nothing in this Sequential can be gated" in message
     assert "0 (8): its layer reads the model's input, of which a gate learns little" in message
@@ -106,12 +109,6 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, tiny, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_evaluate_with_less_than_no_epochs(run, capsys):
-    before = (run / "metrics.csv").read_text()
-    assert "--finetune must be 0 or more, got -1" in refused(capsys, "evaluate", str(run), "--finetune", "-1")
-    assert (run / "metrics.csv").read_text() == before
-
-
 def test_resume_without_a_run(tmp_path, capsys):
     message = refused(capsys, "pretrain", "--resume", "--output", str(tmp_path / "run"))
     assert "is not the folder of a pre-training run" in message
@@ -124,7 +121,7 @@ def test_resume_with_other_settings(run, capsys):
     assert "--widths: the run has (1.0, 0.5), now (1.0, 0.25)" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model": "small-resnet"}', '{"colour": "blue"}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model": "small_resnet"}', '{"colour": "blue"}'])
 def test_damaged_configuration(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in refused(capsys, "evaluate", str(tmp_path))
@@ -133,7 +130,7 @@ def test_damaged_configuration(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epochs", "two"), ("batch_size", 16.5), ("seed", None), ("model", 3), ("universal", "no"), ("widths", "abc"),
-     ("joined_learning_rate", "0.1"), ("temperature", [])],
+     ("lr_after_slow_start", "0.1"), ("temperature", [])],
 )  # fmt: skip
 def test_configuration_with_a_value_of_another_kind(run, tmp_path, capsys, name, value):
     config = json.loads((run / "config.json").read_text()) | {name: value}
@@ -154,12 +151,12 @@ def test_checkpoint_of_other_widths(run, tmp_path, capsys):
 
 def test_run_without_checkpoint(run, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
-    assert "there is no checkpoint" in refused(capsys, "extract", str(tmp_path), "--width", "0.5")
+    assert "there is no checkpoint" in refused(capsys, "export", str(tmp_path), "--width", "0.5")
 
 
 def test_extract_at_an_unknown_width(run, capsys):
     before = set(run.iterdir())
-    assert "Nearest is 0.5" in refused(capsys, "extract", str(run), "--width", "0.3")
+    assert "Nearest is 0.5" in refused(capsys, "export", str(run), "--width", "0.3")
     assert set(run.iterdir()) == before
 
 

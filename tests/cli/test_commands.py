@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import slimmable
 from slimmable.__main__ import main
-from slimmable.cli.networks import small_resnet
+from slimmable._small_resnet import small_resnet
 
 LOAD = """
 import sys, torch
@@ -26,14 +26,14 @@ def images():
 
 def features(run, width, images):
     example = torch.zeros(2, 1, 24, 24)
-    small = slimmable.extract(slimmable.slimify(small_resnet(1), (1.0, 0.5), example_inputs=example), width)
+    small = slimmable.extract(slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=example), width)
     small.load_state_dict(load_file(run / f"width-{width}.safetensors"))
     with torch.no_grad():
         return small.eval()(images)
 
 
 def test_program_runs_without_slimmable(run, tmp_path, images):
-    assert main(["extract", str(run), "--width", "0.5", "--format", "pt2", "--output", str(tmp_path)]) == 0
+    assert main(["export", str(run), "--width", "0.5", "--format", "pt2", "--output", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"width-0.5.pt2", "README.md"}
     torch.save(images, tmp_path / "in.pt")
     files = [str(tmp_path / name) for name in ("width-0.5.pt2", "in.pt", "out.pt")]
@@ -44,7 +44,7 @@ def test_program_runs_without_slimmable(run, tmp_path, images):
 def test_onnx_program(run, tmp_path, images):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    assert main(["extract", str(run), "--width", "1", "--format", "onnx", "--output", str(tmp_path)]) == 0
+    assert main(["export", str(run), "--width", "1", "--format", "onnx", "--output", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.onnx", "README.md"}
     session = runtime.InferenceSession(tmp_path / "width-1.0.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images.numpy()})

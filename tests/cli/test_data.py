@@ -1,4 +1,4 @@
-"""The embedded digits and glyphs, and image folders."""
+"""The embedded digits, and image folders."""
 
 import re
 
@@ -10,12 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slimmable.__main__ import main
-from slimmable.cli import digits
+from slimmable.cli import data
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import load_images
-from slimmable.cli.digits import cluttered_digits
-from slimmable.cli.folder import FolderImages, folder_images
-from slimmable.cli.glyphs import CHARACTERS, glyphs
+from slimmable.cli.data import FolderImages, cluttered_digits, folder_images, load_images
 from slimmable.cli.loader import Plain, batches_of
 from slimmable.errors import DataError
 
@@ -39,7 +36,7 @@ def test_train_and_test_come_from_different_digits(monkeypatch):
         drawn.append((set(chosen.tolist()), set(clutter.tolist())))
         return torch.zeros(len(chosen), 1, size, size)
 
-    monkeypatch.setattr(digits, "_draw", record)
+    monkeypatch.setattr(data, "_draw", record)
     images = cluttered_digits()
     (train, train_clutter), (test, test_clutter) = drawn
     assert not (train | train_clutter) & (test | test_clutter)
@@ -178,22 +175,6 @@ def test_only_the_first_process_names_what_was_left_out(tmp_path, monkeypatch, c
         assert ("left out 1 files" in capsys.readouterr().out) == first
 
 
-@given(st.integers(1, 70), st.integers(1, 20), st.integers(16, 40), st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
-def test_glyphs_are_the_same_for_the_same_seed(train, test, size, seed):
-    images, again = (glyphs(train, test, size, seed) for _ in range(2))
-    assert images.train.shape == (train, 1, size, size)
-    assert images.test.shape == (test, 1, size, size)
-    assert torch.equal(images.train, again.train)
-    assert torch.equal(images.test_labels, again.test_labels)
-    assert not torch.equal(images.train, glyphs(train, test, size, seed + 1).train)
-
-
-def test_glyphs_show_every_class_equally_often():
-    labels = glyphs(train=620, test=62).train_labels
-    assert labels.bincount().tolist() == [10] * len(CHARACTERS)
-
-
 def test_folder_without_images(tmp_path):
     with pytest.raises(DataError, match="holds no images; expected one folder per class"):
         folder_images(tmp_path, 0, print)
@@ -211,15 +192,15 @@ def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
             pixels = generator.integers(0, 256, (20, 20, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
     (tmp_path / "images" / "cat" / "broken.png").write_bytes(b"broken")
-    data = str(tmp_path / "images")
-    options = [*tiny, "--batch-size", "8", "--epochs", "1", "--method", "supervised", "--data", data]
+    folder = str(tmp_path / "images")
+    options = [*tiny, "--batch-size", "8", "--epochs", "1", "--method", "supervised", "--data", folder]
     assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
     assert "left out 1 files that cannot be read" in output
     assert "broken.png" in output
     report = (tmp_path / "run" / "metrics.csv").read_text()
     assert "on 20 images of 64 x 64 pixels" in output
-    assert main(["extract", str(tmp_path / "run"), "--width", "0.5", "--format", "pt2"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--width", "0.5", "--format", "pt2"]) == 0
 
     (tmp_path / "images").rename(tmp_path / "gone")  # an export does not need them
     assert main(["export", str(tmp_path / "run"), "--width", "0.5", "--format", "safetensors"]) == 0

@@ -43,6 +43,7 @@ def refused(capsys, *arguments):
         ([NAME, "--width", "1", "--image-size", "0"], "--image-size must be at least 1, got 0"),
         (["test_vit", "--width", "1", "--image-size", "20"], "Input height (20) should be divisible by patch size"),
         (["vit_base_patch16_18x2_224", "--width", "1", "--pretrained"], "timm has no pretrained weights"),
+        ([NAME, "--width", "1", "--pretrained", "--checkpoint", "x"], "--pretrained is not allowed with --checkpoint"),
     ],
 )
 def test_arguments_without_meaning(tmp_path, monkeypatch, capsys, arguments, message):
@@ -57,7 +58,6 @@ def test_arguments_without_meaning(tmp_path, monkeypatch, capsys, arguments, mes
         (["--width", "1", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["--width", "half"], "'half' is neither a number nor all"),
         ([], "the following arguments are required: --width"),
-        (["--width", "1", "--pretrained", "--checkpoint", "x"], "not allowed with"),
     ],
 )
 def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
@@ -215,10 +215,9 @@ def interrupted(folder):
     raise KeyboardInterrupt
 
 
-def test_extract_is_export(run, tmp_path):
-    """The run's own report is in the card, and `extract` is another name of the command."""
+def test_the_card_of_a_run_has_its_report(run, tmp_path):
     output = tmp_path / "out"
-    assert main(["extract", str(run), "--width", "0.5", "--format", "safetensors", "--output", str(output)]) == 0
+    assert main(["export", str(run), "--width", "0.5", "--format", "safetensors", "--output", str(output)]) == 0
     text = (output / "README.md").read_text()
     lines = (run / "metrics.csv").read_text().splitlines()[1:]
     for line in lines:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from slimmable.__main__ import main
-from slimmable.cli.checkpoint import load_checkpoint
+from slimmable.cli.run import load_checkpoint
 from slimmable.cli.training import Training
 from tests.cli.test_pretrain import assert_same_results
 
@@ -106,7 +106,7 @@ def test_killed_at_any_moment_a_run_ends_in_the_same_numbers(tiny, run, tmp_path
 def test_two_processes_end_where_one_does(tiny, tmp_path, monkeypatch):
     """Started by torchrun; plain SGD, since rounding decides what AdamW's first steps do with a zero gradient."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = ("pretrain", *tiny, "--optimizer", "sgd", "--learning-rate", "0.01", "--log-every", "1")
+    options = ("pretrain", *tiny, "--opt", "sgd", "--lr", "0.01", "--log-every", "1")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "slimmable")
     process = start(*launch, *options, "--output", str(tmp_path / "two"))
     output, _ = process.communicate()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slimmable._atomic import fill_aside, write_aside
-from slimmable.cli.checkpoint import (
+from slimmable.cli.run import (
     load_checkpoint,
     load_exactly,
     load_optimizer_tensors,

@@ -1,7 +1,6 @@
 """Runs with a gate budget: what they write, that it is what was trained, and that kNN on the way changes nothing."""
 
 import csv
-import shutil
 import subprocess
 import sys
 
@@ -11,12 +10,12 @@ from safetensors.torch import load_file
 
 import slimmable
 from slimmable.__main__ import main
+from slimmable.cli.config import configure
 from slimmable.cli.data import load_images
+from slimmable.cli.evaluation import Watch
 from slimmable.cli.networks import new_method
-from slimmable.cli.presets import configure
 from slimmable.cli.run import read_config, trained_backbone
 from slimmable.cli.training import Training
-from slimmable.cli.watch import Watch
 from slimmable.evaluation import knn_accuracy
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 
@@ -70,7 +69,7 @@ def test_the_run_tells_what_its_gates_cost(gated_run, capsys, images, backbone):
 def test_run_folder(gated_run):
     names = {path.name for path in gated_run.iterdir()}
     reports = {"metrics.csv", "metrics.md", "accuracy.png", "losses.csv", "knn.csv"}
-    assert names == {"config.json", "checkpoint.safetensors", "width-1.0.safetensors"} | reports
+    assert names == {"config.json", "checkpoint.safetensors", "model.safetensors", "width-1.0.safetensors"} | reports
     (row,) = read(gated_run / "losses.csv")
     assert list(row) == ["step", "learning_rate", "train_loss/w1", "gated_share"]
     assert 0 < float(row["gated_share"]) < 1
@@ -140,7 +139,9 @@ def test_knn_of_widths(run, tiny, tmp_path, capsys):
 
 
 def test_knn_of_a_universal_run_is_of_the_widths_that_train_in_every_step(tmp_path):
-    config = configure({"images": 32, "batch_size": 16, "widths": (1.0, 0.75, 0.5), "universal": True, "warm_up": 0.0})
+    config = configure(
+        {"num_images": 32, "batch_size": 16, "widths": (1.0, 0.75, 0.5), "universal": True, "warmup_epochs": 0.0}
+    )
     training = Training(config, new_method(config, 1, 10), load_images(config), torch.device("cpu"))
 
     class Log:
@@ -196,16 +197,6 @@ def test_evaluate_gives_the_numbers_of_the_run(gated_run, capsys):
     assert (gated_run / "metrics.md").read_text() in capsys.readouterr().out
 
 
-def test_evaluate_takes_every_probe_and_fine_tunes_plain_networks(gated_run, tmp_path):
-    shutil.copytree(gated_run, tmp_path / "run")
-    probes = ["--probes", "knn", "ridge", "slimmable", "--finetune", "1"]
-    assert main(["evaluate", str(tmp_path / "run"), *probes, *ON_CPU]) == 0
-    dense, gated, *static = read(tmp_path / "run" / "metrics.csv")
-    assert list(dense)[4:8] == ["knn", "ridge", "slimmable", "finetuned"]
-    assert gated["finetuned"] == ""
-    assert all(0 <= float(row["finetuned"]) <= 1 for row in (dense, *static))
-
-
 def test_export_writes_the_dense_network(gated_run, backbone, tmp_path):
     formats = ["--format", "pt2", "--format", "safetensors"]
     assert main(["export", str(gated_run), "--width", "1", *formats, "--output", str(tmp_path)]) == 0
@@ -220,6 +211,15 @@ def test_export_writes_the_dense_network(gated_run, backbone, tmp_path):
     dense = read(gated_run / "metrics.csv")[0]
     shares = " | ".join(f"{100 * float(dense[name]):.1f}" for name in ("knn", "linear"))
     assert f"| {shares} |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_model_of_the_run_loads_with_its_gates(gated_run, backbone):
+    model = slimmable.load(gated_run / "model.safetensors")
+    images = torch.rand(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(images), backbone(images))
+        with slimmable.gating.gated(model), slimmable.gating.gated(backbone):
+            assert torch.equal(model(images), backbone(images))
 
 
 def test_two_processes_make_one_run(tiny, tmp_path, monkeypatch):

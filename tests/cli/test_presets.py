@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from slimmable.cli.config import DISTILLATIONS, METHODS, PretrainConfig
+from slimmable.cli.config import DISTILLATIONS, METHODS, PRESETS, PretrainConfig, configure, with_preset
 from slimmable.cli.data import load_images
 from slimmable.cli.networks import new_method
-from slimmable.cli.presets import PRESETS, configure, named
 from slimmable.cli.training import Training, make_optimizer
 from slimmable.errors import UsageError
 from slimmable.losses import OnlineDistillation
@@ -20,14 +19,14 @@ def test_every_preset_is_a_configuration(preset):
     config = configure({}, preset)
     assert config.image_size == 224
     assert config.method == PRESETS[preset]["method"]
-    assert config.views != "digits"
+    assert config.augmentation != "digits"
     for name, value in PRESETS[preset].items():
         assert getattr(config, name) == value
 
 
 def test_what_is_given_comes_before_the_preset():
     config = configure({"epochs": 3, "widths": (1.0, 0.5)}, "byol-imagenet")
-    assert (config.epochs, config.widths, config.momentum) == (3, (1.0, 0.5), 0.996)
+    assert (config.epochs, config.widths, config.ema_momentum) == (3, (1.0, 0.5), 0.996)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +36,8 @@ def test_what_is_given_comes_before_the_preset():
         ({"method": "byol"}, "vicreg-imagenet", "--preset vicreg-imagenet is of --method vicreg, not byol"),
         ({"method": "dino"}, None, "--method dino: there are mocov2"),
         ({"distill": "magic"}, None, "--distill magic: there are own, none, kl"),
-        ({"weights": "heavy"}, None, "unknown mode 'heavy'"),
-        ({"momentum": 1.5}, None, r"--momentum must be in \[0, 1\], got 1.5"),
+        ({"loss_weights": "heavy"}, None, "unknown mode 'heavy'"),
+        ({"ema_momentum": 1.5}, None, r"--ema-momentum must be in \[0, 1\], got 1.5"),
         ({"temperature": 0.0}, None, "--temperature must be positive, got 0.0"),
         ({"weight_decay": -1.0}, None, "--weight-decay must be 0 or more"),
     ],
@@ -51,27 +50,27 @@ def test_settings_without_meaning_are_refused(given, preset, message):
 def test_a_run_goes_on_with_its_preset_named_again():
     """Whatever else was given then, and whatever follows from the method."""
     config = configure({"data": "/photos", "epochs": 3}, "byol-imagenet")
-    config.check_same(named({"epochs": 3}, "byol-imagenet"))
+    config.check_same(with_preset({"epochs": 3}, "byol-imagenet"))
     with pytest.raises(UsageError, match=r"--epochs: the run has 3, now 1000$"):
-        config.check_same(named({}, "byol-imagenet"))
+        config.check_same(with_preset({}, "byol-imagenet"))
     with pytest.raises(UsageError, match="--preset vicreg-imagenet is of --method vicreg, not byol"):
-        named({"method": "byol"}, "vicreg-imagenet")
+        with_preset({"method": "byol"}, "vicreg-imagenet")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_folders_get_the_views_of_their_method(method):
     config = configure({"method": method, "data": "/some/folder"})
     own = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}
-    assert config.views == own.get(method, "byol")
+    assert config.augmentation == own.get(method, "byol")
     assert config.image_size == 64
-    assert configure({"method": method}).views == "digits"
+    assert configure({"method": method}).augmentation == "digits"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_norms_and_biases_do_not_decay(optimizer):
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    config = PretrainConfig(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
+    config = PretrainConfig(opt=optimizer, lr=0.1, weight_decay=0.5)
     steps = make_optimizer(config, network)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -83,17 +82,17 @@ def test_norms_and_biases_do_not_decay(optimizer):
 
 @pytest.fixture(scope="module")
 def images():
-    return load_images(PretrainConfig(images=64))
+    return load_images(PretrainConfig(num_images=64))
 
 
 def training(images, **settings):
-    config = PretrainConfig(**{"images": 64, "batch_size": 16, "widths": (1.0,), "queue_size": 16, **settings})
+    config = PretrainConfig(**{"num_images": 64, "batch_size": 16, "widths": (1.0,), "queue_size": 16, **settings})
     return Training(config, new_method(config, 1, 10), images, torch.device("cpu"))
 
 
 def test_the_learning_rate_rises_and_falls_as_published(images):
     """Linear warm-up, then a cosine to 0, per step (SlimCLR's scheduler); the peak may change at the slow start."""
-    run = training(images, epochs=5, warm_up=1.0, slow_start=0.5, learning_rate=0.1, joined_learning_rate=0.3)
+    run = training(images, epochs=5, warmup_epochs=1.0, slow_start=0.5, lr=0.1, lr_after_slow_start=0.3)
     for step in range(20):
         run.step = step
         run._set_learning_rate(step / 20)
@@ -104,23 +103,23 @@ def test_the_learning_rate_rises_and_falls_as_published(images):
 
 
 def test_a_warm_up_that_never_ends_is_refused(images):
-    with pytest.raises(UsageError, match=r"--warm-up 2.5 leaves none of the 2 epochs"):
-        training(images, epochs=2, warm_up=2.5)
+    with pytest.raises(UsageError, match=r"--warmup-epochs 2.5 leaves none of the 2 epochs"):
+        training(images, epochs=2, warmup_epochs=2.5)
     assert training(images, epochs=20).schedule.warmup_t == 4  # a twentieth, of four steps each
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
-    config = configure({"method": method, "data": "glyphs", "images": 32, "batch_size": 16, "widths": (1.0, 0.5)})
-    glyphs = load_images(config)
-    run = Training(config, new_method(config, 1, len(glyphs.classes)), glyphs, torch.device("cpu"))
+    config = configure({"method": method, "num_images": 32, "batch_size": 16, "widths": (1.0, 0.5)})
+    images = load_images(config)
+    run = Training(config, new_method(config, 1, len(images.classes)), images, torch.device("cpu"))
     run.step = run.steps - 1
     assert list(run.take_step()) == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_kinds_of_distillation_are_refused_where_a_step_could_not_take_them(method, images):
-    settings = {"method": method, "widths": (1.0, 0.5), "warm_up": 0.0}
+    settings = {"method": method, "widths": (1.0, 0.5), "warmup_epochs": 0.0}
     refused = {"kl", "dkd", "atkd"} if method in ("byol", "vicreg") else set()
     for kind in refused:
         with pytest.raises(UsageError, match=f"--distill {kind} compares logits, which --method {method} does not"):
@@ -143,7 +142,9 @@ def test_key_parts_that_processes_cannot_share_are_refused(images, monkeypatch):
 
 
 def test_moco_v3_freezes_the_patches_of_a_vision_transformer():
-    config = configure({"method": "mocov3", "model": "test_vit", "image_size": 32, "embedding": 8, "hidden": 16})
+    config = configure(
+        {"method": "mocov3", "model": "test_vit", "image_size": 32, "proj_dim": 8, "proj_hidden_dim": 16}
+    )
     method = new_method(config, 3, 10)
     frozen = {name for name, parameter in method.encoder.named_parameters() if not parameter.requires_grad}
     assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
@@ -155,4 +156,4 @@ def test_the_networks_of_presets_have_the_published_sizes(preset):
     config = configure({"model": "test_resnet" if "vit" not in preset else "test_vit", "image_size": 160}, preset)
     method = new_method(config, 3, 1000)
     with torch.no_grad():
-        assert method.encoder.eval()(torch.zeros(1, 3, 160, 160)).shape == (1, config.embedding)
+        assert method.encoder.eval()(torch.zeros(1, 3, 160, 160)).shape == (1, config.proj_dim)

@@ -11,13 +11,14 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
 from slimmable.__main__ import main
-from slimmable.cli.checkpoint import load_checkpoint
-from slimmable.cli.networks import small_resnet
+from slimmable._small_resnet import small_resnet
+from slimmable.cli.run import load_checkpoint, read_config, save_networks, trained_backbone
 from slimmable.cli.training import Training
 
 
@@ -32,7 +33,7 @@ def assert_same_results(folder, other):
 
 def test_run_folder(run):
     names = {path.name for path in run.iterdir()}
-    subnetworks = {"width-1.0.safetensors", "width-0.5.safetensors"}
+    subnetworks = {"model.safetensors", "width-1.0.safetensors", "width-0.5.safetensors"}
     reports = {"metrics.csv", "metrics.md", "accuracy.png"}
     assert names == {"config.json", "checkpoint.safetensors", "losses.csv"} | reports | subnetworks
     with open(run / "metrics.csv") as file:
@@ -52,7 +53,7 @@ def test_the_configuration_says_what_was_asked_for(run):
 
 def test_subnetworks_are_what_the_checkpoint_extracts(run):
     example = torch.zeros(2, 1, 24, 24)
-    backbone = slimmable.slimify(small_resnet(1), (1.0, 0.5), example_inputs=example)
+    backbone = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=example)
     tensors = load_checkpoint(run / "checkpoint.safetensors").network
     prefix = "backbone."
     backbone.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
@@ -62,8 +63,28 @@ def test_subnetworks_are_what_the_checkpoint_extracts(run):
         small = slimmable.extract(backbone, width)
         assert sum(parameter.numel() for parameter in small.parameters()) == counts[width]
         small.load_state_dict(load_file(run / f"width-{width}.safetensors"))
-        with slimmable.at_width(backbone.eval(), width):
+        loaded = slimmable.load(run / f"width-{width}.safetensors")
+        with torch.no_grad(), slimmable.at_width(backbone.eval(), width):
             torch.testing.assert_close(small.eval()(example + 0.5), backbone(example + 0.5), rtol=0, atol=0)
+            assert torch.equal(loaded(example + 0.5), backbone(example + 0.5))
+
+
+def test_the_model_of_a_run_loads_at_all_widths(run):
+    model = slimmable.load(run / "model.safetensors")
+    assert slimmable.widths_of(model) == (1.0, 0.5)
+    images = torch.rand(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+    for width in (1.0, 0.5):
+        with torch.no_grad(), slimmable.at_width(model, width):
+            assert torch.equal(model(images), slimmable.load(run / f"width-{width}.safetensors")(images))
+
+
+def test_a_backbone_that_keeps_other_channels_without_its_head_is_left_out(run, tmp_path, monkeypatch):
+    config = read_config(run)
+    backbone = trained_backbone(config, run, channels=1)
+    other = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=torch.zeros(2, 1, 24, 24), skip="")
+    monkeypatch.setattr("slimmable.cli.run.converted_backbone", lambda config, channels: other)
+    assert not save_networks(tmp_path, config, backbone, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.safetensors", "width-0.5.safetensors"}
 
 
 def interrupt_after(steps, monkeypatch):
@@ -120,10 +141,20 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tiny, run, tmp_path
     assert_same_results(folder, run)
 
 
+def contents(folder):
+    """What is in the files, as bytes; of safetensors files, which order their metadata at random, by name."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".md", ".json")}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+            found[path.name] = (file.metadata(), tensors)
+    return found
+
+
 def test_resuming_a_finished_run_changes_nothing(run, tmp_path):
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"}
+    before = contents(run)
     assert main(["pretrain", "--output", str(run), "--resume", "--device", "cpu", "--workers", "0"]) == 0
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".png"} == before
+    assert contents(run) == before
 
 
 def test_evaluate_gives_the_numbers_of_the_run(run, capsys):
@@ -184,13 +215,9 @@ def test_every_method_resumes_to_the_same_numbers(method, tiny, tmp_path, monkey
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 
-def test_evaluate_takes_every_probe_and_fine_tunes(run, tmp_path, capsys):
+def test_evaluate_takes_every_probe(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    probes = ["--probes", "knn", "linear", "slimmable", "ridge", "--finetune", "1"]
+    probes = ["--probes", "knn", "linear", "slimmable", "ridge"]
     assert main(["evaluate", str(copy), *probes, "--device", "cpu", "--workers", "0"]) == 0
-    assert "| kNN | linear | slimmable probe | ridge | fine-tuned | untrained kNN |" in capsys.readouterr().out
-    with open(copy / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert all(0 <= float(row["finetuned"]) <= 1 for row in rows)
-    assert main(["export", str(copy), "--width", "0.5", "--format", "safetensors"]) == 0
+    assert "| kNN | linear | slimmable probe | ridge | untrained kNN |" in capsys.readouterr().out

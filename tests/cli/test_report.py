@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimmable.cli.progress import Progress
+from slimmable.cli.loggers import Progress
 from slimmable.cli.report import (
     TITLES,
     UNTRAINED,

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset
 
 from slimmable import SlimmableError
-from slimmable.cli.config import VIEWS
-from slimmable.cli.loader import Plain, Steps, Views, batches_of, load, some_of
-from slimmable.cli.views import make_views, plain_view
+from slimmable.cli.config import AUGMENTATIONS
+from slimmable.cli.loader import Plain, Steps, Views, batches_of, load, make_views, plain_view, some_of
 
 
 @given(
-    st.sampled_from(VIEWS),
+    st.sampled_from(AUGMENTATIONS),
     st.sampled_from([1, 3]),
     st.integers(28, 224),
     st.tuples(st.integers(20, 90), st.integers(20, 90)),
@@ -28,7 +27,7 @@ from slimmable.cli.views import make_views, plain_view
 def test_views_of_any_size_are_random_images(name, channels, size, shape, mirror):
     image = torch.randint(0, 256, (channels, *shape), dtype=torch.uint8)
     before = image.clone()
-    transforms = make_views(name, size, smallest_crop=0.2, mirror=mirror)
+    transforms = make_views(name, size, min_crop_scale=0.2, mirror=mirror)
     assert len(transforms) == (1 if name == "supervised" else 2)
     for transform in transforms:
         torch.manual_seed(0)
@@ -47,7 +46,7 @@ def test_only_mirrored_views_have_left_and_right_exchanged():
     image[..., :8] = 255
 
     def on_the_right(mirror):
-        (transform,) = make_views("supervised", 24, smallest_crop=0.9, mirror=mirror)
+        (transform,) = make_views("supervised", 24, min_crop_scale=0.9, mirror=mirror)
         views = torch.stack([transform(image) for _ in range(200)])
         return (views[..., 16:].sum((1, 2, 3)) > views[..., :8].sum((1, 2, 3))).float().mean()
 
@@ -60,7 +59,7 @@ def test_byol_solarises_the_second_view_only():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)  # solarised: 55
     torch.manual_seed(0)
     shares = []
-    for transform in make_views("byol", 8, smallest_crop=1.0, mirror=False):
+    for transform in make_views("byol", 8, min_crop_scale=1.0, mirror=False):
         brightest = torch.stack([transform(image).max() for _ in range(400)])
         shares.append((brightest < 0.3).float().mean().item())
     assert shares[0] == 0

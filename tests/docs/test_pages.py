@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import slimmable
-from slimmable.cli.arguments import make_parser
+from slimmable.cli.commands import make_parser
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

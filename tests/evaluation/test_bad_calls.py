@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import slimmable
+from benchmarks.finetuning import finetune
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.evaluation import (
     accuracy_of,
     evaluate_features,
     features_of,
-    finetune,
     knn_accuracy,
     probe_loss,
     ridge_classifier,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
-from slimmable.cli.figures import plot_imbalance
+from slimmable.cli.report import plot_imbalance
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe

@@ -1,4 +1,4 @@
-"""`slimmable compare`: one table of what the reports of several runs say."""
+"""One table of what the reports of several runs say."""
 
 import csv
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimmable.__main__ import main
+from benchmarks.compare import main
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.report import Row, write_report
 
@@ -25,15 +25,15 @@ def make_run(folder, rows, **more):
 
 
 def refused(capsys, *arguments):
-    assert main(["compare", *arguments]) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("slimmable compare: ")
+    assert error.startswith("compare: ")
     return error
 
 
 def test_runs_of_each_kind_in_one_table(tmp_path, capsys):
     runs = [make_run(tmp_path / "wide", WIDTHS), make_run(tmp_path / "gates", [DENSE, GATED, STATIC])]
-    assert main(["compare", *runs, runs[0], "--output", str(tmp_path / "out")]) == 0
+    assert main([*runs, runs[0], "--output", str(tmp_path / "out")]) == 0
     table = (tmp_path / "out" / "compare.md").read_text()
     assert table in capsys.readouterr().out
     assert table.splitlines()[:7] == [
@@ -68,7 +68,7 @@ reports = st.lists(
 def test_the_csv_has_every_row_of_every_run(tmp_path_factory, found):
     root = tmp_path_factory.mktemp("runs")
     runs = [make_run(root / str(number), rows) for number, rows in enumerate(found)]
-    assert main(["compare", *runs, "--output", str(root / "out")]) == 0
+    assert main([*runs, "--output", str(root / "out")]) == 0
     with (root / "out" / "compare.csv").open(newline="") as file:
         columns = ("run", "width", "parameters", "macs", "knn", "linear")
         lines = [[float(line[column]) for column in columns] for line in csv.DictReader(file)]
@@ -81,7 +81,7 @@ def test_the_csv_has_every_row_of_every_run(tmp_path_factory, found):
 
 def test_runs_of_one_name_have_their_paths(tmp_path):
     runs = [make_run(tmp_path / name / "run", WIDTHS) for name in ("a", "b")]
-    assert main(["compare", *runs, "--output", str(tmp_path / "out")]) == 0
+    assert main([*runs, "--output", str(tmp_path / "out")]) == 0
     table = (tmp_path / "out" / "compare.md").read_text()
     assert all(f"| {run} | width 0.5 |" in table for run in runs)
 
@@ -97,7 +97,7 @@ def test_folders_that_cannot_be_compared(tmp_path, capsys):
     assert f"slimmable evaluate {unfinished}" in refused(capsys, unfinished, *output)
     message = refused(capsys, whole, make_run(tmp_path / "ridge", more_probes), *output)
     assert "different probes (whole: knn; ridge: knn, ridge)" in message
-    for name, more in (("glyphs", {"data": "glyphs"}), ("fewer", {"images": 64}), ("small", {"image_size": 20})):
+    for name, more in (("photos", {"data": "photos"}), ("fewer", {"num_images": 64}), ("small", {"image_size": 20})):
         message = refused(capsys, whole, make_run(tmp_path / name, WIDTHS, **more), *output)
         assert f"different images, so their accuracies do not compare ({whole}: 4096 digits at 24 pixels" in message
     assert not (tmp_path / "out").exists()
@@ -107,9 +107,9 @@ def test_one_folder_of_images_by_two_paths_is_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [
         make_run(tmp_path / "a", WIDTHS, data="photos"),
-        make_run(tmp_path / "b", WIDTHS, data=str(tmp_path / "photos"), images=8),
+        make_run(tmp_path / "b", WIDTHS, data=str(tmp_path / "photos"), num_images=8),
     ]
-    assert main(["compare", *runs, "--output", str(tmp_path / "out")]) == 0
+    assert main([*runs, "--output", str(tmp_path / "out")]) == 0
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):

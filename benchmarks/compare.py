@@ -1,8 +1,16 @@
-"""`slimmable compare`: the reports of several runs in one table and one plot."""
+"""The reports of several pre-training runs in one table and one plot.
+
+    python -m benchmarks.compare runs/gated-* runs/widths --output runs/compare
+
+The runs must be of the same images, and evaluated by the same probes. In the plot each run has a colour; circles are
+dense networks, diamonds gated passes, squares static networks.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -12,7 +20,7 @@ from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
 from slimmable.cli.report import MARKERS, UNTRAINED, Row, in_percent, points_of, read_rows, title_of
 from slimmable.cli.run import read_config
-from slimmable.errors import CheckpointError, UsageError
+from slimmable.errors import CheckpointError, SlimmableError, UsageError
 
 Reports: TypeAlias = "Mapping[str, Sequence[Row]]"
 
@@ -54,7 +62,7 @@ def _check_same_images(configs: Mapping[Path, PretrainConfig]) -> None:
     """Refuse accuracies on different held-out images."""
     known = {}
     for folder, config in configs.items():
-        own = Path(config.data).resolve() if config.is_folder else f"{config.images} {config.data}"
+        own = Path(config.data).resolve() if config.is_folder else f"{config.num_images} {config.data}"
         known[folder] = f"{own} at {config.image_size} pixels"
     if len(set(known.values())) > 1:
         shown = "; ".join(f"{folder}: {images}" for folder, images in known.items())
@@ -99,7 +107,6 @@ def _write_csv(reports: Reports, probes: Sequence[str], path: Path) -> None:
 
 def _plot(reports: Reports, probes: Sequence[str], path: Path) -> None:
     """Draw accuracy against MACs, a panel for each probe, a colour for each run and a marker for each kind."""
-    matplotlib = require("matplotlib", "matplotlib")
     size = (4.0 * len(probes) + 2.4, 4.0)
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(probes), sharex=True, squeeze=False)[0]
@@ -113,5 +120,23 @@ def _plot(reports: Reports, probes: Sequence[str], path: Path) -> None:
         axes.set_ylabel(f"{title_of(probe)}: accuracy on held-out images (%)")
         axes.grid(alpha=0.3)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    with matplotlib.rc_context({"savefig.dpi": 150}):
-        figure.savefig(path, format="png")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Join the reports; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a pre-training run")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for the files")
+    given = parser.parse_args(argv)
+    try:
+        print(compare(given.runs, given.output))
+    except SlimmableError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote compare.csv, compare.md and compare.png to {given.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

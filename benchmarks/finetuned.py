@@ -1,0 +1,71 @@
+"""What is each plain network of a pre-training run worth after fine-tuning with labels?
+
+    python -m benchmarks.finetuned runs/pretrain --epochs 20 --probes knn linear
+
+Evaluates the run again, fine-tunes each extracted width (of a gated run the dense and the static networks) together
+with a new classifier, and replaces the report of the run by one with a column for the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.finetuning import finetune
+from slimmable.cli.data import load_images
+from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of_run
+from slimmable.cli.loader import Plain
+from slimmable.cli.report import UNTRAINED, Row
+from slimmable.cli.run import read_config, trained_backbone
+from slimmable.errors import SlimmableError, UsageError
+from slimmable.evaluation import accuracy_of
+from slimmable.evaluation.evaluate import ProbeName
+
+
+def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PROBES) -> str:
+    """Evaluate the run in the folder `run`, replace its report, and return the table as Markdown."""
+    if epochs < 1:
+        raise UsageError(f"--epochs must be at least 1, got {epochs}")
+    config = read_config(run)
+    images = load_images(config)
+    backbone = trained_backbone(config, run, images.channels, images.digest)
+    rows = rows_of_run(config, backbone, images, probes)
+    train, test = (Plain(part, config.image_size).stacked() for part in (images.train, images.test))
+    shares = {}
+    for name, network in plain_networks(config, backbone, images).items():
+        classifier = finetune(
+            network, train, images.train_labels, num_classes=len(images.classes), epochs=epochs, seed=config.seed
+        )
+        shares[name] = accuracy_of(classifier, test, images.test_labels)
+    return report_run(config, run, [_with_share(row, shares.get(row.name)) for row in rows], images)
+
+
+def _with_share(row: Row, share: float | None) -> Row:
+    """Return the row with the accuracy after fine-tuning, if there is one, before those of the untrained network."""
+    if share is None:
+        return row
+    own = {name: value for name, value in row.shares.items() if not name.startswith(UNTRAINED)}
+    untrained = {name: value for name, value in row.shares.items() if name.startswith(UNTRAINED)}
+    return replace(row, shares={**own, "finetuned": share, **untrained})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fine-tune and report; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pre-training run")
+    parser.add_argument("--epochs", type=int, default=20, help="of the fine-tuning")
+    parser.add_argument("--probes", nargs="+", choices=("knn", "linear", "slimmable", "ridge"), default=PROBES)
+    given = parser.parse_args(argv)
+    try:
+        print(evaluate_finetuned(given.run, given.epochs, given.probes))
+    except SlimmableError as error:
+        print(f"finetuned: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

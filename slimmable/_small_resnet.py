@@ -1,0 +1,53 @@
+"""A small ResNet for small images, in timm's registry, so that it is made, saved and loaded as timm's models are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.models import register_model, resnet
+from torch import nn
+
+
+@register_model
+def small_resnet(
+    pretrained: bool = False,
+    *,
+    in_chans: int = 3,
+    num_classes: int = 0,
+    channels: Sequence[int] = (16, 32, 64, 128),
+    pretrained_cfg: object = None,
+    pretrained_cfg_overlay: object = None,
+    cache_dir: object = None,
+) -> nn.Module:
+    """Return timm's ResNet with one basic block per stage and a stem that keeps the image's size.
+
+    Args:
+        pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: are timm's; there are no pretrained weights.
+        in_chans: channels of the images.
+        num_classes: of the classifier; 0 for a backbone that gives features.
+        channels: of the four stages.
+
+    >>> import timm, torch
+    >>> timm.create_model("small_resnet", in_chans=1)(torch.zeros(2, 1, 24, 24)).shape
+    torch.Size([2, 128])
+    """
+    network = resnet.ResNet(
+        resnet.BasicBlock,  # type: ignore[arg-type]
+        (1, 1, 1, 1),
+        channels=tuple(channels),
+        stem_type="deep",  # the one whose width can be set; its three convolutions then make room for one
+        stem_width=channels[0] // 2,
+        in_chans=in_chans,
+        num_classes=num_classes,
+    )
+    stem = nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    network.conv1, network.maxpool = stem, nn.Identity()  # type: ignore[assignment]
+    network.pretrained_cfg = {  # type: ignore[assignment]
+        "architecture": "small_resnet",
+        "input_size": (in_chans, 24, 24),
+        "first_conv": "conv1",
+        "mean": (0.0,) * in_chans,
+        "std": (1.0,) * in_chans,
+    }
+    return network

@@ -1,0 +1,132 @@
+"""Options stated once, as the fields of a dataclass: parser, checks and the tables of the docs all come from them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from math import inf
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from slimmable.errors import UsageError
+
+_METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes, and the words for them after "must be"."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("positive", lambda value: 0 < value < inf)
+NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < inf)
+FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def at_least(least: int) -> Range:
+    """Return the range of the numbers from `least` on."""
+    return Range(f"at least {least}", lambda value: value >= least)
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    choices: Sequence[str] = (),
+    within: Range | None = None,
+    group: str = "",
+    shown: str = "",
+    **parsing: Any,
+) -> Any:
+    """Return the field of a dataclass that is an option of a command.
+
+    Args:
+        default: a field without one is a positional argument, or a required option with `required=True`.
+        help: what the option does.
+        choices: the values it takes, or of which it takes several.
+        within: the numbers it takes; None is always allowed where the field's type has it.
+        group: the heading above this option and those after it.
+        shown: the default in words, where its value does not say enough.
+        parsing: more arguments for `ArgumentParser.add_argument`.
+    """
+    known = {"help": help, "choices": choices, "within": within, "group": group, "shown": shown, "parsing": parsing}
+    return field(default=default, metadata=known)
+
+
+def flag(name: str) -> str:
+    """Return the option for a field.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add every option of the dataclass `settings`; those that are not given are missing in the parsed arguments."""
+    kinds: dict[str, Any] = get_type_hints(settings)
+    group: argparse._ActionsContainer = parser
+    for each in fields(settings):
+        if each.metadata["group"]:
+            group = parser.add_argument_group(each.metadata["group"])
+        parsing = dict(each.metadata["parsing"])
+        if kinds[each.name] is bool:
+            parsing["action"] = "store_true"
+        else:
+            (kind,) = (part for part in _parts(kinds[each.name]) if part is not NoneType)
+            several = get_origin(kind) is tuple
+            if several and "action" not in parsing:
+                parsing["nargs"] = "+"
+            one = get_args(kind)[0] if several else kind
+            parsing.setdefault("type", one)
+            if each.metadata["choices"]:
+                parsing["choices"] = each.metadata["choices"]
+            else:
+                parsing.setdefault("metavar", _METAVARS.get(one))
+        group.add_argument(_name(each), default=argparse.SUPPRESS, help=help_text(each), **parsing)
+
+
+def _name(each: Field[Any]) -> str:
+    positional = each.default is MISSING and not each.metadata["parsing"].get("required")
+    return each.name if positional else flag(each.name)
+
+
+def help_text(each: Field[Any]) -> str:
+    """Return the help of an option, with its range and its default."""
+    within, default = each.metadata["within"], each.metadata["shown"]
+    if not default and each.default is not MISSING and each.default is not None and each.default is not False:
+        default = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else str(each.default)
+    more = "; ".join(([within.text] if within else []) + ([f"default: {default}"] if default else []))
+    return f"{each.metadata['help']} ({more})" if more else str(each.metadata["help"])
+
+
+def check(settings: Any) -> None:
+    """Check each value of a dataclass of options by itself.
+
+    Raises: UsageError: if a value is not among the choices, or outside its range.
+    """
+    for each in fields(settings):
+        value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
+        for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if choices and one not in choices:
+                raise UsageError(f"{flag(each.name)} {one}: there are {', '.join(choices)}")
+            if within and not within.holds(one):
+                raise UsageError(f"{flag(each.name)} must be {within.text}, got {one}")
+
+
+def fits(settings: type, name: str, value: object) -> bool:
+    """Return whether a value that was read from JSON has the type of the field `name`."""
+    kinds: dict[str, Any] = get_type_hints(settings)
+    parts = [get_origin(part) or part for part in _parts(kinds[name])]
+    return any(isinstance(value, _JSON_TYPES.get(part, (part,))) for part in parts)
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the only one."""
+    return (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)

@@ -1,0 +1,115 @@
+"""The options, stated once: what the parser, the checks and the docs make of them; and that the parser is quick."""
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from slimmable.losses._online import Kind
+
+import slimmable
+from slimmable.__main__ import main
+from slimmable.cli.commands import COMMANDS, make_parser
+from slimmable.cli.config import DISTILLATIONS, PretrainConfig
+from slimmable.cli.options import flag
+from slimmable.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def exits(*arguments):
+    """Run the program where it ends by itself, and return the exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_needs_no_torch(command):
+    code = f"""
+import sys
+from slimmable.__main__ import main
+try:
+    main({[*command, "--help"]!r})
+finally:
+    assert "torch" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: slimmable")
+
+
+def test_the_version(capsys):
+    assert exits("--version") == 0
+    assert capsys.readouterr().out == f"slimmable {slimmable.__version__}\n"
+
+
+def test_the_bare_program_shows_its_help(capsys):
+    assert exits() == 2
+    assert capsys.readouterr().err.startswith("usage: slimmable ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "slimmable: there is no command pretrian; did you mean pretrain?"),
+        (["dance"], "slimmable: there is no command dance\n"),
+        (["pretrain", "--epoch", "3"], "slimmable pretrain: there is no option --epoch; did you mean --epochs"),
+        (
+            ["pretrain", "--batchsize=3"],
+            "slimmable pretrain: there is no option --batchsize; did you mean --batch-size?",
+        ),
+        (["export", "resnet18", "--width", "1", "--xyz"], "slimmable export: there is no option --xyz\n"),
+        (["evaluate", "run", "other"], "slimmable evaluate: there is no option other\n"),
+        (["--loud"], "slimmable: --loud is not a command"),
+        (["pretrain", "--opt", "adamm"], "slimmable pretrain: argument --opt: invalid choice: 'adamm' (choose from"),
+        (["pretrain", "--epochs", "few"], "slimmable pretrain: argument --epochs: invalid int value: 'few'"),
+    ],
+)
+def test_typos(capsys, arguments, message):
+    assert exits(*arguments) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(message)
+    assert output.out == ""
+
+
+def test_every_kind_of_distillation_is_a_choice():
+    assert ("own", "none", *get_args(Kind)) == DISTILLATIONS
+
+
+RANGED = [each for each in fields(PretrainConfig) if each.metadata["within"]]
+
+
+@given(st.sampled_from(RANGED), st.floats() | st.integers(-3, 3))
+def test_numbers_outside_their_range_are_refused(each, value):
+    given = {"method": "vicreg", "widths": (1.0,), each.name: value}
+    if each.metadata["within"].holds(value):
+        assert getattr(PretrainConfig(**given), each.name) == value
+    else:
+        with pytest.raises(UsageError) as caught:
+            PretrainConfig(**given)
+        assert str(caught.value) == f"{flag(each.name)} must be {each.metadata['within'].text}, got {value}"
+
+
+def test_the_help_tells_defaults_and_ranges():
+    (commands,) = (action for action in make_parser()._actions if action.dest == "command")
+    text = " ".join(commands.choices["pretrain"].format_help().split())
+    assert "--epochs N passes over the training images (at least 1; default: 20)" in text
+    assert (
+        "--widths W [W ...] shares of the channels, in (0, 1], with 1 among them (default: 1.0 0.75 0.5 0.25)" in text
+    )
+
+
+def test_the_tables_of_the_docs_are_made_from_the_options():
+    path = ROOT / "docs" / "extensions" / "option_tables.py"
+    spec = importlib.util.spec_from_file_location("option_tables", path)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.PAGE.read_text()
+    assert page.count("<!-- options of ") == len(COMMANDS)
+    assert page == tables.with_tables(page), "run: PYTHONPATH=. python docs/extensions/option_tables.py"
