@@ -1,13 +1,15 @@
-"""Add-ons: what another room puts into models, and how the core takes it off, writes it down and puts it back.
+"""Add-ons: what another room puts into models, and how the core takes it off, writes it to files and puts it back.
 
-The core names no add-on's classes. An add-on offers itself when it is imported, so a model that has one has offered it.
+The core does not know what add-ons there are. Each offers itself when its module is imported; a model can only have an
+add-on that has been imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -15,32 +17,33 @@ _MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that of
 _offered: dict[str, AddOn] = {}
 
 
-class AddOn(Protocol):
-    """What an add-on does for the core."""
+@dataclass(frozen=True)
+class AddOn:
+    """What an add-on does for the core.
 
-    REFUSAL: str
-    """Why a model that has it cannot be converted, and how it is taken off; follows "this ResNet"."""
+    Attributes:
+        refusal: why a model that has it cannot be converted, and how to take it off; follows "this ResNet".
+        present: whether a model has it.
+        detach: take it off a model, in place, and return the model; a model without it stays as it is.
+        describe: return a copy of a model without it, and what `restore` needs, as data for JSON.
+        restore: put it back onto a model, in place, as `describe` said, and return the model.
+    """
 
-    def present(self, model: nn.Module) -> bool:
-        """Tell whether a model has this add-on."""
-        ...
-
-    def detach(self, model: nn.Module) -> nn.Module:
-        """Take it off a model, in place, and return the model; a model without it stays as it is."""
-        ...
-
-    def describe(self, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-        """Return a copy of the model without it, and what `restore` needs, as data for JSON."""
-        ...
-
-    def restore(self, model: nn.Module, data: dict[str, Any]) -> nn.Module:
-        """Put it back, in place, as `describe` said, and return the model."""
-        ...
+    refusal: str
+    present: Callable[[nn.Module], bool]
+    detach: Callable[[nn.Module], nn.Module]
+    describe: Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]
+    restore: Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
 def offer(name: str, addon: AddOn) -> None:
     """Make an add-on known to the core."""
     _offered[name] = addon
+
+
+def addons_of(model: nn.Module) -> dict[str, AddOn]:
+    """Return the add-ons that a model has, by name."""
+    return {name: addon for name, addon in _offered.items() if addon.present(model)}
 
 
 def detach_all(model: nn.Module) -> nn.Module:
@@ -50,14 +53,10 @@ def detach_all(model: nn.Module) -> nn.Module:
     return model
 
 
-def addons_of(model: nn.Module) -> dict[str, AddOn]:
-    """Return the add-ons that a model has, by name."""
-    return {name: addon for name, addon in _offered.items() if addon.present(model)}
-
-
 def restore_all(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
-    """Put the add-ons that a file describes, by name, back on a model, in place, and return it."""
-    for name in data.keys() & _MODULES.keys():
-        import_module(_MODULES[name])
-        model = _offered[name].restore(model, data[name])
+    """Put the add-ons that a file describes, by name, back onto a model, in place, and return it."""
+    for name, module in _MODULES.items():
+        if name in data:
+            import_module(module)
+            model = _offered[name].restore(model, data[name])
     return model

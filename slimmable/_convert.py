@@ -84,7 +84,7 @@ def slimify(
     """
     check_module("slimify", model)
     for addon in addons_of(model).values():
-        raise ConversionError(f"this {type(model).__name__} {addon.REFUSAL}, convert it, and put them back")
+        raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     wanted = check_widths(widths)
     if order not in (None, "magnitude"):
         raise ConversionError(f'order {order!r} is unknown; it is None or "magnitude"')

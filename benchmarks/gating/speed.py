@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse
 
 import slimmable
 from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
-from slimmable.gating._parts import LayerGates
+from slimmable.gating import LayerGates
 
 HERE = Path(__file__).parent
 MODELS = ("resnet18", "resnet50", "mobilenetv3_large_100", "convnext_atto", "vit_tiny_patch16_224")

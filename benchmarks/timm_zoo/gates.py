@@ -17,8 +17,7 @@ from benchmarks.timm_zoo.fake import module_of
 from benchmarks.timm_zoo.real import smallest
 from slimmable._convert import apply_plan
 from slimmable.errors import WidthError
-from slimmable.gating import ChannelGate, GatePlan
-from slimmable.gating._parts import PLAN, LayerGates
+from slimmable.gating import ChannelGate, GatePlan, LayerGates, gate_plan
 from tests.convert.oracles import difference
 
 WITH_NUMBERS = 25e6  # parameters
@@ -43,18 +42,17 @@ def measure(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     start = time.process_time()
-    found = slimmable.gating.gate_plan(model)
+    found = gate_plan(model)
     seconds = time.process_time() - start
     counts = found.plan.channels.units
     closed = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64) for gate in found.gates}
-    dense = sum(found.costs.layers({}, counts).values())
     parameters = found.plan.columns[0].parameters
     return {
         "module": module_of(name),
         "parameters": parameters,
         "gates": len(found.gates),
         "units": sum(gate.units for gate in found.gates),
-        "least": round(float(sum(found.costs.layers(closed, counts).values()) / dense), 4),
+        "least": round(float(found.macs.total(closed, counts) / found.macs.total({}, counts)), 4),
         "refused": refused(found),
         "seconds": round(seconds, 2),
     } | (with_numbers(name) if found.gates and parameters <= WITH_NUMBERS else {})
@@ -71,7 +69,7 @@ def with_numbers(name: str) -> dict[str, Any]:
     """Compare with the plain model, and with the network of the open units alone; differences are relative."""
     model, example = smallest(name)
     gated = slimmable.gating.gate(model, example_inputs=example, separate_norms=False)
-    found: GatePlan = gated.__dict__[PLAN]
+    found = gate_plan(gated)
     counts = list(found.plan.channels.units)
     gates = {part.name: part for part in gated.modules() if isinstance(part, LayerGates)}
     for gate in found.gates:

@@ -15,8 +15,7 @@ from slimmable import methods
 from slimmable._convert import slimify
 from slimmable.cli.config import PretrainConfig
 from slimmable.errors import ConversionError, UsageError
-from slimmable.gating import GatePlan, gate
-from slimmable.gating._parts import PLAN
+from slimmable.gating import gate, gate_plan
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
@@ -91,8 +90,7 @@ def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
 
     Raises: UsageError.
     """
-    found: GatePlan = backbone.__dict__[PLAN]
-    least = found.least_share()
+    least = gate_plan(backbone).least_share()
     if config.gate_budget is not None and config.gate_budget < least:
         raise UsageError(
             f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "

@@ -16,8 +16,7 @@ from slimmable.cli.data import Images
 from slimmable.cli.loader import Steps, Views, load, make_views, seed_of
 from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
 from slimmable.errors import DivergedError, UsageError
-from slimmable.gating import GateBudget
-from slimmable.gating._parts import GATE
+from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
 from slimmable.losses.distillation import DistillationKind
 from slimmable.methods import Batch, Method
@@ -177,7 +176,7 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
 
 def _scale_gates(optimizer: torch.optim.Optimizer, online: nn.Module, scale: float) -> None:
     """Move the gates' parameters to a group of their own, whose learning rate timm's schedule multiplies by `scale`."""
-    gates = {id(parameter) for name, parameter in online.named_parameters() if GATE in name}
+    gates = {id(parameter) for parameter in gate_parameters(online)}
     found = []
     for group in optimizer.param_groups:
         found += [parameter for parameter in group["params"] if id(parameter) in gates]

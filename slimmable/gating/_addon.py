@@ -1,4 +1,4 @@
-"""Gates as an add-on of the core: taken off, written into files as what `gate` was asked, made again from that."""
+"""Gating as an add-on of the core: what files say of gates is how `gate` was asked, and loading asks again."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimmable._addons import AddOn
 from slimmable._checks import check_positive
 from slimmable._convert import copy_of
-from slimmable._input_data import decode_inputs
 from slimmable._inputs import Inputs
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.gating._convert import gate
-from slimmable.gating._find import GatePlan, gate_plan
+from slimmable.gating._convert import gate, ungate
+from slimmable.gating._example import decode_inputs
+from slimmable.gating._find import SKIPPED, gate_plan
 from slimmable.gating._gate import ChannelGate
-from slimmable.gating._judge import SKIPPED
-from slimmable.gating._parts import PLAN, LayerGates, PassNorm
-from slimmable.gating._parts import has_gates as present
-from slimmable.gating._parts import remove_gates as detach
-
-__all__ = ["REFUSAL", "describe", "detach", "present", "restore"]
-
-REFUSAL = "has gates, which are made for its widths; take them off with slimmable.gating.ungate"
+from slimmable.gating._layer_gates import gates_in, has_gates
+from slimmable.gating._pass_norm import PassNorm
+from slimmable.gating._plan import PLAN, GatePlan
 
 
-def describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a copy of a gated model without its gates, and what `restore` needs, as data for JSON.
+def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a copy of a gated model without its gates, and what `_restore` needs, as data for JSON.
 
     Raises: CheckpointError: if `gate` would not make these gates for the copy.
     """
@@ -36,40 +32,38 @@ def describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
             f"a part or the whole of this {type(model).__name__} has gates, but it is not what slimmable.gating.gate "
             "returned; save the gated model itself"
         )
+    gates = _channel_gates(model)
     data = {
         "example": found.example,
         "skipped": [maker for maker, _, reason in found.refused if reason == SKIPPED],
         "separate_norms": any(isinstance(module, PassNorm) for module in model.modules()),
-        "bias": any(gate.expand.bias is not None for gate in _gates(model)),
-        "settings": [[gate.temperature, gate.open_at_zero] for gate in _gates(model)],
+        "bias": any(own.expand.bias is not None for own in gates),
+        "settings": [[own.temperature, own.open_at_zero] for own in gates],
     }
-    bare = detach(copy_of(model))
+    bare = ungate(copy_of(model))
     arguments = _arguments(bare, data)
+    changed = CheckpointError(
+        f"this {type(model).__name__} was changed after it was gated; take the gates off with "
+        "slimmable.gating.ungate, gate it again, then save it"
+    )
     try:
-        again = _units(gate_plan(bare, **arguments))
+        again = [(planned.name, planned.units) for planned in gate_plan(bare, **arguments).gates]
     except SlimmableError as error:
-        raise _changed(model) from error
-    own = {gates.name for gates in model.modules() if isinstance(gates, LayerGates)}
-    if again != _units(found) or own != {name for name, _ in again}:
-        raise _changed(model)
+        raise changed from error
+    before = [(planned.name, planned.units) for planned in found.gates]
+    if again != before or {own.name for own in gates_in(model)} != {name for name, _ in before}:
+        raise changed
     return bare, data
 
 
-def _changed(model: nn.Module) -> CheckpointError:
-    return CheckpointError(
-        f"this {type(model).__name__} was changed after it was gated; take the gates off with "
-        "slimmable.gating.ungate, gate it again and save it then"
-    )
-
-
-def restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
-    """Gate a model in place as `describe` says, and return it; the gates have random weights.
+def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
+    """Gate a model in place as `_describe` says, and return it; the gates have random weights.
 
     Raises: an error of some kind if the data is of another model, or anything else.
     """
     norms, bias = bool(data["separate_norms"]), bool(data["bias"])
     gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
-    for made, (temperature, open_at_zero) in zip(_gates(model), data["settings"], strict=True):
+    for made, (temperature, open_at_zero) in zip(_channel_gates(model), data["settings"], strict=True):
         check_positive("load", temperature=temperature)
         made.temperature, made.open_at_zero = float(temperature), bool(open_at_zero)
     return model
@@ -83,19 +77,24 @@ def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
     return {"example_inputs": Inputs(*args, **kwargs), "skip": lambda path, module: path in skipped}
 
 
-def _units(found: GatePlan) -> list[tuple[str, int]]:
-    return [(gate.name, gate.units) for gate in found.gates]
-
-
-def _gates(model: nn.Module) -> list[ChannelGate]:
+def _channel_gates(model: nn.Module) -> list[ChannelGate]:
     """Return the gates of all widths, in the order of their layers.
 
     Raises: CheckpointError: if one is of another class, which a file cannot name.
     """
     found = []
-    for gates in (module for module in model.modules() if isinstance(module, LayerGates)):
+    for gates in gates_in(model):
         for own in gates.at:
             if not isinstance(own, ChannelGate):
                 raise CheckpointError(f"the gate of {gates.name} is a {type(own).__name__}; a file holds ChannelGates")
             found.append(own)
     return found
+
+
+ADDON = AddOn(
+    refusal="has gates, which are made for its widths; take them off with slimmable.gating.ungate",
+    present=has_gates,
+    detach=ungate,
+    describe=_describe,
+    restore=_restore,
+)

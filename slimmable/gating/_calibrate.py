@@ -1,44 +1,77 @@
-"""Gates set to a budget after the training, by one threshold for all."""
+"""What the gates of a trained model open on given images, and one threshold that sets them to a budget."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from slimmable.errors import UsageError
-from slimmable.gating._activity import over_batches
+from slimmable._modules import in_eval_mode
+from slimmable.errors import DataError, UsageError
 from slimmable.gating._gate import ChannelGate
-from slimmable.gating._gated_pass import GatedPass
-from slimmable.gating._losses import check_target
-from slimmable.gating._parts import LayerGates
-from slimmable.gating._passes import parts_of
-from slimmable.training.calibrate import ModelInput
+from slimmable.gating._losses import check_budget
+from slimmable.gating._passes import GatedPass, gated, gates_of
+from slimmable.training.calibrate import ModelInput, arguments_of
+
+Taken = TypeVar("Taken")
 
 _HALVINGS = 40
-_CLOSE = 5e-4  # share of the dense multiply-adds that is close enough
+_CLOSE = 5e-4  # difference of shares of the dense multiply-adds that is close enough
+
+
+@torch.no_grad()
+def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
+    """Return for each gate, by name, the fraction of the images for which it opens each unit: shape (units,), float64.
+
+    The gates decide in eval mode, without noise; the modes of the model are put back.
+
+    Args:
+        model: gated.
+        loader: batches as `calibrate_bn` takes them.
+
+    Raises:
+        UsageError: if the model has no gates, or the loader is not a list of batches or the like.
+        DataError: if the loader is empty or holds something else.
+
+    >>> import slimmable
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> _ = nn.init.ones_(model[2].channel_gate.at[0].expand.weight)
+    >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
+    1
+    """
+    opened = _over_batches("gate_activity", model, loader, _opened)
+    images = sum(count for _, count in opened)
+    return {name: torch.stack([each[name] for each, _ in opened]).sum(0) / images for name in opened[0][0]}
+
+
+def _opened(run: GatedPass) -> tuple[dict[str, Tensor], int]:
+    """Return for how many of the images each unit is open, and how many images there are."""
+    masks = run.masks()
+    return {name: mask.double().sum(0) for name, mask in masks.items()}, len(next(iter(masks.values())))
 
 
 @torch.no_grad()
 def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
-    """Set the thresholds of the gates so that a gated pass costs `budget` on average, in place; return what it costs.
+    """Set the thresholds of the gates so that gated passes cost `budget` on average, in place; return what they cost.
 
     Training holds gates near a budget while they decide with noise; without noise they may open fewer or more units.
-    One threshold for the logits of all gates takes this back, and lets a trained network run at other budgets near it.
-    Found by halving an interval, each time with a gated pass in eval mode over all images. Where many logits are the
-    same, as those of untrained gates, the cost jumps; then it is the nearest that can be had. Only the gates of the
-    active width change. On an error nothing has.
+    One threshold for the logits of all gates makes up for this, and lets a trained network run at other budgets nearby.
+    It is found by halving an interval, each time with gated passes in eval mode over all images. Where many logits are
+    equal, as in untrained gates, the share jumps; then the nearest possible one is taken. Only the gates of the active
+    width change. On an error nothing has.
 
     Args:
-        model: gated; its modes stay as they are.
-        loader: batches as `calibrate_bn` takes them, gone through about 15 times.
-        budget: wanted multiply-adds over those of the dense network, in (0, 1).
+        model: gated; its modes are put back.
+        loader: batches as `calibrate_bn` takes them; it is gone through about 15 times.
+        budget: wanted multiply-adds as a share of the dense network's, in (0, 1).
 
     Raises:
-        UsageError: if the budget is outside (0, 1), costs less than all gates closed or more than all open, or the
-            model has no gates, or the loader can be gone through once only.
+        UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all open;
+            if the model has no gates, or the loader can be gone through only once.
         DataError: if the loader is empty or holds something else.
 
     >>> import slimmable
@@ -48,30 +81,31 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
     """
-    check_target("calibrate_gates", budget, "budget")
+    check_budget("calibrate_gates", budget)
     if isinstance(loader, Iterator):
-        raise UsageError("calibrate_gates: the loader is gone through often; give a list or a DataLoader, no iterator")
-    parts = parts_of("calibrate_gates", model)
-    gates = [part.module_at(part._slim.index) for part in parts if isinstance(part, LayerGates)]
+        raise UsageError(
+            "calibrate_gates: the loader is gone through many times; give a list or a DataLoader, not an iterator"
+        )
+    gates = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
     thresholds = [gate.threshold for gate in gates if isinstance(gate, ChannelGate)]
     before = [threshold.clone() for threshold in thresholds]
 
-    def cost(value: float) -> float:
+    def share_at(value: float) -> float:
         for threshold in thresholds:
             threshold.fill_(value)
-        return _mean_share(model, loader)
+        return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
 
     try:
-        return _found(cost, budget)
+        return _set_to_budget(share_at, budget)
     except BaseException:
         for threshold, old in zip(thresholds, before, strict=True):
             threshold.copy_(old)
         raise
 
 
-def _found(cost: Callable[[float], float], budget: float) -> float:
-    """Halve the interval of thresholds until what they cost is close to the budget; stay at the closest."""
-    least, most = cost(math.inf), cost(-math.inf)
+def _set_to_budget(share_at: Callable[[float], float], budget: float) -> float:
+    """Halve the interval of thresholds until the share is close to the budget; end at the closest."""
+    least, most = share_at(math.inf), share_at(-math.inf)
     if not least <= budget <= most:
         raise UsageError(
             f"calibrate_gates: budget is {budget}, but with all gates closed the network costs {least:.3f}, with all "
@@ -81,15 +115,33 @@ def _found(cost: Callable[[float], float], budget: float) -> float:
     closest, at = math.inf, 0.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        reached = cost(math.tan(middle * math.pi / 2))
-        if abs(reached - budget) < abs(closest - budget):
-            closest, at = reached, middle
+        share = share_at(math.tan(middle * math.pi / 2))
+        if abs(share - budget) < abs(closest - budget):
+            closest, at = share, middle
         if abs(closest - budget) <= _CLOSE:
             break
-        low, high = (middle, high) if reached > budget else (low, middle)
-    return cost(math.tan(at * math.pi / 2))
+        low, high = (middle, high) if share > budget else (low, middle)
+    return share_at(math.tan(at * math.pi / 2))
 
 
-def _mean_share(model: nn.Module, loader: Iterable[ModelInput]) -> float:
-    shares = over_batches(model, loader, GatedPass.share, "calibrate_gates")
-    return float(torch.cat(shares).mean())
+def _over_batches(
+    where: str, model: nn.Module, loader: Iterable[ModelInput], take: Callable[[GatedPass], Taken]
+) -> list[Taken]:
+    """Run a gated pass in eval mode on each batch, and return what `take` makes of each.
+
+    Raises: as `gate_activity`; `where` is for the message.
+    """
+    gates_of(where, model)
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
+    device = next(model.parameters()).device
+    found = []
+    with in_eval_mode(model):
+        for batch in loader:
+            args, kwargs = arguments_of(batch, device, where)
+            with gated(model) as run:
+                model(*args, **kwargs)
+            found.append(take(run))
+    if not found:
+        raise DataError(f"{where}: loader is empty; give at least one batch")
+    return found

@@ -1,10 +1,10 @@
-"""`gate` and `ungate`: gates in the layers of any model, and off again."""
+"""`gate` puts gates into the layers of any model, `ungate` takes them off again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from torch import nn
@@ -14,25 +14,19 @@ from slimmable._inputs import check_module
 from slimmable._modules import replace_modules
 from slimmable._width import set_width, width_of
 from slimmable.errors import ConversionError, UsageError
-from slimmable.gating._find import GatePlan, gate_plan
+from slimmable.gating._find import gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
-from slimmable.gating._judge import Candidate
-from slimmable.gating._parts import (
-    GATE,
-    PLAN,
-    LayerGates,
-    Look,
-    Mask,
-    PassNorm,
-    has_gates,
-    refuse_other_gates,
-    remove_gates,
-)
+from slimmable.gating._layer_gates import GATE, DecideHook, LayerGates, MaskHook, NoGates, gates_in
+from slimmable.gating._pass_norm import PassNorm
+from slimmable.gating._plan import PLAN, GatePlan, PlannedGate
+from slimmable.gating._state_dicts import refuse_other_gates
 from slimmable.view.state import Column, WidthState, state_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def gate(
-    model: nn.Module,
+    model: M,
     *,
     example_inputs: Any = None,
     skip: Skip = (),
@@ -41,32 +35,33 @@ def gate(
     open_at_zero: bool = False,
     bias: bool = True,
     inplace: bool = False,
-) -> nn.Module:
-    """Return a model with the weights of `model` and gates that open and close channels for each image.
+) -> M:
+    """Return a model with the weights of `model`, and with gates that open and close channels for each image.
 
-    Every channel group gets a gate that lies inside a block: made by one layer, read by others as their input, in
-    between only operations that treat channels one by one. In Transformers these are the hidden units of the MLPs and
-    whole attention heads. The gate looks at what the maker reads; the mask goes on the inputs of the readers, which is
-    the same as dropping the channels. `print(gate_plan(model))` shows what is gated and what is not, and why.
+    A channel group gets a gate if it lies inside a block: one layer makes it, others read it as their input, and
+    between them channels are treated one by one. In Transformers these are the hidden units of the MLPs and whole
+    attention heads. The gate looks at the input of the layer that makes the units; its mask goes on the inputs of the
+    layers that read them, which is the same as dropping the channels. `print(gate_plan(model))` shows what gets a gate,
+    what does not, and why.
 
-    Of every tensor the first axis is that of the images; models with another order cannot be told from those.
+    The first axis of every tensor must be that of the images; models with another order cannot be told apart.
 
-    Outside of `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it. `save` and `load` know gates; a state dict of other
-    gates than the model's is a CheckpointError, before any of it is loaded.
+    Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
+    gates for each of its widths; convert it first, then gate it. `save` and `load` know gates. A state dict with other
+    gates than the model's raises a CheckpointError before any of it is loaded.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
         example_inputs: as for `slimify`; the multiply-adds of a gated pass are counted for its size.
-        skip: patterns of names of layers, or a function of name and module: what these layers make gets no gate.
-        separate_norms: give the BatchNorms on gated channels, and those right behind the readers, statistics, gain and
-            bias of their own for the gated pass.
+        skip: patterns of layer names, or a function of name and module: what these layers make gets no gate.
+        separate_norms: give the BatchNorms on gated channels, and those right behind the layers that read them,
+            statistics, gain and bias of their own for the gated pass.
         temperature, open_at_zero, bias: of the gates, see `ChannelGate`.
         inplace: gate `model` itself and return it.
 
     Raises:
         ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced.
-        UsageError: if the model has gates already, or an argument is outside its range. On errors nothing has changed.
+        UsageError: if the model already has gates, or an argument is outside its range. On errors nothing has changed.
 
     Source: Krishna et al. 2023 gate the inner channels of residual blocks; other architectures and widths are ours.
 
@@ -82,7 +77,7 @@ def gate(
     {'2': (3, 32)}
     """
     check_module("gate", model)
-    if has_gates(model):
+    if gates_in(model):
         raise UsageError(f"this {type(model).__name__} has gates already; take them off with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
     if not found.gates:
@@ -90,18 +85,17 @@ def gate(
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
     width = None if state_of(model) is None else width_of(model)
     make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
-    built = [_gates(model, found, candidate, make) for candidate in found.gates]
-    target = model if inplace else copy_of(model)
-    for candidate, gates in zip(found.gates, built, strict=True):
-        maker = target.get_submodule(candidate.maker)
-        for number, reader in enumerate(candidate.readers):
-            target.get_submodule(reader.path).register_forward_pre_hook(Mask(gates, number))
-        maker.add_module(_child(candidate), gates.train(maker.training))
-    for candidate, gates in zip(found.gates, built, strict=True):  # behind the masks of what the same layer reads
-        target.get_submodule(candidate.maker).register_forward_pre_hook(Look(gates))
+    built = [(planned, _layer_gates(model, found, planned, make)) for planned in found.gates]
+    target = model if inplace else cast(M, copy_of(model))
+    for planned, gates in built:
+        for number, reader in enumerate(planned.readers):
+            target.get_submodule(reader.path).register_forward_pre_hook(MaskHook(gates, number))
+        maker = target.get_submodule(planned.maker)
+        maker.add_module(_child(planned), gates.train(maker.training))
+    for planned, gates in built:  # behind the masks of what the same layer reads
+        target.get_submodule(planned.maker).register_forward_pre_hook(DecideHook(gates))
     if separate_norms:
-        paths = {path for candidate in found.gates for path in candidate.norms}
-        norms = [target.get_submodule(path) for path in paths]
+        norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
     target.register_load_state_dict_pre_hook(refuse_other_gates)  # type: ignore[no-untyped-call]
     target.__dict__[PLAN] = found
@@ -110,8 +104,8 @@ def gate(
     return target
 
 
-def ungate(model: nn.Module) -> nn.Module:
-    """Take the gates, and what the gated pass has of its own, off a model in place, and return it.
+def ungate(model: M) -> M:
+    """Take the gates, and the gated pass's norms, off a model in place, and return it.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -120,37 +114,60 @@ def ungate(model: nn.Module) -> nn.Module:
     (15, 6)
     """
     check_module("ungate", model)
-    return remove_gates(model)
+    for module in list(model.modules()):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (DecideHook, MaskHook)):
+                del module._forward_pre_hooks[key]
+        for key, check in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(check, "hook", None) is refuse_other_gates:
+                del module._load_state_dict_pre_hooks[key]
+        module.__dict__.pop(PLAN, None)
+        for name, child in list(module._modules.items()):
+            if isinstance(child, (LayerGates, NoGates)):
+                del module._modules[name]
+    norms = [module for module in model.modules() if isinstance(module, PassNorm)]
+    return cast(M, replace_modules(model, {id(norm): norm.without() for norm in norms}))
 
 
-def _child(candidate: Candidate) -> str:
-    return f"{GATE}_{candidate.number}" if candidate.number else GATE
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model's gates, for an optimizer that treats them apart; none for a model without.
+
+    >>> import torch, slimmable
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> [tuple(parameter.shape) for parameter in gate_parameters(model)]
+    [(2, 8), (2,), (2,), (32, 2), (32,)]
+    """
+    return [parameter for gates in gates_in(model) for parameter in gates.parameters()]
 
 
-def _gates(
-    model: nn.Module, found: GatePlan, candidate: Candidate, make: Callable[[int, int], nn.Module]
+def _child(planned: PlannedGate) -> str:
+    return f"{GATE}_{planned.number}" if planned.number else GATE
+
+
+def _layer_gates(
+    model: nn.Module, found: GatePlan, planned: PlannedGate, make: Callable[[int, int], nn.Module]
 ) -> LayerGates:
-    """Make the gates of one group, one per width, where and of what type the layer's own parameters are."""
+    """Make the gates of one group, one per width, on the device and of the type of the layer's own parameters."""
     plan = found.plan
     grouping = plan.channels.needed.grouping
-    own = next(model.get_submodule(candidate.maker).parameters())
-    gates: list[nn.Module] = []
-    units: list[list[list[int]]] = [[] for _ in candidate.readers]
-    for column in plan.columns:
-        counts = np.array([*column.counts, 1])
-        channels = grouping.count(counts, candidate.channels)
-        gates.append(make(channels, column.counts[candidate.group]).to(own.device, own.dtype))
-        for reader, per_width in zip(candidate.readers, units, strict=True):
-            per_width.append(reader.units[grouping.mask(counts, reader.ids)].tolist())
-    readers = [(reader.axis, per_width) for reader, per_width in zip(candidate.readers, units, strict=True)]
-    made_for = LayerGates(candidate.name, candidate.axis, plan.widths, gates, readers)
+    own = next(model.get_submodule(planned.maker).parameters())
+    per_width = [np.array([*column.counts, 1]) for column in plan.columns]
+    gates = [
+        make(grouping.count(counts, planned.channels), int(counts[planned.group])).to(own.device, own.dtype)
+        for counts in per_width
+    ]
+    readers = [
+        (reader.axis, [reader.units[grouping.mask(counts, reader.ids)].tolist() for counts in per_width])
+        for reader in planned.readers
+    ]
+    made = LayerGates(planned.name, planned.axis, plan.widths, gates, readers)
     converted = state_of(model)
     if converted is not None:
-        state: WidthState = made_for._slim
-        state.plan, state.path = plan, f"{candidate.maker}.{_child(candidate)}"
-        for column_of, sub_network in zip(state.columns, plan.columns, strict=True):
-            column_of.counts = sub_network.counts
+        state: WidthState = made._slim
+        state.plan, state.path = plan, f"{planned.maker}.{_child(planned)}"
         for registered in converted.columns[len(plan.columns) :]:  # these run dense
             state.add(Column(registered.width))
-            state.columns[-1].counts = registered.counts
-    return made_for
+        for column, known in zip(state.columns, converted.columns, strict=True):
+            column.counts = known.counts
+    return made

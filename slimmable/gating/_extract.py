@@ -4,54 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from slimmable._checks import number_or_nan
+from slimmable._checks import check_count, number_or_nan
 from slimmable._convert import apply_plan, copy_of, extract, strip
 from slimmable._inputs import check_module
 from slimmable._width import at_width
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
 from slimmable.errors import UsageError, WidthError
-from slimmable.gating._activity import gate_activity
-from slimmable.gating._find import GatePlan
-from slimmable.gating._parts import PLAN, PassNorm, remove_gates
+from slimmable.gating._calibrate import gate_activity
+from slimmable.gating._convert import ungate
+from slimmable.gating._losses import check_budget
+from slimmable.gating._pass_norm import PassNorm
+from slimmable.gating._plan import PLAN, GatePlan
 from slimmable.training.calibrate import ModelInput, calibrate_bn
 
-Shares: TypeAlias = "Mapping[int, NDArray[np.float64]]"
+M = TypeVar("M", bound=nn.Module)
+Activity: TypeAlias = "Mapping[int, NDArray[np.float64]]"
+"""Group -> the fraction of the images for which each of its units is open."""
 
 
 def extract_gated(
-    model: nn.Module,
+    model: M,
     loader: Iterable[ModelInput],
     keep: float | None = None,
     *,
     budget: float | None = None,
     round_to: int = 1,
     recalibrate: bool = True,
-) -> nn.Module:
-    """Return a plain network of the channels that the gates of a trained model open most; it has no gates.
+) -> M:
+    """Return a plain network, without gates, of the channels that the gates of a trained model open most.
 
-    It computes what a gated pass does whose masks are the same for all images, with the norms of that pass, at the
-    full width. Each gate keeps one unit at least. Units of a group whose order matters all stay.
+    Where the masks are the same for all images, it computes what the gated pass does, with the norms of that pass, at
+    full width. Each gate keeps at least one unit. Groups whose units have a fixed order stay whole.
 
     Args:
         model: gated; it stays as it is.
         loader: calibration images, batches as `calibrate_bn` takes them; it is gone through twice.
-        keep: keep the units that are open for at least this share of the images, in (0, 1].
-        budget: instead of `keep`, keep as many units as cost at most this share of the dense multiply-adds, in (0, 1).
-        round_to: each gate keeps about as many units as have a multiple of it in channels, where it has that many; 8 or
-            16 suit processors. A head of 64 channels counts as 64.
+        keep: keep the units that are open for at least this fraction of the images, in (0, 1].
+        budget: instead of `keep`, keep as many units as this share of the dense multiply-adds allows, in (0, 1).
+        round_to: keep a number of units whose channels are about a multiple of it, where a gate has that many; 8 or 16
+            suit processors. A head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
     Raises:
-        UsageError: if not one of `keep` and `budget` is given, it is outside its range or the smallest network costs
-            more, or if the model has no gates.
+        UsageError: if not exactly one of `keep` and `budget` is given, it is outside its range or below what the
+            smallest network costs, or if the model has no gates.
         DataError: as `gate_activity`.
 
     >>> import slimmable
@@ -62,44 +66,40 @@ def extract_gated(
     (<class 'torch.nn.modules.linear.Linear'>, 14)
     """
     check_module("extract_gated", model)
-    _check(keep, budget, round_to)
+    check_count("extract_gated", round_to=round_to)
+    if (keep is None) == (budget is None):
+        raise UsageError(
+            "extract_gated: give either keep, a fraction of the images, or budget, a share of multiply-adds"
+        )
+    if keep is not None and not 0 < number_or_nan(keep) <= 1:
+        raise UsageError(f"extract_gated: keep is a fraction of the images and must be in (0, 1], got {keep!r}")
+    if budget is not None:
+        check_budget("extract_gated", budget)
     if recalibrate and isinstance(loader, Iterator):
         raise UsageError(
             "extract_gated: the loader is gone through twice; give a list or a DataLoader, not an iterator"
         )
-    if PLAN not in model.__dict__:
+    found: GatePlan | None = model.__dict__.get(PLAN)
+    if found is None:
         raise UsageError(f"extract_gated: give the model that gate returned; this {type(model).__name__} is not it")
     with at_width(model, 1.0):
-        activity = gate_activity(model, loader)
-        found: GatePlan = model.__dict__[PLAN]
-        shares = {gate.group: activity[gate.name].cpu().numpy() for gate in found.gates}
-        shares = {group: share for group, share in shares.items() if not found.plan.channels.ordered[group]}
-        steps = _steps(found, round_to)
-        kept = _over(shares, keep, steps) if keep is not None else _within(found, shares, budget or 0.0, steps)
+        opened = gate_activity(model, loader)
         twin = _of_the_gated_pass(copy_of(model))
-    groups = found.plan.groups
-    orders = {group: np.argsort(-share, kind="stable") for group, share in shares.items()}
-    permute(twin, found.plan, [orders.get(number, np.arange(group.units)) for number, group in enumerate(groups)])
+    channels = found.plan.channels
+    activity = {gate.group: opened[gate.name].cpu().numpy() for gate in found.gates if not channels.ordered[gate.group]}
+    steps = _steps(found, round_to)
+    kept = _active_for(activity, keep, steps) if keep is not None else _within(found, activity, budget or 0.0, steps)
+    orders = {group: np.argsort(-own, kind="stable") for group, own in activity.items()}
+    permute(twin, found.plan, [orders.get(group, np.arange(units)) for group, units in enumerate(channels.units)])
     slim = apply_plan(twin, found.plan)
-    counts = tuple(kept.get(number, group.units) for number, group in enumerate(groups))
+    counts = tuple(kept.get(group, units) for group, units in enumerate(channels.units))
     try:
         found.plan.sub_network(counts)
     except WidthError:  # some of them do not go together
         counts = found.plan.near(counts).counts
     if recalibrate:
         calibrate_bn(slim, loader, [counts])
-    return extract(slim, counts)
-
-
-def _check(keep: float | None, budget: float | None, round_to: int) -> None:
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise UsageError(f"extract_gated: round_to must be an integer of at least 1, got {round_to!r}")
-    if (keep is None) == (budget is None):
-        raise UsageError("extract_gated: give either keep, a share of images, or budget, a share of multiply-adds")
-    if keep is not None and not 0 < number_or_nan(keep) <= 1:
-        raise UsageError(f"extract_gated: keep is a share of the images and must be in (0, 1], got {keep!r}")
-    if budget is not None and not 0 < number_or_nan(budget) < 1:
-        raise UsageError(f"extract_gated: budget is a share of multiply-adds and must be in (0, 1), got {budget!r}")
+    return cast(M, extract(slim, counts))
 
 
 def _steps(found: GatePlan, round_to: int) -> dict[int, int]:
@@ -110,49 +110,43 @@ def _steps(found: GatePlan, round_to: int) -> dict[int, int]:
     return {group: round_to // math.gcd(round_to, int(each)) for group, each in channels.items()}
 
 
-def _over(shares: Shares, keep: float, steps: Mapping[int, int]) -> dict[int, int]:
-    return {
-        group: kept_units(len(share), float(np.mean(share >= keep)), steps[group]) for group, share in shares.items()
-    }
+def _active_for(activity: Activity, keep: float, steps: Mapping[int, int]) -> dict[int, int]:
+    """Return for each group how many units are open for at least the fraction `keep` of the images, rounded."""
+    return {group: kept_units(len(own), float(np.mean(own >= keep)), steps[group]) for group, own in activity.items()}
 
 
-def _within(found: GatePlan, shares: Shares, budget: float, steps: Mapping[int, int]) -> dict[int, int]:
-    """Return the counts of as many units, the most open first, as fit the budget."""
-    every = np.concatenate([np.full(len(share), group) for group, share in shares.items()])
-    order = np.argsort(-np.concatenate(list(shares.values())), kind="stable")
+def _within(found: GatePlan, activity: Activity, budget: float, steps: Mapping[int, int]) -> dict[int, int]:
+    """Return for each group how many units to keep, so that as many as the budget allows are kept, most open first."""
+    full = found.plan.channels.units
+    group_of = np.concatenate([np.full(len(own), group) for group, own in activity.items()])
+    order = np.argsort(-np.concatenate(list(activity.values())), kind="stable")
+    dense = float(found.macs.total({}, full))
 
     def counts(units: int) -> dict[int, int]:
-        first = np.bincount(every[order[:units]], minlength=len(found.plan.channels.units))
+        first = np.bincount(group_of[order[:units]], minlength=len(full))
         return {
-            group: kept_units(len(share), float(first[group] / len(share)), steps[group])
-            for group, share in shares.items()
+            group: kept_units(len(own), float(first[group] / len(own)), steps[group]) for group, own in activity.items()
         }
 
-    def cost(units: int) -> float:
-        full = found.plan.channels.units
-        masks = {
-            group: torch.cat([torch.ones(1, count), torch.zeros(1, full[group] - count)], 1).double()
-            for group, count in counts(units).items()
-        }
-        return float(sum(found.costs.layers(masks, full).values()))
+    def macs(units: int) -> float:
+        masks = {group: (torch.arange(full[group]) < count).double()[None] for group, count in counts(units).items()}
+        return float(found.macs.total(masks, full))
 
-    dense = float(sum(found.costs.layers({}, found.plan.channels.units).values()))
     low, high = 0, len(order)
-    if cost(low) > budget * dense:
+    if macs(low) > budget * dense:
         raise UsageError(
-            f"extract_gated: the budget is {budget}, but the fewest units for each gate cost "
-            f"{cost(low) / dense:.3f}; give more, or a smaller round_to"
+            f"extract_gated: the budget is {budget}, but the fewest units for each gate cost {macs(low) / dense:.3f}; "
+            "give more, or a smaller round_to"
         )
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= budget * dense else (low, middle - 1)
+        low, high = (middle, high) if macs(middle) <= budget * dense else (low, middle - 1)
     return counts(low)
 
 
 def _of_the_gated_pass(model: nn.Module) -> nn.Module:
-    """Return, of a gated model, in place, the plain one with the norms of the gated pass."""
+    """Return a gated model, in place, as the plain one with the norms of the gated pass."""
     for norm in [module for module in model.modules() if isinstance(module, PassNorm)]:
         norm._modules["full"] = norm.of_gated_pass(0)
-    remove_gates(model)
-    strip(model)
+    strip(ungate(model))
     return model

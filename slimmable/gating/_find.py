@@ -1,77 +1,36 @@
-"""Which channel groups of a model can have a gate, and where its mask goes."""
+"""Find where gates can go: trace a plain model once, and judge each of its channel groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._addons import detach_all
 from slimmable._convert import Skip, skipper, strip
-from slimmable._input_data import encode_inputs
 from slimmable._inputs import check_module, example_of
 from slimmable._nested import output_tensors
 from slimmable.analysis.fake import FakeModel
+from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
-from slimmable.analysis.trace import Trace
+from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import ConversionError, TraceError
-from slimmable.gating._costs import Costs
-from slimmable.gating._gate import gate_macs
-from slimmable.gating._judge import Candidate, Judge, RefusedError, Units
-from slimmable.gating._parts import remove_gates
+from slimmable.gating._example import encode_inputs
+from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused
 from slimmable.view.state import is_slim, state_of
 
-
-@dataclass(frozen=True, eq=False)
-class GatePlan:
-    """What `gate` would do, as pure data; `print` shows it. Copies of a model share it.
-
-    Attributes:
-        gates: the groups that get a gate, in the order of their layers.
-        refused: for each other group the layer that makes it, its units and why it gets none.
-        plan: the channel groups.
-        costs: multiply-adds for images of the example's size.
-        example: of `encode_inputs`, for files.
-    """
-
-    gates: tuple[Candidate, ...]
-    refused: tuple[tuple[str, int, str], ...]
-    plan: Plan
-    costs: Costs
-    example: list[Any]
-
-    def __deepcopy__(self, memo: Any) -> GatePlan:
-        return self
-
-    def least_share(self) -> float:
-        """Return what a gated pass costs over the dense one, at the full width, with all gates closed.
-
-        >>> import torch
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> gate_plan(net, example_inputs=torch.zeros(2, 4)).least_share()  # first layer and gate, of 192 multiply-adds
-        0.4166666666666667
-        """
-        counts = self.plan.channels.units
-        closed = {gate.group: torch.zeros(1, gate.units, dtype=torch.float64) for gate in self.gates}
-        own = sum(gate_macs(len(gate.channels), gate.units) for gate in self.gates)
-        left = own + sum(self.costs.layers(closed, counts).values())
-        return float(left / sum(self.costs.layers({}, counts).values()))
-
-    def __str__(self) -> str:
-        lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
-        for gate in self.gates:
-            lines.append(f"{gate.units:>6}  {gate.name:<36}  {', '.join(reader.path for reader in gate.readers)}")
-        if self.refused:
-            lines.append("without a gate:")
-        lines += [f"{units:>6}  {maker}: {reason}" for maker, units, reason in self.refused]
-        return "\n".join(lines)
+SKIPPED = "skipped"  # the reason where the caller wants no gate
 
 
 def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) -> GatePlan:
-    """Return which channel groups `gate` would gate, and why not the others; changes nothing.
+    """Return which channel groups `gate` would give gates, and why the others get none; changes nothing.
+
+    Of a model that has gates, without `example_inputs` and `skip`: the plan that they follow.
 
     Args and errors: as `gate`, but a model without any gate is no error here.
 
@@ -84,6 +43,9 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
          8  0: its layer reads the model's input, of which a gate learns little
     """
     check_module("gate_plan", model)
+    own: GatePlan | None = model.__dict__.get(PLAN)
+    if own is not None and example_inputs is None and skip == ():
+        return own
     state = state_of(model)
     plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
@@ -92,81 +54,184 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
             "what is then a part of others"
         )
     args, kwargs = example_of(model, example_inputs)
-    return _found(model, args, kwargs, skipper(model, skip), plan)
+    skips = skipper(model, skip)
+    images = _image_count(args, kwargs)
+    fake, trace, solution = _traced(model, args, kwargs, (1.0,) if plan is None else plan.widths)
+    plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
+    finder = _Finder(trace, plan)
+    possible, refused = [], []
+    for group, units in enumerate(plan.channels.units):
+        try:
+            possible.append(finder.gate_of(group, fake.model, images, skips))
+        except _RefusedError as error:
+            refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
+    macs = finder.layer_macs(possible, images)
+    savings = macs.savings()
+    order = {path: number for number, path in enumerate(trace.calls)}
+    gates: list[PlannedGate] = []
+    for gate in sorted(possible, key=lambda gate: order[gate.maker]):
+        if gate.macs < savings[gate.group]:
+            gates.append(replace(gate, number=sum(other.maker == gate.maker for other in gates)))
+        else:
+            reason = f"a gate would cost more multiply-adds than the {savings[gate.group]:.0f} that it could save"
+            refused.append(Refused(gate.maker, gate.units, reason))
+    return GatePlan(tuple(gates), tuple(refused), plan, macs, encode_inputs(args, kwargs))
 
 
-def costs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> Costs:
-    """Return the multiply-adds of a gated model for inputs of another size."""
+def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
+    """Return the multiply-adds of a gated model for inputs of another size than its example."""
     args, kwargs = example_of(model, example_inputs)
-    trace = _traced(model, args, kwargs, found.plan.widths)[1]
-    return _costs(trace, Units(trace, found.plan), found.plan, found.gates, _images(args, kwargs))
+    _, trace, _ = _traced(model, args, kwargs, found.plan.widths)
+    return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
 
 
-def _images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     tensors = output_tensors((args, kwargs))
     if not tensors or not tensors[0].ndim or not len(tensors[0]):
         raise ConversionError("gates are for models whose first input is a tensor with one row per image")
     return len(tensors[0])
 
 
-def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> Any:
+def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
+    """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
+
     def prepare(copied: nn.Module) -> None:
-        remove_gates(copied)
+        detach_all(copied)
         strip(copied)
 
-    fake = FakeModel(model, args, kwargs, False, prepare)
-    try:
-        return fake, *best_trace(fake, widths, _nothing, 1)
-    except TraceError:
-        if not fake.emptied:
-            raise
-        fake = FakeModel(model, args, kwargs, True, prepare)
-        return fake, *best_trace(fake, widths, _nothing, 1)
-
-
-def _nothing(path: str, module: nn.Module) -> bool:
-    return False
-
-
-def _found(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    skip: Callable[[str, nn.Module], bool],
-    plan: Plan | None,
-) -> GatePlan:
-    images = _images(args, kwargs)
-    fake, trace, solution = _traced(model, args, kwargs, (1.0,) if plan is None else plan.widths)
-    if plan is None:
-        plan = filled_plan(fake, trace, solution, Plan((1.0,)))
-    units = Units(trace, plan)
-    judge = Judge(fake.model, trace, units, plan, images, skip)
-    gates, refused = [], []
-    for group, size in enumerate(plan.channels.units):
+    for keep_caches in (False, True):
+        fake = FakeModel(model, args, kwargs, keep_caches, prepare)
         try:
-            gates.append(judge.candidate(group))
-        except RefusedError as error:
-            refused.append(((units.makers[group] or ["?"])[0], size, str(error)))
-    costs = _costs(trace, units, plan, gates, images)
-    savings = costs.savings()
-    order = {path: number for number, path in enumerate(trace.calls)}
-    kept: list[Candidate] = []
-    for gate in sorted(gates, key=lambda gate: order[gate.maker]):
-        if gate_macs(len(gate.channels), gate.units) < savings[gate.group]:
-            kept.append(replace(gate, number=sum(other.maker == gate.maker for other in kept)))
-        else:
-            reason = f"a gate would cost more multiply-adds than the {savings[gate.group]:.0f} that it could save"
-            refused.append((gate.maker, gate.units, reason))
-    return GatePlan(tuple(kept), tuple(refused), plan, costs, encode_inputs(args, kwargs))
+            return fake, *best_trace(fake, widths, lambda path, module: False, 1)
+        except TraceError:
+            if keep_caches or not fake.emptied:
+                raise
+    raise AssertionError
 
 
-def _costs(trace: Trace, units: Units, plan: Plan, gates: Sequence[Candidate], images: int) -> Costs:
-    products = [(path, macs, tuple(map(units.of, axes))) for macs, axes, path in trace.context.products]
-    positions = {gate.maker: positions_of(trace.calls[gate.maker][0].source, gate.axis) for gate in gates}
-    return Costs(products, plan.channels.needed.grouping, images, positions)
+class _RefusedError(Exception):
+    """A group gets no gate; the message says why."""
 
 
-def positions_of(source: Tensor | None, axis: int) -> tuple[int, ...]:
-    """Return the sizes of a layer's input without batch and channels."""
-    assert source is not None
-    return tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, axis))
+class _Finder:
+    """Finds gates for the channel groups of a plan, by what a trace of the same model says of them."""
+
+    def __init__(self, trace: Trace, plan: Plan) -> None:
+        context, channels = trace.context, plan.channels
+        self.trace, self.plan, self.labels, self.grouping = trace, plan, context.labels, channels.needed.grouping
+        self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for what is full
+        for key, axes in trace.tensors.items():
+            for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
+                if ids is not None and units is not None:
+                    self._units[self.labels.find(ids)] = units
+        self.makers: list[list[str]] = [[] for _ in channels.units]
+        for path, ids in context.producers:
+            for group in self._groups_on(ids):
+                if path not in self.makers[group]:
+                    self.makers[group].append(path)
+        self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
+        for path, ids in context.reads:
+            for group in self._groups_on(ids):
+                self.reads[group].append((path, ids))
+        self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
+        self.summed = {group for ids in context.sums for group in self._groups_on(ids)}
+        outputs = [ids for _, axes in trace.outputs for ids in axes if ids is not None]
+        self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
+
+    def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
+        """Return the multiply-adds of the trace, which was of this many images."""
+        products = [(path, macs, tuple(map(self._units_on, axes))) for macs, axes, path in self.trace.context.products]
+        positions = {}
+        for gate in gates:
+            source = self.trace.calls[gate.maker][0].source
+            assert source is not None
+            positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
+        return LayerMacs(products, self.grouping, images, positions)
+
+    def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
+        """Return the gate that a group can have.
+
+        Raises: _RefusedError: with the reason, if it can have none.
+        """
+        units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
+        if units < 2:
+            raise _RefusedError("it has one unit")
+        if group in self.outputs:
+            raise _RefusedError("it is in the model's output")
+        if group in self.summed and len(makers) > 1:
+            raise _RefusedError(f"features of {len(makers)} layers are added up in it (a residual stream)")
+        if group in self.meeting:
+            raise _RefusedError(f"its units meet in {self.meeting[group]}")
+        if not reads or not makers:
+            raise _RefusedError("no layer reads it by weights")
+        maker = makers[0]
+        if skip(maker, model.get_submodule(maker)):
+            raise _RefusedError(SKIPPED)
+        axis, channels = self._looked_at(maker, images)
+        readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
+        self._check_shrinks(group)
+        norms = self._norms(group, readers, model)
+        return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
+
+    def _units_on(self, ids: Ids) -> Ids:
+        """Return the units of the plan on an axis of the trace."""
+        units: Ids = self._units[self.labels.find(ids)]
+        return units
+
+    def _groups_on(self, ids: Ids) -> list[int]:
+        return self.grouping.groups_in([self._units_on(ids)])
+
+    def _call(self, path: str, role: str, images: int) -> ModuleCall:
+        calls = self.trace.calls.get(path, [])
+        if len(calls) != 1:
+            raise _RefusedError(f"{path} {role} and runs {len(calls)} times in one forward")
+        source = calls[0].source
+        if source is None or source.ndim < 2 or len(source) != images:
+            raise _RefusedError(f"{path} {role}, but not from a tensor with one row per image")
+        return calls[0]
+
+    def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
+        """Return the axis of a module's input that carries these labels, and its units; never that of the images."""
+        wanted = set(self.labels.find(ids).tolist())
+        for axis, own in enumerate(call.axes):
+            if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
+                return axis, self._units_on(own)
+        return None
+
+    def _looked_at(self, maker: str, images: int) -> tuple[int, Ids]:
+        """Return the axis of the maker's input where the channels lie, and the units on it."""
+        call = self._call(maker, "makes it", images)
+        for path, ids in self.trace.context.reads:
+            found = self._input_axis(call, ids) if path == maker else None
+            if found is not None:
+                return found
+        raise _RefusedError("its layer reads the model's input, of which a gate learns little")
+
+    def _reader(self, path: str, ids: Ids, group: int, images: int) -> Reader:
+        found = self._input_axis(self._call(path, "reads it", images), ids)
+        if found is None:
+            raise _RefusedError(f"{path} reads it, but not as its input")
+        axis, units = found
+        ranks = np.where(self.grouping.group_of[units] == group, self.grouping.rank[units], -1)
+        return Reader(path, axis, units, ranks)
+
+    def _check_shrinks(self, group: int) -> None:
+        counts = np.array([*self.plan.channels.units, 1])
+        counts[group] -= 1
+        _, failures = self.plan.channels.needed.fit(counts)
+        if failures:
+            constraint = failures[0].constraint
+            raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
+
+    def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
+        """Find the BatchNorms on the group's channels, and those right behind the layers that read it."""
+        outputs = {id(self.trace.calls[path][0].out) for path in readers}
+        found = []
+        for path, module in model.named_modules():
+            if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
+                continue
+            axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
+            inside = any(ids is not None and group in self._groups_on(ids) for ids in axes)
+            if inside or any(id(call.source) in outputs for call in self.trace.calls[path]):
+                found.append(path)
+        return tuple(found)

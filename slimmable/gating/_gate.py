@@ -1,13 +1,11 @@
-"""A gate: which units of a layer an image needs, decided from what the layer reads."""
+"""The gate: it decides which units of a layer an image needs, from what the layer reads."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_positive, number_or_nan
+from slimmable._checks import check_positive
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
@@ -18,18 +16,18 @@ _TINY = 1e-8  # keeps the logarithms of the noise finite
 def hard_mask(
     logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
 ) -> Tensor:
-    """Return 1 where a unit is open and 0 where it is closed.
+    """Return a mask: 1 where a unit is open, 0 where it is closed.
 
-    With noise, `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` says how open a unit is, and those with at
-    least 0.5 are; the gradient is that of `soft` (straight-through). Without noise units with positive logits are open,
-    and there is no gradient.
+    With noise, `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` says how open a unit is. A unit with at
+    least 0.5 is open; the gradient is that of `soft` (straight-through). Without noise, units with positive logits are
+    open, and there is no gradient.
 
-    Source: the binary Gumbel-softmax of Krishna et al. 2023. Their code has 0.66667 as temperature, and without noise
-    opens a unit at logit 0 too, so that a gate whose hidden units are all cut off by their ReLU opens everything.
+    Source: the binary Gumbel-softmax of Krishna et al. 2023. Their code uses the temperature 0.66667, and without noise
+    also opens units at logit 0, so a gate whose hidden units are all cut off by their ReLU opens everything.
 
     Args:
         logits: any shape.
-        uniform: of the same shape, random numbers in [0, 1); None for no noise.
+        uniform: random numbers in [0, 1), of the same shape; None for no noise.
         temperature: positive.
         open_at_zero: without noise, open units with logit 0, as published.
 
@@ -49,21 +47,21 @@ class ChannelGate(nn.Module):
     """Decides for each image which of a layer's units are open.
 
     A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit; in training
-    with noise, see `hard_mask`. The decision is made in float32 at least. `threshold`, a buffer, is
-    taken off all logits; it is 0 until `calibrate_gates` sets it.
+    mode with noise, see `hard_mask`. Decides in float32 at least. The buffer `threshold` is subtracted from all logits;
+    it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers. They have no bias,
-    so an image without an active hidden unit has logit 0 for all units: with noise half of them are open, without
-    noise none, and what was trained is not what runs.
+    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers. Theirs have no bias,
+    so an image without an active hidden unit has logit 0 for every unit: with noise half of the units are open, without
+    noise none are, and the network that runs is not the one that was trained.
 
-    Shapes: (batch, channels), averages over positions -> (batch, units), of zeros and ones.
+    Shapes: (images, channels), averages over positions -> (images, units), zeros and ones.
 
     Args:
-        channels: of what the layer reads.
-        units: that are opened or closed.
+        channels: of the layer's input.
+        units: how many are opened or closed.
         temperature: of the noise.
         open_at_zero: as in `hard_mask`.
-        bias: add a number per unit to the logits.
+        bias: add a learned number per unit to the logits.
 
     Raises: UsageError: if an argument is outside its range.
 
@@ -101,14 +99,14 @@ class ChannelGate(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one decision."""
+        """Multiply-adds per image."""
         return gate_macs(self.reduce.in_features, self.expand.out_features)
 
     def logits(self, pooled: Tensor) -> Tensor:
-        """Return one logit per unit: (batch, channels) -> (batch, units)."""
+        """Return one logit per unit: (images, channels) -> (images, units)."""
         if pooled.ndim != 2 or pooled.shape[1] != self.reduce.in_features:
             raise DataError(
-                f"ChannelGate: expected pooled features of shape (batch, {self.reduce.in_features}), "
+                f"ChannelGate: expected pooled features of shape (images, {self.reduce.in_features}), "
                 f"got {tuple(pooled.shape)}"
             )
         logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
@@ -122,26 +120,9 @@ class ChannelGate(nn.Module):
 
 
 def gate_macs(channels: int, units: int) -> int:
-    """Return the multiply-adds of one decision."""
+    """Return the multiply-adds of a `ChannelGate` per image."""
     return _hidden(channels) * (channels + units)
 
 
 def _hidden(channels: int) -> int:
     return max(1, channels // 4)
-
-
-def annealed(
-    epoch: float, *, start: float = 1.0, end: float = 0.0, alpha: float = 0.02, first_epoch: float = 0
-) -> float:
-    """Return a number that goes from `start` towards `end`: `end + (start - end) exp(-alpha (epoch - first_epoch))`.
-
-    Before `first_epoch` it is `start`. With the defaults it is the `p` of the bound loss (Krishna et al. 2023).
-
-    Raises: UsageError: if the epoch is no number.
-
-    >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
-    (1.0, 0.3679, 0.4493)
-    """
-    if math.isnan(number_or_nan(epoch)):
-        raise UsageError(f"annealed: epoch must be a number, got {epoch!r}")
-    return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))

@@ -1,18 +1,32 @@
-"""The gates of a layer's units, and the hooks by which they look and mask."""
+"""The gates inside a layer: they decide before it runs, and mask the inputs of the layers that read its units."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimmable.errors import UsageError
-from slimmable.gating._pass import Pass
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.recompute import Active, in_backward
+
+GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
+
+
+class Pass(Enum):
+    """Which of the two networks of a gated model runs."""
+
+    DENSE = 0
+    GATED = 1
+
+    @property
+    def index(self) -> int:
+        """What `Active` asks for: not -1, so a recomputed forward may go back to it."""
+        return self.value
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +34,8 @@ class Decision:
     """What a gate has decided in one forward.
 
     Attributes:
-        mask: of shape (images, units); None before there is one.
-        positions: the sizes of what the layer read, without batch and channels.
+        mask: of shape (images, units); None before the gate has decided.
+        positions: sizes of the layer's input without its image and channel axes.
         index: of the width.
     """
 
@@ -30,27 +44,23 @@ class Decision:
     index: int
 
 
-_NONE = Decision(None, (), 0)
+_UNDECIDED = Decision(None, (), 0)
 
 
 class LayerGates(SwitchableContainer):
-    """The gates of one layer's units, one per width, and what they have decided in the forward that runs.
+    """The gates of one group of units, one per width, and what they have decided in the forward that runs.
 
-    In the state dict the full width's gate is `channel_gate.at.0`, the narrower ones follow. Where a layer makes a
-    second gated group, its gates are in `channel_gate_1`.
+    In the state dict the full width's gate is `channel_gate.at.0`, those of narrower widths follow. Where a layer makes
+    a second gated group, its gates are in `channel_gate_1`.
 
     Args:
-        name: path of the layer whose input the gates look at, for messages and results.
-        axis: of that input, where the channels lie.
+        name: of the layer that makes the units, for messages and results.
+        axis: of this layer's input, where the channels lie.
         widths: those of the model.
         gates: for each width a module: pooled features (images, channels) -> mask (images, units).
-        readers: for each layer that is masked the axis of its input, and for each width the unit at each position of
-            it, -1 for positions that stay open.
+        readers: for each layer that reads the units: the axis of its input where they lie, and for each width the unit
+            at each position of this axis, -1 for positions that stay open.
     """
-
-    state: Active[Pass]
-    decision: Active[Decision]
-    seen: list[Decision] | None
 
     def __init__(
         self,
@@ -61,68 +71,69 @@ class LayerGates(SwitchableContainer):
         readers: Sequence[tuple[int, Sequence[Sequence[int]]]],
     ) -> None:
         super().__init__(widths)
-        self.name = name
-        self.axis = axis
+        self.name, self.axis = name, axis
         self.at = nn.ModuleList(gates)
         self.reader_axes = tuple(axis for axis, _ in readers)
-        self._indices: dict[str, tuple[int, ...]] = {}
-        self.__dict__["state"] = Active(Pass.DENSE)
-        self.__dict__["decision"] = Active(_NONE)
-        self.__dict__["seen"] = None
-        for number, (_, per_width) in enumerate(readers):
-            for index, units in enumerate(per_width):
-                if list(units) != list(range(len(units))):
-                    self._indices[f"units_{number}_{index}"] = tuple(units)
+        self.active_pass = Active(Pass.DENSE)
+        self.decision = Active(_UNDECIDED)
+        self.record: list[Decision] | None = None
+        self._indices = {
+            f"units_{number}_{index}": tuple(units)
+            for number, (_, per_width) in enumerate(readers)
+            for index, units in enumerate(per_width)
+            if list(units) != list(range(len(units)))
+        }
         device = next((parameter.device for parameter in self.at.parameters()), None)
         for buffer, units in self._indices.items():
-            self.register_buffer(buffer, _index(units, device), persistent=False)
+            self.register_buffer(buffer, torch.tensor(units, device=device), persistent=False)
 
     def module_at(self, index: int) -> nn.Module:
         """Return the gate of the width with this index.
 
         Raises: UsageError: if the width has none.
         """
-        if str(index) not in inner_modules(self, "at"):
+        gates = inner_modules(self, "at")
+        if str(index) not in gates:
             raise UsageError(
                 f"the gates of {self.name} are for the widths {self.widths[: len(self.at)]}, not for the active "
                 f"{self._slim.active.width}; set one of these, or run the dense pass"
             )
-        return inner_modules(self, "at")[str(index)]
+        return gates[str(index)]
 
     @property
     def idle(self) -> bool:
         """Whether the dense pass runs."""
-        return self.state.active is Pass.DENSE
+        return self.active_pass.active is Pass.DENSE
 
     def own_at(self, index: int) -> nn.Module:
-        """Return what `remove_gates` takes out: extracted networks have no gates."""
+        """Return what `ungate` removes: extracted networks have no gates."""
         return NoGates()
 
-    def watch(self, seen: list[Decision] | None) -> None:
-        """Put what is decided from now on into a list."""
-        self.__dict__["seen"], self.decision.active = seen, _NONE
+    def record_in(self, record: list[Decision] | None) -> None:
+        """Append what is decided from now on to a list; forget what was decided before."""
+        self.record, self.decision.active = record, _UNDECIDED
 
     def decide(self, source: Tensor) -> None:
-        """Look at the input of the layer and keep the mask for the layers that read what it makes."""
-        if self.state.active is not Pass.GATED:
+        """Look at the input of the layer, and keep the mask for the layers that read its units."""
+        if self.idle:
             return
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index)
         self.decision.active = decision
-        if self.seen is not None and not in_backward():
-            self.seen.append(decision)
+        if self.record is not None and not in_backward():
+            self.record.append(decision)
 
     def masked(self, source: Tensor, number: int) -> Tensor:
-        """Return the input of a layer with closed units set to zero."""
-        if self.state.active is not Pass.GATED:
+        """Return the input of a reader, given by its number, with closed units set to zero."""
+        if self.idle:
             return source
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
+            found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
             raise UsageError(
-                f"a layer reads what {self.name} makes, but its gate has "
-                f"{'not decided' if mask is None else f'decided for {len(mask)} images, not {len(source)}'}; "
-                "in a gated pass run the model as a whole"
+                f"a layer reads what {self.name} makes, but its gate has {found}; in a gated pass run the model as a "
+                "whole"
             )
         units = self._buffers.get(f"units_{number}_{self._slim.index}")
         if units is not None:  # unit -1 is always open
@@ -132,44 +143,50 @@ class LayerGates(SwitchableContainer):
         return source * mask.to(source.dtype).view(shape)
 
     def _apply(self, *args: Any, **kwargs: Any) -> LayerGates:
-        """Keep the contents of the index buffers through moves that drop contents, such as `to_empty`."""
+        """Fill the index buffers again after moves that drop contents, such as `to_empty`."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         for name, units in self._indices.items():
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
-                self._buffers[name] = _index(units, buffer.device)
+                self._buffers[name] = torch.tensor(units, device=buffer.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a forward."""
-        return {**self.__dict__, "decision": Active(_NONE), "seen": None}
+        return {**self.__dict__, "decision": Active(_UNDECIDED), "record": None}
 
 
 class NoGates(nn.Identity):
     """What is in the place of gates while a network is extracted."""
 
 
-def _index(units: Sequence[int], device: torch.device | None) -> Tensor:
-    return torch.tensor(units, device=device)
+def gates_in(model: nn.Module) -> list[LayerGates]:
+    """Return the gates in a model, in the order of their layers."""
+    return [module for module in model.modules() if isinstance(module, LayerGates)]
 
 
-class Look:
-    """A hook before the layer that makes the units: the gate decides."""
+def has_gates(model: nn.Module) -> bool:
+    """Return whether a model has gates."""
+    return bool(gates_in(model))
+
+
+class DecideHook:
+    """Before the layer that makes the units: the gate decides."""
 
     def __init__(self, gates: LayerGates) -> None:
         self.gates = gates
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Let the gate look at the input."""
+        """Show the gate the layer's input."""
         self.gates.decide(args[0])
 
 
-class Mask:
-    """A hook before a layer that reads the units: closed ones are zero."""
+class MaskHook:
+    """Before a layer that reads the units: closed ones are set to zero."""
 
     def __init__(self, gates: LayerGates, number: int) -> None:
         self.gates, self.number = gates, number
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Mask the input."""
+        """Mask the layer's input."""
         return (self.gates.masked(args[0], self.number), *args[1:])

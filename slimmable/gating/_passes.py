@@ -1,29 +1,138 @@
-"""The two passes of a gated model."""
+"""The two passes of a gated model, and the record of what a gated pass has decided and costs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from slimmable._inputs import check_module
+from slimmable._inputs import check_module, image_batch
 from slimmable.errors import UsageError
-from slimmable.gating._gated_pass import GatedPass
-from slimmable.gating._parts import PLAN, Gated, LayerGates, Pass, gated_parts
+from slimmable.gating._find import macs_for
+from slimmable.gating._gate import ChannelGate
+from slimmable.gating._layer_gates import GATE, Decision, LayerGates, Pass, gates_in
+from slimmable.gating._pass_norm import PassNorm
+from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
+
+
+class GatedPass:
+    """What the gates have decided in the forwards of one `with gated(model) as run:` block.
+
+    The images of several forwards, at one width, follow each other. All results keep their gradient; for a forward in
+    `torch.utils.checkpoint.checkpoint` that takes `use_reentrant=False`.
+    """
+
+    def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
+        self._model = model
+        self._records: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
+        self._sizes: dict[tuple[int, ...], LayerMacs] = {}
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the mask of each gate, by the name of the layer that makes its units: shape (images, units).
+
+        Where a layer makes several groups, `/1` and so on follows its name, from the second group on.
+
+        Raises: UsageError: if the model has not run in the block, or at several widths, or not to its end.
+        """
+        self._width_index()
+        idle = [gates.name for gates, record in self._records.items() if not record]
+        if idle:
+            raise UsageError(f"the gate of {idle[0]} has decided nothing: run the model inside `with gated(model)`")
+        found = {
+            gates.name: torch.cat([decision.mask for decision in record if decision.mask is not None])
+            for gates, record in self._records.items()
+        }
+        if len({len(mask) for mask in found.values()}) > 1:
+            counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
+            raise UsageError(
+                f"the gates have decided for different numbers of images ({counts}): a forward was broken off, which "
+                "takes a new `with gated(model)` block, or at this image size some layers see windows instead of images"
+            )
+        return found
+
+    def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """Return layer -> its multiply-adds for each image, float64, shape (images,).
+
+        They are those of convolutions and matrix products of the network with the open channels alone, as `profile`
+        counts them. Those of a gate are under the name of its layer followed by `.channel_gate`.
+
+        Args:
+            input_size: of one image, such as (3, 224, 224); None for the size of the example that `gate` was given.
+
+        Raises: UsageError: as `masks`; also if the model has run on images of another size.
+        """
+        masks = {name: mask.double() for name, mask in self.masks().items()}
+        found, macs, counts = self._plan(input_size)
+        by_group = {gate.group: masks[gate.name] for gate in found.gates}
+        layers = macs.by_layer(by_group, counts)
+        for gates in self._records:
+            own = gates.module_at(self._width_index())
+            layers[f"{gates.name}.{GATE}"] = own.macs if isinstance(own, ChannelGate) else 0
+        any_mask = next(iter(masks.values()))
+        return {
+            path: cost if isinstance(cost, Tensor) else any_mask.new_full(any_mask.shape[:1], cost)
+            for path, cost in layers.items()
+        }
+
+    def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
+        """Return the multiply-adds of each image, the gates' own included: shape (images,), float64.
+
+        Args and errors: as `layer_macs`.
+        """
+        return torch.stack(list(self.layer_macs(input_size).values())).sum(0)
+
+    def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
+        """Return the multiply-adds of one image in the dense pass, at the width that the model has run at."""
+        _, macs, counts = self._plan(input_size)
+        return float(macs.total({}, counts))
+
+    def share(self, input_size: tuple[int, ...] | None = None) -> Tensor:
+        """Return the multiply-adds of each image as a share of the dense pass's: shape (images,)."""
+        return self.macs(input_size) / self.dense_macs(input_size)
+
+    def _width_index(self) -> int:
+        """Return the index of the width that the model has run at; before it has, of the active one."""
+        found = {decision.index for record in self._records.values() for decision in record}
+        if len(found) > 1:
+            raise UsageError("the model has run at several widths; give each a `with gated(model)` block of its own")
+        return found.pop() if found else next(iter(self._records))._slim.index
+
+    def _plan(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, LayerMacs, tuple[int, ...]]:
+        """Return the plan of gates, the multiply-adds for images of a size, and the units that the width keeps."""
+        root = next((module for module in self._model.modules() if PLAN in module.__dict__), None)
+        if root is None:
+            raise UsageError("multiply-adds are those of the model that gate was given; this is a part of it")
+        found: GatePlan = root.__dict__[PLAN]
+        macs = found.macs
+        if input_size is not None:
+            if not isinstance(input_size, (tuple, list)):
+                raise UsageError(f"input_size is the size of one image, such as (3, 224, 224), got {input_size!r}")
+            size = tuple(input_size)
+            if size not in self._sizes:
+                self._sizes[size] = macs_for(root, found, image_batch(root, size, images=1))
+            macs = self._sizes[size]
+        for gates, record in self._records.items():
+            expected = macs.positions[gates.name.partition("/")[0]]
+            for positions in {decision.positions for decision in record} - {expected}:
+                raise UsageError(
+                    f"{gates.name} has read {positions} positions, but for the size to be counted it reads "
+                    f"{expected}; give the input_size that the model has run on"
+                )
+        return found, macs, found.plan.columns[self._width_index()].counts
 
 
 @contextmanager
 def gated(model: nn.Module) -> Iterator[GatedPass]:
-    """Run a block with the gates on; it gives what they decide. Afterwards the pass is what it was before.
+    """Run a block with the gates on; yields the record of what they decide. Afterwards the pass is what it was before.
 
-    In training the gates decide with noise, in eval without. Works on a gated model and on any wrapper around it. A
-    copy that is made inside of the block stays gated, so make it outside.
+    In training mode the gates decide with noise, in eval mode without. Works on a gated model and on any wrapper around
+    it. A copy made inside the block stays gated, so make copies outside.
 
-    Raises: UsageError: if the model has no gates, or holds several gated models. In eval, gates that were never trained
-        give a warning.
+    Raises: UsageError: if the model has no gates, or holds several gated models. In eval mode, gates that were never
+        trained give a warning.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -33,34 +142,34 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     >>> run.macs().shape, run.dense_macs()
     (torch.Size([3]), 352.0)
     """
-    parts = parts_of("gated", model)
+    gates = gates_of("gated", model)
     roots = [path for path, module in model.named_modules() if PLAN in module.__dict__]
     if len(roots) > 1:
         raise UsageError(
             f"gated: this {type(model).__name__} holds {len(roots)} gated models, {', '.join(roots)}; give each a "
             "`with gated(...)` of its own"
         )
-    gates = [part for part in parts if isinstance(part, LayerGates)]
     norm = getattr(gates[0].at[0], "norm", None)
-    if isinstance(norm, nn.BatchNorm1d) and not norm.training and _is_zero(norm.num_batches_tracked):
-        warnings.warn(
-            f"the gates of this {type(model).__name__} were never trained; what they open is chance", stacklevel=3
-        )
+    if isinstance(norm, nn.BatchNorm1d) and not norm.training:
+        batches = norm.num_batches_tracked
+        if batches is not None and not batches.is_meta and bool(batches == 0):
+            name = type(model).__name__
+            warnings.warn(f"the gates of this {name} were never trained; what they open is chance", stacklevel=3)
     run = GatedPass(model, gates)
-    before = [(each, each.seen) for each in gates]
+    before = [each.record for each in gates]
     for each in gates:
-        each.watch(run._seen[each])
+        each.record_in(run._records[each])
     try:
-        with _during(parts, Pass.GATED):
+        with _during(Pass.GATED, model):
             yield run
     finally:
-        for each, seen in before:
-            each.watch(seen)
+        for each, record in zip(gates, before, strict=True):
+            each.record_in(record)
 
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Run a block with the gates off, also inside of `gated`. Afterwards the pass is what it was before.
+    """Run a block with the gates off, also inside `gated`. Afterwards the pass is what it was before.
 
     Raises: UsageError: if the model has no gates.
 
@@ -71,29 +180,27 @@ def dense(model: nn.Module) -> Iterator[None]:
     ...     torch.equal(model(torch.ones(1, 4)), net(torch.ones(1, 4)))
     True
     """
-    with _during(parts_of("dense", model), Pass.DENSE):
+    gates_of("dense", model)
+    with _during(Pass.DENSE, model):
         yield
 
 
-def _is_zero(count: Tensor | None) -> bool:
-    return count is not None and not count.is_meta and bool(count == 0)
+def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
+    """Return the gates of a model.
 
-
-def parts_of(where: str, model: nn.Module) -> list[Gated]:
-    """Return what reacts to the pass.
-
-    Raises: UsageError: if there are no gates; `where` is for the message.
+    Raises: UsageError: if there are none; `where` is for the message.
     """
     check_module(where, model)
-    parts = gated_parts(model)
-    if not any(isinstance(part, LayerGates) for part in parts):
+    gates = gates_in(model)
+    if not gates:
         raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gating.gate")
-    return parts
+    return gates
 
 
 @contextmanager
-def _during(parts: list[Gated], wanted: Pass) -> Iterator[None]:
-    states: list[Any] = [part.__dict__["state"] for part in parts]
+def _during(wanted: Pass, model: nn.Module) -> Iterator[None]:
+    """Let gates and norms be in a pass for a block."""
+    states = [module.active_pass for module in model.modules() if isinstance(module, (LayerGates, PassNorm))]
     before = [state.active for state in states]
     for state in states:
         state.active = wanted

@@ -1,4 +1,4 @@
-"""State dicts of other gates, refused before anything is loaded."""
+"""Refuse state dicts with other gates before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import nn
 
 from slimmable.errors import CheckpointError
 
-_GATE = re.compile(r"(^|.*\.)channel_gate(_\d+)?\.at\.\d+(?=\.)")
-_NORM = re.compile(r"(^|.*\.)gated\.\d+(?=\.)")
+_PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")
 _SHOWN = 4
 
 
@@ -19,22 +18,21 @@ def refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix:
     """Before a state dict is loaded: refuse gates, and norms of the gated pass, that the module does not have.
 
     A hook for `register_load_state_dict_pre_hook` of the module that `gate` was given. A state dict without any gate
-    passes, as hooks are not told whether it is to be loaded with `strict=False`, as a dense checkpoint is.
+    passes: hooks are not told whether it is loaded with `strict=False`, as a dense checkpoint is.
 
-    Raises: CheckpointError: naming gates that are missing, too many or of other sizes.
+    Raises: CheckpointError: naming gates that are missing, that the model does not have, or of other sizes.
     """
-    given = {name: _shape(value) for name, value in state_dict.items() if name.startswith(prefix)}
-    if not any(_GATE.match(name) for name in given):
+    given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and _PART.match(name)}
+    if not _gates(given):
         return
-    own = {prefix + name: _shape(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
-    missing = _parts(name for name in own if name not in given and _GATE.match(name))
-    too_many = _parts(name for name in given if name not in own)
-    sizes = [
-        f"{name} {given[name]}, in the model {own[name]}"
-        for name in own
-        if name in given and given[name] != own[name] and _part(name) is not None
-    ]
-    kinds = {"missing": missing, "not in the model": too_many, "of other sizes": sizes}
+    tensors = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = {name: tensor for name, tensor in tensors.items() if _PART.match(name)}
+    shapes = {name: (_shape(given[name]), _shape(tensor)) for name, tensor in own.items() if name in given}
+    kinds = {
+        "missing": _parts(name for name in _gates(own) if name not in given),
+        "not in the model": _parts(name for name in given if name not in own),
+        "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
+    }
     lines = [f"  {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
     if lines:
         first = f"these are tensors of other gates than this {type(module).__name__} has; none was loaded"
@@ -45,20 +43,19 @@ def refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix:
         raise CheckpointError("\n".join([first, *lines, advice]))
 
 
-def _listed(found: list[str]) -> str:
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _part(name: str) -> str | None:
-    """Return the gate, or the norm of the gated pass, that a tensor is of."""
-    found = _GATE.match(name) or _NORM.match(name)
-    return None if found is None else found.group()
+def _gates(names: Iterable[str]) -> list[str]:
+    return [name for name in names if (found := _PART.match(name)) and found["gate"]]
 
 
 def _parts(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(part for name in names if (part := _part(name)) is not None))
+    """Return the gates and norms that tensors belong to, each once."""
+    return list(dict.fromkeys(found.group() for name in names if (found := _PART.match(name))))
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(getattr(value, "shape", ()))
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "shape", ()))
+
+
+def _listed(found: list[str]) -> str:
+    more = len(found) - _SHOWN
+    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -86,6 +86,10 @@ class SwitchableNorm(SwitchableContainer):
         """Return the norm of the width with this index; of one that shares gain and bias, a twin that does not."""
         return own_norm(self.norm_at(index))
 
+    def copy_at(self, index: int) -> nn.Module:
+        """Return a copy of the norm of the width with this index, with a gain and bias of its own."""
+        return copy_of_norm(self.own_at(index))
+
     def keeps(self, widths: Sequence[float], kept: Sequence[Kept], shared_affine: bool) -> bool:
         """Tell whether the container was made with these arguments."""
         same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)

@@ -12,8 +12,7 @@ from torch import nn
 
 import slimmable
 from slimmable.errors import DataError, UsageError
-from slimmable.gating import calibrate_gates, gate_activity
-from slimmable.gating._parts import PLAN
+from slimmable.gating import calibrate_gates, gate_activity, gate_plan
 
 IMAGES = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -109,7 +108,7 @@ def test_more_budget_opens_more():
             r"budget is 0.01, but with all gates closed the network costs 0\.\d+, with all open",
         ),
         ([], 0.5, DataError, "calibrate_gates: loader is empty"),
-        (iter(IMAGES), 0.5, UsageError, "gone through often"),
+        (iter(IMAGES), 0.5, UsageError, "gone through many times"),
         (["a"], 0.5, DataError, "calibrate_gates: a batch of type str"),
         ([*IMAGES, torch.zeros(0, 3, 8, 8)], 0.5, DataError, "calibrate_gates: a batch is empty"),
     ],
@@ -133,4 +132,4 @@ def test_the_least_share_is_what_closed_gates_cost():
     for module in model.modules():
         if isinstance(module, slimmable.gating.ChannelGate):
             module.threshold.fill_(float("inf"))
-    assert model.__dict__[PLAN].least_share() == pytest.approx(cost(model, IMAGES[0][:2]), rel=1e-12)
+    assert gate_plan(model).least_share() == pytest.approx(cost(model, IMAGES[0][:2]), rel=1e-12)

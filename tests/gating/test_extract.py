@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable.gating import gate_activity
-from slimmable.gating._parts import PLAN, LayerGates
+from slimmable.gating import LayerGates, gate_activity, gate_plan
 from tests.convert.oracles import difference, randomise
 from tests.gating.test_gate import Constant, gates_of, images
 
@@ -28,7 +27,7 @@ def set_random_masks(model):
     """Give every gate a random constant mask, not of the first units; return name -> mask."""
     generator = torch.Generator().manual_seed(2)
     masks = {}
-    for candidate in model.__dict__[PLAN].gates:
+    for candidate in gate_plan(model).gates:
         mask = torch.randint(2, (1, candidate.units), generator=generator).double()
         mask[0, -1] = 1
         masks[candidate.name] = mask

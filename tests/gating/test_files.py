@@ -18,8 +18,7 @@ from torch import nn
 
 import slimmable
 from slimmable.errors import CheckpointError
-from slimmable.gating import ChannelGate, ungate
-from slimmable.gating._parts import PLAN, LayerGates, PassNorm
+from slimmable.gating import ChannelGate, LayerGates, PassNorm, gate_plan, ungate
 from tests.convert.oracles import randomise
 from tests.convert.test_save_load import JUNK, leaves
 
@@ -53,7 +52,7 @@ def same(first, second, x):
     """Assert that two gated models are the same in both passes, at all widths."""
     assert slimmable.widths_of(first) == slimmable.widths_of(second)
     assert [type(module).__name__ for module in first.modules()] == [type(m).__name__ for m in second.modules()]
-    assert str(first.__dict__[PLAN]) == str(second.__dict__[PLAN])
+    assert str(gate_plan(first)) == str(gate_plan(second))
     settings = [
         [(m.temperature, m.open_at_zero) for m in model.modules() if isinstance(m, ChannelGate)]
         for model in (first, second)
@@ -63,7 +62,7 @@ def same(first, second, x):
         for width in slimmable.widths_of(first):
             with slimmable.at_width(first, width), slimmable.at_width(second, width):
                 assert torch.equal(first(x), second(x))
-                if width not in first.__dict__[PLAN].plan.widths:
+                if width not in gate_plan(first).plan.widths:
                     continue
                 with slimmable.gating.gated(first) as run, slimmable.gating.gated(second) as own:
                     assert torch.equal(first(x), second(x))

@@ -17,8 +17,7 @@ from torch import nn
 import slimmable
 from slimmable._convert import apply_plan
 from slimmable.errors import ConversionError, UsageError
-from slimmable.gating import GatedPass, dense, gate, gate_plan, gated, ungate
-from slimmable.gating._parts import PLAN, LayerGates, PassNorm
+from slimmable.gating import GatedPass, LayerGates, PassNorm, dense, gate, gate_plan, gated, has_gates, ungate
 from tests.convert.oracles import difference, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of this .* were never trained")
@@ -62,7 +61,7 @@ def gates_of(model):
 
 def set_masks(model, share, index=0):
     """Let every gate open the first units; return the counts of the channel groups of the full width."""
-    found = model.__dict__[PLAN]
+    found = gate_plan(model)
     counts = list(found.plan.columns[index].counts)
     for candidate in found.gates:
         units = counts[candidate.group]
@@ -79,7 +78,7 @@ def test_constant_masks_are_the_extracted_network(name):
     gated_model = gate(model, example_inputs=x, separate_norms=False)
     assert len(gates_of(gated_model)) == FAMILIES[name]
     assert torch.equal(gated_model(x), model(x))
-    assert not hasattr(model, PLAN)
+    assert not has_gates(model)
 
     set_masks(gated_model, 1.0)
     with gated(gated_model) as run:
@@ -92,7 +91,7 @@ def test_constant_masks_are_the_extracted_network(name):
     counts = set_masks(gated_model, 0.4)
     with gated(gated_model) as run:
         out = gated_model(x)
-    small = slimmable.extract(apply_plan(copy.deepcopy(model), gated_model.__dict__[PLAN].plan), counts)
+    small = slimmable.extract(apply_plan(copy.deepcopy(model), gate_plan(gated_model).plan), counts)
     assert difference(out, small(x)) < 1e-12
     assert difference(out, model(x)) > 1e-3  # the masks did something
     macs = slimmable.profile(small, example_inputs=x[:1], repeats=0).rows[0].macs
@@ -173,7 +172,7 @@ def test_multiply_adds_of_each_image_are_those_of_its_own_sub_network():
     with gated(model) as run:
         model(x[:3])
         model(x[3:])
-    found = model.__dict__[PLAN]
+    found = gate_plan(model)
     masks, layers = run.masks(), run.layer_macs()
     costs = sum(gates.at[0].macs for gates in gates_of(model).values())
     for image in range(4):
@@ -231,7 +230,7 @@ def test_a_slimmable_model_has_gates_for_each_width(universal):
             counts = set_masks(model, 0.4, index)
             with gated(model) as run:
                 out = model(x)
-            assert run.macs()[0] == model.__dict__[PLAN].plan.sub_network(counts).macs / 2
+            assert run.macs()[0] == gate_plan(model).plan.sub_network(counts).macs / 2
         if width == 1.0 and not universal:  # its norms are those of the full width
             with slimmable.at_width(slim, counts):
                 assert difference(out, slim(x)) < 1e-12
@@ -455,10 +454,10 @@ def test_targets_outside_their_range(target):
             call()
     with pytest.raises(UsageError, match=r"must be in \[0, 1\]"):
         slimmable.gating.bound_loss(torch.ones(2), 0.5, 1.1)
-    with pytest.raises(slimmable.errors.DataError, match="one share per gate"):
+    with pytest.raises(slimmable.errors.DataError, match="one number per gate"):
         slimmable.gating.bound_loss(torch.ones(2, 2), 0.5, 0.5)
     with pytest.raises(slimmable.errors.DataError, match="no mask"):
-        slimmable.gating.open_shares([])
+        slimmable.gating.open_fractions([])
 
 
 def test_the_pass_ends_with_the_block():

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from slimmable.errors import UsageError
-from slimmable.gating import GateBudget, annealed, calibrate_gates, gate_activity, ungate
-from slimmable.gating._parts import PassNorm
+from slimmable.gating import GateBudget, PassNorm, annealed, calibrate_gates, gate_activity, ungate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of this .* were never trained")
 

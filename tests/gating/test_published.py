@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable.gating import ChannelGate, annealed, bound_loss, budget_loss, hard_mask, open_shares
-from slimmable.gating._find import gate_plan
+from slimmable.gating import ChannelGate, annealed, bound_loss, budget_loss, gate_plan, hard_mask, open_fractions
 from slimmable.losses import vicreg_loss
 from tests.gating.published import BLOCKS, Network, golden, manifest, network, our_name
 
@@ -95,8 +94,8 @@ def ratio(masks):
     counts = found.plan.channels.units
     by_group = {gate.group: mask for gate, mask in zip(found.gates, masks, strict=True)}
     gates = sum(ChannelGate(len(gate.channels), gate.units).macs for gate in found.gates)
-    real = sum(found.costs.layers(by_group, counts).values())
-    return (real + gates) / sum(found.costs.layers({}, counts).values())
+    real = found.macs.total(by_group, counts)
+    return (real + gates) / found.macs.total({}, counts)
 
 
 @pytest.mark.parametrize("case", [case for case in MANIFEST["cases"] if case["kind"] == "reg"], ids=str)
@@ -109,10 +108,10 @@ def test_budget_and_bound_losses(case):
     for gradient, expected in zip(gradients, GOLDEN[f"reg/t{target:g}/rloss_grad"], strict=True):
         torch.testing.assert_close(gradient, expected.expand_as(gradient), **CLOSE)
 
-    bloss = bound_loss(open_shares(masks, closed_gradient=False), target, p, case["gamma"])
+    bloss = bound_loss(open_fractions(masks, closed_gradient=False), target, p, case["gamma"])
     assert bloss.item() == pytest.approx(case["bloss"], rel=1e-10, abs=1e-15)
     published = torch.autograd.grad(bloss, masks)
-    ours = torch.autograd.grad(bound_loss(open_shares(masks), target, p, case["gamma"]), masks)
+    ours = torch.autograd.grad(bound_loss(open_fractions(masks), target, p, case["gamma"]), masks)
     for mask, theirs, own, expected in zip(
         masks, published, ours, GOLDEN[f"reg/t{target:g}_p{p:g}/bloss_grad"], strict=True
     ):
@@ -127,12 +126,12 @@ def test_multiply_adds_of_blocks(number):
     size = 32 if small else table["kwargs"]["h"]
     net = Network((64, 128, 256, 512), small_images=small)
     found = gate_plan(net, example_inputs=torch.zeros(1, 3, size, size))
-    dense = found.costs.layers({}, found.plan.channels.units)
+    dense = found.macs.by_layer({}, found.plan.channels.units)
     assert dense["conv1"] == table["stem"]
     assert sum(dense.values()) == table["total_full_with_stem"]
     for gate, row in zip(found.gates, table["blocks"], strict=True):
         five = torch.cat([torch.ones(5), torch.zeros(gate.units - 5)]).double()[None]
-        real = found.costs.layers({gate.group: five}, found.plan.channels.units)
+        real = found.macs.by_layer({gate.group: five}, found.plan.channels.units)
         inside = [path for path in dense if path.startswith(f"{row['block']}.")]
         assert sum(dense[path] for path in inside) == row["full"]
         assert float(sum(real[path] for path in inside)) == row["real_for_mask_sum_5"]
@@ -160,7 +159,7 @@ def test_step(tag, monkeypatch):
         assert (layers[f"{block}.conv1.channel_gate"] == GOLDEN[f"{at}/flops_mask"][0, number]).all()
 
     rloss = budget_loss(run.share(), case["den_target"], case["lbda"])
-    shares = open_shares(run.masks().values(), closed_gradient=False)
+    shares = open_fractions(run.masks().values(), closed_gradient=False)
     bloss = bound_loss(shares, case["den_target"], case["p"], case["gamma"])
     total = vicreg_loss(first, second) + rloss + bloss
     assert rloss.item() == pytest.approx(case["rloss"], rel=1e-10)

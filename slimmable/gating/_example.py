@@ -1,4 +1,4 @@
-"""The example that a model was traced on as plain data, for files: numbers, strings and lists."""
+"""The example inputs of `gate` as JSON: shapes of images, numbers of indices and masks, plain values."""
 
 from __future__ import annotations
 
@@ -15,59 +15,58 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return arguments of a forward as data for JSON: of images the shape alone, of indices and masks the numbers.
+    """Return the arguments of a forward as data for JSON: floating-point tensors as their shapes alone.
 
     >>> encode_inputs([torch.zeros(2, 3)], {"mask": torch.tensor([True]), "scale": 2})[1]
     ['tuple', ['tensor', 'float32', [2, 3], None]]
     """
-    return _write((tuple(args), dict(kwargs)))
+    return _encode((tuple(args), dict(kwargs)))
 
 
 def decode_inputs(data: list[Any], like: Tensor) -> Arguments:
-    """Return the arguments that `encode_inputs` wrote, floating-point tensors with any numbers.
+    """Return the arguments that `encode_inputs` was given; floating-point tensors hold arbitrary numbers.
 
     Args:
-        data: of `encode_inputs`.
-        like: tensor whose device all tensors get, and whose type the floating-point ones get.
+        data: from `encode_inputs`.
+        like: a tensor whose device all tensors get, and whose type the floating-point ones get.
 
-    Raises: CheckpointError: if an object was among them that is no tensor, number, string, tuple, list or dict. An
-        error of some kind if the data is anything else.
+    Raises: CheckpointError: if the arguments held an object other than a tensor, number, string, tuple, list or dict.
+        An error of some kind if the data is anything else.
 
     >>> decode_inputs(encode_inputs([torch.zeros(2, 3)], {"scale": 2}), torch.zeros(1).double())[0][0].dtype
     torch.float64
     """
-    args, kwargs = _read(data, like)
+    args, kwargs = _decode(data, like)
     if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
-        raise CheckpointError("its example is no arguments of a forward")
+        raise CheckpointError("its example is not the arguments of a forward")
     return args, kwargs
 
 
-def _write(value: Any) -> list[Any]:
+def _encode(value: Any) -> list[Any]:
     if isinstance(value, Tensor):
-        known = is_index(value) and value.numel() <= MOST
-        numbers = value.flatten().tolist() if known else None
+        numbers = value.flatten().tolist() if is_index(value) and value.numel() <= MOST else None
         return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), numbers]
     if type(value) in (tuple, list):
-        return [type(value).__name__, *map(_write, value)]
+        return [type(value).__name__, *map(_encode, value)]
     if type(value) is dict:
-        return ["dict", *([_write(key), _write(part)] for key, part in value.items())]
+        return ["dict", *([_encode(key), _encode(part)] for key, part in value.items())]
     return ["plain", value] if type(value) in _PLAIN else ["object", type(value).__name__]
 
 
-def _read(data: list[Any], like: Tensor) -> Any:
+def _decode(data: list[Any], like: Tensor) -> Any:
     kind, *parts = data
     if kind == "tensor":
-        return _tensor(like, *parts)
+        return _decode_tensor(like, *parts)
     if kind in ("tuple", "list"):
-        return (tuple if kind == "tuple" else list)(_read(part, like) for part in parts)
+        return (tuple if kind == "tuple" else list)(_decode(part, like) for part in parts)
     if kind == "dict":
-        return {_read(key, like): _read(part, like) for key, part in parts}
+        return {_decode(key, like): _decode(part, like) for key, part in parts}
     if kind == "plain" and type(parts[0]) in _PLAIN:
         return parts[0]
     raise CheckpointError(f"its example holds an object of class {parts[0]!r}, which no file can hold")
 
 
-def _tensor(like: Tensor, name: str, shape: list[int], numbers: list[Any] | None) -> Tensor:
+def _decode_tensor(like: Tensor, name: str, shape: list[int], numbers: list[Any] | None) -> Tensor:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype) or not all(type(size) is int for size in shape):
         raise CheckpointError(f"its example has a tensor of type {name!r} and shape {shape!r}")

@@ -1,0 +1,209 @@
+"""Plans of gates as pure data: which groups of units have a gate, which have none, and what gated passes cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slimmable.analysis.fit import Grouping
+from slimmable.analysis.labels import Ids
+from slimmable.analysis.plan import Plan
+from slimmable.gating._gate import gate_macs
+
+PLAN = "_gate_plan"  # the attribute with the plan, of the module that was given to `gate`
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer whose input is masked: `units[i]` is the unit at position `i` of the axis, -1 for one of other groups."""
+
+    path: str
+    axis: int
+    ids: Ids
+    units: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedGate:
+    """The gate of one channel group.
+
+    Attributes:
+        group: its number in the plan of channels.
+        units: how many channels, or attention heads, the gate opens and closes.
+        maker: path of the layer that makes them; the gate looks at this layer's input.
+        number: among the gates of this layer, from 0 on.
+        axis: of this input, where the channels lie.
+        channels: this axis, in units of the plan of channels.
+        readers: the layers that read the units; their inputs are masked.
+        norms: paths of the BatchNorms that the two passes should not share.
+    """
+
+    group: int
+    units: int
+    maker: str
+    axis: int
+    channels: Ids
+    readers: tuple[Reader, ...]
+    norms: tuple[str, ...]
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """The maker's path; from its second gate on with the number behind a slash."""
+        return f"{self.maker}/{self.number}" if self.number else self.maker
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the gate itself per image, at full width."""
+        return gate_macs(len(self.channels), self.units)
+
+
+class Refused(NamedTuple):
+    """A channel group without a gate: the layer that makes it, how many units it has, and the reason."""
+
+    maker: str
+    units: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class GatePlan:
+    """Where `gate` puts gates, as pure data; `print` shows it. Copies of a model share it.
+
+    Attributes:
+        gates: in the order of the layers.
+        refused: the groups without a gate.
+        plan: the channel groups.
+        macs: multiply-adds for images of the example's size.
+        example: the example inputs as data for JSON.
+    """
+
+    gates: tuple[PlannedGate, ...]
+    refused: tuple[Refused, ...]
+    plan: Plan
+    macs: LayerMacs
+    example: list[Any]
+
+    def __deepcopy__(self, memo: Any) -> GatePlan:
+        return self
+
+    def least_share(self) -> float:
+        """Return the multiply-adds with all gates closed, as a share of the dense pass's; both at full width.
+
+        >>> import torch, slimmable
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> found = slimmable.gating.gate_plan(net, example_inputs=torch.zeros(2, 4))
+        >>> found.least_share()  # first layer and gate, of 192 multiply-adds
+        0.4166666666666667
+        """
+        counts = self.plan.channels.units
+        closed = {gate.group: torch.zeros(1, gate.units, dtype=torch.float64) for gate in self.gates}
+        left = self.macs.total(closed, counts) + sum(gate.macs for gate in self.gates)
+        return float(left / self.macs.total({}, counts))
+
+    def __str__(self) -> str:
+        lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
+        for gate in self.gates:
+            lines.append(f"{gate.units:>6}  {gate.name:<36}  {', '.join(reader.path for reader in gate.readers)}")
+        if self.refused:
+            lines.append("without a gate:")
+        lines += [f"{units:>6}  {maker}: {reason}" for maker, units, reason in self.refused]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """What lies on an axis: `full` positions that are always open, and for each group how often each of its units."""
+
+    length: int
+    full: int
+    groups: Mapping[int, NDArray[np.int64]]
+
+    @staticmethod
+    def of(ids: Ids, grouping: Grouping) -> _Axis:
+        """Count what lies on an axis, given in units of the plan."""
+        group_of = grouping.group_of[ids]
+        groups = {int(group): grouping.rank[ids[group_of == group]] for group in np.unique(group_of) if group >= 0}
+        times = {group: np.bincount(ranks, minlength=grouping.units[group]) for group, ranks in groups.items()}
+        return _Axis(len(ids), int((group_of < 0).sum()), times)
+
+    def open(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> Any:
+        """Return how many positions are open: a number, or one per image, shape (images,)."""
+        total: Any = self.full
+        for group, times in self.groups.items():
+            times = times[: counts[group]]
+            if group not in masks:
+                total = total + int(times.sum())
+            elif (times == times[0]).all():
+                total = total + int(times[0]) * masks[group].sum(1)
+            else:
+                total = total + masks[group] @ torch.as_tensor(times, device=masks[group].device).to(masks[group])
+        return total
+
+
+class LayerMacs:
+    """Multiply-adds of each layer for images of one size, whatever is open; pure data, which copies of a model share.
+
+    Args:
+        products: module path, multiply-adds of all images, and the axes that they are in proportion to.
+        grouping: of the units on these axes.
+        images: how many there were.
+        positions: path of a layer with gates -> the sizes of its input without its image and channel axes.
+    """
+
+    def __init__(
+        self,
+        products: Sequence[tuple[str, int, tuple[Ids, ...]]],
+        grouping: Grouping,
+        images: int,
+        positions: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.images, self.positions = images, dict(positions)
+        known: dict[bytes, _Axis] = {}
+        self._products = []
+        for path, macs, axes in products:
+            each = [known.setdefault(ids.tobytes(), _Axis.of(ids, grouping)) for ids in axes]
+            self._products.append((path, macs // math.prod(axis.length for axis in each), each))
+
+    def __deepcopy__(self, memo: Any) -> LayerMacs:
+        return self
+
+    def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Any]:
+        """Return module path -> multiply-adds per image: a number, or shape (images,) where gates have a say.
+
+        Args:
+            masks: group -> shape (images, kept units), zeros and ones; groups that are missing are open.
+            counts: for each group how many units the width keeps.
+        """
+        opened: dict[int, Any] = {}
+        found: dict[str, Any] = {}
+        for path, unit, axes in self._products:
+            macs: Any = unit
+            for axis in axes:
+                if id(axis) not in opened:
+                    opened[id(axis)] = axis.open(masks, counts)
+                macs = macs * opened[id(axis)]
+            found[path] = found.get(path, 0) + macs
+        return {path: macs / self.images for path, macs in found.items()}
+
+    def total(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> Any:
+        """Return the sum over all layers; arguments as for `by_layer`."""
+        return sum(self.by_layer(masks, counts).values())
+
+    def savings(self) -> dict[int, float]:
+        """Return group -> the multiply-adds per image that closing all of its units saves."""
+        found: dict[int, float] = {}
+        for _, unit, axes in self._products:
+            whole = unit * math.prod(axis.length for axis in axes)
+            for group in {group for axis in axes for group in axis.groups}:
+                left = unit * math.prod(axis.length - int(np.sum(axis.groups.get(group, 0))) for axis in axes)
+                found[group] = found.get(group, 0.0) + (whole - left) / self.images
+        return found
