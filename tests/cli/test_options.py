@@ -10,7 +10,6 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slimmable.losses.distillation import DistillationKind
 
 import slimmable
 from slimmable.__main__ import main
@@ -18,6 +17,7 @@ from slimmable.cli.commands import COMMANDS, make_parser
 from slimmable.cli.config import DISTILLATIONS, PretrainConfig
 from slimmable.cli.options import flag
 from slimmable.errors import UsageError
+from slimmable.losses.distillation import DistillationKind
 
 ROOT = Path(__file__).parents[2]
 
