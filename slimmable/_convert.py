@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from slimmable._addons import addons_of, detach_all
 from slimmable._inputs import Arguments, check_module, example_of
@@ -193,8 +194,17 @@ def _plan(
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    skips = skipper(model, skip)
-    return make_plan(model, args, kwargs, widths, skips, round_to, universal, strip)
+    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return `model` without views and add-ons: itself if it has none, else a copy that shares its tensors."""
+    if not addons_of(model) and not any(is_slim(module) for module in model.modules()):
+        return model
+    tensors = {id(leaf): leaf for module in model.modules() for leaf in tree_leaves(module.__dict__) if isinstance(leaf, Tensor)}
+    copied = detach_all(copy.deepcopy(model, left_behind(model) | tensors))
+    strip(copied)
+    return copied
 
 
 def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:

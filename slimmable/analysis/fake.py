@@ -36,7 +36,6 @@ class FakeModel:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         keep_caches: bool = False,
-        prepare: Callable[[nn.Module], object] | None = None,
         replayed: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -47,9 +46,6 @@ class FakeModel:
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = self._fake_weight(tensor)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
-        if prepare is not None:
-            with self.mode:
-                prepare(self.model)
         self.emptied = [] if keep_caches else filled_caches(self.model)
         for cache in self.emptied:
             cache.clear()
@@ -235,17 +231,11 @@ def left_behind(model: nn.Module) -> dict[int, Tensor]:
 
 
 def recorded_outputs(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    paths: Sequence[str],
-    prepare: Callable[[nn.Module], object] | None = None,
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], paths: Sequence[str]
 ) -> dict[str, list[Any]]:
     """Run a copy of the model with its numbers and return what the modules at `paths` returned, call by call."""
     memo: dict[int, Any] = {key: value.detach() for key, value in left_behind(model).items()}
     twin = copy.deepcopy(model, memo).eval()
-    if prepare is not None:
-        prepare(twin)
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,8 @@ def make_plan(
     skip: Skip,
     round_to: int = 1,
     universal: bool = False,
-    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Plan:
-    """Trace `model` and return its plan.
+    """Trace `model`, which has no views, and return its plan.
 
     A labelled axis folded into several is carried by one of them; where that choice ends pinned, the second choice is
     tried once and the plan that keeps fewer parameters at the narrowest width is returned.
@@ -39,7 +38,7 @@ def make_plan(
     replayed: dict[str, list[Any]] = {}
     keep_caches = False
     while True:
-        fake = FakeModel(model, args, kwargs, keep_caches, prepare, replayed)
+        fake = FakeModel(model, args, kwargs, keep_caches, replayed)
         try:
             found = best_trace(fake, widths, _also(skip, pinned), round_to)
         except TraceError as error:
@@ -50,7 +49,7 @@ def make_plan(
             if above is None or above in replayed:
                 raise
             try:
-                replayed = recorded_outputs(model, args, kwargs, [*replayed, above], prepare)
+                replayed = recorded_outputs(model, args, kwargs, [*replayed, above])
             except Exception as cause:
                 raise TraceError(f"{error}\nNor does the model run with numbers: {cause}") from cause
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimmable._convert import Skip, skipper, strip
+from slimmable._convert import Skip, plain, skipper
 from slimmable._input_data import encode_inputs
 from slimmable._inputs import check_module, example_of
 from slimmable._nested import output_tensors
@@ -21,7 +21,6 @@ from slimmable.errors import ConversionError, TraceError
 from slimmable.gating._costs import Costs
 from slimmable.gating._gate import gate_macs
 from slimmable.gating._judge import Candidate, Judge, RefusedError, Units
-from slimmable.gating._parts import remove_gates
 from slimmable.view.state import is_slim, state_of
 
 
@@ -110,17 +109,14 @@ def _images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> Any:
-    def prepare(copied: nn.Module) -> None:
-        remove_gates(copied)
-        strip(copied)
-
-    fake = FakeModel(model, args, kwargs, False, prepare)
+    bare = plain(model)
+    fake = FakeModel(bare, args, kwargs)
     try:
         return fake, *best_trace(fake, widths, _nothing, 1)
     except TraceError:
         if not fake.emptied:
             raise
-        fake = FakeModel(model, args, kwargs, True, prepare)
+        fake = FakeModel(bare, args, kwargs, keep_caches=True)
         return fake, *best_trace(fake, widths, _nothing, 1)
 
 
