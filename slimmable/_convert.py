@@ -201,7 +201,12 @@ def plain(model: nn.Module) -> nn.Module:
     """Return `model` without views and add-ons: itself if it has none, else a copy that shares its tensors."""
     if not addons_of(model) and not any(is_slim(module) for module in model.modules()):
         return model
-    tensors = {id(leaf): leaf for module in model.modules() for leaf in tree_leaves(module.__dict__) if isinstance(leaf, Tensor)}
+    tensors = {
+        id(leaf): leaf
+        for module in model.modules()
+        for leaf in tree_leaves(module.__dict__)
+        if isinstance(leaf, Tensor)
+    }
     copied = detach_all(copy.deepcopy(model, left_behind(model) | tensors))
     strip(copied)
     return copied

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import slimmable
 from benchmarks.timm_zoo.fake import WIDTHS, module_of
-from slimmable.analysis import _make
+from slimmable.analysis import make
 from tests.convert import oracles
 
 SIZES = (64, 96, 128, 160, 192, 256)  # tried one by one, up to the model's own
@@ -23,7 +23,7 @@ def measure(name: str) -> dict[str, Any]:
     start = time.process_time()
     with mock.patch.object(Tensor, "float", Tensor.double):  # some compute attention in single precision
         try:
-            with mock.patch.object(_make, "first_failure", return_value=None):  # every width runs below, with numbers
+            with mock.patch.object(make, "first_failure", return_value=None):  # every width runs below, with numbers
                 result = differences(name)
         except RuntimeError:  # a width does not run unless something more stays full
             result = differences(name)

@@ -1,4 +1,4 @@
-"""A model without numbers: what it takes to run a forward on shapes alone."""
+"""A model without numbers: running a forward on shapes alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
-from slimmable._inputs import is_index
+from slimmable._inputs import MOST, is_index
 from slimmable._modules import empty_cache
 from slimmable._nested import map_tensors
-from slimmable.analysis._rules import tensors
-from slimmable.analysis.values import Values, know
+from slimmable.analysis._context import tensors
 
 
 class FakeModel:
@@ -54,8 +53,8 @@ class FakeModel:
         self._input: Callable[[Tensor], Tensor] = self._fake_input
         self._stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
-            module.register_forward_pre_hook(self._enter(path))
-            module.register_forward_hook(self._leave())
+            module.register_forward_pre_hook(lambda module, args, path=path: self._stack.append(path))
+            module.register_forward_hook(lambda module, args, output: self._leave())
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
         self._before = [
@@ -102,8 +101,8 @@ class FakeModel:
     def _fake_input(self, tensor: Tensor) -> Tensor:
         fake = self.mode.from_tensor(tensor, static_shapes=True)
         if is_index(tensor):
-            self._values = Values(self.mode)
-            know(fake, tensor.clone())  # a forward may write into its inputs
+            self._values = _Values(self.mode)
+            _know(fake, tensor.clone())  # a forward may write into its inputs
         return fake
 
     def _replay(self, path: str, outputs: Sequence[Any]) -> Callable[..., Any]:
@@ -115,17 +114,8 @@ class FakeModel:
 
         return forward
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self._stack.append(path)
-
-        return hook
-
-    def _leave(self) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._stack.pop()
-
-        return hook
+    def _leave(self) -> None:
+        self._stack.pop()  # a hook that returned the path would replace the module's output
 
     @property
     def running(self) -> str:
@@ -158,6 +148,84 @@ class FakeModel:
 
 def _bare(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _know(fake: Tensor, real: Tensor) -> None:
+    """Give a fake tensor its numbers."""
+    if real.numel() <= MOST:
+        with _disable_current_modes():
+            fake.slim_value = real.detach().cpu()  # type: ignore[attr-defined]
+
+
+class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes the numbers of what follows from tensors with known numbers alone, beside the fake tensors.
+
+    So code may branch on, or size a tensor by, what it computes from integer and boolean inputs: masks, lengths,
+    coordinates.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = all(hasattr(tensor, "slim_value") for tensor in given)
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if not known or random:
+            if func._schema.name.startswith("aten::index"):
+                args = self._masks_as_indices(args)
+            out = func(*args, **kwargs)
+            self._forget_written(func, args)
+            return out
+        real = self._real(func, args, kwargs)
+        if torch.Tag.data_dependent_output in func.tags:
+            return real
+        if torch.Tag.dynamic_output_shape in func.tags:
+            out = tree_map(lambda value: self._fake(value, given), real)
+        else:
+            out = func(*args, **kwargs)
+        for fake, value in zip(tree_leaves(out), tree_leaves(real), strict=True):
+            if isinstance(fake, Tensor):
+                _know(fake, value)
+        return out
+
+    def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def value(leaf: Any) -> Any:
+            return getattr(leaf, "slim_value", leaf)
+
+        here = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+        with _disable_current_modes():
+            return func(*tree_map(value, args), **{**tree_map(value, kwargs), **here})
+
+    def _fake(self, value: Any, given: list[Tensor]) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return FakeTensor(self.mode, meta, given[0].device)
+
+    def _masks_as_indices(self, args: Any) -> Any:
+        """Replace known boolean masks, whose results have unknown shapes, by the indices of what they pick."""
+        if not isinstance(args[1], (list, tuple)):
+            return args
+        indices: list[Any] = []
+        for part in args[1]:
+            mask = getattr(part, "slim_value", None)
+            if mask is not None and mask.dtype == torch.bool:
+                with _disable_current_modes():
+                    picked = mask.nonzero(as_tuple=True)
+                indices += [self._fake(index, [part]) for index in picked]
+            else:
+                indices.append(part)
+        return (args[0], indices, *args[2:])
+
+    @staticmethod
+    def _forget_written(func: Any, args: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    tensor.__dict__.pop("slim_value", None)
 
 
 class Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]

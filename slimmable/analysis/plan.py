@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from slimmable._modules import is_under
 from slimmable._widths import Kept, kept_units, width_index
-from slimmable.analysis._solve import counts_at
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 from slimmable.errors import WidthError
 
@@ -155,7 +154,7 @@ class Plan:
                 for group in {group for each in groups for group in each}:
                     self._rise(counts, [group], 1)
             if (counts == before).all():
-                counts = counts_at(needed.grouping.units, 1.0, self.round_to)
+                counts = np.array([*needed.grouping.units, 1])
             values, failures = needed.fit(counts)
         return self._remember(wanted, self.channels.sub_network(counts, values))
 

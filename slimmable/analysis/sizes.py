@@ -9,10 +9,24 @@ from typing import Any
 from torch import nn
 
 from slimmable._widths import Kept, kept_of
-from slimmable.analysis._layers import size_axes
 from slimmable.analysis.channels import SubNetwork
 
 Cut = Mapping[str, Sequence[Sequence[Kept]]]
+
+
+def size_axes(module: nn.Module) -> dict[str, int]:
+    """Return attribute -> axis of the weight; a convolution's axis 1 is the attribute divided by `groups`.
+
+    >>> size_axes(nn.Conv2d(4, 8, 3))
+    {'out_channels': 0, 'in_channels': 1}
+    """
+    if isinstance(module, nn.Linear):
+        return {"out_features": 0, "in_features": 1}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"in_channels": 0, "out_channels": 1} if module.transposed else {"out_channels": 0, "in_channels": 1}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": 1}
+    return {"num_channels": 0} if isinstance(module, nn.GroupNorm) else {}
 
 
 def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -15,17 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._modules import unannounced
 from slimmable._nested import output_tensors
-from slimmable.analysis import _rules_layer, _rules_shape
-from slimmable.analysis._context import Call, Context
-from slimmable.analysis._layers import size_axes
-from slimmable.analysis._rules import name_of, rule_of, tensors
+from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
+from slimmable.analysis._context import Call, Context, Rule, tensors
 from slimmable.analysis.fake import FakeModel, run_operation
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
+from slimmable.analysis.sizes import size_axes
 from slimmable.errors import TraceError
 
-_ = _rules_shape  # imported for its rules
-
+RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why
 
 
@@ -48,6 +46,17 @@ class Trace:
     outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `FakeModel.forget` says
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
+
+
+def name_of(operation: torch._ops.OpOverload) -> str:
+    """Return the name of an operation; one that works in place has the name of the one that does not."""
+    return str(operation._schema.name).removeprefix("aten::").rstrip("_")
+
+
+def rule_of(operation: torch._ops.OpOverload) -> Rule:
+    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins what it meets."""
+    pointwise = torch.Tag.pointwise in operation.tags
+    return RULES.get(name_of(operation)) or (_rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,7 +102,7 @@ class _Calls(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         finally:
-            self.context.call = None
+            self.context.call = Call()
 
     def _size(self, args: Any, kwargs: Any) -> Any:
         tensor, dims = args[0], args[1:] or tuple(kwargs.values())
@@ -299,13 +308,9 @@ def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
     origin = context.origin(tensor)
     if origin not in ("mixed", "normed") or (origin == "normed" and tensor.ndim > 2):
         return
-    labels = context.labels
-    for ids in axes:
-        if ids is None:
-            continue
-        roots = set(labels.find(ids).tolist())
-        read = any(not roots.isdisjoint(labels.find(other).tolist()) for other in context.consumed)
-        makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for _, other in context.producers)
+    for ids in (own for own in axes if own is not None):
+        read = any(context.labels.overlap(ids, other) for other in context.consumed)
+        makers = sum(context.labels.overlap(ids, other) for _, other in context.producers)
         if not read or (tensor.ndim == 2 and makers == 1):
             context.operation, context.module = "output", ""
             context.pin(ids, "class scores or an embedding")
