@@ -1,4 +1,4 @@
-"""Permuting the units of channel groups: the full network's function stays, which units come first changes."""
+"""Importance of units: which come first in their channel group. The full network computes the same function."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from slimmable.analysis.plan import Group, Plan
 Order = NDArray[np.int64]  # for each place in a group the unit that goes there
 
 
-def magnitude_order(model: nn.Module, plan: Plan) -> list[Order]:
-    """Return for each group its units by falling importance: the L1 norm of the weights that read them.
+def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
+    """Return the units of each group, the most important first: those with the largest L1 norm of reading weights.
 
-    What a unit can change in the network is bounded by the weights of the convolutions and linear layers that read it.
-    The weights that make it are left out, since a norm behind them undoes their size. A group that no such layer reads
-    goes by all its weights of more than one axis. A group whose order matters keeps it.
+    How much a unit can change in the network is bounded by the weights of the convolutions and linear layers that read
+    it. The weights that make it do not count, since a normalisation behind them cancels their size. If no such layer
+    reads a group, all its weights with more than one axis decide. A group whose order matters keeps it.
 
     Source: Cai et al., Once-for-All, ICLR 2020, section 3.3 (channels sorted by L1 norm, here of the reading layers, as
     in its published code). Measured in `benchmarks/importance`.
