@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._modules import is_under
+from slimmable._tables import html_table
 from slimmable._widths import Kept, kept_units, width_index
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 from slimmable.errors import WidthError
@@ -48,7 +49,7 @@ class Pin:
     reason: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What would be slimmed, what stays full and why; `print` shows it. Copies of a model share their plan.
 
@@ -73,6 +74,54 @@ class Plan:
 
     def __str__(self) -> str:
         return _table(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the plan as tables, which notebooks show."""
+        kept = ", ".join(map(str, self.widths))
+        groups = [
+            [number, group.units, ", ".join(map(str, group.kept)), _shown(group)]
+            for number, group in enumerate(self.groups)
+        ]
+        pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
+        html = html_table(["group", "units", f"kept at {kept}", "axes"], groups)
+        return html + (html_table(["kept at full width", "units", "reason"], pins) if pins else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain numbers, strings, lists and dicts, for example for JSON.
+
+        Returns: "widths", "round_to" and "universal", as above; "macs" and "parameters", one number per width; "groups",
+            each with its "units", the number "kept" per width, its "makers", whether it is "ordered", and its "axes" as
+            {"module": "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason".
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from slimmable import plan
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = plan(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)).to_dict()
+        >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
+        ([48, 24], [8, 4], ['0'])
+        """
+        groups = [
+            {
+                "units": group.units,
+                "kept": list(group.kept),
+                "makers": list(group.makers),
+                "ordered": group.ordered,
+                "axes": [_axis_data(axis) for axis in group.members],
+            }
+            for group in self.groups
+        ]
+        return {
+            "widths": list(self.widths),
+            "round_to": self.round_to,
+            "universal": self.universal,
+            "macs": [column.macs for column in self.columns],
+            "parameters": [column.parameters for column in self.columns],
+            "groups": groups,
+            "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
+        }
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
@@ -215,15 +264,25 @@ class Plan:
 
 
 def _table(plan: Plan) -> str:
-    header = f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, plan.widths)):<32}  axes"
-    lines = [header]
+    lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, plan.widths)):<32}  axes"]
     for number, group in enumerate(plan.groups):
-        names = [f"{path}.{name}[{axis}]".lstrip(".") for path, name, axis in group.members]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {shown}")
+        lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
     if plan.pins:
         lines.append("kept at full width:")
-    for pin in plan.pins:
-        path, name, axis = pin.axis
-        lines.append(f"  {path}.{name}[{axis}] ({pin.size}): {pin.reason}".replace(" .", " "))
+    lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in plan.pins]
     return "\n".join(lines)
+
+
+def _shown(group: Group) -> str:
+    """Return the first axes of a group as one line of text."""
+    names = [_axis(axis) for axis in group.members]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _axis(axis: AxisName) -> str:
+    path, name, number = axis
+    return f"{path}.{name}[{number}]".lstrip(".")
+
+
+def _axis_data(axis: AxisName) -> dict[str, Any]:
+    return dict(zip(("module", "tensor", "axis"), axis, strict=True))
