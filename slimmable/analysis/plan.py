@@ -91,8 +91,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain numbers, strings, lists and dicts, for example for JSON.
 
-        Returns: "widths", "round_to" and "universal", as above; "macs" and "parameters", one number per width; "groups",
-            each with its "units", the number "kept" per width, its "makers", whether it is "ordered", and its "axes" as
+        Returns: "widths", "round_to" and "universal", as above; "macs" and "parameters", one per width; "groups", each
+            with its "units", the number "kept" per width, its "makers", whether it is "ordered", and its "axes" as
             {"module": "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason".
 
         >>> import torch
