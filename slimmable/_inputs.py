@@ -70,10 +70,10 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     """
     if example_inputs is not None:
         if is_size(example_inputs) and example_inputs:
-            size = ", ".join(map(str, example_inputs))
+            sizes = ", ".join(map(str, example_inputs))
             raise ConversionError(
                 f"example_inputs is {example_inputs!r}, which looks like the size of an input; pass a batch of that "
-                f"size, such as torch.zeros(2, {size}). If the forward takes integers, pass slimmable.Inputs({size})"
+                f"size, such as torch.zeros(2, {sizes}). If the forward takes integers, pass slimmable.Inputs({sizes})"
             )
         return _taken(model, _arguments(example_inputs))
     size = _image_size(model)

@@ -110,9 +110,10 @@ def profile(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
         raise UsageError(f"profile: repeats must be an integer from 0 on, got {repeats!r}")
     if example_inputs is None and input_size is not None:
-        if isinstance(input_size, Tensor):
+        given: Any = input_size
+        if isinstance(given, Tensor):
             raise UsageError(
-                f"profile: input_size is a tensor of shape {tuple(input_size.shape)}; pass it as example_inputs=, or "
+                f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs=, or "
                 "give the size of one input without the batch axis, such as (3, 224, 224)"
             )
         if not is_size(input_size):

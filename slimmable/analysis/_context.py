@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,7 @@ class Context:
     choices: Mapping[int, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     constraints: list[Constraint] = field(default_factory=list)
-    splits: list[tuple[Ids, int]] = field(
-        default_factory=list
-    )  # per split: the labels carried on, number of candidates
+    splits: list[tuple[Ids, int]] = field(default_factory=list)  # labels carried on and number of candidates, per split
     consumed: list[Ids] = field(default_factory=list)
     producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
     products: list[tuple[int, list[Ids], str]] = field(default_factory=list)  # multiply-adds, labels, module path
@@ -71,6 +69,10 @@ class Context:
         return getattr(tensor, "slim_origin", None)
 
     # -- what rules say about labels
+    def at(self, operation: str, module: str) -> None:
+        """Say where the trace is."""
+        self.operation, self.module = operation, module
+
     @property
     def where(self) -> str:
         """The operation and the module that the trace is in, for reports."""
@@ -80,6 +82,12 @@ class Context:
         """Keep `ids` at full width because of the current operation."""
         if ids is not None:
             self.labels.pin(ids, f"{self.where}{': ' + why if why else ''}")
+
+    def pin_all(self, tensors: Iterable[Tensor], why: str = "") -> None:
+        """Keep all axes of these tensors at full width because of the current operation."""
+        for tensor in tensors:
+            for ids in self.axes(tensor):
+                self.pin(ids, why)
 
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
         """Join two axes that must shrink together and return the labels of both.

@@ -21,9 +21,7 @@ RULES = Rules()
 
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Pin everything that goes in."""
-    for tensor in tensors((args, kwargs)):
-        for ids in ctx.axes(tensor):
-            ctx.pin(ids, "has no rule")
+    ctx.pin_all(tensors((args, kwargs)), "has no rule")
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 

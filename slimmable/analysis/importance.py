@@ -64,7 +64,8 @@ def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
             steps.setdefault((path, name), []).append((axis, index))
     with torch.no_grad():
         for (path, name), changes in steps.items():
-            tensor = _tensor(model, path, name)
+            module = model.get_submodule(path)
+            tensor: Tensor = {**module._parameters, **module._buffers}[name]  # type: ignore[assignment]
             if id(tensor) in done:
                 continue
             done.add(id(tensor))
@@ -78,11 +79,3 @@ def _indices(group: Group, order: Order) -> Iterator[tuple[str, str, int, Order]
         index = np.arange(len(units))
         index[places] = places[order]
         yield path, name, axis, index
-
-
-def _tensor(model: nn.Module, path: str, name: str) -> Tensor:
-    module = model.get_submodule(path)
-    tensor = module._parameters.get(name)
-    found = tensor if tensor is not None else module._buffers[name]
-    assert found is not None
-    return found

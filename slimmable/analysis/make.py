@@ -68,8 +68,13 @@ def make_plan(
         pinned[path] = f"fails when narrow ({line[:100]})"
 
 
+def _inside(path: str, outer: str) -> bool:
+    """Tell whether a module is the outer one or inside it; the root has no other module inside it."""
+    return path == outer or (outer != "" and path.startswith(f"{outer}."))
+
+
 def _has_tensors(plan: Plan, path: str) -> bool:
-    return any(owner == path or (path and owner.startswith(f"{path}.")) for owner, _ in plan.tensors)
+    return any(_inside(owner, path) for owner, _ in plan.channels.tensors)
 
 
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
@@ -80,8 +85,10 @@ def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
 
 
 def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
+    """Return `skip` with pinned modules, by path, and their reasons added."""
+
     def reason(path: str) -> str | None:
-        return next((why for name, why in pinned.items() if path == name or path.startswith(f"{name}.")), None)
+        return next((why for outer, why in pinned.items() if _inside(path, outer)), None)
 
     return lambda path, module: reason(path) or skip(path, module)
 

@@ -70,9 +70,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = run_operation(func, args, kwargs)
         if not self.asleep and tensors(out):
-            context = self.context
-            context.operation, context.module = name_of(func), self.fake.running
-            rule_of(func)(context, args, kwargs, out)
+            self.context.at(name_of(func), self.fake.running)
+            rule_of(func)(self.context, args, kwargs, out)
         return out
 
 
@@ -116,10 +115,9 @@ class _Calls(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             self.operations.asleep = False
-        context = self.context
-        context.operation, context.module = "scaled_dot_product_attention", self.operations.fake.running
+        self.context.at("scaled_dot_product_attention", self.operations.fake.running)
         names = ("query", "key", "value")
-        _rules_layer.attention(context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
+        _rules_layer.attention(self.context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
         return out
 
 
@@ -134,7 +132,12 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     operations = _Operations(context, fake)
     never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
     quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
-    fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
+
+    def pin_inputs(path: str, inputs: Any) -> None:
+        context.at("skip", path)
+        context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
+
+    fake.on_replay = pin_inputs
     read: set[tuple[str, str]] = set()
     with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result), quiet:
         try:
@@ -149,11 +152,10 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
     whole = skip("", fake.model)
+    context.at("output", "")
     for tensor in output_tensors(output):
         if whole:
-            context.operation, context.module = "output", ""
-            for ids in context.axes(tensor):
-                context.pin(ids, "the model itself is skipped")
+            context.pin_all([tensor], "the model itself is skipped")
         _label_output(context, tensor, result)
     return result
 
@@ -163,19 +165,17 @@ def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
     """Note what each module is called with, and what it returns."""
     handles = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Any) -> None:
-            source = args[0] if args and isinstance(args[0], Tensor) else None
-            axes = [] if source is None else result.context.axes(source)
-            result.calls.setdefault(path, []).append(ModuleCall(source, axes))
+    def before(path: str, args: Any) -> None:
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        axes = [] if source is None else result.context.axes(source)
+        result.calls.setdefault(path, []).append(ModuleCall(source, axes))
 
-        def after(_: nn.Module, args: Any, out: Any) -> None:
-            result.calls[path][-1].out = out
-
-        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
+    def after(path: str, out: Any) -> None:
+        result.calls[path][-1].out = out
 
     for path, module in fake.model.named_modules():
-        watch(path, module)
+        handles.append(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
+        handles.append(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)))
     try:
         yield
     finally:
@@ -212,7 +212,7 @@ def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -
     for path, name in sorted(read):
         module = model.get_submodule(path)
         axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
-        context.operation, context.module = f"reading {name}", path
+        context.at(f"reading {name}", path)
         ids = axes[axis]
         full = module._parameters["weight"].shape[axis]  # type: ignore[union-attr]
         size = Expression("constant", full) if ids is None else Expression("size", ids)
@@ -237,13 +237,6 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     return failed
 
 
-def _pin_inputs(context: Context, path: str, inputs: Any) -> None:
-    context.operation, context.module = "skip", path
-    for tensor in output_tensors(inputs):
-        for ids in context.axes(tensor):
-            context.pin(ids, "read by a module that runs only with numbers")
-
-
 def _never(*_: Any) -> bool:
     return False
 
@@ -264,9 +257,8 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)
             if skipped:
-                context.operation, context.module = skipped if isinstance(skipped, str) else "skip", path
-                for ids in context.axes(tensor):
-                    context.pin(ids)
+                context.at(skipped if isinstance(skipped, str) else "skip", path)
+                context.pin_all([tensor])
 
 
 @contextmanager
@@ -312,5 +304,4 @@ def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
         read = any(context.labels.overlap(ids, other) for other in context.consumed)
         makers = sum(context.labels.overlap(ids, other) for _, other in context.producers)
         if not read or (tensor.ndim == 2 and makers == 1):
-            context.operation, context.module = "output", ""
             context.pin(ids, "class scores or an embedding")
