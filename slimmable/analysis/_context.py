@@ -1,4 +1,4 @@
-"""What the rule of an operation works with: the labels of its tensors, and where the trace is; the table of rules."""
+"""The context of a trace, which the rules of operations read and change, and tables of such rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimmable.analysis.labels import Axes, Ids, Labels, pattern
 
 @dataclass
 class Call:
-    """The Python-level call under way, whose integer arguments still carry their expressions."""
+    """The Python-level call that is running; its integer arguments still carry their expressions."""
 
     name: str = ""
     args: tuple[Any, ...] = ()
@@ -55,7 +55,7 @@ class Context:
 
     # -- labels of tensors
     def axes(self, tensor: Tensor) -> list[Ids | None]:
-        """Return the labels of each axis of `tensor`; axes of one unit have none."""
+        """Return the labels of each axis of `tensor`; an axis of size 1 has none."""
         known: Axes | None = getattr(tensor, "slim_axes", None)
         return list(known) if known is not None else [None] * tensor.ndim
 
@@ -70,7 +70,7 @@ class Context:
 
     # -- what rules say about labels
     def at(self, operation: str, module: str) -> None:
-        """Say where the trace is."""
+        """Set the operation and the module that the trace is in."""
         self.operation, self.module = operation, module
 
     @property
@@ -101,7 +101,7 @@ class Context:
         return first if first is not None else second
 
     def consume(self, ids: Ids | None, other: Ids | None) -> None:
-        """Join a layer's input axis with its weight's."""
+        """Join the input axis of a layer with that of its weight."""
         joined = self.merge(ids, other, "reads an axis that does not shrink")
         if joined is not None:
             self.consumed.append(joined)

@@ -56,7 +56,7 @@ def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("convolution", "_convolution")
 def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Convolutions slim within each group; depthwise ones lose whole groups."""
+    """A convolution is slimmed within each of its groups; a depthwise one loses whole groups."""
     source, weight, bias, groups = args[0], args[1], args[2], int(args[8])
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
@@ -130,7 +130,7 @@ def _grouped(
 
 @RULES.of("embedding")
 def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A table of vectors: which row is read depends on the data, the vector's units are made here."""
+    """A table of vectors: which rows are read depends on the data; the units of the vectors are made here."""
     rows, units = ctx.axes(args[0])
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
@@ -169,7 +169,7 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 
 def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
-    """The call of a layer or RMS norm names the sizes of the last axes."""
+    """The sizes that a call of layer or RMS norm names must follow the last axes."""
     for i, size in enumerate(reversed(shape), 1):
         if source.shape[-i] > 1:
             ctx.constrain(size, ctx.axes(source)[-i], int(source.shape[-i]))
@@ -177,7 +177,7 @@ def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None
 
 @RULES.of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Channels are (groups, n): whole groups are slimmed where every width gives an integer, else within each."""
+    """Channels are (groups, n): whole groups are dropped if all widths divide them, otherwise units of each group."""
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
     for tensor in args[1:3]:
@@ -194,7 +194,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 @RULES.of("_weight_norm_interface", "_weight_norm")
 def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """A weight of direction and length: the length has a unit for each slice along one axis."""
+    """A weight given by direction and length: the length has one number for each slice along one axis."""
     direction, length = args[0], args[1]
     axes = ctx.axes(direction)
     for axis, ids in enumerate(ctx.axes(length)):
@@ -207,7 +207,7 @@ def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 
 def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Scaled dot-product attention, as one call: heads and batch agree, queries and keys share their units."""
+    """Scaled dot-product attention as one operation: heads and batches agree, queries and keys share their units."""
     query, key, value = args[:3]
     q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
 
@@ -223,7 +223,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
-    for axis in (q[-1], v[-1]):  # queries with keys, and the weights that this gives with values
+    for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
         ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")

@@ -77,7 +77,7 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 @RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
 def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Keep the labels; where the order of units matters the axis cannot shrink."""
+    """Keep the labels; an axis on which the order of units matters cannot shrink."""
     axes = ctx.axes(args[0])
     if "softmax" not in ctx.operation:
         dims = args[2] if ctx.operation == "roll" else args[1]
@@ -93,7 +93,7 @@ def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum",
 )  # fmt: skip
 def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Drop the reduced axes; an index along a labelled axis pins it."""
+    """Drop the reduced axes; an operation that returns indices pins them."""
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
@@ -147,7 +147,7 @@ RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
 
 @RULES.of("constant_pad_nd")
 def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Padding adds units, which stay, before and behind those of an axis."""
+    """Padding adds units before and after those of an axis; these always stay."""
     axes = ctx.axes(args[0])
     amounts = [int(amount) for amount in args[1]]
     for i in range(len(amounts) // 2):

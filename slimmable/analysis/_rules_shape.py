@@ -17,7 +17,7 @@ RULES = Rules()
 
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the smallest pairs of axis runs of equal product; axes of one unit belong to no pair."""
+    """Yield the shortest runs of source and target axes with equal products; axes of size 1 belong to no run."""
     left = [i for i, n in enumerate(source) if n != 1]
     right = [i for i, n in enumerate(target) if n != 1]
     while left and right:
@@ -88,7 +88,7 @@ def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("unsqueeze", "squeeze")
 def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Add or remove axes of one unit."""
+    """Add or remove axes of size 1."""
     axes = ctx.axes(args[0])
     if ctx.operation == "unsqueeze":
         axes.insert(args[1] % out.ndim, None)
@@ -101,7 +101,7 @@ def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("expand", "repeat")
 def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Repeat along an axis: one unit may become any number, several are tiled."""
+    """Repeat along an axis: a single unit may become any number, several are tiled."""
     source = args[0]
     sizes = _size_arguments(ctx, {"expand"}, out)
     axes = [None] * (out.ndim - source.ndim) + ctx.axes(source)
@@ -218,7 +218,7 @@ def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 @RULES.of("slice", "narrow")
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Take a range of an axis; on a labelled axis its ends must follow the units in front of them."""
+    """Take a range of an axis; on a labelled axis its ends must follow the units before them."""
     source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
     axes, ids = ctx.axes(source), ctx.axes(source)[dim]
     if ids is not None:
@@ -309,7 +309,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "unfold", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Operations whose output channels are blocks of input channels, or the other way round."""
+    """Operations whose output channels are blocks of input channels, or the reverse."""
     axes = ctx.axes(args[0])
     if ctx.operation == "unfold":
         ctx.pin(axes[args[1]], "is cut into windows")
@@ -339,7 +339,7 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
 
 @RULES.of("view_as_real", "view_as_complex")
 def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A trailing axis of two units appears or disappears."""
+    """A last axis of size 2 appears or disappears."""
     axes = ctx.axes(args[0])
     if ctx.operation == "view_as_real":
         return ctx.label(out, [*axes, None])

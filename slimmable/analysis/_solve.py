@@ -1,4 +1,4 @@
-"""From labels to channel groups: how many units each keeps at every width, and what any sub-network needs to know."""
+"""Channel groups from the labels of a trace, and how many units each keeps at every width."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Solution:
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
     def parameters(self, trace: Trace, width: int) -> int:
-        """Return how many numbers in parameters and buffers width number `width` keeps."""
+        """Return how many numbers in parameters and buffers the width with this index keeps."""
         total, counts = 0, self.counts[width]
         for axes in trace.tensors.values():
             total += int(np.prod([self.grouping.count(counts, ids) for ids in axes if ids is not None] or [1]))
@@ -77,7 +77,7 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
         coupled.add(id(failure.constraint))
         if smallest is not None:
             labels.restore(smallest[1])
-        else:  # nothing is left to shrink in what disagrees: it did not depend on a width
+        else:  # nothing in it can shrink any more: it did not depend on a width
             labels.restore(start)
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
@@ -93,7 +93,7 @@ def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution
 
 
 def counts_at(units: tuple[int, ...], width: float, round_to: int) -> Counts:
-    """Return what groups of these sizes keep at a width, before any constraint is looked at."""
+    """Return how many units groups of these sizes keep at a width, without regard to constraints."""
     return np.array([*(kept_units(n, width, round_to) for n in units), 1])
 
 
@@ -112,7 +112,7 @@ def _couple(labels: Labels, failure: Failure) -> bool:
 
 
 def _pin(labels: Labels, failure: Failure) -> bool:
-    """Keep the axes of a constraint, and of those it disagrees with, at full width; say whether any was slim."""
+    """Keep the axes of a constraint, and of those it disagrees with, at full width; tell whether any was not."""
     before = len(labels.reasons)
     constraint = failure.constraint
     for ids in failure.axes():
@@ -167,7 +167,7 @@ def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, 
 def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
     """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
 
-    Attention kernels take the scale from the size they see; a scale kept as an attribute must say the same.
+    Attention kernels compute the scale from the size that they see; a scale kept as an attribute must agree.
     """
     for path, ids in trace.context.contractions:
         units = pack.ids(ids)
@@ -179,7 +179,7 @@ def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[st
 
 
 class _Packing:
-    """Renumbers ids, of which there is one a unit of every axis, as units of groups; the same axes become one array."""
+    """Renumbers the ids of all axes as units of groups; equal axes become one shared array."""
 
     def __init__(self, grouping: Grouping) -> None:
         starts = np.cumsum([0, *grouping.units])

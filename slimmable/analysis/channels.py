@@ -40,7 +40,7 @@ class Grouping:
         return int(self.mask(counts, ids).sum())
 
     def groups_in(self, axes: Sequence[Ids]) -> list[int]:
-        """Return the numbers of the groups that some axes have units of."""
+        """Return the numbers of the groups that have units on these axes."""
         return sorted({int(group) for ids in axes for group in np.unique(self.group_of[ids]) if group >= 0})
 
 
@@ -58,14 +58,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What the counts of a model must satisfy: constraints, over attributes with these full values."""
+    """The constraints that a model's counts must satisfy, and the full values of the attributes in them."""
 
     grouping: Grouping
     constraints: Sequence[Constraint]
     attributes: Mapping[Attribute, int]
 
     def fit(self, counts: Counts) -> tuple[Values, list[Failure]]:
-        """Give attributes the values that the constraints ask for; return the constraints that cannot hold."""
+        """Give attributes the values that the constraints ask for; return these values and what cannot hold."""
         values: Values = {}
         sources: dict[Attribute, Constraint] = {}
         known: dict[int, int] = {}
@@ -87,7 +87,7 @@ class Requirements:
                     later.append(constraint)
             for key, asking in ready.items():
                 values[key], sources[key] = _value(asking, key, self.attributes[key], values, count)
-            if later and not ready:  # several unknowns: the smallest one stays
+            if later and not ready:  # several unknowns: the smallest one stays full
                 least = min((k for k in later[0].attributes() if k not in values), key=lambda k: self.attributes[k])
                 values[least] = self.attributes[least]
             waiting = later
@@ -99,7 +99,7 @@ class Requirements:
         return values, failures
 
     def adjust(self, counts: Counts) -> tuple[Values, list[Failure]]:
-        """Move, in place, the counts of groups that disagree by a unit or two while that leaves fewer failures."""
+        """Change, in place, counts of groups that disagree by a unit or two, as long as that leaves fewer failures."""
         start = counts.copy()
         values, failures = self.fit(counts)
         for _ in range(_STEPS):
@@ -175,9 +175,9 @@ class SubNetwork:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The groups and what is sized by them; pure data, which copies of a model share.
+    """The channel groups of a model and what is sized by them; pure data, which copies of the model share.
 
-    Units are numbered through all groups; the number behind the last unit stands for whatever stays full.
+    Units are numbered across all groups; the number after the last unit stands for whatever stays full.
 
     Attributes:
         needed: the groups, and the constraints on how many units they keep.
@@ -187,7 +187,7 @@ class Channels:
         outputs: full shapes and units of the model's output tensors.
         makers: for each group the modules with weights that make it.
         ordered: for each group whether the order of its units matters.
-        products: full multiply-adds, and the units that they are in proportion to.
+        products: full multiply-adds, and the units that they are proportional to.
         sizes: full shape of each parameter, once.
     """
 
@@ -210,7 +210,7 @@ class Channels:
         return self.needed.grouping.units
 
     def sub_network(self, counts: Counts, values: Values) -> SubNetwork:
-        """Return what is kept with these counts, which give the attributes these values."""
+        """Return the sub-network of these counts; `values` are those of the attributes, from `Requirements.fit`."""
         found: dict[int, Kept] = {}
 
         def kept(ids: Ids) -> Kept:

@@ -21,10 +21,10 @@ from slimmable.analysis._context import tensors
 
 
 class FakeModel:
-    """A copy of a model whose parameters and buffers are fake: same shapes, no memory, nothing computed.
+    """A copy of a model with fake parameters and buffers, in evaluation mode: they have shapes, but no numbers.
 
-    Modules in `replayed` do not run; they return copies of these outputs, one a call, and `on_replay` is told the path
-    of the module and what went in.
+    Modules in `replayed` do not run; each call returns a copy of the next of these outputs, and `on_replay` gets the
+    path of the module and its inputs.
     """
 
     on_replay: Callable[[str, Any], None] | None = None
@@ -76,7 +76,7 @@ class FakeModel:
 
     @contextmanager
     def on_meta(self) -> Iterator[None]:
-        """Let the model run on plain meta tensors: quicker, but not every forward can, as they are on no device."""
+        """Let the model run on plain meta tensors: faster, but some forwards fail since these are on no real device."""
         before = self._where, self._input
         stores: list[dict[str, Any]] = []
         for module in self.model.modules():
@@ -93,7 +93,7 @@ class FakeModel:
             self._where, self._input = before
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
-        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # what `from_tensor` makes, in a tenth of the time
+        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as `from_tensor` makes it, in a tenth of the time
         if isinstance(like, nn.Parameter):
             fake._is_param = True
         return fake.requires_grad_(like.requires_grad)
@@ -119,7 +119,7 @@ class FakeModel:
 
     @property
     def running(self) -> str:
-        """The path of the module that is running, or that has failed."""
+        """The path of the module that is running or has failed."""
         return self._stack[-1]
 
     def run(self, *modes: AbstractContextManager[Any]) -> Any:
@@ -135,7 +135,7 @@ class FakeModel:
             return self.model(*args, **kwargs)
 
     def forget(self) -> dict[str, dict[str, Any]]:
-        """Empty what the last run has left in attributes; return module path -> attribute -> what it was before."""
+        """Empty what the last run left in attributes; return module path -> attribute -> its value before the run."""
         found: dict[str, dict[str, Any]] = {}
         for path, module, name, before in self._before:
             now = module.__dict__.get(name)
@@ -158,10 +158,10 @@ def _know(fake: Tensor, real: Tensor) -> None:
 
 
 class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes the numbers of what follows from tensors with known numbers alone, beside the fake tensors.
+    """Computes with numbers, beside the fake tensors, whatever follows from tensors with known numbers alone.
 
-    So code may branch on, or size a tensor by, what it computes from integer and boolean inputs: masks, lengths,
-    coordinates.
+    Thus code may branch on what it computes from integer and boolean inputs (masks, lengths, coordinates), or size a
+    tensor by it.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -229,14 +229,14 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations on fake tensors, those that torch takes long over by hand."""
+    """Runs operations on fake tensors; those that are slow in torch take the short way of `run_operation`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run_operation(func, args, kwargs or {})
 
 
 def run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run one operation; torch takes fake norms apart into a dozen, of which only the shape is of interest."""
+    """Run one operation. Torch splits norms of fake tensors into a dozen operations; only the shape matters."""
     aten = torch.ops.aten
     if func is aten.native_batch_norm.default and not args[5]:
         return _norm(args[0], args[0].shape[1:2], args[1:5])
@@ -254,7 +254,7 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep torch from logging the errors that are raised, and reported, anyway."""
+    """Keep torch from logging errors that are raised and reported anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -265,7 +265,7 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _layers_in_parts() -> Iterator[None]:
-    """Let an LSTM or a TransformerEncoder run as the products that it is made of, not as one operation."""
+    """Let an LSTM or a TransformerEncoder run as separate matrix products, not as one fused operation."""
     before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -277,7 +277,7 @@ def _layers_in_parts() -> Iterator[None]:
 
 
 def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
-    """Return the dicts of plain tensors that modules hold: most likely filled by an earlier forward."""
+    """Return the dicts of plain tensors that modules hold, most likely filled by an earlier forward."""
     found = []
     for module in model.modules():
         for name, value in module.__dict__.items():
@@ -288,7 +288,7 @@ def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
 
 
 def left_behind(model: nn.Module) -> dict[int, Tensor]:
-    """Return, by `id`, tensors with a history that a forward has left in attributes; they cannot be copied as is."""
+    """Return, by `id`, tensors with a history that a forward has left in attributes; `deepcopy` refuses these."""
     found: dict[int, Tensor] = {}
     for module in model.modules():
         columns = getattr(module.__dict__.get("_slim"), "columns", ())

@@ -1,4 +1,4 @@
-"""Importance of units: which come first in their channel group. The full network computes the same function."""
+"""Importance of units: rank those of each channel group, and permute them without changing the network's function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Order = NDArray[np.int64]  # for each place in a group the unit that goes there
 
 
 def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
-    """Return the units of each group, the most important first: those with the largest L1 norm of reading weights.
+    """Return the units of each group, the most important first: by the L1 norm of the weights that read them.
 
     How much a unit can change in the network is bounded by the weights of the convolutions and linear layers that read
     it. The weights that make it do not count, since a normalisation behind them cancels their size. If no such layer
@@ -50,7 +50,7 @@ def _input_axis(module: nn.Module) -> int | None:
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
-    """Permute, in place, the units of every group along all axes that they take part in.
+    """Permute, in place, the units of every group along all axes that they lie on.
 
     Args:
         model: the plain model that the plan was made of.

@@ -1,4 +1,4 @@
-"""Making a plan: trace, solve, try what is doubtful in another way, and check that every width runs."""
+"""Making a plan: trace, solve, try other choices where the first looks bad, and check that every width runs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make_plan(
 ) -> Plan:
     """Trace `model`, which has no views, and return its plan.
 
-    A labelled axis folded into several is carried by one of them; where that choice ends pinned, the second choice is
-    tried once and the plan that keeps fewer parameters at the narrowest width is returned.
+    When a labelled axis is folded into several, one of them carries its labels. If that one ends up pinned, the second
+    choice is tried once, and the plan that keeps fewer parameters at the narrowest width is returned.
 
     Raises: TraceError: if the model's forward fails on fake tensors.
     """
@@ -94,7 +94,7 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
 
 
 def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
-    """Trace, and once more with the second choice for folded axes whose first one looks bad; return the better."""
+    """Trace, and trace again with second choices for folded axes where the first looks bad; return the better one."""
     first = trace(fake, widths, skip, {})
     solution = solve(first, widths, round_to)
     labels = first.context.labels
@@ -139,9 +139,9 @@ def _reason(labels: Labels, ids: Ids) -> str:
 
 # -- trying a plan: the model must run on tensors of each width's sizes, and give outputs of the planned shapes
 def first_failure(fake: FakeModel, plan: Plan) -> tuple[str, Exception] | None:
-    """Run every narrow width; return the path of the module that fails and the error, if one does."""
+    """Run every narrow width; return the path of the module that fails and its error, or None if all run."""
     narrow = list(zip(plan.widths, plan.columns, strict=True))[1:]
-    with fake.on_meta():  # where most models run too, in less time
+    with fake.on_meta():  # most models run there too, in less time
         while narrow and _failure(fake, *narrow[0]) is None:
             del narrow[0]
     for width, column in narrow:

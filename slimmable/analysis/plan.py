@@ -1,4 +1,4 @@
-"""The plan of a conversion: what every width keeps of every parameter axis, and the integers that follow."""
+"""The plan of a conversion: what each width keeps of each parameter axis, and the integers that follow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slimmable.errors import WidthError
 
 AxisName = tuple[str, str, int]  # module path, tensor name, axis
 Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
-"""A width, widths by layer name (the last pattern that matches counts), or one count for each channel group."""
+"""A width, widths by layer name (of patterns that match, the last decides), or one count for each channel group."""
 
 _REMEMBERED = 64  # sub-networks
 
@@ -28,9 +28,9 @@ _REMEMBERED = 64  # sub-networks
 class Group:
     """Units that are kept or dropped together along several axes.
 
-    `members[axis]` holds, for each position on that axis, the number of the unit that it belongs to, or -1 if it
-    belongs to none of this group. `makers` are the modules with weights that make these channels. The units of an
-    `ordered` group must stay in their order, as those that a convolution runs along.
+    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if its unit is not in this
+    group. `makers` are the modules whose weights make these channels. The units of an `ordered` group must stay in
+    order, because a convolution runs along them.
     """
 
     units: int
@@ -51,14 +51,14 @@ class Pin:
 
 @dataclass(repr=False)
 class Plan:
-    """What would be slimmed, what stays full and why; `print` shows it. Copies of a model share their plan.
+    """What is slimmed, what stays full, and why; `print` shows it. Copies of a model share its plan.
 
     Attributes:
         widths: from the widest to the narrowest.
-        channels: the channel groups, where they lie, and what is sized by them.
+        channels: the channel groups, the axes that they lie on, and what is sized by them.
         columns: for each width, its sub-network.
-        caches: module path -> attributes in which the forward keeps tensors, of which every width needs its own ->
-            their value when empty.
+        caches: module path -> attribute in which the forward keeps tensors -> its value when empty. Each width needs a
+            cache of its own.
         pins: the axes that stay at full width although a layer with weights makes them.
         round_to: kept channels are a multiple of it, where a group has that many.
         universal: whether any width from the narrowest on can be set, not only `widths`.
@@ -188,8 +188,8 @@ class Plan:
     def near(self, wanted: tuple[int, ...]) -> SubNetwork:
         """Return the sub-network with counts near `wanted` that satisfy all constraints.
 
-        Where counts of a few units more or less do not, groups that disagree rise to the counts of one column, the
-        narrowest in which none of them shrinks: the counts of a column agree.
+        If changing counts by a few units does not help, groups that disagree rise together to their counts in one
+        column, the narrowest in which none of them shrinks, because the counts of a column satisfy the constraints.
         """
         if wanted in self._found:
             return self._found[wanted]
@@ -199,7 +199,7 @@ class Plan:
             before, groups = counts.copy(), [needed.grouping.groups_in(failure.axes()) for failure in failures]
             for each in groups:
                 self._rise(counts, each)
-            if (counts == before).all():  # each is of one column, but they disagree with what is not
+            if (counts == before).all():  # each agrees with one column, but not with the groups of others
                 for group in {group for each in groups for group in each}:
                     self._rise(counts, [group], 1)
             if (counts == before).all():

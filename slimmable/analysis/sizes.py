@@ -1,4 +1,4 @@
-"""The sizes that torch's own layers keep as attributes; an extracted layer must say what its weight has."""
+"""Size attributes such as `in_features`, which an extracted layer or model must have in agreement with its weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def size_axes(module: nn.Module) -> dict[str, int]:
 
 
 def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Return, for each size attribute of a torch layer that follows a cut tensor, its value at each width."""
+    """Return size attribute -> its value at each width, for a torch layer whose weight is cut."""
     if "weight" not in cut:
         return {}
     shape, kept = module._parameters["weight"].shape, cut["weight"]  # type: ignore[union-attr]
@@ -43,7 +43,7 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
 
 
 def feature_sizes(model: nn.Module, full: SubNetwork, columns: Sequence[SubNetwork]) -> dict[str, list[Any]]:
-    """Return what a timm model says of its features, true in each sub-network, by the attribute that says it.
+    """Return attribute -> its value in each sub-network, for what a timm model says about its features.
 
     The sizes are the input of the classifier, or the output of a model without one; a model made with `features_only`
     has them in its `feature_info`.

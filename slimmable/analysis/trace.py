@@ -1,4 +1,4 @@
-"""One run of a model on fake tensors, in which every operation moves or merges channel labels."""
+"""The trace: one run of a model on fake tensors, in which every operation moves or merges channel labels."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from slimmable.analysis.sizes import size_axes
 from slimmable.errors import TraceError
 
 RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}
-Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why
+Skip = Callable[[str, nn.Module], bool | str]  # tells whether a module stays full; a string is the reason
 
 
 @dataclass
 class ModuleCall:
-    """One run of a module: its first argument, if that is a tensor, the labels that it had, and what came out."""
+    """One call of a module: its first argument, if that is a tensor, with its labels, and its output."""
 
     source: Tensor | None
     axes: list[Ids | None]
@@ -38,7 +38,7 @@ class ModuleCall:
 
 @dataclass
 class Trace:
-    """What one run has shown."""
+    """What one run showed: labels of tensors and outputs, values of attributes, caches and calls."""
 
     context: Context
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     _label_tensors(fake.model, result, skip)
     operations = _Operations(context, fake)
     never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
-    quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
+    quiet = mock.patch.dict(vars(torch.nn.functional), never)  # so its Python functions show the operations inside them
 
     def pin_inputs(path: str, inputs: Any) -> None:
         context.at("skip", path)
@@ -207,7 +207,7 @@ def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[Non
 
 
 def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -> None:
-    """Let the sizes of torch's layers that the forward reads be those of their weights."""
+    """Require size attributes of torch's layers that the forward reads to follow the weights."""
     context = result.context
     for path, name in sorted(read):
         module = model.get_submodule(path)
@@ -263,7 +263,7 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
 
 @contextmanager
 def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
-    """Replace the integer attributes of all modules by traced ones for the time of a run."""
+    """Replace the integer attributes of all modules with traced ones while the block runs."""
     before: list[tuple[nn.Module, str, Any]] = []
 
     def traced(value: Any, key: Attribute) -> Any:
@@ -289,10 +289,10 @@ def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
 
 
 def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
-    """Pin the units of a classifier or an embedding; features of a backbone may get thinner.
+    """Pin an output that is class scores or an embedding; features of a backbone may get thinner.
 
-    An output is final if only affine steps lie between the last layer with weights and it, and no other layer
-    reads it (class scores), or a single layer makes it and it is a vector (the embedding of a projection head,
+    An output is one of these if only affine steps lie between the last layer with weights and it, and either no other
+    layer reads it (class scores), or it is a vector that a single layer makes (the embedding of a projection head,
     which a predictor may read).
     """
     axes = context.axes(tensor)
