@@ -27,7 +27,7 @@ from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import is_slim, state_of
+from slimmable.view.state import WidthState, is_slim, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -201,13 +201,9 @@ def plain(model: nn.Module) -> nn.Module:
     """Return `model` without views and add-ons: itself if it has none, else a copy that shares its tensors."""
     if not addons_of(model) and not any(is_slim(module) for module in model.modules()):
         return model
-    tensors = {
-        id(leaf): leaf
-        for module in model.modules()
-        for leaf in tree_leaves(module.__dict__)
-        if isinstance(leaf, Tensor)
-    }
-    copied = detach_all(copy.deepcopy(model, left_behind(model) | tensors))
+    leaves = (leaf for module in model.modules() for leaf in tree_leaves(module.__dict__))
+    shared = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (Tensor, WidthState))}  # `strip` only reads these
+    copied = detach_all(copy.deepcopy(model, shared))
     strip(copied)
     return copied
 

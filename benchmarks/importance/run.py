@@ -1,4 +1,4 @@
-"""What does `importance="magnitude"` buy: how accurate are the narrow networks of a trained network right after conversion?
+"""What does `importance="magnitude"` buy: how accurate are narrow networks of a trained network right after conversion?
 
     python -m benchmarks.importance.run            # two networks, three seeds, some minutes
     python -m benchmarks.importance.run --quick    # a smoke run of seconds

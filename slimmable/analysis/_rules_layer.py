@@ -177,7 +177,7 @@ def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None
 
 @RULES.of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Channels are (groups, n): whole groups are dropped if all widths divide them, otherwise units of each group."""
+    """Channels are (groups, n): whole groups go if every width leaves an integer number of them, else units of each."""
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
     for tensor in args[1:3]:

@@ -6,7 +6,7 @@ A set of merged ids is a *class*: one unit of the network that all its axes shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,9 +109,10 @@ class Labels:
         """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
-    def overlap(self, first: Ids, second: Ids) -> bool:
-        """Tell whether any class is in both."""
-        return bool(np.isin(self.find(first), self.find(second)).any())
+    def shared_with(self, ids: Ids) -> Callable[[Ids], bool]:
+        """Return a function that tells whether other ids have a class in common with these."""
+        roots = set(self.find(ids).tolist())
+        return lambda other: not roots.isdisjoint(self.find(other).tolist())
 
     def snapshot(self) -> tuple[Any, ...]:
         """Return what `restore` needs to undo later merges and pins."""

@@ -133,8 +133,8 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
 
 
 def _reason(labels: Labels, ids: Ids) -> str:
-    found = (reason for pinned, reason in labels.reasons if labels.overlap(ids, pinned))
-    return next(found, "merged with an axis that stays full")
+    shared = labels.shared_with(ids)
+    return next((reason for pinned, reason in labels.reasons if shared(pinned)), "merged with an axis that stays full")
 
 
 # -- trying a plan: the model must run on tensors of each width's sizes, and give outputs of the planned shapes

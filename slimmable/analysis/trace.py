@@ -301,7 +301,8 @@ def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
     if origin not in ("mixed", "normed") or (origin == "normed" and tensor.ndim > 2):
         return
     for ids in (own for own in axes if own is not None):
-        read = any(context.labels.overlap(ids, other) for other in context.consumed)
-        makers = sum(context.labels.overlap(ids, other) for _, other in context.producers)
+        shared = context.labels.shared_with(ids)
+        read = any(map(shared, context.consumed))
+        makers = sum(shared(other) for _, other in context.producers)
         if not read or (tensor.ndim == 2 and makers == 1):
             context.pin(ids, "class scores or an embedding")

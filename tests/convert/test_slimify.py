@@ -275,6 +275,21 @@ def test_importance_by_magnitude_keeps_the_function_and_puts_large_channels_firs
         assert (order == range(len(order))).all()
 
 
+def test_a_new_plan_of_a_converted_model_is_that_of_the_plain_one_and_leaves_it_as_it_was(images):
+    model = tiny_resnet()
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=images, universal=True)
+    slimmable.set_width(slim, 0.7)  # a width that it was not made with
+    before = [(type(module), {n: id(t) for n, t in module._parameters.items()}) for module in slim.modules()]
+    with torch.no_grad():
+        expected = slim(images)
+    again = slimmable.plan(slim, WIDTHS, example_inputs=images)
+    assert str(again) == str(slimmable.plan(model, WIDTHS, example_inputs=images))
+    assert before == [(type(module), {n: id(t) for n, t in module._parameters.items()}) for module in slim.modules()]
+    assert slimmable.width_of(slim) == slimmable.width_of(slim.layer1)
+    with torch.no_grad():
+        assert torch.equal(slim(images), expected)
+
+
 def test_keyword_and_tuple_inputs():
     class Two(nn.Module):
         def __init__(self):
