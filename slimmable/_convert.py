@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from slimmable._addons import addons_of, detach_all
 from slimmable._inputs import Arguments, check_module, example_of
@@ -19,14 +20,14 @@ from slimmable._modules import is_under, replace_modules
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
-from slimmable.analysis.importance import magnitude_order, permute
+from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import is_slim, state_of
+from slimmable.view.state import WidthState, is_slim, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -40,7 +41,7 @@ def slimify(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
-    order: str | None = None,
+    importance: str | None = None,
     universal: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
@@ -60,8 +61,8 @@ def slimify(
             module that cannot be traced is run once with the numbers of the example. A converted model that is
             given again without `skip` keeps what it skips, unless layers were added to it.
         round_to: kept channels are a multiple of it, where a group has that many.
-        order: "magnitude" permutes the channels first, those that the next layers weigh most to the front; the full
-            network computes the same function.
+        importance: "magnitude" first permutes the channels so that those with the largest weights in the layers that
+            read them come first; the full network still computes the same function. None leaves them where they are.
         universal: let `set_width` take any width from the narrowest on. BatchNorms then share gain and bias, sliced,
             and have statistics of their own for each of `widths`, and for those given to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
@@ -86,9 +87,9 @@ def slimify(
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     wanted = check_widths(widths)
-    if order not in (None, "magnitude"):
-        raise ConversionError(f'order {order!r} is unknown; it is None or "magnitude"')
-    if skip == () and order is None and _plan_of(model, wanted, round_to, universal) is not None:
+    if importance not in (None, "magnitude"):
+        raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
+    if skip == () and importance is None and _plan_of(model, wanted, round_to, universal) is not None:
         return model if inplace else copy_of(model)
     found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
     if not found.channels.units:
@@ -100,7 +101,7 @@ def slimify(
     state = state_of(target)
     old: Plan | None = None if state is None else state.plan
     before = strip(target)
-    orders = [] if order is None else magnitude_order(target, found)
+    orders = [] if importance is None else order_by_magnitude(target, found)
     try:
         if orders:
             permute(target, found, orders)
@@ -193,8 +194,18 @@ def _plan(
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    skips = skipper(model, skip)
-    return make_plan(model, args, kwargs, widths, skips, round_to, universal, strip)
+    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return `model` without views and add-ons: itself if it has none, else a copy that shares its tensors."""
+    if not addons_of(model) and not any(is_slim(module) for module in model.modules()):
+        return model
+    leaves = (leaf for module in model.modules() for leaf in tree_leaves(module.__dict__))
+    shared = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (Tensor, WidthState))}  # `strip` only reads these
+    copied = detach_all(copy.deepcopy(model, shared))
+    strip(copied)
+    return copied
 
 
 def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:

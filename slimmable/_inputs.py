@@ -69,6 +69,12 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
         ConversionError: if there is no example and no input size, or if the forward does not take the example.
     """
     if example_inputs is not None:
+        if is_size(example_inputs) and example_inputs:
+            sizes = ", ".join(map(str, example_inputs))
+            raise ConversionError(
+                f"example_inputs is {example_inputs!r}, which looks like the size of an input; pass a batch of that "
+                f"size, such as torch.zeros(2, {sizes}). If the forward takes integers, pass slimmable.Inputs({sizes})"
+            )
         return _taken(model, _arguments(example_inputs))
     size = _image_size(model)
     if size is None:
@@ -77,6 +83,15 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
             "Pass example_inputs, such as torch.zeros(2, 3, 224, 224)."
         )
     return (image_batch(model, size),), {}
+
+
+def is_size(value: object) -> bool:
+    """Tell whether this is a size such as (3, 224, 224), not the arguments of a forward.
+
+    >>> is_size((3, 224, 224)), is_size((torch.zeros(2, 3), 5)), is_size(())
+    (True, False, True)
+    """
+    return isinstance(value, (tuple, list)) and all(type(size) is int and size > 0 for size in value)
 
 
 def _arguments(example: Any) -> Arguments:

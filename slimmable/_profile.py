@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._convert import copy_of, shallow_modules
-from slimmable._inputs import check_module, example_of, image_batch
+from slimmable._inputs import check_module, example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
+from slimmable._tables import html_table
 from slimmable._width import at_width, widths_of
 from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.errors import UsageError
@@ -57,11 +58,26 @@ class Profile:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'width':>6} {'parameters':>12} {'MACs':>16} {'activations':>12} {'latency':>11}"]
+        header, rows = self._cells()
+        sizes = (6, 12, 16, 12, 11)
+        lines = [[f"{cell:>{size}}" for cell, size in zip(line, sizes, strict=True)] for line in [header, *rows]]
+        return "\n".join(map(" ".join, lines))
+
+    def _repr_html_(self) -> str:
+        """Return the table in HTML, which notebooks show."""
+        return html_table(*self._cells())
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows of the table as text."""
+        rows = []
         for row in self.rows:
             latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"
-            lines.append(f"{row.width:>6g} {row.parameters:>12,} {row.macs:>16,} {row.activations:>12,} {latency:>11}")
-        return "\n".join(lines)
+            rows.append([f"{row.width:g}", *(f"{n:,}" for n in (row.parameters, row.macs, row.activations)), latency])
+        return ["width", "parameters", "MACs", "activations", "latency"], rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain numbers, for example for JSON: {"rows": one dict per width, by field of `Row`}."""
+        return {"rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, the fields of `Row` as header."""
@@ -97,8 +113,13 @@ def profile(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
         raise UsageError(f"profile: repeats must be an integer from 0 on, got {repeats!r}")
     if example_inputs is None and input_size is not None:
-        sizes = input_size if isinstance(input_size, (tuple, list)) else [0]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        given: Any = input_size
+        if isinstance(given, Tensor):
+            raise UsageError(
+                f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs=, or "
+                "give the size of one input without the batch axis, such as (3, 224, 224)"
+            )
+        if not is_size(input_size):
             raise UsageError(f"profile: input_size must be sizes such as (3, 224, 224), got {input_size!r}")
         example_inputs = image_batch(model, tuple(input_size), images=1)
     elif example_inputs is None:

@@ -1,4 +1,4 @@
-"""What does `order="magnitude"` buy: how accurate are the narrow networks of a trained network right after conversion?
+"""What does `importance="magnitude"` buy: how accurate are narrow networks of a trained network right after conversion?
 
     python -m benchmarks.importance.run            # two networks, three seeds, some minutes
     python -m benchmarks.importance.run --quick    # a smoke run of seconds
@@ -96,7 +96,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def narrow_accuracies(model: nn.Module, data: Digits) -> Iterator[Row]:
     """Convert a trained model in both orders, and test it at each width, as it is and with new statistics."""
     for order, called in ORDERS.items():
-        slim = slimmable.slimify(model, WIDTHS, example_inputs=data.test[:2], order=order)
+        slim = slimmable.slimify(model, WIDTHS, example_inputs=data.test[:2], importance=order)
         has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
         for statistics in ("old", "new") if has_statistics else ("none",):
             if statistics == "new":

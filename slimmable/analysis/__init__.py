@@ -1,4 +1,4 @@
-"""What a width may drop: channels labelled by one run on fake tensors, and the plan that follows."""
+"""Analysis: one run on fake tensors labels the channels; the plan of what each width keeps follows from the labels."""
 
 from slimmable.analysis.plan import Group, Pin, Plan
 

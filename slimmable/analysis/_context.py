@@ -1,13 +1,14 @@
-"""What an operation rule works with: the labels of tensors, the labels' store, and where the trace stands."""
+"""The context of a trace, which the rules of operations read and change, and tables of such rules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from slimmable.analysis.integers import Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Axes, Ids, Labels, pattern
@@ -15,19 +16,23 @@ from slimmable.analysis.labels import Axes, Ids, Labels, pattern
 
 @dataclass
 class Call:
-    """The Python-level call under way, whose integer arguments still carry their expressions."""
+    """The Python-level call that is running; its integer arguments still carry their expressions."""
 
-    name: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    name: str = ""
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def argument(self, position: int, name: str) -> Any:
+        """Return an argument by its position or name, or None where the calling code gave none."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
 
 @dataclass
 class Context:
     """State of one trace.
 
-    A tensor's labels lie on the tensor itself, as its attribute `slim_axes`; `slim_origin` beside it says how it
-    came about: "weights" (computed from parameters alone), "mixed" (a convolution or matrix product with weights,
+    A tensor's labels are kept on the tensor itself, as its attribute `slim_axes`; `slim_origin` beside it says how it
+    was computed: "weights" (computed from parameters alone), "mixed" (a convolution or matrix product with weights,
     and affine steps since), "normed" (the same with a normalisation in between), "spread" (one number for all units,
     such as a norm) or None.
     """
@@ -36,7 +41,7 @@ class Context:
     choices: Mapping[int, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     constraints: list[Constraint] = field(default_factory=list)
-    splits: list[tuple[Ids, int]] = field(default_factory=list)  # carried labels and number of candidates, per split
+    splits: list[tuple[Ids, int]] = field(default_factory=list)  # labels carried on and number of candidates, per split
     consumed: list[Ids] = field(default_factory=list)
     producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
     products: list[tuple[int, list[Ids], str]] = field(default_factory=list)  # multiply-adds, labels, module path
@@ -46,11 +51,11 @@ class Context:
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     module: str = ""  # path of the module that is running
     operation: str = ""
-    call: Call | None = None
+    call: Call = field(default_factory=Call)
 
     # -- labels of tensors
     def axes(self, tensor: Tensor) -> list[Ids | None]:
-        """Return the labels of each axis of `tensor`; axes of one unit have none."""
+        """Return the labels of each axis of `tensor`; an axis of size 1 has none."""
         known: Axes | None = getattr(tensor, "slim_axes", None)
         return list(known) if known is not None else [None] * tensor.ndim
 
@@ -60,10 +65,14 @@ class Context:
         tensor.slim_axes, tensor.slim_origin = kept, origin  # type: ignore[attr-defined]
 
     def origin(self, tensor: Tensor) -> str | None:
-        """Return how `tensor` came about."""
+        """Return how `tensor` was computed."""
         return getattr(tensor, "slim_origin", None)
 
-    # -- what rules say of labels
+    # -- what rules say about labels
+    def at(self, operation: str, module: str) -> None:
+        """Set the operation and the module that the trace is in."""
+        self.operation, self.module = operation, module
+
     @property
     def where(self) -> str:
         """The operation and the module that the trace is in, for reports."""
@@ -73,6 +82,12 @@ class Context:
         """Keep `ids` at full width because of the current operation."""
         if ids is not None:
             self.labels.pin(ids, f"{self.where}{': ' + why if why else ''}")
+
+    def pin_all(self, tensors: Iterable[Tensor], why: str = "") -> None:
+        """Keep all axes of these tensors at full width because of the current operation."""
+        for tensor in tensors:
+            for ids in self.axes(tensor):
+                self.pin(ids, why)
 
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
         """Join two axes that must shrink together and return the labels of both.
@@ -86,7 +101,7 @@ class Context:
         return first if first is not None else second
 
     def consume(self, ids: Ids | None, other: Ids | None) -> None:
-        """Join a layer's input axis with its weight's."""
+        """Join the input axis of a layer with that of its weight."""
         joined = self.merge(ids, other, "reads an axis that does not shrink")
         if joined is not None:
             self.consumed.append(joined)
@@ -99,7 +114,7 @@ class Context:
             self.producers.append((self.module, ids))
 
     def multiply(self, macs: int, axes: Sequence[Ids | None]) -> None:
-        """Note multiply-adds, which are in proportion to the kept units of each of these axes."""
+        """Note multiply-adds, which are proportional to the kept units of each of these axes."""
         self.products.append((macs, [ids for ids in axes if ids is not None], self.module))
 
     def meet(self, ids: Ids | None) -> None:
@@ -128,8 +143,8 @@ class Context:
         """Label the axes of `shape` into which an axis labelled `ids` is folded; one of them carries the labels.
 
         `sizes` holds the sizing argument of each axis: an integer (traced or not), or None where the code gave none.
-        An axis sized by a constant cannot carry. Without a merge if possible, else on the first axis that every
-        width divides (whole attention heads), else on the largest; `choices` picks another one.
+        An axis sized by a constant cannot carry them. One that carries them without a merge is taken first, then the
+        first that every width divides (whole attention heads), then the largest; `choices` picks another one.
         """
         result: list[Ids | None] = [None] * len(shape)
         able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (type(size) is not int or size == -1)]
@@ -146,7 +161,7 @@ class Context:
         order = sorted(range(len(able)), key=lambda i: (not whole[i], -shape[able[i]] if not whole[i] else 0))
         pick = order[self.choices.get(len(self.splits), 0) % len(able)]
         rows = carried[pick]
-        self.labels.merge(rows, np.broadcast_to(rows[:, :1], rows.shape))
+        self.labels.merge_rows(rows)
         result[able[pick]] = rows[:, 0]
         self.splits.append((rows[:, 0], len(able)))
         return result
@@ -170,3 +185,34 @@ class Context:
         assert ids is not None
         flat: Ids = pattern(shape, carrier, ids).reshape(-1)
         return flat
+
+
+# -- the table of rules
+Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
+
+
+class Rules(dict[str, Rule]):
+    """Rules by the name of the ATen operation. A rule is called after its operation has run and labels the output."""
+
+    def of(self, *names: str) -> Callable[[Rule], Rule]:
+        """Make the decorated function the rule of these operations."""
+
+        def add(rule: Rule) -> Rule:
+            for name in names:
+                if name in self:
+                    raise ValueError(f"operation {name} has two rules")
+                self[name] = rule
+            return rule
+
+        return add
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def dim_of(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, axes: int, default: int = 0) -> int:
+    """Return the argument `dim` of an operation, counted from the first of so many axes."""
+    dim: int = args[position] if len(args) > position else kwargs.get("dim", default)
+    return dim % axes

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from slimmable.analysis._context import Context
-from slimmable.analysis._rules import rule, tensors
+from slimmable.analysis._context import Context, Rules, tensors
+from slimmable.analysis._rules_pointwise import Args, Kwargs
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids, spread
 
-Args = Sequence[Any]
-Kwargs = dict[str, Any]
+RULES = Rules()
 
 
 def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -44,21 +42,21 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     ctx.label(out, result, origin)
 
 
-@rule("mm", "bmm", "mv")
+@RULES.of("mm", "bmm", "mv")
 def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product."""
     _product(ctx, args[0], args[1], out)
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@RULES.of("addmm", "baddbmm", "addbmm")
 def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product with an addend."""
     _product(ctx, args[1], args[2], out, args[0])
 
 
-@rule("convolution", "_convolution")
+@RULES.of("convolution", "_convolution")
 def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Convolutions slim within each group; depthwise ones lose whole groups."""
+    """A convolution is slimmed within each of its groups; a depthwise one loses whole groups."""
     source, weight, bias, groups = args[0], args[1], args[2], int(args[8])
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
@@ -100,7 +98,7 @@ def _grouped(
         inner_each = None
     else:
         inner_each, outer = w[1], w[0]
-    given = _argument(ctx, 6, "groups")
+    given = ctx.call.argument(6, "groups")
     follows = isinstance(given, TracedInt) and given.expression.kind != "constant"
     if each_in == 1 and each_out >= 1 and follows and x is not None:  # depthwise
         made_of = spread(x, 1, each_out)
@@ -113,7 +111,7 @@ def _grouped(
         ctx.constrain(given, None, groups)
     if x is not None:
         block = x.reshape(groups, each_in)
-        ctx.labels.merge(block, np.broadcast_to(block[:1], block.shape))
+        ctx.labels.merge_rows(block.T)
         if each_in == 1:
             ctx.pin(x, "every group reads one unit")
         elif not transposed:
@@ -124,29 +122,22 @@ def _grouped(
     else:
         ctx.consume(None, inner_each)
     if outer is not None:
-        block = outer.reshape(groups, each_out)
-        ctx.labels.merge(block, np.broadcast_to(block[:1], block.shape))
+        ctx.labels.merge_rows(outer.reshape(groups, each_out).T)
         if each_out == 1:
             ctx.pin(outer, "every group makes one unit")
     return outer
 
 
-def _argument(ctx: Context, position: int, name: str) -> Any:
-    if ctx.call is None:
-        return None
-    return ctx.call.args[position] if len(ctx.call.args) > position else ctx.call.kwargs.get(name)
-
-
-@rule("embedding")
+@RULES.of("embedding")
 def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A table of vectors: which row is read depends on the data, the vector's units are made here."""
+    """A table of vectors: which rows are read depends on the data; the units of the vectors are made here."""
     rows, units = ctx.axes(args[0])
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
     ctx.label(out, [*[None] * (out.ndim - 1), units], "mixed")
 
 
-@rule(
+@RULES.of(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
     "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update", "native_batch_norm_legit",
 )  # fmt: skip
@@ -165,7 +156,7 @@ def _label_norm(ctx: Context, source: Tensor, axes: list[Ids | None], out: Any) 
     ctx.label(result, axes, "weights" if origin == "weights" else "normed" if origin in ("mixed", "normed") else None)
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
+@RULES.of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
 def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """The last axes are shared with weight and bias."""
     axes = ctx.axes(args[0])
@@ -178,22 +169,22 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 
 def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
-    """The call of a layer or RMS norm names the sizes of the last axes."""
+    """The sizes that a call of layer or RMS norm names must follow the last axes."""
     for i, size in enumerate(reversed(shape), 1):
         if source.shape[-i] > 1:
             ctx.constrain(size, ctx.axes(source)[-i], int(source.shape[-i]))
 
 
-@rule("native_group_norm")
+@RULES.of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Channels are (groups, n): whole groups are slimmed where every width gives an integer, else within each."""
+    """Channels are (groups, n): whole groups go if every width leaves an integer number of them, else units of each."""
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
     for tensor in args[1:3]:
         if isinstance(tensor, Tensor):
             axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
     if axes[1] is not None and groups > 1:
-        given = _argument(ctx, 1, "num_groups")
+        given = ctx.call.argument(1, "num_groups")
         shape = (groups, len(axes[1]) // groups)
         carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
         ctx.constrain(given, carried[0], groups)
@@ -201,9 +192,9 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     _label_norm(ctx, source, axes, out)
 
 
-@rule("_weight_norm_interface", "_weight_norm")
+@RULES.of("_weight_norm_interface", "_weight_norm")
 def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """A weight of direction and length: the length has a unit for each slice along one axis."""
+    """A weight given by direction and length: the length has one number for each slice along one axis."""
     direction, length = args[0], args[1]
     axes = ctx.axes(direction)
     for axis, ids in enumerate(ctx.axes(length)):
@@ -216,7 +207,7 @@ def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 
 def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Scaled dot-product attention, as one call: heads and batch agree, queries and keys share their units."""
+    """Scaled dot-product attention as one operation: heads and batches agree, queries and keys share their units."""
     query, key, value = args[:3]
     q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
 
@@ -232,7 +223,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
-    for axis in (q[-1], v[-1]):  # queries with keys, and the weights that this gives with values
+    for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
         ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")

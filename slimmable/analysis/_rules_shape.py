@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimmable.analysis._context import Context
-from slimmable.analysis._rules import rule, tensors, unknown
+from slimmable.analysis._context import Context, Rules, dim_of, tensors
+from slimmable.analysis._rules_pointwise import Args, Kwargs, unknown
 from slimmable.analysis.labels import Ids, spread
 
-Args = Sequence[Any]
-Kwargs = dict[str, Any]
+RULES = Rules()
 
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the smallest pairs of axis runs of equal product; axes of one unit belong to no pair."""
+    """Yield the shortest runs of source and target axes with equal products; axes of size 1 belong to no run."""
     left = [i for i, n in enumerate(source) if n != 1]
     right = [i for i, n in enumerate(target) if n != 1]
     while left and right:
@@ -37,7 +36,7 @@ def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list
 def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
     """Return the sizing argument of each output axis as the calling code gave it, or None where it gave none."""
     nothing: list[Any] = [None] * out.ndim
-    if ctx.call is None or ctx.call.name not in names:
+    if ctx.call.name not in names:
         return nothing
     given = list(ctx.call.args[1:]) + [v for k, v in ctx.call.kwargs.items() if k in ("size", "shape", "sizes")]
     if ctx.call.name == "unflatten":
@@ -50,7 +49,7 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
     return sizes
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+@RULES.of("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
 def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Fold and split blocks of axes."""
     source = args[0]
@@ -71,7 +70,7 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return None
 
 
-@rule("permute", "transpose", "t", "numpy_T", "movedim")
+@RULES.of("permute", "transpose", "t", "numpy_T", "movedim")
 def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Reorder axes."""
     source = args[0]
@@ -87,9 +86,9 @@ def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, [axes[i] for i in order], ctx.origin(source))
 
 
-@rule("unsqueeze", "squeeze")
+@RULES.of("unsqueeze", "squeeze")
 def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Add or remove axes of one unit."""
+    """Add or remove axes of size 1."""
     axes = ctx.axes(args[0])
     if ctx.operation == "unsqueeze":
         axes.insert(args[1] % out.ndim, None)
@@ -100,9 +99,9 @@ def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@rule("expand", "repeat")
+@RULES.of("expand", "repeat")
 def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Repeat along an axis: one unit may become any number, several are tiled."""
+    """Repeat along an axis: a single unit may become any number, several are tiled."""
     source = args[0]
     sizes = _size_arguments(ctx, {"expand"}, out)
     axes = [None] * (out.ndim - source.ndim) + ctx.axes(source)
@@ -122,11 +121,11 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, origin)
 
 
-@rule("cat")
+@RULES.of("cat")
 def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Join along an axis; pieces without labels keep their size."""
     pieces = [piece for piece in args[0] if piece.ndim == out.ndim]
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    dim = dim_of(args, kwargs, 1, out.ndim)
     axes = _joined(ctx, pieces, skip=dim)
     along = [ctx.axes(piece)[dim] for piece in pieces]
     if any(ids is not None for ids in along):
@@ -135,8 +134,7 @@ def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 along[i] = ctx.labels.fresh(piece.shape[dim])
                 ctx.pin(along[i], "is joined as it is")
         axes[dim] = np.concatenate([ids for ids in along if ids is not None])
-    origins = {ctx.origin(piece) for piece in pieces}
-    ctx.label(out, axes, origins.pop() if len(origins) == 1 else None)
+    ctx.label(out, axes, _common_origin(ctx, pieces))
 
 
 def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> list[Ids | None]:
@@ -148,53 +146,59 @@ def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> 
     return axes
 
 
-@rule("stack")
+def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
+    origins = {ctx.origin(piece) for piece in pieces}
+    return origins.pop() if len(origins) == 1 else None
+
+
+@RULES.of("stack")
 def stack(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Join along a new axis."""
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    dim = dim_of(args, kwargs, 1, out.ndim)
     axes = _joined(ctx, args[0])
-    origins = {ctx.origin(piece) for piece in args[0]}
-    ctx.label(out, [*axes[:dim], None, *axes[dim:]], origins.pop() if len(origins) == 1 else None)
+    ctx.label(out, [*axes[:dim], None, *axes[dim:]], _common_origin(ctx, args[0]))
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
+@RULES.of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
 def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> None:
     """Cut along an axis: equal pieces shrink alike, unequal ones each by its own size."""
     source = args[0]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % source.ndim
-    axes, ids = ctx.axes(source), ctx.axes(source)[dim]
-    widths = [int(piece.shape[dim]) for piece in out]
+    dim = dim_of(args, kwargs, 2, source.ndim)
+    axes = ctx.axes(source)
+    ids = axes[dim]
     pieces: list[Ids | None] = [None] * len(out)
     if ids is not None:
-        cuts = np.split(ids, np.cumsum(widths)[:-1])
+        cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
-        equal = len(set(widths)) == 1
-        if equal:
-            for other in cuts[1:]:
-                ctx.labels.merge(cuts[0], other)
-        else:
-            ctx.labels.roles.extend(cuts)
-        named = ctx.call is not None and ctx.call.name in ("split", "split_with_sizes")
-        if named:
-            assert ctx.call is not None
+        _join_or_tell_apart(ctx, cuts)
+        if ctx.call.name in ("split", "split_with_sizes"):
             given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
-            for size, ids_cut in zip(sizes, cuts, strict=False):
-                ctx.constrain(size, ids_cut if len(ids_cut) > 1 else None, len(ids_cut))
-        elif ctx.call is not None and ctx.call.name == "chunk":
-            for ids_cut in cuts[:-1]:  # each but the last has ceil(size / chunks) units
-                ctx.constrain(-(-ctx.size(source, dim) // len(out)), ids_cut, len(ids_cut))
-        elif not equal:
-            ctx.pin(ids, f"is cut into {widths}")
+            for size, part in zip(sizes, cuts, strict=False):
+                ctx.constrain(size, part if len(part) > 1 else None, len(part))
+        elif ctx.call.name == "chunk":
+            for part in cuts[:-1]:  # each but the last has ceil(size / chunks) units
+                ctx.constrain(-(-ctx.size(source, dim) // len(out)), part, len(part))
+        elif len(set(map(len, cuts))) > 1:
+            ctx.pin(ids, f"is cut into {[len(part) for part in cuts]}")
     for piece, labels in zip(out, pieces, strict=True):
         ctx.label(piece, [labels if i == dim else other for i, other in enumerate(axes)], ctx.origin(source))
 
 
-@rule("glu")
+def _join_or_tell_apart(ctx: Context, cuts: Sequence[Ids]) -> None:
+    """Let equal pieces shrink alike, and give unequal ones roles of their own."""
+    if len(set(map(len, cuts))) == 1:
+        for other in cuts[1:]:
+            ctx.labels.merge(cuts[0], other)
+    else:
+        ctx.labels.roles.extend(cuts)
+
+
+@RULES.of("glu")
 def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The second half of an axis gates the first."""
     axes = ctx.axes(args[0])
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.ndim
+    dim = dim_of(args, kwargs, 1, out.ndim, default=-1)
     ids = axes[dim]
     if ids is not None:
         first, second = np.split(ids, 2)
@@ -202,19 +206,19 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes)
 
 
-@rule("unbind", "select")
+@RULES.of("unbind", "select")
 def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Take single units of an axis, which then cannot shrink."""
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0].ndim
+    dim = dim_of(args, kwargs, 1, args[0].ndim)
     axes = ctx.axes(args[0])
     ctx.pin(axes[dim], "single units are picked")
     for result in tensors(out):
         ctx.label(result, axes[:dim] + axes[dim + 1 :], ctx.origin(args[0]))
 
 
-@rule("slice", "narrow")
+@RULES.of("slice", "narrow")
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Take a range of an axis; on a labelled axis its ends must follow the units in front of them."""
+    """Take a range of an axis; on a labelled axis its ends must follow the units before them."""
     source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
     axes, ids = ctx.axes(source), ctx.axes(source)[dim]
     if ids is not None:
@@ -231,8 +235,7 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
         if start >= step or units % step or stop < units - step + 1:
             ctx.pin(ids, f"every {step}th unit from {start} to {stop} is taken")
         else:
-            block = ids.reshape(-1, step)
-            ctx.labels.merge(block, np.broadcast_to(block[:, :1], block.shape))
+            ctx.labels.merge_rows(ids.reshape(-1, step))
         return ids[start:stop:step]
     first, last = _ends_in_call(ctx, start, stop, units)
     if start > 0:
@@ -253,8 +256,6 @@ def _constrain_end(ctx: Context, end: Any, front: Ids, back: Ids) -> None:
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
     """Return the ends as the calling code gave them, or None."""
-    if ctx.call is None:
-        return None, None
     if ctx.call.name == "narrow":
         values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
         return values["start"], values["start"] + values["length"]
@@ -266,7 +267,7 @@ def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any,
     return None, None
 
 
-@rule("as_strided", "resize", "set")
+@RULES.of("as_strided", "resize", "set")
 def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A change of memory layout alone keeps the labels."""
     if out.shape != args[0].shape:
@@ -274,7 +275,7 @@ def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return ctx.label(out, ctx.axes(args[0]), ctx.origin(args[0]))
 
 
-@rule("index", "index_select", "gather", "take_along_dim")
+@RULES.of("index", "index_select", "gather", "take_along_dim")
 def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Indexing pins the indexed axes; the others keep their labels."""
     source = args[0]
@@ -306,9 +307,9 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return ctx.label(out, rest[:front] + new + rest[front:], ctx.origin(source))
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "unfold", "channel_shuffle", "native_channel_shuffle")
+@RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "unfold", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Operations whose output channels are blocks of input channels, or the other way round."""
+    """Operations whose output channels are blocks of input channels, or the reverse."""
     axes = ctx.axes(args[0])
     if ctx.operation == "unfold":
         ctx.pin(axes[args[1]], "is cut into windows")
@@ -322,13 +323,13 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
     before, after = len(ids), int(out.shape[channel])
     if after == before:  # shuffled: (groups, n) -> (n, groups)
         block = ids.reshape(args[1], -1)
-        ctx.labels.merge(block, np.broadcast_to(block[:1], block.shape))
+        ctx.labels.merge_rows(block.T)
         new = block.T.reshape(-1)
     elif after > before:
         new = spread(ids, 1, after // before)
     else:
         block = ids.reshape(after, -1)
-        ctx.labels.merge(block, np.broadcast_to(block[:, :1], block.shape))
+        ctx.labels.merge_rows(block)
         new = block[:, 0]
     result: list[Ids | None] = [None] * out.ndim
     result[0] = axes[0] if out.ndim == args[0].ndim else None
@@ -336,9 +337,9 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
     return ctx.label(out, result)
 
 
-@rule("view_as_real", "view_as_complex")
+@RULES.of("view_as_real", "view_as_complex")
 def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A trailing axis of two units appears or disappears."""
+    """A last axis of size 2 appears or disappears."""
     axes = ctx.axes(args[0])
     if ctx.operation == "view_as_real":
         return ctx.label(out, [*axes, None])

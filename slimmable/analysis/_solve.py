@@ -1,13 +1,25 @@
-"""From labels to numbers: how many units every group keeps at every width, and which integers follow."""
+"""Channel groups from the labels of a trace, and how many units each keeps at every width."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import nn
 
 from slimmable._widths import kept_units
-from slimmable.analysis.fit import Counts, Failure, Grouping, Requirements, Values
+from slimmable.analysis.channels import (
+    NESTED,
+    Channels,
+    Counts,
+    Failure,
+    Grouping,
+    Requirements,
+    TensorName,
+    Values,
+)
+from slimmable.analysis.integers import Constraint, Expression
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.trace import Trace
 
@@ -23,7 +35,7 @@ class Solution:
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
     def parameters(self, trace: Trace, width: int) -> int:
-        """Return how many numbers in parameters and buffers width number `width` keeps."""
+        """Return how many numbers in parameters and buffers the width with this index keeps."""
         total, counts = 0, self.counts[width]
         for axes in trace.tensors.values():
             total += int(np.prod([self.grouping.count(counts, ids) for ids in axes if ids is not None] or [1]))
@@ -65,7 +77,7 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
         coupled.add(id(failure.constraint))
         if smallest is not None:
             labels.restore(smallest[1])
-        else:  # nothing is left to shrink in what disagrees: it did not depend on a width
+        else:  # nothing in it can shrink any more: it did not depend on a width
             labels.restore(start)
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
@@ -81,7 +93,7 @@ def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution
 
 
 def counts_at(units: tuple[int, ...], width: float, round_to: int) -> Counts:
-    """Return what groups of these sizes keep at a width, before any constraint is looked at."""
+    """Return how many units groups of these sizes keep at a width, without regard to constraints."""
     return np.array([*(kept_units(n, width, round_to) for n in units), 1])
 
 
@@ -100,9 +112,104 @@ def _couple(labels: Labels, failure: Failure) -> bool:
 
 
 def _pin(labels: Labels, failure: Failure) -> bool:
-    """Keep the axes of a constraint, and of those it disagrees with, at full width; say whether any was slim."""
+    """Keep the axes of a constraint, and of those it disagrees with, at full width; tell whether any was not."""
     before = len(labels.reasons)
     constraint = failure.constraint
     for ids in failure.axes():
         labels.pin(ids, f"{constraint.where}: no value of {constraint.expression} fits every width")
     return len(labels.reasons) > before
+
+
+def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
+    """Reduce a trace and its solution to what sub-networks need."""
+    pack = _Packing(solution.grouping)
+    constraints = [pack.constraint(constraint) for constraint in trace.context.constraints]
+    used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
+    scales = list(_scales(model, trace, pack))
+    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *_nested(model)])
+    makers: list[set[str]] = [set() for _ in solution.roots]
+    for path, ids in trace.context.producers:
+        for group in solution.grouping.groups_in([ids]):
+            makers[group].add(path)
+    return Channels(
+        Requirements(pack.grouping, constraints, {key: trace.attributes[key] for key in used}),
+        {key: pack.axes(axes) for key, axes in trace.tensors.items()},
+        {(path, name): model.get_submodule(path).__dict__[name] for path, name in names},
+        scales,
+        [(shape, pack.axes(axes)) for shape, axes in trace.outputs],
+        tuple(tuple(sorted(paths)) for paths in makers),
+        tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
+        _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
+        {_split(name): tuple(tensor.shape) for name, tensor in model.named_parameters()},
+    )
+
+
+def _nested(model: nn.Module) -> list[tuple[str, str]]:
+    """Find torch's encoders that drop padding by nested tensors, for which they need an even number of heads."""
+    encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
+    return [(path, NESTED) for path, encoder in encoders if encoder.__dict__.get(NESTED) is True]
+
+
+def _split(name: str) -> TensorName:
+    path, _, own = name.rpartition(".")
+    return path, own
+
+
+def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, tuple[Ids, ...]]]:
+    """Add up multiply-adds that go with the same axes."""
+    found: dict[tuple[int, ...], tuple[int, tuple[Ids, ...]]] = {}
+    for macs, axes in products:
+        key = tuple(map(id, axes))
+        found[key] = (found.get(key, (0, ()))[0] + macs, axes)
+    return list(found.values())
+
+
+def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
+    """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
+
+    Attention kernels compute the scale from the size that they see; a scale kept as an attribute must agree.
+    """
+    for path, ids in trace.context.contractions:
+        units = pack.ids(ids)
+        if not pack.grouping.groups_in([units]):
+            continue
+        for name, value in vars(model.get_submodule(path)).items():
+            if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
+                yield path, name, units
+
+
+class _Packing:
+    """Renumbers the ids of all axes as units of groups; equal axes become one shared array."""
+
+    def __init__(self, grouping: Grouping) -> None:
+        starts = np.cumsum([0, *grouping.units])
+        total = int(starts[-1])
+        slim = grouping.group_of >= 0
+        self._unit = np.full(len(slim), total)
+        self._unit[slim] = starts[grouping.group_of[slim]] + grouping.rank[slim]
+        group_of = np.repeat(np.arange(len(grouping.units)), grouping.units)
+        rank = np.arange(total) - np.repeat(starts[:-1], grouping.units)
+        self.grouping = Grouping(grouping.units, np.append(group_of, -1), np.append(rank, 0))
+        self._known: dict[bytes, Ids] = {}
+
+    def ids(self, ids: Ids) -> Ids:
+        units: Ids = self._unit[ids]
+        return self._known.setdefault(units.tobytes(), units)
+
+    def axes(self, axes: Sequence[Ids | None]) -> tuple[Ids | None, ...]:
+        return tuple(None if ids is None else self.ids(ids) for ids in axes)
+
+    def constraint(self, constraint: Constraint) -> Constraint:
+        return replace(
+            constraint,
+            expression=self._expression(constraint.expression),
+            ids=None if constraint.ids is None else self.ids(constraint.ids),
+            other=None if constraint.other is None else self._expression(constraint.other),
+        )
+
+    def _expression(self, expression: Expression) -> Expression:
+        if expression.kind == "size":
+            return Expression("size", self.ids(expression.value))
+        if expression.kind in ("constant", "attribute"):
+            return expression
+        return Expression(expression.kind, tuple(map(self._expression, expression.value)))

@@ -1,25 +1,155 @@
-"""The channel groups of a model, where they lie and what follows them: all that is needed for any sub-network of it."""
+"""The channel groups of a model, the constraints on how many units they keep, and the sub-networks that follow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from slimmable._widths import Kept
-from slimmable.analysis._solve import Solution
-from slimmable.analysis.fit import Counts, Grouping, Requirements, Values, attributes_of
-from slimmable.analysis.integers import Constraint, Expression
-from slimmable.analysis.labels import Ids
-from slimmable.analysis.trace import Trace
+from slimmable._widths import Kept, kept_of
+from slimmable.analysis.integers import Attribute, Constraint
+from slimmable.analysis.labels import Ids, Mask
+
+_STEPS = 24  # of the local search for counts that satisfy all constraints
+NESTED = "use_nested_tensor"
 
 TensorName = tuple[str, str]  # module path, name of a parameter or buffer
-_NESTED = "use_nested_tensor"
+Counts = NDArray[np.int64]  # kept units of each group, and one more entry, 1, for what stays full
+Values = dict[Attribute, int]
+Count = Callable[[Ids], int]  # how many units of an axis are kept
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """For each id the group that it belongs to, -1 if it stays full, and its rank among the group's units."""
+
+    units: tuple[int, ...]
+    group_of: NDArray[np.int64]
+    rank: NDArray[np.int64]
+
+    def mask(self, counts: Counts, ids: Ids) -> Mask:
+        """Return which units of an axis are kept."""
+        return self.rank[ids] < counts[self.group_of[ids]]
+
+    def count(self, counts: Counts, ids: Ids) -> int:
+        """Return how many units of an axis are kept."""
+        return int(self.mask(counts, ids).sum())
+
+    def groups_in(self, axes: Sequence[Ids]) -> list[int]:
+        """Return the numbers of the groups that have units on these axes."""
+        return sorted({int(group) for ids in axes for group in np.unique(self.group_of[ids]) if group >= 0})
+
+
+@dataclass
+class Failure:
+    """A constraint that cannot hold, and those that gave its attributes their values."""
+
+    constraint: Constraint
+    rivals: list[Constraint]
+
+    def axes(self) -> list[Ids]:
+        """Return the labelled axes that disagree."""
+        return [ids for constraint in (self.constraint, *self.rivals) for ids in constraint.axes()]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """The constraints that a model's counts must satisfy, and the full values of the attributes in them."""
+
+    grouping: Grouping
+    constraints: Sequence[Constraint]
+    attributes: Mapping[Attribute, int]
+
+    def fit(self, counts: Counts) -> tuple[Values, list[Failure]]:
+        """Give attributes the values that the constraints ask for; return these values and what cannot hold."""
+        values: Values = {}
+        sources: dict[Attribute, Constraint] = {}
+        known: dict[int, int] = {}
+
+        def count(ids: Ids) -> int:
+            if id(ids) not in known:
+                known[id(ids)] = self.grouping.count(counts, ids)
+            return known[id(ids)]
+
+        waiting = self.constraints
+        while waiting:
+            later: list[Constraint] = []
+            ready: dict[Attribute, list[Constraint]] = {}
+            for constraint in waiting:
+                unknown = {key for key in constraint.attributes() if key not in values}
+                if len(unknown) == 1:
+                    ready.setdefault(unknown.pop(), []).append(constraint)
+                elif unknown:
+                    later.append(constraint)
+            for key, asking in ready.items():
+                values[key], sources[key] = _value(asking, key, self.attributes[key], values, count)
+            if later and not ready:  # several unknowns: the smallest one stays full
+                least = min((k for k in later[0].attributes() if k not in values), key=lambda k: self.attributes[k])
+                values[least] = self.attributes[least]
+            waiting = later
+        failures = []
+        for constraint in self.constraints:
+            if not constraint.holds(values, count):
+                rivals = [sources[key] for key in constraint.attributes() if key in sources]
+                failures.append(Failure(constraint, [rival for rival in rivals if rival is not constraint]))
+        return values, failures
+
+    def adjust(self, counts: Counts) -> tuple[Values, list[Failure]]:
+        """Change, in place, counts of groups that disagree by a unit or two, as long as that leaves fewer failures."""
+        start = counts.copy()
+        values, failures = self.fit(counts)
+        for _ in range(_STEPS):
+            if not failures:
+                break
+            best = None
+            for group in self.grouping.groups_in(failures[0].axes()):
+                units = self.grouping.units[group]
+                for count in (counts[group] + delta for delta in (1, -1, 2, -2)):
+                    if not 1 <= count <= units or abs(count - start[group]) > max(1, units // 8):
+                        continue
+                    before, counts[group] = counts[group], count
+                    found = self.fit(counts)
+                    counts[group] = before
+                    if len(found[1]) < len(failures) and (best is None or len(found[1]) < len(best[1][1])):
+                        best = (group, count), found
+            if best is None:
+                break
+            (group, count), (values, failures) = best
+            counts[group] = count
+        return values, failures
+
+
+def _value(asking: list[Constraint], key: Attribute, full: int, values: Values, count: Count) -> tuple[int, Constraint]:
+    """Return the value of an attribute under which most of the constraints on it hold, and one that asked for it."""
+    found: dict[int, tuple[int, Constraint]] = {}  # value -> how many constraints hold, who asked first
+    for constraint in asking:
+        value = _fitting(constraint, key, full, values, count)
+        if value not in found:
+            held = sum(each.holds({**values, key: value}, count) for each in asking)
+            found[value] = held, constraint
+            if held == len(asking):
+                break
+    best = max(found, key=lambda value: found[value][0])
+    return best, found[best][1]
+
+
+def _fitting(constraint: Constraint, key: Attribute, full: int, values: Values, count: Count) -> int:
+    """Return the value of the one unknown attribute under which a constraint holds, or its full value if none does."""
+    if constraint.expression.kind == "attribute" and constraint.other is None:
+        return constraint.required(values, count)
+
+    def fits(value: int) -> bool:
+        return constraint.holds({**values, key: value}, count)
+
+    if fits(full):
+        return full
+    ratio = count(constraint.ids) / len(constraint.ids) if constraint.ids is not None else 1.0
+    near = sorted(range(1, full), key=lambda value: abs(value - full * ratio))
+    return next((value for value in near if fits(value)), full)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +175,9 @@ class SubNetwork:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The groups and what is sized by them; pure data, which copies of a model share.
+    """The channel groups of a model and what is sized by them; pure data, which copies of the model share.
 
-    Units are numbered through all groups; the number behind the last unit stands for whatever stays full.
+    Units are numbered across all groups; the number after the last unit stands for whatever stays full.
 
     Attributes:
         needed: the groups, and the constraints on how many units they keep.
@@ -57,7 +187,7 @@ class Channels:
         outputs: full shapes and units of the model's output tensors.
         makers: for each group the modules with weights that make it.
         ordered: for each group whether the order of its units matters.
-        products: full multiply-adds, and the units that they are in proportion to.
+        products: full multiply-adds, and the units that they are proportional to.
         sizes: full shape of each parameter, once.
     """
 
@@ -80,7 +210,7 @@ class Channels:
         return self.needed.grouping.units
 
     def sub_network(self, counts: Counts, values: Values) -> SubNetwork:
-        """Return what is kept with these counts, which give the attributes these values."""
+        """Return the sub-network of these counts; `values` are those of the attributes, from `Requirements.fit`."""
         found: dict[int, Kept] = {}
 
         def kept(ids: Ids) -> Kept:
@@ -89,8 +219,10 @@ class Channels:
             return found[id(ids)]
 
         def count(ids: Ids) -> int:
-            part = kept(ids)
-            return len(ids) if part is None else part if isinstance(part, int) else len(part)
+            return kept_of(len(ids), kept(ids))
+
+        def narrow(shape: tuple[int, ...], axes: Sequence[Ids | None]) -> tuple[int, ...]:
+            return tuple(n if ids is None else count(ids) for n, ids in zip(shape, axes, strict=True))
 
         tensors = {key: [None if ids is None else kept(ids) for ids in axes] for key, axes in self.tensors.items()}
         changed: dict[str, dict[str, Any]] = {}
@@ -103,118 +235,17 @@ class Channels:
                 changed.setdefault(path, {})[name] = count(ids) ** -0.5
         for path, name in self.attributes:
             attention = f"{path}.layers.0.self_attn".lstrip(".")
-            if name == _NESTED and changed.get(attention, {}).get("num_heads", 0) % 2:  # as torch's constructor does
+            if name == NESTED and changed.get(attention, {}).get("num_heads", 0) % 2:  # as torch's constructor does
                 changed.setdefault(path, {})[name] = False
-        shapes = [
-            tuple(n if ids is None else count(ids) for n, ids in zip(shape, axes, strict=True))
-            for shape, axes in self.outputs
-        ]
+        shapes = [narrow(shape, axes) for shape, axes in self.outputs]
         macs = sum(
             full // math.prod(map(len, axes)) * math.prod(count(ids) for ids in axes) for full, axes in self.products
         )
-        parameters = sum(
-            math.prod(n if ids is None else count(ids) for n, ids in zip(shape, self.tensors[key], strict=True))
-            for key, shape in self.sizes.items()
-        )
+        parameters = sum(math.prod(narrow(shape, self.tensors[key])) for key, shape in self.sizes.items())
         return SubNetwork(tuple(map(int, counts[:-1])), tensors, changed, shapes, macs, parameters)
 
 
-def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
-    """Reduce a trace and its solution to what sub-networks need."""
-    pack = _Packing(solution.grouping)
-    constraints = [pack.constraint(constraint) for constraint in trace.context.constraints]
-    used = {key for constraint in constraints for key in attributes_of(constraint)}
-    scales = list(_scales(model, trace, pack))
-    parts = {(path, name) for path, name, _ in (*used, *scales)}
-    makers: list[set[str]] = [set() for _ in solution.roots]
-    for path, ids in trace.context.producers:
-        for group in solution.grouping.groups_in([ids]):
-            makers[group].add(path)
-    return Channels(
-        Requirements(pack.grouping, constraints, {key: trace.attributes[key] for key in used}),
-        {key: pack.axes(axes) for key, axes in trace.tensors.items()},
-        {(path, name): model.get_submodule(path).__dict__[name] for path, name in parts | _nested(model)},
-        scales,
-        [(shape, pack.axes(axes)) for shape, axes in trace.outputs],
-        tuple(tuple(sorted(paths)) for paths in makers),
-        tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
-        _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
-        {_split(name): tuple(tensor.shape) for name, tensor in model.named_parameters()},
-    )
-
-
-def _nested(model: nn.Module) -> set[tuple[str, str]]:
-    """Find torch's encoders that drop padding by nested tensors, for which they need an even number of heads."""
-    encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
-    return {(path, _NESTED) for path, encoder in encoders if encoder.__dict__.get(_NESTED) is True}
-
-
-def _split(name: str) -> TensorName:
-    path, _, own = name.rpartition(".")
-    return path, own
-
-
-def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, tuple[Ids, ...]]]:
-    """Add up multiply-adds that go with the same axes."""
-    found: dict[tuple[int, ...], tuple[int, tuple[Ids, ...]]] = {}
-    for macs, axes in products:
-        key = tuple(map(id, axes))
-        found[key] = (found.get(key, (0, ()))[0] + macs, axes)
-    return list(found.values())
-
-
-def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
-    """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
-
-    Attention kernels take the scale from the size they see; a scale kept as an attribute must say the same.
-    """
-    for path, ids in trace.context.contractions:
-        units = pack.ids(ids)
-        if not pack.grouping.groups_in([units]):
-            continue
-        for name, value in vars(model.get_submodule(path)).items():
-            if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
-                yield path, name, units
-
-
-class _Packing:
-    """Renumbers ids, of which there is one a unit of every axis, as units of groups; the same axes become one array."""
-
-    def __init__(self, grouping: Grouping) -> None:
-        starts = np.cumsum([0, *grouping.units])
-        total = int(starts[-1])
-        slim = grouping.group_of >= 0
-        self._unit = np.full(len(slim), total)
-        self._unit[slim] = starts[grouping.group_of[slim]] + grouping.rank[slim]
-        group_of = np.repeat(np.arange(len(grouping.units)), grouping.units)
-        rank = np.arange(total) - np.repeat(starts[:-1], grouping.units)
-        self.grouping = Grouping(grouping.units, np.append(group_of, -1), np.append(rank, 0))
-        self._known: dict[bytes, Ids] = {}
-
-    def ids(self, ids: Ids) -> Ids:
-        units: Ids = self._unit[ids]
-        return self._known.setdefault(units.tobytes(), units)
-
-    def axes(self, axes: Sequence[Ids | None]) -> tuple[Ids | None, ...]:
-        return tuple(None if ids is None else self.ids(ids) for ids in axes)
-
-    def constraint(self, constraint: Constraint) -> Constraint:
-        return replace(
-            constraint,
-            expression=self._expression(constraint.expression),
-            ids=None if constraint.ids is None else self.ids(constraint.ids),
-            other=None if constraint.other is None else self._expression(constraint.other),
-        )
-
-    def _expression(self, expression: Expression) -> Expression:
-        if expression.kind == "size":
-            return Expression("size", self.ids(expression.value))
-        if expression.kind in ("constant", "attribute"):
-            return expression
-        return Expression(expression.kind, tuple(map(self._expression, expression.value)))
-
-
-def _kept(mask: NDArray[np.bool_]) -> Kept:
+def _kept(mask: Mask) -> Kept:
     kept = np.flatnonzero(mask)
     if len(kept) == len(mask):
         return None

@@ -1,4 +1,4 @@
-"""A model without numbers: what it takes to run a forward on shapes alone."""
+"""A model without numbers: running a forward on shapes alone."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
-from slimmable._inputs import is_index
+from slimmable._inputs import MOST, is_index
 from slimmable._modules import empty_cache
 from slimmable._nested import map_tensors
-from slimmable.analysis._rules import tensors
-from slimmable.analysis.values import Values, know
+from slimmable.analysis._context import tensors
 
 
 class FakeModel:
-    """A copy of a model whose parameters and buffers are fake: same shapes, no memory, nothing computed.
+    """A copy of a model with fake parameters and buffers, in evaluation mode: they have shapes, but no numbers.
 
-    Modules in `replayed` do not run; they return copies of these outputs, one a call, and `on_replay` is told the path
-    of the module and what went in.
+    Modules in `replayed` do not run; each call returns a copy of the next of these outputs, and `on_replay` gets the
+    path of the module and its inputs.
     """
 
     on_replay: Callable[[str, Any], None] | None = None
@@ -37,7 +36,6 @@ class FakeModel:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         keep_caches: bool = False,
-        prepare: Callable[[nn.Module], object] | None = None,
         replayed: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -48,9 +46,6 @@ class FakeModel:
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = self._fake_weight(tensor)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
-        if prepare is not None:
-            with self.mode:
-                prepare(self.model)
         self.emptied = [] if keep_caches else filled_caches(self.model)
         for cache in self.emptied:
             cache.clear()
@@ -59,8 +54,8 @@ class FakeModel:
         self._input: Callable[[Tensor], Tensor] = self._fake_input
         self._stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
-            module.register_forward_pre_hook(self._enter(path))
-            module.register_forward_hook(self._leave())
+            module.register_forward_pre_hook(lambda module, args, path=path: self._stack.append(path))
+            module.register_forward_hook(lambda module, args, output: self._leave())
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
         self._before = [
@@ -82,7 +77,7 @@ class FakeModel:
 
     @contextmanager
     def on_meta(self) -> Iterator[None]:
-        """Let the model run on plain meta tensors: quicker, but not every forward can, as they are on no device."""
+        """Let the model run on plain meta tensors: faster, but some forwards fail since these are on no real device."""
         before = self._where, self._input
         stores: list[dict[str, Any]] = []
         for module in self.model.modules():
@@ -99,7 +94,7 @@ class FakeModel:
             self._where, self._input = before
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
-        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # what `from_tensor` makes, in a tenth of the time
+        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as `from_tensor` makes it, in a tenth of the time
         if isinstance(like, nn.Parameter):
             fake._is_param = True
         return fake.requires_grad_(like.requires_grad)
@@ -107,8 +102,8 @@ class FakeModel:
     def _fake_input(self, tensor: Tensor) -> Tensor:
         fake = self.mode.from_tensor(tensor, static_shapes=True)
         if is_index(tensor):
-            self._values = Values(self.mode)
-            know(fake, tensor.clone())  # a forward may write into its inputs
+            self._values = _Values(self.mode)
+            _know(fake, tensor.clone())  # a forward may write into its inputs
         return fake
 
     def _replay(self, path: str, outputs: Sequence[Any]) -> Callable[..., Any]:
@@ -120,21 +115,12 @@ class FakeModel:
 
         return forward
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self._stack.append(path)
-
-        return hook
-
-    def _leave(self) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._stack.pop()
-
-        return hook
+    def _leave(self) -> None:
+        self._stack.pop()  # a hook that returned the path would replace the module's output
 
     @property
     def running(self) -> str:
-        """The path of the module that is running, or that has failed."""
+        """The path of the module that is running or has failed."""
         return self._stack[-1]
 
     def run(self, *modes: AbstractContextManager[Any]) -> Any:
@@ -150,7 +136,7 @@ class FakeModel:
             return self.model(*args, **kwargs)
 
     def forget(self) -> dict[str, dict[str, Any]]:
-        """Empty what the last run has left in attributes; return module path -> attribute -> what it was before."""
+        """Empty what the last run left in attributes; return module path -> attribute -> its value before the run."""
         found: dict[str, dict[str, Any]] = {}
         for path, module, name, before in self._before:
             now = module.__dict__.get(name)
@@ -165,15 +151,94 @@ def _bare(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def _know(fake: Tensor, real: Tensor) -> None:
+    """Give a fake tensor its numbers."""
+    if real.numel() <= MOST:
+        with _disable_current_modes():
+            fake.slim_value = real.detach().cpu()  # type: ignore[attr-defined]
+
+
+class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes with numbers, beside the fake tensors, whatever follows from tensors with known numbers alone.
+
+    Thus code may branch on what it computes from integer and boolean inputs (masks, lengths, coordinates), or size a
+    tensor by it.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = all(hasattr(tensor, "slim_value") for tensor in given)
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if not known or random:
+            if func._schema.name.startswith("aten::index"):
+                args = self._masks_as_indices(args)
+            out = func(*args, **kwargs)
+            self._forget_written(func, args)
+            return out
+        real = self._real(func, args, kwargs)
+        if torch.Tag.data_dependent_output in func.tags:
+            return real
+        if torch.Tag.dynamic_output_shape in func.tags:
+            out = tree_map(lambda value: self._fake(value, given), real)
+        else:
+            out = func(*args, **kwargs)
+        for fake, value in zip(tree_leaves(out), tree_leaves(real), strict=True):
+            if isinstance(fake, Tensor):
+                _know(fake, value)
+        return out
+
+    def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def value(leaf: Any) -> Any:
+            return getattr(leaf, "slim_value", leaf)
+
+        here = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+        with _disable_current_modes():
+            return func(*tree_map(value, args), **{**tree_map(value, kwargs), **here})
+
+    def _fake(self, value: Any, given: list[Tensor]) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        with _disable_current_modes():
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return FakeTensor(self.mode, meta, given[0].device)
+
+    def _masks_as_indices(self, args: Any) -> Any:
+        """Replace known boolean masks, whose results have unknown shapes, by the indices of what they pick."""
+        if not isinstance(args[1], (list, tuple)):
+            return args
+        indices: list[Any] = []
+        for part in args[1]:
+            mask = getattr(part, "slim_value", None)
+            if mask is not None and mask.dtype == torch.bool:
+                with _disable_current_modes():
+                    picked = mask.nonzero(as_tuple=True)
+                indices += [self._fake(index, [part]) for index in picked]
+            else:
+                indices.append(part)
+        return (args[0], indices, *args[2:])
+
+    @staticmethod
+    def _forget_written(func: Any, args: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    tensor.__dict__.pop("slim_value", None)
+
+
 class Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations on fake tensors, those that torch takes long over by hand."""
+    """Runs operations on fake tensors; those that are slow in torch take the short way of `run_operation`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run_operation(func, args, kwargs or {})
 
 
 def run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run one operation; torch takes fake norms apart into a dozen, of which only the shape is of interest."""
+    """Run one operation. Torch splits norms of fake tensors into a dozen operations; only the shape matters."""
     aten = torch.ops.aten
     if func is aten.native_batch_norm.default and not args[5]:
         return _norm(args[0], args[0].shape[1:2], args[1:5])
@@ -191,7 +256,7 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep torch from logging the errors that are raised, and reported, anyway."""
+    """Keep torch from logging errors that are raised and reported anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -202,9 +267,9 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def layers_in_parts() -> Iterator[None]:
-    """Let an LSTM or a TransformerEncoder run as the products that it is made of, not as one operation.
+    """Let an LSTM or a TransformerEncoder run as separate matrix products, not as one fused operation.
 
-    Nor do torch's Python functions, such as `multi_head_attention_forward`, hide from modes what they call.
+    Torch's Python functions, such as `multi_head_attention_forward`, do not hide from modes what they call, either.
     """
     never = {f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")}
     before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
@@ -219,7 +284,7 @@ def layers_in_parts() -> Iterator[None]:
 
 
 def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
-    """Return the dicts of plain tensors that modules hold: most likely filled by an earlier forward."""
+    """Return the dicts of plain tensors that modules hold, most likely filled by an earlier forward."""
     found = []
     for module in model.modules():
         for name, value in module.__dict__.items():
@@ -230,7 +295,7 @@ def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
 
 
 def left_behind(model: nn.Module) -> dict[int, Tensor]:
-    """Return, by `id`, tensors with a history that a forward has left in attributes; they cannot be copied as is."""
+    """Return, by `id`, tensors with a history that a forward has left in attributes; `deepcopy` refuses these."""
     found: dict[int, Tensor] = {}
     for module in model.modules():
         columns = getattr(module.__dict__.get("_slim"), "columns", ())
@@ -241,17 +306,11 @@ def left_behind(model: nn.Module) -> dict[int, Tensor]:
 
 
 def recorded_outputs(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    paths: Sequence[str],
-    prepare: Callable[[nn.Module], object] | None = None,
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], paths: Sequence[str]
 ) -> dict[str, list[Any]]:
     """Run a copy of the model with its numbers and return what the modules at `paths` returned, call by call."""
     memo: dict[int, Any] = {key: value.detach() for key, value in left_behind(model).items()}
     twin = copy.deepcopy(model, memo).eval()
-    if prepare is not None:
-        prepare(twin)
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))

@@ -1,4 +1,4 @@
-"""Permuting the units of channel groups: the full network's function stays, which units come first changes."""
+"""Importance of units: rank those of each channel group, and permute them without changing the network's function."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from slimmable.analysis.plan import Group, Plan
 Order = NDArray[np.int64]  # for each place in a group the unit that goes there
 
 
-def magnitude_order(model: nn.Module, plan: Plan) -> list[Order]:
-    """Return for each group its units by falling importance: the L1 norm of the weights that read them.
+def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
+    """Return the units of each group, the most important first: by the L1 norm of the weights that read them.
 
-    What a unit can change in the network is bounded by the weights of the convolutions and linear layers that read it.
-    The weights that make it are left out, since a norm behind them undoes their size. A group that no such layer reads
-    goes by all its weights of more than one axis. A group whose order matters keeps it.
+    How much a unit can change in the network is bounded by the weights of the convolutions and linear layers that read
+    it. The weights that make it do not count, since a normalisation behind them cancels their size. If no such layer
+    reads a group, all its weights with more than one axis decide. A group whose order matters keeps it.
 
     Source: Cai et al., Once-for-All, ICLR 2020, section 3.3 (channels sorted by L1 norm, here of the reading layers, as
     in its published code). Measured in `benchmarks/importance`.
@@ -50,7 +50,7 @@ def _input_axis(module: nn.Module) -> int | None:
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
-    """Permute, in place, the units of every group along all axes that they take part in.
+    """Permute, in place, the units of every group along all axes that they lie on.
 
     Args:
         model: the plain model that the plan was made of.
@@ -64,7 +64,8 @@ def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
             steps.setdefault((path, name), []).append((axis, index))
     with torch.no_grad():
         for (path, name), changes in steps.items():
-            tensor = _tensor(model, path, name)
+            module = model.get_submodule(path)
+            tensor: Tensor = {**module._parameters, **module._buffers}[name]  # type: ignore[assignment]
             if id(tensor) in done:
                 continue
             done.add(id(tensor))
@@ -78,11 +79,3 @@ def _indices(group: Group, order: Order) -> Iterator[tuple[str, str, int, Order]
         index = np.arange(len(units))
         index[places] = places[order]
         yield path, name, axis, index
-
-
-def _tensor(model: nn.Module, path: str, name: str) -> Tensor:
-    module = model.get_submodule(path)
-    tensor = module._parameters.get(name)
-    found = tensor if tensor is not None else module._buffers[name]
-    assert found is not None
-    return found

@@ -1,7 +1,7 @@
 """Integers that remember where they come from, so that sizes computed in Python can follow a width.
 
-While a model is traced its integer attributes and the labelled sizes of its tensors are `TracedInt`s: plain
-integers to everybody else, with an expression over attributes and sizes that arithmetic carries along.
+While a model is traced, its integer attributes and the labelled sizes of its tensors are `TracedInt`s: plain integers
+to everybody else, with an expression over attributes and sizes that arithmetic carries along.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from slimmable.analysis.labels import Ids
 Attribute = tuple[str, str, tuple[int, ...]]  # module path, attribute name, position inside nested tuples
 
 OPERATIONS: dict[str, Callable[..., int]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
-    "mod": operator.mod,
-    "neg": operator.neg,
-    "abs": operator.abs,
+    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs")
 }
 
 
@@ -35,32 +29,28 @@ class Expression:
 
     def attributes(self) -> Iterator[Attribute]:
         """Yield the attributes that the expression reads."""
-        for leaf in self._leaves():
-            if leaf.kind == "attribute":
-                yield leaf.value
+        return self._leaves("attribute")
 
     def sizes(self) -> Iterator[Ids]:
         """Yield the labels of the axes whose sizes the expression reads."""
-        for leaf in self._leaves():
-            if leaf.kind == "size":
-                yield leaf.value
+        return self._leaves("size")
 
-    def evaluate(self, attributes: Mapping[Attribute, int], kept: Callable[[Ids], int]) -> int:
-        """Return the value when attributes have these values and axes these numbers of kept units."""
+    def evaluate(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
+        """Return the value, given the values of attributes and the number of kept units of an axis."""
         if self.kind == "constant":
             return int(self.value)
         if self.kind == "attribute":
             return attributes[self.value]
         if self.kind == "size":
-            return kept(self.value)
-        return OPERATIONS[self.kind](*(operand.evaluate(attributes, kept) for operand in self.value))
+            return count(self.value)
+        return OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value))
 
-    def _leaves(self) -> Iterator[Expression]:
+    def _leaves(self, kind: str) -> Iterator[Any]:
         if self.kind in OPERATIONS:
             for operand in self.value:
-                yield from operand._leaves()
-        else:
-            yield self
+                yield from operand._leaves(kind)
+        elif self.kind == kind:
+            yield self.value
 
     def __str__(self) -> str:
         if self.kind == "attribute":
@@ -76,7 +66,7 @@ class Expression:
 class TracedInt(int):
     """An integer with an `Expression`; arithmetic with integers keeps it, comparison is that of plain integers.
 
-    A true `==` between two such integers is reported to `on_equal`, since a branch of the model's code rests on it.
+    When `==` between two such integers is true, `on_equal` is told, since a branch of the model's code depends on it.
     """
 
     expression: Expression
@@ -100,10 +90,10 @@ class TracedInt(int):
     __hash__ = int.__hash__
 
     def __neg__(self) -> TracedInt:
-        return TracedInt(-int(self), Expression("neg", (self.expression,)), self.on_equal)
+        return self._computed("neg", self)
 
     def __abs__(self) -> TracedInt:
-        return TracedInt(abs(int(self)), Expression("abs", (self.expression,)), self.on_equal)
+        return self._computed("abs", self)
 
     def __divmod__(self, other: int) -> tuple[int, int]:
         return self // other, self % other
@@ -111,26 +101,26 @@ class TracedInt(int):
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
+    def _computed(self, name: str, *operands: int) -> TracedInt:
+        expression = Expression(name, tuple(map(express, operands)))
+        return TracedInt(OPERATIONS[name](*map(int, operands)), expression, self.on_equal)
 
-def _binary(name: str) -> tuple[Callable[[TracedInt, Any], Any], Callable[[TracedInt, Any], Any]]:
-    plain = OPERATIONS[name]
 
-    def traced(self: TracedInt, left: int, right: int) -> TracedInt:
-        expression = Expression(name, (express(left), express(right)))
-        return TracedInt(plain(int(left), int(right)), expression, self.on_equal)
+def _add_operator(name: str) -> None:
+    """Give `TracedInt` a binary operator, such as `+`, and its reflected form."""
 
     def forward(self: TracedInt, other: Any) -> Any:
-        return traced(self, self, other) if isinstance(other, int) else getattr(int, f"__{name}__")(self, other)
+        return self._computed(name, self, other) if isinstance(other, int) else NotImplemented
 
     def reflected(self: TracedInt, other: Any) -> Any:
-        return traced(self, other, self) if isinstance(other, int) else getattr(int, f"__r{name}__")(self, other)
+        return self._computed(name, other, self) if isinstance(other, int) else NotImplemented
 
-    return forward, reflected
+    setattr(TracedInt, f"__{name}__", forward)
+    setattr(TracedInt, f"__r{name}__", reflected)
 
 
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    for _method, _function in zip((f"__{_name}__", f"__r{_name}__"), _binary(_name), strict=True):
-        setattr(TracedInt, _method, _function)
+    _add_operator(_name)
 
 
 def express(value: int) -> Expression:
@@ -150,3 +140,28 @@ class Constraint:
     full: int
     where: str
     other: Expression | None = None
+
+    def attributes(self) -> list[Attribute]:
+        """Return the attributes that the constraint reads."""
+        return [key for side in self._sides() for key in side.attributes()]
+
+    def axes(self) -> list[Ids]:
+        """Return the labels of the axes whose sizes the constraint is about."""
+        own = [] if self.ids is None else [self.ids]
+        return own + [ids for side in self._sides() for ids in side.sizes()]
+
+    def holds(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> bool:
+        """Tell whether it holds, given the values of attributes and the number of kept units of an axis."""
+        try:
+            return self.expression.evaluate(attributes, count) == self.required(attributes, count)
+        except ZeroDivisionError:
+            return False
+
+    def required(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
+        """Return what `expression` must equal."""
+        if self.other is not None:
+            return self.other.evaluate(attributes, count)
+        return self.full if self.ids is None else count(self.ids)
+
+    def _sides(self) -> list[Expression]:
+        return [self.expression] if self.other is None else [self.expression, self.other]

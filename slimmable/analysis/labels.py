@@ -1,36 +1,37 @@
 """Channel labels: which units of which tensor axes must be kept or dropped together.
 
-Every axis of every parameter starts with one fresh id a unit; running the model merges ids in a union-find.
+Every axis of every parameter starts with one fresh id per unit; running the model merges ids in a union-find.
 A set of merged ids is a *class*: one unit of the network that all its axes share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-Axes = tuple["Ids | None", ...]  # the labels of one tensor: an id a unit, or None for an axis that no width changes
+Axes = tuple["Ids | None", ...]  # the labels of one tensor: one id per unit, or None for an axis that no width changes
+Mask = NDArray[np.bool_]
+
+_PINNED, _PRODUCED, _ORDERED = 1, 2, 4  # marks of a class, as bits
 
 
 class Labels:
-    """A union-find over ids, vectorised; the smallest id of a class is its root.
+    """A vectorised union-find over ids; the smallest id of a class is its root.
 
-    A class can be *pinned* (kept at full width, with the first reason given), *produced*
-    (it is the output axis of a convolution, linear layer or embedding; only such classes are slimmed) and *ordered*
-    (it has neighbours on its axis: it may be slimmed, not permuted).
+    A class can be *pinned* (kept at full width, with the first reason given), *produced* (it is on the output axis of
+    a convolution, linear layer or embedding; only such classes are slimmed) and *ordered* (it has neighbours on its
+    axis: it may be slimmed, but not permuted).
     """
 
     def __init__(self) -> None:
-        self._count = 0  # the arrays below hold spare room behind it
+        self._count = 0  # the arrays below are longer, so that they rarely have to grow
         self._parent = np.arange(1024)
-        self._pinned = np.zeros(1024, bool)
-        self._produced = np.zeros(1024, bool)
-        self._ordered = np.zeros(1024, bool)
-        self.roles: list[Ids] = []  # ids that play one part together: a parameter axis, a piece of a split
+        self._marks = np.zeros(1024, np.uint8)
+        self.roles: list[Ids] = []  # ids that play one role together: a parameter axis, a piece of a split
         self.reasons: list[tuple[Ids, str]] = []
 
     def __len__(self) -> int:
@@ -43,9 +44,7 @@ class Labels:
         if self._count > room:
             more = max(room, self._count - room)
             self._parent = np.concatenate([self._parent, np.arange(room, room + more)])
-            self._pinned = np.concatenate([self._pinned, np.zeros(more, bool)])
-            self._produced = np.concatenate([self._produced, np.zeros(more, bool)])
-            self._ordered = np.concatenate([self._ordered, np.zeros(more, bool)])
+            self._marks = np.concatenate([self._marks, np.zeros(more, np.uint8)])
         return np.arange(start, self._count)
 
     def find(self, ids: Ids) -> Ids:
@@ -59,68 +58,76 @@ class Labels:
             roots = above
 
     def merge(self, first: Ids, second: Ids) -> None:
-        """Make `first[i]` and `second[i]` one class for every i."""
+        """Put `first[i]` and `second[i]` into one class, for every i."""
         while True:
             a, b = self.find(first.ravel()), self.find(second.ravel())
             differ = a != b
             if not differ.any():
                 return
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
-            np.logical_or.at(self._pinned, low, self._pinned[high])
-            np.logical_or.at(self._produced, low, self._produced[high])
-            np.logical_or.at(self._ordered, low, self._ordered[high])
+            np.bitwise_or.at(self._marks, low, self._marks[high])
             self._parent[high] = low
+
+    def merge_rows(self, block: Ids) -> None:
+        """Put each row of a block, all of it, into one class."""
+        self.merge(block, np.broadcast_to(block[:, :1], block.shape))
 
     def pin(self, ids: Ids, reason: str) -> None:
         """Keep the classes of `ids` at full width."""
-        roots = self.find(ids.ravel())
-        if not self._pinned[roots].all():
-            self._pinned[roots] = True
+        if not self.pinned(ids).all():
+            self._mark(ids, _PINNED)
             self.reasons.append((ids.ravel(), reason))
 
     def produce(self, ids: Ids) -> None:
         """Note that a convolution, linear layer or embedding makes these units."""
-        self._produced[self.find(ids.ravel())] = True
+        self._mark(ids, _PRODUCED)
 
     def order(self, ids: Ids) -> None:
         """Note that the order of these units matters."""
-        self._ordered[self.find(ids.ravel())] = True
+        self._mark(ids, _ORDERED)
 
-    def pinned(self, ids: Ids) -> NDArray[np.bool_]:
-        """Say of each id whether its class is pinned."""
-        result: NDArray[np.bool_] = self._pinned[self.find(ids)]
-        return result
+    def pinned(self, ids: Ids) -> Mask:
+        """Tell for each id whether its class is pinned."""
+        return self._marked(ids, _PINNED)
 
-    def produced(self, ids: Ids) -> NDArray[np.bool_]:
-        """Say of each id whether its class is the output of a layer with weights."""
-        result: NDArray[np.bool_] = self._produced[self.find(ids)]
-        return result
+    def produced(self, ids: Ids) -> Mask:
+        """Tell for each id whether its class is on the output axis of a layer with weights."""
+        return self._marked(ids, _PRODUCED)
 
-    def ordered(self, ids: Ids) -> NDArray[np.bool_]:
-        """Say of each id whether the order of its class among others matters."""
-        result: NDArray[np.bool_] = self._ordered[self.find(ids)]
-        return result
+    def ordered(self, ids: Ids) -> Mask:
+        """Tell for each id whether the position of its class among others matters."""
+        return self._marked(ids, _ORDERED)
+
+    def _mark(self, ids: Ids, mark: int) -> None:
+        self._marks[self.find(ids.ravel())] |= mark
+
+    def _marked(self, ids: Ids, mark: int) -> Mask:
+        found: Mask = self._marks[self.find(ids)] & mark != 0
+        return found
 
     def same(self, first: Ids, second: Ids) -> bool:
-        """Say whether `first[i]` and `second[i]` are of one class for every i."""
+        """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
+
+    def shared_with(self, ids: Ids) -> Callable[[Ids], bool]:
+        """Return a function that tells whether other ids have a class in common with these."""
+        roots = set(self.find(ids).tolist())
+        return lambda other: not roots.isdisjoint(self.find(other).tolist())
 
     def snapshot(self) -> tuple[Any, ...]:
         """Return what `restore` needs to undo later merges and pins."""
-        arrays = (self._parent, self._pinned, self._produced, self._ordered)
-        return (*(array.copy() for array in arrays), list(self.reasons))
+        return self._parent.copy(), self._marks.copy(), list(self.reasons)
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        *arrays, reasons = snapshot
-        self._parent, self._pinned, self._produced, self._ordered = (array.copy() for array in arrays)
-        self.reasons = list(reasons)
+        parent, marks, reasons = snapshot
+        self._parent, self._marks, self.reasons = parent.copy(), marks.copy(), list(reasons)
 
     def groups(self) -> list[Ids]:
-        """Return the channel groups: roots of the classes to be slimmed, ordered, one array a group.
+        """Return the channel groups: one array per group, with the roots of its classes in order.
 
-        Two classes are of one group if they play the same roles equally often. A class's signature is the
-        multiset of its roles; it is compared through a sum of one random number a role.
+        Two classes are in one group if they play the same roles equally often. A class's signature is the multiset of
+        its roles; signatures are compared through a sum with one random number per role.
         """
         signature = np.zeros(len(self), np.uint64)
         draw = np.random.default_rng(0).integers(0, 2**64, len(self.roles), np.uint64)
@@ -128,20 +135,18 @@ class Labels:
             np.add.at(signature, self.find(ids), role)
         everything = np.arange(len(self))
         roots = everything[self.find(everything) == everything]
-        slim = roots[self._produced[roots] & ~self._pinned[roots]]
-        order = np.argsort(signature[slim], kind="stable")
-        cuts = np.flatnonzero(np.diff(signature[slim][order])) + 1
-        found = [np.sort(group) for group in np.split(slim[order], cuts) if len(group)]
+        slim = roots[self.produced(roots) & ~self.pinned(roots)]
+        by_signature = np.argsort(signature[slim], kind="stable")
+        cuts = np.flatnonzero(np.diff(signature[slim][by_signature])) + 1
+        found = [np.sort(group) for group in np.split(slim[by_signature], cuts) if len(group)]
         return sorted(found, key=lambda group: int(group[0]))
 
 
 def spread(ids: Ids, before: int, after: int) -> Ids:
     """Return the labels of a flattened (before, len(ids), after) block in which only the middle axis is labelled."""
-    block: Ids = np.broadcast_to(ids[None, :, None], (before, len(ids), after)).reshape(-1)
-    return block
+    return pattern((before, len(ids), after), 1, ids).reshape(-1)
 
 
-def pattern(shape: Sequence[int], axis: int, ids: Ids) -> NDArray[Any]:
+def pattern(shape: Sequence[int], axis: int, ids: Ids) -> Ids:
     """Return `ids` laid along `axis` of a block of `shape`."""
-    view = ids.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return np.broadcast_to(view, tuple(shape))
+    return np.broadcast_to(ids.reshape([-1 if i == axis else 1 for i in range(len(shape))]), tuple(shape))

@@ -1,21 +1,23 @@
-"""Making a plan: trace, solve, try what is doubtful in another way, and check that every width runs."""
+"""Making a plan: trace, solve, try other choices where the first looks bad, and check that every width runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from slimmable.analysis._check import first_failure
-from slimmable.analysis._solve import Solution, solve
-from slimmable.analysis.channels import channels_of
-from slimmable.analysis.fake import FakeModel, recorded_outputs
+from slimmable._nested import output_tensors
+from slimmable._widths import kept_of
+from slimmable.analysis._solve import Solution, channels_of, solve
+from slimmable.analysis.channels import SubNetwork
+from slimmable.analysis.fake import FakeModel, Shortcuts, recorded_outputs
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.analysis.trace import Skip, Trace, trace
-from slimmable.errors import TraceError
+from slimmable.errors import ConversionError, TraceError
 
 
 def make_plan(
@@ -26,12 +28,11 @@ def make_plan(
     skip: Skip,
     round_to: int = 1,
     universal: bool = False,
-    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Plan:
-    """Trace `model` and return its plan.
+    """Trace `model`, which has no views, and return its plan.
 
-    A labelled axis folded into several is carried by one of them; where that choice ends pinned, the second choice is
-    tried once and the plan that keeps fewer parameters at the narrowest width is returned.
+    When a labelled axis is folded into several, one of them carries its labels. If that one ends up pinned, the second
+    choice is tried once, and the plan that keeps fewer parameters at the narrowest width is returned.
 
     Raises: TraceError: if the model's forward fails on fake tensors.
     """
@@ -39,7 +40,7 @@ def make_plan(
     replayed: dict[str, list[Any]] = {}
     keep_caches = False
     while True:
-        fake = FakeModel(model, args, kwargs, keep_caches, prepare, replayed)
+        fake = FakeModel(model, args, kwargs, keep_caches, replayed)
         try:
             found = best_trace(fake, widths, _also(skip, pinned), round_to)
         except TraceError as error:
@@ -50,7 +51,7 @@ def make_plan(
             if above is None or above in replayed:
                 raise
             try:
-                replayed = recorded_outputs(model, args, kwargs, [*replayed, above], prepare)
+                replayed = recorded_outputs(model, args, kwargs, [*replayed, above])
             except Exception as cause:
                 raise TraceError(f"{error}\nNor does the model run with numbers: {cause}") from cause
             continue
@@ -67,8 +68,13 @@ def make_plan(
         pinned[path] = f"fails when narrow ({line[:100]})"
 
 
+def _inside(path: str, outer: str) -> bool:
+    """Tell whether a module is the outer one or inside it; the root has no other module inside it."""
+    return path == outer or (outer != "" and path.startswith(f"{outer}."))
+
+
 def _has_tensors(plan: Plan, path: str) -> bool:
-    return any(owner == path or (path and owner.startswith(f"{path}.")) for owner, _ in plan.tensors)
+    return any(_inside(owner, path) for owner, _ in plan.channels.tensors)
 
 
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
@@ -79,14 +85,16 @@ def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
 
 
 def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
+    """Return `skip` with pinned modules, by path, and their reasons added."""
+
     def reason(path: str) -> str | None:
-        return next((why for name, why in pinned.items() if path == name or path.startswith(f"{name}.")), None)
+        return next((why for outer, why in pinned.items() if _inside(path, outer)), None)
 
     return lambda path, module: reason(path) or skip(path, module)
 
 
 def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
-    """Trace, and once more with the second choice for folded axes whose first one looks bad; return the better."""
+    """Trace, and trace again with second choices for folded axes where the first looks bad; return the better one."""
     first = trace(fake, widths, skip, {})
     solution = solve(first, widths, round_to)
     labels = first.context.labels
@@ -125,8 +133,56 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
 
 
 def _reason(labels: Labels, ids: Ids) -> str:
-    roots = set(labels.find(ids).tolist())
-    for pinned, reason in labels.reasons:
-        if not roots.isdisjoint(labels.find(pinned).tolist()):
-            return reason
-    return "merged with an axis that stays full"
+    shared = labels.shared_with(ids)
+    return next((reason for pinned, reason in labels.reasons if shared(pinned)), "merged with an axis that stays full")
+
+
+# -- trying a plan: the model must run on tensors of each width's sizes, and give outputs of the planned shapes
+def first_failure(fake: FakeModel, plan: Plan) -> tuple[str, Exception] | None:
+    """Run every narrow width; return the path of the module that fails and its error, or None if all run."""
+    narrow = list(zip(plan.widths, plan.columns, strict=True))[1:]
+    with fake.on_meta():  # most models run there too, in less time
+        while narrow and _failure(fake, *narrow[0]) is None:
+            del narrow[0]
+    for width, column in narrow:
+        error = _failure(fake, width, column)
+        if error is not None:
+            return ("" if isinstance(error, ConversionError) else fake.running), error
+    return None
+
+
+def _failure(fake: FakeModel, width: float, column: SubNetwork) -> Exception | None:
+    with _shrunk(fake, column):
+        try:
+            out = fake.run(Shortcuts())  # type: ignore[no-untyped-call]
+        except Exception as error:
+            return error
+    got = [tuple(tensor.shape) for tensor in output_tensors(out)]
+    if got != column.output_shapes:
+        planned = column.output_shapes
+        return ConversionError(f"the outputs at width {width} have shapes {got}, planned were {planned}")
+    return None
+
+
+@contextmanager
+def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
+    """Give tensors and attributes the sizes of a sub-network."""
+    modules = dict(fake.model.named_modules(remove_duplicate=False))
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for (path, name), kept in column.tensors.items():
+        store = modules[path]._parameters if name in modules[path]._parameters else modules[path]._buffers
+        tensor = store[name]
+        shape = [kept_of(size, keep) for size, keep in zip(tensor.shape, kept, strict=True)]
+        if tensor.shape != tuple(shape):
+            before.append((store, name, tensor))
+            store[name] = fake.weight(shape, tensor)
+    for path, values in column.values.items():
+        for name, value in values.items():
+            before.append((modules[path].__dict__, name, modules[path].__dict__[name]))
+            modules[path].__dict__[name] = value
+    try:
+        yield
+    finally:
+        for store, name, whole in before:
+            store[name] = whole
+        fake.forget()

@@ -1,4 +1,4 @@
-"""The plan of a conversion: what every width keeps of every parameter axis, and the integers that follow."""
+"""The plan of a conversion: what each width keeps of each parameter axis, and the integers that follow."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._modules import is_under
+from slimmable._tables import html_table
 from slimmable._widths import Kept, kept_units, width_index
-from slimmable.analysis._solve import counts_at
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 from slimmable.errors import WidthError
 
 AxisName = tuple[str, str, int]  # module path, tensor name, axis
 Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
-"""A width, widths by layer name (the last pattern that matches counts), or one count for each channel group."""
+"""A width, widths by layer name (of patterns that match, the last decides), or one count for each channel group."""
 
 _REMEMBERED = 64  # sub-networks
 
@@ -28,9 +28,9 @@ _REMEMBERED = 64  # sub-networks
 class Group:
     """Units that are kept or dropped together along several axes.
 
-    `members[axis]` holds, for each position on that axis, the number of the unit that it belongs to, or -1 if it
-    belongs to none of this group. `makers` are the modules with weights that make these channels. The units of an
-    `ordered` group must stay in their order, as those that a convolution runs along.
+    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if its unit is not in this
+    group. `makers` are the modules whose weights make these channels. The units of an `ordered` group must stay in
+    order, because a convolution runs along them.
     """
 
     units: int
@@ -49,16 +49,16 @@ class Pin:
     reason: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
-    """What would be slimmed, what stays full and why; `print` shows it. Copies of a model share their plan.
+    """What is slimmed, what stays full, and why; `print` shows it. Copies of a model share its plan.
 
     Attributes:
         widths: from the widest to the narrowest.
-        channels: the channel groups, where they lie, and what is sized by them.
+        channels: the channel groups, the axes that they lie on, and what is sized by them.
         columns: for each width, its sub-network.
-        caches: module path -> attributes in which the forward keeps tensors, of which every width needs its own ->
-            their value when empty.
+        caches: module path -> attribute in which the forward keeps tensors -> its value when empty. Each width needs a
+            cache of its own.
         pins: the axes that stay at full width although a layer with weights makes them.
         round_to: kept channels are a multiple of it, where a group has that many.
         universal: whether any width from the narrowest on can be set, not only `widths`.
@@ -74,6 +74,54 @@ class Plan:
 
     def __str__(self) -> str:
         return _table(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the plan as tables, which notebooks show."""
+        kept = ", ".join(map(str, self.widths))
+        groups = [
+            [number, group.units, ", ".join(map(str, group.kept)), _shown(group)]
+            for number, group in enumerate(self.groups)
+        ]
+        pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
+        html = html_table(["group", "units", f"kept at {kept}", "axes"], groups)
+        return html + (html_table(["kept at full width", "units", "reason"], pins) if pins else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain numbers, strings, lists and dicts, for example for JSON.
+
+        Returns: "widths", "round_to" and "universal", as above; "macs" and "parameters", one per width; "groups", each
+            with its "units", the number "kept" per width, its "makers", whether it is "ordered", and its "axes" as
+            {"module": "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason".
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from slimmable import plan
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = plan(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)).to_dict()
+        >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
+        ([48, 24], [8, 4], ['0'])
+        """
+        groups = [
+            {
+                "units": group.units,
+                "kept": list(group.kept),
+                "makers": list(group.makers),
+                "ordered": group.ordered,
+                "axes": [_axis_data(axis) for axis in group.members],
+            }
+            for group in self.groups
+        ]
+        return {
+            "widths": list(self.widths),
+            "round_to": self.round_to,
+            "universal": self.universal,
+            "macs": [column.macs for column in self.columns],
+            "parameters": [column.parameters for column in self.columns],
+            "groups": groups,
+            "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
+        }
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self
@@ -140,8 +188,8 @@ class Plan:
     def near(self, wanted: tuple[int, ...]) -> SubNetwork:
         """Return the sub-network with counts near `wanted` that satisfy all constraints.
 
-        Where counts of a few units more or less do not, groups that disagree rise to the counts of one column, the
-        narrowest in which none of them shrinks: the counts of a column agree.
+        If changing counts by a few units does not help, groups that disagree rise together to their counts in one
+        column, the narrowest in which none of them shrinks, because the counts of a column satisfy the constraints.
         """
         if wanted in self._found:
             return self._found[wanted]
@@ -151,11 +199,11 @@ class Plan:
             before, groups = counts.copy(), [needed.grouping.groups_in(failure.axes()) for failure in failures]
             for each in groups:
                 self._rise(counts, each)
-            if (counts == before).all():  # each is of one column, but they disagree with what is not
+            if (counts == before).all():  # each agrees with one column, but not with the groups of others
                 for group in {group for each in groups for group in each}:
                     self._rise(counts, [group], 1)
             if (counts == before).all():
-                counts = counts_at(needed.grouping.units, 1.0, self.round_to)
+                counts = np.array([*needed.grouping.units, 1])
             values, failures = needed.fit(counts)
         return self._remember(wanted, self.channels.sub_network(counts, values))
 
@@ -216,15 +264,25 @@ class Plan:
 
 
 def _table(plan: Plan) -> str:
-    header = f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, plan.widths)):<32}  axes"
-    lines = [header]
+    lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, plan.widths)):<32}  axes"]
     for number, group in enumerate(plan.groups):
-        names = [f"{path}.{name}[{axis}]".lstrip(".") for path, name, axis in group.members]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {shown}")
+        lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
     if plan.pins:
         lines.append("kept at full width:")
-    for pin in plan.pins:
-        path, name, axis = pin.axis
-        lines.append(f"  {path}.{name}[{axis}] ({pin.size}): {pin.reason}".replace(" .", " "))
+    lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in plan.pins]
     return "\n".join(lines)
+
+
+def _shown(group: Group) -> str:
+    """Return the first axes of a group as one line of text."""
+    names = [_axis(axis) for axis in group.members]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _axis(axis: AxisName) -> str:
+    path, name, number = axis
+    return f"{path}.{name}[{number}]".lstrip(".")
+
+
+def _axis_data(axis: AxisName) -> dict[str, Any]:
+    return dict(zip(("module", "tensor", "axis"), axis, strict=True))

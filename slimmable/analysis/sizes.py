@@ -1,4 +1,4 @@
-"""The sizes that torch's own layers keep as attributes; an extracted layer must say what its weight has."""
+"""Size attributes such as `in_features`, which an extracted layer or model must have in agreement with its weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ from typing import Any
 from torch import nn
 
 from slimmable._widths import Kept, kept_of
-from slimmable.analysis._layers import size_axes
 from slimmable.analysis.channels import SubNetwork
 
 Cut = Mapping[str, Sequence[Sequence[Kept]]]
 
 
+def size_axes(module: nn.Module) -> dict[str, int]:
+    """Return attribute -> axis of the weight; a convolution's axis 1 is the attribute divided by `groups`.
+
+    >>> size_axes(nn.Conv2d(4, 8, 3))
+    {'out_channels': 0, 'in_channels': 1}
+    """
+    if isinstance(module, nn.Linear):
+        return {"out_features": 0, "in_features": 1}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"in_channels": 0, "out_channels": 1} if module.transposed else {"out_channels": 0, "in_channels": 1}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": 1}
+    return {"num_channels": 0} if isinstance(module, nn.GroupNorm) else {}
+
+
 def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Return, for each size attribute of a torch layer that follows a cut tensor, its value at each width."""
+    """Return size attribute -> its value at each width, for a torch layer whose weight is cut."""
     if "weight" not in cut:
         return {}
     shape, kept = module._parameters["weight"].shape, cut["weight"]  # type: ignore[union-attr]
@@ -29,7 +43,7 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
 
 
 def feature_sizes(model: nn.Module, full: SubNetwork, columns: Sequence[SubNetwork]) -> dict[str, list[Any]]:
-    """Return what a timm model says of its features, true in each sub-network, by the attribute that says it.
+    """Return attribute -> its value in each sub-network, for what a timm model says about its features.
 
     The sizes are the input of the classifier, or the output of a model without one; a model made with `features_only`
     has them in its `feature_info`.

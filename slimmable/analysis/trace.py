@@ -1,4 +1,4 @@
-"""One run of a model on fake tensors, in which every operation moves or merges channel labels."""
+"""The trace: one run of a model on fake tensors, in which every operation moves or merges channel labels."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._modules import unannounced
 from slimmable._nested import output_tensors
-from slimmable.analysis import _rules_layer, _rules_shape
-from slimmable.analysis._context import Call, Context
-from slimmable.analysis._layers import size_axes
-from slimmable.analysis._rules import name_of, rule_of, tensors
+from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
+from slimmable.analysis._context import Call, Context, Rule, tensors
 from slimmable.analysis.fake import FakeModel, run_operation
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
+from slimmable.analysis.sizes import size_axes
 from slimmable.errors import TraceError
 
-_ = _rules_shape  # imported for its rules
-
-Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full, or why
+RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}
+Skip = Callable[[str, nn.Module], bool | str]  # tells whether a module stays full; a string is the reason
 
 
 @dataclass
 class ModuleCall:
-    """One run of a module: its first argument, if that is a tensor, the labels that it had, and what came out."""
+    """One call of a module: its first argument, if that is a tensor, with its labels, and its output."""
 
     source: Tensor | None
     axes: list[Ids | None]
@@ -39,7 +37,7 @@ class ModuleCall:
 
 @dataclass
 class Trace:
-    """What one run has shown."""
+    """What one run showed: labels of tensors and outputs, values of attributes, caches and calls."""
 
     context: Context
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
@@ -47,6 +45,17 @@ class Trace:
     outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `FakeModel.forget` says
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
+
+
+def name_of(operation: torch._ops.OpOverload) -> str:
+    """Return the name of an operation; one that works in place has the name of the one that does not."""
+    return str(operation._schema.name).removeprefix("aten::").rstrip("_")
+
+
+def rule_of(operation: torch._ops.OpOverload) -> Rule:
+    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins what it meets."""
+    pointwise = torch.Tag.pointwise in operation.tags
+    return RULES.get(name_of(operation)) or (_rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,9 +69,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = run_operation(func, args, kwargs)
         if not self.asleep and tensors(out):
-            context = self.context
-            context.operation, context.module = name_of(func), self.fake.running
-            rule_of(func)(context, args, kwargs, out)
+            self.context.at(name_of(func), self.fake.running)
+            rule_of(func)(self.context, args, kwargs, out)
         return out
 
 
@@ -92,7 +100,7 @@ class _Calls(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         finally:
-            self.context.call = None
+            self.context.call = Call()
 
     def _size(self, args: Any, kwargs: Any) -> Any:
         tensor, dims = args[0], args[1:] or tuple(kwargs.values())
@@ -106,10 +114,9 @@ class _Calls(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             self.operations.asleep = False
-        context = self.context
-        context.operation, context.module = "scaled_dot_product_attention", self.operations.fake.running
+        self.context.at("scaled_dot_product_attention", self.operations.fake.running)
         names = ("query", "key", "value")
-        _rules_layer.attention(context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
+        _rules_layer.attention(self.context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
         return out
 
 
@@ -122,7 +129,12 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     result = Trace(context)
     _label_tensors(fake.model, result, skip)
     operations = _Operations(context, fake)
-    fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
+
+    def pin_inputs(path: str, inputs: Any) -> None:
+        context.at("skip", path)
+        context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
+
+    fake.on_replay = pin_inputs
     read: set[tuple[str, str]] = set()
     with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
         try:
@@ -137,11 +149,10 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
     whole = skip("", fake.model)
+    context.at("output", "")
     for tensor in output_tensors(output):
         if whole:
-            context.operation, context.module = "output", ""
-            for ids in context.axes(tensor):
-                context.pin(ids, "the model itself is skipped")
+            context.pin_all([tensor], "the model itself is skipped")
         _label_output(context, tensor, result)
     return result
 
@@ -151,19 +162,17 @@ def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
     """Note what each module is called with, and what it returns."""
     handles = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Any) -> None:
-            source = args[0] if args and isinstance(args[0], Tensor) else None
-            axes = [] if source is None else result.context.axes(source)
-            result.calls.setdefault(path, []).append(ModuleCall(source, axes))
+    def before(path: str, args: Any) -> None:
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        axes = [] if source is None else result.context.axes(source)
+        result.calls.setdefault(path, []).append(ModuleCall(source, axes))
 
-        def after(_: nn.Module, args: Any, out: Any) -> None:
-            result.calls[path][-1].out = out
-
-        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
+    def after(path: str, out: Any) -> None:
+        result.calls[path][-1].out = out
 
     for path, module in fake.model.named_modules():
-        watch(path, module)
+        handles.append(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
+        handles.append(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)))
     try:
         yield
     finally:
@@ -195,12 +204,12 @@ def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[Non
 
 
 def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -> None:
-    """Let the sizes of torch's layers that the forward reads be those of their weights."""
+    """Require size attributes of torch's layers that the forward reads to follow the weights."""
     context = result.context
     for path, name in sorted(read):
         module = model.get_submodule(path)
         axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
-        context.operation, context.module = f"reading {name}", path
+        context.at(f"reading {name}", path)
         ids = axes[axis]
         full = module._parameters["weight"].shape[axis]  # type: ignore[union-attr]
         size = Expression("constant", full) if ids is None else Expression("size", ids)
@@ -225,13 +234,6 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     return failed
 
 
-def _pin_inputs(context: Context, path: str, inputs: Any) -> None:
-    context.operation, context.module = "skip", path
-    for tensor in output_tensors(inputs):
-        for ids in context.axes(tensor):
-            context.pin(ids, "read by a module that runs only with numbers")
-
-
 def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
     context = result.context
     for path, module in model.named_modules():
@@ -248,14 +250,13 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)
             if skipped:
-                context.operation, context.module = skipped if isinstance(skipped, str) else "skip", path
-                for ids in context.axes(tensor):
-                    context.pin(ids)
+                context.at(skipped if isinstance(skipped, str) else "skip", path)
+                context.pin_all([tensor])
 
 
 @contextmanager
 def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
-    """Replace the integer attributes of all modules by traced ones for the time of a run."""
+    """Replace the integer attributes of all modules with traced ones while the block runs."""
     before: list[tuple[nn.Module, str, Any]] = []
 
     def traced(value: Any, key: Attribute) -> Any:
@@ -281,10 +282,10 @@ def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
 
 
 def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
-    """Pin the units of a classifier or an embedding; features of a backbone may get thinner.
+    """Pin an output that is class scores or an embedding; features of a backbone may get thinner.
 
-    An output is final if only affine steps lie between the last layer with weights and it, and no other layer
-    reads it (class scores), or a single layer makes it and it is a vector (the embedding of a projection head,
+    An output is one of these if only affine steps lie between the last layer with weights and it, and either no other
+    layer reads it (class scores), or it is a vector that a single layer makes (the embedding of a projection head,
     which a predictor may read).
     """
     axes = context.axes(tensor)
@@ -292,13 +293,9 @@ def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
     origin = context.origin(tensor)
     if origin not in ("mixed", "normed") or (origin == "normed" and tensor.ndim > 2):
         return
-    labels = context.labels
-    for ids in axes:
-        if ids is None:
-            continue
-        roots = set(labels.find(ids).tolist())
-        read = any(not roots.isdisjoint(labels.find(other).tolist()) for other in context.consumed)
-        makers = sum(not roots.isdisjoint(labels.find(other).tolist()) for _, other in context.producers)
+    for ids in (own for own in axes if own is not None):
+        shared = context.labels.shared_with(ids)
+        read = any(map(shared, context.consumed))
+        makers = sum(shared(other) for _, other in context.producers)
         if not read or (tensor.ndim == 2 and makers == 1):
-            context.operation, context.module = "output", ""
             context.pin(ids, "class scores or an embedding")

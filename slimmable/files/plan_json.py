@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._widths import check_widths
-from slimmable.analysis.channels import Channels
-from slimmable.analysis.fit import Grouping, Requirements
+from slimmable.analysis.channels import Channels, Grouping, Requirements
 from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Pin, Plan

@@ -10,8 +10,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._addons import detach_all
-from slimmable._convert import Skip, skipper, strip
+from slimmable._convert import Skip, plain, skipper
 from slimmable._inputs import check_module, example_of
 from slimmable._nested import output_tensors
 from slimmable.analysis.fake import FakeModel
@@ -94,13 +93,9 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
-
-    def prepare(copied: nn.Module) -> None:
-        detach_all(copied)
-        strip(copied)
-
+    bare = plain(model)
     for keep_caches in (False, True):
-        fake = FakeModel(model, args, kwargs, keep_caches, prepare)
+        fake = FakeModel(bare, args, kwargs, keep_caches)
         try:
             return fake, *best_trace(fake, widths, lambda path, module: False, 1)
         except TraceError:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimmable.analysis.fit import Grouping
+from slimmable.analysis.channels import Grouping
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Plan
 from slimmable.gating._gate import gate_macs

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import slimmable
 from slimmable._nested import output_tensors
 from slimmable.analysis.fake import filled_caches
-from slimmable.analysis.importance import magnitude_order, permute
+from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.plan import Plan
 
 Run = Callable[[nn.Module], list[Tensor]]
@@ -109,7 +109,7 @@ def permuted_difference(
     random = np.random.default_rng(0)
     shuffled = fresh_copy(model)
     orders = [np.arange(g.units) if g.ordered else random.permutation(g.units) for g in plan.groups]
-    permute(shuffled, plan, magnitude_order(model, plan) if order == "magnitude" else orders)
+    permute(shuffled, plan, order_by_magnitude(model, plan) if order == "magnitude" else orders)
     found = []
     for got, want, full, narrow in zip(
         run(shuffled), expected, plan.output_shapes[0], plan.output_shapes[-1], strict=True

@@ -59,9 +59,9 @@ def test_a_model_of_which_nothing_gets_thinner():
         assert slim(X).shape == (2, 2)
 
 
-@pytest.mark.parametrize("order", [None, "magnitude"])
+@pytest.mark.parametrize("importance", [None, "magnitude"])
 @pytest.mark.parametrize("was_converted", [False, True])
-def test_a_conversion_in_place_that_fails_half_way_leaves_the_model_as_it_was(was_converted, order, monkeypatch):
+def test_a_conversion_in_place_that_fails_half_way_leaves_the_model_as_it_was(was_converted, importance, monkeypatch):
     torch.manual_seed(0)
     model = converted() if was_converted else network()
     model.eval()
@@ -75,7 +75,7 @@ def test_a_conversion_in_place_that_fails_half_way_leaves_the_model_as_it_was(wa
 
     monkeypatch.setattr(convert, "install_view", fail)
     with pytest.raises(MemoryError):
-        slimmable.slimify(model, (1.0, 0.25), example_inputs=X, order=order, inplace=True)
+        slimmable.slimify(model, (1.0, 0.25), example_inputs=X, importance=importance, inplace=True)
     assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (names, classes)
     assert torch.equal(model(x), output)
     if was_converted:
@@ -148,7 +148,7 @@ def test_profiles(options):
 
 
 def test_recipes():
-    for options in ({"weights": 5}, {"distill": "kl"}):
+    for options in ({"loss_weights": 5}, {"distill": "kl"}):
         with pytest.raises(UsageError, match="SlimRecipe"):
             slimmable.SlimRecipe(converted(), **options)
 

@@ -146,6 +146,32 @@ def test_an_example_that_the_forward_does_not_take_is_refused_with_its_signature
         slimmable.plan(Network(8, 1, "tuple", "dict"), WIDTHS, example_inputs=example)
 
 
+def test_a_size_where_a_tensor_was_expected_is_refused_with_what_to_write():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    for example in ((3, 32, 32), [3, 32, 32], torch.Size([3, 32, 32])):
+        with pytest.raises(slimmable.errors.ConversionError, match=r"size of an input.* torch\.zeros\(2, 3, 32, 32\)"):
+            slimmable.slimify(model, (1.0, 0.5), example_inputs=example)
+
+
+def test_a_tensor_where_a_size_was_expected_is_refused_with_what_to_write():
+    with pytest.raises(slimmable.errors.UsageError, match=r"tensor of shape \(1, 4\); pass it as example_inputs="):
+        slimmable.profile(nn.Linear(4, 2), torch.zeros(1, 4))
+
+
+def test_a_forward_that_takes_integers_gets_them_in_inputs():
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, rows, times):
+            return self.second(self.first(torch.ones(rows, 4)) * times)
+
+    with pytest.raises(slimmable.errors.ConversionError, match=r"slimmable\.Inputs\(2, 3\)"):
+        slimmable.plan(Made(), (1.0, 0.5), example_inputs=(2, 3))
+    assert slimmable.plan(Made(), (1.0, 0.5), example_inputs=Inputs(2, 3)).columns[1].counts == (4,)
+
+
 class PaddedText(nn.Module):
     """As people write it: torch's own encoder, which in evaluation mode drops the padding by nested tensors."""
 

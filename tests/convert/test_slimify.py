@@ -123,7 +123,7 @@ def test_order_permutes_what_narrow_norms_have_learned_too(images):
     net.append(nn.Linear(8, 4))
     oracles.randomise(net)
     slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=images)
-    again = slimmable.slimify(slim, (1.0, 0.5), example_inputs=images, order="magnitude")
+    again = slimmable.slimify(slim, (1.0, 0.5), example_inputs=images, importance="magnitude")
     assert not torch.equal(again[1].full.weight, slim[1].full.weight)
     assert torch.equal(again[1].narrow[0].weight, again[1].full.weight[:4])
 
@@ -264,17 +264,32 @@ def test_round_to_keeps_multiples(images):
     assert kept == {8, 16, 40}  # of 16, 32 and 64: 9.6, 19.2 and 38.4, to the nearest multiple of 8
 
 
-def test_magnitude_order_keeps_the_function_and_puts_large_channels_first(images):
+def test_importance_by_magnitude_keeps_the_function_and_puts_large_channels_first(images):
     model = oracles.randomise(tiny_resnet().double().eval())
     images = images.double()
-    slim = slimmable.slimify(model, WIDTHS, example_inputs=images, order="magnitude")
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=images, importance="magnitude")
     with torch.no_grad():
         assert oracles.difference(slim(images), model(images)) < 1e-12
     plan = slimmable.plan(slimmable.extract(slim, 1.0), WIDTHS, example_inputs=images)
-    from slimmable.analysis.importance import magnitude_order
+    from slimmable.analysis.importance import order_by_magnitude
 
-    for order in magnitude_order(slimmable.extract(slim, 1.0), plan):
+    for order in order_by_magnitude(slimmable.extract(slim, 1.0), plan):
         assert (order == range(len(order))).all()
+
+
+def test_a_new_plan_of_a_converted_model_is_that_of_the_plain_one_and_leaves_it_as_it_was(images):
+    model = tiny_resnet()
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=images, universal=True)
+    slimmable.set_width(slim, 0.7)  # a width that it was not made with
+    before = [(type(module), {n: id(t) for n, t in module._parameters.items()}) for module in slim.modules()]
+    with torch.no_grad():
+        expected = slim(images)
+    again = slimmable.plan(slim, WIDTHS, example_inputs=images)
+    assert str(again) == str(slimmable.plan(model, WIDTHS, example_inputs=images))
+    assert before == [(type(module), {n: id(t) for n, t in module._parameters.items()}) for module in slim.modules()]
+    assert slimmable.width_of(slim) == slimmable.width_of(slim.layer1)
+    with torch.no_grad():
+        assert torch.equal(slim(images), expected)
 
 
 def test_keyword_and_tuple_inputs():
@@ -321,7 +336,7 @@ def test_widths_that_cannot_be_used(images, widths):
         ({"skip": "layre*"}, "layre.*matches no module"),
         ({"round_to": 0}, "round_to is 0"),
         ({"round_to": 1.5}, "round_to is 1.5"),
-        ({"order": "size"}, "order 'size' is unknown"),
+        ({"importance": "size"}, "importance 'size' is unknown; use None or \"magnitude\""),
         ({"example_inputs": None}, "example_inputs"),
         ({"example_inputs": torch.zeros(2, 5, 64, 64)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),
         ({"example_inputs": torch.zeros(2, 3)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),

@@ -1,64 +1,27 @@
-"""The table of operation rules, and the rules of operations that treat channels one by one or as a whole.
-
-A rule is called after the operation has run on fake tensors and labels its output. Operations without a rule pin
-every label that they meet: always right, only not slim.
-"""
+"""Rules of operations that treat channels one by one or as a whole, and of those that make new tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable.analysis._context import Context
+from slimmable.analysis._context import Context, Rule, Rules, tensors
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids
 
-Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
+Args = Sequence[Any]
+Kwargs = dict[str, Any]
 
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of ATen operations."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f"operation {name} has two rules")
-            RULES[name] = function
-        return function
-
-    return register
+RULES = Rules()
 
 
-def name_of(operation: torch._ops.OpOverload) -> str:
-    """Return the name of an operation; one that works in place has the name of its twin."""
-    return str(operation._schema.name).removeprefix("aten::").rstrip("_")
-
-
-def rule_of(operation: torch._ops.OpOverload) -> Rule:
-    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins."""
-    found = RULES.get(name_of(operation))
-    if found is not None:
-        return found
-    return pointwise if torch.Tag.pointwise in operation.tags else unknown
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def unknown(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Pin everything that goes in."""
-    for tensor in tensors((args, kwargs)):
-        for ids in ctx.axes(tensor):
-            ctx.pin(ids, "has no rule")
+    ctx.pin_all(tensors((args, kwargs)), "has no rule")
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
@@ -84,7 +47,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     return None
 
 
-@rule(
+@RULES.of(
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
@@ -92,7 +55,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
     "leaky_relu", "elu", "celu", "selu",  # in part without torch's tag up to 2.11
 )  # fmt: skip
-def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
     for result in tensors(out):
@@ -113,9 +76,9 @@ def pointwise(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: An
         ctx.label(result, joined[::-1], origin_after(ctx, operands))
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
-def along_an_axis(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Keep the labels; where the order of units matters the axis cannot shrink."""
+@RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
+def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Keep the labels; an axis on which the order of units matters cannot shrink."""
     axes = ctx.axes(args[0])
     if "softmax" not in ctx.operation:
         dims = args[2] if ctx.operation == "roll" else args[1]
@@ -126,12 +89,12 @@ def along_an_axis(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out
     ctx.label(out, axes)
 
 
-@rule(
+@RULES.of(
     "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
     "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum",
 )  # fmt: skip
-def reduce(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Drop the reduced axes; an index along a labelled axis pins it."""
+def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """Drop the reduced axes; an operation that returns indices pins them."""
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
@@ -154,39 +117,38 @@ def reduce(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     return None
 
 
-def spatial(ctx: Context, source: Tensor, out: Any, dims: int) -> None:
-    """Keep the labels of all but the last `dims` axes, along which neighbours are mixed."""
-    axes = ctx.axes(source)
-    for ids in axes[source.ndim - dims :]:
-        ctx.pin(ids, "neighbouring units are mixed")
-    for result in tensors(out):
-        ctx.label(result, axes[: source.ndim - dims] + [None] * dims)
+def _spatial(dims: int) -> Rule:
+    """Return the rule of operations that mix neighbours along the last `dims` axes; the others keep their labels."""
+
+    def rule(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+        axes = ctx.axes(args[0])
+        front = len(axes) - dims
+        for ids in axes[front:]:
+            ctx.pin(ids, "neighbouring units are mixed")
+        for result in tensors(out):
+            ctx.label(result, axes[:front] + [None] * dims)
+
+    return rule
 
 
-def _register_spatial() -> None:
-    def of(dims: int) -> Rule:
-        return lambda ctx, args, kwargs, out: spatial(ctx, args[0], out, dims)
-
-    for dims in (1, 2, 3):
-        kinds = ["max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d",
-                 "adaptive_max_pool{}d", "reflection_pad{}d", "replication_pad{}d", "max_pool{}d",
-                 "upsample_nearest{}d", "_upsample_nearest_exact{}d", "fractional_max_pool{}d"]  # fmt: skip
-        for kind in kinds:
-            rule(kind.format(dims))(of(dims))
-    rule("upsample_linear1d")(of(1))
-    for name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-                 "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d"):  # fmt: skip
-        rule(name)(of(2))
-    for name in ("upsample_trilinear3d", "grid_sampler_3d"):
-        rule(name)(of(3))
+for _dims in (1, 2, 3):
+    _kinds = (
+        "max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d",
+        "adaptive_max_pool{}d", "reflection_pad{}d", "replication_pad{}d", "max_pool{}d", "upsample_nearest{}d",
+        "_upsample_nearest_exact{}d", "fractional_max_pool{}d",
+    )  # fmt: skip
+    RULES.of(*(kind.format(_dims) for kind in _kinds))(_spatial(_dims))
+RULES.of("upsample_linear1d")(_spatial(1))
+RULES.of(
+    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d",
+)(_spatial(2))  # fmt: skip
+RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
 
 
-_register_spatial()
-
-
-@rule("constant_pad_nd")
-def pad(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Padding adds units, which stay, before and behind those of an axis."""
+@RULES.of("constant_pad_nd")
+def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Padding adds units before and after those of an axis; these always stay."""
     axes = ctx.axes(args[0])
     amounts = [int(amount) for amount in args[1]]
     for i in range(len(amounts) // 2):
@@ -204,8 +166,8 @@ def pad(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) 
     ctx.label(out, axes)
 
 
-@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+@RULES.of("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A transform mixes along its axes."""
     axes = ctx.axes(args[0])
     for dim in args[1]:
@@ -214,27 +176,24 @@ def fourier(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tens
     ctx.label(out, axes)
 
 
-@rule(
+@RULES.of(
     "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
     "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace", "eye",
     "arange",
 )  # fmt: skip
-def factory(ctx: Context, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-    """A new tensor's axis follows the size that it was asked with, if the values do not depend on the position."""
+def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """An axis of a new tensor follows the size that the code asked for, if values do not depend on their position."""
     values = ctx.operation in ("randperm", "linspace", "eye", "arange")
-    asked = ctx.call is not None and ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
-    given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked and ctx.call is not None else []
+    asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
+    given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
     traced = {int(size): size for size in given if isinstance(size, TracedInt)}
     axes: list[Ids | None] = []
     for units in out.shape:
         size = traced.get(int(units))
-        if size is None:
-            axes.append(None)
-        elif values:
-            ctx.constrain(size, None, int(units))
-            axes.append(None)
-        else:
-            fresh = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
-            ctx.constrain(size, fresh, int(units))
-            axes.append(fresh)
+        ids: Ids | None = None
+        if size is not None:
+            if not values:
+                ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
+            ctx.constrain(size, ids, int(units))
+        axes.append(ids)
     ctx.label(out, axes)
