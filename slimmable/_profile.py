@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._convert import copy_of, shallow_modules
@@ -21,7 +23,7 @@ from slimmable._inputs import check_module, example_of, image_batch
 from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
 from slimmable._width import at_width, widths_of
-from slimmable.analysis.fake import FakeModel
+from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
@@ -35,8 +37,9 @@ class Row:
         width: the width.
         parameters: numbers in all parameters that the width uses.
         macs: multiply-adds of all convolutions and matrix products of a forward, half of what torch's flop counter
-            counts, for the whole batch.
-        activations: numbers in the outputs of these operations.
+            counts, for the whole batch. Attention counts as its two products, also where a mask leaves some of it out.
+        activations: numbers in the outputs of these operations; those of torch's `scaled_dot_product_attention` are
+            counted without the scores in between.
         latency_ms: median time of a forward in milliseconds, or None if it was not measured.
     """
 
@@ -145,14 +148,39 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.formulas, self.flops, self.activations = formulas, 0, 0
+        self.asleep = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = self.formulas.get(func._overloadpacket)
-        if formula is not None:
+        if formula is not None and not self.asleep:
             self.flops += formula(*args, **kwargs, out_val=out)
             self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
+        return out
+
+
+class _Attention(TorchFunctionMode):
+    """Counts attention as one operation, whichever kernel runs: those that torch's formulas know vary by version."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "scaled_dot_product_attention":
+            return func(*args, **kwargs)
+        counter = self.counter
+        counter.asleep = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            counter.asleep = False
+        query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+        scores = math.prod(out.shape[:-1]) * key.shape[-2]
+        counter.flops += 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values
+        counter.activations += out.numel()
         return out
 
 
@@ -161,10 +189,10 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
 
     fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
     try:
-        fake.run(counter)
+        fake.run(counter, _Attention(counter))
     except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on numbers
         counter = _Counter(flop_registry)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), layers_in_parts(), counter, _Attention(counter):
             copy_of(model).eval()(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in output_tensors((args, kwargs)))

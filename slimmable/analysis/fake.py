@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
         with ExitStack() as stack:
-            inside: list[Any] = [self._where, self._values, torch.no_grad(), _layers_in_parts(), _quietly(), *modes]
+            inside: list[Any] = [self._where, self._values, torch.no_grad(), layers_in_parts(), _quietly(), *modes]
             for mode in inside:
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
@@ -200,13 +201,18 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _layers_in_parts() -> Iterator[None]:
-    """Let an LSTM or a TransformerEncoder run as the products that it is made of, not as one operation."""
+def layers_in_parts() -> Iterator[None]:
+    """Let an LSTM or a TransformerEncoder run as the products that it is made of, not as one operation.
+
+    Nor do torch's Python functions, such as `multi_head_attention_forward`, hide from modes what they call.
+    """
+    never = {f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")}
     before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with mock.patch.dict(vars(torch.nn.functional), never):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.backends.mkldnn.set_flags(_enabled=before)  # type: ignore[no-untyped-call]

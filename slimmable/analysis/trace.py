@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +122,9 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
     result = Trace(context)
     _label_tensors(fake.model, result, skip)
     operations = _Operations(context, fake)
-    never = {f"has_torch_function{kind}": _never for kind in ("", "_unary", "_variadic")}
-    quiet = mock.patch.dict(vars(torch.nn.functional), never)  # its Python functions show the operations inside them
     fake.on_replay = lambda path, inputs: _pin_inputs(context, path, inputs)
     read: set[tuple[str, str]] = set()
-    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result), quiet:
+    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except Exception as error:
@@ -233,10 +230,6 @@ def _pin_inputs(context: Context, path: str, inputs: Any) -> None:
     for tensor in output_tensors(inputs):
         for ids in context.axes(tensor):
             context.pin(ids, "read by a module that runs only with numbers")
-
-
-def _never(*_: Any) -> bool:
-    return False
 
 
 def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:

@@ -79,7 +79,9 @@ def _value_property(name: str) -> property:
     def get(self: Any) -> object:
         if name not in self.__dict__:
             raise _missing(self, name)
-        value: object = self._slim.active.values.get(name, self.__dict__[name])
+        values = self._slim.active.values
+        # reading `self.__dict__` only where there is no other way: before torch 2.12, torch.compile cannot
+        value: object = values[name] if name in values else self.__dict__[name]
         return value
 
     def put(self: Any, value: object) -> None:

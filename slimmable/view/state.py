@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -67,7 +68,7 @@ class WidthState(Active[Column]):
     @property
     def index(self) -> int:
         """The position of the active column."""
-        return self.active.index
+        return operator.index(self.active.index)  # a constant in torch.compile; before torch 2.11 it need not be one
 
     def add(self, column: Column) -> None:
         """Append a column."""

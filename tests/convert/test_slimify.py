@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimmable
@@ -383,13 +385,60 @@ def test_the_profile_agrees_with_torchs_flop_counter_on_the_extracted_network(na
     profile = slimmable.profile(slim, size, repeats=0)
     for row in profile.rows:
         small = slimmable.extract(slim, row.width).eval()
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know all others
             small(torch.zeros(1, *size))
         assert row.macs * 2 == counter.get_total_flops()
         assert row.parameters == sum(parameter.numel() for parameter in small.parameters())
     profile.to_csv(tmp_path / "profile.csv")
     with open(tmp_path / "profile.csv", newline="") as file:
         assert [int(row["macs"]) for row in csv.DictReader(file)] == [row.macs for row in profile.rows]
+
+
+class Attend(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", None])
+def test_attention_costs_its_two_products_whichever_kernel_runs(backend, masked, grouped):
+    device, dtype = "cpu", torch.float32
+    if backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+        if not torch.cuda.is_available():
+            pytest.skip("a kernel that only CUDA devices have")
+        device, dtype = "cuda", torch.float16
+    query = torch.randn(2, 4, 5, 8, device=device, dtype=dtype)
+    key, value = torch.randn(2, 2, 2 if grouped else 4, 7, 8, device=device, dtype=dtype)
+    mask = torch.zeros(5, 7, device=device, dtype=dtype) if masked else None
+    inputs = (query, key, value, mask, grouped)
+    with nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, backend)):
+        try:
+            Attend()(*inputs)
+        except RuntimeError:  # "No available kernel"
+            pytest.skip(f"torch {torch.__version__} has no such kernel for these inputs")
+        (row,) = slimmable.profile(Attend(), example_inputs=inputs, repeats=0).rows
+    assert row.macs == 2 * 4 * 5 * 7 * (8 + 8)
+    assert row.activations == 2 * 4 * 5 * 8
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention_inside_of_a_layer_of_torch_costs_the_same(weights, numbers):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if numbers and x.sum().item() == 0:  # cannot be counted on shapes alone
+                x = x + 1
+            return self.attention(x, x, x, need_weights=weights)[0]
+
+    (row,) = slimmable.profile(Attention(), example_inputs=torch.zeros(3, 5, 16), repeats=0).rows
+    scores, positions = 3 * 2 * 5 * 5, 3 * 5
+    assert row.macs == positions * 16 * (3 * 16 + 16) + 2 * scores * 8
+    assert row.activations == positions * (3 * 16 + 16) + positions * 16 + (scores if weights else 0)
 
 
 def test_the_profile_measures_latency_and_leaves_the_model_alone(slim, images):
