@@ -152,7 +152,7 @@ def _within(found: GatePlan, shares: Shares, budget: float, steps: Mapping[int, 
 def _of_the_gated_pass(model: nn.Module) -> nn.Module:
     """Return, of a gated model, in place, the plain one with the norms of the gated pass."""
     for norm in [module for module in model.modules() if isinstance(module, PassNorm)]:
-        norm._modules["full"] = norm.of_gated_pass(0)
+        norm.full = norm.of_gated_pass(0)
     remove_gates(model)
     strip(model)
     return model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimmable.errors import UsageError
 from slimmable.gating._pass import Pass
-from slimmable.view._narrow import copy_of_norm, own_norm
+from slimmable.view.narrow import copy_of_norm, own_norm
 from slimmable.view.container import inner_modules
 from slimmable.view.cuts import take_channels
 from slimmable.view.norms import SwitchableNorm

@@ -61,6 +61,8 @@ def _tensor_property(name: str) -> property:
             tensor = parameters[name]
         elif name in self._buffers:
             tensor = self._buffers[name]
+        elif name in self._slim_lent:
+            tensor = self._slim_lent[name]
         elif name in self.__dict__:
             tensor = self.__dict__[name]
         else:
@@ -199,6 +201,7 @@ def _make_viewed_class(
 ) -> type[nn.Module]:
     body: dict[str, Any] = {
         "_slim_base": base,
+        "_slim_lent": {},  # the parameters of another module that a module may read a part of
         "_slim_view": (base, (tensors, values, caches, buffers)),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view._narrow import NarrowNorms, TensorsOfFull, copy_of_norm, narrowed, own_norm, share
+from slimmable.view.narrow import NarrowNorms, copy_of_norm, lend, narrowed, own_norm, share, shares
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
 from slimmable.view.state import Column, Counts
@@ -53,13 +53,19 @@ class SwitchableNorm(SwitchableContainer):
             raise ConversionError(
                 f"{len(kept)} entries of kept channels for the {len(self.widths)} widths {self.widths}"
             )
-        self.__dict__["_parameters"] = TensorsOfFull(self._modules, "_parameters")
-        self.__dict__["_buffers"] = TensorsOfFull(self._modules, "_buffers")
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
         self.add_module("narrow", NarrowNorms(self._modules, kept[1:], shared_affine))
         self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put a module in, as converters do; the tables of a new full norm become the container's own."""
+        super().add_module(name, module)
+        if name == "full":
+            self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
+            for norm in filter(shares, self.norms()):
+                lend(norm, self.full)
 
     @classmethod
     def from_norm(
@@ -100,7 +106,7 @@ class SwitchableNorm(SwitchableContainer):
 
     def make_column(self, width: float | Counts, kept: Kept) -> Column:
         """Return a guest: a further width, with gain and bias of the full norm and, at first, its statistics."""
-        return Column(width, guest=(share(narrowed(self.full, kept), self._modules, kept), kept))
+        return Column(width, guest=(share(narrowed(self.full, kept), self.full, kept), kept))
 
     def activate(self, column: Column) -> None:
         """Switch to a column, one of the container's own or a guest."""
@@ -115,7 +121,7 @@ class SwitchableNorm(SwitchableContainer):
     def register_column(self, column: Column) -> None:
         """Make a guest one of the container's own widths; its statistics are in the state dict from now on."""
         norm, kept = column.guest
-        self.narrow.add(norm, kept)
+        self.narrow.add(norm, kept, shared=True)
         self.__dict__["_kept"] = (*self._kept, kept)
         self._slim.add(column)
         if self._slim.active is column:
@@ -127,8 +133,9 @@ class SwitchableNorm(SwitchableContainer):
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths, and that of an active guest."""
-        yield from (self.full, *self.narrow)
-        yield from (norm for name, norm in self._modules.items() if name == "guest" and norm is not None)
+        yield self.full
+        yield from self._modules.get("narrow") or ()  # type: ignore[misc]
+        yield from filter(None, [self._modules.get("guest")])
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -139,13 +146,20 @@ class SwitchableNorm(SwitchableContainer):
         return getattr(self.norm_at(self._slim.index), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or name in self._modules or name.startswith("_") or not hasattr(self.full, name):
+        if name == "full":
+            self.add_module(name, value)
+        elif name in self.__dict__ or name in self._modules or name.startswith("_") or not hasattr(self.full, name):
             super().__setattr__(name, value)
         elif isinstance(value, Tensor):
             setattr(self.norm_at(self._slim.index), name, value)
         else:
             for norm in self.norms():
                 setattr(norm, name, value)
+
+    def _named_members(self, *args: Any, recurse: bool = True, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """List tensors under the norms alone: the container's own are those of the full norm."""
+        if recurse:
+            yield from super()._named_members(*args, **kwargs)  # type: ignore[misc]
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

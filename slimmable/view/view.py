@@ -182,7 +182,8 @@ def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
-    for store in (module._parameters, module._buffers, module.__dict__):
+    own = module.__dict__
+    for store in (own["_parameters"], own["_buffers"], own, own.get("_slim_lent", {})):
         if name in store:
             return cast("Tensor | None", store[name])
     raise ConversionError(f"{type(module).__name__} has no tensor {name!r}")

@@ -1,99 +1,83 @@
-"""The norms of the narrower widths in a `SwitchableNorm`: copies of the full one, or sharers of its gain and bias."""
+"""The narrower norms of a `SwitchableNorm`: cut copies of the full norm, which may share its gain and bias."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
 from slimmable._modules import twin_of
-from slimmable._widths import Kept
+from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import take_channels
-from slimmable.view.state import is_slim
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
 
-class TensorsOfFull(dict[str, Any]):
-    """Own no tensor, but find and replace those of the full norm by name, as `torch.func.functional_call` does."""
-
-    def __init__(self, modules: dict[str, nn.Module | None], store: str) -> None:
-        super().__init__()
-        self.modules = modules
-        self.store = store
-
-    def _of_full(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", getattr(self.modules.get("full"), self.store, {}))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._of_full()
-
-    def __getitem__(self, name: str) -> Any:
-        return self._of_full()[name]
-
-    def __setitem__(self, name: str, tensor: Any) -> None:
-        self._of_full()[name] = tensor
-
-    def __delitem__(self, name: str) -> None:
-        del self._of_full()[name]
-
-
 class NarrowNorms(nn.ModuleList):
     """The narrower norms, from wide to narrow; one that shares goes on sharing when a converter replaces it."""
 
-    _container: dict[str, nn.Module | None]
+    _siblings: dict[str, nn.Module | None]
     _shared: dict[str, Kept]
     shared_affine: bool
 
-    def __init__(self, container: dict[str, nn.Module | None], kept: Sequence[Kept], shared: bool) -> None:
+    def __init__(self, siblings: dict[str, nn.Module | None], kept: Sequence[Kept], shared: bool) -> None:
+        """Fill the list; `siblings` are the modules of the container, among them the norm `full`."""
         super().__init__()
-        self.__dict__["_container"] = container
-        self.__dict__["_shared"] = {}
-        self.__dict__["shared_affine"] = shared
+        self.__dict__.update(_siblings=siblings, _shared={}, shared_affine=shared)
         for keep in kept:
-            self.add(narrowed(cast(nn.Module, container["full"]), keep), keep if shared else ...)
+            self.add(narrowed(cast(nn.Module, siblings["full"]), keep), keep, shared)
 
-    def add(self, norm: nn.Module, shared: Any) -> None:
-        """Append a norm; unless `shared` is `...`, it reads these channels of the full norm's gain and bias."""
+    def add(self, norm: nn.Module, kept: Kept, shared: bool) -> None:
+        """Append a norm of these channels, which may share the full norm's gain and bias."""
         name = str(len(self))
-        if shared is not ...:
-            self._shared[name] = shared
+        if shared:
+            self._shared[name] = kept
         self.add_module(name, norm)
 
     def keep_first(self, count: int) -> None:
-        """Drop the norms behind the first `count`."""
+        """Drop the norms after the first `count`."""
         for name in list(self._modules)[count:]:
             del self._modules[name]
             self._shared.pop(name, None)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Put a norm in, as converters such as that of `SyncBatchNorm` do."""
-        if name in self._shared and module is not None and not is_slim(module):
-            share(module, self._container, self._shared[name])
+        if name in self._shared and module is not None and not shares(module):
+            share(module, cast(nn.Module, self._siblings["full"]), self._shared[name])
         super().add_module(name, module)
 
 
-def share(norm: nn.Module, container: dict[str, nn.Module | None], kept: Kept) -> nn.Module:
-    """Let a narrow norm read gain and bias from the full norm of a container, given by its modules."""
-    tensors = [name for name, tensor in cast(nn.Module, container["full"])._parameters.items() if tensor is not None]
-    norm.__dict__["_parameters"] = TensorsOfFull(container, "_parameters")
-    norm.__dict__["affine"] = False  # it has none of its own; converters ask
+def share(norm: nn.Module, full: nn.Module, kept: Kept) -> nn.Module:
+    """Let a narrow norm read its part of the full norm's gain and bias instead of having its own."""
+    norm.__dict__.update(_parameters={}, affine=False)  # converters ask for `affine`
+    lend(norm, full)
+    tensors = [name for name, tensor in full._parameters.items() if tensor is not None]
     install_view(norm, (1.0,), {name: [(kept,)] for name in tensors}, {})
     return norm
 
 
+def shares(norm: nn.Module) -> bool:
+    """Tell whether a norm reads the gain and bias of another one."""
+    return "_slim_lent" in norm.__dict__
+
+
+def lend(norm: nn.Module, full: nn.Module) -> None:
+    """Let a norm that shares read from this full norm; a view looks in `_slim_lent` for what the module lacks."""
+    norm.__dict__["_slim_lent"] = full._parameters
+
+
 def own_norm(norm: nn.Module) -> nn.Module:
-    """Return a norm that shares nothing: itself, or for a sharing one a twin with its part of gain and bias."""
-    if not is_slim(norm):
+    """Return a norm that shares nothing: itself, or for one that shares a twin with its part of gain and bias."""
+    if not shares(norm):
         return norm
     parts = narrow_tensors(norm, 0)
-    full = {name: norm._parameters[name] for name in ("weight", "bias") if name in norm._parameters}
     twin = twin_of(norm, type(norm))
     remove_view(twin)
+    full = twin.__dict__.pop("_slim_lent")
     twin.__dict__["_parameters"] = {
         name: None if whole is None else nn.Parameter(parts.get(name, whole).detach().clone(), whole.requires_grad)
         for name, whole in full.items()
@@ -114,11 +98,10 @@ def narrowed(full: nn.Module, kept: Kept) -> nn.Module:
     if kept is None:
         return norm
     channels = _channel_count(full)
-    count = kept if isinstance(kept, int) else len(kept)
     for module in norm.modules():
         for name in _CHANNEL_COUNTS:
             if getattr(module, name, None) == channels:
-                setattr(module, name, count)
+                setattr(module, name, kept_of(channels, kept))
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.shape[:1] == (channels,):
                 cut = take_channels(parameter.detach(), kept).clone()
