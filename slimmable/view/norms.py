@@ -159,7 +159,7 @@ class SwitchableNorm(SwitchableContainer):
     def _named_members(self, *args: Any, recurse: bool = True, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """List tensors under the norms alone: the container's own are those of the full norm."""
         if recurse:
-            yield from super()._named_members(*args, **kwargs)  # type: ignore[misc]
+            yield from super()._named_members(*args, **kwargs)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
