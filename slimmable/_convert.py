@@ -26,7 +26,7 @@ from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import is_slim, state_of
+from slimmable.view.state import forget, is_slim, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -296,7 +296,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
 def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
     """Return the container of a norm; one that it had before stays if it keeps the same channels."""
     if before is not None and before.full is norm and before.keeps(found.widths, kept, found.universal):
-        before.forget_registered(len(found.widths))
+        forget(before, len(found.widths))
         before.train(norm.training)
         return before
     return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)

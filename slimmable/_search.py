@@ -11,8 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from slimmable._columns import places_of
-from slimmable._width import at_width
+from slimmable._width import at_width, places_of
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
 from slimmable.errors import ConversionError, UsageError

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from slimmable._addons import addons_of, restore_all
 from slimmable._atomic import plain_copies, write_aside
-from slimmable._columns import places_of, registered
 from slimmable._convert import apply_plan, copy_of
 from slimmable._inputs import check_module
+from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from slimmable.errors import UsageError
 from slimmable.gating._pass import Pass
-from slimmable.view.narrow import copy_of_norm, own_norm
 from slimmable.view.container import inner_modules
 from slimmable.view.cuts import take_channels
+from slimmable.view.narrow import copy_of_norm, own_norm
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.recompute import Active
 

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slimmable._columns import places_of
 from slimmable._inputs import check_module
-from slimmable._width import set_width
+from slimmable._width import places_of, set_width
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import GateBudget, dense, gated, has_gates
 from slimmable.losses import OnlineDistillation

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from slimmable._columns import columns_of, places_of
 from slimmable._convert import shallow_modules
+from slimmable._width import columns_of, places_of
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm

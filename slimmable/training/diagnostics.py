@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
-from slimmable._columns import columns_of, places_of
-from slimmable._width import widths_of
+from slimmable._width import columns_of, places_of, widths_of
 from slimmable.errors import UsageError
 from slimmable.losses._checks import check_count
 from slimmable.losses._cosines import at_least_float32

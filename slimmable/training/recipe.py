@@ -11,8 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from slimmable._columns import places_of
-from slimmable._width import set_width, widths_of
+from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.losses._checks import as_number, check_count

@@ -38,11 +38,11 @@ class NarrowNorms(nn.ModuleList):
             self._shared[name] = kept
         self.add_module(name, norm)
 
-    def keep_first(self, count: int) -> None:
-        """Drop the norms after the first `count`."""
-        for name in list(self._modules)[count:]:
-            del self._modules[name]
-            self._shared.pop(name, None)
+    def remove_last(self) -> None:
+        """Remove the narrowest norm."""
+        name = str(len(self) - 1)
+        del self._modules[name]
+        self._shared.pop(name, None)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Put a norm in, as converters such as that of `SyncBatchNorm` do."""

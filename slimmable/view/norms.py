@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view.narrow import NarrowNorms, copy_of_norm, lend, narrowed, own_norm, share, shares
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
+from slimmable.view.narrow import NarrowNorms, copy_of_norm, lend, narrowed, own_norm, share, shares
 from slimmable.view.state import Column, Counts
 
 
@@ -83,7 +83,7 @@ class SwitchableNorm(SwitchableContainer):
         if index == 0:
             return cast(nn.Module, self._modules["full"])
         if index == -1:
-            return cast(nn.Module, self._slim.active.guest[0])
+            return cast(nn.Module, self._modules["guest"])
         return inner_modules(self, "narrow")[str(index - 1)]
 
     module_at = norm_at
@@ -96,36 +96,6 @@ class SwitchableNorm(SwitchableContainer):
         """Tell whether the container was made with these arguments."""
         same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
         return same and self.narrow.shared_affine == shared_affine
-
-    def forget_registered(self, own: int) -> None:
-        """Keep only the first `own` columns, those that the container was made with, and be at the full width."""
-        self.activate(self._slim.columns[0])
-        self._slim.keep_first(own)
-        self.__dict__["_kept"] = self._kept[:own]
-        self.narrow.keep_first(own - 1)
-
-    def make_column(self, width: float | Counts, kept: Kept) -> Column:
-        """Return a guest: a further width, with gain and bias of the full norm and, at first, its statistics."""
-        return Column(width, guest=(share(narrowed(self.full, kept), self.full, kept), kept))
-
-    def activate(self, column: Column) -> None:
-        """Switch to a column, one of the container's own or a guest."""
-        state = self._slim
-        if state.active is column:
-            return
-        self._modules.pop("guest", None)
-        if column.guest is not None:
-            self._modules["guest"] = column.guest[0].train(self.training)
-        state.active = column
-
-    def register_column(self, column: Column) -> None:
-        """Make a guest one of the container's own widths; its statistics are in the state dict from now on."""
-        norm, kept = column.guest
-        self.narrow.add(norm, kept, shared=True)
-        self.__dict__["_kept"] = (*self._kept, kept)
-        self._slim.add(column)
-        if self._slim.active is column:
-            del self._modules["guest"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the norm of the active width."""
@@ -207,12 +177,45 @@ class SwitchableNorm(SwitchableContainer):
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
 
 
+class GuestNorm(Column):
+    """A guest of a switchable norm: a norm with gain and bias of the full norm and, at first, its statistics."""
+
+    def __init__(self, container: SwitchableNorm, width: float | Counts, kept: Kept) -> None:
+        super().__init__(width)
+        self.kept = kept
+        self.norm: nn.Module | None = share(narrowed(container.full, kept), container.full, kept)
+
+    def enter(self, module: nn.Module) -> None:
+        """Put the norm into the container as `guest`."""
+        if self.norm is not None:
+            module._modules["guest"] = self.norm.train(module.training)
+
+    def leave(self, module: nn.Module) -> None:
+        """Take the norm out of the container."""
+        module._modules.pop("guest", None)
+
+    def keep(self, module: nn.Module) -> None:
+        """Append the norm to the narrow ones, so that its statistics are in the state dict from now on."""
+        container, norm = cast(SwitchableNorm, module), cast(nn.Module, self.norm)
+        container.narrow.add(norm, self.kept, shared=True)
+        container.__dict__["_kept"] = (*container._kept, self.kept)
+        if container._slim.active is self:
+            self.leave(module)
+        self.norm = None
+
+    def drop(self, module: nn.Module) -> None:
+        """Remove the norm that `keep` appended."""
+        container = cast(SwitchableNorm, module)
+        container.__dict__["_kept"] = container._kept[:-1]
+        container.narrow.remove_last()
+
+
 def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
     """Name missing, unexpected and ill-shaped tensors as the state dict does; a guest starts again."""
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        buffers = dict(narrowed(norm.full, norm._slim.active.guest[1]).named_buffers())
+        buffers = dict(narrowed(norm.full, cast(GuestNorm, norm._slim.active).kept).named_buffers())
         for name, buffer in guest.named_buffers():
             buffer.copy_(buffers[name])
     for report in reports:
