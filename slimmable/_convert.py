@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ from slimmable.view.state import forget, is_slim, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
+M = TypeVar("M", bound=nn.Module)
 Skip = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def slimify(
-    model: nn.Module,
+    model: M,
     widths: Iterable[float] = WIDTHS,
     *,
     example_inputs: Any = None,
@@ -43,7 +44,7 @@ def slimify(
     order: str | None = None,
     universal: bool = False,
     inplace: bool = False,
-) -> nn.Module:
+) -> M:
     """Return a model with the weights of `model` that runs at several widths; `model` itself stays as it is.
 
     The model's channels are labelled in one run on fake tensors; at width w each group of channels keeps its first
@@ -104,7 +105,9 @@ def slimify(
     try:
         if orders:
             permute(target, found, orders)
-        return apply_plan(target, found, {} if orders else before)  # narrow norms of before are in the old order
+        return cast(
+            M, apply_plan(target, found, {} if orders else before)
+        )  # narrow norms of before are in the old order
     except BaseException:
         strip(target)
         if orders:
@@ -139,7 +142,7 @@ def plan(
     return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
 
 
-def extract(model: nn.Module, width: Setting) -> nn.Module:
+def extract(model: M, width: Setting) -> M:
     """Return the network of one width: the original classes, no class of this library, memory of its own.
 
     `width` may be whatever `set_width` takes.
@@ -159,7 +162,7 @@ def extract(model: nn.Module, width: Setting) -> nn.Module:
         return _extract_active(model)
 
 
-def _extract_active(model: nn.Module) -> nn.Module:
+def _extract_active(model: M) -> M:
     memo: dict[int, Any] = {}
     slim = []
     for module in shallow_modules(model):
@@ -175,7 +178,7 @@ def _extract_active(model: nn.Module) -> nn.Module:
             if id(full) not in memo:
                 own = part.detach().clone(memory_format=torch.contiguous_format)
                 memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
-    small: nn.Module = memo[id(model)] if id(model) in memo else copy_of(model, memo)
+    small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
     for module in slim:
         twin = memo[id(module)]
         if is_slim(twin):  # a class may copy itself by its constructor
@@ -183,7 +186,7 @@ def _extract_active(model: nn.Module) -> nn.Module:
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
-    return detach_all(small)
+    return cast(M, detach_all(small))
 
 
 # -- the steps of a conversion
@@ -232,20 +235,24 @@ def _plan_of(model: nn.Module, widths: tuple[float, ...], round_to: int, univers
         widths_of(model)
     except ConversionError:  # it has gained a layer
         return None
-    return plan if _has_the_tensors(model, plan) else None
+    return None if any(misfits(model, plan)) else plan
 
 
-def _has_the_tensors(model: nn.Module, plan: Plan) -> bool:
-    """Tell whether all tensors have the sizes that they had when the plan was made."""
+def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Yield each tensor whose sizes are not those that a plan was made for: its name and shape, None if it is gone."""
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
-        store = {} if module is None else module._parameters if name in module._parameters else module._buffers
-        if name not in store or [len(ids) for ids in axes if ids is not None] != [
-            size for size, ids in zip(store[name].shape, axes, strict=False) if ids is not None
-        ]:
-            return False
-    return True
+        tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+        shape = None if tensor is None else tuple(tensor.shape)
+        sizes = [None if ids is None else len(ids) for ids in axes]
+        if shape is None or not _has_sizes(shape, sizes):
+            yield f"{path}.{name}".lstrip("."), shape
+
+
+def _has_sizes(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    """Compare a shape with the sizes of its axes, of which None may be any."""
+    return len(shape) == len(sizes) and all(size is None or own == size for own, size in zip(shape, sizes, strict=True))
 
 
 def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
@@ -320,7 +327,7 @@ def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
     yield from (module for module in model.modules() if id(module) not in hidden)
 
 
-def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
     """Return a deep copy; tensors that a forward with gradient has left behind are copied without their history."""
     memo = {} if memo is None else memo
     for key, value in left_behind(model).items():

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
+from slimmable.files.compare import differences, fits_inside
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.view import original_class
 
@@ -105,13 +106,9 @@ def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
     if _classes(model) != _classes(plain):
         return False
     own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
-    names = [name for name in own if plan is None or ".narrow." not in name]
-    if set(names) != set(full):
-        return False
-    shapes = [(own[name].shape, full[name].shape) for name in names]
     if plan is not None:
-        return all(mine == whole for mine, whole in shapes)
-    return all(len(m) == len(w) and all(a <= b for a, b in zip(m, w, strict=True)) for m, w in shapes)
+        return not differences(full, {name: tensor for name, tensor in own.items() if ".narrow." not in name})
+    return own.keys() == full.keys() and all(fits_inside(own[name].shape, full[name].shape) for name in full)
 
 
 def _classes(model: nn.Module) -> dict[str, type]:
