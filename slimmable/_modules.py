@@ -62,9 +62,9 @@ class _Unannounced:
         """Keep generated classes out of the registries that classes of users keep of their subclasses."""
 
 
-def unannounced(base: type[nn.Module], body: Mapping[str, Any]) -> type[nn.Module]:
-    """Return a subclass of `base` that `base` does not hear of."""
-    return type(base.__name__, (_Unannounced, base), dict(body))
+def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
+    """Return a subclass of `base`, with what mixins put before it, that `base` does not hear of."""
+    return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:

@@ -127,22 +127,16 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     _slim_plain = nn.Conv2d
 
     @classmethod
-    def from_conv2d(
-        cls,
-        conv: nn.Conv2d,
-        widths: Iterable[float],
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
-    ) -> SlimConv2d:
+    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> SlimConv2d:
         """Return the slimmable twin of `conv`: it shares the Parameters and keeps the training flag.
+
+        `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
         Raises:
             ConversionError: if `conv` is of a subclass.
             WidthError: as the constructor.
         """
-        return cls._from_torch(conv, widths, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
+        return cls._from_torch(conv, widths, **options)
 
     def to_conv2d(self) -> nn.Conv2d:
         """Return the full-width `nn.Conv2d`, which shares the Parameters."""

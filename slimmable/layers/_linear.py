@@ -71,22 +71,16 @@ class SlimLinear(SlimLayer, nn.Linear):
         )
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        widths: Iterable[float],
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
-    ) -> SlimLinear:
+    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
         """Return the slimmable twin of `linear`: it shares the Parameters and keeps the training flag.
+
+        `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
         Raises:
             ConversionError: if `linear` is of a subclass.
             WidthError: as the constructor.
         """
-        return cls._from_torch(linear, widths, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
+        return cls._from_torch(linear, widths, **options)
 
     def to_linear(self) -> nn.Linear:
         """Return the full-width `nn.Linear`, which shares the Parameters."""

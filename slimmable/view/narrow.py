@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import cast
 
 from torch import nn
@@ -20,54 +20,33 @@ _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 class NarrowNorms(nn.ModuleList):
     """The narrower norms, from wide to narrow; one that shares goes on sharing when a converter replaces it."""
 
-    _siblings: dict[str, nn.Module | None]
-    _shared: dict[str, Kept]
     shared_affine: bool
 
-    def __init__(self, siblings: dict[str, nn.Module | None], kept: Sequence[Kept], shared: bool) -> None:
-        """Fill the list; `siblings` are the modules of the container, among them the norm `full`."""
-        super().__init__()
-        self.__dict__.update(_siblings=siblings, _shared={}, shared_affine=shared)
-        for keep in kept:
-            self.add(narrowed(cast(nn.Module, siblings["full"]), keep), keep, shared)
-
-    def add(self, norm: nn.Module, kept: Kept, shared: bool) -> None:
-        """Append a norm of these channels, which may share the full norm's gain and bias."""
-        name = str(len(self))
-        if shared:
-            self._shared[name] = kept
-        self.add_module(name, norm)
-
-    def remove_last(self) -> None:
-        """Remove the narrowest norm."""
-        name = str(len(self) - 1)
-        del self._modules[name]
-        self._shared.pop(name, None)
+    def __init__(self, norms: Iterable[nn.Module], shared_affine: bool) -> None:
+        super().__init__(norms)
+        self.shared_affine = shared_affine
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Put a norm in, as converters such as that of `SyncBatchNorm` do."""
-        if name in self._shared and module is not None and not shares(module):
-            share(module, cast(nn.Module, self._siblings["full"]), self._shared[name])
+        before = self._modules.get(name)
+        if before is not None and module is not None and shares(before) and not shares(module):
+            share(module, before.__dict__["_slim_lent"], before.__dict__["_slim_shared"])
         super().add_module(name, module)
 
 
-def share(norm: nn.Module, full: nn.Module, kept: Kept) -> nn.Module:
-    """Let a narrow norm read its part of the full norm's gain and bias instead of having its own."""
-    norm.__dict__.update(_parameters={}, affine=False)  # converters ask for `affine`
-    lend(norm, full)
-    tensors = [name for name, tensor in full._parameters.items() if tensor is not None]
-    install_view(norm, (1.0,), {name: [(kept,)] for name in tensors}, {})
+def share(norm: nn.Module, lent: dict[str, nn.Parameter | None], kept: Kept) -> nn.Module:
+    """Let a narrow norm read its part of the full norm's gain and bias, `lent`, instead of having its own.
+
+    A view looks in `_slim_lent` for what its module does not have.
+    """
+    norm.__dict__.update(_parameters={}, affine=False, _slim_lent=lent, _slim_shared=kept)  # converters read `affine`
+    install_view(norm, (1.0,), {name: [(kept,)] for name, tensor in lent.items() if tensor is not None}, {})
     return norm
 
 
 def shares(norm: nn.Module) -> bool:
     """Tell whether a norm reads the gain and bias of another one."""
     return "_slim_lent" in norm.__dict__
-
-
-def lend(norm: nn.Module, full: nn.Module) -> None:
-    """Let a norm that shares read from this full norm; a view looks in `_slim_lent` for what the module lacks."""
-    norm.__dict__["_slim_lent"] = full._parameters
 
 
 def own_norm(norm: nn.Module) -> nn.Module:
@@ -77,7 +56,7 @@ def own_norm(norm: nn.Module) -> nn.Module:
     parts = narrow_tensors(norm, 0)
     twin = twin_of(norm, type(norm))
     remove_view(twin)
-    full = twin.__dict__.pop("_slim_lent")
+    full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
     twin.__dict__["_parameters"] = {
         name: None if whole is None else nn.Parameter(parts.get(name, whole).detach().clone(), whole.requires_grad)
         for name, whole in full.items()

@@ -11,7 +11,7 @@ from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
-from slimmable.view.narrow import NarrowNorms, copy_of_norm, lend, narrowed, own_norm, share, shares
+from slimmable.view.narrow import NarrowNorms, copy_of_norm, narrowed, own_norm, share, shares
 from slimmable.view.state import Column, Counts
 
 
@@ -55,7 +55,8 @@ class SwitchableNorm(SwitchableContainer):
             )
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
-        self.add_module("narrow", NarrowNorms(self._modules, kept[1:], shared_affine))
+        narrow = (self._narrowed(keep, shared_affine) for keep in kept[1:])
+        self.add_module("narrow", NarrowNorms(narrow, shared_affine))
         self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
 
@@ -65,7 +66,11 @@ class SwitchableNorm(SwitchableContainer):
         if name == "full":
             self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
             for norm in filter(shares, self.norms()):
-                lend(norm, self.full)
+                norm.__dict__["_slim_lent"] = self.full._parameters
+
+    def _narrowed(self, kept: Kept, shared: bool) -> nn.Module:
+        norm = narrowed(self.full, kept)
+        return share(norm, self.full._parameters, kept) if shared else norm
 
     @classmethod
     def from_norm(
@@ -183,7 +188,7 @@ class GuestNorm(Column):
     def __init__(self, container: SwitchableNorm, width: float | Counts, kept: Kept) -> None:
         super().__init__(width)
         self.kept = kept
-        self.norm: nn.Module | None = share(narrowed(container.full, kept), container.full, kept)
+        self.norm: nn.Module | None = container._narrowed(kept, shared=True)
 
     def enter(self, module: nn.Module) -> None:
         """Put the norm into the container as `guest`."""
@@ -197,7 +202,7 @@ class GuestNorm(Column):
     def keep(self, module: nn.Module) -> None:
         """Append the norm to the narrow ones, so that its statistics are in the state dict from now on."""
         container, norm = cast(SwitchableNorm, module), cast(nn.Module, self.norm)
-        container.narrow.add(norm, self.kept, shared=True)
+        container.narrow.append(norm)
         container.__dict__["_kept"] = (*container._kept, self.kept)
         if container._slim.active is self:
             self.leave(module)
@@ -207,7 +212,7 @@ class GuestNorm(Column):
         """Remove the norm that `keep` appended."""
         container = cast(SwitchableNorm, module)
         container.__dict__["_kept"] = container._kept[:-1]
-        container.narrow.remove_last()
+        del container.narrow[-1]
 
 
 def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:

@@ -63,7 +63,7 @@ def install_view(
 
     >>> linear = nn.Linear(4, 4, bias=False)
     >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {"in_features": (4, 2)})
-    >>> activate(linear, linear._slim.columns[1])
+    >>> linear._slim.active = linear._slim.columns[1]
     >>> linear.weight.shape, linear
     (torch.Size([4, 2]), Linear(in_features=4, out_features=4, bias=False, widths=(1.0, 0.5), width=0.5))
     """
