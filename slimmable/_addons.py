@@ -1,4 +1,4 @@
-"""Add-ons: what another room puts into models, and how the core takes it off, writes it down and puts it back.
+"""Add-ons: what another package folder puts into models, and how the core removes, saves and restores it.
 
 The core names no add-on's classes. An add-on offers itself when it is imported, so a model that has one has offered it.
 """

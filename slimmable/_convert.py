@@ -1,4 +1,4 @@
-"""`slimify`, `extract` and `plan`: from a model to a slimmable one, and from that to plain small ones."""
+"""Convert a model to a slimmable one (`slimify`, `plan`), and extract plain networks of one width from it."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def slimify(
         WidthError: for widths that cannot be used.
         TraceError: if the forward fails on fake tensors; the message names the operation and the module.
         ConversionError: for other arguments that cannot be used. On any error `model` is as it was.
-        UsageError: if `model` is no module, or one that has no sizes yet. A model of which nothing gets thinner is
-            converted with a warning.
+        UsageError: if `model` is not a module, or has lazy layers without sizes. A model of which nothing gets thinner
+            is converted with a warning.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
@@ -203,7 +203,7 @@ def _plan(
 def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     """Return `skip` as a function of path and module.
 
-    Raises: ConversionError: if it is no pattern, no list of patterns that match, and no such function.
+    Raises: ConversionError: if it is neither a function of two arguments nor patterns that each match a module.
     """
     if callable(skip) and not isinstance(skip, type):
         try:

@@ -1,4 +1,4 @@
-"""Modules in general: matching their names, replacing them, evaluation mode for a while, subclasses nobody hears of."""
+"""Helpers for any module: match names, replace modules, evaluate for a while, make unregistered subclasses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _Unannounced:
 
 
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with what mixins put before it, that `base` does not hear of."""
+    """Return a subclass of `base`, with mixins before it, of which `base.__init_subclass__` is not told."""
     return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
 
 

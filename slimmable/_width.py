@@ -152,7 +152,7 @@ def places_of(model: nn.Module) -> Places:
 
     Raises:
         ConversionError: if nothing reacts to widths, or if layers were added after the conversion.
-        UsageError: if it is no module.
+        UsageError: if it is not a module.
     """
     given: Any = model
     if not isinstance(given, nn.Module):

@@ -65,7 +65,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         name, arguments = recipe["timm"], recipe["arguments"]
         known = isinstance(name, str) and timm.is_model(name) and ":" not in name
         if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
-            raise CheckpointError(f"{name!r} with {arguments!r} is no recipe of a timm model")
+            raise CheckpointError(f"{name!r} with {arguments!r} is not a recipe for a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
         return model
     except CheckpointError:
@@ -148,7 +148,7 @@ def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
             continue
         if not _is_number(own):
             place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} is no number or list of numbers in this network, but in the file's it is")
+            raise CheckpointError(f"{place} is a number or a list of numbers in the file, but not in this network")
         new = _like(own, value)
         if new != own:
             modules[path].__dict__[name] = new

@@ -40,7 +40,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
         path: of the file; what was there stays until the new one is complete.
         arguments: with which `timm.create_model` makes the plain full-width model. Left out, the number of classes and
             of image channels and the image size are read off the model. The file of a model that is not timm's, or no
-            longer as timm makes it, has no recipe; `load` then is to be given the plain model. A warning says so.
+            longer as timm makes it, has no recipe, so `load` needs the plain model. A warning says so.
 
     Raises: CheckpointError: if the arguments make another model, if something cannot be saved, or on a failed write.
 
@@ -97,7 +97,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             "give it as load(path, model=...)"
         )
     if model is not None and any(is_slim(module) for module in model.modules()):
-        raise CheckpointError(f"load({path}, model=...) is to be given the plain network, not a converted one")
+        raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
     network = build(data["recipe"]) if model is None else copy_of(model)
     try:
         network = _fill(network, data, tensors)
@@ -132,7 +132,7 @@ def _plan_of(model: nn.Module) -> Plan | None:
     gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
     if gone:
         raise CheckpointError(
-            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "
+            f"{', '.join(gone[:6])}: missing from this {type(model).__name__} since it was converted; convert it again "
             "with slimmable.slimify, then save it"
         )
     return plan
@@ -213,7 +213,7 @@ def _check(network: nn.Module, plan: Plan) -> None:
         for name in at:
             value = vars(modules[path]).get(name, ...)
             if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
-                raise CheckpointError(f"{path}.{name} is nothing that a forward keeps results in")
+                raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
             at[name] = {} if isinstance(value, dict) else value
 
 

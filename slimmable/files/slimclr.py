@@ -33,8 +33,8 @@ def load_slimclr(
     (N, 3, H, W) -> scores (N, 1000); `model.reset_classifier(0)` takes it off, and `save` takes the rest. Those of
     supervised training have a classifier that is sliced, and keep it.
 
-    The model is on the CPU, in float32, at its full width and in evaluation mode. Images are to be prepared as by the
-    authors: shorter side 256, centre crop 224, mean and deviation of ImageNet.
+    The model is on the CPU, in float32, at its full width and in evaluation mode. Prepare images as the
+    authors did: shorter side 256, centre crop 224, mean and deviation of ImageNet.
 
     Args:
         checkpoint: path of the file, or what `torch.load` or `state_dict` gave; with or without the `module.` of
@@ -125,7 +125,7 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     if isinstance(checkpoint, (str, os.PathLike)):
         source, data = str(checkpoint), _load(Path(checkpoint))
     elif not isinstance(checkpoint, Mapping):
-        raise UsageError(f"load_slimclr is to be given a path or a dict, got {type(checkpoint).__name__}")
+        raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
     if isinstance(data, Mapping):
         data = data.get("state_dict", data)
     if not isinstance(data, Mapping):

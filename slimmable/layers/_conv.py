@@ -109,7 +109,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
             as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as an image.
-        slim_out: False if the output is to be full at every width.
+        slim_out: False if the output should be full at every width.
         overlap: False gives the narrower widths disjoint channels, the narrowest the first ones (Zhao et al.,
             SlimCLR, IJCV 2024, non-overlapping weights).
 

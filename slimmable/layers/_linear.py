@@ -24,7 +24,7 @@ class SlimLinear(SlimLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as a vector of measurements.
-        slim_out: False if the output is to be full at every width, such as class scores and embeddings.
+        slim_out: False if the output should be full at every width, such as class scores and embeddings.
         overlap: False gives the narrower widths disjoint features, the narrowest the first ones (Zhao et al.,
             SlimCLR, IJCV 2024, non-overlapping weights).
 

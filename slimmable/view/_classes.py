@@ -164,7 +164,7 @@ def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
 def add_properties(
     module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
 ) -> None:
-    """Let reading these names of the module give what the active width has; others that do so go on doing it."""
+    """Let reading these names of the module give what the active width has; names that did so before still do."""
     base, known = getattr(type(module), "_slim_view", (type(module), ((), (), (), ())))
     new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
     names = tuple(tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True))

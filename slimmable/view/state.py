@@ -31,7 +31,7 @@ class Column:
         counts: the units that the sub-network keeps of each group of the plan, if the module has one.
         cuts: name of a tensor -> which part of it is used; a tensor without an entry is used whole.
         values: name of a plain attribute -> its value.
-        sizes: the same for attributes that go on reading as at full width.
+        sizes: the same for attributes that read as at full width.
         caches: name of an attribute in which the forward keeps what it has computed -> its contents.
     """
 

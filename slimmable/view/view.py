@@ -51,7 +51,7 @@ def install_view(
         widths: from the widest, 1.0, to the narrowest.
         tensors: name of a parameter, a buffer or a tensor attribute -> for each width -> for each axis what is kept.
         values: name of a plain attribute -> its value at each width.
-        sizes: the same for attributes that go on reading as at full width, such as `in_features`, which other code
+        sizes: the same for attributes that read as at full width, such as `in_features`, which other code
             sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
         caches: attributes in which the module's own forward keeps what it has computed -> their value when empty.
             Each width gets its own; assigning one drops what other widths keep.
