@@ -65,7 +65,7 @@ def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tens
     for axis, buffer in cut.picks:
         if buffer not in buffers:
             raise WidthError(
-                "the indices of a sub-network that the model does not keep were removed by a switch; call backward before it"
+                "a switch removed a sub-network that the model does not keep; call backward before the next switch"
             )
         tensor = tensor.index_select(axis, cast(Tensor, buffers[buffer]))
     return tensor
