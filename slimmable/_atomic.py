@@ -1,4 +1,4 @@
-"""Writing files so that an interruption, a full disk or another writer never destroys what was there."""
+"""Write files so that an interruption, a full disk or another writer never destroys what was there."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
 def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a state dict as a safetensors file takes them: on the CPU, contiguous, none sharing memory.
 
-    Raises: CheckpointError: if something is no tensor, or has no numbers.
+    Raises: CheckpointError: if something is not a tensor, or has no numbers.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:

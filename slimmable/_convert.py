@@ -1,4 +1,4 @@
-"""`slimify`, `extract` and `plan`: from a model to a slimmable one, and from that to plain small ones."""
+"""Convert a model to a slimmable one (`slimify`, `plan`), and extract plain networks of one width from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,15 +27,16 @@ from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import WidthState, is_slim, state_of
+from slimmable.view.state import WidthState, forget, is_slim, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
+M = TypeVar("M", bound=nn.Module)
 Skip = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def slimify(
-    model: nn.Module,
+    model: M,
     widths: Iterable[float] = WIDTHS,
     *,
     example_inputs: Any = None,
@@ -44,7 +45,7 @@ def slimify(
     importance: str | None = None,
     universal: bool = False,
     inplace: bool = False,
-) -> nn.Module:
+) -> M:
     """Return a model with the weights of `model` that runs at several widths; `model` itself stays as it is.
 
     The model's channels are labelled in one run on fake tensors; at width w each group of channels keeps its first
@@ -71,8 +72,8 @@ def slimify(
         WidthError: for widths that cannot be used.
         TraceError: if the forward fails on fake tensors; the message names the operation and the module.
         ConversionError: for other arguments that cannot be used. On any error `model` is as it was.
-        UsageError: if `model` is no module, or one that has no sizes yet. A model of which nothing gets thinner is
-            converted with a warning.
+        UsageError: if `model` is not a module, or has lazy layers without sizes. A model of which nothing gets thinner
+            is converted with a warning.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
@@ -105,7 +106,9 @@ def slimify(
     try:
         if orders:
             permute(target, found, orders)
-        return apply_plan(target, found, {} if orders else before)  # narrow norms of before are in the old order
+        return cast(
+            M, apply_plan(target, found, {} if orders else before)
+        )  # narrow norms of before are in the old order
     except BaseException:
         strip(target)
         if orders:
@@ -140,7 +143,7 @@ def plan(
     return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
 
 
-def extract(model: nn.Module, width: Setting) -> nn.Module:
+def extract(model: M, width: Setting) -> M:
     """Return the network of one width: the original classes, no class of this library, memory of its own.
 
     `width` may be whatever `set_width` takes.
@@ -160,7 +163,7 @@ def extract(model: nn.Module, width: Setting) -> nn.Module:
         return _extract_active(model)
 
 
-def _extract_active(model: nn.Module) -> nn.Module:
+def _extract_active(model: M) -> M:
     memo: dict[int, Any] = {}
     slim = []
     for module in shallow_modules(model):
@@ -176,7 +179,7 @@ def _extract_active(model: nn.Module) -> nn.Module:
             if id(full) not in memo:
                 own = part.detach().clone(memory_format=torch.contiguous_format)
                 memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
-    small: nn.Module = memo[id(model)] if id(model) in memo else copy_of(model, memo)
+    small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
     for module in slim:
         twin = memo[id(module)]
         if is_slim(twin):  # a class may copy itself by its constructor
@@ -184,7 +187,7 @@ def _extract_active(model: nn.Module) -> nn.Module:
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
-    return detach_all(small)
+    return cast(M, detach_all(small))
 
 
 # -- the steps of a conversion
@@ -211,7 +214,7 @@ def plain(model: nn.Module) -> nn.Module:
 def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     """Return `skip` as a function of path and module.
 
-    Raises: ConversionError: if it is no pattern, no list of patterns that match, and no such function.
+    Raises: ConversionError: if it is neither a function of two arguments nor patterns that each match a module.
     """
     if callable(skip) and not isinstance(skip, type):
         try:
@@ -243,20 +246,24 @@ def _plan_of(model: nn.Module, widths: tuple[float, ...], round_to: int, univers
         widths_of(model)
     except ConversionError:  # it has gained a layer
         return None
-    return plan if _has_the_tensors(model, plan) else None
+    return None if any(misfits(model, plan)) else plan
 
 
-def _has_the_tensors(model: nn.Module, plan: Plan) -> bool:
-    """Tell whether all tensors have the sizes that they had when the plan was made."""
+def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Yield each tensor whose sizes are not those that a plan was made for: its name and shape, None if it is gone."""
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
-        store = {} if module is None else module._parameters if name in module._parameters else module._buffers
-        if name not in store or [len(ids) for ids in axes if ids is not None] != [
-            size for size, ids in zip(store[name].shape, axes, strict=False) if ids is not None
-        ]:
-            return False
-    return True
+        tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+        shape = None if tensor is None else tuple(tensor.shape)
+        sizes = [None if ids is None else len(ids) for ids in axes]
+        if shape is None or not _has_sizes(shape, sizes):
+            yield f"{path}.{name}".lstrip("."), shape
+
+
+def _has_sizes(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    """Compare a shape with the sizes of its axes, of which None may be any."""
+    return len(shape) == len(sizes) and all(size is None or own == size for own, size in zip(shape, sizes, strict=True))
 
 
 def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
@@ -307,7 +314,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
 def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
     """Return the container of a norm; one that it had before stays if it keeps the same channels."""
     if before is not None and before.full is norm and before.keeps(found.widths, kept, found.universal):
-        before.forget_registered(len(found.widths))
+        forget(before, len(found.widths))
         before.train(norm.training)
         return before
     return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)
@@ -331,7 +338,7 @@ def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
     yield from (module for module in model.modules() if id(module) not in hidden)
 
 
-def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
     """Return a deep copy; tensors that a forward with gradient has left behind are copied without their history."""
     memo = {} if memo is None else memo
     for key, value in left_behind(model).items():

@@ -43,7 +43,7 @@ class Inputs:
 
 
 def check_module(what: str, model: object) -> None:
-    """Refuse what is no module, or one that nothing can be read off.
+    """Refuse what is not a module, TorchScript, and modules whose parameters have no sizes yet.
 
     Raises: UsageError.
     """

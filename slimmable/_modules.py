@@ -1,4 +1,4 @@
-"""Modules in general: matching their names, replacing them, evaluation mode for a while, subclasses nobody hears of."""
+"""Helpers for any module: match names, replace modules, evaluate for a while, make unregistered subclasses."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class _Unannounced:
         """Keep generated classes out of the registries that classes of users keep of their subclasses."""
 
 
-def unannounced(base: type[nn.Module], body: Mapping[str, Any]) -> type[nn.Module]:
-    """Return a subclass of `base` that `base` does not hear of."""
-    return type(base.__name__, (_Unannounced, base), dict(body))
+def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
+    """Return a subclass of `base`, with mixins before it, of which `base.__init_subclass__` is not told."""
+    return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:

@@ -1,4 +1,4 @@
-"""What each width costs: parameters, multiply-adds, activations, latency."""
+"""Profile what each width costs: parameters, multiply-adds, activations, latency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searching for sub-networks that need not be uniform: greedy slimming under a budget."""
+"""Search for sub-networks of any widths by layer: greedy slimming under a budget."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Literal
 from torch import nn
 
 from slimmable._checks import number_or_nan
-from slimmable._columns import places_of
-from slimmable._width import at_width
+from slimmable._width import at_width, places_of
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
 from slimmable.errors import ConversionError, UsageError
@@ -63,7 +62,7 @@ def search(
         of: the cost, "macs" or "parameters".
         step: share of a group's units, in (0, 1).
         calibrate: batches, as for `calibrate_bn`, from which BatchNorm statistics are computed before every evaluation;
-            None if `evaluate` needs none. They are gone through again and again, so give a list.
+            None if `evaluate` needs none. They are read for every evaluation, so give a list.
         progress: show a bar, on a terminal.
 
     Returns: one `Found` for each budget, in their order.
@@ -85,7 +84,7 @@ def search(
     budgets = list(budget) if isinstance(budget, Iterable) else [budget]
     _check(plan, budgets, of, step)
     if calibrate is not None and iter(calibrate) is calibrate:
-        raise UsageError("search: calibrate can be gone through only once; give a list of batches")
+        raise UsageError("search: calibrate can be read only once; give a list of batches")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
     limits = [max(share * full, least) for share in budgets]  # a share of exactly the least may round below it
 
@@ -130,7 +129,7 @@ def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
         if share < least:
             raise UsageError(f"search: budget {share} cannot be met; the narrowest width needs {least:.3f} of the {of}")
     if not budgets:
-        raise UsageError("search: there is no budget")
+        raise UsageError("search: budget is empty; give a share of the full network's cost, such as 0.5")
 
 
 def _number(score: object) -> float:

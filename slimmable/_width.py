@@ -1,16 +1,29 @@
-"""Switching: which widths a model has, which one is active, running at another one or at all of them."""
+"""Switch a model between widths: resolve a width, widths by layer or counts of channels to each module's column.
+
+A module has a column for each of its widths (`slimmable.view.state.Column`); switching makes one of them active.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from numbers import Real
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from slimmable._columns import columns_of, places_of, switch
-from slimmable.analysis.plan import Setting
-from slimmable.errors import WidthError
+from slimmable._inputs import check_module
+from slimmable._widths import width_index
+from slimmable.analysis.plan import Plan, Setting
+from slimmable.analysis.sizes import feature_sizes, layer_sizes
+from slimmable.errors import ConversionError, WidthError
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import GuestNorm, SwitchableNorm
+from slimmable.view.recompute import next_node
+from slimmable.view.state import Column, WidthState, activate, forget, keep
+from slimmable.view.view import GuestColumn
+
+Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
 
 
 def set_width(model: nn.Module, width: Setting) -> None:
@@ -131,3 +144,164 @@ class AllWidths(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> dict[float, Any]:
         """Return width -> output of the model."""
         return run_widths(self.model, *args, **kwargs)
+
+
+# -- how it is done, also for training, search and files
+def places_of(model: nn.Module) -> Places:
+    """Collect what reacts to widths in one walk, and refuse a converted model that has gained layers.
+
+    Raises:
+        ConversionError: if nothing reacts to widths, or if layers were added after the conversion.
+        UsageError: if it is not a module.
+    """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        check_module("switching widths", given)
+    places: Places = []
+    strangers = False
+    seen: set[int] = set()
+    pending = [(model, False)]
+    while pending:
+        module, converted = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        attributes = module.__dict__
+        converted = converted or attributes.get("_slim_root", False)
+        state = attributes.get("_slim")
+        if state is not None:
+            places.append((module, state))
+            if isinstance(module, SwitchableContainer):
+                continue
+        elif converted and (attributes["_parameters"] or attributes["_buffers"]):
+            strangers = True
+        children = attributes["_modules"]
+        if children:
+            pending.extend([(child, converted) for child in children.values() if child is not None])
+    if strangers:
+        raise _gained_layers(model)
+    if not places:
+        raise ConversionError(
+            f"{type(model).__name__} was never converted and has no slimmable layer; "
+            "call slimmable.slimify first, or build it from the layers of slimmable"
+        )
+    return places
+
+
+def columns_of(places: Places, setting: Setting) -> list[Column]:
+    """Return the column that each module has for a setting, and a guest for those that have none; nothing is changed.
+
+    Raises: WidthError: if a part of the model does not have this width or sub-network.
+    """
+    given: Any = setting
+    if not isinstance(given, (Mapping, tuple, list, Real)):
+        raise WidthError(
+            f"{setting!r} is not a width, a dict of widths by layer or a tuple of one count for each channel group"
+        )
+    if not isinstance(setting, (Mapping, tuple, list, bool)):
+        found: dict[tuple[object, ...], int] = {}
+        for _, state in places:
+            if state.widths not in found:
+                if setting not in state.widths:
+                    break
+                found[state.widths] = state.widths.index(float(setting))
+        else:
+            return [state.columns[found[state.widths]] for _, state in places]
+    return [_column(module, state, setting) for module, state in places]
+
+
+def switch(places: Places, columns: Iterable[Column]) -> None:
+    """Make each module's column the active one."""
+    following = next_node()
+    for (module, state), column in zip(places, columns, strict=True):
+        if column.index == -1 or state.now.index == -1:
+            activate(module, column)
+        elif following is None:
+            state.active = column
+        else:
+            state.switch(column, following)
+
+
+@contextmanager
+def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
+    """Make widths and sub-networks the model's own, so that their statistics stay.
+
+    If one of them or the block fails, none of them is.
+
+    Raises: as `places_of` and `columns_of`.
+    """
+    places = places_of(model)
+    before = [(state.active, len(state.columns)) for _, state in places]
+    guests = [active.width for active, _ in before if active.index == -1]
+    try:
+        for setting in settings:
+            for (module, _), column in zip(places, columns_of(places, setting), strict=True):
+                if column.index == -1:
+                    keep(module, column)
+        yield
+    except BaseException:
+        for (module, state), (_, own) in zip(places, before, strict=True):
+            if len(state.columns) > own:
+                forget(module, own)
+        switch(places, columns_of(places, guests[0]) if guests else [active for active, _ in before])
+        raise
+
+
+def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
+    plan: Plan | None = state.plan
+    number: Any = None if isinstance(setting, (Mapping, tuple, list)) else setting
+    if plan is None:
+        if number is None:
+            raise WidthError(
+                f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
+                "widths by layer and counts of channels are for models that slimmable.slimify has converted"
+            )
+        return state.columns[width_index(number, _widths(state))]
+    if number in state.widths and not isinstance(number, bool):
+        return state.columns[state.widths.index(number)]
+    try:
+        found = plan.sub_network(setting)
+    except WidthError:
+        if number is not None and not plan.universal:
+            width_index(number, _widths(state))  # names all widths, also those registered later
+        raise
+    for column in (*state.columns, state.active):
+        if column.counts == found.counts:
+            return column
+    width = found.counts if number is None else float(number)
+    own = {
+        name: found.tensors[state.path, name]
+        for name in (*module._parameters, *module._buffers)
+        if (state.path, name) in found.tensors
+    }
+    if isinstance(module, SwitchableNorm):
+        column = GuestNorm(module, width, next(kept[0] for kept in own.values() if len(kept) == 1))
+    else:
+        values = found.values.get(state.path, {})
+        sizes = layer_sizes(module, {n: [k] for n, k in own.items()}, {n: [v] for n, v in values.items()})
+        if not state.path:
+            sizes |= feature_sizes(module, plan.columns[0], [found])
+        column = GuestColumn(module, width, own, values, {name: each[0] for name, each in sizes.items()})
+    column.counts = found.counts
+    return column
+
+
+def _widths(state: WidthState) -> tuple[float, ...]:
+    return tuple(width for width in state.widths if isinstance(width, float))
+
+
+def _gained_layers(model: nn.Module) -> ConversionError:
+    containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
+    inside = {id(module) for container in containers for module in container.modules()}
+    roots = [(name, module) for name, module in model.named_modules() if module.__dict__.get("_slim_root")]
+    found = {
+        f"{f'{root}.' if root else ''}{name}".rstrip("."): type(module).__name__
+        for root, top in roots
+        for name, module in top.named_modules()
+        if "_slim" not in module.__dict__ and id(module) not in inside and (module._parameters or module._buffers)
+    }
+    listed = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in found.items())
+    return ConversionError(
+        f"{type(model).__name__} gained layers after its conversion that no width applies to: {listed}; "
+        "call slimmable.slimify on it again"
+    )

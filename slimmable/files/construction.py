@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
+from slimmable.files.compare import differences, fits_inside
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.view import original_class
 
@@ -66,7 +67,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         name, arguments = recipe["timm"], recipe["arguments"]
         known = isinstance(name, str) and timm.is_model(name) and ":" not in name
         if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
-            raise CheckpointError(f"{name!r} with {arguments!r} is no recipe of a timm model")
+            raise CheckpointError(f"{name!r} with {arguments!r} is not a recipe for a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
         return model
     except CheckpointError:
@@ -107,13 +108,9 @@ def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
     if _classes(model) != _classes(plain):
         return False
     own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
-    names = [name for name in own if plan is None or ".narrow." not in name]
-    if set(names) != set(full):
-        return False
-    shapes = [(own[name].shape, full[name].shape) for name in names]
     if plan is not None:
-        return all(mine == whole for mine, whole in shapes)
-    return all(len(m) == len(w) and all(a <= b for a, b in zip(m, w, strict=True)) for m, w in shapes)
+        return not differences(full, {name: tensor for name, tensor in own.items() if ".narrow." not in name})
+    return own.keys() == full.keys() and all(fits_inside(own[name].shape, full[name].shape) for name in full)
 
 
 def _classes(model: nn.Module) -> dict[str, type]:
@@ -153,7 +150,7 @@ def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
             continue
         if not _is_number(own):
             place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} is no number or list of numbers in this network, but in the file's it is")
+            raise CheckpointError(f"{place} is a number or a list of numbers in the file, but not in this network")
         new = _like(own, value)
         if new != own:
             modules[path].__dict__[name] = new

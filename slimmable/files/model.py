@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from slimmable._addons import addons_of, restore_all
 from slimmable._atomic import plain_copies, write_aside
-from slimmable._columns import places_of, registered
-from slimmable._convert import apply_plan, copy_of
+from slimmable._convert import M, apply_plan, copy_of, misfits
 from slimmable._inputs import check_module
+from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
+from slimmable.files.compare import differences, fits_inside
 from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes
 from slimmable.files.plan_json import decode, encode
 from slimmable.view.state import is_slim, state_of
@@ -39,7 +40,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
         path: of the file; what was there stays until the new one is complete.
         arguments: with which `timm.create_model` makes the plain full-width model. Left out, the number of classes and
             of image channels and the image size are read off the model. The file of a model that is not timm's, or no
-            longer as timm makes it, has no recipe; `load` then is to be given the plain model. A warning says so.
+            longer as timm makes it, has no recipe, so `load` needs the plain model. A warning says so.
 
     Raises: CheckpointError: if the arguments make another model, if something cannot be saved, or on a failed write.
 
@@ -71,6 +72,10 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     write_aside(Path(path), lambda aside: save_file(tensors, aside, metadata))
 
 
+@overload
+def load(path: str | Path, model: None = None) -> nn.Module: ...
+@overload
+def load(path: str | Path, model: M) -> M: ...
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote: with all its widths and gates, or as the plain sub-network that it was.
 
@@ -92,7 +97,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             "give it as load(path, model=...)"
         )
     if model is not None and any(is_slim(module) for module in model.modules()):
-        raise CheckpointError(f"load({path}, model=...) is to be given the plain network, not a converted one")
+        raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
     network = build(data["recipe"]) if model is None else copy_of(model)
     try:
         network = _fill(network, data, tensors)
@@ -127,7 +132,7 @@ def _plan_of(model: nn.Module) -> Plan | None:
     gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
     if gone:
         raise CheckpointError(
-            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "
+            f"{', '.join(gone[:6])}: missing from this {type(model).__name__} since it was converted; convert it again "
             "with slimmable.slimify, then save it"
         )
     return plan
@@ -182,10 +187,9 @@ def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) 
         _resize(network, tensors, network.state_dict(keep_vars=True))
     network = restore_all(network, data)
     own = network.state_dict(keep_vars=True)
-    differ = sorted(name for name in own.keys() | tensors.keys() if name not in own or name not in tensors)
-    differ += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-    if differ:
-        raise CheckpointError(f"{len(differ)} tensors are of another network: {', '.join(differ[:5])}")
+    differing = differences(own, tensors, most=5)
+    if differing:
+        raise CheckpointError(f"its tensors are those of another network{differing}")
     for name, tensor in own.items():
         tensor.data = tensor.data.to(tensors[name].dtype)
     network.load_state_dict(tensors)
@@ -198,12 +202,9 @@ def _check(network: nn.Module, plan: Plan) -> None:
     The plan's empty caches are those of the network.
     """
     modules = dict(network.named_modules())
-    for (path, name), axes in plan.channels.tensors.items():
-        store = {**modules[path]._parameters, **modules[path]._buffers}
-        shape = store[name].shape
-        if len(shape) != len(axes) or any(a is not None and len(a) != n for a, n in zip(axes, shape, strict=False)):
-            place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} has shape {tuple(shape)}, which the file's plan does not fit")
+    for place, shape in misfits(network, plan):
+        found = "is missing" if shape is None else f"has shape {shape}"
+        raise CheckpointError(f"{place} {found}, which the file's plan does not fit")
     for (path, name), full in plan.channels.attributes.items():
         if vars(modules[path]).get(name) != full:
             place, own = f"{path}.{name}".lstrip("."), vars(modules[path]).get(name)
@@ -212,7 +213,7 @@ def _check(network: nn.Module, plan: Plan) -> None:
         for name in at:
             value = vars(modules[path]).get(name, ...)
             if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
-                raise CheckpointError(f"{path}.{name} is nothing that a forward keeps results in")
+                raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
             at[name] = {} if isinstance(value, dict) else value
 
 
@@ -224,7 +225,7 @@ def _resize(network: nn.Module, new: Mapping[str, Tensor], own: Mapping[str, Ten
         given = new.get(name)
         if given is None or (given.shape == tensor.shape and name in saved):
             continue
-        if given.ndim != tensor.ndim or any(a > b for a, b in zip(given.shape, tensor.shape, strict=True)):
+        if not fits_inside(given.shape, tensor.shape):
             raise CheckpointError(f"{name} has shape {tuple(given.shape)}, the full network's {tuple(tensor.shape)}")
         path, _, last = name.rpartition(".")
         module = network.get_submodule(path)

@@ -19,7 +19,7 @@ Units = NDArray[np.int64]
 
 
 def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
-    """Return a plan as data for JSON, and the units of its axes one behind the other."""
+    """Return a plan as data for JSON, and the units of all its axes in one array."""
     channels = plan.channels
     axes = _Axes()
     data = {
@@ -49,7 +49,7 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
 
 
 def decode(data: dict[str, Any], units: Units) -> Plan:
-    """Return the plan that `encode` wrote; what its caches are when empty, the model must say.
+    """Return the plan that `encode` wrote; what its caches hold when empty is left to the model.
 
     Raises: an error of some kind if the data is anything else, and for what is left CheckpointError.
     """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
+from slimmable.files.compare import differences
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # of the stages of ResNet-50; the published code numbers them through
@@ -32,8 +33,8 @@ def load_slimclr(
     (N, 3, H, W) -> scores (N, 1000); `model.reset_classifier(0)` takes it off, and `save` takes the rest. Those of
     supervised training have a classifier that is sliced, and keep it.
 
-    The model is on the CPU, in float32, at its full width and in evaluation mode. Images are to be prepared as by the
-    authors: shorter side 256, centre crop 224, mean and deviation of ImageNet.
+    The model is on the CPU, in float32, at its full width and in evaluation mode. Prepare images as the
+    authors did: shorter side 256, centre crop 224, mean and deviation of ImageNet.
 
     Args:
         checkpoint: path of the file, or what `torch.load` or `state_dict` gave; with or without the `module.` of
@@ -70,7 +71,12 @@ def load_slimclr(
         model.fc = SwitchableProbe(2048, classes, checked)
         vars(model)["num_classes"] = classes
     own = {_published(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    _compare(source, given, {name: tensor for name, (_, tensor) in own.items()}, checked)
+    differing = differences({name: tensor for name, (_, tensor) in own.items()}, given)
+    if differing:
+        raise CheckpointError(
+            f"{source} is not a ResNet-50 of the published SlimCLR code with widths {checked}; "
+            f"if it has other widths, give them as load_slimclr(..., widths=...){differing}"
+        )
     model.load_state_dict({own[name][0]: tensor for name, tensor in given.items()})
     return model.eval()
 
@@ -85,25 +91,6 @@ def _published(name: str) -> str:
     name = name.replace("downsample", "shortcut")
     name = re.sub(r"narrow\.(\d+)", lambda at: f"bn.{int(at[1]) + 1}", name)
     return re.sub(r"(bn\d|shortcut\.1)\.(?!bn)", r"\1.bn.0.", name)
-
-
-def _compare(source: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], widths: tuple[float, ...]) -> None:
-    """Raise a CheckpointError with all names that are missing, unknown or of another shape."""
-    both = [name for name in wanted if name in given]
-    shapes = {name: (tuple(given[name].shape), tuple(wanted[name].shape)) for name in both}
-    lists = {
-        "missing": [name for name in wanted if name not in given],
-        "unknown": [name for name in given if name not in wanted],
-        "of another shape": [
-            f"{name} {has}, expected {needs}" for name, (has, needs) in shapes.items() if has != needs
-        ],
-    }
-    if any(lists.values()):
-        text = "".join(f"\n  {what}: {', '.join(names)}" for what, names in lists.items() if names)
-        raise CheckpointError(
-            f"{source} is not a ResNet-50 of the published SlimCLR code with widths {widths}; "
-            f"if it has other widths, give them as load_slimclr(..., widths=...){text}"
-        )
 
 
 def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +125,7 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     if isinstance(checkpoint, (str, os.PathLike)):
         source, data = str(checkpoint), _load(Path(checkpoint))
     elif not isinstance(checkpoint, Mapping):
-        raise UsageError(f"load_slimclr is to be given a path or a dict, got {type(checkpoint).__name__}")
+        raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
     if isinstance(data, Mapping):
         data = data.get("state_dict", data)
     if not isinstance(data, Mapping):

@@ -86,7 +86,7 @@ def gate(
     width = None if state_of(model) is None else width_of(model)
     make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
     built = [(planned, _layer_gates(model, found, planned, make)) for planned in found.gates]
-    target = model if inplace else cast(M, copy_of(model))
+    target = model if inplace else copy_of(model)
     for planned, gates in built:
         for number, reader in enumerate(planned.readers):
             target.get_submodule(reader.path).register_forward_pre_hook(MaskHook(gates, number))

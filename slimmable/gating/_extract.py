@@ -147,6 +147,6 @@ def _within(found: GatePlan, activity: Activity, budget: float, steps: Mapping[i
 def _of_the_gated_pass(model: nn.Module) -> nn.Module:
     """Return a gated model, in place, as the plain one with the norms of the gated pass."""
     for norm in [module for module in model.modules() if isinstance(module, PassNorm)]:
-        norm._modules["full"] = norm.of_gated_pass(0)
+        norm.full = norm.of_gated_pass(0)
     strip(ungate(model))
     return model

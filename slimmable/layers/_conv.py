@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from slimmable._widths import Kept, check_widths
 from slimmable.layers._kept import in_groups, ranges_of
-from slimmable.layers._twin import plain_twin, slim_twin
+from slimmable.layers._layer import SlimLayer
 from slimmable.view.view import install_view
 
-Conv = TypeVar("Conv", bound="_SlimConv")
 
-
-class _SlimConv(_ConvNd):
+class _SlimConv(SlimLayer, _ConvNd):
     """What the three have in common; see `SlimConv2d`."""
 
     def __init__(
@@ -40,15 +38,42 @@ class _SlimConv(_ConvNd):
     ) -> None:
         settings: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *settings)  # type: ignore[arg-type]
-        _install(self, widths, slim_in, slim_out, overlap)
+        self._install(check_widths(widths), slim_in, slim_out, overlap)
 
-    @classmethod
-    def _from_conv(
-        cls: type[Conv], conv: _ConvNd, widths: Iterable[float], slim_in: bool, slim_out: bool, overlap: bool
-    ) -> Conv:
-        slim = slim_twin(conv, cls)
-        _install(slim, widths, slim_in, slim_out, overlap)
-        return slim
+    def _install(
+        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
+    ) -> None:
+        in_size, out_size = self.in_channels // self.groups, self.out_channels // self.groups
+        groups = [self.groups] * len(widths)
+        if in_size == 1 and self.groups > 1 and slim_in and slim_out:  # depthwise: whole groups, which are the channels
+            kept_groups = ranges_of(self.groups, widths, slim=True, overlap=overlap)
+            groups = [len(kept) for kept in kept_groups]
+            inputs = ranges_of(1, widths, slim=False, overlap=True)
+            rows: list[Kept] = [
+                None if len(kept) == self.groups else tuple(range(kept.start * out_size, kept.stop * out_size))
+                for kept in kept_groups
+            ]
+            out_counts = [count * out_size for count in groups]
+        else:
+            inputs = ranges_of(in_size, widths, slim=slim_in, overlap=overlap)
+            outputs = ranges_of(out_size, widths, slim=slim_out, overlap=overlap)
+            rows = in_groups(outputs, out_size, self.groups)
+            out_counts = [len(kept) * self.groups for kept in outputs]
+        columns = in_groups(inputs, in_size, 1)
+        rest: tuple[Kept, ...] = (None,) * len(self.kernel_size)
+        install_view(
+            self,
+            widths,
+            {
+                "weight": [(row, column, *rest) for row, column in zip(rows, columns, strict=True)],
+                "bias": [(row,) for row in rows],
+            },
+            {"groups": groups} if len(set(groups)) > 1 else {},
+            {
+                "in_channels": [len(kept) * count for kept, count in zip(inputs, groups, strict=True)],
+                "out_channels": out_counts,
+            },
+        )
 
 
 class SlimConv1d(_SlimConv, nn.Conv1d):
@@ -61,21 +86,13 @@ class SlimConv1d(_SlimConv, nn.Conv1d):
     _slim_plain = nn.Conv1d
 
     @classmethod
-    def from_conv1d(
-        cls,
-        conv: nn.Conv1d,
-        widths: Iterable[float],
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
-    ) -> SlimConv1d:
+    def from_conv1d(cls, conv: nn.Conv1d, widths: Iterable[float], **options: bool) -> SlimConv1d:
         """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_conv(conv, widths, slim_in, slim_out, overlap)
+        return cls._from_torch(conv, widths, **options)
 
     def to_conv1d(self) -> nn.Conv1d:
         """Return the full-width `nn.Conv1d`, which shares the Parameters."""
-        return plain_twin(self, nn.Conv1d)
+        return self._to_torch(nn.Conv1d)
 
 
 class SlimConv2d(_SlimConv, nn.Conv2d):
@@ -92,7 +109,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
             as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as an image.
-        slim_out: False if the output is to be full at every width.
+        slim_out: False if the output should be full at every width.
         overlap: False gives the narrower widths disjoint channels, the narrowest the first ones (Zhao et al.,
             SlimCLR, IJCV 2024, non-overlapping weights).
 
@@ -110,26 +127,20 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     _slim_plain = nn.Conv2d
 
     @classmethod
-    def from_conv2d(
-        cls,
-        conv: nn.Conv2d,
-        widths: Iterable[float],
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
-    ) -> SlimConv2d:
+    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> SlimConv2d:
         """Return the slimmable twin of `conv`: it shares the Parameters and keeps the training flag.
+
+        `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
         Raises:
             ConversionError: if `conv` is of a subclass.
             WidthError: as the constructor.
         """
-        return cls._from_conv(conv, widths, slim_in, slim_out, overlap)
+        return cls._from_torch(conv, widths, **options)
 
     def to_conv2d(self) -> nn.Conv2d:
         """Return the full-width `nn.Conv2d`, which shares the Parameters."""
-        return plain_twin(self, nn.Conv2d)
+        return self._to_torch(nn.Conv2d)
 
 
 class SlimConv3d(_SlimConv, nn.Conv3d):
@@ -142,53 +153,10 @@ class SlimConv3d(_SlimConv, nn.Conv3d):
     _slim_plain = nn.Conv3d
 
     @classmethod
-    def from_conv3d(
-        cls,
-        conv: nn.Conv3d,
-        widths: Iterable[float],
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
-    ) -> SlimConv3d:
+    def from_conv3d(cls, conv: nn.Conv3d, widths: Iterable[float], **options: bool) -> SlimConv3d:
         """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_conv(conv, widths, slim_in, slim_out, overlap)
+        return cls._from_torch(conv, widths, **options)
 
     def to_conv3d(self) -> nn.Conv3d:
         """Return the full-width `nn.Conv3d`, which shares the Parameters."""
-        return plain_twin(self, nn.Conv3d)
-
-
-def _install(conv: _ConvNd, widths: Iterable[float], slim_in: bool, slim_out: bool, overlap: bool) -> None:
-    checked = check_widths(widths)
-    in_size, out_size = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    groups = [conv.groups] * len(checked)
-    if in_size == 1 and conv.groups > 1 and slim_in and slim_out:  # depthwise: whole groups, which are the channels
-        kept_groups = ranges_of(conv.groups, checked, slim=True, overlap=overlap)
-        groups = [len(kept) for kept in kept_groups]
-        inputs = ranges_of(1, checked, slim=False, overlap=True)
-        rows: list[Kept] = [
-            None if len(kept) == conv.groups else tuple(range(kept.start * out_size, kept.stop * out_size))
-            for kept in kept_groups
-        ]
-        out_counts = [count * out_size for count in groups]
-    else:
-        inputs = ranges_of(in_size, checked, slim=slim_in, overlap=overlap)
-        outputs = ranges_of(out_size, checked, slim=slim_out, overlap=overlap)
-        rows = in_groups(outputs, out_size, conv.groups)
-        out_counts = [len(kept) * conv.groups for kept in outputs]
-    columns = in_groups(inputs, in_size, 1)
-    rest: tuple[Kept, ...] = (None,) * len(conv.kernel_size)
-    install_view(
-        conv,
-        checked,
-        {
-            "weight": [(row, column, *rest) for row, column in zip(rows, columns, strict=True)],
-            "bias": [(row,) for row in rows],
-        },
-        {"groups": groups} if len(set(groups)) > 1 else {},
-        {
-            "in_channels": [len(kept) * count for kept, count in zip(inputs, groups, strict=True)],
-            "out_channels": out_counts,
-        },
-    )
+        return self._to_torch(nn.Conv3d)

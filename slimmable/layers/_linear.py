@@ -9,11 +9,11 @@ from torch import nn
 
 from slimmable._widths import check_widths
 from slimmable.layers._kept import in_groups, ranges_of
-from slimmable.layers._twin import plain_twin, slim_twin
+from slimmable.layers._layer import SlimLayer
 from slimmable.view.view import install_view
 
 
-class SlimLinear(nn.Linear):
+class SlimLinear(SlimLayer, nn.Linear):
     """`nn.Linear` that runs with part of its features: at width `w` with the first `round(w * features)`.
 
     Keeps torch's names in the state dict; `in_features` and `out_features` are the full ones at every width.
@@ -24,7 +24,7 @@ class SlimLinear(nn.Linear):
         in_features, out_features, bias, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as a vector of measurements.
-        slim_out: False if the output is to be full at every width, such as class scores and embeddings.
+        slim_out: False if the output should be full at every width, such as class scores and embeddings.
         overlap: False gives the narrower widths disjoint features, the narrowest the first ones (Zhao et al.,
             SlimCLR, IJCV 2024, non-overlapping weights).
 
@@ -54,42 +54,34 @@ class SlimLinear(nn.Linear):
         overlap: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        _install(self, widths, slim_in, slim_out, overlap)
+        self._install(check_widths(widths), slim_in, slim_out, overlap)
+
+    def _install(
+        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
+    ) -> None:
+        inputs = ranges_of(self.in_features, widths, slim=slim_in, overlap=overlap)
+        outputs = ranges_of(self.out_features, widths, slim=slim_out, overlap=overlap)
+        rows, columns = in_groups(outputs, self.out_features, 1), in_groups(inputs, self.in_features, 1)
+        install_view(
+            self,
+            widths,
+            {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]},
+            {},
+            {"in_features": [len(kept) for kept in inputs], "out_features": [len(kept) for kept in outputs]},
+        )
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        widths: Iterable[float],
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
-    ) -> SlimLinear:
+    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
         """Return the slimmable twin of `linear`: it shares the Parameters and keeps the training flag.
+
+        `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
         Raises:
             ConversionError: if `linear` is of a subclass.
             WidthError: as the constructor.
         """
-        slim = slim_twin(linear, cls)
-        _install(slim, widths, slim_in, slim_out, overlap)
-        return slim
+        return cls._from_torch(linear, widths, **options)
 
     def to_linear(self) -> nn.Linear:
         """Return the full-width `nn.Linear`, which shares the Parameters."""
-        return plain_twin(self, nn.Linear)
-
-
-def _install(slim: SlimLinear, widths: Iterable[float], slim_in: bool, slim_out: bool, overlap: bool) -> None:
-    checked = check_widths(widths)
-    inputs = ranges_of(slim.in_features, checked, slim=slim_in, overlap=overlap)
-    outputs = ranges_of(slim.out_features, checked, slim=slim_out, overlap=overlap)
-    rows, columns = in_groups(outputs, slim.out_features, 1), in_groups(inputs, slim.in_features, 1)
-    install_view(
-        slim,
-        checked,
-        {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]},
-        {},
-        {"in_features": [len(kept) for kept in inputs], "out_features": [len(kept) for kept in outputs]},
-    )
+        return self._to_torch(nn.Linear)

@@ -10,11 +10,11 @@ from torch import nn
 
 from slimmable._widths import Kept, check_widths, kept_units
 from slimmable.layers._kept import first_units, in_groups
-from slimmable.layers._twin import plain_twin, slim_twin
+from slimmable.layers._layer import SlimLayer
 from slimmable.view.view import install_view
 
 
-class SlimLayerNorm(nn.LayerNorm):
+class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     """`nn.LayerNorm` over part of the features: at width `w` the first `round(w * n)` of the last axis.
 
     Shapes: (..., *normalized_shape with its last axis thinned) -> the same.
@@ -48,7 +48,14 @@ class SlimLayerNorm(nn.LayerNorm):
         widths: Iterable[float],
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        _install_layer_norm(self, widths)
+        self._install(check_widths(widths))
+
+    def _install(self, widths: tuple[float, ...]) -> None:
+        *outer, last = self.normalized_shape
+        kept = [kept_units(last, width) for width in widths]
+        cuts: list[Sequence[Kept]] = [(*(None for _ in outer), count) for count in kept]
+        shapes = [(*outer, count) for count in kept]
+        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"normalized_shape": shapes})
 
     @classmethod
     def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> SlimLayerNorm:
@@ -58,16 +65,14 @@ class SlimLayerNorm(nn.LayerNorm):
             ConversionError: if `norm` is of a subclass.
             WidthError: if `widths` cannot be used.
         """
-        slim = slim_twin(norm, cls)
-        _install_layer_norm(slim, widths)
-        return slim
+        return cls._from_torch(norm, widths)
 
     def to_layernorm(self) -> nn.LayerNorm:
         """Return the full-width `nn.LayerNorm`, which shares the Parameters."""
-        return plain_twin(self, nn.LayerNorm)
+        return self._to_torch(nn.LayerNorm)
 
 
-class SlimGroupNorm(nn.GroupNorm):
+class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     """`nn.GroupNorm` over part of the channels.
 
     Where every width keeps a whole number of groups, the first groups are kept as they are: at width `w`,
@@ -104,7 +109,22 @@ class SlimGroupNorm(nn.GroupNorm):
         widths: Iterable[float],
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        _install_group_norm(self, widths)
+        self._install(check_widths(widths))
+
+    def _install(self, widths: tuple[float, ...]) -> None:
+        size = self.num_channels // self.num_groups
+        shares = [width * self.num_groups for width in widths]
+        if all(round(share) >= 1 and math.isclose(share, round(share), abs_tol=1e-9) for share in shares):
+            groups = [round(share) for share in shares]
+            counts = [count * size for count in groups]
+            kept: list[Kept] = list(counts)
+        else:
+            groups = [self.num_groups] * len(widths)
+            ranges = first_units(size, widths)
+            counts = [self.num_groups * len(each) for each in ranges]
+            kept = in_groups(ranges, size, self.num_groups)
+        cuts = [(each,) for each in kept]
+        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups}, {"num_channels": counts})
 
     @classmethod
     def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> SlimGroupNorm:
@@ -114,36 +134,8 @@ class SlimGroupNorm(nn.GroupNorm):
             ConversionError: if `norm` is of a subclass.
             WidthError: if `widths` cannot be used.
         """
-        slim = slim_twin(norm, cls)
-        _install_group_norm(slim, widths)
-        return slim
+        return cls._from_torch(norm, widths)
 
     def to_groupnorm(self) -> nn.GroupNorm:
         """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
-        return plain_twin(self, nn.GroupNorm)
-
-
-def _install_layer_norm(norm: nn.LayerNorm, widths: Iterable[float]) -> None:
-    checked = check_widths(widths)
-    *outer, last = norm.normalized_shape
-    kept = [kept_units(last, width) for width in checked]
-    cuts: list[Sequence[Kept]] = [(*(None for _ in outer), count) for count in kept]
-    shapes = [(*outer, count) for count in kept]
-    install_view(norm, checked, {"weight": cuts, "bias": cuts}, {"normalized_shape": shapes})
-
-
-def _install_group_norm(norm: nn.GroupNorm, widths: Iterable[float]) -> None:
-    checked = check_widths(widths)
-    size = norm.num_channels // norm.num_groups
-    shares = [width * norm.num_groups for width in checked]
-    if all(round(share) >= 1 and math.isclose(share, round(share), abs_tol=1e-9) for share in shares):
-        groups = [round(share) for share in shares]
-        counts = [count * size for count in groups]
-        kept: list[Kept] = list(counts)
-    else:
-        groups = [norm.num_groups] * len(checked)
-        ranges = first_units(size, checked)
-        counts = [norm.num_groups * len(each) for each in ranges]
-        kept = in_groups(ranges, size, norm.num_groups)
-    cuts = [(each,) for each in kept]
-    install_view(norm, checked, {"weight": cuts, "bias": cuts}, {"num_groups": groups}, {"num_channels": counts})
+        return self._to_torch(nn.GroupNorm)

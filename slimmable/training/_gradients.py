@@ -11,9 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._columns import columns_of, places_of
 from slimmable._convert import shallow_modules
 from slimmable._numerics import at_least_float32
+from slimmable._width import columns_of, places_of
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._columns import registered
 from slimmable._inputs import Arguments, Inputs
 from slimmable._modules import in_eval_mode
 from slimmable._nested import map_tensors, output_tensors
-from slimmable._width import at_width, set_width, widths_of
+from slimmable._width import at_width, registered, set_width, widths_of
 from slimmable.analysis.plan import Setting
 from slimmable.errors import DataError, UsageError
 from slimmable.layers import SwitchableNorm

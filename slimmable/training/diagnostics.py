@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
 from slimmable._checks import check_count
-from slimmable._columns import columns_of, places_of
 from slimmable._numerics import at_least_float32
-from slimmable._width import widths_of
+from slimmable._width import columns_of, places_of, widths_of
 from slimmable.errors import UsageError
 from slimmable.training._gradients import SharedParameter, Sums, added, shared_parameters, sums_of, values_of
 

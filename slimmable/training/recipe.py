@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._checks import check_count, check_fraction, number_or_nan
-from slimmable._columns import places_of
-from slimmable._width import set_width, widths_of
+from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 

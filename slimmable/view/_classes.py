@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from slimmable._modules import empty_cache, unannounced
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import put, take
 from slimmable.view.state import WidthState, state_of
+
+_Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 
 
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
@@ -32,22 +34,6 @@ def _set_plain(module: nn.Module, name: str, value: object) -> None:
     module.__dict__[name] = value
 
 
-def _setattr_of(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
-    """Let a forward at a narrow width that assigns a buffer change what the width keeps of it."""
-
-    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-        state = state_of(self)
-        cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
-        full = None if cut is None else self._buffers.get(name)
-        if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
-            if value.shape != take(full, cut, self._buffers).shape:
-                raise _changed(self, name, value)
-            value = put(full, cut, self._buffers, value.detach())
-        base.__setattr__(self, name, value)
-
-    return set_attribute
-
-
 def _delete_plain(module: nn.Module, name: str) -> None:
     if name not in module.__dict__:
         raise _missing(module, name)
@@ -61,6 +47,8 @@ def _tensor_property(name: str) -> property:
             tensor = parameters[name]
         elif name in self._buffers:
             tensor = self._buffers[name]
+        elif name in self._slim_lent:
+            tensor = self._slim_lent[name]
         elif name in self.__dict__:
             tensor = self.__dict__[name]
         else:
@@ -107,7 +95,8 @@ def _cache_property(name: str) -> property:
 
 
 @contextmanager
-def _at_full(state: WidthState) -> Iterator[None]:
+def _at_full(module: nn.Module) -> Iterator[None]:
+    state: WidthState = module.__dict__["_slim"]
     active, state.active = state.active, state.columns[0]
     try:
         yield
@@ -115,76 +104,79 @@ def _at_full(state: WidthState) -> Iterator[None]:
         state.active = active
 
 
-def _extra_repr(base: type[nn.Module]) -> Callable[[nn.Module], str]:
-    def extra_repr(self: nn.Module) -> str:
-        state = cast(WidthState, state_of(self))
-        with _at_full(state):
-            full = base.extra_repr(self)
-        width = f"widths={state.widths}, width={state.active.width}"
+class _Viewed(nn.Module):
+    """What all generated classes have in common; it comes before the module's own class."""
+
+    _slim: WidthState
+    _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
+    _slim_lent: Mapping[str, Tensor | None] = {}  # the parameters of another module that a module may read a part of
+
+    def extra_repr(self) -> str:
+        """Show the settings at full width, then the widths and the active one."""
+        with _at_full(self):
+            full = super().extra_repr()
+        width = f"widths={self._slim.widths}, width={self._slim.active.width}"
         return f"{full}, {width}" if full else width
 
-    return extra_repr
+    def __repr__(self) -> str:
+        if self._slim_view[0].__repr__ is nn.Module.__repr__:
+            return super().__repr__()
+        with _at_full(self):  # a class with its own way of printing, perhaps without `extra_repr`
+            return super().__repr__()
 
-
-def _own_repr(base: type[nn.Module]) -> Callable[[nn.Module], str]:
-    """For classes that print themselves without `extra_repr`: as at full width."""
-
-    def own_repr(self: nn.Module) -> str:
-        with _at_full(cast(WidthState, state_of(self))):
-            return base.__repr__(self)
-
-    return own_repr
-
-
-def _apply_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
-    """Keep the contents of the index buffers through moves that drop contents, such as `to_empty`."""
-
-    def apply_to_all(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        base._apply(self, *args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, kept in cast(WidthState, state_of(self)).index_buffers.items():
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the contents of the index buffers through moves that drop contents, such as `to_empty`."""
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for name, kept in self._slim.index_buffers.items():
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
                 self._buffers[name] = torch.tensor(kept, device=buffer.device)
         return self
 
-    return apply_to_all
-
-
-def _reduce_of(base: type[nn.Module], *names: tuple[str, ...]) -> Callable[..., Any]:
-    """Pickle and copy by way of the original class, since the generated one cannot be imported."""
-
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        with _at_full(cast(WidthState, state_of(self))):  # recurrent layers refresh their list of weights here
-            reduced = base.__reduce_ex__(self, max(2, int(protocol)))
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by way of the original class, since the generated one cannot be imported."""
+        with _at_full(self):  # recurrent layers refresh their list of weights here
+            reduced = super().__reduce_ex__(max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
             return reduced
-        return (_rebuild, (base, names, *reduced[1][1:]), *reduced[2:])
+        return (_rebuild, (*self._slim_view, *reduced[1][1:]), *reduced[2:])
 
-    return reduce_ex
+
+class _ViewedWithBuffers(_Viewed):
+    """Lets a forward at a narrow width that assigns a buffer change the part of it that the width uses."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        state = state_of(self)
+        cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
+        full = None if cut is None else self._buffers.get(name)
+        if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
+            if value.shape != take(full, cut, self._buffers).shape:
+                raise _changed(self, name, value)
+            value = put(full, cut, self._buffers, value.detach())
+        super().__setattr__(name, value)
 
 
 def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
-    viewed = _viewed_class(base, *names)
+    viewed = _viewed_class(base, names)
     return viewed.__new__(viewed, *args)
 
 
 def add_properties(
     module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
 ) -> None:
-    """Let reading these names of the module give what the active width has; others that do so go on doing it."""
+    """Let reading these names of the module give what the active width has; names that did so before still do."""
     base, known = getattr(type(module), "_slim_view", (type(module), ((), (), (), ())))
     new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
-    names = [tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True)]
+    names = tuple(tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True))
     if any(names):
-        module.__class__ = _viewed_class(base, *names)
+        module.__class__ = _viewed_class(base, names)
 
 
-_Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
 
 
-def _viewed_class(base: type[nn.Module], *names: tuple[str, ...]) -> type[nn.Module]:
-    """Return the subclass of `base` with properties for these tensors, values and caches."""
+def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
+    """Return the subclass of `base` with properties for these tensors, values and caches; each is made once."""
     if (base, names) not in _viewed_classes:
         _viewed_classes[base, names] = _make_viewed_class(base, *names)
     return _viewed_classes[base, names]
@@ -203,15 +195,8 @@ def _make_viewed_class(
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce_of(base, tensors, values, caches, buffers),
-        "extra_repr": _extra_repr(base),
-        "_apply": _apply_of(base),
     }
-    if buffers:
-        body["__setattr__"] = _setattr_of(base)
-    if base.__repr__ is not nn.Module.__repr__:
-        body["__repr__"] = _own_repr(base)
     body.update({name: _tensor_property(name) for name in tensors})
     body.update({name: _value_property(name) for name in values})
     body.update({name: _cache_property(name) for name in caches})
-    return unannounced(base, body)
+    return unannounced(base, body, _ViewedWithBuffers if buffers else _Viewed)

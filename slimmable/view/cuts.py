@@ -28,11 +28,11 @@ class Cut(NamedTuple):
 
 
 def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dict[str, tuple[int, ...]]) -> Cut | None:
-    """Turn what is kept on each axis into a block and index buffers, or into None for the whole tensor.
+    """Turn the units kept along each axis into a block and index buffers, or into None for the whole tensor.
 
     Args:
         shape: of the full tensor.
-        kept: for each axis what is kept.
+        kept: the units kept along each axis.
         what: the tensor, for errors.
         buffers: name -> indices of the buffers that cuts need; those of this one are added.
 
@@ -64,7 +64,9 @@ def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tens
         tensor = _block(tensor, cut)
     for axis, buffer in cut.picks:
         if buffer not in buffers:
-            raise WidthError("a sub-network that the model does not keep is gone; call backward before the next switch")
+            raise WidthError(
+                "a switch removed a sub-network that the model does not keep; call backward before the next switch"
+            )
         tensor = tensor.index_select(axis, cast(Tensor, buffers[buffer]))
     return tensor
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view._narrow import NarrowNorms, TensorsOfFull, copy_of_norm, narrowed, own_norm, share
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
+from slimmable.view.narrow import NarrowNorms, copy_of_norm, narrowed, own_norm, share, shares
 from slimmable.view.state import Column, Counts
 
 
@@ -53,13 +53,24 @@ class SwitchableNorm(SwitchableContainer):
             raise ConversionError(
                 f"{len(kept)} entries of kept channels for the {len(self.widths)} widths {self.widths}"
             )
-        self.__dict__["_parameters"] = TensorsOfFull(self._modules, "_parameters")
-        self.__dict__["_buffers"] = TensorsOfFull(self._modules, "_buffers")
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
-        self.add_module("narrow", NarrowNorms(self._modules, kept[1:], shared_affine))
+        narrow = (self._narrowed(keep, shared_affine) for keep in kept[1:])
+        self.add_module("narrow", NarrowNorms(narrow, shared_affine))
         self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put a module in, as converters do; the tables of a new full norm become the container's own."""
+        super().add_module(name, module)
+        if name == "full":
+            self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
+            for norm in filter(shares, self.norms()):
+                norm.__dict__["_slim_lent"] = self.full._parameters
+
+    def _narrowed(self, kept: Kept, shared: bool) -> nn.Module:
+        norm = narrowed(self.full, kept)
+        return share(norm, self.full._parameters, kept) if shared else norm
 
     @classmethod
     def from_norm(
@@ -77,7 +88,7 @@ class SwitchableNorm(SwitchableContainer):
         if index == 0:
             return cast(nn.Module, self._modules["full"])
         if index == -1:
-            return cast(nn.Module, self._slim.active.guest[0])
+            return cast(nn.Module, self._modules["guest"])
         return inner_modules(self, "narrow")[str(index - 1)]
 
     module_at = norm_at
@@ -95,44 +106,15 @@ class SwitchableNorm(SwitchableContainer):
         same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
         return same and self.narrow.shared_affine == shared_affine
 
-    def forget_registered(self, own: int) -> None:
-        """Keep only the first `own` columns, those that the container was made with, and be at the full width."""
-        self.activate(self._slim.columns[0])
-        self._slim.keep_first(own)
-        self.__dict__["_kept"] = self._kept[:own]
-        self.narrow.keep_first(own - 1)
-
-    def make_column(self, width: float | Counts, kept: Kept) -> Column:
-        """Return a guest: a further width, with gain and bias of the full norm and, at first, its statistics."""
-        return Column(width, guest=(share(narrowed(self.full, kept), self._modules, kept), kept))
-
-    def activate(self, column: Column) -> None:
-        """Switch to a column, one of the container's own or a guest."""
-        state = self._slim
-        if state.active is column:
-            return
-        self._modules.pop("guest", None)
-        if column.guest is not None:
-            self._modules["guest"] = column.guest[0].train(self.training)
-        state.active = column
-
-    def register_column(self, column: Column) -> None:
-        """Make a guest one of the container's own widths; its statistics are in the state dict from now on."""
-        norm, kept = column.guest
-        self.narrow.add(norm, kept)
-        self.__dict__["_kept"] = (*self._kept, kept)
-        self._slim.add(column)
-        if self._slim.active is column:
-            del self._modules["guest"]
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the norm of the active width."""
         return self.norm_at(self._slim.index)(*args, **kwargs)
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths, and that of an active guest."""
-        yield from (self.full, *self.narrow)
-        yield from (norm for name, norm in self._modules.items() if name == "guest" and norm is not None)
+        yield self.full
+        yield from self._modules.get("narrow") or ()  # type: ignore[misc]
+        yield from filter(None, [self._modules.get("guest")])
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -143,13 +125,20 @@ class SwitchableNorm(SwitchableContainer):
         return getattr(self.norm_at(self._slim.index), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or name in self._modules or name.startswith("_") or not hasattr(self.full, name):
+        if name == "full":
+            self.add_module(name, value)
+        elif name in self.__dict__ or name in self._modules or name.startswith("_") or not hasattr(self.full, name):
             super().__setattr__(name, value)
         elif isinstance(value, Tensor):
             setattr(self.norm_at(self._slim.index), name, value)
         else:
             for norm in self.norms():
                 setattr(norm, name, value)
+
+    def _named_members(self, *args: Any, recurse: bool = True, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """List tensors under the norms alone: the container's own are those of the full norm."""
+        if recurse:
+            yield from super()._named_members(*args, **kwargs)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -197,12 +186,45 @@ class SwitchableNorm(SwitchableContainer):
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
 
 
+class GuestNorm(Column):
+    """A guest of a switchable norm: a norm with gain and bias of the full norm and, at first, its statistics."""
+
+    def __init__(self, container: SwitchableNorm, width: float | Counts, kept: Kept) -> None:
+        super().__init__(width)
+        self.kept = kept
+        self.norm: nn.Module | None = container._narrowed(kept, shared=True)
+
+    def enter(self, module: nn.Module) -> None:
+        """Put the norm into the container as `guest`."""
+        if self.norm is not None:
+            module._modules["guest"] = self.norm.train(module.training)
+
+    def leave(self, module: nn.Module) -> None:
+        """Take the norm out of the container."""
+        module._modules.pop("guest", None)
+
+    def keep(self, module: nn.Module) -> None:
+        """Append the norm to the narrow ones, so that its statistics are in the state dict from now on."""
+        container, norm = cast(SwitchableNorm, module), cast(nn.Module, self.norm)
+        container.narrow.append(norm)
+        container.__dict__["_kept"] = (*container._kept, self.kept)
+        if container._slim.active is self:
+            self.leave(module)
+        self.norm = None
+
+    def drop(self, module: nn.Module) -> None:
+        """Remove the norm that `keep` appended."""
+        container = cast(SwitchableNorm, module)
+        container.__dict__["_kept"] = container._kept[:-1]
+        del container.narrow[-1]
+
+
 def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
     """Name missing, unexpected and ill-shaped tensors as the state dict does; a guest starts again."""
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        buffers = dict(narrowed(norm.full, norm._slim.active.guest[1]).named_buffers())
+        buffers = dict(narrowed(norm.full, cast(GuestNorm, norm._slim.active).kept).named_buffers())
         for name, buffer in guest.named_buffers():
             buffer.copy_(buffers[name])
     for report in reports:

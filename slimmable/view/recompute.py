@@ -1,4 +1,4 @@
-"""Which column is active, also where a checkpointed forward runs again: then it is the column of the first run.
+"""The active column, also where a checkpointed forward runs again: then it is the column of the first run.
 
 Gradient checkpointing runs a forward a second time inside the backward pass, when the model may have been switched.
 Autograd numbers its nodes in the order of their making. So the width of a node's forward is the one that was switched
@@ -83,8 +83,7 @@ class Active(Generic[C]):
             return found
         raise WidthError(
             f"gradient checkpointing runs a forward again that lies more than {_REMEMBERED} switches back, "
-            "or was at a width that the model has only while it is active; call backward earlier, for example once per "
-            "width"
+            "or was at a width that the model has only while it is active; call backward earlier, such as once a width"
         )
 
 

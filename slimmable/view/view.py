@@ -2,8 +2,8 @@
 
 `install_view` gives a module a generated subclass of its own class. Reading `module.weight` then gives the slice of the
 active width and `module.num_heads` the number of that width, so the class's own `forward` just works, also for classes
-that we never heard of. The Parameters themselves stay full-size, under their own names, where optimizers, state dicts
-and averages look for them. The generated class has the name of the original, which it is a subclass of.
+that this library does not know. The Parameters themselves stay full-size, under their own names, where optimizers,
+state dicts and averages look for them. The generated class is a subclass of the original and has its name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def install_view(
         widths: from the widest, 1.0, to the narrowest.
         tensors: name of a parameter, a buffer or a tensor attribute -> for each width -> for each axis what is kept.
         values: name of a plain attribute -> its value at each width.
-        sizes: the same for attributes that go on reading as at full width, such as `in_features`, which other code
+        sizes: the same for attributes that read as at full width, such as `in_features`, which other code
             sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
         caches: attributes in which the module's own forward keeps what it has computed -> their value when empty.
             Each width gets its own; assigning one drops what other widths keep.
@@ -63,7 +63,7 @@ def install_view(
 
     >>> linear = nn.Linear(4, 4, bias=False)
     >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {"in_features": (4, 2)})
-    >>> activate(linear, linear._slim.columns[1])
+    >>> linear._slim.active = linear._slim.columns[1]
     >>> linear.weight.shape, linear
     (torch.Size([4, 2]), Linear(in_features=4, out_features=4, bias=False, widths=(1.0, 0.5), width=0.5))
     """
@@ -97,66 +97,52 @@ def remove_view(module: nn.Module) -> None:
     if state is None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
     module.__class__ = original_class(module)
+    state.active.leave(module)
     del module.__dict__["_slim"]
     module.__dict__.update(state.blanks)
-    for buffer in (*state.index_buffers, *_guest_buffers(state)):
+    for buffer in state.index_buffers:
         delattr(module, buffer)
 
 
-def make_column(
-    module: nn.Module,
-    width: float | Counts,
-    kept: Mapping[str, Sequence[Kept]],
-    values: Mapping[str, object],
-    sizes: Mapping[str, object],
-) -> Column:
-    """Return a guest column for a module with a view: a further width, which `activate` switches to."""
-    state = cast(WidthState, state_of(module))
-    buffers: dict[str, tuple[int, ...]] = {}
-    column = Column(width, _cuts(module, kept, buffers), values, sizes, guest=buffers)
-    column.caches = {name: empty_cache(blank) for name, blank in state.blanks.items()}
-    return column
+class GuestColumn(Column):
+    """A guest of a module with a view: it brings index buffers along, and properties for what was never cut before."""
 
+    def __init__(
+        self,
+        module: nn.Module,
+        width: float | Counts,
+        kept: Mapping[str, Sequence[Kept]],
+        values: Mapping[str, object],
+        sizes: Mapping[str, object],
+    ) -> None:
+        self.buffers: dict[str, tuple[int, ...]] = {}
+        super().__init__(width, _cuts(module, kept, self.buffers), values, sizes)
+        state = cast(WidthState, state_of(module))
+        self.caches = {name: empty_cache(blank) for name, blank in state.blanks.items()}
 
-def register_column(module: nn.Module, column: Column) -> None:
-    """Make a guest column one of the module's own."""
-    state = cast(WidthState, state_of(module))
-    _welcome(module, column)
-    state.index_buffers.update(column.guest)
-    state.add(column)
+    def enter(self, module: nn.Module) -> None:
+        """Register the index buffers and add the properties."""
+        if self.index == -1:
+            _register(module, self.buffers, self.cuts)
+            add_properties(module, self.cuts, self.values)
 
+    def leave(self, module: nn.Module) -> None:
+        """Remove the index buffers that the module does not keep."""
+        for buffer in self.buffers.keys() - cast(WidthState, state_of(module)).index_buffers.keys():
+            delattr(module, buffer)
 
-def forget_registered(module: nn.Module, own: int, buffers: Mapping[str, tuple[int, ...]]) -> None:
-    """Keep only the first `own` columns and these index buffers, and be at the full width."""
-    state = cast(WidthState, state_of(module))
-    activate(module, state.columns[0])
-    state.keep_first(own)
-    for buffer in state.index_buffers.keys() - buffers.keys():
-        delattr(module, buffer)
-    state.index_buffers = dict(buffers)
+    def keep(self, module: nn.Module) -> None:
+        """Add the index buffers to those that the module keeps."""
+        self.enter(module)
+        kept = cast(WidthState, state_of(module)).index_buffers
+        self.buffers = {name: indices for name, indices in self.buffers.items() if name not in kept}
+        kept.update(self.buffers)
 
-
-def activate(module: nn.Module, column: Column) -> None:
-    """Switch a module with a view to a column, its own or a guest."""
-    state = cast(WidthState, state_of(module))
-    if state.active is column:
-        return
-    for buffer in _guest_buffers(state):
-        delattr(module, buffer)
-    if column.guest is not None:
-        _welcome(module, column)
-    state.active = column
-
-
-def _welcome(module: nn.Module, column: Column) -> None:
-    """Give the module what a guest column needs: index buffers, and properties for what was never cut before."""
-    _register(module, column.guest, column.cuts)
-    add_properties(module, column.cuts, column.values)
-
-
-def _guest_buffers(state: WidthState) -> list[str]:
-    """Return the buffers that are here only for the guest that is active."""
-    return [buffer for buffer in state.active.guest if buffer not in state.index_buffers] if state.index == -1 else []
+    def drop(self, module: nn.Module) -> None:
+        """Remove the index buffers that `keep` added."""
+        for buffer in self.buffers:
+            del cast(WidthState, state_of(module)).index_buffers[buffer]
+            delattr(module, buffer)
 
 
 def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]:
@@ -182,7 +168,8 @@ def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
-    for store in (module._parameters, module._buffers, module.__dict__):
+    own = module.__dict__
+    for store in (own["_parameters"], own["_buffers"], own, own.get("_slim_lent", {})):
         if name in store:
             return cast("Tensor | None", store[name])
     raise ConversionError(f"{type(module).__name__} has no tensor {name!r}")

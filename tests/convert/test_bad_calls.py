@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable import _convert as convert
+from slimmable import _convert
 from slimmable.errors import CheckpointError, ConversionError, DataError, UsageError, WidthError
 from slimmable.view.view import install_view
 
@@ -73,7 +73,7 @@ def test_a_conversion_in_place_that_fails_half_way_leaves_the_model_as_it_was(wa
             raise MemoryError
         return install_view(module, *args)
 
-    monkeypatch.setattr(convert, "install_view", fail)
+    monkeypatch.setattr(_convert, "install_view", fail)
     with pytest.raises(MemoryError):
         slimmable.slimify(model, (1.0, 0.25), example_inputs=X, importance=importance, inplace=True)
     assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (names, classes)

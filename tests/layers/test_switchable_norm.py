@@ -89,6 +89,9 @@ def test_names_are_torchs_and_narrow():
     assert named["1.weight"] is norm.full.weight
     assert named["1.narrow.1.running_var"] is norm.norm_at(2).running_var
     assert len(list(model.parameters())) == 6
+    assert len([p for module in model.modules() for p in module.parameters(recurse=False)]) == 6
+    assert list(norm._parameters) == ["weight", "bias"]
+    assert norm._parameters["weight"] is norm.full.weight
     assert dict(model.named_modules())["1"] is norm
     assert {type(module).__name__ for module in model.modules()} >= {"BatchNorm2d", "SwitchableNorm"}
     assert model.get_parameter("1.weight") is norm.full.weight

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slimmable
-from slimmable.view import recompute as _recompute
+from slimmable.view import recompute
 from tests.life.networks import WIDTHS, converted, images
 
 
@@ -125,7 +125,7 @@ def test_a_copy_made_between_forward_and_backward_has_no_part_in_it():
 def test_a_forward_too_many_switches_ago_is_refused():
     slim, x = small(True)
     loss = slim(x).sum()
-    for _ in range(_recompute._REMEMBERED // 2):
+    for _ in range(recompute._REMEMBERED // 2):
         for width in (0.5, 1.0):
             slimmable.set_width(slim, width)
             slim(x)
