@@ -2,8 +2,8 @@
 
 `install_view` gives a module a generated subclass of its own class. Reading `module.weight` then gives the slice of the
 active width and `module.num_heads` the number of that width, so the class's own `forward` just works, also for classes
-that this library does not know. The Parameters themselves stay full-size, under their own names, where optimizers, state dicts
-and averages look for them. The generated class has the name of the original, which it is a subclass of.
+that this library does not know. The Parameters themselves stay full-size, under their own names, where optimizers,
+state dicts and averages look for them. The generated class has the name of the original, which it is a subclass of.
 """
 
 from __future__ import annotations
