@@ -132,7 +132,7 @@ def _plan_of(model: nn.Module) -> Plan | None:
     gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
     if gone:
         raise CheckpointError(
-            f"{', '.join(gone[:6])}: missing from this {type(model).__name__} since it was converted; convert it again "
+            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "
             "with slimmable.slimify, then save it"
         )
     return plan
