@@ -305,7 +305,7 @@ def method_of(kind: Any, name: str, device: str) -> methods.Method:
     given = [slimmable.slimify(encoder, WIDTHS, example_inputs=torch.zeros(2, 3, 64, 64))]
     if kind in (methods.BYOL, methods.MoCoV3):
         given.append(slimmable.slimify(kind.predictor(hidden, dim), WIDTHS, example_inputs=torch.zeros(2, dim)))
-    return kind(*given, **({"dim": dim, "queue_size": 4096} if kind is methods.MoCoV2 else {})).to(device)
+    return kind(*given, **({"proj_dim": dim, "queue_size": 4096} if kind is methods.MoCoV2 else {})).to(device)
 
 
 class _Reads(TorchFunctionMode):

@@ -53,7 +53,8 @@ def main() -> None:
 def chosen(stage: str, patterns: str, most: float, again: bool) -> list[str]:
     """Return the names still to be done, in an order that soon shows something of every family, big ones last."""
     done = {name for name, row in records.read(stage).items() if not row["error"]}
-    names = [n for n in timm.list_models() if any(fnmatchcase(n, p) for p in patterns.split(","))]
+    theirs = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("timm.")]
+    names = [n for n in theirs if any(fnmatchcase(n, p) for p in patterns.split(","))]
     if not again:
         names = [name for name in names if name not in done]
     if stage == "real":
