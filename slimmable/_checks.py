@@ -9,7 +9,8 @@ import math
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from slimmable.errors import DataError, UsageError
 
@@ -47,6 +48,19 @@ def check_positive(where: str, **values: object) -> None:
     for name, value in values.items():
         if not 0 < number_or_nan(value) < math.inf:
             raise UsageError(f"{where}: {name} must be a positive number, got {value!r}")
+
+
+def check_module(where: str, model: object) -> None:
+    """Raise `UsageError` unless `model` is a module, not TorchScript, whose lazy layers all have sizes."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}; make an object of it" if isinstance(model, type) else repr(model)[:60]
+        raise UsageError(f"{where} needs a torch.nn.Module, got {kind}")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(f"{where}: {path or 'the model'!r} is TorchScript; pass the model from before scripting")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UsageError(f"{where}: {name} has no size yet; run the model once first")
 
 
 def check_tensors(where: str, **tensors: object) -> None:

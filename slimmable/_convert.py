@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from slimmable._addons import addons_of, detach_all
-from slimmable._inputs import Arguments, check_module, example_of
+from slimmable._checks import check_module
+from slimmable._inputs import Arguments, example_of
 from slimmable._modules import is_under, replace_modules
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from slimmable.errors import ConversionError, UsageError
+from slimmable.errors import ConversionError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MOST = 2**20  # numbers of a tensor; larger ones are only shapes
@@ -40,22 +39,6 @@ class Inputs:
     def __repr__(self) -> str:
         shown = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
         return f"Inputs({', '.join(shown)})"
-
-
-def check_module(what: str, model: object) -> None:
-    """Refuse what is not a module, TorchScript, and modules whose parameters have no sizes yet.
-
-    Raises: UsageError.
-    """
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}; make an object of it" if isinstance(model, type) else repr(model)[:60]
-        raise UsageError(f"{what} needs a torch.nn.Module, got {kind}")
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UsageError(f"{what}: {path or 'the model'!r} is TorchScript; give the model before it is scripted")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise UsageError(f"{what}: {name} has no size yet; run the model once first")
 
 
 def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimmable._checks import check_module
 from slimmable._convert import copy_of, shallow_modules
-from slimmable._inputs import check_module, example_of, image_batch, is_size
+from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
 from slimmable._tables import html_table

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from slimmable._inputs import check_module
+from slimmable._checks import check_module
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.analysis.sizes import feature_sizes, layer_sizes

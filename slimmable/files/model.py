@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from slimmable._addons import addons_of, restore_all
 from slimmable._atomic import plain_copies, write_aside
+from slimmable._checks import check_module
 from slimmable._convert import M, apply_plan, copy_of, misfits
-from slimmable._inputs import check_module
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
