@@ -37,7 +37,9 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
         if wider == narrower:
             raise WidthError(f"width {wider} appears twice in {given}")
     if found[0] != 1.0:
-        raise WidthError(f"the full width 1.0 is missing from {given}; add it: the weights are those of the full network")
+        raise WidthError(
+            f"the full width 1.0 is missing from {given}; add it: the weights are those of the full network"
+        )
     return tuple(found)
 
 

@@ -53,7 +53,7 @@ def test_modules_that_nothing_can_be_read_off():
 
 
 def test_a_model_of_which_nothing_gets_thinner():
-    with pytest.warns(UserWarning, match="nothing in this Linear gets thinner"):
+    with pytest.warns(UserWarning, match="nothing in this Linear gets narrower"):
         slim = slimmable.slimify(nn.Linear(4, 2), (1.0, 0.5), example_inputs=X)
     with slimmable.at_width(slim, 0.5):
         assert slim(X).shape == (2, 2)
