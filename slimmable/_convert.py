@@ -28,7 +28,7 @@ from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import WidthState, forget, is_slim, state_of
+from slimmable.view.state import WidthState, forget, is_slim, slim_state, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -292,9 +292,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
         tensors.setdefault(path, {})[name] = per_width
     norms: dict[int, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    attributed = {
-        path for path, _ in found.channels.attributes
-    }  # including those that change only in other sub-networks
+    attributed = {path for path, _ in found.channels.attributes}  # some change only in other sub-networks
     for path, module in list(model.named_modules()):
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
@@ -329,8 +327,7 @@ def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: Switchable
 
 def _know(module: nn.Module, found: Plan, path: str) -> None:
     """Record the plan, and the module's path in it, in the module's state."""
-    state = state_of(module)
-    assert state is not None
+    state = slim_state(module)
     state.plan, state.path = found, path
     for column, sub_network in zip(state.columns, found.columns, strict=False):
         column.counts = sub_network.counts

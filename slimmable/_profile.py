@@ -182,7 +182,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Attention(TorchFunctionMode):
-    """Counts attention as one operation, since torch's versions have formulas for different kernels."""
+    """Counts attention as one operation, since the kernels that torch has formulas for vary by version."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
