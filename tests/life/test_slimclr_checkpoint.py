@@ -301,7 +301,7 @@ def test_what_is_no_checkpoint(tmp_path, state):
         with pytest.raises(CheckpointError, match="cannot be read; it is damaged"):
             load_slimclr(path)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(CheckpointError, match="holds no state dict, but Tensor"):
+    with pytest.raises(CheckpointError, match="holds no state dict, but a Tensor"):
         load_slimclr(path)
     for nothing in ({"state_dict": 3}, {"state_dict": None}):
         with pytest.raises(CheckpointError, match="the checkpoint holds no state dict"):
