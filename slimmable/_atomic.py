@@ -1,4 +1,4 @@
-"""Write files so that an interruption, a full disk or another writer never destroys what was there."""
+"""Atomic writes: no interruption, full disk or other writer destroys what was there before."""
 
 from __future__ import annotations
 

@@ -70,6 +70,6 @@ def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:
     """Return a module of class `kind` with the same Parameters, buffers, settings, hooks and training flag."""
     twin = kind.__new__(kind)
-    for name, value in module.__dict__.items():  # dicts and sets hold parts and hooks, of which each needs its own
+    for name, value in module.__dict__.items():  # copies the dicts and sets of parts and hooks
         twin.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
     return twin

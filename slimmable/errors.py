@@ -38,7 +38,7 @@ class CheckpointError(SlimmableError, RuntimeError):
 
 
 class DataError(SlimmableError, ValueError):
-    """Input data that cannot be used: an empty image folder, a tensor of the wrong shape."""
+    """Unusable input data: an empty image folder, a tensor of the wrong shape."""
 
 
 class UsageError(SlimmableError, ValueError):

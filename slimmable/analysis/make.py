@@ -91,7 +91,7 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
 
 
 def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
-    """Trace, and where the choice of which folded axis carries labels looks bad, trace again with the second choice.
+    """Trace, then again with second choices of which folded axis carries labels, if first ones look bad.
 
     Returns: the trace that keeps fewer parameters at the narrowest width, with its solution.
     """

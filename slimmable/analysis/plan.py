@@ -26,7 +26,7 @@ _REMEMBERED = 64  # sub-networks
 
 @dataclass(frozen=True)
 class Group:
-    """Units of which a width keeps the first ones, along several axes.
+    """Units that several axes share; each width keeps the first ones.
 
     `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
     `makers` are the modules whose weights make these units. The units of an `ordered` group must stay in order, because

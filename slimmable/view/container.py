@@ -1,4 +1,4 @@
-"""The base of modules that hold one real module per width and run that of the active width."""
+"""Switchable containers, which hold one real module per width and run that of the active width."""
 
 from __future__ import annotations
 
