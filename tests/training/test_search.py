@@ -122,7 +122,7 @@ def test_after_an_error_the_width_is_what_it_was():
     [
         ({"budget": 0.01}, "narrowest width needs 0.25"),
         ({"budget": 2}, "got 2"),
-        ({"budget": []}, "no budget"),
+        ({"budget": []}, "budget is empty"),
         ({"budget": 0.5, "of": "flops"}, "'flops'"),
         ({"budget": 0.5, "step": 0}, "got 0"),
     ],
