@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_classes, check_labelled, check_not_negative
-from slimmable._inputs import check_module
+from slimmable._checks import check_classes, check_labelled, check_module, check_not_negative
 from slimmable.errors import DataError, UsageError
 from slimmable.evaluation.evaluate import as_input, outputs_of
 from slimmable.evaluation.linear import check_training, zero_linear

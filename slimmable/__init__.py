@@ -7,7 +7,7 @@
 >>> model[0].weight.shape
 torch.Size([8, 8])
 
-Everything else lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating` and `errors`.
+The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating` and `errors`.
 """
 
 from importlib import import_module
@@ -55,7 +55,7 @@ _SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", 
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, and torch with it, when it is first asked for: `slimmable --help` is quick."""
+    """Import a public name, and torch with it, on first use, which keeps `slimmable --help` quick."""
     if name in _SUBMODULES:
         return import_module(f"slimmable.{name}")
     if name not in __all__:

@@ -1,7 +1,6 @@
-"""Add-ons: what another room puts into models, and how the core takes it off, writes it to files and puts it back.
+"""Add-ons to models, such as gates: how the core removes them, writes them to files and restores them.
 
-The core does not know what add-ons there are. Each offers itself when its module is imported; a model can only have an
-add-on that has been imported.
+Each add-on registers itself when its module is imported, so the core need not know which ones exist.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from typing import Any
 
 from torch import nn
 
-_MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that offers it
+_MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that registers it
 _offered: dict[str, AddOn] = {}
 
 
 @dataclass(frozen=True)
 class AddOn:
-    """What an add-on does for the core.
+    """The functions of one add-on.
 
     Attributes:
-        refusal: why a model that has it cannot be converted, and how to take it off; follows "this ResNet".
+        refusal: why a model that has it cannot be converted, and how to remove it; follows "this ResNet".
         present: whether a model has it.
-        detach: take it off a model, in place, and return the model; a model without it stays as it is.
-        describe: return a copy of a model without it, and what `restore` needs, as data for JSON.
-        restore: put it back onto a model, in place, as `describe` said, and return the model.
+        detach: remove it from a model, if present, in place, and return the model.
+        describe: return a copy of a model without it, and JSON data for `restore`.
+        restore: add it to a model again, in place, as `describe` recorded it, and return the model.
     """
 
     refusal: str
@@ -37,7 +36,7 @@ class AddOn:
 
 
 def offer(name: str, addon: AddOn) -> None:
-    """Make an add-on known to the core."""
+    """Register an add-on."""
     _offered[name] = addon
 
 
@@ -47,14 +46,14 @@ def addons_of(model: nn.Module) -> dict[str, AddOn]:
 
 
 def detach_all(model: nn.Module) -> nn.Module:
-    """Take all add-ons off a model, in place, and return it."""
+    """Remove all add-ons from a model, in place, and return it."""
     for addon in _offered.values():
         model = addon.detach(model)
     return model
 
 
 def restore_all(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
-    """Put the add-ons that a file describes, by name, back onto a model, in place, and return it."""
+    """Restore, in place, the add-ons that a file describes by name, and return the model."""
     for name, module in _MODULES.items():
         if name in data:
             import_module(module)

@@ -1,4 +1,4 @@
-"""Write files so that an interruption, a full disk or another writer never destroys what was there."""
+"""Atomic writes: no interruption, full disk or other writer destroys what was there before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimmable.errors import CheckpointError
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, bring it to the disk, and only then put it in the place of `path`.
+    """Let `write` make a file beside `path`, flush it to disk, and only then replace `path` with it.
 
     Raises: CheckpointError: if it cannot be written; what was at `path` is still there.
 
@@ -29,7 +29,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     'done'
     """
     if not path.name:
-        raise CheckpointError(f"{path} is a folder; give the path of a file")
+        raise CheckpointError(f"{path} is a folder; pass the path of a file")
     aside = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
     try:
         mode = _touch(aside)
@@ -41,7 +41,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             _sync(path.parent)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise CheckpointError(_cannot_write(path, error)) from error
+            kept = "; the previous one is unharmed" if path.exists() else ""
+            raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
         raise
     finally:
         with suppress(OSError):
@@ -49,12 +50,10 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
-    """Let `fill` make files in a folder inside `folder`, and when all are done, move them to `folder` itself.
-
-    Returns: the paths of the files, by name.
+    """Let `fill` make files in a temporary folder inside `folder`, move them up when all are done, return their paths.
 
     Raises: CheckpointError: if it cannot be written; what was in `folder` is still there, unless the system fails while
-        the finished files are moved.
+        the finished files are being moved.
 
     >>> target = Path(tempfile.mkdtemp())
     >>> [path.name for path in fill_aside(target, lambda inside: (inside / "note.txt").write_text("done"))]
@@ -88,20 +87,20 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
 
 
 def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict as a safetensors file takes them: on the CPU, contiguous, none sharing memory.
+    """Copy the tensors of a state dict for a safetensors file: on the CPU, contiguous, no memory shared.
 
-    Raises: CheckpointError: if something is not a tensor, or has no numbers.
+    Raises: CheckpointError: if something is not a strided tensor, or is a meta tensor.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"a tensor on {tensor.device}"
-            raise CheckpointError(f"{name} is {kind}, not a plain tensor with numbers, and cannot be saved")
+            raise CheckpointError(f"{name} is {kind}, not a plain tensor with values, and cannot be saved")
     plain = torch.contiguous_format
     return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in tensors.items()}
 
 
 def _touch(path: Path) -> int:
-    """Make an empty file, and return the mode that the system gives to new files."""
+    """Create an empty file and return its mode, the default for new files."""
     path.touch()
     return path.stat().st_mode & 0o777
 
@@ -112,8 +111,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _cannot_write(path: Path, error: Exception) -> str:
-    kept = "; the previous one is unharmed" if path.exists() else ""
-    return f"cannot write {path} ({error}){kept}"

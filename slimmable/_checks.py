@@ -1,6 +1,6 @@
-"""Check arguments: numbers in their ranges, tensors of the right shape, labels; messages name the caller and the value.
+"""Argument checks: models, numbers in range, shapes of tensors, labels.
 
-`where` is the name of the public function or class; its arguments are given by name.
+`where` is the public function or class that checks, for the message; its arguments are passed by name.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import math
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from slimmable.errors import DataError, UsageError
 
 
 def number_or_nan(value: object) -> float:
-    """Return `value` as a float, or NaN, which lies in no range, if it is not a number."""
+    """Return `value` as a float, or NaN, which is in no range, if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     return float(value)
@@ -49,29 +50,42 @@ def check_positive(where: str, **values: object) -> None:
             raise UsageError(f"{where}: {name} must be a positive number, got {value!r}")
 
 
+def check_module(where: str, model: object) -> None:
+    """Raise `UsageError` unless `model` is a module, not TorchScript, whose lazy layers all have sizes."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}; pass an instance of it" if isinstance(model, type) else repr(model)[:60]
+        raise UsageError(f"{where} needs a torch.nn.Module, got {kind}")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(f"{where}: {path or 'the model'!r} is TorchScript; pass the model from before scripting")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UsageError(f"{where}: {name} has no size yet; run the model once first")
+
+
 def check_tensors(where: str, **tensors: object) -> None:
-    """Raise `DataError` unless all are tensors."""
+    """Raise `DataError` unless all of `tensors` are tensors."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DataError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
 
 
 def check_matrices(where: str, **tensors: Tensor) -> None:
-    """Raise `DataError` unless all are floating-point matrices with at least one row and one column."""
+    """Raise `DataError` unless all are floating-point matrices that are not empty."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DataError(f"{where}: {name} must be a tensor of shape (batch, features), got {type(tensor).__name__}")
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise DataError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, expected (batch, features) with at least one of "
-                "each; flatten other axes first"
+                "each; flatten any further axes first"
             )
         if not tensor.is_floating_point():
             raise DataError(f"{where}: {name} is {tensor.dtype}, expected a floating-point tensor")
 
 
 def check_same_shape(where: str, **tensors: Tensor) -> None:
-    """Raise `DataError` unless all are floating-point matrices of one shape."""
+    """Raise `DataError` unless all are floating-point matrices of the same shape."""
     check_matrices(where, **tensors)
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
@@ -89,15 +103,15 @@ def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
 
 
 def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
-    """Return the number of classes, one more than the largest label if `num_classes` is None.
+    """Return the number of classes; if `num_classes` is None, one more than the largest label.
 
-    Raises: DataError: if the labels are not class numbers from 0 up. UsageError: if `num_classes` is not a count.
+    Raises: DataError: if the labels are not class numbers starting at 0. UsageError: if `num_classes` is not a count.
     """
     check_tensors(where, labels=labels)
     if num_classes is not None:
         check_count(where, num_classes=num_classes)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; give labels.long()")
+        raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; pass labels.long()")
     lowest, highest = torch.stack(labels.aminmax()).tolist()
     classes = highest + 1 if num_classes is None else num_classes
     if lowest < 0 or highest >= classes:
@@ -106,9 +120,9 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
 
 
 def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None) -> int:
-    """Return the number of classes, as `check_classes`.
+    """Return the number of classes, like `check_classes`.
 
-    Raises: DataError: also if the features are not a real matrix with one row for each label.
+    Raises: DataError: also unless the features are a real matrix with one row per label.
     """
     check_tensors(where, features=features, labels=labels)
     if features.is_complex():

@@ -1,4 +1,4 @@
-"""Convert a model to a slimmable one (`slimify`, `plan`), and extract plain networks of one width from it."""
+"""Conversion of a model to a slimmable one (`slimify`, `plan`), and extraction of the plain network of one width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from slimmable._addons import addons_of, detach_all
-from slimmable._inputs import Arguments, check_module, example_of
+from slimmable._checks import check_module
+from slimmable._inputs import Arguments, example_of
 from slimmable._modules import is_under, replace_modules
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
@@ -27,7 +28,7 @@ from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import WidthState, forget, is_slim, state_of
+from slimmable.view.state import WidthState, forget, is_slim, slim_state, state_of
 from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -46,34 +47,35 @@ def slimify(
     universal: bool = False,
     inplace: bool = False,
 ) -> M:
-    """Return a model with the weights of `model` that runs at several widths; `model` itself stays as it is.
+    """Return a model with the weights of `model` that runs at several widths; `model` itself is unchanged.
 
-    The model's channels are labelled in one run on fake tensors; at width w each group of channels keeps its first
-    `round(w * n)`. Image channels, class scores and embeddings stay full. BatchNorms are switched: one per width.
-    Parameters stay full-size under their names, and the full width computes the same numbers as before.
+    One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`.
+    Image channels, class scores and embeddings stay full. Each width has its own BatchNorms. Parameters keep their
+    names and full sizes, and the full width computes exactly what it did before.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
         widths: distinct numbers in (0, 1], with 1.0 among them.
-        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs` of both for the
-            forward; timm models need none.
-        skip: patterns (`fnmatch`) of module names, or a function `(name, module) -> bool`: kept at full width. "", the
-            model itself, keeps the model's outputs full, for a backbone whose features other code reads. A skipped
-            module that cannot be traced is run once with the numbers of the example. A converted model that is
-            given again without `skip` keeps what it skips, unless layers were added to it.
-        round_to: kept channels are a multiple of it, where a group has that many.
-        importance: "magnitude" first permutes the channels so that those with the largest weights in the layers that
-            read them come first; the full network still computes the same function. None leaves them where they are.
-        universal: let `set_width` take any width from the narrowest on. BatchNorms then share gain and bias, sliced,
-            and have statistics of their own for each of `widths`, and for those given to `calibrate_bn` later.
+        example_inputs: for the forward: a tensor, a tuple of arguments, a dict of keyword arguments, or `Inputs` for
+            both; timm models need none.
+        skip: modules to keep at full width, as `fnmatch` patterns of their names or a function `(name, module) ->
+            bool`. "", the model itself, keeps its outputs full, for a backbone whose features other code reads. A
+            skipped module that cannot be traced is run once on the real example. Converting a converted model again
+            without `skip` keeps what it skips, unless layers were added to it.
+        round_to: keep a multiple of this many channels, in groups that have at least as many.
+        importance: "magnitude" first moves the channels with the largest weights in the layers that read them to the
+            front; the full network still computes the same function. None leaves them where they are.
+        universal: let `set_width` take any width from the narrowest up. BatchNorms then share gain and bias, sliced,
+            with separate statistics for each of `widths` and for those passed to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
 
+    A model in which nothing becomes narrower is converted with a warning. On any error `model` is as it was.
+
     Raises:
-        WidthError: for widths that cannot be used.
+        WidthError: if `widths` is invalid.
         TraceError: if the forward fails on fake tensors; the message names the operation and the module.
-        ConversionError: for other arguments that cannot be used. On any error `model` is as it was.
-        UsageError: if `model` is not a module, or has lazy layers without sizes. A model of which nothing gets thinner
-            is converted with a warning.
+        ConversionError: if another argument is invalid.
+        UsageError: if `model` is not a module, or has lazy layers without sizes.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
@@ -90,12 +92,12 @@ def slimify(
     wanted = check_widths(widths)
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
-    if skip == () and importance is None and _plan_of(model, wanted, round_to, universal) is not None:
+    if skip == () and importance is None and _current_plan(model, wanted, round_to, universal) is not None:
         return model if inplace else copy_of(model)
     found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
     if not found.channels.units:
         warnings.warn(
-            f"nothing in this {type(model).__name__} gets thinner at any width; print(slimmable.plan(...)) says why",
+            f"nothing in this {type(model).__name__} gets narrower at any width; print(slimmable.plan(...)) says why",
             stacklevel=2,
         )
     target = model if inplace else copy_of(model)
@@ -106,9 +108,8 @@ def slimify(
     try:
         if orders:
             permute(target, found, orders)
-        return cast(
-            M, apply_plan(target, found, {} if orders else before)
-        )  # narrow norms of before are in the old order
+        kept = {} if orders else before  # after a permutation, the earlier narrow norms are in the wrong order
+        return cast(M, apply_plan(target, found, kept))
     except BaseException:
         strip(target)
         if orders:
@@ -127,7 +128,7 @@ def plan(
     round_to: int = 1,
     universal: bool = False,
 ) -> Plan:
-    """Return what `slimify` would do with the same arguments; printing it shows groups, kept counts and pins.
+    """Return the plan that `slimify` would follow with the same arguments; print it to see groups, counts and pins.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(plan(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4)))
@@ -139,14 +140,14 @@ def plan(
     """
     check_module("plan", model)
     wanted = check_widths(widths)
-    known = _plan_of(model, wanted, round_to, universal) if skip == () else None
+    known = _current_plan(model, wanted, round_to, universal) if skip == () else None
     return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
 
 
 def extract(model: M, width: Setting) -> M:
-    """Return the network of one width: the original classes, no class of this library, memory of its own.
+    """Return the plain network of one width: the original classes, with its own memory.
 
-    `width` may be whatever `set_width` takes.
+    `width` may be anything that `set_width` takes.
 
     Raises:
         ConversionError: if `model` has no slimmable part.
@@ -182,7 +183,7 @@ def _extract_active(model: M) -> M:
     small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
     for module in slim:
         twin = memo[id(module)]
-        if is_slim(twin):  # a class may copy itself by its constructor
+        if is_slim(twin):  # not if the class copies itself through its constructor
             remove_view(twin)
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
@@ -201,7 +202,7 @@ def _plan(
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return `model` without views and add-ons: itself if it has none, else a copy that shares its tensors."""
+    """Return `model` without views and add-ons: itself if it has none, otherwise a copy that shares its tensors."""
     if not addons_of(model) and not any(is_slim(module) for module in model.modules()):
         return model
     leaves = (leaf for module in model.modules() for leaf in tree_leaves(module.__dict__))
@@ -212,7 +213,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
-    """Return `skip` as a function of path and module.
+    """Turn `skip` into a function of path and module.
 
     Raises: ConversionError: if it is neither a function of two arguments nor patterns that each match a module.
     """
@@ -230,16 +231,21 @@ def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
         if not any(is_under(name, pattern) for name in names):
             raise ConversionError(
                 f"skip pattern {pattern!r} matches no module of {type(model).__name__}; "
-                f"its modules are named like {', '.join(repr(name) for name in names[1:6])}"
+                f"it has modules such as {', '.join(repr(name) for name in names[1:6])}"
             )
 
     return lambda name, module: any(is_under(name, pattern) for pattern in patterns)
 
 
-def _plan_of(model: nn.Module, widths: tuple[float, ...], round_to: int, universal: bool) -> Plan | None:
-    """Return the plan of a converted model, if nothing is left to convert for these arguments."""
+def plan_of(model: nn.Module) -> Plan | None:
+    """Return the plan of a model that `slimify` has returned, or None for any other, such as a part of one."""
     state = state_of(model)
-    plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    return None if state is None or "_slim_root" not in model.__dict__ else state.plan
+
+
+def _current_plan(model: nn.Module, widths: tuple[float, ...], round_to: int, universal: bool) -> Plan | None:
+    """Return the plan of a converted model if converting it with these arguments would change nothing."""
+    plan = plan_of(model)
     if plan is None or (plan.widths, plan.round_to, plan.universal) != (widths, round_to, universal):
         return None
     try:
@@ -250,24 +256,23 @@ def _plan_of(model: nn.Module, widths: tuple[float, ...], round_to: int, univers
 
 
 def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """Yield each tensor whose sizes are not those that a plan was made for: its name and shape, None if it is gone."""
+    """Yield name and shape of each tensor that does not have the sizes in the plan; the shape is None if it is gone."""
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
         tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
         shape = None if tensor is None else tuple(tensor.shape)
-        sizes = [None if ids is None else len(ids) for ids in axes]
-        if shape is None or not _has_sizes(shape, sizes):
+        fits = (
+            shape is not None
+            and len(shape) == len(axes)
+            and all(ids is None or len(ids) == size for size, ids in zip(shape, axes, strict=True))
+        )
+        if not fits:
             yield f"{path}.{name}".lstrip("."), shape
 
 
-def _has_sizes(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
-    """Compare a shape with the sizes of its axes, of which None may be any."""
-    return len(shape) == len(sizes) and all(size is None or own == size for own, size in zip(shape, sizes, strict=True))
-
-
 def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
-    """Take all views and containers off `model`; return the containers by path."""
+    """Remove all views and containers from `model`; return the containers by path."""
     norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     replace_modules(model, {id(norm): norm.to_norm() for norm in norms.values()})
     for module in model.modules():
@@ -278,16 +283,16 @@ def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
 
 
 def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
-    """Convert a plain model in place: every module with something to slim gets its view, every BatchNorm its container.
+    """Convert a plain model in place: give modules with something to slim a view, and BatchNorms a container.
 
-    Containers that the model had `before`, by path, stay where they keep the same channels.
+    Containers that the model had `before`, by path, are used again where they keep the same channels.
     """
     tensors: dict[str, dict[str, list[list[Kept]]]] = {}
     for (path, name), per_width in found.tensors.items():
         tensors.setdefault(path, {})[name] = per_width
     norms: dict[int, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    attributed = {path for path, _ in found.channels.attributes}  # also those that change in other sub-networks only
+    attributed = {path for path, _ in found.channels.attributes}  # some change only in other sub-networks
     for path, module in list(model.named_modules()):
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
@@ -312,7 +317,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
 
 
 def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
-    """Return the container of a norm; one that it had before stays if it keeps the same channels."""
+    """Return a container for a norm: the one it had before, if that keeps the same channels, or a new one."""
     if before is not None and before.full is norm and before.keeps(found.widths, kept, found.universal):
         forget(before, len(found.widths))
         before.train(norm.training)
@@ -321,16 +326,15 @@ def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: Switchable
 
 
 def _know(module: nn.Module, found: Plan, path: str) -> None:
-    """Tell a module's state the plan and its place in it."""
-    state = state_of(module)
-    assert state is not None
+    """Record the plan, and the module's path in it, in the module's state."""
+    state = slim_state(module)
     state.plan, state.path = found, path
     for column, sub_network in zip(state.columns, found.columns, strict=False):
         column.counts = sub_network.counts
 
 
 def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every module once, containers without the modules that they hold."""
+    """Yield every module once, except those inside containers."""
     hidden: set[int] = set()
     for module in model.modules():
         if isinstance(module, SwitchableContainer):
@@ -339,7 +343,7 @@ def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
-    """Return a deep copy; tensors that a forward with gradient has left behind are copied without their history."""
+    """Return a deep copy; tensors that a forward has left in attributes lose their autograd history."""
     memo = {} if memo is None else memo
     for key, value in left_behind(model).items():
         memo.setdefault(key, value.detach().clone())

@@ -1,4 +1,4 @@
-"""Talk to the other processes of a training: which one am I, gather tensors, average gradients."""
+"""Distributed training: this process and the others, gathered tensors, averaged gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def alone() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process; 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return 0 if alone() else dist.get_rank()
 
 
@@ -33,7 +33,7 @@ def world_size() -> int:
 
 
 def from_all(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors of all processes in rank order, without gradient; they must agree in shape and type."""
+    """Return the tensors of all processes in rank order, without gradient; shapes and types must agree."""
     own = tensor.detach().contiguous()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
@@ -41,7 +41,7 @@ def from_all(tensor: Tensor) -> list[Tensor]:
 
 
 def means_over_processes(*values: Tensor) -> list[float]:
-    """Return the mean of each scalar over all processes, so that all of them see the same numbers, NaN included."""
+    """Return the mean of each scalar over all processes, the same in each of them, NaN included."""
     means = torch.stack([at_least_float32(value.detach()).reshape(()) for value in values])
     if not alone():
         dist.all_reduce(means)
@@ -51,17 +51,15 @@ def means_over_processes(*values: Tensor) -> list[float]:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Replace every gradient of `model` by its average over the processes; call it after the step's last `backward`.
+    """Replace every gradient of `model` with its average over the processes; call after the step's last `backward`.
 
-    A step of `SlimRecipe` runs one backward pass per width, and each leaves out the parameters of other widths.
-    DistributedDataParallel expects a single pass that uses every parameter, so run the loop under its `no_sync`, then
-    call this. An unwrapped model works too, if all processes start from the same weights.
-
-    A gradient that is None in every process stays None; where only some processes have it, it counts as zero in the
-    others. Without a process group, or with one process, nothing happens.
+    A step of `SlimRecipe` runs one backward pass per width, each without the parameters of other widths, whereas
+    DistributedDataParallel expects a single pass that uses every parameter: run the loop under its `no_sync`, then call
+    this. A gradient that only some processes have counts as zero in the others; one that is None in all stays None.
+    Without a process group, or with one process, nothing happens.
 
     Args:
-        model: the same in each process, wrapped in DistributedDataParallel or not.
+        model: wrapped in DistributedDataParallel or not; all processes must have started from the same weights.
 
     Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself.
 
@@ -92,7 +90,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into runs of one type and device, each of about one bucket's size at most."""
+    """Split a list into runs of one type and device, of at most a bucket's size unless one tensor is larger."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -109,18 +107,15 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 def gather(tensor: Tensor) -> Tensor:
     """Return the tensors of all processes, concatenated along dim 0 in rank order; gradients flow back.
 
-    For losses that compare the images of a batch with each other: every process computes the loss of the joined batch
-    from the gathered embeddings, and `average_gradients` after the last `backward` then gives the gradients that one
-    process would get from the joined batch. The backward pass communicates too, so all processes must run it.
-
-    Tensors of any type can be gathered; those that need no gradient come back without a graph. Two views at once save
-    a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`. Without a process group, or with one process,
-    the result is `tensor` itself.
+    For losses that compare the images of a batch with each other: every process computes the loss of the joined batch,
+    and after `average_gradients` the gradients are those that one process would get from that batch. The backward pass
+    communicates too, so all processes must run it. Without a process group, or with one process, the result is `tensor`
+    itself. Gathering two views at once saves a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`.
 
     Args:
-        tensor: shape (batch, ...), the same in all processes; the result has shape (processes * batch, ...).
+        tensor: of any type and shape (batch, ...), the same in all processes; the result is (processes * batch, ...).
 
-    Raises: DataError: in all processes, if their tensors differ in shape, type or need of gradient, or are scalars.
+    Raises: DataError: in all processes, if their tensors differ in shape, type or `requires_grad`, or are scalars.
 
     >>> embeddings = torch.ones(4, 8)
     >>> gather(embeddings).shape  # the only process: nothing to add
@@ -133,7 +128,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 class _Gather(Function):
-    """All-gather; its backward sums the gradients of all processes and gives each process those of its own rows."""
+    """All-gather; the backward pass sums the gradients of all processes and returns those of this process's rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -157,7 +152,7 @@ def _check_alike(tensor: Tensor) -> None:
         dist.all_gather_object(all_own, own)
         listed = "; ".join(f"process {number}: {what}" for number, what in enumerate(all_own))
         raise DataError(
-            f"gather: the processes' tensors must be alike, but are {listed}; give batches of one size (drop_last=True)"
+            f"gather: the processes' tensors must be alike, but are {listed}; use batches of one size (drop_last=True)"
         )
     if tensor.ndim == 0:
-        raise DataError("gather: a scalar has no dim 0 to join along; give a tensor of shape (batch, ...)")
+        raise DataError("gather: a scalar has no dim 0 to join along; pass a tensor of shape (batch, ...)")

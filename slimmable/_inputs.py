@@ -1,4 +1,4 @@
-"""What a model is run on while it is analysed: the example of the caller, or the input size that timm knows."""
+"""Example inputs that a model is analysed on: the caller's, or zeros of the input size that timm names."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from slimmable.errors import ConversionError, UsageError
+from slimmable.errors import ConversionError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-MOST = 2**20  # numbers of a tensor; larger ones are only shapes
+MOST = 2**20  # elements of a tensor whose values are tracked; larger ones are only shapes
 
 
 class Inputs:
     """Positional and keyword arguments for the forward of a model, as `example_inputs` of `slimify` and others.
 
-    A tensor, a tuple or list (positional arguments) or a dict (keyword arguments) need no `Inputs`; both together
-    do, and so does a forward whose only argument is a tuple or a dict.
+    A tensor, a tuple or list of positional arguments, or a dict of keyword arguments needs no `Inputs`. Positional
+    and keyword arguments together do, and so does a forward whose only argument is a tuple, list or dict.
 
     >>> class Scaled(nn.Module):
     ...     def __init__(self):
@@ -42,37 +41,21 @@ class Inputs:
         return f"Inputs({', '.join(shown)})"
 
 
-def check_module(what: str, model: object) -> None:
-    """Refuse what is not a module, TorchScript, and modules whose parameters have no sizes yet.
-
-    Raises: UsageError.
-    """
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}; make an object of it" if isinstance(model, type) else repr(model)[:60]
-        raise UsageError(f"{what} needs a torch.nn.Module, got {kind}")
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UsageError(f"{what}: {path or 'the model'!r} is TorchScript; give the model before it is scripted")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise UsageError(f"{what}: {name} has no size yet; run the model once first")
-
-
 def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     """Return positional and keyword arguments for the forward of `model`.
 
     Args:
         model: a timm model needs no example; its `pretrained_cfg` names the input size.
-        example_inputs: one tensor, a tuple or list of positional arguments, a dict of keyword arguments, or `Inputs`.
+        example_inputs: as described at `Inputs`.
 
     Raises:
-        ConversionError: if there is no example and no input size, or if the forward does not take the example.
+        ConversionError: if there is neither an example nor an input size, or if the forward does not take the example.
     """
     if example_inputs is not None:
         if is_size(example_inputs) and example_inputs:
             sizes = ", ".join(map(str, example_inputs))
             raise ConversionError(
-                f"example_inputs is {example_inputs!r}, which looks like the size of an input; pass a batch of that "
+                f"example_inputs is {example_inputs!r}, which looks like an input size; pass a batch of that "
                 f"size, such as torch.zeros(2, {sizes}). If the forward takes integers, pass slimmable.Inputs({sizes})"
             )
         return _taken(model, _arguments(example_inputs))
@@ -86,7 +69,7 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
 
 
 def is_size(value: object) -> bool:
-    """Tell whether this is a size such as (3, 224, 224), not the arguments of a forward.
+    """Tell whether a value is a size such as (3, 224, 224), not the arguments of a forward.
 
     >>> is_size((3, 224, 224)), is_size((torch.zeros(2, 3), 5)), is_size(())
     (True, False, True)
@@ -103,16 +86,16 @@ def _arguments(example: Any) -> Arguments:
 
 
 def _taken(model: nn.Module, arguments: Arguments) -> Arguments:
-    """Return the arguments, if the signature of the forward takes them."""
+    """Return the arguments after checking them against the signature of the forward."""
     try:
         signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # compiled code has none
+    except (TypeError, ValueError):  # compiled code has no signature
         return arguments
     try:
         signature.bind(*arguments[0], **arguments[1])
     except TypeError as error:
         raise ConversionError(
-            f"{type(model).__name__}.forward{signature} does not take example_inputs: {error}. A tuple or list is "
+            f"{type(model).__name__}.forward{signature} does not take example_inputs: {error}. A tuple or list holds "
             "positional arguments and a dict keyword arguments; if the forward takes it as one argument, pass "
             "example_inputs=slimmable.Inputs(...)"
         ) from error
@@ -120,13 +103,13 @@ def _taken(model: nn.Module, arguments: Arguments) -> Arguments:
 
 
 def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Tensor:
-    """Return zeros of shape (images, *size), of the dtype and on the device of the model's parameters."""
+    """Return zeros of shape (images, *size), with the dtype and device of the model's parameters."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(images, *size, dtype=weight.dtype, device=weight.device)
 
 
 def _image_size(model: nn.Module) -> tuple[int, ...] | None:
-    """Return (channels, height, width) as timm's configuration says, or as the model was made where that differs."""
+    """Return (channels, height, width) from timm's configuration, or from the model itself where they differ."""
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None
     if size is None:
@@ -134,12 +117,12 @@ def _image_size(model: nn.Module) -> tuple[int, ...] | None:
     assert isinstance(config, Mapping)
     layers = dict(model.named_modules())
     channels = getattr(layers.get(str(config.get("first_conv"))), "in_channels", None)
-    if not channels or channels % size[0] == 0:  # a multiple: pixels are folded into channels in front of it
+    if not channels or channels % size[0] == 0:  # a multiple: the model first folds pixels into channels
         channels = size[0]
     made_for = getattr(layers.get("patch_embed"), "img_size", None)
     return (channels, *(made_for or size[1:]))
 
 
 def is_index(value: Any) -> bool:
-    """Tell whether a tensor holds numbers that shapes may depend on: integers or booleans."""
+    """Tell whether a value is a tensor of integers or booleans, on which shapes may depend."""
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.is_meta)

@@ -1,4 +1,4 @@
-"""Helpers for any module: match names, replace modules, evaluate for a while, make unregistered subclasses."""
+"""Modules of any class: match names, replace modules, switch modes for a while, copy, subclass unnoticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def is_under(name: str, pattern: str) -> bool:
-    """Tell whether a module's name, or that of a module above it, matches a pattern of `fnmatch`.
+    """Tell whether a module's name, or that of a module above it, matches an `fnmatch` pattern.
 
     >>> is_under("layer1.0.conv1", "layer1*"), is_under("layer1.0.conv1", "layer1"), is_under("layer10", "layer1")
     (True, True, False)
@@ -25,7 +25,7 @@ def is_under(name: str, pattern: str) -> bool:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put all of `model` into evaluation mode while the block runs, and each module's own mode back afterwards.
+    """Put all of `model` into evaluation mode while the block runs, then restore each module's own mode.
 
     >>> model = nn.Sequential(nn.Dropout().eval(), nn.Dropout())
     >>> with in_eval_mode(model):
@@ -44,7 +44,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Put modules in all places of others, given by `id`; return the root."""
+    """Replace modules, given by `id`, wherever they occur; return the root."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and id(child) in new:
@@ -53,27 +53,23 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
 
 
 def empty_cache(blank: object) -> object:
-    """Return an empty cache to fill; a tensor is never filled, only replaced."""
+    """Return an empty cache to fill; a tensor needs no copy, since it is only ever replaced."""
     return blank if isinstance(blank, Tensor) else copy.copy(blank)
 
 
 class _Unannounced:
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Keep generated classes out of the registries that classes of users keep of their subclasses."""
+        """Keep generated classes out of registries in which users' classes collect their subclasses."""
 
 
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with mixins before it, of which `base.__init_subclass__` is not told."""
+    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`."""
     return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:
     """Return a module of class `kind` with the same Parameters, buffers, settings, hooks and training flag."""
     twin = kind.__new__(kind)
-    twin.__dict__.update({name: _own(value) for name, value in module.__dict__.items()})
+    for name, value in module.__dict__.items():  # copies the dicts and sets of parts and hooks
+        twin.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
     return twin
-
-
-def _own(value: Any) -> Any:
-    """Copy the tables that modules keep their parts and hooks in, so that twins do not change each other's."""
-    return value.copy() if isinstance(value, (dict, set)) else value

@@ -1,4 +1,4 @@
-"""Tensors inside of what a forward takes and returns."""
+"""Tensors nested inside the arguments and outputs of a forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors in what a forward returns or takes: nested tuples, lists, dicts, objects with attributes."""
+    """Return the tensors in nested tuples, lists, dicts and objects with attributes."""
     found: list[Tensor] = []
     seen: set[int] = set()
 
@@ -29,7 +29,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return a copy in which every tensor is replaced, in nested tuples, lists, dicts and objects with attributes."""
+    """Return a copy of nested tuples, lists, dicts and objects in which `function` has replaced every tensor."""
 
     def replaced(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -45,7 +45,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object that holds data."""
+    """Return the attributes of a data object; none for classes and modules."""
     if isinstance(value, (type, nn.Module)):
         return {}
     if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Compute in float32 at least, also under autocast: type promotion, unit vectors, matrix products."""
+"""Numerics in at least float32, also under autocast: type promotion, unit vectors, matrix products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
     """Return `tensor` with its vectors along `dim` scaled to length 1; a zero vector stays zero and gets no gradient.
 
-    A zero vector has no direction: near it the gradient grows without bound, past what half precision can hold.
+    Near a zero vector, which has no direction, the gradient would grow beyond the range of half precision.
     """
     exact = at_least_float32(tensor)
     length: Tensor = torch.linalg.vector_norm(exact, dim=dim, keepdim=True)
@@ -24,9 +24,9 @@ def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
 
 
 def matmul_without_autocast(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right` in the wider of the two types; autocast does not apply.
+    """Return `left @ right` in the wider of the two types, even under autocast.
 
-    For cosines: they are divided by a small temperature next, which would magnify the rounding of half precision.
+    For cosines, whose division by a small temperature would magnify the rounding errors of half precision.
     """
     wider = torch.promote_types(left.dtype, right.dtype)
     with torch.autocast(left.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Profile what each width costs: parameters, multiply-adds, activations, latency."""
+"""The cost of each width: parameters, multiply-adds, activations, latency."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimmable._checks import check_count, check_module
 from slimmable._convert import copy_of, shallow_modules
-from slimmable._inputs import check_module, example_of, image_batch, is_size
+from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
 from slimmable._tables import html_table
@@ -36,12 +37,12 @@ class Row:
 
     Attributes:
         width: the width.
-        parameters: numbers in all parameters that the width uses.
-        macs: multiply-adds of all convolutions and matrix products of a forward, half of what torch's flop counter
-            counts, for the whole batch. Attention counts as its two products, also where a mask leaves some of it out.
-        activations: numbers in the outputs of these operations; those of torch's `scaled_dot_product_attention` are
-            counted without the scores in between.
-        latency_ms: median time of a forward in milliseconds, or None if it was not measured.
+        parameters: elements of all parameters that the width uses.
+        macs: multiply-adds of all convolutions and matrix products of a forward, for the whole batch: half of torch's
+            flop count. Attention counts as two full products, whatever its mask.
+        activations: elements of the outputs of these operations; for `scaled_dot_product_attention`, without the
+            intermediate scores.
+        latency_ms: median time of a forward in milliseconds, or None if not measured.
     """
 
     width: float
@@ -53,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """A table with one `Row` a width; printing it shows the table."""
+    """A printable table with one `Row` per width."""
 
     rows: tuple[Row, ...]
 
@@ -64,7 +65,7 @@ class Profile:
         return "\n".join(map(" ".join, lines))
 
     def _repr_html_(self) -> str:
-        """Return the table in HTML, which notebooks show."""
+        """Return the table as HTML for notebooks."""
         return html_table(*self._cells())
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
@@ -76,11 +77,11 @@ class Profile:
         return ["width", "parameters", "MACs", "activations", "latency"], rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table as plain numbers, for example for JSON: {"rows": one dict per width, by field of `Row`}."""
+        """Return the table as JSON data: {"rows": one dict per width, by field of `Row`}."""
         return {"rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV, the fields of `Row` as header."""
+        """Write the table as CSV, with the fields of `Row` as its header."""
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([field.name for field in fields(Row)])
@@ -90,13 +91,13 @@ class Profile:
 def profile(
     model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_inputs: Any = None, repeats: int = 5
 ) -> Profile:
-    """Measure every width of a slimmable model, or a plain model as its only width.
+    """Measure every width of a slimmable model, or a plain model at its only width.
 
     Args:
-        model: on any device; its width, mode and statistics stay as they are.
-        input_size: of one input without the batch axis, such as (3, 224, 224); a batch of one is run.
-        example_inputs: instead of `input_size`, as for `slimify`.
-        repeats: timed forwards a width, after one that is not timed; 0 to measure no latency.
+        model: on any device; its width, mode and statistics are left as they are.
+        input_size: size of one input without the batch axis, such as (3, 224, 224); a batch of one is run.
+        example_inputs: as for `slimify`, instead of `input_size`.
+        repeats: timed forwards per width, after an untimed one; 0 measures no latency.
 
     Raises:
         ConversionError: if neither is given and the model does not say what its input looks like.
@@ -110,17 +111,16 @@ def profile(
        0.5           90               80           10           -
     """
     check_module("profile", model)
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
-        raise UsageError(f"profile: repeats must be an integer from 0 on, got {repeats!r}")
+    check_count("profile", least=0, repeats=repeats)
     if example_inputs is None and input_size is not None:
         given: Any = input_size
         if isinstance(given, Tensor):
             raise UsageError(
                 f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs=, or "
-                "give the size of one input without the batch axis, such as (3, 224, 224)"
+                "pass the size of one input without the batch axis, such as (3, 224, 224)"
             )
         if not is_size(input_size):
-            raise UsageError(f"profile: input_size must be sizes such as (3, 224, 224), got {input_size!r}")
+            raise UsageError(f"profile: input_size must be a size such as (3, 224, 224), got {input_size!r}")
         example_inputs = image_batch(model, tuple(input_size), images=1)
     elif example_inputs is None:
         (batch,), _ = example_of(model)
@@ -137,7 +137,7 @@ def profile(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return how many numbers the parameters have that `model` uses at its active width.
+    """Return the number of parameter elements that `model` uses at its active width.
 
     >>> from slimmable.layers import SlimLinear
     >>> from slimmable._width import set_width
@@ -164,7 +164,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts as torch's flop counter does, with its formulas, and the outputs of what it counts."""
+    """Counts flops by the formulas of torch's flop counter, and the elements of the outputs."""
 
     def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -182,7 +182,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Attention(TorchFunctionMode):
-    """Counts attention as one operation, whichever kernel runs: those that torch's formulas know vary by version."""
+    """Counts attention as one operation, since the kernels that torch has formulas for vary by version."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
     try:
         fake.run(counter, _Attention(counter))
-    except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on numbers
+    except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on values
         counter = _Counter(flop_registry)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), layers_in_parts(), counter, _Attention(counter):
             copy_of(model).eval()(*args, **kwargs)
@@ -219,7 +219,7 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in output_tensors((args, kwargs)))
         raise UsageError(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: it fails in module {fake.running!r} "
-            f"({error}); give another input_size or example_inputs"
+            f"({error}); pass another input_size or example_inputs"
         ) from error
     return counter
 

@@ -1,4 +1,4 @@
-"""The names at the top level, imported when the first of them is asked for."""
+"""The top-level names, imported when one of them is first used."""
 
 from slimmable._convert import extract as extract
 from slimmable._convert import plan as plan

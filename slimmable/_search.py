@@ -1,4 +1,4 @@
-"""Search for sub-networks of any widths by layer: greedy slimming under a budget."""
+"""Greedy search for sub-networks within a budget, with a width of its own for each channel group."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Found:
     """A sub-network that a search has found.
 
     Attributes:
-        counts: how many units of each channel group it keeps; what `set_width`, `extract` and `calibrate_bn` take.
-        score: what `evaluate` gave for it.
+        counts: units kept of each channel group, for `set_width`, `extract` and `calibrate_bn`.
+        score: what `evaluate` returned for it.
         macs: multiply-adds, for the whole batch of the example that the model was converted with.
-        parameters: numbers in all parameters.
+        parameters: elements of all parameters.
     """
 
     counts: tuple[int, ...]
@@ -50,26 +50,25 @@ def search(
 ) -> list[Found]:
     """Shrink `model` greedily, one channel group at a time, and return the first sub-network within each budget.
 
-    In each round every group is tried with `step` of its units less, and the one whose shrinking leaves the best score
-    is shrunk. No group gets narrower than at the model's narrowest width. The model's weights, statistics and width
-    stay as they are.
+    Each round tries every group with a share `step` fewer of its units, and shrinks the one that leaves the best score.
+    No group gets narrower than at the model's narrowest width. The model's weights, statistics and width do not change.
 
     Args:
-        model: a converted model, best a universal one that was trained with the sandwich rule.
-        evaluate: the score of the model as it is switched, the higher the better; such as its accuracy on images held
-            out from training.
-        budget: share of the full network's cost, in (0, 1], or several.
+        model: a converted model, ideally a universal one trained with the sandwich rule.
+        evaluate: returns a score of the model at its active width, higher is better, such as the accuracy on images
+            held out from training.
+        budget: share of the full network's cost, in (0, 1], or a sequence of such shares.
         of: the cost, "macs" or "parameters".
         step: share of a group's units, in (0, 1).
-        calibrate: batches, as for `calibrate_bn`, from which BatchNorm statistics are computed before every evaluation;
-            None if `evaluate` needs none. They are read for every evaluation, so give a list.
-        progress: show a bar, on a terminal.
+        calibrate: list of batches, as for `calibrate_bn`, from which BatchNorm statistics are computed before every
+            evaluation; None if `evaluate` needs none.
+        progress: show a progress bar on a terminal.
 
-    Returns: one `Found` for each budget, in their order.
+    Returns: one `Found` per budget, in the same order.
 
     Raises:
-        ConversionError: if `model` was not converted, or is made of several converted models.
-        UsageError: if an argument does not fit, or a budget cannot be met above the narrowest width.
+        ConversionError: if `model` was not converted, or contains several converted models.
+        UsageError: if an argument is invalid, or a budget is below the cost of the narrowest width.
 
     Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3.
 
@@ -80,13 +79,13 @@ def search(
     >>> found
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
-    plan = _plan_of(model)
+    plan = _only_plan(model)
     budgets = list(budget) if isinstance(budget, Iterable) else [budget]
     _check(plan, budgets, of, step)
     if calibrate is not None and iter(calibrate) is calibrate:
-        raise UsageError("search: calibrate can be read only once; give a list of batches")
+        raise UsageError("search: calibrate can be read only once; pass a list of batches")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
-    limits = [max(share * full, least) for share in budgets]  # a share of exactly the least may round below it
+    limits = [max(share * full, least) for share in budgets]  # a share that is exactly the least may round to below it
 
     def score(candidate: SubNetwork) -> Found:
         with at_width(model, candidate.counts):
@@ -108,18 +107,18 @@ def search(
     return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
 
 
-def _plan_of(model: nn.Module) -> Plan:
+def _only_plan(model: nn.Module) -> Plan:
     plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
     if len(plans) != 1:
         raise ConversionError(
-            f"{type(model).__name__} has {len(plans)} parts that slimmable.slimify has converted; search needs one"
+            f"{type(model).__name__} has {len(plans)} parts converted by slimmable.slimify; search needs exactly one"
         )
     return plans.popitem()[1]  # type: ignore[no-any-return]
 
 
 def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
     if of not in ("macs", "parameters"):
-        raise UsageError(f"search: of={of!r} is unknown; it is 'macs' or 'parameters'")
+        raise UsageError(f"search: of={of!r} is unknown; use 'macs' or 'parameters'")
     if not 0 < number_or_nan(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
     least = getattr(plan.columns[-1], of) / getattr(plan.columns[0], of)
@@ -129,7 +128,7 @@ def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
         if share < least:
             raise UsageError(f"search: budget {share} cannot be met; the narrowest width needs {least:.3f} of the {of}")
     if not budgets:
-        raise UsageError("search: budget is empty; give a share of the full network's cost, such as 0.5")
+        raise UsageError("search: budget is empty; pass a share of the full network's cost, such as 0.5")
 
 
 def _number(score: object) -> float:
@@ -138,12 +137,12 @@ def _number(score: object) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if math.isnan(value):
-        raise UsageError(f"search: evaluate must give a number, the higher the better, got {score!r}")
+        raise UsageError(f"search: evaluate must return a number, higher is better, got {score!r}")
     return value
 
 
 def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[SubNetwork]:
-    """Return what `current` becomes when one group keeps a step less, for each group where that makes it cheaper."""
+    """Return `current` with one group a step smaller, for each group where that makes it cheaper."""
     found: dict[tuple[int, ...], SubNetwork] = {}
     for group, (units, count, least) in enumerate(
         zip(plan.channels.units, current.counts, plan.columns[-1].counts, strict=True)
@@ -158,7 +157,7 @@ def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[Sub
 
 @contextmanager
 def _bar(show: bool, what: str) -> Iterator[Callable[[float, float], None]]:
-    """Give a function that shows the share of the cost and the score reached, if there is somebody to look."""
+    """Yield a function that shows the share of the cost and the score reached, on a terminal with tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:

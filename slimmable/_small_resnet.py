@@ -1,4 +1,4 @@
-"""A small ResNet for small images, in timm's registry, so that it is made, saved and loaded as timm's models are."""
+"""A small ResNet for small images, in timm's registry, created, saved and loaded like any timm model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def small_resnet(
     """Return timm's ResNet with one basic block per stage and a stem that keeps the image's size.
 
     Args:
-        pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: are timm's; there are no pretrained weights.
+        pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: passed by timm; there are no pretrained weights.
         in_chans: channels of the images.
-        num_classes: of the classifier; 0 for a backbone that gives features.
+        num_classes: of the classifier; 0 for a backbone that returns features.
         channels: of the four stages.
 
     >>> import timm, torch
@@ -35,7 +35,7 @@ def small_resnet(
         resnet.BasicBlock,  # type: ignore[arg-type]
         (1, 1, 1, 1),
         channels=tuple(channels),
-        stem_type="deep",  # the one whose width can be set; its three convolutions then make room for one
+        stem_type="deep",  # the only stem whose width can be set; one convolution then replaces its three
         stem_width=channels[0] // 2,
         in_chans=in_chans,
         num_classes=num_classes,

@@ -1,4 +1,4 @@
-"""Tables that notebooks show."""
+"""HTML tables for notebooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 
 
 def html_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table in HTML.
+    """Return an HTML table with its cells escaped.
 
     >>> html_table(["width", "MACs"], [[0.5, "<10"]])
     '<table><tr><th>width</th><th>MACs</th></tr><tr><td>0.5</td><td>&lt;10</td></tr></table>'

@@ -1,6 +1,6 @@
-"""Switch a model between widths: resolve a width, widths by layer or counts of channels to each module's column.
+"""Switching between widths: resolve a width, widths by layer or channel counts to each module's column.
 
-A module has a column for each of its widths (`slimmable.view.state.Column`); switching makes one of them active.
+A module has one column per width (`slimmable.view.state.Column`); switching makes one of them active.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from slimmable._inputs import check_module
+from slimmable._checks import check_module
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.analysis.sizes import feature_sizes, layer_sizes
@@ -27,23 +27,23 @@ Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
 
 
 def set_width(model: nn.Module, width: Setting) -> None:
-    """Let `model` run at `width` from now on.
+    """Make `model` run at `width` from now on.
 
-    Works on a whole model, on any part of it and on any wrapper around it (DDP, `torch.compile`, `nn.Sequential`).
+    This works on a whole model, any part of it and any wrapper around it (DDP, `torch.compile`, `nn.Sequential`).
 
     Args:
-        model: a converted model, or one of slimmable layers, or a part or wrapper of one.
-        width: one of its widths; for a universal model any number from its narrowest width to 1. A converted model also
-            takes widths by layer, as `{"layer1*": 0.5, "layer4": 0.75}`: patterns (`fnmatch`) of names as `plan` prints
-            them, of which the last that matches counts; layers without one are at 1, and channels that layers of
-            several widths make are at the widest. Or one count for each channel group, as in `plan(model).groups`.
+        model: a converted model, or one built from slimmable layers.
+        width: one of its widths; for a universal model, any number from its narrowest width to 1. A converted model
+            also takes widths by layer, such as `{"layer1*": 0.5, "layer4": 0.75}`, or one count per channel group, in
+            the order of `plan(model).groups`. The keys are `fnmatch` patterns of names as `plan` prints them; the last
+            match decides, layers without a match are at 1, and channels made by several layers are at the widest.
 
-    At a width or sub-network that the model was not made with, BatchNorm statistics start as those of the full width
-    and are lost at the next switch; `calibrate_bn` computes and keeps them.
+    At a width or sub-network that the model was not made with, BatchNorms start from the statistics of the full width
+    and lose their own at the next switch; `calibrate_bn` computes and keeps them.
 
     Raises:
         WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
-        ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
+        ConversionError: if no part of the model has widths, or if layers were added after its conversion.
 
     >>> from slimmable import SlimLinear
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -57,7 +57,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
 
 @contextmanager
 def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
-    """Run a block at `width`; afterwards, also after an error, every part is at the width that it had before.
+    """Run a block at `width`, then return every part to its previous width, even after an error.
 
     Raises: as `set_width`.
 
@@ -79,10 +79,9 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
 
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
-    """Return the widths that every part of `model` has statistics for, from the widest to the narrowest.
+    """Return the widths that all parts of `model` have, from the widest to the narrowest.
 
-    Raises:
-        ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
+    Raises: ConversionError: as `set_width`.
     """
     known = {state.widths for _, state in places_of(model)}
     common = set.intersection(*({width for width in widths if isinstance(width, float)} for widths in known))
@@ -90,11 +89,11 @@ def widths_of(model: nn.Module) -> tuple[float, ...]:
 
 
 def width_of(model: nn.Module) -> float | tuple[int, ...]:
-    """Return the active width of `model`; for a sub-network that is not uniform the counts of its channel groups.
+    """Return the active width of `model`, or the counts of its channel groups if they have different widths.
 
     Raises:
         WidthError: if its parts are at different widths.
-        ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
+        ConversionError: as `set_width`.
     """
     active = {state.active.width for _, state in places_of(model)}
     if len(active) > 1:
@@ -108,9 +107,9 @@ def width_of(model: nn.Module) -> float | tuple[int, ...]:
 def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
     """Run `model` once at each of its widths, the widest first, and return width -> output.
 
-    Afterwards, also after an error, every part is at the width that it had before.
+    Afterwards, even after an error, every part is back at its previous width.
 
-    Raises: ConversionError: if nothing in the model reacts to widths, or if layers were added after its conversion.
+    Raises: ConversionError: as `set_width`.
 
     >>> import torch
     >>> from slimmable import SlimLinear
@@ -128,7 +127,7 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
 
 
 class AllWidths(nn.Module):
-    """`run_widths` as a module, so that wrappers such as DDP see one forward for all widths.
+    """`run_widths` as a module, which gives wrappers such as DDP a single forward for all widths.
 
     >>> import torch
     >>> from slimmable import SlimLinear
@@ -146,13 +145,13 @@ class AllWidths(nn.Module):
         return run_widths(self.model, *args, **kwargs)
 
 
-# -- how it is done, also for training, search and files
+# -- the steps of a switch, also used by training, search and files
 def places_of(model: nn.Module) -> Places:
-    """Collect what reacts to widths in one walk, and refuse a converted model that has gained layers.
+    """Collect the modules that have widths, in one walk, and refuse a converted model that has gained layers.
 
     Raises:
-        ConversionError: if nothing reacts to widths, or if layers were added after the conversion.
-        UsageError: if it is not a module.
+        ConversionError: if no module has widths, or if layers were added after the conversion.
+        UsageError: if `model` is not a module.
     """
     given: Any = model
     if not isinstance(given, nn.Module):
@@ -183,20 +182,20 @@ def places_of(model: nn.Module) -> Places:
     if not places:
         raise ConversionError(
             f"{type(model).__name__} was never converted and has no slimmable layer; "
-            "call slimmable.slimify first, or build it from the layers of slimmable"
+            "call slimmable.slimify first, or build the model from slimmable.layers"
         )
     return places
 
 
 def columns_of(places: Places, setting: Setting) -> list[Column]:
-    """Return the column that each module has for a setting, and a guest for those that have none; nothing is changed.
+    """Return each module's column for a setting, or a new guest column if it has none; change nothing.
 
     Raises: WidthError: if a part of the model does not have this width or sub-network.
     """
     given: Any = setting
     if not isinstance(given, (Mapping, tuple, list, Real)):
         raise WidthError(
-            f"{setting!r} is not a width, a dict of widths by layer or a tuple of one count for each channel group"
+            f"{setting!r} is not a width, a dict of widths by layer or a tuple of one count per channel group"
         )
     if not isinstance(setting, (Mapping, tuple, list, bool)):
         found: dict[tuple[object, ...], int] = {}
@@ -224,9 +223,9 @@ def switch(places: Places, columns: Iterable[Column]) -> None:
 
 @contextmanager
 def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
-    """Make widths and sub-networks the model's own, so that their statistics stay.
+    """Add widths and sub-networks to the model for good, which keeps their statistics.
 
-    If one of them or the block fails, none of them is.
+    If one of them, or the block, fails, none is added.
 
     Raises: as `places_of` and `columns_of`.
     """
@@ -254,7 +253,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
         if number is None:
             raise WidthError(
                 f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
-                "widths by layer and counts of channels are for models that slimmable.slimify has converted"
+                "widths by layer and channel counts are for models that slimmable.slimify has converted"
             )
         return state.columns[width_index(number, _widths(state))]
     if number in state.widths and not isinstance(number, bool):
@@ -263,7 +262,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
         found = plan.sub_network(setting)
     except WidthError:
         if number is not None and not plan.universal:
-            width_index(number, _widths(state))  # names all widths, also those registered later
+            width_index(number, _widths(state))  # its message names all widths, including those registered later
         raise
     for column in (*state.columns, state.active):
         if column.counts == found.counts:

@@ -1,4 +1,4 @@
-"""What a width is: checking lists of widths, finding one among them, counting the units it keeps."""
+"""Widths: check a list of them, find one in it, count the units that one keeps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 from slimmable.errors import WidthError
 
 Kept: TypeAlias = "int | tuple[int, ...] | None"
-"""What is kept along one axis at one width: all, the first k, or these indices (ascending)."""
+"""The units kept along one axis at one width: all, the first k, or these indices (ascending)."""
 
 
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     """Return `widths` as floats from the widest to the narrowest.
 
-    Raises: WidthError: if there are none, one is not a number in (0, 1], one comes twice, or 1.0 is missing.
+    Raises: WidthError: if there are none, one is not a number in (0, 1] or appears twice, or 1.0 is missing.
 
     >>> check_widths([0.25, 1, 0.5])
     (1.0, 0.5, 0.25)
@@ -26,7 +26,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
         raise WidthError(f"widths must be a sequence of numbers such as (1.0, 0.5, 0.25), got {widths!r}")
     given: list[Any] = list(widths)
     if not given:
-        raise WidthError("widths is empty; give at least the full width, as in (1.0, 0.5)")
+        raise WidthError("widths is empty; pass at least the full width, as in (1.0, 0.5)")
     for width in given:
         if isinstance(width, bool) or not isinstance(width, Real):
             raise WidthError(f"width {width!r} in {given} is not a number")
@@ -35,9 +35,11 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     found = sorted((float(width) for width in given), reverse=True)
     for wider, narrower in pairwise(found):
         if wider == narrower:
-            raise WidthError(f"width {wider} comes twice in {given}")
+            raise WidthError(f"width {wider} appears twice in {given}")
     if found[0] != 1.0:
-        raise WidthError(f"the full width 1.0 is missing in {given}; add it, the weights are those of the full network")
+        raise WidthError(
+            f"the full width 1.0 is missing from {given}; add it: the weights are those of the full network"
+        )
     return tuple(found)
 
 
@@ -58,7 +60,7 @@ def width_index(width: float, widths: Sequence[float]) -> int:
     nearest = min(widths, key=lambda known: abs(known - width))
     raise WidthError(
         f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}. "
-        "To have another width, pass it in widths= when the model is made or converted."
+        "For other widths, pass them in widths= when you build or convert the model."
     )
 
 
@@ -68,7 +70,7 @@ def kept_of(size: int, kept: Kept) -> int:
 
 
 def kept_units(units: int, width: float, round_to: int = 1) -> int:
-    """Return how many of `units` are kept at `width`: the nearest multiple of `round_to`, at least one of it.
+    """Return how many of `units` are kept at `width`: the nearest multiple of `round_to`, but at least `round_to`.
 
     >>> kept_units(64, 0.5), kept_units(10, 0.01), kept_units(20, 0.5, round_to=8), kept_units(20, 1.0, round_to=8)
     (32, 1, 8, 20)

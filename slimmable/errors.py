@@ -1,4 +1,4 @@
-"""Errors of the library; each one also is the built-in error that older ``except`` clauses expect."""
+"""Exceptions of the library; each is also a subclass of the matching built-in exception."""
 
 __all__ = [
     "CheckpointError",
@@ -17,7 +17,7 @@ class SlimmableError(Exception):
 
 
 class WidthError(SlimmableError, ValueError):
-    """A width, or a list of widths, that cannot be used."""
+    """An invalid width or list of widths."""
 
 
 class ConversionError(SlimmableError, RuntimeError):
@@ -38,12 +38,12 @@ class CheckpointError(SlimmableError, RuntimeError):
 
 
 class DataError(SlimmableError, ValueError):
-    """Input data that cannot be used: an empty image folder, a tensor of the wrong shape."""
+    """Unusable input data: an empty image folder, a tensor of the wrong shape."""
 
 
 class UsageError(SlimmableError, ValueError):
-    """A call without meaning: an unknown name, a number outside its range, steps in the wrong order."""
+    """A call that makes no sense: an unknown name, a number out of range, steps in the wrong order."""
 
 
 class DivergedError(SlimmableError, ArithmeticError):
-    """A training whose loss or weights are infinite or not a number."""
+    """Training whose loss or weights became infinite or NaN."""

@@ -1,4 +1,4 @@
-"""Analysis: one run on fake tensors labels the channels; the plan of what each width keeps follows from the labels."""
+"""Analysis: one run on fake tensors labels the channels, and the labels determine what each width keeps."""
 
 from slimmable.analysis.plan import Group, Pin, Plan
 

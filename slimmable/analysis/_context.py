@@ -1,4 +1,4 @@
-"""The context of a trace, which the rules of operations read and change, and tables of such rules."""
+"""The state of a trace, which the rules of operations read and change, and tables of such rules."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def argument(self, position: int, name: str) -> Any:
-        """Return an argument by its position or name, or None where the calling code gave none."""
+        """Return an argument by its position or name, or None if the caller passed none."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
 
 @dataclass
 class Context:
-    """State of one trace.
+    """The state of one trace.
 
-    A tensor's labels are kept on the tensor itself, as its attribute `slim_axes`; `slim_origin` beside it says how it
-    was computed: "weights" (computed from parameters alone), "mixed" (a convolution or matrix product with weights,
-    and affine steps since), "normed" (the same with a normalisation in between), "spread" (one number for all units,
-    such as a norm) or None.
+    Each tensor has its labels as the attribute `slim_axes`, and as `slim_origin` how it was computed: "weights" (from
+    parameters alone), "mixed" (by a convolution or matrix product with weights, then affine steps at most), "normed"
+    (the same with a normalization in between), "spread" (one value for all units, such as a norm) or None.
     """
 
     widths: tuple[float, ...]
     choices: Mapping[int, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     constraints: list[Constraint] = field(default_factory=list)
-    splits: list[tuple[Ids, int]] = field(default_factory=list)  # labels carried on and number of candidates, per split
+    splits: list[tuple[Ids, int]] = field(default_factory=list)  # per split: labels carried on, number of candidates
     consumed: list[Ids] = field(default_factory=list)
     producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
     products: list[tuple[int, list[Ids], str]] = field(default_factory=list)  # multiply-adds, labels, module path
     reads: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what its weights read
     meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
-    sums: list[Ids] = field(default_factory=list)  # labels along which features are added up, not only scaled
+    sums: list[Ids] = field(default_factory=list)  # labels along which features are added, not only scaled
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     module: str = ""  # path of the module that is running
     operation: str = ""
@@ -68,7 +67,7 @@ class Context:
         """Return how `tensor` was computed."""
         return getattr(tensor, "slim_origin", None)
 
-    # -- what rules say about labels
+    # -- what rules do with labels
     def at(self, operation: str, module: str) -> None:
         """Set the operation and the module that the trace is in."""
         self.operation, self.module = operation, module
@@ -90,9 +89,9 @@ class Context:
                 self.pin(ids, why)
 
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
-        """Join two axes that must shrink together and return the labels of both.
+        """Join two axes that must shrink together, and return the labels of both.
 
-        If only one is labelled, the other cannot shrink, and the labelled one is pinned; if none is, nothing happens.
+        If only one is labelled, it is pinned, because the other cannot shrink; if neither is, nothing happens.
         """
         if first is not None and second is not None:
             self.labels.merge(first, second)
@@ -114,16 +113,16 @@ class Context:
             self.producers.append((self.module, ids))
 
     def multiply(self, macs: int, axes: Sequence[Ids | None]) -> None:
-        """Note multiply-adds, which are proportional to the kept units of each of these axes."""
+        """Note multiply-adds that are proportional to the kept units of each of these axes."""
         self.products.append((macs, [ids for ids in axes if ids is not None], self.module))
 
     def meet(self, ids: Ids | None) -> None:
-        """Note that units along an axis are mixed without weights, as by a normalisation over them."""
+        """Note that units along an axis are mixed without weights, as by a normalization over them."""
         if ids is not None:
             self.meetings.append((self.where, ids))
 
     def constrain(self, size: Any, ids: Ids | None, full: int) -> None:
-        """Require a sizing argument to follow the axis that it sizes."""
+        """Require a size argument to follow the axis that it sizes."""
         if isinstance(size, TracedInt):
             self.constraints.append(Constraint(size.expression, ids, full, self.where))
         elif ids is not None:
@@ -134,7 +133,7 @@ class Context:
         self.constraints.append(Constraint(first, None, 0, self.where, second))
 
     def size(self, tensor: Tensor, axis: int) -> int:
-        """Return the size of an axis, traced if the axis is labelled."""
+        """Return the size of an axis, as a `TracedInt` if the axis is labelled."""
         ids, size = self.axes(tensor)[axis], int(tensor.size(axis))
         return size if ids is None else TracedInt(size, Expression("size", ids), self.on_equal)
 
@@ -142,9 +141,9 @@ class Context:
     def split(self, ids: Ids, shape: Sequence[int], sizes: Sequence[Any]) -> list[Ids | None]:
         """Label the axes of `shape` into which an axis labelled `ids` is folded; one of them carries the labels.
 
-        `sizes` holds the sizing argument of each axis: an integer (traced or not), or None where the code gave none.
-        An axis sized by a constant cannot carry them. One that carries them without a merge is taken first, then the
-        first that every width divides (whole attention heads), then the largest; `choices` picks another one.
+        `sizes` holds the size argument of each axis: an integer, traced or not, or None if the code passed none. An
+        axis sized by a constant cannot carry labels. Preferred is one that needs no merge, then the first that has a
+        whole size at every width (whole attention heads), then the largest, unless `choices` picks another.
         """
         result: list[Ids | None] = [None] * len(shape)
         able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (type(size) is not int or size == -1)]
@@ -167,7 +166,7 @@ class Context:
         return result
 
     def fold(self, axes: Sequence[Ids | None], shape: Sequence[int]) -> Ids | None:
-        """Label the axis into which axes of `shape` are flattened."""
+        """Return the labels of the axis into which axes of `shape` are flattened."""
         labelled = [i for i, ids in enumerate(axes) if ids is not None]
         if not labelled:
             return None
@@ -192,7 +191,7 @@ Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
 
 
 class Rules(dict[str, Rule]):
-    """Rules by the name of the ATen operation. A rule is called after its operation has run and labels the output."""
+    """Rules by the name of the ATen operation; a rule is called after its operation has run, and labels the output."""
 
     def of(self, *names: str) -> Callable[[Rule], Rule]:
         """Make the decorated function the rule of these operations."""
@@ -213,6 +212,6 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def dim_of(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, axes: int, default: int = 0) -> int:
-    """Return the argument `dim` of an operation, counted from the first of so many axes."""
+    """Return the argument `dim` of an operation on `axes` axes, as a number from 0."""
     dim: int = args[position] if len(args) > position else kwargs.get("dim", default)
     return dim % axes

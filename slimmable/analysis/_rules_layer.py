@@ -1,4 +1,4 @@
-"""Rules of the operations that mix channels with weights, and of normalisations."""
+"""Rules of operations that mix channels by weights, and of normalizations."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
     for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
-        if (kernel, stride, padding) == (1, 1, 0):  # units along this axis do not meet
+        if (kernel, stride, padding) == (1, 1, 0):  # units along this axis are not mixed
             continue
         ids = space[i]
-        if ids is not None and out.shape[2 + i] == source.shape[2 + i]:  # neighbouring channels attend
+        if ids is not None and out.shape[2 + i] == source.shape[2 + i]:  # attention over neighbouring channels
             ctx.labels.order(ids)
             ctx.meet(ids)
         else:
@@ -130,7 +130,7 @@ def _grouped(
 
 @RULES.of("embedding")
 def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A table of vectors: which rows are read depends on the data; the units of the vectors are made here."""
+    """A table of vectors makes their units; which rows are read depends on the data."""
     rows, units = ctx.axes(args[0])
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
@@ -142,7 +142,7 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update", "native_batch_norm_legit",
 )  # fmt: skip
 def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Axis 1 is shared with every per-channel tensor."""
+    """Axis 1 shrinks with every per-channel tensor."""
     axes = ctx.axes(args[0])
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
@@ -158,7 +158,7 @@ def _label_norm(ctx: Context, source: Tensor, axes: list[Ids | None], out: Any) 
 
 @RULES.of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
 def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """The last axes are shared with weight and bias."""
+    """The last axes shrink with weight and bias."""
     axes = ctx.axes(args[0])
     for i in range(1, len(args[1]) + 1):
         for tensor in args[2:4]:
@@ -169,7 +169,7 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 
 def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
-    """The sizes that a call of layer or RMS norm names must follow the last axes."""
+    """Require the sizes passed to a layer or RMS norm to follow the last axes."""
     for i, size in enumerate(reversed(shape), 1):
         if source.shape[-i] > 1:
             ctx.constrain(size, ctx.axes(source)[-i], int(source.shape[-i]))
@@ -177,7 +177,7 @@ def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None
 
 @RULES.of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Channels are (groups, n): whole groups go if every width leaves an integer number of them, else units of each."""
+    """Channels are (groups, n): whole groups go if every width keeps a whole number of them, else units of each."""
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
     for tensor in args[1:3]:
@@ -194,7 +194,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 @RULES.of("_weight_norm_interface", "_weight_norm")
 def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """A weight given by direction and length: the length has one number for each slice along one axis."""
+    """A weight given by direction and length, which has one value per slice along one axis."""
     direction, length = args[0], args[1]
     axes = ctx.axes(direction)
     for axis, ids in enumerate(ctx.axes(length)):
@@ -207,7 +207,7 @@ def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 
 def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Scaled dot-product attention as one operation: heads and batches agree, queries and keys share their units."""
+    """Scaled dot-product attention as one operation: batches and heads agree, queries and keys share their units."""
     query, key, value = args[:3]
     q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
 

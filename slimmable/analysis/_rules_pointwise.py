@@ -1,4 +1,4 @@
-"""Rules of operations that treat channels one by one or as a whole, and of those that make new tensors."""
+"""Rules of operations that treat channels one by one or as a whole, or create tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULES = Rules()
 
 
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Pin everything that goes in."""
+    """Pin all axes of all inputs."""
     ctx.pin_all(tensors((args, kwargs)), "has no rule")
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
@@ -31,7 +31,7 @@ _IDENTITY = {"clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "drop
 
 
 def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
-    """Return the origin of a pointwise result: that of its operands if the operation is affine and they agree."""
+    """Return the origin of a pointwise result: that of its operands, if the operation is affine and they agree."""
     origins = {ctx.origin(tensor) for tensor in operands}
     if origins == {"weights"}:
         return "weights"
@@ -53,7 +53,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
     "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
     "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
-    "leaky_relu", "elu", "celu", "selu",  # in part without torch's tag up to 2.11
+    "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
 )  # fmt: skip
 def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
@@ -94,7 +94,7 @@ def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum",
 )  # fmt: skip
 def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Drop the reduced axes; an operation that returns indices pins them."""
+    """Drop the reduced axes, which an operation that returns indices pins."""
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
@@ -148,7 +148,7 @@ RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
 
 @RULES.of("constant_pad_nd")
 def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Padding adds units before and after those of an axis; these always stay."""
+    """Padding adds units before and after those of an axis, and is always kept."""
     axes = ctx.axes(args[0])
     amounts = [int(amount) for amount in args[1]]
     for i in range(len(amounts) // 2):
@@ -168,7 +168,7 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A transform mixes along its axes."""
+    """A transform mixes the units along its axes."""
     axes = ctx.axes(args[0])
     for dim in args[1]:
         ctx.pin(axes[dim], "is transformed")
@@ -182,7 +182,7 @@ def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     "arange",
 )  # fmt: skip
 def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """An axis of a new tensor follows the size that the code asked for, if values do not depend on their position."""
+    """An axis of a new tensor follows the size that was asked for, unless values depend on their position."""
     values = ctx.operation in ("randperm", "linspace", "eye", "arange")
     asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []

@@ -1,4 +1,4 @@
-"""Rules of operations that move, fold, split, join or pick axes."""
+"""Rules of operations that move, fold, split, join or index axes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list
 
 
 def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
-    """Return the sizing argument of each output axis as the calling code gave it, or None where it gave none."""
+    """Return the size argument of each output axis as the caller passed it, or None if there was none."""
     nothing: list[Any] = [None] * out.ndim
     if ctx.call.name not in names:
         return nothing
@@ -101,7 +101,7 @@ def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("expand", "repeat")
 def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Repeat along an axis: a single unit may become any number, several are tiled."""
+    """Repeat along an axis: a single unit becomes any number of them, several are tiled."""
     source = args[0]
     sizes = _size_arguments(ctx, {"expand"}, out)
     axes = [None] * (out.ndim - source.ndim) + ctx.axes(source)
@@ -186,7 +186,7 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
 
 
 def _join_or_tell_apart(ctx: Context, cuts: Sequence[Ids]) -> None:
-    """Let equal pieces shrink alike, and give unequal ones roles of their own."""
+    """Merge equal pieces, so that they shrink alike, or give unequal ones separate roles."""
     if len(set(map(len, cuts))) == 1:
         for other in cuts[1:]:
             ctx.labels.merge(cuts[0], other)
@@ -218,7 +218,7 @@ def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 @RULES.of("slice", "narrow")
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Take a range of an axis; on a labelled axis its ends must follow the units before them."""
+    """Take a range of an axis; if it is labelled, the ends of the range must follow the units before them."""
     source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
     axes, ids = ctx.axes(source), ctx.axes(source)[dim]
     if ids is not None:
@@ -255,7 +255,7 @@ def _constrain_end(ctx: Context, end: Any, front: Ids, back: Ids) -> None:
 
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
-    """Return the ends as the calling code gave them, or None."""
+    """Return the ends as the caller passed them, or None."""
     if ctx.call.name == "narrow":
         values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
         return values["start"], values["start"] + values["length"]
@@ -296,7 +296,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     used: list[int] = []
     position = 0
     for part in args[1]:
-        covered = 1 if part is None or part.dtype != torch.bool else part.ndim  # a mask lies over several axes
+        covered = 1 if part is None or part.dtype != torch.bool else part.ndim  # a mask covers several axes
         used += [] if part is None else range(position, position + covered)
         position += covered
     for i in used:
@@ -309,7 +309,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "unfold", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Operations whose output channels are blocks of input channels, or the reverse."""
+    """Turn each input channel into a block of output channels, or the reverse."""
     axes = ctx.axes(args[0])
     if ctx.operation == "unfold":
         ctx.pin(axes[args[1]], "is cut into windows")
@@ -339,7 +339,7 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
 
 @RULES.of("view_as_real", "view_as_complex")
 def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A last axis of size 2 appears or disappears."""
+    """Add or remove a last axis of size 2."""
     axes = ctx.axes(args[0])
     if ctx.operation == "view_as_real":
         return ctx.label(out, [*axes, None])

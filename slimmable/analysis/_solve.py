@@ -1,4 +1,4 @@
-"""Channel groups from the labels of a trace, and how many units each keeps at every width."""
+"""The solution of a trace: channel groups from its labels, and how many units each keeps at every width."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from slimmable.analysis.trace import Trace
 
 @dataclass
 class Solution:
-    """The groups, and for each width how many units of each are kept and what the integer attributes are."""
+    """The groups and, for each width, the units kept of each group and the values of integer attributes."""
 
     grouping: Grouping
     roots: list[Ids]  # of each group
@@ -35,7 +35,7 @@ class Solution:
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
     def parameters(self, trace: Trace, width: int) -> int:
-        """Return how many numbers in parameters and buffers the width with this index keeps."""
+        """Return how many elements of parameters and buffers the width with this index keeps."""
         total, counts = 0, self.counts[width]
         for axes in trace.tensors.values():
             total += int(np.prod([self.grouping.count(counts, ids) for ids in axes if ids is not None] or [1]))
@@ -45,7 +45,7 @@ class Solution:
 def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
     """Find groups and counts for which every constraint holds at every width.
 
-    Where rounding makes constraints disagree, counts are moved by a few units; where that does not help, axes are
+    Where rounding makes constraints disagree, counts are changed by a few units; if that does not help, axes are
     coupled or pinned, whichever keeps fewer parameters.
     """
     context = trace.context
@@ -77,7 +77,7 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
         coupled.add(id(failure.constraint))
         if smallest is not None:
             labels.restore(smallest[1])
-        else:  # nothing in it can shrink any more: it did not depend on a width
+        else:  # nothing in it can shrink: it does not depend on the width
             labels.restore(start)
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
@@ -93,12 +93,12 @@ def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution
 
 
 def counts_at(units: tuple[int, ...], width: float, round_to: int) -> Counts:
-    """Return how many units groups of these sizes keep at a width, without regard to constraints."""
+    """Return how many units groups of these sizes keep at a width, ignoring constraints."""
     return np.array([*(kept_units(n, width, round_to) for n in units), 1])
 
 
 def _couple(labels: Labels, failure: Failure) -> bool:
-    """Make the axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block."""
+    """Make axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block; True if changed."""
     axes, done = failure.axes(), False
     for first in axes:
         for second in axes:
@@ -112,7 +112,7 @@ def _couple(labels: Labels, failure: Failure) -> bool:
 
 
 def _pin(labels: Labels, failure: Failure) -> bool:
-    """Keep the axes of a constraint, and of those it disagrees with, at full width; tell whether any was not."""
+    """Pin the axes of a constraint and of those that it disagrees with; True if changed."""
     before = len(labels.reasons)
     constraint = failure.constraint
     for ids in failure.axes():
@@ -121,7 +121,7 @@ def _pin(labels: Labels, failure: Failure) -> bool:
 
 
 def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
-    """Reduce a trace and its solution to what sub-networks need."""
+    """Reduce a trace and its solution to what sub-networks depend on."""
     pack = _Packing(solution.grouping)
     constraints = [pack.constraint(constraint) for constraint in trace.context.constraints]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
@@ -145,7 +145,7 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
 
 
 def _nested(model: nn.Module) -> list[tuple[str, str]]:
-    """Find torch's encoders that drop padding by nested tensors, for which they need an even number of heads."""
+    """Find torch's encoders that skip padding by nested tensors, which needs an even number of heads."""
     encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
     return [(path, NESTED) for path, encoder in encoders if encoder.__dict__.get(NESTED) is True]
 
@@ -156,7 +156,7 @@ def _split(name: str) -> TensorName:
 
 
 def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, tuple[Ids, ...]]]:
-    """Add up multiply-adds that go with the same axes."""
+    """Add up the multiply-adds of equal axes."""
     found: dict[tuple[int, ...], tuple[int, tuple[Ids, ...]]] = {}
     for macs, axes in products:
         key = tuple(map(id, axes))
@@ -167,7 +167,7 @@ def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, 
 def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
     """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
 
-    Attention kernels compute the scale from the size that they see; a scale kept as an attribute must agree.
+    Attention kernels derive the scale from the size that they see; a scale stored as an attribute must agree.
     """
     for path, ids in trace.context.contractions:
         units = pack.ids(ids)

@@ -1,4 +1,4 @@
-"""The channel groups of a model, the constraints on how many units they keep, and the sub-networks that follow."""
+"""Channel groups of a model, the constraints on how many units each keeps, and the resulting sub-networks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STEPS = 24  # of the local search for counts that satisfy all constraints
 NESTED = "use_nested_tensor"
 
 TensorName = tuple[str, str]  # module path, name of a parameter or buffer
-Counts = NDArray[np.int64]  # kept units of each group, and one more entry, 1, for what stays full
+Counts = NDArray[np.int64]  # kept units of each group, then a 1 for what stays full
 Values = dict[Attribute, int]
 Count = Callable[[Ids], int]  # how many units of an axis are kept
 
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """For each id the group that it belongs to, -1 if it stays full, and its rank among the group's units."""
+    """For each id, its group, or -1 if it stays full, and its rank among the units of the group."""
 
     units: tuple[int, ...]
     group_of: NDArray[np.int64]
@@ -46,7 +46,7 @@ class Grouping:
 
 @dataclass
 class Failure:
-    """A constraint that cannot hold, and those that gave its attributes their values."""
+    """A constraint that cannot hold, and those that determined its attributes."""
 
     constraint: Constraint
     rivals: list[Constraint]
@@ -58,14 +58,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Requirements:
-    """The constraints that a model's counts must satisfy, and the full values of the attributes in them."""
+    """The constraints on a model's counts, and the full values of the attributes in them."""
 
     grouping: Grouping
     constraints: Sequence[Constraint]
     attributes: Mapping[Attribute, int]
 
     def fit(self, counts: Counts) -> tuple[Values, list[Failure]]:
-        """Give attributes the values that the constraints ask for; return these values and what cannot hold."""
+        """Return the values of attributes that the constraints require, and the constraints that cannot hold."""
         values: Values = {}
         sources: dict[Attribute, Constraint] = {}
         known: dict[int, int] = {}
@@ -87,7 +87,7 @@ class Requirements:
                     later.append(constraint)
             for key, asking in ready.items():
                 values[key], sources[key] = _value(asking, key, self.attributes[key], values, count)
-            if later and not ready:  # several unknowns: the smallest one stays full
+            if later and not ready:  # several unknowns: the smallest attribute stays full
                 least = min((k for k in later[0].attributes() if k not in values), key=lambda k: self.attributes[k])
                 values[least] = self.attributes[least]
             waiting = later
@@ -99,7 +99,7 @@ class Requirements:
         return values, failures
 
     def adjust(self, counts: Counts) -> tuple[Values, list[Failure]]:
-        """Change, in place, counts of groups that disagree by a unit or two, as long as that leaves fewer failures."""
+        """Change the counts of groups that disagree by a unit or two, in place, while that leaves fewer failures."""
         start = counts.copy()
         values, failures = self.fit(counts)
         for _ in range(_STEPS):
@@ -124,8 +124,8 @@ class Requirements:
 
 
 def _value(asking: list[Constraint], key: Attribute, full: int, values: Values, count: Count) -> tuple[int, Constraint]:
-    """Return the value of an attribute under which most of the constraints on it hold, and one that asked for it."""
-    found: dict[int, tuple[int, Constraint]] = {}  # value -> how many constraints hold, who asked first
+    """Return the value of an attribute with which most of its constraints hold, and the first that asked for it."""
+    found: dict[int, tuple[int, Constraint]] = {}  # value -> number of constraints that hold, the first to ask for it
     for constraint in asking:
         value = _fitting(constraint, key, full, values, count)
         if value not in found:
@@ -138,7 +138,7 @@ def _value(asking: list[Constraint], key: Attribute, full: int, values: Values, 
 
 
 def _fitting(constraint: Constraint, key: Attribute, full: int, values: Values, count: Count) -> int:
-    """Return the value of the one unknown attribute under which a constraint holds, or its full value if none does."""
+    """Return the value of the one unknown attribute with which a constraint holds, or its full value if none does."""
     if constraint.expression.kind == "attribute" and constraint.other is None:
         return constraint.required(values, count)
 
@@ -157,12 +157,12 @@ class SubNetwork:
     """What one sub-network keeps.
 
     Attributes:
-        counts: how many units of each group.
-        tensors: (module path, parameter or buffer name) -> for each axis what is kept.
-        values: module path -> attribute name -> its value, where it is not that of the full network.
-        output_shapes: the shapes of the model's output tensors.
+        counts: number of units of each group.
+        tensors: (module path, parameter or buffer name) -> what is kept of each axis.
+        values: module path -> attribute name -> its value, if that differs from the full network's.
+        output_shapes: shapes of the model's output tensors.
         macs: multiply-adds of all convolutions and matrix products, for the whole batch of the example.
-        parameters: numbers in all parameters.
+        parameters: elements of all parameters.
     """
 
     counts: tuple[int, ...]
@@ -175,20 +175,20 @@ class SubNetwork:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channel groups of a model and what is sized by them; pure data, which copies of the model share.
+    """The channel groups of a model and what they size; pure data, shared by copies of the model.
 
-    Units are numbered across all groups; the number after the last unit stands for whatever stays full.
+    Units are numbered across all groups; the number after the last one stands for whatever stays full.
 
     Attributes:
         needed: the groups, and the constraints on how many units they keep.
-        tensors: (module path, parameter or buffer name) -> for each axis its units, or None.
+        tensors: (module path, parameter or buffer name) -> units of each axis, or None.
         attributes: (module path, attribute name) -> full value, which may be a tuple or list of integers.
-        scales: module path, attribute name and units of attributes that are `len(units) ** -0.5`.
+        scales: module path, attribute name and units of attributes equal to `len(units) ** -0.5`.
         outputs: full shapes and units of the model's output tensors.
-        makers: for each group the modules with weights that make it.
-        ordered: for each group whether the order of its units matters.
+        makers: for each group, the modules with weights that make it.
+        ordered: for each group, whether the order of its units matters.
         products: full multiply-adds, and the units that they are proportional to.
-        sizes: full shape of each parameter, once.
+        sizes: full shape of each parameter, shared ones only once.
     """
 
     needed: Requirements

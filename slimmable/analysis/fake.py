@@ -1,4 +1,4 @@
-"""A model without numbers: running a forward on shapes alone."""
+"""Fake models, whose forward runs on shapes alone."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from slimmable.analysis._context import tensors
 
 
 class FakeModel:
-    """A copy of a model with fake parameters and buffers, in evaluation mode: they have shapes, but no numbers.
+    """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
 
-    Modules in `replayed` do not run; each call returns a copy of the next of these outputs, and `on_replay` gets the
-    path of the module and its inputs.
+    Modules in `replayed` do not run: each call passes the module's path and inputs to `on_replay`, and returns a copy
+    of the next of these outputs.
     """
 
     on_replay: Callable[[str, Any], None] | None = None
@@ -39,7 +39,7 @@ class FakeModel:
         replayed: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._where: Any = self.mode  # what a forward runs in
+        self._where: Any = self.mode  # the context of a forward
         memo = {key: value.detach() for key, value in left_behind(model).items()}
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -71,13 +71,13 @@ class FakeModel:
         return self._wrap(_bare(tensor), tensor)
 
     def weight(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return a weight of another shape than the model's, but otherwise like it."""
+        """Return a fake weight of this shape that is otherwise like another."""
         meta = torch.empty(shape, dtype=like.dtype, device="meta")
         return self._wrap(meta, like) if isinstance(like, FakeTensor) else meta
 
     @contextmanager
     def on_meta(self) -> Iterator[None]:
-        """Let the model run on plain meta tensors: faster, but some forwards fail since these are on no real device."""
+        """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
         before = self._where, self._input
         stores: list[dict[str, Any]] = []
         for module in self.model.modules():
@@ -94,7 +94,7 @@ class FakeModel:
             self._where, self._input = before
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
-        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as `from_tensor` makes it, in a tenth of the time
+        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as by `from_tensor`, in a tenth of the time
         if isinstance(like, nn.Parameter):
             fake._is_param = True
         return fake.requires_grad_(like.requires_grad)
@@ -116,15 +116,15 @@ class FakeModel:
         return forward
 
     def _leave(self) -> None:
-        self._stack.pop()  # a hook that returned the path would replace the module's output
+        self._stack.pop()  # returns None, since what a hook returns replaces the module's output
 
     @property
     def running(self) -> str:
-        """The path of the module that is running or has failed."""
+        """The path of the module that is running, or that has failed."""
         return self._stack[-1]
 
     def run(self, *modes: AbstractContextManager[Any]) -> Any:
-        """Run the forward of the model, in these modes."""
+        """Run the model's forward in these modes."""
         self._stack[1:] = []
         self._values = nullcontext()
         args, kwargs = map_tensors(self._input, self._given)
@@ -136,7 +136,7 @@ class FakeModel:
             return self.model(*args, **kwargs)
 
     def forget(self) -> dict[str, dict[str, Any]]:
-        """Empty what the last run left in attributes; return module path -> attribute -> its value before the run."""
+        """Restore attributes that the last run filled with tensors; return module path -> attribute -> value before."""
         found: dict[str, dict[str, Any]] = {}
         for path, module, name, before in self._before:
             now = module.__dict__.get(name)
@@ -152,17 +152,17 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 def _know(fake: Tensor, real: Tensor) -> None:
-    """Give a fake tensor its numbers."""
+    """Attach its values to a fake tensor, unless it is large."""
     if real.numel() <= MOST:
         with _disable_current_modes():
             fake.slim_value = real.detach().cpu()  # type: ignore[attr-defined]
 
 
 class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes with numbers, beside the fake tensors, whatever follows from tensors with known numbers alone.
+    """Computes the values of fake tensors that depend only on tensors with known values.
 
-    Thus code may branch on what it computes from integer and boolean inputs (masks, lengths, coordinates), or size a
-    tensor by it.
+    So code may branch on what it computes from integer and boolean inputs (masks, lengths, coordinates), or size
+    tensors by it.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -208,7 +208,7 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return FakeTensor(self.mode, meta, given[0].device)
 
     def _masks_as_indices(self, args: Any) -> Any:
-        """Replace known boolean masks, whose results have unknown shapes, by the indices of what they pick."""
+        """Replace known boolean masks, whose results have unknown shapes, with the indices that they select."""
         if not isinstance(args[1], (list, tuple)):
             return args
         indices: list[Any] = []
@@ -231,14 +231,14 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations on fake tensors; those that are slow in torch take the short way of `run_operation`."""
+    """Runs operations on fake tensors through `run_operation`, which has shortcuts for slow ones."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run_operation(func, args, kwargs or {})
 
 
 def run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run one operation. Torch splits norms of fake tensors into a dozen operations; only the shape matters."""
+    """Run one operation, norms by shape alone, because torch splits them into a dozen operations on fake tensors."""
     aten = torch.ops.aten
     if func is aten.native_batch_norm.default and not args[5]:
         return _norm(args[0], args[0].shape[1:2], args[1:5])
@@ -256,7 +256,7 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep torch from logging errors that are raised and reported anyway."""
+    """Keep torch from logging errors that are reported anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -267,9 +267,9 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def layers_in_parts() -> Iterator[None]:
-    """Let an LSTM or a TransformerEncoder run as separate matrix products, not as one fused operation.
+    """Let an LSTM or TransformerEncoder run as separate matrix products, not as one fused operation.
 
-    Torch's Python functions, such as `multi_head_attention_forward`, do not hide from modes what they call, either.
+    Modes also see what torch's Python functions, such as `multi_head_attention_forward`, call inside.
     """
     never = {f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")}
     before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
@@ -284,7 +284,7 @@ def layers_in_parts() -> Iterator[None]:
 
 
 def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
-    """Return the dicts of plain tensors that modules hold, most likely filled by an earlier forward."""
+    """Return the dicts of plain tensors that modules hold, probably filled by an earlier forward."""
     found = []
     for module in model.modules():
         for name, value in module.__dict__.items():
@@ -295,7 +295,7 @@ def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
 
 
 def left_behind(model: nn.Module) -> dict[int, Tensor]:
-    """Return, by `id`, tensors with a history that a forward has left in attributes; `deepcopy` refuses these."""
+    """Return by `id` the tensors with autograd history in attributes, which `deepcopy` refuses."""
     found: dict[int, Tensor] = {}
     for module in model.modules():
         columns = getattr(module.__dict__.get("_slim"), "columns", ())
@@ -308,7 +308,7 @@ def left_behind(model: nn.Module) -> dict[int, Tensor]:
 def recorded_outputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], paths: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Run a copy of the model with its numbers and return what the modules at `paths` returned, call by call."""
+    """Run a copy of the model on real values; return the outputs of each call of the modules at `paths`."""
     memo: dict[int, Any] = {key: value.detach() for key, value in left_behind(model).items()}
     twin = copy.deepcopy(model, memo).eval()
     found: dict[str, list[Any]] = {path: [] for path in paths}

@@ -1,4 +1,4 @@
-"""Importance of units: rank those of each channel group, and permute them without changing the network's function."""
+"""Importance of units: rank those of each channel group, and permute them while the network computes the same."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimmable.analysis.plan import Group, Plan
 
-Order = NDArray[np.int64]  # for each place in a group the unit that goes there
+Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
 
 
 def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
     """Return the units of each group, the most important first: by the L1 norm of the weights that read them.
 
-    How much a unit can change in the network is bounded by the weights of the convolutions and linear layers that read
-    it. The weights that make it do not count, since a normalisation behind them cancels their size. If no such layer
-    reads a group, all its weights with more than one axis decide. A group whose order matters keeps it.
+    The weights of the convolutions and linear layers that read a unit bound its effect on the network. Those that make
+    it do not count, since a later normalization cancels their size. If no such layer reads a group, all its weights
+    with more than one axis count. A group whose order matters keeps its order.
 
-    Source: Cai et al., Once-for-All, ICLR 2020, section 3.3 (channels sorted by L1 norm, here of the reading layers, as
-    in its published code). Measured in `benchmarks/importance`.
+    Source: Cai et al., Once-for-All, ICLR 2020, section 3.3 (channels sorted by L1 norm; as in its published code, of
+    the reading layers). Measured in `benchmarks/importance`.
     """
     orders = []
     for group in plan.groups:
@@ -50,13 +50,7 @@ def _input_axis(module: nn.Module) -> int | None:
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
-    """Permute, in place, the units of every group along all axes that they lie on.
-
-    Args:
-        model: the plain model that the plan was made of.
-        plan: its plan.
-        orders: one for each group of the plan.
-    """
+    """Permute the units of every group of a plain model's plan by its order, in place, along all of their axes."""
     done: set[int] = set()
     steps: dict[tuple[str, str], list[tuple[int, Order]]] = {}
     for group, order in zip(plan.groups, orders, strict=True):

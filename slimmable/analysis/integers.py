@@ -1,7 +1,7 @@
-"""Integers that remember where they come from, so that sizes computed in Python can follow a width.
+"""Traced integers, which remember how they were computed, so that sizes computed in Python can follow a width.
 
-While a model is traced, its integer attributes and the labelled sizes of its tensors are `TracedInt`s: plain integers
-to everybody else, with an expression over attributes and sizes that arithmetic carries along.
+While a model is traced, its integer attributes and the labelled sizes of its tensors are `TracedInt`s: integers with an
+expression over attributes and sizes, which arithmetic extends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Expression:
         return self._leaves("size")
 
     def evaluate(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
-        """Return the value, given the values of attributes and the number of kept units of an axis."""
+        """Return the value, given the values of attributes and a function that counts the kept units of an axis."""
         if self.kind == "constant":
             return int(self.value)
         if self.kind == "attribute":
@@ -64,9 +64,9 @@ class Expression:
 
 
 class TracedInt(int):
-    """An integer with an `Expression`; arithmetic with integers keeps it, comparison is that of plain integers.
+    """An integer with an `Expression`, which arithmetic with integers extends.
 
-    When `==` between two such integers is true, `on_equal` is told, since a branch of the model's code depends on it.
+    When two of them compare equal, `on_equal` is called, since a branch in the model's code may depend on that.
     """
 
     expression: Expression
@@ -124,15 +124,15 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 
 def express(value: int) -> Expression:
-    """Return the expression of an integer; that of a plain one is a constant."""
+    """Return the expression of an integer, a constant for a plain one."""
     return value.expression if isinstance(value, TracedInt) else Expression("constant", int(value))
 
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """`expression` must equal the number of kept units of an axis: of `ids`, or `full` if the axis is unlabelled.
+    """The condition that `expression` equals the kept units of the axis `ids`, or `full` if that is None.
 
-    With `other` it must equal that expression instead: two integers that the model's code compared.
+    With `other`, it must equal that expression instead, because the model's code found the two equal.
     """
 
     expression: Expression
@@ -146,12 +146,12 @@ class Constraint:
         return [key for side in self._sides() for key in side.attributes()]
 
     def axes(self) -> list[Ids]:
-        """Return the labels of the axes whose sizes the constraint is about."""
+        """Return the labels of the axes whose sizes the constraint involves."""
         own = [] if self.ids is None else [self.ids]
         return own + [ids for side in self._sides() for ids in side.sizes()]
 
     def holds(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> bool:
-        """Tell whether it holds, given the values of attributes and the number of kept units of an axis."""
+        """Tell whether the constraint holds, given the same as `Expression.evaluate`."""
         try:
             return self.expression.evaluate(attributes, count) == self.required(attributes, count)
         except ZeroDivisionError:

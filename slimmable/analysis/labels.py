@@ -1,7 +1,7 @@
-"""Channel labels: which units of which tensor axes must be kept or dropped together.
+"""Channel labels, which tell which units of which tensor axes must be kept or dropped together.
 
-Every axis of every parameter starts with one fresh id per unit; running the model merges ids in a union-find.
-A set of merged ids is a *class*: one unit of the network that all its axes share.
+Every axis of every parameter starts with a fresh id per unit; running the model merges ids in a union-find. A set of
+merged ids is a *class*: one unit of the network, shared by several axes.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-Axes = tuple["Ids | None", ...]  # the labels of one tensor: one id per unit, or None for an axis that no width changes
+Axes = tuple["Ids | None", ...]  # of one tensor: an id per unit, or None for an axis that never changes
 Mask = NDArray[np.bool_]
 
 _PINNED, _PRODUCED, _ORDERED = 1, 2, 4  # marks of a class, as bits
 
 
 class Labels:
-    """A vectorised union-find over ids; the smallest id of a class is its root.
+    """A vectorized union-find over ids; the smallest id of a class is its root.
 
-    A class can be *pinned* (kept at full width, with the first reason given), *produced* (it is on the output axis of
-    a convolution, linear layer or embedding; only such classes are slimmed) and *ordered* (it has neighbours on its
-    axis: it may be slimmed, but not permuted).
+    A class can be *pinned* (kept at full width, for a reason), *produced* (on the output axis of a convolution, linear
+    layer or embedding; only these are slimmed) and *ordered* (with neighbours on its axis: it may be slimmed, but not
+    permuted).
     """
 
     def __init__(self) -> None:
-        self._count = 0  # the arrays below are longer, so that they rarely have to grow
+        self._count = 0  # the arrays below are longer, so they rarely have to grow
         self._parent = np.arange(1024)
         self._marks = np.zeros(1024, np.uint8)
         self.roles: list[Ids] = []  # ids that play one role together: a parameter axis, a piece of a split
@@ -69,7 +69,7 @@ class Labels:
             self._parent[high] = low
 
     def merge_rows(self, block: Ids) -> None:
-        """Put each row of a block, all of it, into one class."""
+        """Merge each row of a block into one class."""
         self.merge(block, np.broadcast_to(block[:, :1], block.shape))
 
     def pin(self, ids: Ids, reason: str) -> None:
@@ -87,15 +87,15 @@ class Labels:
         self._mark(ids, _ORDERED)
 
     def pinned(self, ids: Ids) -> Mask:
-        """Tell for each id whether its class is pinned."""
+        """Return for each id whether its class is pinned."""
         return self._marked(ids, _PINNED)
 
     def produced(self, ids: Ids) -> Mask:
-        """Tell for each id whether its class is on the output axis of a layer with weights."""
+        """Return for each id whether its class is on the output axis of a layer with weights."""
         return self._marked(ids, _PRODUCED)
 
     def ordered(self, ids: Ids) -> Mask:
-        """Tell for each id whether the position of its class among others matters."""
+        """Return for each id whether the position of its class among others matters."""
         return self._marked(ids, _ORDERED)
 
     def _mark(self, ids: Ids, mark: int) -> None:
@@ -110,7 +110,7 @@ class Labels:
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
     def shared_with(self, ids: Ids) -> Callable[[Ids], bool]:
-        """Return a function that tells whether other ids have a class in common with these."""
+        """Return a function that tells whether other ids share a class with these."""
         roots = set(self.find(ids).tolist())
         return lambda other: not roots.isdisjoint(self.find(other).tolist())
 
@@ -126,8 +126,8 @@ class Labels:
     def groups(self) -> list[Ids]:
         """Return the channel groups: one array per group, with the roots of its classes in order.
 
-        Two classes are in one group if they play the same roles equally often. A class's signature is the multiset of
-        its roles; signatures are compared through a sum with one random number per role.
+        Two classes are in one group if they play the same roles equally often. These multisets of roles are compared as
+        sums of one random number per role.
         """
         signature = np.zeros(len(self), np.uint64)
         draw = np.random.default_rng(0).integers(0, 2**64, len(self.roles), np.uint64)

@@ -1,4 +1,4 @@
-"""Making a plan: trace, solve, try other choices where the first looks bad, and check that every width runs."""
+"""Making a plan: trace, solve, try second choices where the first look bad, check that every width runs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ def make_plan(
 ) -> Plan:
     """Trace `model`, which has no views, and return its plan.
 
-    When a labelled axis is folded into several, one of them carries its labels. If that one ends up pinned, the second
-    choice is tried once, and the plan that keeps fewer parameters at the narrowest width is returned.
-
     Raises: TraceError: if the model's forward fails on fake tensors.
     """
     pinned: dict[str, str] = {}
@@ -45,7 +42,7 @@ def make_plan(
             found = best_trace(fake, widths, _also(skip, pinned), round_to)
         except TraceError as error:
             if fake.emptied and not keep_caches:
-                keep_caches = True  # what looked like a cache is something that the forward needs
+                keep_caches = True  # what looked like a cache is needed by the forward
                 continue
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
@@ -53,7 +50,7 @@ def make_plan(
             try:
                 replayed = recorded_outputs(model, args, kwargs, [*replayed, above])
             except Exception as cause:
-                raise TraceError(f"{error}\nNor does the model run with numbers: {cause}") from cause
+                raise TraceError(f"{error}\nNor does the model run on the real example: {cause}") from cause
             continue
         plan = filled_plan(fake, *found, Plan(widths, round_to=round_to, universal=universal))
         failed = first_failure(fake, plan)
@@ -61,7 +58,7 @@ def make_plan(
             return plan
         path, reason = failed
         while path and (path in pinned or not _has_tensors(plan, path)):
-            path = path.rpartition(".")[0]  # what fails there comes from the modules inside
+            path = path.rpartition(".")[0]  # the failure comes from the modules inside
         if path in pinned or not _has_tensors(plan, path):
             raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
         line = str(reason).partition("\n")[0]
@@ -69,7 +66,7 @@ def make_plan(
 
 
 def _inside(path: str, outer: str) -> bool:
-    """Tell whether a module is the outer one or inside it; the root has no other module inside it."""
+    """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
     return path == outer or (outer != "" and path.startswith(f"{outer}."))
 
 
@@ -78,14 +75,14 @@ def _has_tensors(plan: Plan, path: str) -> bool:
 
 
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
-    """Return the path of the outermost skipped module that holds the module at `path`, or None."""
+    """Return the path of the outermost skipped module that contains the one at `path`, or None."""
     parts = path.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts) if path else 0)]
     return next((name for name in above if skip(name, model.get_submodule(name))), None)
 
 
 def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
-    """Return `skip` with pinned modules, by path, and their reasons added."""
+    """Return `skip` extended by modules that are pinned for a reason."""
 
     def reason(path: str) -> str | None:
         return next((why for outer, why in pinned.items() if _inside(path, outer)), None)
@@ -94,7 +91,10 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
 
 
 def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
-    """Trace, and trace again with second choices for folded axes where the first looks bad; return the better one."""
+    """Trace, then again with second choices of which folded axis carries labels, if first ones look bad.
+
+    Returns: the trace that keeps fewer parameters at the narrowest width, with its solution.
+    """
     first = trace(fake, widths, skip, {})
     solution = solve(first, widths, round_to)
     labels = first.context.labels
@@ -137,11 +137,11 @@ def _reason(labels: Labels, ids: Ids) -> str:
     return next((reason for pinned, reason in labels.reasons if shared(pinned)), "merged with an axis that stays full")
 
 
-# -- trying a plan: the model must run on tensors of each width's sizes, and give outputs of the planned shapes
+# -- trying a plan: the model must run at each width and return outputs of the planned shapes
 def first_failure(fake: FakeModel, plan: Plan) -> tuple[str, Exception] | None:
     """Run every narrow width; return the path of the module that fails and its error, or None if all run."""
     narrow = list(zip(plan.widths, plan.columns, strict=True))[1:]
-    with fake.on_meta():  # most models run there too, in less time
+    with fake.on_meta():  # most models run there too, and faster
         while narrow and _failure(fake, *narrow[0]) is None:
             del narrow[0]
     for width, column in narrow:
@@ -160,13 +160,13 @@ def _failure(fake: FakeModel, width: float, column: SubNetwork) -> Exception | N
     got = [tuple(tensor.shape) for tensor in output_tensors(out)]
     if got != column.output_shapes:
         planned = column.output_shapes
-        return ConversionError(f"the outputs at width {width} have shapes {got}, planned were {planned}")
+        return ConversionError(f"the outputs at width {width} have shapes {got}, but {planned} were planned")
     return None
 
 
 @contextmanager
 def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
-    """Give tensors and attributes the sizes of a sub-network."""
+    """Give tensors and attributes the sizes of a sub-network while the block runs."""
     modules = dict(fake.model.named_modules(remove_duplicate=False))
     before: list[tuple[dict[str, Any], str, Any]] = []
     for (path, name), kept in column.tensors.items():

@@ -1,4 +1,4 @@
-"""The plan of a conversion: what each width keeps of each parameter axis, and the integers that follow."""
+"""The plan of a conversion: what each width keeps of each parameter axis, and the integers that depend on it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from slimmable.errors import WidthError
 
 AxisName = tuple[str, str, int]  # module path, tensor name, axis
 Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
-"""A width, widths by layer name (of patterns that match, the last decides), or one count for each channel group."""
+"""A width, widths by patterns of layer names (the last match decides), or one count per channel group."""
 
 _REMEMBERED = 64  # sub-networks
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units that are kept or dropped together along several axes.
+    """Units that several axes share; each width keeps the first ones.
 
-    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if its unit is not in this
-    group. `makers` are the modules whose weights make these channels. The units of an `ordered` group must stay in
-    order, because a convolution runs along them.
+    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
+    `makers` are the modules whose weights make these units. The units of an `ordered` group must stay in order, because
+    a convolution runs along them.
     """
 
     units: int
@@ -51,17 +51,17 @@ class Pin:
 
 @dataclass(repr=False)
 class Plan:
-    """What is slimmed, what stays full, and why; `print` shows it. Copies of a model share its plan.
+    """What is slimmed, what stays full, and why; printable. Copies of a model share its plan.
 
     Attributes:
         widths: from the widest to the narrowest.
-        channels: the channel groups, the axes that they lie on, and what is sized by them.
-        columns: for each width, its sub-network.
-        caches: module path -> attribute in which the forward keeps tensors -> its value when empty. Each width needs a
-            cache of its own.
+        channels: the channel groups, their axes, and what they size.
+        columns: the sub-network of each width.
+        caches: module path -> attribute in which the forward keeps tensors -> its value when empty. Each width needs
+            its own.
         pins: the axes that stay at full width although a layer with weights makes them.
-        round_to: kept channels are a multiple of it, where a group has that many.
-        universal: whether any width from the narrowest on can be set, not only `widths`.
+        round_to: groups of at least this many channels keep a multiple of it.
+        universal: whether any width from the narrowest up can be set, not only `widths`.
     """
 
     widths: tuple[float, ...]
@@ -78,7 +78,7 @@ class Plan:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """Return the plan as tables, which notebooks show."""
+        """Return the plan as HTML tables for notebooks."""
         kept = ", ".join(map(str, self.widths))
         groups = [
             [number, group.units, ", ".join(map(str, group.kept)), _shown(group)]
@@ -89,11 +89,11 @@ class Plan:
         return html + (html_table(["kept at full width", "units", "reason"], pins) if pins else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain numbers, strings, lists and dicts, for example for JSON.
+        """Return the plan as JSON data.
 
-        Returns: "widths", "round_to" and "universal", as above; "macs" and "parameters", one per width; "groups", each
-            with its "units", the number "kept" per width, its "makers", whether it is "ordered", and its "axes" as
-            {"module": "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason".
+        Returns: "widths", "round_to" and "universal"; "macs" and "parameters" per width; "groups", each with its
+            "units", those "kept" per width, its "makers", whether it is "ordered", and its "axes", such as {"module":
+            "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason".
 
         >>> import torch
         >>> from torch import nn
@@ -146,12 +146,12 @@ class Plan:
 
     @cached_property
     def tensors(self) -> dict[TensorName, list[list[Kept]]]:
-        """(module path, parameter or buffer name) -> for each width -> for each axis what is kept."""
+        """(module path, parameter or buffer name) -> for each width, what is kept of each axis."""
         return {key: [column.tensors[key] for column in self.columns] for key in self.channels.tensors}
 
     @cached_property
     def values(self) -> dict[str, dict[str, list[Any]]]:
-        """Module path -> attribute name -> its value at each width, where these differ."""
+        """Module path -> attribute name -> its value at each width, if these differ."""
         found: dict[str, dict[str, list[Any]]] = {}
         for path, name in {(path, name): 0 for c in self.columns for path, at in c.values.items() for name in at}:
             full = self.channels.attributes[path, name]
@@ -165,9 +165,9 @@ class Plan:
 
     # -- sub-networks
     def sub_network(self, setting: Setting) -> SubNetwork:
-        """Return the sub-network of a width, of widths by layer, or of one count for each channel group.
+        """Return the sub-network of a width, of widths by layer, or of one count per channel group.
 
-        Raises: WidthError: if there is none, with the reason.
+        Raises: WidthError: if there is none; the message says why.
         """
         if isinstance(setting, Mapping):
             return self.near(self._counts_by_layer(setting))
@@ -182,14 +182,14 @@ class Plan:
 
     @cached_property
     def _found(self) -> dict[tuple[int, ...], SubNetwork]:
-        """Sub-networks by the counts that were asked for."""
+        """Sub-networks by requested counts."""
         return {column.counts: column for column in self.columns}
 
     def near(self, wanted: tuple[int, ...]) -> SubNetwork:
         """Return the sub-network with counts near `wanted` that satisfy all constraints.
 
-        If changing counts by a few units does not help, groups that disagree rise together to their counts in one
-        column, the narrowest in which none of them shrinks, because the counts of a column satisfy the constraints.
+        If changing counts by a few units does not suffice, groups that disagree are raised together to their counts in
+        the narrowest column in which none of them shrinks, since the counts of a column satisfy the constraints.
         """
         if wanted in self._found:
             return self._found[wanted]
@@ -199,7 +199,7 @@ class Plan:
             before, groups = counts.copy(), [needed.grouping.groups_in(failure.axes()) for failure in failures]
             for each in groups:
                 self._rise(counts, each)
-            if (counts == before).all():  # each agrees with one column, but not with the groups of others
+            if (counts == before).all():  # each fits one column, but not the groups of other failures
                 for group in {group for each in groups for group in each}:
                     self._rise(counts, [group], 1)
             if (counts == before).all():
@@ -218,7 +218,7 @@ class Plan:
     def _of_counts(self, wanted: Sequence[int]) -> SubNetwork:
         units = self.channels.units
         if len(wanted) != len(units):
-            raise WidthError(f"{len(wanted)} counts for the {len(units)} channel groups of this model's plan")
+            raise WidthError(f"got {len(wanted)} counts for the {len(units)} channel groups of this model's plan")
         for group, (count, most) in enumerate(zip(wanted, units, strict=True)):
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
                 raise WidthError(f"group {group} cannot keep {count!r} units; it keeps 1 to {most}")
@@ -233,7 +233,7 @@ class Plan:
             constraint = failures[0].constraint
             raise WidthError(
                 f"these counts do not go together: {kept} ({constraint.where}: {constraint.expression}). "
-                "Counts that do are those of plan.sub_network(setting).counts, for a width or widths by layer"
+                "For counts that do, use plan.sub_network(setting).counts, with a width or widths by layer"
             )
         return self._remember(key, self.channels.sub_network(counts, values))
 
@@ -252,8 +252,8 @@ class Plan:
                 raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
             if not isinstance(pattern, str) or not any(is_under(path, pattern) for path in makers):
                 raise WidthError(
-                    f"no layer that makes slimmable channels is named like {pattern!r}; "
-                    f"those that do are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
+                    f"no layer that makes slimmable channels matches {pattern!r}; "
+                    f"such layers are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
                 )
         last_first = list(widths.items())[::-1]
         width_of = {path: next((w for p, w in last_first if is_under(path, p)), 1.0) for path in makers}
@@ -274,7 +274,7 @@ def _table(plan: Plan) -> str:
 
 
 def _shown(group: Group) -> str:
-    """Return the first axes of a group as one line of text."""
+    """Return the first axes of a group as text."""
     names = [_axis(axis) for axis in group.members]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

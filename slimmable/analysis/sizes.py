@@ -1,4 +1,4 @@
-"""Size attributes such as `in_features`, which an extracted layer or model must have in agreement with its weights."""
+"""Size attributes such as `in_features`, which must agree with the weights of an extracted layer or model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Cut = Mapping[str, Sequence[Sequence[Kept]]]
 
 
 def size_axes(module: nn.Module) -> dict[str, int]:
-    """Return attribute -> axis of the weight; a convolution's axis 1 is the attribute divided by `groups`.
+    """Return attribute -> axis of the weight; axis 1 of a convolution's is the attribute divided by `groups`.
 
     >>> size_axes(nn.Conv2d(4, 8, 3))
     {'out_channels': 0, 'in_channels': 1}
@@ -30,7 +30,7 @@ def size_axes(module: nn.Module) -> dict[str, int]:
 
 
 def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Return size attribute -> its value at each width, for a torch layer whose weight is cut."""
+    """Return size attribute -> its value at each width, if the module is a torch layer with a cut weight."""
     if "weight" not in cut:
         return {}
     shape, kept = module._parameters["weight"].shape, cut["weight"]  # type: ignore[union-attr]
@@ -43,10 +43,10 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
 
 
 def feature_sizes(model: nn.Module, full: SubNetwork, columns: Sequence[SubNetwork]) -> dict[str, list[Any]]:
-    """Return attribute -> its value in each sub-network, for what a timm model says about its features.
+    """Return attribute -> its value in each sub-network, for the attributes of timm models that size their features.
 
-    The sizes are the input of the classifier, or the output of a model without one; a model made with `features_only`
-    has them in its `feature_info`.
+    These are the inputs of the classifier, or the outputs if there is none; a model made with `features_only` has a
+    `feature_info` instead.
     """
     if hasattr(model.__dict__.get("feature_info"), "out_indices"):
         return {"feature_info": [_narrow_info(model, full, column) for column in columns]}
@@ -66,7 +66,7 @@ def feature_sizes(model: nn.Module, full: SubNetwork, columns: Sequence[SubNetwo
 
 
 def _narrow_info(model: nn.Module, full: SubNetwork, column: SubNetwork) -> Any:
-    """Copy the `feature_info` of a model, with the channels that its outputs have in a sub-network."""
+    """Return a model's `feature_info` with the channels that its outputs have in a sub-network."""
     info: Any = copy.deepcopy(model.feature_info)
     for index, before, now in zip(info.out_indices, full.output_shapes, column.output_shapes, strict=True):
         entry = info.info[index]

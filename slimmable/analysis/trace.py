@@ -1,4 +1,4 @@
-"""The trace: one run of a model on fake tensors, in which every operation moves or merges channel labels."""
+"""The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from slimmable.analysis.sizes import size_axes
 from slimmable.errors import TraceError
 
 RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}
-Skip = Callable[[str, nn.Module], bool | str]  # tells whether a module stays full; a string is the reason
+Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full; a string is the reason
 
 
 @dataclass
 class ModuleCall:
-    """One call of a module: its first argument, if that is a tensor, with its labels, and its output."""
+    """One call of a module: its first argument and its labels, if that is a tensor, and its output."""
 
     source: Tensor | None
     axes: list[Ids | None]
@@ -37,23 +37,23 @@ class ModuleCall:
 
 @dataclass
 class Trace:
-    """What one run showed: labels of tensors and outputs, values of attributes, caches and calls."""
+    """The results of one run: labels of tensors and outputs, values of attributes, caches and calls."""
 
     context: Context
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `FakeModel.forget` says
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as from `FakeModel.forget`
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
 
 def name_of(operation: torch._ops.OpOverload) -> str:
-    """Return the name of an operation; one that works in place has the name of the one that does not."""
+    """Return the name of an operation, for an in-place one that of its counterpart."""
     return str(operation._schema.name).removeprefix("aten::").rstrip("_")
 
 
 def rule_of(operation: torch._ops.OpOverload) -> Rule:
-    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins what it meets."""
+    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins all inputs."""
     pointwise = torch.Tag.pointwise in operation.tags
     return RULES.get(name_of(operation)) or (_rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown)
 
@@ -75,7 +75,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Calls(TorchFunctionMode):
-    """Remembers the Python-level call, hands out traced sizes, and takes attention as one operation."""
+    """Records the Python-level call, returns traced sizes, and treats attention as one operation."""
 
     def __init__(self, context: Context, operations: _Operations) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _Calls(TorchFunctionMode):
 def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int]) -> Trace:
     """Run `fake` once and return the labels of all parameters, buffers and outputs.
 
-    Raises: TraceError: if the forward fails; the message names the operation and the module, and what can be done.
+    Raises: TraceError: if the forward fails; the message names the operation and the module and suggests what to do.
     """
     context = Context(widths, choices)
     result = Trace(context)
@@ -159,7 +159,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
 
 @contextmanager
 def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
-    """Note what each module is called with, and what it returns."""
+    """Record what each module is called with and what it returns."""
     handles = []
 
     def before(path: str, args: Any) -> None:
@@ -182,7 +182,7 @@ def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
 
 @contextmanager
 def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[None]:
-    """Note the size attributes of torch's layers that the forward reads, by module path and name."""
+    """Record which size attributes of torch's layers the forward reads, by module path and name."""
     watched = [(path, module) for path, module in model.named_modules() if size_axes(module)]
     kinds = {module: type(module) for _, module in watched}
 
@@ -204,7 +204,7 @@ def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[Non
 
 
 def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -> None:
-    """Require size attributes of torch's layers that the forward reads to follow the weights."""
+    """Require the size attributes of torch's layers that the forward reads to follow the weights."""
     context = result.context
     for path, name in sorted(read):
         module = model.get_submodule(path)
@@ -227,7 +227,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
         f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}\nThe forward is run on shapes alone, so it "
-        f"cannot branch on numbers. You can {skipping}convert the part of the model that should get thinner, such as "
+        f"cannot branch on values. You can {skipping}convert the part of the model that should get narrower, such as "
         "model.backbone, in place, or pass other example_inputs."
     )
     failed.module = path
@@ -282,11 +282,11 @@ def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
 
 
 def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
-    """Pin an output that is class scores or an embedding; features of a backbone may get thinner.
+    """Pin an output that is class scores or an embedding; features of a backbone may get narrower.
 
-    An output is one of these if only affine steps lie between the last layer with weights and it, and either no other
-    layer reads it (class scores), or it is a vector that a single layer makes (the embedding of a projection head,
-    which a predictor may read).
+    An output is one of these if there are only affine steps after the last layer with weights, and either no other
+    layer reads it (class scores), or it is a vector made by a single layer (the embedding of a projection head, which a
+    predictor may read).
     """
     axes = context.axes(tensor)
     result.outputs.append((tuple(tensor.shape), axes))

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_classes, check_count, check_labelled, check_matrices, check_tensors
-from slimmable._inputs import check_module
+from slimmable._checks import check_classes, check_count, check_labelled, check_matrices, check_module, check_tensors
 from slimmable._modules import in_eval_mode
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths

@@ -1,1 +1,1 @@
-"""Files: models as safetensors, plans as JSON, how timm made a network, checkpoints of SlimCLR."""
+"""Files: models as safetensors, plans as JSON, recipes of timm models, SlimCLR's checkpoints."""

@@ -1,4 +1,4 @@
-"""Compare the tensors that a file holds with those that a network has."""
+"""Comparison of the tensors in a file with those of a network."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None) -> str:
-    """Return how two state dicts differ in names and shapes: a line for each kind of difference, "" if they do not.
+    """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
 
-    Each line begins with a line break and two spaces, so that the lines follow the first one of a message.
+    Each line begins with a line break and two spaces, to be appended to the first line of a message.
 
     Args:
         expected: tensors of the network by name.
         given: tensors of the file by name.
-        most: names that a line lists; None for all.
+        most: names listed per line; None for all.
 
     >>> import torch
     >>> one, two = torch.zeros(1), torch.zeros(2)
@@ -38,7 +38,7 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], mos
 
 
 def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Tell whether a tensor of one shape can be a part of a tensor of another one.
+    """Tell whether a tensor of shape `small` can be part of one of shape `large`.
 
     >>> fits_inside((4, 3), (8, 3)), fits_inside((4, 3), (8, 2)), fits_inside((4,), (8, 3))
     (True, False, False)

@@ -1,4 +1,4 @@
-"""How a timm model was made, as far as its tensors show, and the plain numbers that its modules hold."""
+"""Recipes of timm models, as far as they can be read off them, and the plain numbers that modules hold."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _NUMBERS = (int, float, bool, str)
 def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the timm architecture of `model` and the arguments that make it, or None if it is not timm's.
 
-    A network that is no longer what timm makes, after surgery, has none either, with a warning.
+    A network that surgery has changed from what timm makes has no recipe either; a warning says so.
 
-    Raises: CheckpointError: if arguments are given, and make another model.
+    Raises: CheckpointError: if arguments are given but make another model.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
     if name is None:
         if arguments is not None:
-            raise CheckpointError(f"arguments are for models of timm; {type(model).__name__} does not say it is one")
+            raise CheckpointError(f"arguments= is for timm models; this {type(model).__name__} is not one")
         return None
     for candidate in [arguments] if arguments is not None else _candidates(model, config):
         recipe = {"timm": name, "arguments": dict(candidate)}
@@ -45,10 +45,10 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
         if _fits(model, plain, plan):
             return recipe
     if arguments is not None:
-        raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes another network than this")
+        raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
     warnings.warn(
-        f"timm.create_model({name!r}) makes another network than this one, so load(path, model=...) will need the "
-        "plain network; if arguments make it, give them: save(..., arguments={'num_classes': 10})",
+        f"timm.create_model({name!r}) makes a network unlike this one, so load(path, model=...) will need the plain "
+        "network; if arguments make it, pass them, as in save(..., arguments={'num_classes': 10})",
         stacklevel=3,
     )
     return None
@@ -72,7 +72,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         return model
     except CheckpointError:
         raise
-    except Exception as error:  # constructors of timm raise all kinds
+    except Exception as error:  # timm's constructors raise errors of all kinds
         raise CheckpointError(f"timm cannot make the model {recipe!r} ({error})") from error
 
 
@@ -83,7 +83,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield arguments that the model may have been made with, from none to all that can be read off it."""
+    """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
     found: dict[str, Any] = {}
     yield dict(found)
     classes = getattr(model, "num_classes", None)
@@ -104,7 +104,7 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
 
 
 def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
-    """Tell whether `plain` is the full network of `model`, or may be that of which it is a part."""
+    """Tell whether `plain` is the full network of `model`, or one that `model` may be a sub-network of."""
     if _classes(model) != _classes(plain):
         return False
     own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
@@ -114,20 +114,20 @@ def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
 
 
 def _classes(model: nn.Module) -> dict[str, type]:
-    """Return the class of every module of the plain network; BatchNorms are all alike, since converters swap them."""
+    """Return the class of every plain module by path; BatchNorms count as one class, since converters swap them."""
     classes = {path: original_class(module) for path, module in _plain_modules(model)}
     return {path: _BatchNorm if issubclass(kind, _BatchNorm) else kind for path, kind in classes.items()}
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that the network has when it is plain, with their paths."""
+    """Yield the modules of the plain network, with their paths."""
     norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
     ours = {id(module) for norm in norms for module in (norm, *norm.narrow.modules())}
     yield from ((path, module) for path, module in model.named_modules() if id(module) not in ours)
 
 
 def attributes_of(model: nn.Module) -> list[list[Any]]:
-    """Return module path, name and full value of all attributes that are numbers or nested tuples and lists of them."""
+    """Return module path, name and full value of attributes that are numbers or nested tuples or lists of them."""
     return [
         [path, name, value]
         for path, module in _plain_modules(model)
@@ -137,11 +137,9 @@ def attributes_of(model: nn.Module) -> list[list[Any]]:
 
 
 def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
-    """Set what `attributes_of` returned, where the model has an attribute of the same kind with another value.
+    """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them.
 
-    What is None in the model is only known after a forward, and stays.
-
-    Raises: CheckpointError: if the model has no such attribute.
+    Raises: CheckpointError: if the model has no attribute of that kind.
     """
     modules = dict(model.named_modules())
     for path, name, value in given:
@@ -163,10 +161,10 @@ def _is_number(value: object) -> bool:
 
 
 def _like(own: Any, value: Any) -> Any:
-    """Return a value of a file with the types of the one that the model has."""
+    """Return a value from a file with the types of the model's own value."""
     if isinstance(own, (tuple, list)) and isinstance(value, list) and len(own) == len(value):
         parts = [_like(*pair) for pair in zip(own, value, strict=True)]
         return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
     if type(own) in (int, float, bool) and type(value) in (int, float, bool):
         return type(own)(value)
-    raise CheckpointError(f"{value!r} is in the place of {own!r}")
+    raise CheckpointError(f"the file has {value!r} where the model has {own!r}")

@@ -1,4 +1,4 @@
-"""One file for a model, slimmable or a sub-network of one: safetensors with what rebuilds it in its metadata."""
+"""Files of models, slimmable or plain: safetensors whose metadata say how to rebuild the model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from slimmable._addons import addons_of, restore_all
 from slimmable._atomic import plain_copies, write_aside
-from slimmable._convert import M, apply_plan, copy_of, misfits
-from slimmable._inputs import check_module
+from slimmable._checks import check_module
+from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.compare import differences, fits_inside
 from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes
 from slimmable.files.plan_json import decode, encode
-from slimmable.view.state import is_slim, state_of
+from slimmable.view.state import is_slim, slim_state
 
 _FORMAT = "slimmable 1"
 _UNITS = "slimmable/units"
@@ -30,19 +30,19 @@ _HIDDEN = "slimmable/buffer/"
 
 
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
-    """Write `model` into one file, from which `load` makes it again, in another process and without `slimify`.
+    """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
-    The file is a safetensors file: tensors, and numbers and names as JSON; nothing in it is ever executed. It holds all
-    widths, those that `calibrate_bn` added too, and gates; not optimiser states, hooks or the active width.
+    The file is a safetensors file, with numbers and names as JSON; nothing in it is ever executed. It holds all widths,
+    including those that `calibrate_bn` added, and gates, but no optimizer state, hooks or active width.
 
     Args:
-        model: a converted or gated model, or a plain network, such as a sub-network by `extract`.
-        path: of the file; what was there stays until the new one is complete.
-        arguments: with which `timm.create_model` makes the plain full-width model. Left out, the number of classes and
-            of image channels and the image size are read off the model. The file of a model that is not timm's, or no
-            longer as timm makes it, has no recipe, so `load` needs the plain model. A warning says so.
+        model: a converted or gated model, or a plain network, such as one from `extract`.
+        path: path of the file; an existing file stays until the new one is complete.
+        arguments: those with which `timm.create_model` makes the plain full-width model. By default, the numbers of
+            classes and image channels and the image size are read off the model. If the model is not timm's, or no
+            longer what timm makes (with a warning), the file has no recipe, and `load` needs the plain model.
 
-    Raises: CheckpointError: if the arguments make another model, if something cannot be saved, or on a failed write.
+    Raises: CheckpointError: if the arguments make another model, something cannot be saved, or writing fails.
 
     >>> import slimmable, tempfile, timm
     >>> model = slimmable.slimify(timm.create_model("test_resnet", num_classes=3), (1.0, 0.5))
@@ -59,14 +59,14 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     bare, described = model, {}
     for name, addon in addons_of(model).items():
         bare, described[name] = addon.describe(bare)
-    plan = _plan_of(bare)
+    plan = _plan_to_save(bare)
     hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(bare).items()}
     tensors = plain_copies(model.state_dict() | hidden)
     data: dict[str, Any] = {**described, "class": type(model).__name__, "recipe": fitting_recipe(bare, plan, arguments)}
     data["attributes"] = attributes_of(bare)
     if plan is not None:
         data["plan"], units = encode(plan)
-        data["registered"] = _registered(bare, plan)
+        data["registered"] = [column.width for column in slim_state(bare).columns[len(plan.widths) :]]
         tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
     metadata = {"format": _FORMAT, "model": json.dumps(data)}
     write_aside(Path(path), lambda aside: save_file(tensors, aside, metadata))
@@ -77,14 +77,13 @@ def load(path: str | Path, model: None = None) -> nn.Module: ...
 @overload
 def load(path: str | Path, model: M) -> M: ...
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Return the model that `save` wrote: with all its widths and gates, or as the plain sub-network that it was.
+    """Return the model that `save` wrote, with all its widths and gates, or as a plain network if it was one.
+
+    The model is on the CPU, or on the device of `model`, at full width and in evaluation mode.
 
     Args:
-        path: of the file.
-        model: the plain full-width network, any weights, for files of models that timm does not make so; it stays as
-            it is.
-
-    The model is on the CPU, or on the device of `model`, at its full width and in evaluation mode.
+        path: path of the file.
+        model: the plain full-width network, with any weights, if the file has no recipe for timm; it is not changed.
 
     Raises: CheckpointError: if the file is missing, damaged, foreign, or of another network; the message says which.
     """
@@ -93,8 +92,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
-            f"{path} holds a {data.get('class')} that timm does not make so; build the plain full-width network and "
-            "give it as load(path, model=...)"
+            f"{path} holds a {data.get('class')} and no recipe for timm to make it; build the plain full-width network "
+            "and pass it, as in load(path, model=...)"
         )
     if model is not None and any(is_slim(module) for module in model.modules()):
         raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
@@ -105,28 +104,25 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} cannot be loaded: what it says of the model makes no sense ({type(error).__name__}: {error})"
+            f"{path} cannot be loaded: its description of the model is invalid ({type(error).__name__}: {error})"
         ) from error
     return network.eval()
 
 
-def _plan_of(model: nn.Module) -> Plan | None:
-    """Return the plan of a converted model, and None for a plain one.
+def _plan_to_save(model: nn.Module) -> Plan | None:
+    """Return the plan of a converted model, or None for a plain one.
 
-    Raises: CheckpointError: for anything between them.
+    Raises: CheckpointError: if the model is neither.
     """
     if not any(is_slim(module) for module in model.modules()):
         return None
-    places_of(model)  # raises for surgery
-    state = state_of(model)
-    plans = {id(other.plan) for _, other in places_of(model)}
-    root = "_slim_root" in model.__dict__
-    if state is None or state.plan is None or not root or plans != {id(state.plan)}:
+    places = places_of(model)  # raises if layers were added
+    plan = plan_of(model)
+    if plan is None or any(state.plan is not plan for _, state in places):
         raise CheckpointError(
-            f"{type(model).__name__} is not as slimmable.slimify returned it: it has slimmable layers from elsewhere, "
-            "or is a part or a wrapper of a converted model; save the converted model itself"
+            f"{type(model).__name__} is not a model as slimmable.slimify returned it: it has slimmable layers from "
+            "elsewhere, or is a part or a wrapper of a converted model; save the converted model itself"
         )
-    plan: Plan = state.plan
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {name for name, _ in tensors}
     gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
@@ -138,13 +134,6 @@ def _plan_of(model: nn.Module) -> Plan | None:
     return plan
 
 
-def _registered(model: nn.Module, plan: Plan) -> list[Any]:
-    """Return the widths and sub-networks that were added after the conversion."""
-    state = state_of(model)
-    assert state is not None
-    return [column.width for column in state.columns[len(plan.widths) :]]
-
-
 def _hidden(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that are not in the state dict."""
     saved = model.state_dict(keep_vars=True)
@@ -153,9 +142,9 @@ def _hidden(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a file of `save` says of its model, and its tensors.
+    """Return what a file says about its model, and its tensors.
 
-    Raises: CheckpointError: if it is missing, damaged, or was not written by `save`.
+    Raises: CheckpointError: if it is missing or damaged, or was not written by `save`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -169,7 +158,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             data = json.loads(metadata["model"])
             return dict(data), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read; it is damaged, or no safetensors file ({error})") from error
+        raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
 
 
 def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
@@ -197,18 +186,18 @@ def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) 
 
 
 def _check(network: nn.Module, plan: Plan) -> None:
-    """Refuse a plan of another network: each tensor and attribute must be there, of the right size and kind.
+    """Refuse a plan of another network, by the sizes of its tensors and the values of its attributes.
 
-    The plan's empty caches are those of the network.
+    Empty caches are taken from the network into the plan.
     """
     modules = dict(network.named_modules())
     for place, shape in misfits(network, plan):
         found = "is missing" if shape is None else f"has shape {shape}"
-        raise CheckpointError(f"{place} {found}, which the file's plan does not fit")
+        raise CheckpointError(f"{place} {found}, which does not fit the file's plan")
     for (path, name), full in plan.channels.attributes.items():
         if vars(modules[path]).get(name) != full:
             place, own = f"{path}.{name}".lstrip("."), vars(modules[path]).get(name)
-            raise CheckpointError(f"{place} is {own!r}, in the file {full!r}")
+            raise CheckpointError(f"{place} is {own!r}, but {full!r} in the file")
     for path, at in plan.caches.items():
         for name in at:
             value = vars(modules[path]).get(name, ...)
@@ -218,7 +207,7 @@ def _check(network: nn.Module, plan: Plan) -> None:
 
 
 def _resize(network: nn.Module, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers the sizes, and buffers that are not in the state dict the contents, of the file."""
+    """Take sizes from the file, and the contents of buffers that are not in the state dict."""
     replaced: dict[int, nn.Parameter] = {}
     saved = network.state_dict(keep_vars=True).keys()
     for name, tensor in own.items():
@@ -226,7 +215,7 @@ def _resize(network: nn.Module, new: Mapping[str, Tensor], own: Mapping[str, Ten
         if given is None or (given.shape == tensor.shape and name in saved):
             continue
         if not fits_inside(given.shape, tensor.shape):
-            raise CheckpointError(f"{name} has shape {tuple(given.shape)}, the full network's {tuple(tensor.shape)}")
+            raise CheckpointError(f"{name} has shape {tuple(given.shape)}, {tuple(tensor.shape)} in the full network")
         path, _, last = name.rpartition(".")
         module = network.get_submodule(path)
         if isinstance(tensor, nn.Parameter):

@@ -1,4 +1,4 @@
-"""Plans as plain data, for files: numbers, strings and lists, and one array for the units of all axes."""
+"""Plans as JSON data for files, with one array for the units of all axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._widths import check_widths
-from slimmable.analysis.channels import Channels, Grouping, Requirements
+from slimmable.analysis.channels import Channels, Grouping, Requirements, SubNetwork
 from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Pin, Plan
@@ -19,7 +19,7 @@ Units = NDArray[np.int64]
 
 
 def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
-    """Return a plan as data for JSON, and the units of all its axes in one array."""
+    """Return a plan as JSON data, and the units of all its axes in one array."""
     channels = plan.channels
     axes = _Axes()
     data = {
@@ -49,9 +49,9 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
 
 
 def decode(data: dict[str, Any], units: Units) -> Plan:
-    """Return the plan that `encode` wrote; what its caches hold when empty is left to the model.
+    """Return the plan that `encode` wrote, with None for empty caches, whose values are the model's.
 
-    Raises: an error of some kind if the data is anything else, and for what is left CheckpointError.
+    Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan.
     """
     sizes = tuple(int(n) for n in data["units"])
     total = sum(sizes)
@@ -119,7 +119,7 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
     return plan
 
 
-def _column(plan: Plan, counts: list[int]) -> Any:
+def _column(plan: Plan, counts: list[int]) -> SubNetwork:
     kept = np.array([*map(_natural, counts), 1])
     if len(counts) != len(plan.channels.units) or (kept[:-1] < 1).any() or (kept[:-1] > plan.channels.units).any():
         raise CheckpointError("its counts do not fit its channel groups")
@@ -130,7 +130,7 @@ def _column(plan: Plan, counts: list[int]) -> Any:
 
 
 class _Axes:
-    """Numbers the arrays of units, each once."""
+    """Numbers the distinct arrays of units."""
 
     def __init__(self) -> None:
         self.found: list[Ids] = []
@@ -170,7 +170,7 @@ def _natural(number: int) -> int:
 
 
 def _write_value(value: Any) -> Any:
-    """Tell tuples from lists, which JSON does not."""
+    """Mark tuples and lists, which JSON does not tell apart."""
     if isinstance(value, (tuple, list)):
         return ["tuple" if isinstance(value, tuple) else "list", *map(_write_value, value)]
     return value

@@ -1,4 +1,4 @@
-"""The networks that the authors of SlimCLR released, as slimmable networks of timm."""
+"""Checkpoints of the published SlimCLR code, loaded as slimmable timm networks."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from slimmable.errors import CheckpointError, UsageError
 from slimmable.files.compare import differences
 from slimmable.layers import SwitchableProbe
 
-_BLOCKS = (3, 4, 6, 3)  # of the stages of ResNet-50; the published code numbers them through
+_BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
 _ENCODERS = ("encoder_q.", "base_encoder.")  # MoCo v2 and SimCLR, MoCo v3
 
 
 def load_slimclr(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any], *, widths: Iterable[float] = WIDTHS
 ) -> nn.Module:
-    """Return a slimmable `resnet50` of timm with the weights of a checkpoint of the published SlimCLR code.
+    """Return timm's `resnet50`, made slimmable, with the weights of a checkpoint of the published SlimCLR code.
 
-    Checkpoints of pre-training (MoCo v2, MoCo v3, SimCLR) give the trained encoder without its projection head:
+    Pre-training checkpoints (MoCo v2, MoCo v3, SimCLR) yield the trained encoder without its projection head:
     (N, 3, H, W) -> features (N, kept of 2048). The momentum encoder, predictor, queue and optimizer are left out.
-    Checkpoints of linear evaluation have one classifier per width, which become a `SwitchableProbe` as `model.fc`:
-    (N, 3, H, W) -> scores (N, 1000); `model.reset_classifier(0)` takes it off, and `save` takes the rest. Those of
-    supervised training have a classifier that is sliced, and keep it.
+    Linear-evaluation checkpoints have one classifier per width, which become the `SwitchableProbe` `model.fc`:
+    (N, 3, H, W) -> scores (N, 1000). Call `model.reset_classifier(0)` to remove it; `save` then accepts the model.
+    Checkpoints of supervised training keep their sliced classifier.
 
-    The model is on the CPU, in float32, at its full width and in evaluation mode. Prepare images as the
-    authors did: shorter side 256, centre crop 224, mean and deviation of ImageNet.
+    The model is on the CPU, in float32, at its full width and in evaluation mode. Prepare images as the authors did:
+    shorter side 256, center crop 224, ImageNet mean and standard deviation.
 
     Args:
-        checkpoint: path of the file, or what `torch.load` or `state_dict` gave; with or without the `module.` of
-            parallel training and the other entries of a training checkpoint. A file is read with `weights_only=True`,
-            so that nothing in it is executed; of other objects than tensors and plain data, only an
-            `argparse.Namespace`, as training scripts like to save, is let through.
-        widths: with which the network was trained; those of the released ones by default. Its sub-networks share their
-            weights (`overlap_weight` 1, as in the authors' scripts); a checkpoint does not show whether they do.
+        checkpoint: path of the file, or the result of `torch.load` or `state_dict`, with or without the `module.`
+            prefix of parallel training and the other entries of a training checkpoint. A file is read with
+            `weights_only=True`, so nothing in it is executed; besides tensors and plain data it may only hold an
+            `argparse.Namespace`, which training scripts often save.
+        widths: widths that the network was trained with; by default those of the released ones. Sub-networks must share
+            their weights (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or holds other objects, or if it is another network; the
-            message lists all entries that are missing, unknown or of another shape.
+        CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the message
+            then lists all entries that are missing, unknown or of another shape.
         UsageError: if `checkpoint` is neither a path nor a dict.
-        WidthError: if `widths` cannot be used.
+        WidthError: if `widths` is invalid.
 
     Source: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, arXiv 2209.15525.
 
@@ -75,14 +75,14 @@ def load_slimclr(
     if differing:
         raise CheckpointError(
             f"{source} is not a ResNet-50 of the published SlimCLR code with widths {checked}; "
-            f"if it has other widths, give them as load_slimclr(..., widths=...){differing}"
+            f"if it has other widths, pass them, as in load_slimclr(..., widths=...){differing}"
         )
     model.load_state_dict({own[name][0]: tensor for name, tensor in given.items()})
     return model.eval()
 
 
 def _published(name: str) -> str:
-    """Return what the published code calls an entry of the state dict.
+    """Return the name in the published code of an entry of the state dict.
 
     >>> _published("layer2.0.downsample.1.narrow.0.bias")
     'features.3.shortcut.1.bn.1.bias'
@@ -94,16 +94,16 @@ def _published(name: str) -> str:
 
 
 def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state dict that is the network, without a projection head.
+    """Return the entries of a state dict that belong to the network, without a projection head.
 
-    Raises: CheckpointError: if it is none of the published code, or not a ResNet-50.
+    Raises: CheckpointError: if it is not from the published code, or not of a ResNet-50.
     """
     names = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in tensors.items()}
     head = r"fc\.\d"  # a projection head is a sequence of layers
     for prefix in _ENCODERS:
         part = {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
         if part:
-            names, head = part, r"fc\."  # whatever it is, it projects
+            names, head = part, r"fc\."  # under these prefixes, any `fc` is a projection head
             break
     network = {name: tensor for name, tensor in names.items() if not re.match(head, name)}
     blocks = {name.split(".")[1] for name in network if name.startswith("features.")}
@@ -120,7 +120,7 @@ def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Tensor]]:
-    """Return what to call the checkpoint in messages, and its state dict."""
+    """Return the name of the checkpoint for messages, and its state dict."""
     source, data = "the checkpoint", checkpoint
     if isinstance(checkpoint, (str, os.PathLike)):
         source, data = str(checkpoint), _load(Path(checkpoint))
@@ -129,7 +129,7 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     if isinstance(data, Mapping):
         data = data.get("state_dict", data)
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{source} holds no state dict, but {type(data).__name__}")
+        raise CheckpointError(f"{source} holds no state dict, but a {type(data).__name__}")
     other = [f"{name} ({type(value).__name__})" for name, value in data.items() if not isinstance(value, Tensor)]
     if other or not all(isinstance(name, str) for name in data):
         raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
@@ -142,8 +142,8 @@ def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes make the unpickler raise all kinds
+    except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
         raise CheckpointError(
-            f"{path} cannot be read; it is damaged, no checkpoint of torch, or holds objects that could run programs. "
-            "If you trust it, give load_slimclr what torch.load(path, weights_only=False) returns"
+            f"{path} cannot be read; it is damaged, not a torch checkpoint, or holds objects that could run programs. "
+            "If you trust it, pass load_slimclr what torch.load(path, weights_only=False) returns"
         ) from error

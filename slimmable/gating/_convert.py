@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from torch import nn
 
+from slimmable._checks import check_module
 from slimmable._convert import Skip, copy_of
-from slimmable._inputs import check_module
 from slimmable._modules import replace_modules
 from slimmable._width import set_width, width_of
 from slimmable.errors import ConversionError, UsageError

@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from slimmable._checks import check_count, number_or_nan
+from slimmable._checks import check_count, check_module, number_or_nan
 from slimmable._convert import apply_plan, copy_of, extract, strip
-from slimmable._inputs import check_module
 from slimmable._width import at_width
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute

@@ -10,8 +10,9 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._checks import check_module
 from slimmable._convert import Skip, plain, skipper
-from slimmable._inputs import check_module, example_of
+from slimmable._inputs import example_of
 from slimmable._nested import output_tensors
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from slimmable._inputs import check_module, image_batch
+from slimmable._checks import check_module
+from slimmable._inputs import image_batch
 from slimmable.errors import UsageError
 from slimmable.gating._find import macs_for
 from slimmable.gating._gate import ChannelGate

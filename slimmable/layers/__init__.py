@@ -1,4 +1,4 @@
-"""Slimmable and switchable layers: torch's layers with `widths`, to build networks by hand."""
+"""Slimmable and switchable layers: torch's layers with `widths`, for networks built by hand."""
 
 from slimmable.layers._batchnorm import SwitchableBatchNorm as SwitchableBatchNorm
 from slimmable.layers._batchnorm import SwitchableBatchNorm1d as SwitchableBatchNorm1d

@@ -1,4 +1,4 @@
-"""Switchable batch norms with torch's constructors."""
+"""Switchable batch norms with the constructors of torch's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
 
 
 class _SwitchableBatchNorm(SwitchableNorm):
-    """What the three have in common; see `SwitchableBatchNorm2d`."""
+    """The common base; see `SwitchableBatchNorm2d`."""
 
     _torch_class: ClassVar[type[_BatchNorm]]
 
@@ -47,7 +47,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
 
         Raises:
             ConversionError: if `norm` is not a batch norm.
-            WidthError: if `widths` cannot be used.
+            WidthError: if `widths` is invalid.
         """
         if not isinstance(norm, _BatchNorm):
             raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
@@ -56,7 +56,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
         return switchable
 
     def to_batchnorm(self) -> _BatchNorm:
-        """Return the batch norm of the full width, the very module that the container holds."""
+        """Return the batch norm of the full width, the module itself, not a copy."""
         return cast(_BatchNorm, self.full)
 
     def __repr__(self) -> str:
@@ -77,9 +77,7 @@ class SwitchableBatchNorm1d(_SwitchableBatchNorm):
 
 
 class SwitchableBatchNorm2d(_SwitchableBatchNorm):
-    """One `nn.BatchNorm2d` per width, each with its own statistics, gain and bias; a `SwitchableNorm`.
-
-    The full width has torch's names in the state dict, narrower ones `narrow.0.weight` and so on.
+    """A `SwitchableNorm` of one `nn.BatchNorm2d` per width, each with its own statistics, gain and bias.
 
     Shapes: (N, kept num_features, H, W) -> the same.
 
@@ -88,10 +86,10 @@ class SwitchableBatchNorm2d(_SwitchableBatchNorm):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
-        slim: False if the input is full at every width; the statistics are separate all the same.
+        slim: False if the input is full at every width; statistics are still separate.
 
     Raises:
-        WidthError: if `widths` cannot be used.
+        WidthError: if `widths` is invalid.
 
     >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
     >>> list(norm.state_dict())[:4]

@@ -15,7 +15,7 @@ from slimmable.view.view import install_view
 
 
 class _SlimConv(SlimLayer, _ConvNd):
-    """What the three have in common; see `SlimConv2d`."""
+    """The common base; see `SlimConv2d`."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class _SlimConv(SlimLayer, _ConvNd):
     ) -> None:
         in_size, out_size = self.in_channels // self.groups, self.out_channels // self.groups
         groups = [self.groups] * len(widths)
-        if in_size == 1 and self.groups > 1 and slim_in and slim_out:  # depthwise: whole groups, which are the channels
+        if in_size == 1 and self.groups > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
             kept_groups = ranges_of(self.groups, widths, slim=True, overlap=overlap)
             groups = [len(kept) for kept in kept_groups]
             inputs = ranges_of(1, widths, slim=False, overlap=True)
@@ -96,11 +96,11 @@ class SlimConv1d(_SlimConv, nn.Conv1d):
 
 
 class SlimConv2d(_SlimConv, nn.Conv2d):
-    """`nn.Conv2d` that runs with part of its channels: at width `w` with the first `round(w * channels)`.
+    """`nn.Conv2d` that runs with part of its channels: at width `w`, with the first `round(w * channels)`.
 
-    Keeps torch's names in the state dict; `in_channels` and `out_channels` are the full ones at every width. A
-    depthwise convolution keeps its first groups. Any other grouped one keeps all groups and the first channels of
-    each: the input then is to have `groups * round(w * in_channels / groups)` channels.
+    Names in the state dict are torch's; `in_channels` and `out_channels` are the full ones at every width. A depthwise
+    convolution keeps its first groups. Any other grouped one keeps all groups and the first channels of each, so it
+    expects an input of `groups * round(w * in_channels / groups)` channels.
 
     Shapes: (N, kept in_channels, H, W) -> (N, kept out_channels, H', W').
 
@@ -110,11 +110,11 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as an image.
         slim_out: False if the output should be full at every width.
-        overlap: False gives the narrower widths disjoint channels, the narrowest the first ones (Zhao et al.,
-            SlimCLR, IJCV 2024, non-overlapping weights).
+        overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
+            weights of Zhao et al., SlimCLR, IJCV 2024).
 
     Raises:
-        WidthError: if `widths` cannot be used, or need more than there is with `overlap=False`.
+        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -133,7 +133,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
         Raises:
-            ConversionError: if `conv` is of a subclass.
+            ConversionError: unless `conv` is exactly an `nn.Conv2d`.
             WidthError: as the constructor.
         """
         return cls._from_torch(conv, widths, **options)

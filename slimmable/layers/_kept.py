@@ -1,4 +1,4 @@
-"""Which units of an axis each width keeps: first units, inside groups, or disjoint ranges."""
+"""The units of an axis that each width keeps: the first ones, those within groups, or disjoint ranges."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from slimmable._widths import Kept, kept_units
 from slimmable.errors import WidthError
 
 Ranges = list[range]
-"""For each width, from the widest, the units kept."""
+"""The units kept at each width, the widest first."""
 
 
 def first_units(units: int, widths: Sequence[float]) -> Ranges:
-    """Keep the first units.
+    """Return the first units for each width.
 
     >>> first_units(8, (1.0, 0.5))
     [range(0, 8), range(0, 4)]
@@ -21,7 +21,7 @@ def first_units(units: int, widths: Sequence[float]) -> Ranges:
 
 
 def disjoint_units(units: int, widths: Sequence[float]) -> Ranges:
-    """Give the narrower widths disjoint ranges, the narrowest the first one ([S] `overlap_weight=False`).
+    """Return disjoint ranges for the narrower widths, the first one for the narrowest.
 
     Raises: WidthError: if the narrower widths together need more units than there are.
 
@@ -31,7 +31,7 @@ def disjoint_units(units: int, widths: Sequence[float]) -> Ranges:
     counts = [len(kept) for kept in first_units(units, widths)]
     if sum(widths[1:]) > 1 + 1e-9 or sum(counts[1:]) > units:
         raise WidthError(
-            f"overlap=False needs disjoint parts for the narrower widths, but those of {tuple(widths)} keep "
+            f"overlap=False needs disjoint units for the narrower widths, but those of {tuple(widths)} keep "
             f"{counts[1:]} of {units} units; choose narrower widths with a sum of at most 1"
         )
     ends = [sum(counts[index:]) for index in range(1, len(counts))]
@@ -39,7 +39,7 @@ def disjoint_units(units: int, widths: Sequence[float]) -> Ranges:
 
 
 def ranges_of(units: int, widths: Sequence[float], *, slim: bool, overlap: bool) -> Ranges:
-    """Return what each width keeps of an axis, or of one group of it; all of it when it is not slimmed."""
+    """Return what each width keeps of an axis or of one group on it: everything unless `slim`."""
     if not slim:
         return [range(units)] * len(widths)
     return first_units(units, widths) if overlap else disjoint_units(units, widths)

@@ -1,4 +1,4 @@
-"""What torch's layers with `widths` have in common: going back and forth between them and torch's own."""
+"""The base of the slimmable layers: conversion from torch's layers and back."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Plain = TypeVar("Plain", bound=nn.Module)
 
 
 class SlimLayer(nn.Module):
-    """A layer of torch that runs at several widths; each kind adds the methods `from_...` and `to_...` of its class."""
+    """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
 
     _slim_plain: ClassVar[type[nn.Module]]
-    """The class of torch that it is made from and turns back into."""
+    """The class of torch that it is made from and converted back to."""
 
     def _install(self, widths: tuple[float, ...], *args: Any, **options: Any) -> None:
         """Give the layer its view."""
@@ -33,7 +33,7 @@ class SlimLayer(nn.Module):
     def _from_torch(cls, module: nn.Module, widths: Iterable[float], **options: bool) -> Self:
         """Return the slimmable twin of a plain layer: it shares the Parameters and keeps the training flag.
 
-        Raises: ConversionError: if the layer is not exactly of torch's class, whose forward the twin has.
+        Raises: ConversionError: unless the layer is exactly of torch's class, whose forward the twin uses.
         """
         if type(module) is not cls._slim_plain:
             raise ConversionError(

@@ -14,9 +14,9 @@ from slimmable.view.view import install_view
 
 
 class SlimLinear(SlimLayer, nn.Linear):
-    """`nn.Linear` that runs with part of its features: at width `w` with the first `round(w * features)`.
+    """`nn.Linear` that runs with part of its features: at width `w`, with the first `round(w * features)`.
 
-    Keeps torch's names in the state dict; `in_features` and `out_features` are the full ones at every width.
+    Names in the state dict are torch's; `in_features` and `out_features` are the full ones at every width.
 
     Shapes: (..., kept in_features) -> (..., kept out_features).
 
@@ -25,11 +25,11 @@ class SlimLinear(SlimLayer, nn.Linear):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as a vector of measurements.
         slim_out: False if the output should be full at every width, such as class scores and embeddings.
-        overlap: False gives the narrower widths disjoint features, the narrowest the first ones (Zhao et al.,
-            SlimCLR, IJCV 2024, non-overlapping weights).
+        overlap: False gives the narrower widths disjoint features, the first ones to the narrowest (non-overlapping
+            weights of Zhao et al., SlimCLR, IJCV 2024).
 
     Raises:
-        WidthError: if `widths` cannot be used, or need more than there is with `overlap=False`.
+        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -77,7 +77,7 @@ class SlimLinear(SlimLayer, nn.Linear):
         `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
         Raises:
-            ConversionError: if `linear` is of a subclass.
+            ConversionError: unless `linear` is exactly an `nn.Linear`.
             WidthError: as the constructor.
         """
         return cls._from_torch(linear, widths, **options)

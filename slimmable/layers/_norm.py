@@ -1,4 +1,4 @@
-"""Norms without running statistics, whose gain and bias are sliced: LayerNorm and GroupNorm."""
+"""Slimmable norms without running statistics, whose gain and bias are sliced: LayerNorm and GroupNorm."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from slimmable.view.view import install_view
 
 
 class SlimLayerNorm(SlimLayer, nn.LayerNorm):
-    """`nn.LayerNorm` over part of the features: at width `w` the first `round(w * n)` of the last axis.
+    """`nn.LayerNorm` over part of the features: at width `w`, the first `round(w * n)` of the last axis.
 
-    Shapes: (..., *normalized_shape with its last axis thinned) -> the same.
+    Shapes: (..., *normalized_shape with a narrower last axis) -> the same.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
 
     Raises:
-        WidthError: if `widths` cannot be used.
+        WidthError: if `widths` is invalid.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -62,8 +62,8 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         """Return the slimmable twin of `norm`: it shares the Parameters and keeps the training flag.
 
         Raises:
-            ConversionError: if `norm` is of a subclass.
-            WidthError: if `widths` cannot be used.
+            ConversionError: unless `norm` is exactly an `nn.LayerNorm`.
+            WidthError: if `widths` is invalid.
         """
         return cls._from_torch(norm, widths)
 
@@ -75,9 +75,8 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
 class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     """`nn.GroupNorm` over part of the channels.
 
-    Where every width keeps a whole number of groups, the first groups are kept as they are: at width `w`,
-    `w * num_groups` of them. Elsewhere all groups are kept and each is thinned to its first channels; the input then
-    is to have `num_groups * round(w * num_channels / num_groups)` channels.
+    If `w * num_groups` is a whole number at every width `w`, that many first groups are kept. Otherwise all groups are
+    kept, each with its first channels, and the input must have `num_groups * round(w * num_channels / num_groups)`.
 
     Shapes: (N, kept channels, ...) -> the same.
 
@@ -86,7 +85,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         widths: distinct numbers in (0, 1] with 1.0 among them.
 
     Raises:
-        WidthError: if `widths` cannot be used.
+        WidthError: if `widths` is invalid.
 
     >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
@@ -131,8 +130,8 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         """Return the slimmable twin of `norm`: it shares the Parameters and keeps the training flag.
 
         Raises:
-            ConversionError: if `norm` is of a subclass.
-            WidthError: if `widths` cannot be used.
+            ConversionError: unless `norm` is exactly an `nn.GroupNorm`.
+            WidthError: if `widths` is invalid.
         """
         return cls._from_torch(norm, widths)
 

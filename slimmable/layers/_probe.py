@@ -15,11 +15,10 @@ from slimmable.view.container import SwitchableContainer, inner_modules
 class SwitchableProbe(SwitchableContainer):
     """One linear classifier per width, on the features of that width.
 
-    The features of a narrow width are a part of the full ones, but the best classifier of a part is not a part of
-    the best classifier of all, unless the parts are orthogonal. For the comparison, one classifier that is sliced is
-    `SlimLinear(..., slim_out=False)`.
+    The best classifier on part of the features is not a slice of the best classifier on all of them, unless they are
+    orthogonal. To compare with a sliced classifier, use `SlimLinear(..., slim_out=False)`.
 
-    Source: Zhao et al., SlimCLR, IJCV 2024, switchable linear probe layer.
+    Source: the switchable linear probe layer of Zhao et al., SlimCLR, IJCV 2024.
 
     Shapes: (N, kept in_features) -> (N, num_classes).
 
@@ -30,7 +29,7 @@ class SwitchableProbe(SwitchableContainer):
         bias, device, dtype: as in `nn.Linear`.
 
     Raises:
-        WidthError: if `widths` cannot be used.
+        WidthError: if `widths` is invalid.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -62,7 +61,7 @@ class SwitchableProbe(SwitchableContainer):
 
         Raises:
             ConversionError: if `linear` is not a linear layer.
-            WidthError: if `widths` cannot be used.
+            WidthError: if `widths` is invalid.
         """
         if not isinstance(linear, nn.Linear):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
@@ -77,7 +76,7 @@ class SwitchableProbe(SwitchableContainer):
         return probe.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """Return the classifier of the full width, the very module that the probe holds."""
+        """Return the classifier of the full width, the module itself, not a copy."""
         return cast(nn.Linear, self.linears[0])
 
     def module_at(self, index: int) -> nn.Linear:
@@ -85,7 +84,7 @@ class SwitchableProbe(SwitchableContainer):
         return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the scores by the classifier of the active width."""
+        """Return the scores from the classifier of the active width."""
         return cast(Tensor, self.module_at(self._slim.index)(features))
 
     def __repr__(self) -> str:

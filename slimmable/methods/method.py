@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from slimmable._checks import check_module
 from slimmable._distributed import means_over_processes
-from slimmable._inputs import check_module
 from slimmable._width import places_of, set_width
 from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.gating import GateBudget, dense, gated, has_gates

@@ -7,9 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_positive
+from slimmable._checks import check_count, check_fraction, check_module, check_positive
 from slimmable._distributed import gather, rank
-from slimmable._inputs import check_module
 from slimmable._numerics import unit_vectors
 from slimmable.losses import OnlineDistillation, byol_loss, contrastive_cross_entropy, moco_logits, moco_v3_logits
 from slimmable.methods.method import Batch, Method, Outcome, hidden_layer

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_matrices
+from slimmable._checks import check_count, check_fraction, check_matrices, check_module
 from slimmable._distributed import gather, rank, world_size
-from slimmable._inputs import check_module
 from slimmable._width import set_width
 from slimmable.errors import DataError, UsageError
 from slimmable.view.state import is_slim

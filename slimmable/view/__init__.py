@@ -1,1 +1,1 @@
-"""The width view: modules of any class that run with the slices and sizes of their active width."""
+"""The width view, with which modules of any class run on the slices and sizes of their active width."""

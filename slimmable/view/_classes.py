@@ -1,4 +1,4 @@
-"""The generated classes of the width view: subclasses whose properties give what the active column has."""
+"""The generated classes of the width view: subclasses whose properties return what the active column holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, an
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
     place = ".".join(filter(None, (module.__dict__["_slim"].path, name)))
     return ConversionError(
-        f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, unlike when its widths were made; "
+        f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion; "
         "call slimmable.slimify on the model again"
     )
 
@@ -30,7 +30,7 @@ def _missing(module: nn.Module, name: str) -> AttributeError:
 
 
 def _set_plain(module: nn.Module, name: str, value: object) -> None:
-    """Store what nn.Module does not store itself: neither a Parameter nor a registered buffer."""
+    """Store an attribute that is neither a Parameter nor a registered buffer."""
     module.__dict__[name] = value
 
 
@@ -68,7 +68,7 @@ def _value_property(name: str) -> property:
         if name not in self.__dict__:
             raise _missing(self, name)
         values = self._slim.active.values
-        # `self.__dict__` only where there is no other way: torch.compile cannot read it up to torch 2.11
+        # `self.__dict__` only as a last resort, since torch.compile cannot read it up to torch 2.11
         value: object = values[name] if name in values else self.__dict__[name]
         return value
 
@@ -105,14 +105,14 @@ def _at_full(module: nn.Module) -> Iterator[None]:
 
 
 class _Viewed(nn.Module):
-    """What all generated classes have in common; it comes before the module's own class."""
+    """The common base of all generated classes, placed before the module's own class."""
 
     _slim: WidthState
     _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
-    _slim_lent: Mapping[str, Tensor | None] = {}  # the parameters of another module that a module may read a part of
+    _slim_lent: Mapping[str, Tensor | None] = {}  # parameters of another module, part of which this one reads
 
     def extra_repr(self) -> str:
-        """Show the settings at full width, then the widths and the active one."""
+        """Return the settings at full width, then the widths and the active one."""
         with _at_full(self):
             full = super().extra_repr()
         width = f"widths={self._slim.widths}, width={self._slim.active.width}"
@@ -121,11 +121,11 @@ class _Viewed(nn.Module):
     def __repr__(self) -> str:
         if self._slim_view[0].__repr__ is nn.Module.__repr__:
             return super().__repr__()
-        with _at_full(self):  # a class with its own way of printing, perhaps without `extra_repr`
+        with _at_full(self):  # a class with its own `__repr__`, which may not use `extra_repr`
             return super().__repr__()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the contents of the index buffers through moves that drop contents, such as `to_empty`."""
+        """Refill the index buffers after moves that drop contents, such as `to_empty`."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         for name, kept in self._slim.index_buffers.items():
             buffer = self._buffers[name]
@@ -134,7 +134,7 @@ class _Viewed(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by way of the original class, since the generated one cannot be imported."""
+        """Pickle and copy through the original class, since the generated one cannot be imported."""
         with _at_full(self):  # recurrent layers refresh their list of weights here
             reduced = super().__reduce_ex__(max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
@@ -143,7 +143,7 @@ class _Viewed(nn.Module):
 
 
 class _ViewedWithBuffers(_Viewed):
-    """Lets a forward at a narrow width that assigns a buffer change the part of it that the width uses."""
+    """Lets a forward that assigns a buffer at a narrow width change only the part that the width uses."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         state = state_of(self)
@@ -164,7 +164,7 @@ def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
 def add_properties(
     module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
 ) -> None:
-    """Let reading these names of the module give what the active width has; names that did so before still do."""
+    """Make these names of a module return what its active width has, in addition to those that already do."""
     base, known = getattr(type(module), "_slim_view", (type(module), ((), (), (), ())))
     new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
     names = tuple(tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True))
@@ -176,7 +176,7 @@ _viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
 
 
 def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
-    """Return the subclass of `base` with properties for these tensors, values and caches; each is made once."""
+    """Return the subclass of `base` with properties for these names; each class is made only once."""
     if (base, names) not in _viewed_classes:
         _viewed_classes[base, names] = _make_viewed_class(base, *names)
     return _viewed_classes[base, names]

@@ -1,4 +1,4 @@
-"""The base of modules that hold one real module per width and run the one of the active width."""
+"""Switchable containers, which hold one real module per width and run that of the active width."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class SwitchableContainer(nn.Module):
 
     @property
     def idle(self) -> bool:
-        """Whether none of its modules runs now."""
+        """Whether none of its modules is in use."""
         return False
 
     def own_at(self, index: int) -> nn.Module:
-        """Return the module of the width with this index, or a twin of it, that shares nothing with others."""
+        """Return the module of the width with this index, or a copy if it shares tensors with others."""
         return self.module_at(index)
 
     def extra_repr(self) -> str:
-        """Name the widths and the active one."""
+        """Return the widths and the active one."""
         return f"widths={self.widths}, width={self.width}"
 
 
 def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:
-    """Return the modules under one name of a container, quicker than through attribute access."""
+    """Return the modules of a list inside a container, faster than through attribute access."""
     return cast("dict[str, nn.Module]", container._modules[name]._modules)  # type: ignore[union-attr]

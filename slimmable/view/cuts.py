@@ -1,4 +1,4 @@
-"""Cuts: which part of a full tensor a width keeps, and how to take it."""
+"""Cuts: the part of a full tensor that a width keeps, and how to take it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class Cut(NamedTuple):
-    """How to take a slice of a tensor of a full shape: a block, if it is not the whole, then index buffers by axis."""
+    """How to slice a tensor of shape `full`: a block, empty for the whole, then selection by index buffers, by axis."""
 
     full: tuple[int, ...]
     block: tuple[slice, ...]
@@ -31,12 +31,12 @@ def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dic
     """Turn the units kept along each axis into a block and index buffers, or into None for the whole tensor.
 
     Args:
-        shape: of the full tensor.
-        kept: the units kept along each axis.
-        what: the tensor, for errors.
-        buffers: name -> indices of the buffers that cuts need; those of this one are added.
+        shape: shape of the full tensor.
+        kept: units kept along each axis.
+        what: name of the tensor, for errors.
+        buffers: index buffers by name, to which those of this cut are added.
 
-    Raises: ConversionError: if an axis has fewer units than are to be kept.
+    Raises: ConversionError: if an axis has too few units.
     """
     block: list[slice] = []
     picks: list[tuple[int, str]] = []
@@ -45,7 +45,7 @@ def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dic
         if last > size:
             raise ConversionError(f"{what}: axis {axis} has size {size}, cannot keep {keep}")
         if isinstance(keep, tuple) and last - first != len(keep):
-            name = f"{_INDEX_PREFIX}{hash(keep) % 2**64:x}"  # the same indices have one name wherever they are cut
+            name = f"{_INDEX_PREFIX}{hash(keep) % 2**64:x}"  # equal indices share a name, whatever they cut
             buffers[name] = keep
             picks.append((axis, name))
             first, last = 0, size
@@ -59,20 +59,20 @@ def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dic
 
 
 def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tensor:
-    """Return the part of a tensor that a cut keeps; `buffers` holds the indices."""
+    """Return the part of a tensor that a cut keeps, with the indices in `buffers`."""
     if cut.block:
         tensor = _block(tensor, cut)
     for axis, buffer in cut.picks:
         if buffer not in buffers:
             raise WidthError(
-                "a switch removed a sub-network that the model does not keep; call backward before the next switch"
+                "a switch removed a sub-network that the model had not kept; call backward before the next switch"
             )
         tensor = tensor.index_select(axis, cast(Tensor, buffers[buffer]))
     return tensor
 
 
 def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Tensor) -> Tensor:
-    """Return a copy of a tensor in which what a cut keeps is `part`."""
+    """Return a copy of a tensor in which `part` replaces what a cut keeps."""
 
     def fill(whole: Tensor, picks: Sequence[tuple[int, str]]) -> None:
         if not picks:
@@ -91,7 +91,7 @@ def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Te
 
 
 def _block(tensor: Tensor, cut: Cut) -> Tensor:
-    """Take the block in one operation; indexing takes one per axis, and each fills zeros of its own in the backward."""
+    """Take the block in one operation; indexing needs one per axis, each with its own zero-filled backward."""
     if type(tensor) not in _PLAIN_TENSORS or is_compiling():
         return tensor[cut.block]
     strides = tensor.stride()
@@ -101,7 +101,7 @@ def _block(tensor: Tensor, cut: Cut) -> Tensor:
 
 
 def take_channels(tensor: Tensor, kept: Kept) -> Tensor:
-    """Return what is kept along the first axis."""
+    """Return the part of a tensor that is kept along its first axis."""
     if kept is None:
         return tensor
     if isinstance(kept, int):

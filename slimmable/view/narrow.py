@@ -1,4 +1,4 @@
-"""The narrower norms of a `SwitchableNorm`: cut copies of the full norm, which may share its gain and bias."""
+"""Narrow norms of a `SwitchableNorm`: cut copies of the full norm, which may share its gain and bias."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
 
 class NarrowNorms(nn.ModuleList):
-    """The narrower norms, from wide to narrow; one that shares goes on sharing when a converter replaces it."""
+    """The narrower norms, from wide to narrow; one that shares still does after a converter has replaced it."""
 
     shared_affine: bool
 
@@ -27,7 +27,7 @@ class NarrowNorms(nn.ModuleList):
         self.shared_affine = shared_affine
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Put a norm in, as converters such as that of `SyncBatchNorm` do."""
+        """Insert a norm, as converters such as that of `SyncBatchNorm` do."""
         before = self._modules.get(name)
         if before is not None and module is not None and shares(before) and not shares(module):
             share(module, before.__dict__["_slim_lent"], before.__dict__["_slim_shared"])
@@ -35,22 +35,19 @@ class NarrowNorms(nn.ModuleList):
 
 
 def share(norm: nn.Module, lent: dict[str, nn.Parameter | None], kept: Kept) -> nn.Module:
-    """Let a narrow norm read its part of the full norm's gain and bias, `lent`, instead of having its own.
-
-    A view looks in `_slim_lent` for what its module does not have.
-    """
+    """Let a narrow norm read its part of `lent`, the full norm's gain and bias, instead of having its own."""
     norm.__dict__.update(_parameters={}, affine=False, _slim_lent=lent, _slim_shared=kept)  # converters read `affine`
     install_view(norm, (1.0,), {name: [(kept,)] for name, tensor in lent.items() if tensor is not None}, {})
     return norm
 
 
 def shares(norm: nn.Module) -> bool:
-    """Tell whether a norm reads the gain and bias of another one."""
+    """Tell whether a norm reads the gain and bias of another."""
     return "_slim_lent" in norm.__dict__
 
 
 def own_norm(norm: nn.Module) -> nn.Module:
-    """Return a norm that shares nothing: itself, or for one that shares a twin with its part of gain and bias."""
+    """Return the norm itself, or if it shares gain and bias, a copy with its own part of them."""
     if not shares(norm):
         return norm
     parts = narrow_tensors(norm, 0)
@@ -66,13 +63,13 @@ def own_norm(norm: nn.Module) -> nn.Module:
 
 
 def copy_of_norm(norm: nn.Module) -> nn.Module:
-    """Copy a norm but not the process group of a SyncBatchNorm, which is shared and cannot be copied."""
+    """Copy a norm, except for the process group of a SyncBatchNorm, which cannot be copied."""
     group = getattr(norm, "process_group", None)
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
 def narrowed(full: nn.Module, kept: Kept) -> nn.Module:
-    """Copy a norm with its settings, and cut every tensor and every count that has its number of channels."""
+    """Return a copy of a norm in which every tensor and count of its full number of channels is cut."""
     norm = copy_of_norm(full)
     if kept is None:
         return norm

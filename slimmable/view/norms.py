@@ -1,4 +1,4 @@
-"""Switchable norms: one real norm per width, so that each width has its own statistics and its own gain and bias."""
+"""Switchable norms: one real norm per width, each with its own statistics, gain and bias."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from slimmable.view.state import Column, Counts
 
 
 class SwitchableNorm(SwitchableContainer):
-    """A container of one real norm per width; the forward runs the norm of the active width and touches no other.
+    """One real norm per width; the forward runs that of the active width and touches no other.
 
-    In the state dict, as in `named_parameters`, the full width's norm has the plain names (`bn.weight`), the narrower
-    ones are `bn.narrow.0.weight` and so on, from wide to narrow. A checkpoint without the narrow names loads into
+    In the state dict and `named_parameters`, the full width's norm has the plain names (`bn.weight`); the narrower
+    ones follow as `bn.narrow.0.weight` and so on, from wide to narrow. A checkpoint without narrow names loads into
     the full norm, and its kept channels into the narrower ones.
 
-    Attributes that the container does not have are those of the active norm. Setting one sets it in every norm; only
-    a tensor is set in the active norm alone.
+    Attributes that the container lacks are those of the active norm. Setting one sets it in every norm, except that a
+    tensor is set in the active norm alone.
 
     Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
 
     Args:
-        full: the norm of the full width, of any class; the container keeps this very module.
+        full: the norm of the full width, of any class; the container holds the module itself.
         widths: distinct numbers in (0, 1] with 1.0 among them.
-        kept: for each width, from the widest, which of the channels it keeps: None for all, a number for the first
-            ones, or indices.
-        shared_affine: narrower norms have statistics of their own, but read their part of the full norm's gain and
-            bias (Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.2).
+        kept: the channels kept at each width, from the widest: None for all, a number for the first ones, or indices.
+        shared_affine: narrower norms have their own statistics, but read their part of the full norm's gain and bias
+            (Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.2).
 
     >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
     >>> [name for name, _ in norm.named_parameters()]
@@ -61,7 +60,7 @@ class SwitchableNorm(SwitchableContainer):
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Put a module in, as converters do; the tables of a new full norm become the container's own."""
+        """Insert a module, as converters do; the container uses the parameter and buffer dicts of its full norm."""
         super().add_module(name, module)
         if name == "full":
             self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
@@ -76,11 +75,11 @@ class SwitchableNorm(SwitchableContainer):
     def from_norm(
         cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
     ) -> SwitchableNorm:
-        """Switch `norm`: it becomes the full width's norm itself, or with `share=False` a copy of it does."""
+        """Return a switchable norm whose full norm is `norm` itself or, with `share=False`, a copy of it."""
         return SwitchableNorm(norm if share else copy_of_norm(norm), widths, kept)
 
     def to_norm(self) -> nn.Module:
-        """Return the norm of the full width, the very module that the container holds."""
+        """Return the norm of the full width, the module itself, not a copy."""
         return self.full
 
     def norm_at(self, index: int) -> nn.Module:
@@ -94,11 +93,11 @@ class SwitchableNorm(SwitchableContainer):
     module_at = norm_at
 
     def own_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index; of one that shares gain and bias, a twin that does not."""
+        """Return the norm of the width with this index, or a copy with its own gain and bias if it shares them."""
         return own_norm(self.norm_at(index))
 
     def copy_at(self, index: int) -> nn.Module:
-        """Return a copy of the norm of the width with this index, with a gain and bias of its own."""
+        """Return a copy of the norm of the width with this index, with its own gain and bias."""
         return copy_of_norm(self.own_at(index))
 
     def keeps(self, widths: Sequence[float], kept: Sequence[Kept], shared_affine: bool) -> bool:
@@ -111,7 +110,7 @@ class SwitchableNorm(SwitchableContainer):
         return self.norm_at(self._slim.index)(*args, **kwargs)
 
     def norms(self) -> Iterator[nn.Module]:
-        """Yield the norms of all widths, and that of an active guest."""
+        """Yield the norms of all widths and of an active guest."""
         yield self.full
         yield from self._modules.get("narrow") or ()  # type: ignore[misc]
         yield from filter(None, [self._modules.get("guest")])
@@ -136,7 +135,7 @@ class SwitchableNorm(SwitchableContainer):
                 setattr(norm, name, value)
 
     def _named_members(self, *args: Any, recurse: bool = True, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """List tensors under the norms alone: the container's own are those of the full norm."""
+        """List tensors only under the norms, since the container's own are those of the full norm."""
         if recurse:
             yield from super()._named_members(*args, **kwargs)
 
@@ -160,7 +159,7 @@ class SwitchableNorm(SwitchableContainer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
-        """Rename to the children's names what torch hands on to them; `_report_plain_names` undoes it in reports."""
+        """Rename entries as torch's loading of the children expects; `_report_plain_names` undoes this in reports."""
         mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if not any(key.startswith("narrow.") for key in mine):
             for key, tensor in self.full.state_dict(keep_vars=True).items():
@@ -175,7 +174,7 @@ class SwitchableNorm(SwitchableContainer):
     def _for_narrow(self, prefix: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """Cut a tensor of the full norm for each narrower one."""
         own = [norm.state_dict(keep_vars=True) for norm in self.narrow]
-        shapes = [tensors[key].shape if key in tensors else None for tensors in own]  # what is shared, they lack
+        shapes = [tensors[key].shape if key in tensors else None for tensors in own]  # they lack what they share
         return {
             f"{prefix}{position}.{key}": take_channels(tensor, None if shape == tensor.shape else kept).clone()
             for position, (shape, kept) in enumerate(zip(shapes, self._kept[1:], strict=True))
@@ -187,7 +186,7 @@ class SwitchableNorm(SwitchableContainer):
 
 
 class GuestNorm(Column):
-    """A guest of a switchable norm: a norm with gain and bias of the full norm and, at first, its statistics."""
+    """A guest of a switchable norm: a norm that shares the full one's gain and bias and starts from its statistics."""
 
     def __init__(self, container: SwitchableNorm, width: float | Counts, kept: Kept) -> None:
         super().__init__(width)
@@ -204,7 +203,7 @@ class GuestNorm(Column):
         module._modules.pop("guest", None)
 
     def keep(self, module: nn.Module) -> None:
-        """Append the norm to the narrow ones, so that its statistics are in the state dict from now on."""
+        """Append the norm to the narrow ones, which puts its statistics into the state dict."""
         container, norm = cast(SwitchableNorm, module), cast(nn.Module, self.norm)
         container.narrow.append(norm)
         container.__dict__["_kept"] = (*container._kept, self.kept)
@@ -220,7 +219,7 @@ class GuestNorm(Column):
 
 
 def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
-    """Name missing, unexpected and ill-shaped tensors as the state dict does; a guest starts again."""
+    """Report missing, unexpected and ill-shaped tensors by their state-dict names; reset an active guest."""
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest

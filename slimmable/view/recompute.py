@@ -1,8 +1,8 @@
-"""The active column, also where a checkpointed forward runs again: then it is the column of the first run.
+"""The active column; when gradient checkpointing repeats a forward, the column of its first run.
 
-Gradient checkpointing runs a forward a second time inside the backward pass, when the model may have been switched.
-Autograd numbers its nodes in the order of their making. So the width of a node's forward is the one that was switched
-to last before its number, and the node that the backward pass is at says which forward is run again.
+Checkpointing repeats a forward inside the backward pass, when the model may have been switched. Autograd numbers its
+nodes in the order of creation. So the number of the node that the backward pass is at tells which forward is being
+repeated, and its column is that of the last switch before this number.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ C = TypeVar("C")
 
 
 class Active(Generic[C]):
-    """What is active, with what was before; `C` has an `index`, -1 for what cannot be taken up again (a guest)."""
+    """The active column and its history; `C` has an `index`, -1 for a guest, which cannot be activated again later."""
 
     def __init__(self, column: C) -> None:
         self._now = column
-        self._switches = [(-1, weakref.ref(column))]  # number of the next node, what is active from then on
-        self._again: tuple[int, C] | None = None  # node, what its second forward switched to
+        self._switches = [(-1, weakref.ref(column))]  # number of the next node, the column active from there on
+        self._again: tuple[int, C] | None = None  # node, the column that its repeated forward switched to
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the history: another process numbers its nodes anew."""
+        """Leave out the history, since another process numbers its nodes afresh."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_switches", "_again")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class Active(Generic[C]):
 
     @property
     def active(self) -> C:
-        """The active column; in a second forward that of the first, unless the second forward itself has switched."""
+        """The active column; in a repeated forward, that of the first run, unless the repeated one has switched."""
         if is_compiling() or _task() == -1:
             return self._now
         number = _number_of_node()
@@ -63,7 +63,7 @@ class Active(Generic[C]):
         self.switch(column, _next_number())
 
     def switch(self, column: C, following: int) -> None:
-        """Do as setting `active` where `next_node` gives a number, this one; quicker for many at a time."""
+        """Set `active`, given the number from `next_node`; faster for many modules at a time."""
         self._now, self._again = column, None
         switches = self._switches
         if switches[-1][0] == following:  # no node was made since the last switch
@@ -74,7 +74,7 @@ class Active(Generic[C]):
 
     @property
     def now(self) -> C:
-        """The column that was switched to last; `active` but for second forwards."""
+        """The column of the last switch: `active`, except in a repeated forward."""
         return self._now
 
     def _at(self, number: int) -> C:
@@ -82,18 +82,18 @@ class Active(Generic[C]):
         if found is self._now or (found is not None and found.index != -1):  # type: ignore[attr-defined]
             return found
         raise WidthError(
-            f"gradient checkpointing runs a forward again that lies more than {_REMEMBERED} switches back, "
-            "or was at a width that the model has only while it is active; call backward earlier, such as once a width"
+            f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back, or was at a "
+            "width that the model has only while it is active; call backward earlier, such as once per width"
         )
 
 
 def in_backward() -> bool:
-    """Tell whether a backward pass is under way, so that a forward is one that runs again."""
+    """Tell whether a backward pass is running, in which any forward is a repeated one."""
     return not is_compiling() and _task() != -1
 
 
 def next_node() -> int | None:
-    """Return the number of the node that autograd makes next; None in a backward pass and while compiling."""
+    """Return the number of autograd's next node; None in a backward pass and while compiling."""
     return None if is_compiling() or _task() != -1 else int(_next_number())
 
 

@@ -1,7 +1,7 @@
-"""What one module knows of widths, as a table with a column for each width, and which column is active.
+"""The width state of a module: a table with one column per width, one of which is active.
 
-The rows of the table are what depends on the width: which part of each tensor is used, plain attributes such as
-`num_heads`, and what the forward keeps for later calls.
+Its rows are what depends on the width: the part of each tensor that is used, plain attributes such as `num_heads`, and
+results that the forward keeps for later calls.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from slimmable.view.cuts import Cut
 from slimmable.view.recompute import Active
 
 Counts: TypeAlias = "tuple[int, ...]"
-"""A sub-network that need not be uniform: how many units of each channel group of a plan it keeps."""
+"""A sub-network, as the number of units that it keeps of each channel group of a plan."""
 
 
 class Column:
     """What one module has at one width.
 
-    A column that is not among the module's own is a *guest*: it is made for one switch and gone after the next.
-    Subclasses bring things along that a guest puts into the module.
+    A column that is not one of the module's own is a *guest*, which exists from one switch to the next. What else a
+    guest needs in its module, subclasses add and remove.
 
     Attributes:
-        width: the width, or the counts of a sub-network that is not of one width.
-        index: its position among the module's own columns, or -1 for a guest.
-        counts: the units that the sub-network keeps of each group of the plan, if the module has one.
-        cuts: name of a tensor -> which part of it is used; a tensor without an entry is used whole.
+        width: the width, or the counts of a sub-network without a single width.
+        index: position among the module's own columns, or -1 for a guest.
+        counts: units that the sub-network keeps of each group of the plan, if the module has one.
+        cuts: name of a tensor -> the part of it that is used; a tensor without an entry is used whole.
         values: name of a plain attribute -> its value.
-        sizes: the same for attributes that read as at full width.
-        caches: name of an attribute in which the forward keeps what it has computed -> its contents.
+        sizes: the same for attributes that keep their full value until extraction.
+        caches: name of an attribute in which the forward keeps results -> its contents.
     """
 
     def __init__(
@@ -51,23 +51,22 @@ class Column:
         self.caches: dict[str, object] = {}
 
     def enter(self, module: nn.Module) -> None:
-        """Put what a guest brings along into the module; called before it becomes active."""
+        """Add what a guest needs to the module, before it becomes active."""
 
     def leave(self, module: nn.Module) -> None:
-        """Undo `enter`; called when another column is about to become active."""
+        """Undo `enter`, before another column becomes active."""
 
     def keep(self, module: nn.Module) -> None:
-        """Put what the guest brings along into the module for good; called before it becomes one of its own."""
+        """Add what a guest needs to the module for good, before it becomes one of the module's own."""
 
     def drop(self, module: nn.Module) -> None:
         """Undo `keep`."""
 
 
 class WidthState(Active[Column]):
-    """The columns of one module, the full width first, and which is active.
+    """The columns of one module, the full width first, and the active one.
 
-    `index` is the position of the active column, or -1 for a guest. `plan` and `path` say which conversion the module
-    belongs to; layers made by hand have none.
+    `plan` is the plan of the conversion that made them, None for a module built by hand, and `path` the place in it.
     """
 
     def __init__(self, widths: tuple[float, ...]) -> None:
@@ -82,8 +81,8 @@ class WidthState(Active[Column]):
 
     @property
     def index(self) -> int:
-        """The position of the active column."""
-        return operator.index(self.active.index)  # a constant for torch.compile, also for that of torch 2.6
+        """The position of the active column, or -1 for a guest."""
+        return operator.index(self.active.index)  # makes it a constant for torch.compile, even in torch 2.6
 
     def add(self, column: Column) -> None:
         """Append a column."""
@@ -103,7 +102,7 @@ class WidthState(Active[Column]):
 
 def activate(module: nn.Module, column: Column) -> None:
     """Switch a module to one of its own columns or to a guest."""
-    state = _state(module)
+    state = slim_state(module)
     if state.active is not column:
         state.active.leave(module)
         column.enter(module)
@@ -113,28 +112,29 @@ def activate(module: nn.Module, column: Column) -> None:
 def keep(module: nn.Module, column: Column) -> None:
     """Make a guest one of the module's own columns."""
     column.keep(module)
-    _state(module).add(column)
+    slim_state(module).add(column)
 
 
 def forget(module: nn.Module, own: int) -> None:
-    """Switch a module to its full width, and remove all but its first `own` columns."""
-    state = _state(module)
+    """Switch a module to its full width and remove all but its first `own` columns."""
+    state = slim_state(module)
     activate(module, state.columns[0])
     while len(state.columns) > own:
         state.remove_last().drop(module)
 
 
-def _state(module: nn.Module) -> WidthState:
+def slim_state(module: nn.Module) -> WidthState:
+    """Return the width state of a module that has one."""
     return cast(WidthState, module.__dict__["_slim"])
 
 
 def state_of(module: nn.Module) -> WidthState | None:
-    """Return the width state of a module, or None if it does not react to widths."""
+    """Return the width state of a module, or None if it has no widths."""
     return module.__dict__.get("_slim")
 
 
 def is_slim(module: nn.Module) -> bool:
-    """Tell whether the module itself, not only a part of it, reacts to widths.
+    """Tell whether the module itself, not just a part of it, has widths.
 
     >>> is_slim(nn.Linear(4, 4))
     False

@@ -1,9 +1,9 @@
-"""The width view: any module, of any class, runs with the slices and sizes of its active width.
+"""The width view: a module of any class runs with the slices and sizes of its active width.
 
-`install_view` gives a module a generated subclass of its own class. Reading `module.weight` then gives the slice of the
-active width and `module.num_heads` the number of that width, so the class's own `forward` just works, also for classes
-that this library does not know. The Parameters themselves stay full-size, under their own names, where optimizers,
-state dicts and averages look for them. The generated class is a subclass of the original and has its name.
+`install_view` changes a module's class to a generated subclass of the same name. Reading `module.weight` then returns
+the slice of the active width, and `module.num_heads` the number at that width, so the class's own `forward` just works,
+even if this library has never seen it. The Parameters stay full-size under their own names, where optimizers, state
+dicts and weight averages look for them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view._classes import add_properties
 from slimmable.view.cuts import Cut, make_cut, take
-from slimmable.view.state import Column, Counts, WidthState, is_slim, state_of
+from slimmable.view.state import Column, Counts, WidthState, is_slim, slim_state, state_of
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that the module has without its view; for our own layers it is torch's.
+    """Return the class of the module without its view; for this library's layers, torch's class.
 
-    A subclass of one of our layers stays, since it may have a forward of its own.
+    A subclass of one of these layers is returned as it is, since it may have its own forward.
 
     >>> linear = nn.Linear(4, 4)
     >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {})
@@ -44,22 +44,22 @@ def install_view(
     sizes: Mapping[str, Sequence[object]] | None = None,
     caches: Mapping[str, object] | None = None,
 ) -> None:
-    """Let `module` run at several widths, in place; it starts at the full width.
+    """Let `module` run at several widths, in place, starting at the full width.
+
+    Without tensors and values, the module is only marked as having nothing to slim and keeps its class.
 
     Args:
-        module: any module; only its own tensors and attributes are concerned, not those of its children.
+        module: any module; its children are not affected.
         widths: from the widest, 1.0, to the narrowest.
-        tensors: name of a parameter, a buffer or a tensor attribute -> for each width -> for each axis what is kept.
+        tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
         values: name of a plain attribute -> its value at each width.
-        sizes: the same for attributes that read as at full width, such as `in_features`, which other code
-            sizes its heads by; only `narrow_values`, and so an extracted network, has their narrow value.
-        caches: attributes in which the module's own forward keeps what it has computed -> their value when empty.
-            Each width gets its own; assigning one drops what other widths keep.
-
-    With no tensors and no values the module is only marked as known to have nothing to slim; its class stays.
+        sizes: the same for attributes that always read as at full width, such as `in_features`, from which other code
+            sizes its heads; only `narrow_values`, and so extracted networks, have their narrow values.
+        caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
+            has its own; assigning one empties those of the others.
 
     Raises:
-        ConversionError: if the module has a view already, or a tensor does not exist or is too small.
+        ConversionError: if the module already has a view, or a tensor does not exist or is too small.
 
     >>> linear = nn.Linear(4, 4, bias=False)
     >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {"in_features": (4, 2)})
@@ -68,7 +68,7 @@ def install_view(
     (torch.Size([4, 2]), Linear(in_features=4, out_features=4, bias=False, widths=(1.0, 0.5), width=0.5))
     """
     if is_slim(module):
-        raise ConversionError(f"{type(module).__name__} has a width view already; remove it first with remove_view")
+        raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
     for what in (tensors, values, sizes or {}):
         for name, per_width in what.items():
@@ -88,7 +88,7 @@ def install_view(
 
 
 def remove_view(module: nn.Module) -> None:
-    """Undo `install_view`: the original class, full tensors and full values.
+    """Undo `install_view`: restore the original class, full tensors and full values.
 
     Raises:
         ConversionError: if the module has no view.
@@ -105,7 +105,7 @@ def remove_view(module: nn.Module) -> None:
 
 
 class GuestColumn(Column):
-    """A guest of a module with a view: it brings index buffers along, and properties for what was never cut before."""
+    """A guest of a module with a view, with its own index buffers, and properties for what was never cut before."""
 
     def __init__(
         self,
@@ -117,8 +117,7 @@ class GuestColumn(Column):
     ) -> None:
         self.buffers: dict[str, tuple[int, ...]] = {}
         super().__init__(width, _cuts(module, kept, self.buffers), values, sizes)
-        state = cast(WidthState, state_of(module))
-        self.caches = {name: empty_cache(blank) for name, blank in state.blanks.items()}
+        self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
         """Register the index buffers and add the properties."""
@@ -128,25 +127,25 @@ class GuestColumn(Column):
 
     def leave(self, module: nn.Module) -> None:
         """Remove the index buffers that the module does not keep."""
-        for buffer in self.buffers.keys() - cast(WidthState, state_of(module)).index_buffers.keys():
+        for buffer in self.buffers.keys() - slim_state(module).index_buffers.keys():
             delattr(module, buffer)
 
     def keep(self, module: nn.Module) -> None:
         """Add the index buffers to those that the module keeps."""
         self.enter(module)
-        kept = cast(WidthState, state_of(module)).index_buffers
+        kept = slim_state(module).index_buffers
         self.buffers = {name: indices for name, indices in self.buffers.items() if name not in kept}
         kept.update(self.buffers)
 
     def drop(self, module: nn.Module) -> None:
         """Remove the index buffers that `keep` added."""
         for buffer in self.buffers:
-            del cast(WidthState, state_of(module)).index_buffers[buffer]
+            del slim_state(module).index_buffers[buffer]
             delattr(module, buffer)
 
 
 def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]:
-    """Return the slices that the module has at a column, or at that of this index; they share memory where torch can.
+    """Return the slices that the module has at a column or column index; they share its memory where possible.
 
     A guest column must be the active one.
     """
@@ -159,7 +158,7 @@ def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]
 
 
 def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
-    """Return the plain attributes that the module has at a column, or at that of this index."""
+    """Return the plain attributes that the module has at a column or column index."""
     state = state_of(module)
     if state is None:
         return {}
@@ -176,7 +175,7 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]], buffers: dict[str, tuple[int, ...]]) -> dict[str, Cut]:
-    """Return the cuts of those tensors that are not whole, and add the index buffers that they need."""
+    """Return the cuts of the tensors that are not kept whole, and add the index buffers that they need."""
     found = {}
     for name, axes in kept.items():
         tensor = _full_tensor(module, name)

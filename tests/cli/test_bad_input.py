@@ -23,7 +23,7 @@ def refused(capsys, *arguments):
     ("options", "message"),
     [
         (["--widths", "0.5", "0.25"], "--widths: the full width 1.0 is missing"),
-        (["--widths", "1", "0.5", "0.5"], "comes twice"),
+        (["--widths", "1", "0.5", "0.5"], "appears twice"),
         (["--widths", "1", "0"], "not in (0, 1]"),
         (["--widths", "1", "nan"], "not in (0, 1]"),
         (["--widths", "1", "1.5"], "not in (0, 1]"),

@@ -65,7 +65,7 @@ def test_a_file_has_the_mode_of_new_files(tmp_path):
 
 def test_a_folder_is_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="give the path of a file"):
+    with pytest.raises(CheckpointError, match="pass the path of a file"):
         write_aside(Path("."), lambda aside: aside.write_text("done"))
 
 

@@ -48,12 +48,12 @@ def test_what_is_no_module(call, given):
 def test_modules_that_nothing_can_be_read_off():
     with pytest.raises(UsageError, match=r"0\.weight has no size yet; run the model once"):
         slimmable.slimify(nn.Sequential(nn.LazyLinear(4)), example_inputs=X)
-    with pytest.raises(UsageError, match="before it is scripted"):
+    with pytest.raises(UsageError, match="from before scripting"):
         slimmable.slimify(torch.jit.trace(network().eval(), X), example_inputs=X)
 
 
 def test_a_model_of_which_nothing_gets_thinner():
-    with pytest.warns(UserWarning, match="nothing in this Linear gets thinner"):
+    with pytest.warns(UserWarning, match="nothing in this Linear gets narrower"):
         slim = slimmable.slimify(nn.Linear(4, 2), (1.0, 0.5), example_inputs=X)
     with slimmable.at_width(slim, 0.5):
         assert slim(X).shape == (2, 2)

@@ -279,9 +279,9 @@ def test_what_timm_does_not_make_so_needs_arguments_or_the_plain_network(setting
     x = torch.randn(2, 3, 64, 64)
     plain = oracles.randomise(timm.create_model("resnet10t", num_classes=3, **settings).eval())
     model = slimmable.slimify(plain, WIDTHS, example_inputs=x)
-    with pytest.warns(UserWarning, match="if arguments make it, give them"):
+    with pytest.warns(UserWarning, match="if arguments make it, pass them"):
         slimmable.save(model, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="ResNet that timm does not make so"):
+    with pytest.raises(CheckpointError, match="ResNet and no recipe for timm"):
         slimmable.load(tmp_path / "model.safetensors")
     same(slimmable.load(tmp_path / "model.safetensors", plain), model, x)
     slimmable.save(model, tmp_path / "model.safetensors", arguments={"num_classes": 3, **settings})

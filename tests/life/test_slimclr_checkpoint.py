@@ -249,7 +249,7 @@ def test_a_sliced_classifier_stays_one(images):
 def test_other_widths(widths, images):
     net = resnet50(widths, Switch(widths, 5))
     tensors = net.state_dict()
-    with pytest.raises(CheckpointError, match=r"give them as load_slimclr\(\.\.\., widths="):
+    with pytest.raises(CheckpointError, match=r"pass them, as in load_slimclr\(\.\.\., widths="):
         load_slimclr(tensors)
     scores = [F.linear(x, at.weight, at.bias) for x, at in zip(features_of(net, images), net.fc.linears, strict=True)]
     assert_outputs(load_slimclr(tensors, widths=widths), images, scores)
@@ -301,7 +301,7 @@ def test_what_is_no_checkpoint(tmp_path, state):
         with pytest.raises(CheckpointError, match="cannot be read; it is damaged"):
             load_slimclr(path)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(CheckpointError, match="holds no state dict, but Tensor"):
+    with pytest.raises(CheckpointError, match="holds no state dict, but a Tensor"):
         load_slimclr(path)
     for nothing in ({"state_dict": 3}, {"state_dict": None}):
         with pytest.raises(CheckpointError, match="the checkpoint holds no state dict"):
