@@ -1,4 +1,4 @@
-"""The program `slimmable`, also `python -m slimmable`."""
+"""Entry point of the program `slimmable`, also run by `python -m slimmable`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimmable.errors import SlimmableError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for input that cannot be used, 130 when interrupted.
+    """Run one command and return its exit code: 0, 2 for unusable input, 130 when interrupted.
 
     >>> main(["plan", "resnet1"])
     2

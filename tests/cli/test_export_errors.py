@@ -97,7 +97,7 @@ def test_options_that_a_saved_model_settles(tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     slimmable.save(slimmable.slimify(timm.create_model(NAME, num_classes=3), (1.0, 0.5)), path)
     said = refused(capsys, path, "--width", "0.5", "--num-classes", "4", "--output", tmp_path / "out")
-    assert "is a saved model, which settles what --num-classes would say" in said
+    assert "is a saved model, which already determines --num-classes; leave it out" in said
 
 
 def test_image_sizes_that_a_saved_model_does_not_take(tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_folder_that_cannot_be_made(tmp_path, capsys):
 def test_folder_that_is_no_run(tmp_path, capsys):
     assert "is a folder without config.json" in refused(capsys, tmp_path, "--width", "1")
     (tmp_path / "config.json").write_text("{}")
-    assert "config.json is of another version" in refused(capsys, tmp_path, "--width", "1")
+    assert "config.json was written by another version" in refused(capsys, tmp_path, "--width", "1")
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -141,7 +141,7 @@ def test_folder_that_is_no_run(tmp_path, capsys):
 )
 def test_options_that_a_run_settles(run, capsys, option):
     before = set(run.iterdir())
-    assert f"which settles what {option[0]} would say" in refused(capsys, run, "--width", "1", *option)
+    assert f"which already determines {option[0]}; leave it out" in refused(capsys, run, "--width", "1", *option)
     assert set(run.iterdir()) == before
 
 
