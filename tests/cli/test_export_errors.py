@@ -116,7 +116,7 @@ def test_missing_package_names_the_extra(tmp_path, capsys, monkeypatch, package)
     options = ["--width", "1", "--format", "pt2", "--format", "onnx"]
     message = refused(capsys, NAME, *options, "--output", tmp_path / "out")
     assert f"needs {package}" in message
-    assert 'pip install ".[onnx]" (in the clone of slimmable)' in message
+    assert 'pip install ".[onnx]" (in a clone of slimmable)' in message
     assert os.listdir(tmp_path) == []
 
 
@@ -179,7 +179,7 @@ def test_weights_of_another_model(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model(NAME, num_classes=10).state_dict(), path)
     message = refused(capsys, NAME, "--width", "1", "--checkpoint", path, "--output", tmp_path / "out")
-    assert "fc.weight has shape (10, 96), the model's has (1000, 96)" in message
+    assert "of another shape: fc.weight (10, 96), expected (1000, 96)" in message
     assert os.listdir(tmp_path) == ["weights.pth"]
 
 
