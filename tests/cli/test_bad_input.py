@@ -1,6 +1,7 @@
 """What the commands say to input that they cannot use: one message, exit code 2, nothing made or changed."""
 
 import json
+import re
 
 import pytest
 from torch import nn

@@ -31,10 +31,10 @@ def refused(capsys, *arguments):
     [
         (
             ["resnet_18", "--width", "1"],
-            "resnet_18 is no folder and no file, so it is neither a pre-training run nor saved; and timm has no",
+            "resnet_18 is neither a folder nor a file, and not a model either: timm has no",
         ),
         (["resnet_18", "--width", "1"], "Did you mean resnet18"),
-        (["runs/none", "--width", "1"], "runs/none is no folder and no file"),
+        (["runs/none", "--width", "1"], "runs/none is neither a folder nor a file"),
         ([NAME, "--width", "0.3"], "--width 0.3 is not one of --widths (1.0, 0.75, 0.5, 0.25)"),
         ([NAME, "--width", "nan"], "--width nan is not one of"),
         ([NAME, "--width", "1", "--widths", "0.5", "0.25"], "full width 1.0 is missing"),
@@ -74,7 +74,7 @@ def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
         ("truncated", "it is damaged"),
         ("foreign", "was not written by slimmable.save"),
         ("narrow", "holds one narrow network"),
-        ("stranger", "holds a network that timm does not make so"),
+        ("stranger", "holds a network that timm cannot make"),
     ],
 )
 def test_files_that_hold_no_converted_timm_model(tmp_path, capsys, content, message):
@@ -105,7 +105,7 @@ def test_image_sizes_that_a_saved_model_does_not_take(tmp_path, capsys):
     settings = {"img_size": 64, "dynamic_img_size": False}
     slim = slimmable.slimify(timm.create_model("test_vit", **settings), (1.0, 0.5))
     slimmable.save(slim, path, arguments=settings)
-    for size, message in ((0, "must be at least 1, got 0"), (96, "does not take images of 96 x 96 pixels")):
+    for size, message in ((0, "must be at least 1, got 0"), (96, "does not accept images of 96 x 96 pixels")):
         said = refused(capsys, path, "--width", "0.5", "--image-size", size, "--output", tmp_path / "out")
         assert message in said
 
@@ -186,7 +186,7 @@ def test_weights_of_another_model(tmp_path, capsys):
 def test_pretrained_weights_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", fails)
     message = refused(capsys, NAME, "--width", "1", "--pretrained", "--output", tmp_path / "out")
-    assert "the pretrained weights of test_resnet cannot be fetched (OSError: no route" in message
+    assert "the pretrained weights of test_resnet cannot be downloaded (OSError: no route" in message
     assert "--checkpoint" in message
     assert os.listdir(tmp_path) == []
 
