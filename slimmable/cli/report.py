@@ -68,7 +68,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def read_report(folder: Path) -> dict[float, Row]:
-    """Return the rows of `metrics.csv` in `folder` by width, of a gated run only the dense network's; see `read_rows`."""
+    """Return the rows of `metrics.csv` in `folder` by width; those of a gated run are its dense network's only."""
     return {row.width: row for row in read_rows(folder) if row.kind in ("", DENSE)}
 
 

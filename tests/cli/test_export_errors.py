@@ -73,7 +73,7 @@ def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
     [
         ("truncated", "it is damaged"),
         ("foreign", "was not written by slimmable.save"),
-        ("narrow", "holds one narrow network"),
+        ("narrow", "holds a single narrow network"),
         ("stranger", "holds a network that timm cannot make"),
     ],
 )
