@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from slimmable._atomic import write_aside
 from slimmable.cli.extras import require, say
@@ -20,14 +20,15 @@ LOG = "losses.csv"
 Values = Mapping[str, float]
 
 
-class Logger(Protocol):
+class Logger:
     """Writes the metrics of a step under flat names such as `train_loss/w0.5`."""
 
     def log(self, step: int, values: Values) -> None:
         """Write the metrics of one step."""
+        raise NotImplementedError
 
     def flush(self) -> None:
-        """Write to disk what is still buffered."""
+        """Write to disk what is still buffered; by default nothing is."""
 
 
 class CsvLog(Logger):

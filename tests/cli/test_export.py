@@ -218,8 +218,6 @@ def test_a_model_that_counts_its_images_takes_one_a_call(tmp_path):
 def test_a_program_that_gives_other_outputs_is_refused(tmp_path, kind):
     message = rf"width-0.5.{kind} differs from the model .* no file was written"
     with pytest.raises(slimmable.SlimmableError, match=message):
-        slimmable.SlimmableError, match=rf"width-0.5.{kind} differs from the model .* no file was written"
-    ):
         export(source_of(Mean(noise=1.0)), [0.5], [kind], tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
