@@ -1,4 +1,4 @@
-"""The command-line program `slimmable`, also run as `python -m slimmable`."""
+"""Entry point of the program `slimmable`, also run by `python -m slimmable`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimmable.errors import SlimmableError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 for success, 2 for unusable input, 130 when interrupted.
+    """Run one command and return its exit code: 0, 2 for unusable input, 130 when interrupted.
 
     >>> main(["plan", "resnet1"])
     2

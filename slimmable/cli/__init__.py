@@ -1,1 +1,1 @@
-"""The commands of the program `slimmable`, and what they work with."""
+"""The command line: the program `slimmable` and its commands."""

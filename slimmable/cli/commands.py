@@ -1,6 +1,6 @@
-"""The commands of the program `slimmable`: their options, their parser, and what each of them does.
+"""The commands of the program `slimmable`: their options, the parser, and what each command does.
 
-Torch is imported by the commands, not by the parser, so that `--help` is quick.
+Only the commands import torch, which keeps `--help` fast.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class EvaluateOptions:
     run: Path = option(help="folder of a pre-training run", metavar="RUN")
     probes: tuple[str, ...] = option(
         ("knn", "linear"),
-        "linear: one classifier per width; slimmable: one for all widths; ridge: in closed form",
+        "linear: one classifier per width; slimmable: one for all widths; ridge: solved in closed form",
         choices=("knn", "linear", "slimmable", "ridge"),
     )
     workers: int | None = workers_option()
@@ -73,27 +73,28 @@ class ExportOptions:
     """The options of `export`."""
 
     model: str = option(
-        help="a timm model, a file of slimmable.save, or the folder of a pre-training run", metavar="MODEL_OR_RUN"
+        help="a timm model, a file written by slimmable.save, or the folder of a pre-training run",
+        metavar="MODEL_OR_RUN",
     )
     width: tuple[float | str, ...] = option(
-        help="width to write, or all; may be given again", type=_width, action="append", required=True, metavar="W"
+        help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
     )
     format: tuple[str, ...] | None = option(
         None,
         "pt2: a program for torch.export.load; onnx: one for any ONNX runtime; safetensors: weights for "
-        "slimmable.load; may be given again",
+        "slimmable.load; can be repeated",
         choices=("pt2", "onnx", "safetensors"),
-        shown="pt2, and onnx where it is installed",
+        shown="pt2, and onnx if it is installed",
         action="append",
     )
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
-    widths: tuple[float, ...] | None = _widths("for a timm model, except that a file takes --image-size, too")
+    widths: tuple[float, ...] | None = _widths("for a timm model only, except that a file also takes --image-size")
     checkpoint: Path | None = option(
-        None, "weights of the plain or the converted model, by torch.save or safetensors", metavar="FILE"
+        None, "weights of the plain or the converted model, saved by torch.save or as safetensors", metavar="FILE"
     )
-    pretrained: bool = option(False, "timm's own weights, trained at the full width only")
+    pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
     num_classes: int | None = option(
-        None, "size of the classifier; 0: a backbone that gives features", within=at_least(0), metavar="N"
+        None, "size of the classifier; 0: a backbone that outputs features", within=at_least(0), metavar="N"
     )
     image_size: int | None = _image_size()
 
@@ -116,7 +117,7 @@ class ProfileOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class Command:
-    """A command: a line of help, the dataclasses of its options, and the function that takes those that were given."""
+    """A command: a line of help, the dataclasses of its options, and the function that takes the given options."""
 
     help: str
     options: tuple[type, ...]
@@ -142,7 +143,7 @@ def pretrain(given: dict[str, Any]) -> int:
 
 
 def evaluate(given: dict[str, Any]) -> int:
-    """Evaluate the last weights of a run again and replace its report."""
+    """Evaluate the final weights of a run again and replace its report."""
     own = _take(EvaluateOptions, given)
     from slimmable.cli.data import load_images
     from slimmable.cli.evaluation import evaluate_run
@@ -157,13 +158,13 @@ def evaluate(given: dict[str, Any]) -> int:
 
 
 def export(given: dict[str, Any]) -> int:
-    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+    """Write widths of a timm model, a saved model or a run as files for other programs, plus a model card."""
     settled: dict[str, Any] = {
         name: given[name] for name in ("widths", "checkpoint", "pretrained", "num_classes") if name in given
     }
     own = _take(ExportOptions, given)
     if own.pretrained and own.checkpoint is not None:
-        raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights are from")
+        raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
     from slimmable.cli.export import export as write
     from slimmable.cli.source import file_source, kind_of, run_source, timm_source
 
@@ -172,9 +173,7 @@ def export(given: dict[str, Any]) -> int:
         known = _checked(own.widths)
         for asked in own.width:
             if asked != ALL and asked not in known:
-                raise WidthError(
-                    f"--width {asked} is not one of --widths {known}, which {own.model} is converted to; add it"
-                )
+                raise WidthError(f"--width {asked} is not one of --widths {known}; add it there to export {own.model}")
         source = timm_source(own.model, known, own.checkpoint, own.pretrained, own.num_classes, own.image_size)
         folder = own.output or Path("runs/export", own.model)
     else:
@@ -183,20 +182,20 @@ def export(given: dict[str, Any]) -> int:
         if settled:
             what = "the folder of a run" if kind == "run" else "a saved model"
             names = ", ".join(map(flag, settled))
-            raise UsageError(f"{own.model} is {what}, which settles what {names} would say; leave it out")
+            raise UsageError(f"{own.model} is {what}, which already determines {names}; leave it out")
         path = Path(own.model)
         source = run_source(path) if kind == "run" else file_source(path, own.image_size)
         folder = own.output or (path if kind == "run" else Path("runs/export", path.stem))
     widths = source.widths if ALL in own.width else [asked for asked in own.width if not isinstance(asked, str)]
     for file in write(source, widths, own.format, folder):
-        note = "" if file.any_batch else "; it takes one image a call"
+        note = "" if file.any_batch else "; it takes one image per call"
         say(f"wrote {folder / file.name} ({file.size / 1e6:.2f} MB), off by {file.off:.0e} of the largest output{note}")
     say(f"wrote {folder / 'README.md'}, the model card")
     return 0
 
 
 def profile(given: dict[str, Any]) -> int:
-    """Print what each width of a timm model costs."""
+    """Print the cost of each width of a timm model."""
     own = _take(ProfileOptions, given)
     from slimmable._atomic import write_aside
     from slimmable._convert import slimify
@@ -211,7 +210,7 @@ def profile(given: dict[str, Any]) -> int:
 
 
 def plan(given: dict[str, Any]) -> int:
-    """Print what of a timm model would be slimmed."""
+    """Print which parts of a timm model would be slimmed."""
     own = _take(ModelOptions, given)
     from slimmable._convert import plan as make_plan
 
@@ -229,15 +228,15 @@ COMMANDS = {
     "profile": Command(
         "parameters, MACs, activations and latency of a timm model per width", (ProfileOptions,), profile
     ),
-    "plan": Command("what of a timm model would be slimmed, and what stays full and why", (ModelOptions,), plan),
+    "plan": Command("what would be slimmed in a timm model, and what stays full and why", (ModelOptions,), plan),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in a line, without listing every option before it."""
+    """A parser that reports an error in one line, without listing every option first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists what there is\n")
+        self.exit(2, f"{self.prog}: {message}\nRun `{self.prog} --help` for help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -255,10 +254,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
-    """Return the command of a command line and the options that were given.
+    """Return the command and the given options of a command line.
 
-    Exits like argparse: with 0 after `--help` and `--version`, with 2 and a message for what cannot be understood, and
-    with 2 and the help for nothing at all.
+    Exits as argparse does: with 0 after `--help` and `--version`, and with 2 and a message on an error. An empty
+    command line prints the help and exits with 2.
     """
     parser = make_parser()
     if not argv:
@@ -284,10 +283,7 @@ def _suggestion(typed: str, known: Iterable[str]) -> str:
 
 
 def _take(options: type[_T], given: dict[str, Any]) -> _T:
-    """Move the options of a dataclass from `given` to an instance of it.
-
-    Raises: UsageError: if a value is out of range.
-    """
+    """Move the options of a dataclass from `given` to a checked instance of it."""
     names = [each.name for each in fields(options)]  # type: ignore[arg-type]
     taken = options(**{name: given.pop(name) for name in names if name in given})
     check(taken)
@@ -295,10 +291,7 @@ def _take(options: type[_T], given: dict[str, Any]) -> _T:
 
 
 def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
-    """Return the widths of the option, or its default.
-
-    Raises: WidthError: if they cannot be used.
-    """
+    """Return the checked widths of `--widths`, or its default."""
     try:
         return check_widths(widths or DEFAULT_WIDTHS)
     except WidthError as error:
@@ -306,7 +299,7 @@ def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
 
 
 def _timm_model(options: ModelOptions) -> tuple[torch.nn.Module, torch.Tensor]:
-    """Return a timm model and two images of zeros that it takes."""
+    """Return a timm model and a batch of two zero images for it."""
     import torch
 
     from slimmable.cli.networks import timm_backbone
@@ -317,10 +310,7 @@ def _timm_model(options: ModelOptions) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def _find_device(name: str | None) -> torch.device:
-    """Return the device of this name, or the accelerator if there is one.
-
-    Raises: UsageError: if there is no such device.
-    """
+    """Return the device of this name; by default cuda if available, otherwise the CPU."""
     import torch
 
     if name is None:
@@ -334,6 +324,6 @@ def _find_device(name: str | None) -> torch.device:
 
 
 def _count_workers(given: int | None) -> int:
-    """Return how many processes read images: one beside each process that trains, more where there are processors."""
+    """Return how many workers read images for each training process: by default up to 8, as processors allow."""
     shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(0, shared - 1)) if given is None else given

@@ -1,4 +1,4 @@
-"""The images that the commands train and evaluate on: cluttered digits, or a folder with one folder per class."""
+"""Images to train and evaluate on: cluttered digits, or a folder with one folder per class."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from slimmable.errors import DataError
 _SMALLEST_CANVAS = 20
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_SHARE = 0.2
-_NAMED = 10  # broken files named in one message
-_TRIED = 50_000  # files that are decoded beforehand; of more, a broken one shows when its turn comes
+_NAMED = 10  # broken files listed in one message
+_TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
 
 Files = Mapping[str, Sequence[Path]]
 
 
 class ImageSet(Protocol):
-    """Images by number: uint8, shape (channels, height, width), of any sizes; a tensor of all of them is one."""
+    """Images by index, uint8 of shape (channels, height, width), of any sizes; a tensor of images is one too."""
 
     def __len__(self) -> int: ...
 
@@ -41,9 +41,9 @@ class ImageSet(Protocol):
 class Images:
     """Training and held-out images with their classes.
 
-    The labels have shape (images,) and dtype int64; except for supervised training they serve for evaluation only.
-    `handwriting` says that the images show characters, which mirroring would spoil. `digest` identifies the files of a
-    folder: their number and a hash of their names.
+    The labels have shape (images,) and dtype int64. Only supervised training and evaluation use them. `handwriting`
+    says that the images show characters, which must not be mirrored. `digest` identifies the files of a folder by their
+    number and a hash of their names.
     """
 
     train: ImageSet
@@ -57,7 +57,7 @@ class Images:
 
 
 def load_images(config: PretrainConfig) -> Images:
-    """Make or find the images of `config`; the split does not depend on the run's seed."""
+    """Return the images of `config`; the split does not depend on the run's seed."""
     if config.data == DIGITS:
         return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
     return folder_images(Path(config.data), seed=0, say=say if is_first() else lambda text: None)
@@ -66,12 +66,12 @@ def load_images(config: PretrainConfig) -> Images:
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
     """Return `train` and `test` cluttered digits of `size` x `size` pixels, the same ones for the same `seed`.
 
-    Real data that ships with scikit-learn, made hard enough that pixels alone do not solve it: an 8x8 handwritten digit
-    is drawn at a random place, scale and rotation on a larger canvas, together with a fragment of another digit as
-    clutter (Mnih et al., *Recurrent Models of Visual Attention*, 2014, section 4). Training and held-out images are
-    made from different handwritten digits.
+    The digits ship with scikit-learn and are made too hard to classify by their pixels alone: each 8x8 handwritten
+    digit is drawn at a random place, scale and rotation on a larger canvas, with a fragment of another digit as clutter
+    (Mnih et al., *Recurrent Models of Visual Attention*, 2014, section 4). Training and held-out images are made from
+    different handwritten digits.
 
-    Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter beside it.
+    Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
 
     >>> images = cluttered_digits(train=20, test=10)
     >>> images.train.shape, images.test.shape, images.train.dtype
@@ -79,7 +79,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     """
     if size < _SMALLEST_CANVAS:
         raise DataError(
-            f"digits on a canvas of {size} pixels cannot be drawn; use --image-size {_SMALLEST_CANVAS} or more"
+            f"digits cannot be drawn on a canvas of {size} pixels; use --image-size {_SMALLEST_CANVAS} or more"
         )
     digits, labels = _handwriting()
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
 
 
 def _handwriting() -> tuple[Tensor, Tensor]:
-    """The 1,797 digits of scikit-learn, shape (1797, 1, 8, 8) in [0, 1], and their labels."""
+    """Return the 1,797 digits of scikit-learn, shape (1797, 1, 8, 8) in [0, 1], and their labels."""
     data = require("sklearn.datasets", "scikit-learn").load_digits()
     return torch.from_numpy(data.images).float().div(16).unsqueeze(1), torch.from_numpy(data.target).long()
 
@@ -121,11 +121,11 @@ def _fragment(digits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Draw every digit 12 to 18 pixels tall, turned by up to 20 degrees, at a random place inside the canvas."""
+    """Draw every digit 12 to 18 pixels tall, rotated by up to 20 degrees, at a random place inside the canvas."""
     count = len(digits)
     pixels = 12 + 6 * torch.rand(count, generator=generator)
     angle = math.radians(20) * (2 * torch.rand(count, generator=generator) - 1)
-    room = (1 - pixels / size).unsqueeze(1)  # of the centre, in the canvas's coordinates from -1 to 1
+    room = (1 - pixels / size).unsqueeze(1)  # how far the centre can move, in canvas coordinates from -1 to 1
     centre = room * (2 * torch.rand(count, 2, generator=generator) - 1)
     cos, sin = angle.cos() * size / pixels, angle.sin() * size / pixels
     linear = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
@@ -145,25 +145,20 @@ class FolderImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Decode one file.
-
-        Raises: DataError: if it cannot be read.
-        """
+        """Decode one file, or raise DataError if it cannot be read."""
         found = _decode(self.paths[index])
         if isinstance(found, str):
-            raise DataError(
-                f"{self.paths[index]} cannot be read ({found}); put one that can in its place, then go on with --resume"
-            )
+            raise DataError(f"{self.paths[index]} cannot be read ({found}); replace it, then continue with --resume")
         return found
 
 
 def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images:
-    """Find `folder/<class>/<image>`.
+    """Return the images in `folder/<class>/<image>`.
 
-    A fifth of each class is held out, chosen by `seed`; where the folder has `train` and `test` (or `val`) folders of
-    classes, those are taken. Of up to 50,000 files, broken ones are left out; `say` gets their names and number.
+    A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders `train`
+    and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
 
-    Raises: DataError: if there is no folder, no image that can be read, or no class left in one of the two parts.
+    Raises: DataError: if there is no such folder, or no readable image to train on or hold out.
     """
     if not folder.is_dir():
         raise DataError(f"--data {folder}: there is no such folder")
@@ -178,7 +173,7 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     train, test = parts if split else _hold_out(parts[0], seed)
     for part, images in (("train on", train), ("hold out", test)):
         if not any(images.values()):
-            raise DataError(f"--data {folder}: no image left to {part}; {found} files were found")
+            raise DataError(f"--data {folder}: no image left to {part}; {found} files were found there")
     train_images, train_labels = _listed(train, files)
     test_images, test_labels = _listed(test, files)
     digest = _digest(folder, train_images, test_images)
@@ -192,7 +187,7 @@ def _digest(folder: Path, *parts: FolderImages) -> str:
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
-    """Return class name -> image files, both in alphabetical order."""
+    """Return the image files of each class, both in alphabetical order."""
     files = {
         folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
         for folder in sorted(root.iterdir())
@@ -208,7 +203,7 @@ def _classes(root: Path) -> dict[str, list[Path]]:
 
 
 def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[str, list[Path]]]:
-    """Leave out the files that cannot be read, and name them."""
+    """Leave out and report the files that cannot be read."""
     paths = [path for part in parts for listed in part.values() for path in listed]
     with ThreadPoolExecutor() as pool:
         reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
@@ -221,22 +216,22 @@ def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[s
 
 
 def _decode(path: str) -> Tensor | str:
-    """Return the image, or in a few words why it cannot be read."""
+    """Return the image, or the reason why it cannot be read."""
     try:
         with Image.open(path) as file:
             picture = _eight_bits(file).convert("RGB")
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return data.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
-    except Exception as error:  # decoders raise whatever a broken file makes them raise
+    except Exception as error:  # decoders raise many kinds of errors on broken files
         return str(error) or type(error).__name__
 
 
 def _eight_bits(picture: Any) -> Any:
-    """Return a picture of 16 bits with 8, since its conversion would cut off what is above 255; others as they are."""
+    """Return the picture, reduced from 16 to 8 bits if necessary, because Pillow would clip its values at 255."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return picture.convert("I").point(lambda value: value / 256).convert("L")
     if picture.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, whose range is unknown; write it with 8 or 16")
+        raise ValueError("pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
     return picture
 
 

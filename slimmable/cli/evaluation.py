@@ -1,4 +1,4 @@
-"""What the networks of a run are worth: features in one pass over the images, then probes on them."""
+"""Evaluation of the networks of a run: features in one pass over the images, then probes on the features."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from slimmable.gating import calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 KNN_LOG = "knn.csv"
-_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks; those of Krishna et al. 2023
+_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
-_VOTERS = 50_000  # training images that vote in kNN while a run trains
+_VOTERS = 50_000  # training images that vote in kNN during training
 
 Key = TypeVar("Key")
 
 
 def features_at_widths(backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0) -> dict[float, Tensor]:
-    """Return width -> features in eval mode, of shape (images, features), float32, on the CPU."""
+    """Return the features at each width in eval mode, of shape (images, features), float32, on the CPU."""
     settings = {width: partial(at_width, backbone, width) for width in widths_of(backbone)}
     return features_in(settings, backbone, images, workers)
 
@@ -51,12 +51,12 @@ def features_in(
     images: Plain | Subset[Tensor],
     workers: int = 0,
 ) -> dict[Key, Tensor]:
-    """Return the features of the backbone in each setting, as `features_at_widths` does.
+    """Return the features of the backbone in each setting, in the form of `features_at_widths`.
 
     Args:
-        settings: by name, what makes the `with` block that a forward runs in.
-        backbone: gives features of shape (batch, features).
-        images: are read once for all settings.
+        settings: by name, a function that returns the context manager for a forward.
+        backbone: network that outputs features of shape (batch, features).
+        images: images, read once for all settings.
         workers: processes that read them.
     """
     device = next(backbone.parameters()).device
@@ -73,10 +73,10 @@ def features_in(
 def features_of_passes(
     backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the features of the dense and of the gated pass, and what the latter costs.
+    """Return the features of the dense and the gated pass, and the cost of the latter.
 
-    Returns: pass -> features in eval mode, of shape (images, features), float32; and for each image the multiply-adds
-        of the gated pass, the gates' own included, over those of the dense one, of shape (images,).
+    Returns: the features of each pass, in the form of `features_at_widths`; and for each image the multiply-adds of the
+        gated pass, including those of the gates, over those of the dense one, of shape (images,).
     """
     shares: list[Tensor] = []
 
@@ -93,14 +93,14 @@ def features_of_passes(
 
 @contextmanager
 def _untrained_gates_allowed() -> Iterator[None]:
-    """Do not warn of untrained gates, which a report compares with trained ones."""
+    """Suppress the warning about untrained gates, which a report compares with trained ones."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         yield
 
 
 def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
-    """Set the gates to the budget of the run, in place, on some of the training images; return what they cost then."""
+    """Calibrate the gates to the run's budget, in place, on some training images; return the cost they reach."""
     assert config.gate_budget is not None
     with _untrained_gates_allowed():
         return calibrate_gates(backbone, _calibration_images(config, images), config.gate_budget)
@@ -118,7 +118,7 @@ def evaluate_run(
     probes: Sequence[ProbeName] = PROBES,
     workers: int = 0,
 ) -> str:
-    """Evaluate `backbone` and the same network untrained, write the report, and return the table as Markdown."""
+    """Evaluate the networks of a run, write the report, and return the table as Markdown."""
     return report_run(config, folder, rows_of_run(config, backbone, images, probes, workers), images)
 
 
@@ -137,13 +137,13 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 def rows_of_run(
     config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, and the same ones untrained.
+    """Evaluate every network of a run, trained and untrained.
 
     Args:
-        config: of the run.
-        backbone: trained; the gates of one that has them are calibrated.
-        images: of the run.
-        probes: that measure the features.
+        config: settings of the run.
+        backbone: trained backbone; its gates, if any, must be calibrated.
+        images: images of the run.
+        probes: probes to evaluate on the features.
         workers: processes that read images.
     """
     device = next(backbone.parameters()).device
@@ -159,8 +159,8 @@ def rows_of_run(
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
     """Return the plain networks of a run, by the names of their rows.
 
-    Of a gated run these are the dense one and the static ones: the channels that are open most, within each budget that
-    can be had.
+    A gated run has the dense network and the static ones, which keep the most open channels within each budget that is
+    within reach.
     """
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
@@ -169,13 +169,13 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
     for budget in sorted({*_BUDGETS, config.gate_budget}, reverse=True):
         try:
             networks[f"{STATIC} {budget:g}"] = extract_gated(backbone, some, budget=budget)
-        except UsageError:  # one unit for each gate costs more
+        except UsageError:  # even one unit per gate costs more
             break
     return networks
 
 
 class _Prober:
-    """Measures networks on the images of a run: probe -> accuracy, with a prefix before the names of the probes."""
+    """Accuracy of every probe for networks on the images of a run; the probes' names can get a prefix."""
 
     def __init__(self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int) -> None:
         self.images, self.probes, self.workers = images, probes, workers
@@ -191,7 +191,7 @@ class _Prober:
         return self._accuracies(known, asked, prefix)
 
     def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
-        """Measure the dense and the gated pass; also return what the latter costs on average over the former."""
+        """Measure the dense and the gated pass; also return the mean cost of the latter over the former."""
         known, _ = features_of_passes(network, self.train, self.workers)
         asked, costs = features_of_passes(network, self.test, self.workers)
         found = {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}
@@ -213,7 +213,7 @@ class _Prober:
 
 
 def _rows_of_gated_run(config: PretrainConfig, backbone: nn.Module, untrained: nn.Module, prober: _Prober) -> list[Row]:
-    """Evaluate both passes and the static networks; the gates of `untrained` are set to the budget, in place."""
+    """Evaluate both passes and the static networks; this calibrates the gates of `untrained`, in place."""
     dense, *static = plain_networks(config, backbone, prober.images).items()
     shares, cost = prober.of_passes(backbone)
     shares |= {name: prober.of_plain(network) for name, network in static}
@@ -231,7 +231,7 @@ def _rows_of_gated_run(config: PretrainConfig, backbone: nn.Module, untrained: n
 
 
 def epochs_between(config: PretrainConfig, asked: int | None) -> int:
-    """Return the number of epochs between two evaluations, 0 for none; by default a tenth of a run with gates.
+    """Return the number of epochs between evaluations, 0 for none; by default a tenth of a gated run.
 
     >>> epochs_between(PretrainConfig(), None), epochs_between(PretrainConfig(), 3)
     (0, 3)
@@ -242,25 +242,25 @@ def epochs_between(config: PretrainConfig, asked: int | None) -> int:
 
 
 class Watch:
-    """Writes the kNN accuracy of every network of a run to `knn.csv`, without any effect on the training.
+    """Log of the kNN accuracy of every network of a run in `knn.csv`, without any effect on the training.
 
     Args:
-        training: of the run; rows of steps that it has not done are dropped.
-        folder: of the run.
-        loggers: that get the numbers too.
+        training: the training to watch; existing rows of steps that it has not done are dropped.
+        folder: folder of the run.
+        loggers: further loggers of the same numbers.
     """
 
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
         self.training = training
         config = training.config
-        # of a universal model the other widths have no statistics before the end
+        # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         passes = ["knn/dense", "knn/gated", "gated_share"]
         self.columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
         self.loggers = [CsvLog(folder / KNN_LOG, self.columns, training.step), *loggers]
 
     def look(self) -> str:
-        """Evaluate, write a row, and return a line that says the same."""
+        """Evaluate, log the numbers, and return them as a line of text."""
         found = self._evaluate()
         for logger in self.loggers:
             logger.log(self.training.step, found)
@@ -270,7 +270,7 @@ class Watch:
         return "kNN accuracy in %  " + "  ".join(f"{name}: {share:.1f}" for name, share in shares.items()) + costs
 
     def _evaluate(self) -> dict[str, float]:
-        """Return the numbers of a row by column; gates decide without noise, at the thresholds of the training."""
+        """Return the numbers of a row by column; gates decide without noise, at the thresholds used in training."""
         config, images, backbone = self.training.config, self.training.images, self.training.method.backbone
         train = some_of(Plain(images.train, config.image_size), _VOTERS)
         test = Plain(images.test, config.image_size)

@@ -1,4 +1,4 @@
-"""`slimmable export`: widths of a model as files for other programs, each checked against the model, and a card."""
+"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class File:
     """An exported file.
 
     Attributes:
-        name: of the file; its suffix is the format.
-        width: of the network in it.
-        size: in bytes.
-        off: largest difference to the model's outputs, as a share of the largest output.
-        any_batch: whether it takes any number of images, or one a call.
+        name: name of the file; its suffix is the format.
+        width: width of the network in it.
+        size: size in bytes.
+        off: largest difference from the model's outputs, relative to the largest output.
+        any_batch: whether it takes any number of images, or only one per call.
     """
 
     name: str
@@ -60,18 +60,18 @@ class File:
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
-    """Write `source` at `widths` into the folder `output`, run each file, and add a model card; all of it or nothing.
+    """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
     Args:
-        source: what to export.
-        widths: some of those of `source`.
-        formats: "pt2", "onnx", "safetensors"; by default pt2, and onnx where it is installed.
-        output: made where it does not exist.
+        source: the model to export.
+        widths: widths of `source`.
+        formats: "pt2", "onnx", "safetensors"; by default pt2, and onnx if it is installed.
+        output: folder, created if it does not exist.
 
     Raises:
-        WidthError: if `source` does not have a width.
+        WidthError: if `source` does not have one of the widths.
         MissingPackageError: if a format needs a package that is not installed.
-        SlimmableError: if the model cannot be written in a format, or a file gives other outputs than the model.
+        SlimmableError: if the model cannot be written in a format, or a file's outputs differ from the model's.
         CheckpointError: if a file cannot be written.
     """
     chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
@@ -108,8 +108,8 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
         off = difference(model, written, images[:1], *([images] if any_batch else []))
         if not off <= TOLERANCE:
             raise SlimmableError(
-                f"{path.name} gives other outputs than the model, off by {off:.1e} of the largest "
-                f"(allowed: {TOLERANCE:g}); no file was written"
+                f"{path.name} differs from the model by {off:.1e} of the largest output (allowed: {TOLERANCE:g}); "
+                "no file was written"
             )
         size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
         files.append(File(path.name, width, size, off, any_batch))
@@ -117,28 +117,28 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
 
 
 def _save_network(source: Source, model: nn.Module, path: Path) -> Program:
-    """Write a plain network for `slimmable.load`, and return what was written, loaded again."""
+    """Write a plain network for `slimmable.load`, and return it as loaded from the file."""
     save(model, path, arguments=source.arguments)
     again = load(path)
     return lambda images: output_tensors(again(images))
 
 
 def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> str:
-    """Return the card as Markdown; the licence is left to who publishes the files."""
+    """Return the model card as Markdown; whoever publishes the files must add the licence."""
     classes = int(getattr(source.model, "num_classes", 0))
     task = "image-classification" if classes else "image-feature-extraction"
     channels, height, width = source.image
-    front = [f"pipeline_tag: {task}", "library_name: timm", "# license: to be added by who publishes the files"]
+    front = [f"pipeline_tag: {task}", "library_name: timm", "# license: add yours before publishing"]
     front += [] if source.base is None else [f"base_model: {source.base}"]
     widths = [f"{file_width:g}" for file_width in dict.fromkeys(file.width for file in files)]
     lines = [
         *("---", "tags:", *(f"- {tag}" for tag in (task, "timm", "slimmable")), *front, "---"),
         *(f"# Model card for {source.name} at width{'s' * (len(widths) > 1)} {', '.join(widths)}", ""),
         "One set of weights runs at several widths: at width 0.5 every layer uses half of its channels. The files here",
-        "hold single widths, as small as these are.",
+        "hold one width each, with only the weights of that width.",
         *("", "## Model Details"),
         f"- **Model Type:** {f'Image classification, {classes} classes' if classes else 'Feature backbone'}",
-        f"- **Image size:** {height} x {width}, {channels} channels, numbers {source.values}",
+        f"- **Image size:** {height} x {width}, {channels} channels, values {source.values}",
         f"- **Full network:** `{source.architecture}`",
         f"- **Weights:** {source.weights}",
         f"- **Made with:** slimmable {slimmable.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
@@ -151,7 +151,7 @@ def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> s
 
 
 def _costs(source: Source, costs: Sequence[Row]) -> Iterator[str]:
-    """One line per width, also of those that are not in a file; accuracies where they were measured."""
+    """Yield a table of all widths, including those not exported, with accuracies if they were measured."""
     reports = [source.accuracy[row.width].shares for row in costs if row.width in source.accuracy]
     measured = len(reports) == len(costs) and all({"knn", "linear"} <= set(shares) for shares in reports)
     yield "| width | parameters | MACs | activations |" + (" kNN, % | linear probe, % |" if measured else "")
@@ -163,24 +163,24 @@ def _costs(source: Source, costs: Sequence[Row]) -> Iterator[str]:
             line += f" {100 * shares['knn']:.1f} | {100 * shares['linear']:.1f} |"
         yield line
     yield ""
-    yield "MACs: multiply-adds of convolutions and matrix products for one image. Activations: their outputs."
+    yield "MACs: multiply-adds of convolutions and matrix products for one image. Activations: numbers they output."
     if measured:
-        yield "kNN and linear probe: accuracy of classifiers on the features, on held-out images."
+        yield "kNN and linear probe: accuracy of classifiers on the features of held-out images."
 
 
 def _files(files: Sequence[File]) -> Iterator[str]:
-    yield "| file | width | bytes | off by | images a call |"
+    yield "| file | width | bytes | off by | images per call |"
     yield "|---|---:|---:|---:|---|"
     for file in files:
         images = "any" if file.any_batch else "one"
         yield f"| {file.name} | {file.width:g} | {file.size:,} | {file.off:.1e} | {images} |"
     yield ""
-    yield "Off by: largest difference to the outputs of the model that was exported, as a share of the largest output,"
-    yield "in float32, on random images."
+    yield "Off by: largest difference from the outputs of the exported model, relative to the largest output, in"
+    yield "float32, on random images."
 
 
 def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
-    """Python for one file of each format."""
+    """Yield Python examples for one file of each format."""
     shape = ", ".join(map(str, (1, *source.image)))
     first = {file.kind: file for file in reversed(files)}
     if "pt2" in first:
@@ -193,5 +193,5 @@ def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
         yield f'(output,) = session.run(None, {{"{INPUT}": numpy.zeros(({shape}), numpy.float32)}})'
         yield "```"
     if "safetensors" in first:
-        yield from ("", "As a model of timm, to train on:", "", "```python", "import slimmable", "")
+        yield from ("", "As a timm model, for further training:", "", "```python", "import slimmable", "")
         yield from (f'small = slimmable.load("{first["safetensors"].name}")', "```")

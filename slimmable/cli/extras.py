@@ -1,4 +1,4 @@
-"""What every command uses: a line on the terminal, and optional packages, whose absence is explained."""
+"""Optional packages, with an error that says how to install them, and lines on the terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ class MissingPackageError(SlimmableError, ImportError):
 def require(module: str, package: str, extra: str | None = "cli") -> Any:
     """Import and return `module`.
 
-    Raises: MissingPackageError: if it is not installed; the message names the extra that installs `package`, if one
-        does.
+    Raises: MissingPackageError: if it cannot be imported; the message names the extra, if any, that installs `package`.
 
     >>> require("json", "python").dumps([1])
     '[1]'
@@ -24,12 +23,12 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in the clone of slimmable)'
+        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
         raise MissingPackageError(
             f"this command needs {package}, which cannot be imported ({error}). Install it with: {way}"
         ) from error
 
 
 def say(text: str) -> None:
-    """Print a line at once, also through a pipe."""
+    """Print a line immediately, even into a pipe."""
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Batches of images: random views, which depend on the seed, the epoch and the image only, and plain ones."""
+"""Batches of images: random views that depend only on the seed, the epoch and the image, and plain images."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def seed_of(*numbers: int) -> int:
     >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
     (True, False)
     """
-    return hash(numbers) % 2**63  # of integers, Python's hash is the same in every process
+    return hash(numbers) % 2**63  # Python hashes integers alike in every process
 
 
 class Views(Dataset[list[Tensor]]):
-    """Views and label of an image, by epoch and number; the same whichever worker or process draws them, and when."""
+    """Views and label by epoch and index of the image; they do not depend on the process that draws them, or when."""
 
     def __init__(self, images: ImageSet, labels: Tensor, transforms: Sequence[nn.Module], seed: int) -> None:
         self.images, self.labels, self.transforms, self.seed = images, labels, transforms, seed
 
     def __getitem__(self, key: Key) -> list[Tensor]:
-        """Return the views, each drawn with random numbers of its own, and the label."""
+        """Return the views, each with its own random numbers, and the label."""
         image = self.images[key[1]]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, *key))
@@ -41,11 +41,11 @@ class Views(Dataset[list[Tensor]]):
 
 
 class Steps(Sampler[list[Key]]):
-    """The images of each step from `start` to the end of training: one process's share of the batch.
+    """One process's share of the images of each step, from `start` to the end of training.
 
     Args:
-        count: number of images; the last ones of an epoch that do not fill a batch are left out.
-        batch_size: of all processes together, a multiple of their number.
+        count: number of images; an incomplete batch at the end of an epoch is dropped.
+        batch_size: over all processes, a multiple of their number.
         epochs, start, seed: of the training; `start` is the number of steps done.
         rank, processes: which share to take.
     """
@@ -66,7 +66,7 @@ class Steps(Sampler[list[Key]]):
         return max(0, self.epochs * self.per_epoch - self.start)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield lists of (epoch, number of the image)."""
+        """Yield lists of (epoch, index of the image)."""
         first, skipped = divmod(self.start, self.per_epoch)
         for epoch in range(first, self.epochs):
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -78,32 +78,29 @@ class Steps(Sampler[list[Key]]):
 
 
 def load(views: Views, steps: Steps, workers: int, pinned: bool = False) -> Iterator[list[Tensor]]:
-    """Yield for each step its views, each of shape (batch, channels, size, size), and last the labels."""
-    yield from _read(views, workers, batch_sampler=steps, pin_memory=pinned)
+    """Yield the views of each step, each of shape (batch, channels, size, size), followed by the labels."""
+    return _read(views, workers, batch_sampler=steps, pin_memory=pinned)
 
 
 def _read(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
-    """Yield batches.
-
-    Raises: DataError: if an image cannot be read. SlimmableError: if a worker process ended.
-    """
+    """Yield batches, with errors of the worker processes as errors of this package."""
     try:
         yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_interrupts, **settings)
-    except DataError as error:  # that of a worker comes with its traceback, the message last
+    except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise SlimmableError(f"a process that reads images ended ({error}); go on with --resume") from error
+        raise SlimmableError(f"a process that reads images ended ({error}); continue with --resume") from error
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the one that trains."""
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the process that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation: all of one size, uint8."""
+    """Images for evaluation, resized to one size, uint8."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images, self.size = images, size
@@ -125,7 +122,7 @@ class Plain(Dataset[Tensor]):
 
 
 def some_of(images: Plain, most: int) -> Subset[Tensor]:
-    """Return up to `most` of the images, evenly spread, since those of a folder come class by class.
+    """Return up to `most` of the images, evenly spaced, because a folder is ordered by class.
 
     >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
     [0, 2, 5, 7]
@@ -135,23 +132,23 @@ def some_of(images: Plain, most: int) -> Subset[Tensor]:
 
 
 def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
-    """Yield the images in their order, as floats in [0, 1]."""
+    """Yield the images in order, as floats in [0, 1]."""
     for batch in _read(images, workers, batch_size=batch_size):
         yield batch.float() / 255
 
 
 def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
-    """Return one transform per view: uint8 images (channels, any height, any width) to floats in [0, 1] of `size`.
+    """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
+
+    The transforms draw from torch's global random numbers.
 
     Args:
         name: whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-            2020, appendix B; MoCo v3 and VICReg take the same), "supervised" (crop, mirror and jitter), or "digits"
+            2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits"
             (for handwriting: geometry, brightness and blur).
         size: height and width of a view in pixels.
-        min_crop_scale: least share of the image's area that a view shows.
+        min_crop_scale: smallest fraction of the image's area in a view.
         mirror: flip half of the images left to right.
-
-    Draws from torch's global random numbers.
 
     >>> first, second = make_views("byol", 28, min_crop_scale=0.2, mirror=True)
     >>> first(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
@@ -187,7 +184,7 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
 
 
 def plain_view(size: int) -> nn.Module:
-    """Return the transform for evaluation: the shorter side resized to `size`, the centre cut out, uint8 to uint8.
+    """Return the transform for evaluation: resize the shorter side to `size` and crop the centre, uint8 to uint8.
 
     >>> plain_view(28)(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
     torch.Size([3, 28, 28])

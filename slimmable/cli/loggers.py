@@ -1,4 +1,4 @@
-"""What a training tells: progress on the terminal; figures in a CSV file, and in TensorBoard and W&B if asked."""
+"""Progress of a training on the terminal, and its metrics in a CSV file, TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from slimmable._atomic import write_aside
 from slimmable.cli.extras import require, say
@@ -20,46 +20,44 @@ LOG = "losses.csv"
 Values = Mapping[str, float]
 
 
-class Logger(Protocol):
-    """Takes the figures of a step under flat names such as `train_loss/w0.5`."""
+class Logger:
+    """Writes the metrics of a step under flat names such as `train_loss/w0.5`."""
 
     def log(self, step: int, values: Values) -> None:
-        """Take the figures of one step."""
+        """Write the metrics of one step."""
+        raise NotImplementedError
 
     def flush(self) -> None:
-        """Bring to the disk what was taken."""
+        """Write to disk what is still buffered; by default nothing is."""
 
 
-class CsvLog:
-    """A file with a line for each logged step; a run that goes on keeps the lines of the steps it has done."""
+class CsvLog(Logger):
+    """A file with a line for each logged step; a resumed run keeps the lines of the steps that are done."""
 
     def __init__(self, path: Path, columns: Sequence[str], done: int) -> None:
         names = ("step", *columns)
         kept = read_rows(path, done)
         if kept and tuple(kept[0]) != names:
-            raise CheckpointError(f"{path} has other columns than {', '.join(names)}; move it away, then resume")
+            raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
         write_aside(path, lambda aside: aside.write_text(text.getvalue()))
         self.path = path
-        self.file = path.open("a", newline="", buffering=1)  # by lines, so none is left half
+        self.file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
         self.writer = csv.DictWriter(self.file, names, lineterminator="\n")
 
     def log(self, step: int, values: Values) -> None:
-        """Write a line; a width that did not run has no figure."""
+        """Write a line; the cell of a width that did not run stays empty."""
         try:
             self.writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path} ({error})") from error
 
-    def flush(self) -> None:
-        """Nothing to do: each line is written at once."""
 
-
-class TensorBoard:
-    """Event files in a folder."""
+class TensorBoard(Logger):
+    """TensorBoard's event files in a folder."""
 
     def __init__(self, folder: Path, done: int) -> None:
         make: Any = require_logger("tensorboard").SummaryWriter
@@ -71,12 +69,12 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Bring to the disk what was taken."""
+        """Write to disk what is still buffered."""
         self.writer.flush()
 
 
-class WandB:
-    """A run of Weights & Biases; the folder makes its id, so that resuming finds it again."""
+class WandB(Logger):
+    """A run of Weights & Biases, whose id follows from the folder, so resuming finds it again."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         init: Any = require_logger("wandb").init
@@ -86,25 +84,19 @@ class WandB:
         )
 
     def log(self, step: int, values: Values) -> None:
-        """Send the figures."""
+        """Send the metrics of one step."""
         self.run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        """Nothing to do: it sends by itself."""
 
 
 def require_logger(name: str) -> Any:
-    """Import and return what the logger of this name needs; no extra of this package brings it.
-
-    Raises: MissingPackageError: if it is not installed.
-    """
+    """Import and return the module that the logger of this name needs; no extra of this package installs it."""
     return require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name, extra=None)
 
 
 def read_rows(path: Path, last: int) -> list[dict[str, str]]:
-    """Return the lines of a CSV file with a column `step` up to this step; none if there is no such file.
+    """Return the rows of a CSV file up to the step `last`; none if there is no such file.
 
-    Raises: CheckpointError: if it is another file, or a line is not whole.
+    Raises: CheckpointError: if it has no column `step`, or a row is incomplete or not numeric.
     """
     if not path.exists():
         return []
@@ -112,7 +104,7 @@ def read_rows(path: Path, last: int) -> list[dict[str, str]]:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file, strict=True) if int(row["step"]) <= last]
         for row in rows:
-            [float(cell) for cell in row.values() if cell != ""]  # not if too many, too few or no numbers
+            [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise CheckpointError(f"{path} cannot be read ({error!r}); move it away, then resume") from error
     return rows
@@ -121,9 +113,9 @@ def read_rows(path: Path, last: int) -> list[dict[str, str]]:
 def make_loggers(
     folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Logger]:
-    """Return the loggers of a run of which `done` steps are done.
+    """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for.
 
-    Raises: MissingPackageError: if TensorBoard or W&B is asked for and not installed.
+    Raises: MissingPackageError: if one is not installed.
     """
     loggers: list[Logger] = []
     if "tensorboard" in asked:
@@ -134,12 +126,12 @@ def make_loggers(
 
 
 class Progress:
-    """Shows steps as they are done; use it in a `with` block.
+    """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block.
 
     Args:
-        steps: number of steps of the whole run.
+        steps: total number of steps of the run.
         done: steps done before.
-        steps_per_epoch: in plain text, a line is printed after each epoch.
+        steps_per_epoch: steps from one line to the next.
     """
 
     def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
@@ -161,11 +153,11 @@ class Progress:
             self.bar.close()
 
     def note(self, text: str) -> None:
-        """Print a line beside the bar."""
+        """Print a line without breaking the bar."""
         say(text) if self.bar is None else self.bar.write(text)
 
     def advance(self, losses: dict[float, float]) -> None:
-        """Count one step; `losses` are shown by width."""
+        """Count one step and show its loss at each width."""
         self.done += 1
         shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
         if self.bar is not None:

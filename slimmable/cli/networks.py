@@ -1,4 +1,4 @@
-"""The networks that are pre-trained: a timm backbone with a method around it."""
+"""Networks for pre-training: a timm backbone with a method around it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slimmable.gating import gate, gate_plan
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
-    """Return the method of `config` around a converted network, with fresh weights drawn from its seed.
+    """Return the method of `config` around a converted network, with fresh weights drawn from the config's seed.
 
     Args:
-        config: of the run.
-        channels: of the images.
-        classes: of the labels, for supervised training.
+        config: settings of the run.
+        channels: number of channels of the images.
+        classes: number of classes, for supervised training.
 
-    Raises: UsageError: if the backbone does not take images of this size, or its name is unknown.
+    Raises: UsageError: if the backbone is unknown or does not accept images of this size.
     """
     torch.manual_seed(config.seed)
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
@@ -34,10 +34,7 @@ def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.M
 
 
 def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
-    """Return the method of `config` around `backbone`, which is converted with its head; arguments as `new_method`.
-
-    Raises: UsageError: if the backbone does not take images of this size.
-    """
+    """Return the method of `config` around `backbone`, which is converted together with its head; see `new_method`."""
     features = _count_features(config, backbone, channels)
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
@@ -63,94 +60,89 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
         )
     if config.method == "byol":
         online = encoder(methods.BYOL.projector(features, hidden, dim))
-        predictor = _predictor(config, methods.BYOL.predictor(hidden, dim))
+        predictor = _slimmed(config, methods.BYOL.predictor(hidden, dim), torch.zeros(2, dim))
         return methods.BYOL(online, predictor, momentum=config.ema_momentum)
     if isinstance(patches, nn.Module):
-        patches.requires_grad_(False)  # a random projection trains more stably (Chen et al. 2021, section 4)
-    layers = 2 if patches is None else 3
-    projector = methods.MoCoV3.projector(features, hidden, dim, layers=layers)
+        patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
+    projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
     predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
     return methods.MoCoV3(
         encoder(projector),
-        _predictor(config, predictor),
+        _slimmed(config, predictor, torch.zeros(2, dim)),
         momentum=config.ema_momentum,
         temperature=config.temperature,
     )
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
-    """Return a fresh backbone of `config` that is converted by itself, without the head of the method."""
+    """Return a fresh backbone of `config`, converted without the head of the method."""
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
-    example = torch.zeros(2, channels, config.image_size, config.image_size)
-    return slimify(backbone, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+    return _slimmed(config, backbone, _example(config, channels))
 
 
 def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
-    """Refuse a budget below what the gates and the rest of the network cost with all gates closed.
-
-    Raises: UsageError.
-    """
+    """Raise UsageError if the gated network costs more than the budget even with all gates closed."""
     least = gate_plan(backbone).least_share()
     if config.gate_budget is not None and config.gate_budget < least:
         raise UsageError(
             f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
-            "multiply-adds; give more"
+            "multiply-adds; choose a larger budget"
         )
 
 
 def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module, channels: int) -> nn.Module:
-    example = torch.zeros(2, channels, config.image_size, config.image_size)
-    if config.gate_budget is not None:  # the head has no gates, and no part in what they may cost
-        backbone = slimify(backbone, config.widths, example_inputs=example, inplace=True)
-        try:
-            return methods.Encoder(gate(backbone, example_inputs=example, inplace=True), projector)
-        except ConversionError as error:
-            raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
-    encoder = methods.Encoder(backbone, projector)
-    return slimify(encoder, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+    example = _example(config, channels)
+    if config.gate_budget is None:
+        return _slimmed(config, methods.Encoder(backbone, projector), example)
+    backbone = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
+    try:
+        return methods.Encoder(gate(backbone, example_inputs=example, inplace=True), projector)
+    except ConversionError as error:
+        raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
 
 
-def _predictor(config: PretrainConfig, predictor: nn.Module) -> nn.Module:
-    example = torch.zeros(2, config.proj_dim)
-    return slimify(predictor, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
+    return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+
+
+def _example(config: PretrainConfig, channels: int) -> Tensor:
+    return torch.zeros(2, channels, config.image_size, config.image_size)
 
 
 def _count_features(config: PretrainConfig, backbone: nn.Module, channels: int) -> int:
-    """Return how many features the backbone gives for an image."""
-    images = torch.zeros(2, channels, config.image_size, config.image_size)
+    """Return how many features the backbone outputs for an image."""
     try:
         with torch.no_grad():
-            features = backbone.eval()(images)
+            features = backbone.eval()(_example(config, channels))
     except Exception as error:
         raise UsageError(
-            f"{config.model} does not run on images of {config.image_size} x {config.image_size} pixels ({error}); "
+            f"{config.model} does not accept images of {config.image_size} x {config.image_size} pixels ({error}); "
             "choose another --image-size"
         ) from error
     if not isinstance(features, Tensor) or features.ndim != 2:
-        raise UsageError(f"{config.model} does not give one feature vector per image; choose another --model")
+        raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
     backbone.train()
     return features.shape[1]
 
 
 def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:
-    """Return the timm model `name` for `channels` and, if it has a fixed size and one is given, for `image_size`.
-
-    Raises: UsageError: if timm does not know the name, or cannot make the model for images of this size.
-    """
+    """Return the timm model `name`; see `make_timm`."""
     return make_timm(name, {"in_chans": channels, **settings}, image_size)[0]
 
 
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the timm model `name`, and the settings that `timm.create_model` took to make it.
+    """Return the timm model `name` and the settings that `timm.create_model` accepted.
 
-    Raises: UsageError: as `timm_backbone`.
+    Those include `image_size`, if given, for a model with a fixed image size.
+
+    Raises: UsageError: if timm does not know the name, or cannot make the model with these settings.
     """
     check_name(name)
     sized: dict[str, Any] = dict(settings) if image_size is None else {**settings, "img_size": image_size}
     try:
         try:
             return timm.create_model(name, **sized), sized
-        except TypeError:  # a model that takes images of any size
+        except TypeError:  # a model for images of any size has no `img_size`
             return timm.create_model(name, **settings), dict(settings)
     except (AssertionError, RuntimeError, ValueError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())

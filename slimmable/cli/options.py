@@ -1,4 +1,4 @@
-"""Options stated once, as the fields of a dataclass: parser, checks and the tables of the docs all come from them."""
+"""Options as fields of a dataclass, the one source of the parser, the checks and the tables in the docs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes, and the words for them after "must be"."""
+    """The numbers that an option accepts, and how a message describes them after "must be"."""
 
     text: str
     holds: Callable[[float], bool]
@@ -30,7 +30,7 @@ FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
 
 
 def at_least(least: int) -> Range:
-    """Return the range of the numbers from `least` on."""
+    """Return the range of numbers from `least` up."""
     return Range(f"at least {least}", lambda value: value >= least)
 
 
@@ -44,23 +44,23 @@ def option(
     shown: str = "",
     **parsing: Any,
 ) -> Any:
-    """Return the field of a dataclass that is an option of a command.
+    """Return a dataclass field that is an option of a command.
 
     Args:
-        default: a field without one is a positional argument, or a required option with `required=True`.
+        default: a field without one is a positional argument, or with `required=True` a required option.
         help: what the option does.
-        choices: the values it takes, or of which it takes several.
-        within: the numbers it takes; None is always allowed where the field's type has it.
+        choices: the values it accepts, one or several depending on the field's type.
+        within: the numbers it accepts, besides None if the field's type allows it.
         group: the heading above this option and those after it.
         shown: the default in words, where its value does not say enough.
-        parsing: more arguments for `ArgumentParser.add_argument`.
+        parsing: further arguments for `ArgumentParser.add_argument`.
     """
     known = {"help": help, "choices": choices, "within": within, "group": group, "shown": shown, "parsing": parsing}
     return field(default=default, metadata=known)
 
 
 def flag(name: str) -> str:
-    """Return the option for a field.
+    """Return the option of a field.
 
     >>> flag("batch_size")
     '--batch-size'
@@ -69,7 +69,7 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add every option of the dataclass `settings`; those that are not given are missing in the parsed arguments."""
+    """Add every option of the dataclass `settings`; an option that is not given is absent from the parsed arguments."""
     kinds: dict[str, Any] = get_type_hints(settings)
     group: argparse._ActionsContainer = parser
     for each in fields(settings):
@@ -98,7 +98,7 @@ def _name(each: Field[Any]) -> str:
 
 
 def help_text(each: Field[Any]) -> str:
-    """Return the help of an option, with its range and its default."""
+    """Return the help text of an option, with its range and default."""
     within, default = each.metadata["within"], each.metadata["shown"]
     if not default and each.default is not MISSING and each.default is not None and each.default is not False:
         default = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else str(each.default)
@@ -107,26 +107,26 @@ def help_text(each: Field[Any]) -> str:
 
 
 def check(settings: Any) -> None:
-    """Check each value of a dataclass of options by itself.
+    """Check each value of a dataclass of options on its own.
 
-    Raises: UsageError: if a value is not among the choices, or outside its range.
+    Raises: UsageError: if a value is not one of the choices, or outside its range.
     """
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if choices and one not in choices:
-                raise UsageError(f"{flag(each.name)} {one}: there are {', '.join(choices)}")
+                raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             if within and not within.holds(one):
                 raise UsageError(f"{flag(each.name)} must be {within.text}, got {one}")
 
 
 def fits(settings: type, name: str, value: object) -> bool:
-    """Return whether a value that was read from JSON has the type of the field `name`."""
+    """Return whether a value read from JSON has the type of the field `name`."""
     kinds: dict[str, Any] = get_type_hints(settings)
     parts = [get_origin(part) or part for part in _parts(kinds[name])]
     return any(isinstance(value, _JSON_TYPES.get(part, (part,))) for part in parts)
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union, or the only one."""
+    """Return the types in a union, or the single type."""
     return (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)

@@ -1,4 +1,4 @@
-"""`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and leave it all in a run folder."""
+"""`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from slimmable.training.diagnostics import GradientDiagnostics
 
 INTERRUPTED = 130
 GRADIENTS = "gradients.csv"
-_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network's widths
+_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network
 
 
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
-    """Train from the start, or from the last checkpoint, then evaluate; return the exit code.
+    """Train from scratch or from the last checkpoint, then evaluate; return the exit code.
 
-    With several processes all train, and the first one evaluates and writes.
+    All processes train; the first one also evaluates and writes.
 
-    Raises: SlimmableError: for data, models and checkpoints that cannot be used, and for a loss that is not finite.
+    Raises: SlimmableError: if data, model or checkpoint cannot be used, or a loss is not finite.
     """
     begin, folder = time.monotonic(), options.output
     if not options.resume:
@@ -53,9 +53,9 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         wait_for_all()
     for name in options.log:
         require_logger(name)
-    require("matplotlib", "matplotlib")  # which is needed after hours
+    require("matplotlib", "matplotlib")  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
-        raise UsageError("--diagnostics compares widths; give more than one by --widths")
+        raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = load_images(config)
     method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
     if config.gate_budget is not None:
@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
         training.resume(found)
-        _tell(f"going on after step {training.step} of {training.steps}")
+        _tell(f"continuing after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
@@ -84,11 +84,11 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         raise DivergedError(f"step {training.step + 1}: {error}; {last}") from error
     except KeyboardInterrupt:
         _tell(
-            f"interrupted after step {training.step} of {training.steps}; go on with: "
+            f"interrupted after step {training.step} of {training.steps}; continue with: "
             f"slimmable pretrain --output {folder} --resume"
         )
         return INTERRUPTED
-    _tell(f"{folder} holds the results, after {time.monotonic() - begin:.0f} s")
+    _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
     return 0
 
 
@@ -106,7 +106,7 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
 
 
 def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
-    """Return `config` with a queue well below `count`, so that no image meets its own last key among the negatives.
+    """Return `config` with a queue of at most a quarter of `count`: no image meets its own last key as a negative.
 
     >>> fit_queue(PretrainConfig(queue_size=256, batch_size=16), count=400).queue_size
     100
@@ -116,7 +116,7 @@ def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
 
 
 def _train(training: Training, folder: Path, options: RunOptions) -> bool:
-    """Take the remaining steps, with a checkpoint after every epoch; return False if interrupted before the end."""
+    """Take the remaining steps, with a checkpoint after each epoch; return False if interrupted before the end."""
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
     columns += [] if training.gates is None else ["gated_share"]
     every = epochs_between(training.config, options.knn_every) * training.steps_per_epoch
@@ -130,7 +130,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> bool:
         for logger in loggers:
             logger.flush()
         training.check_finite()
-        if every and training.step % every == 0:  # before the checkpoint, so that a run that goes on has the row
+        if every and training.step % every == 0:  # before the checkpoint, or a resumed run would lack the row
             if watch is not None:
                 progress.note(watch.look())
             wait_for_all()
@@ -165,7 +165,7 @@ def _save(training: Training, folder: Path) -> None:
 
 
 def _finish(training: Training, images: Images, folder: Path, options: RunOptions) -> None:
-    """Write the sub-networks and the reports."""
+    """Calibrate, then write the networks and the reports."""
     config, backbone = training.config, training.method.backbone
     if config.universal:
         some = Plain(images.train, config.image_size)
@@ -176,14 +176,14 @@ def _finish(training: Training, images: Images, folder: Path, options: RunOption
         say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         _save(training, folder)
     if not save_networks(folder, config, backbone, images.channels):
-        say(f"{MODEL} is left out: {config.model} without its head keeps other channels at a width")
+        say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     say(evaluate_run(config, folder, backbone, images, workers=options.workers or 0))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
-    """Return the rows that `GradientDiagnostics.to_csv` wrote of the steps before `done`."""
+    """Return the rows that `GradientDiagnostics.to_csv` wrote for the steps before `done`."""
     rows = [{name: float(value) for name, value in row.items()} for row in read_rows(path, done - 1)]
     return [row | {"step": int(row["step"])} for row in rows]
 
@@ -195,7 +195,7 @@ def _tell(text: str) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Collect the first interrupt (Ctrl-C or a request to terminate) in a list; a second one stops at once."""
+    """Collect the first interrupt (Ctrl-C or SIGTERM) in a list; a second one stops immediately."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

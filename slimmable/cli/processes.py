@@ -1,4 +1,4 @@
-"""A command in several processes, as `torchrun` starts them."""
+"""Several processes for one command, as `torchrun` starts them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimmable._distributed import alone, rank
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if it did; give the device of this one."""
+    """Join the processes that `torchrun` started, if any, and yield the device of this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
@@ -29,12 +29,12 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes files and messages."""
     return rank() == 0
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come so far."""
+    """Wait until every process gets here."""
     if not alone():
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""A plain model as a file that runs without its Python classes: by `torch.export`, or in any ONNX runtime."""
+"""Programs: plain models as files that run without their Python classes, by `torch.export` or as ONNX."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Program = Callable[[Tensor], list[Tensor]]
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """Return `model`, in evaluation mode, as a program for any number of images, or for one where that is impossible.
+    """Return `model` as a program for any number of images, or if that is impossible, for one.
 
     Args:
-        model: takes one tensor.
-        images: two of them, of shape (2, channels, height, width).
+        model: model in evaluation mode that takes one tensor.
+        images: two images, of shape (2, channels, height, width).
 
     Raises: SlimmableError: if `torch.export` cannot follow the forward.
     """
@@ -51,18 +51,18 @@ def _trace_any_batch(model: nn.Module, images: Tensor) -> ExportedProgram | None
         program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
         module = program.module()
         right = difference(model, lambda image: output_tensors(module(image)), images[:1]) <= TOLERANCE
-    except Exception:  # of many kinds
+    except Exception:  # torch.export raises many kinds of errors
         return None
     return program if right else None
 
 
 def takes_any_batch(program: ExportedProgram) -> bool:
-    """Tell whether `program` runs on any number of images."""
+    """Return whether `program` runs on any number of images."""
     return bool(program.range_constraints)
 
 
 def save_pt2(program: ExportedProgram, path: Path) -> Program:
-    """Write `program` for `torch.export.load`, and return what was written, loaded again."""
+    """Write `program` for `torch.export.load`, and return it as loaded from the file."""
     file = io.BytesIO()
     with _quiet():
         torch.export.save(program, file)
@@ -72,11 +72,11 @@ def save_pt2(program: ExportedProgram, path: Path) -> Program:
 
 
 def save_onnx(program: ExportedProgram, path: Path) -> Program:
-    """Write `program` as ONNX, from 2 GB on with the weights beside in `<path>.data`, and return it in onnxruntime.
+    """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`.
 
     Raises:
         MissingPackageError: if one of `ONNX_PACKAGES` is not installed.
-        SlimmableError: if an operation of the model has no counterpart in ONNX, or onnxruntime does not know it.
+        SlimmableError: if ONNX has no counterpart for an operation of the model, or onnxruntime does not support it.
     """
     *_, runtime = (require(name, name, extra="onnx") for name in ONNX_PACKAGES)
     written = _translate(program)
@@ -87,7 +87,7 @@ def save_onnx(program: ExportedProgram, path: Path) -> Program:
     options.log_severity_level = 3  # errors
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of onnxruntime's own kinds
+    except Exception as error:  # onnxruntime has its own exceptions
         raise SlimmableError(f"onnxruntime does not load the written program ({_first_line(error)})") from error
     return lambda images: [torch.from_numpy(array) for array in session.run(None, {INPUT: images.numpy()})]
 
@@ -100,10 +100,10 @@ def _translate(program: ExportedProgram) -> torch.onnx.ONNXProgram:
         return written
 
     try:
-        with torch.no_grad(), _quiet():  # as traced: with gradients, attention lies in memory differently
+        with torch.no_grad(), _quiet():  # as in tracing: with gradients, attention has another memory layout
             try:
                 return translate(program)
-            except Exception:  # of attention it knows one form only; without it, matrix products are left
+            except Exception:  # it supports only one form of attention; decomposed, it is matrix products
                 with sdpa_kernel(SDPBackend.MATH):
                     return translate(program.run_decompositions())
     except Exception as error:
@@ -114,26 +114,26 @@ def _translate(program: ExportedProgram) -> torch.onnx.ONNXProgram:
 def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
     """Return the largest difference between the outputs of both, relative to the model's largest output.
 
-    Raises: SlimmableError: if the program does not run, or gives outputs of another number or shape.
+    Raises: SlimmableError: if the program does not run, or its outputs differ in number or shape.
     """
     found = []
     for images in batches:
         expected = output_tensors(model(images))
         try:
             outputs = program(images)
-        except Exception as error:  # of torch's and onnxruntime's own kinds
+        except Exception as error:  # torch and onnxruntime have their own exceptions
             raise SlimmableError(f"the written program does not run ({_first_line(error)})") from error
         if [output.shape for output in outputs] != [output.shape for output in expected]:
-            raise SlimmableError(f"the written program gives other shapes than {type(model).__name__}")
+            raise SlimmableError(f"the outputs of the written program have shapes other than {type(model).__name__}'s")
         found += [
             (got - out).abs().max() / out.abs().max().clamp(min=1e-12)
             for out, got in zip(expected, outputs, strict=True)
         ]
-    return float(torch.stack(found).max())  # NaN if one is
+    return float(torch.stack(found).max())  # NaN if any is
 
 
 def _forget_its_making(program: ExportedProgram) -> None:
-    """Drop the example, and the call traces with the paths of this machine; both would be stored with the program."""
+    """Drop the example and the stack traces with local paths, which would be stored in the file."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
@@ -141,7 +141,7 @@ def _forget_its_making(program: ExportedProgram) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of the error that `error` comes from."""
+    """Return the first line of the original cause of `error`."""
     while error.__cause__ is not None:
         error = error.__cause__  # type: ignore[assignment]
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
@@ -149,7 +149,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep advice for developers of torch off the terminal."""
+    """Suppress warnings and log messages, which are meant for developers of torch."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

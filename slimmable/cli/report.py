@@ -1,4 +1,4 @@
-"""The results of a run: tables, a plot of accuracy against MACs, and one of what the widths' gradients do."""
+"""Report of a run: tables of results, and plots of accuracy against MACs and of the widths' gradients."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ TITLES = {
     "ridge": "ridge",
     "finetuned": "fine-tuned",
 }
-DENSE, GATED, STATIC = "dense", "gated", "static"  # the first word of a network's name is its kind
+DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one network: of the backbone without its head.
+    """Measurements of one network, the backbone without its head.
 
-    `shares` holds accuracies on the held-out images in [0, 1] by the keys of `TITLES`; those of the same network before
-    training have the prefix `untrained_`. The first row of a report has all of its keys. `network` tells the networks
-    of a gated run apart: `dense`, `gated 0.3`, `static 0.5` and so on; other runs have one a width, and leave it empty.
+    `shares` holds accuracies on the held-out images in [0, 1] by the keys of `TITLES`, with the prefix `untrained_` for
+    the same network before training. The first row of a report has all keys. `network` tells the networks of a gated
+    run apart, as in `dense`, `gated 0.3` or `static 0.5`; it is empty in other runs, which have one network per width.
     """
 
     width: float
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The network, or its width."""
+        """The name of the network, or its width."""
         return self.network or f"{self.width:g}"
 
 
@@ -59,27 +59,23 @@ def to_csv(rows: Sequence[Row]) -> str:
     0.5,1000,20000,0.7500,0.1000
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     named = ["network"] if rows[0].network else []
-    writer.writerow([*named, "width", "parameters", "macs", *rows[0].shares])
-    for row in rows:
-        shares = [f"{row.shares[name]:.4f}" if name in row.shares else "" for name in rows[0].shares]
-        writer.writerow([*([row.network] if named else []), row.width, row.parameters, row.macs, *shares])
+    columns = [*named, "width", "parameters", "macs", *rows[0].shares]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows)
     return text.getvalue()
 
 
 def read_report(folder: Path) -> dict[float, Row]:
-    """Return the rows of `metrics.csv` in `folder` by width, of a gated run that of the dense network.
-
-    Raises: CheckpointError: as `read_rows`.
-    """
+    """Return the rows of `metrics.csv` in `folder` by width; those of a gated run are its dense network's only."""
     return {row.width: row for row in read_rows(folder) if row.kind in ("", DENSE)}
 
 
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of `metrics.csv` in `folder`; none if there is no such file.
 
-    Raises: CheckpointError: if it is another file.
+    Raises: CheckpointError: if the file is not a report.
     """
     path = folder / "metrics.csv"
     if not path.exists():
@@ -101,7 +97,7 @@ def _row(cells: dict[str, str]) -> Row:
 
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
-    """Return the rows as a Markdown table with a line on what they mean.
+    """Return the rows as a Markdown table, followed by a line of explanation.
 
     >>> print(to_markdown([Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})], pixels_knn=0.5))
     | width | parameters | MACs | kNN | untrained kNN |
@@ -134,7 +130,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
             axes.plot(*zip(*points, strict=True), marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in rows:
-        if row.kind == STATIC:  # close together; their MACs tell
+        if row.kind == STATIC:  # too close together for labels
             continue
         best = 100 * max(row.shares.values())
         axes.annotate(row.name, (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
@@ -149,17 +145,17 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
 
 
 def points_of(rows: Sequence[Row], kind: str, name: str) -> list[tuple[float, float]]:
-    """Return million multiply-adds and accuracy in % of the rows of one kind, for a plot."""
+    """Return the points of a plot for the rows of one kind: million multiply-adds and accuracy in %."""
     return [(row.macs / 1e6, 100 * row.shares[name]) for row in rows if row.kind == kind and name in row.shares]
 
 
 def in_percent(row: Row, name: str) -> str:
-    """Return an accuracy of the row for a table."""
+    """Return an accuracy of the row as a table cell, empty if it was not measured."""
     return f"{100 * row.shares[name]:.1f}" if name in row.shares else ""
 
 
 def title_of(name: str, suffix: str = "") -> str:
-    """Return how an accuracy is called in tables and, with a suffix for untrained ones, in plots."""
+    """Return the title of an accuracy: "untrained kNN" in tables, and with the suffix ", untrained" in plots."""
     title = TITLES[name.removeprefix(UNTRAINED)]
     if not name.startswith(UNTRAINED):
         return title
@@ -167,7 +163,7 @@ def title_of(name: str, suffix: str = "") -> str:
 
 
 def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:
-    """Write `metrics.csv`, `metrics.md` and `accuracy.png` into `folder`; each replaces the previous when complete."""
+    """Write `metrics.csv`, `metrics.md` and `accuracy.png` into `folder`, each replaced only when complete."""
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))
     write_aside(folder / "metrics.md", lambda path: path.write_text(to_markdown(rows, pixels_knn)))
     plot(rows, pixels_knn, title, folder / "accuracy.png")
@@ -176,14 +172,15 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
-    Left two ratios over the steps, one colour for each narrow width: solid what the width does not read over what it
-    reads (`rest_ratio`), dotted the whole over what it reads (`grad_ratio`). Where the solid line is below 1, a small
-    part of the weights has the larger gradient. Right the cosine of each width's own gradient with the full width's.
+    The left panel shows two ratios of gradient norms over the steps, in one colour per narrow width: the solid line is
+    the weights that the width does not use over those that it uses (`rest_ratio`), the dotted line all weights over
+    those that it uses (`grad_ratio`). Where the solid line is below 1, the few weights of the narrow width have the
+    larger gradient. The right panel shows the cosine of each width's own gradient with that of the full width.
 
     Args:
-        rows: `GradientDiagnostics.rows`, or rows with these columns.
-        path: of the file; it is replaced when the new one is complete.
-        title: above the panels.
+        rows: `GradientDiagnostics.rows`, or rows with the same columns.
+        path: path of the file, which is replaced only when the new one is complete.
+        title: title above the panels.
 
     Raises: DataError: if there are no rows, or they have no ratios. MissingPackageError: without matplotlib.
         CheckpointError: if the file cannot be written.
@@ -199,7 +196,7 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     if not widths:
         raise DataError(
             f"plot_imbalance: {len(rows)} rows without a column rest_ratio/w...; give the rows of GradientDiagnostics "
-            "of a model with two widths or more"
+            "of a model with at least two widths"
         )
     ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")

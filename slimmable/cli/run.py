@@ -1,9 +1,8 @@
-"""The folder of a pre-training run: its settings, its checkpoint, and the trained networks as files.
+"""Run folder of a pre-training: its settings, its checkpoint, and the trained networks as files.
 
-The checkpoint is one safetensors file with the network and everything that resuming needs. The network's tensors have
-their own names, so without those whose names begin with `training.` (key encoder, queue, optimizer) it is a state dict
-of the converted network. Every step seeds its own random numbers, so the number of steps done is all there is to know
-about them.
+The checkpoint is one safetensors file with the network and everything that resuming needs. Without the tensors whose
+names begin with `training.` (key encoder, queue, optimizer), it is a state dict of the converted network. It stores no
+random state, because every step seeds its own random numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from slimmable._convert import extract
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import converted_backbone, new_method
 from slimmable.errors import CheckpointError, UsageError
+from slimmable.files.compare import differences
 from slimmable.files.model import save
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -33,20 +33,17 @@ _TRAINING = "training."
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise UsageError if there is something in the way of a new run."""
+    """Raise UsageError if a new run would overwrite something in `folder`."""
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists; add --resume to go on with it, or choose another folder with --output")
+        raise UsageError(f"{folder} exists; add --resume to continue that run, or choose another folder with --output")
 
 
 def start_folder(folder: Path, config: PretrainConfig) -> None:
-    """Make the run folder with its configuration.
-
-    Raises: CheckpointError: if it cannot be made.
-    """
+    """Create the run folder with its configuration, or raise CheckpointError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot make the run folder {folder} ({error})") from error
+        raise CheckpointError(f"cannot create the run folder {folder} ({error})") from error
     write_aside(folder / CONFIG, lambda path: path.write_text(config.to_json()))
 
 
@@ -65,7 +62,7 @@ def read_config(folder: Path) -> PretrainConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of the network and of the training around it, number of steps done, and `Images.digest`, if known."""
+    """The tensors of the network and of its training, the number of steps done, and `Images.digest`, if known."""
 
     network: dict[str, Tensor]
     training: dict[str, Tensor]
@@ -73,21 +70,18 @@ class Checkpoint:
     images: str | None = None
 
     def check_images(self, data: str, digest: str | None) -> None:
-        """Refuse other images than those of the run: another split, and another order.
-
-        Raises: UsageError: if `digest` is not that of the checkpoint; `data` is for the message.
-        """
+        """Raise UsageError if `digest` differs from the checkpoint's, as split and order of the images would differ."""
         if self.images is not None and digest != self.images:
             raise UsageError(
-                f"--data {data} does not hold the files of the run any more (then {self.images}; now {digest}); "
-                "take back what was added, removed or renamed there, or begin another run"
+                f"--data {data} no longer holds the files of the run (then {self.images}; now {digest}); "
+                "undo what was added, removed or renamed there, or start a new run"
             )
 
 
 def save_checkpoint(
     path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
 ) -> None:
-    """Write the checkpoint; an earlier one at `path` survives whatever goes wrong.
+    """Write the checkpoint; if that fails, an earlier one at `path` is left as it was.
 
     Raises: CheckpointError: if it cannot be written.
     """
@@ -117,27 +111,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load `tensors` into `module` if names and shapes are the same; otherwise change nothing.
+    """Load `tensors` into `module`, if all names and shapes match; otherwise change nothing.
 
-    Raises: CheckpointError: listing what differs.
+    Raises: CheckpointError: if they do not match, with the differences.
     """
-    own = module.state_dict()
-    differences = [f"{name} is missing" for name in own if name not in tensors]
-    differences += [f"{name} is not part of the model" for name in tensors if name not in own]
-    differences += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the model's has {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if differences:
-        shown = "".join(f"\n  {line}" for line in differences[:10])
-        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise CheckpointError(f"{what} belongs to another model or other widths:{shown}{more}")
+    found = differences(module.state_dict(), tensors, most=10)
+    if found:
+        raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
     module.load_state_dict(dict(tensors))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<number of the parameter>.<name>`."""
+    """Return the optimizer's state as tensors named `<index of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": torch.as_tensor(value)
@@ -148,40 +133,40 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; learning rates are set by the schedule."""
+    """Load what `optimizer_tensors` returned; the schedule sets the learning rates."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".", 1)
         parameter = parameters[int(number)]
-        if tensor.shape == parameter.shape:  # fused optimizers need state that lies in memory as its parameter does
+        if tensor.shape == parameter.shape:  # fused optimizers need the memory layout of the parameter
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
-    """Return the converted backbone of the run in `folder` with its last weights, in eval mode.
+    """Return the converted backbone of the run in `folder` with its final weights, in eval mode.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or one of another model.
+        CheckpointError: if there is no checkpoint, or it is of another model.
         UsageError: if `digest` is given and the run had other images.
     """
     path = folder / CHECKPOINT
     checkpoint = load_checkpoint(path)
     if digest is not None:
         checkpoint.check_images(config.data, digest)
-    classes = len(checkpoint.network.get("projector.bias", (0,)))  # of supervised training; others have no classifier
+    classes = len(checkpoint.network.get("projector.bias", (0,)))  # only supervised training has a classifier
     method = new_method(config, channels, classes)
     load_exactly(method.encoder, checkpoint.network, str(path))
     return method.backbone.eval()
 
 
 def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
-    """Write the networks of a run for `slimmable.load`: each width as a plain network, and the one that has all widths.
+    """Write the networks of a run for `slimmable.load`: each width as a plain network, and one network of all widths.
 
-    Returns: whether the latter was written. Without gates the backbone was converted together with its head; it is left
-        out in the rare case that the backbone by itself keeps other channels.
+    Returns: whether the latter was written. Without gates the backbone was converted together with its head; in the
+        rare case that a backbone converted alone keeps other channels, that file is left out.
     """
     plain = {width: extract(backbone, width) for width in config.widths}
     for width, network in plain.items():

@@ -1,4 +1,4 @@
-"""What `slimmable export` starts from: a timm model by name, a saved model, or the folder of a pre-training run."""
+"""Sources of `slimmable export`: a timm model by name, a saved model, or the folder of a pre-training run."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Source:
     """A network to export.
 
     Attributes:
-        name: of the architecture.
+        name: name of the architecture.
         model: the converted network in evaluation mode.
-        widths: that it has.
+        widths: its widths.
         image: channels, height and width of an input image.
-        arguments: with which `timm.create_model` makes the plain network, if timm does.
-        weights: where the weights are from, for people.
-        values: what the numbers of an image are, for people.
-        base: the model on the Hugging Face Hub that the weights are from, or None.
-        accuracy: what was measured per width, if anything.
+        arguments: arguments of `timm.create_model` for the plain network, or None if timm cannot make it.
+        weights: origin of the weights, in words.
+        values: scaling of the pixels, in words.
+        base: the model on the Hugging Face Hub that the weights come from, or None.
+        accuracy: measurements by width, if any.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Source:
 
     @property
     def architecture(self) -> str:
-        """The Python that makes the plain network."""
+        """The Python code that makes the plain network."""
         given = "".join(f", {key}={value!r}" for key, value in (self.arguments or {}).items())
         return self.name if self.arguments is None else f'timm.create_model("{self.name}"{given})'
 
 
 def kind_of(model: str) -> Literal["run", "file", "timm"]:
-    """Tell whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model.
+    """Return whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model.
 
     Raises: UsageError: if it is none of them.
     """
@@ -69,13 +69,13 @@ def kind_of(model: str) -> Literal["run", "file", "timm"]:
     try:
         check_name(model)
     except UsageError as error:
-        found = f"a folder without {CONFIG}" if path.is_dir() else "no folder and no file"
-        raise UsageError(f"{model} is {found}, so it is neither a pre-training run nor saved; and {error}") from error
+        found = f"is a folder without {CONFIG}, not a run" if path.is_dir() else "is neither a folder nor a file"
+        raise UsageError(f"{model} {found}, and not a model either: {error}") from error
     return "timm"
 
 
 def run_source(run: Path) -> Source:
-    """Return the backbone of the run in `run` with its last weights.
+    """Return the backbone of the run in `run` with its final weights.
 
     Raises: CheckpointError: if its configuration or its checkpoint cannot be read.
     """
@@ -96,20 +96,25 @@ def run_source(run: Path) -> Source:
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
-    """Return the converted timm model in the file `path` of `slimmable.save`, for images of `image_size`, or its own.
+    """Return the converted timm model that `slimmable.save` wrote to `path`.
+
+    Args:
+        path: path of the file.
+        image_size: height and width of the images; None for the model's own.
 
     Raises:
-        CheckpointError: if the file cannot be read, or holds another model.
-        UsageError: if the model does not take images of `image_size`.
+        CheckpointError: if the file cannot be read, or holds another kind of model.
+        UsageError: if the model does not accept images of `image_size`.
     """
     recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
     if recipe is None:
         raise CheckpointError(
-            f"{path} holds a network that timm does not make so; load it in Python, and give torch.export an extraction"
+            f"{path} holds a network that timm cannot make; load it in Python, and give torch.export what "
+            "slimmable.extract returns"
         )
     model = load(path)
     if not is_slim(model):
-        raise CheckpointError(f"{path} holds one narrow network; load it with slimmable.load, and export that")
+        raise CheckpointError(f"{path} holds a single narrow network; load it with slimmable.load, and export that")
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, *size = known["input_size"]
     channels = recipe["arguments"].get("in_chans", channels)
@@ -118,8 +123,11 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     try:
         with torch.device("meta"):
             build(recipe).eval()(torch.zeros(2, channels, height, width))
-    except Exception as error:  # whatever a model says to a size that it was not made for
-        raise UsageError(f"the model in {path} does not take images of {height} x {width} pixels ({error})") from error
+    except Exception as error:  # models raise many kinds of errors on a wrong size
+        raise UsageError(
+            f"the model in {path} does not accept images of {height} x {width} pixels ({error}); "
+            "choose another --image-size"
+        ) from error
     return Source(
         name=recipe["timm"],
         model=model,
@@ -139,18 +147,15 @@ def timm_source(
     num_classes: int | None = None,
     image_size: int | None = None,
 ) -> Source:
-    """Return the timm model `name`, converted to `widths`, with weights of a file, of timm, or random ones.
+    """Return the timm model `name`, converted to `widths`, with weights from a file, from timm, or random ones.
 
     Raises:
-        UsageError: if timm does not know the name, has no weights for it, or cannot make it like this.
+        UsageError: if timm does not know the name, has no weights for it, or cannot make it with these settings.
         CheckpointError: if `checkpoint` cannot be read or belongs to another model.
     """
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
-    if pretrained:
-        model, used = _pretrained(name, settings, image_size)
-    else:
-        model, used = make_timm(name, settings, image_size)
+    model, used = (_pretrained if pretrained else make_timm)(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
@@ -178,15 +183,15 @@ def _pretrained(
 ) -> tuple[nn.Module, dict[str, object]]:
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
-        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or give --checkpoint")
+        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
     try:
         return make_timm(name, {**settings, "pretrained": True}, image_size)
     except SlimmableError:
         raise
-    except Exception as error:  # of the many libraries that fetch files
+    except Exception as error:  # the libraries that download files raise many kinds of errors
         raise UsageError(
-            f"the pretrained weights of {name} cannot be fetched ({type(error).__name__}: {error}); "
-            "fetch them elsewhere, and give the file with --checkpoint"
+            f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}: {error}); "
+            "download them elsewhere, and give the file with --checkpoint"
         ) from error
 
 
@@ -204,14 +209,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _values(known: Mapping[str, Any]) -> str:
-    return f"in [0, 1], less the mean {known['mean']}, divided by the standard deviation {known['std']}"
+    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
 
 
 def _origin(name: str, checkpoint: Path | None, pretrained: bool) -> str:
     if checkpoint is not None:
         return f"`{checkpoint.name}`."
     if pretrained:
-        return f"timm's own of `{name}`, trained at the full width only: narrower widths are untrained."
+        return f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
     return "Random: this is an architecture, not a trained network."
 
 

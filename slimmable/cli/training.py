@@ -1,4 +1,4 @@
-"""The steps of a pre-training run; each seeds its own random numbers, so a run can stop and go on anywhere."""
+"""Training steps of a run, each of which seeds its own random numbers, so a run can resume after any step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from slimmable.losses.distillation import DistillationKind
 from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
 
-_GATE_ALPHA = 10.0  # over the whole training: 0.02 an epoch of 500 (Krishna et al. 2023)
-_RANDOM_WIDTHS = 2  # a step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
+_GATE_ALPHA = 10.0  # over the whole training: 0.02 per epoch for 500 epochs (Krishna et al. 2023)
+_RANDOM_WIDTHS = 2  # per step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
 
 
 class Training:
     """A method with everything that its training steps need, and the number of steps done.
 
-    With several processes, each makes one with the same arguments.
+    Each of several processes makes one with the same arguments.
     """
 
     def __init__(
@@ -37,9 +37,13 @@ class Training:
     ) -> None:
         count = len(images.train)
         if config.batch_size > count:
-            raise UsageError(f"--batch-size {config.batch_size} is more than the {count} training images")
+            raise UsageError(
+                f"--batch-size {config.batch_size} is more than the {count} training images; choose a smaller one"
+            )
         if config.batch_size % world_size():
-            raise UsageError(f"--batch-size {config.batch_size} cannot be shared by {world_size()} processes")
+            raise UsageError(
+                f"--batch-size {config.batch_size} cannot be shared by {world_size()} processes; choose a multiple"
+            )
         if config.method == "mocov2":
             _check_parts(config.key_parts, config.batch_size, world_size())
         self.config, self.images, self.device, self.workers = config, images, device, workers
@@ -72,7 +76,7 @@ class Training:
         warm_up = round(rising * self.steps_per_epoch)
         if warm_up >= self.steps:
             raise UsageError(
-                f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs for training; give a smaller one"
+                f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs for training; choose fewer"
             )
         self.schedule = CosineLRScheduler(
             self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
@@ -80,9 +84,9 @@ class Training:
         self._batches: Iterator[list[Tensor]] = iter(())
 
     def take_step(self) -> dict[float, float]:
-        """Train on the next batch; return width -> loss, the widest first.
+        """Train on the next batch; return the loss of each width, the widest first.
 
-        Raises: DivergedError: if a loss is not finite; no trained weight has changed then.
+        Raises: DivergedError: if a loss is not finite; the trained weights are unchanged then.
         """
         *views, labels = self._next()
         progress = self.step / self.steps
@@ -108,7 +112,7 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step."""
+        """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _next(self) -> list[Tensor]:
@@ -134,20 +138,21 @@ class Training:
         self.schedule.step_update(self.step)
 
     def check_finite(self) -> None:
-        """Raise DivergedError if a parameter is infinite or not a number, as after a gradient that was."""
+        """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was."""
         for name, parameter in self.method.named_parameters():
             if not parameter.isfinite().all():
                 raise DivergedError(f"{name} is no longer finite")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the encoder and the number of steps that resuming needs."""
-        state = {f"method.{name}": tensor for name, tensor in _beside_encoder(self.method).items()}
-        return state | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        """Return the tensors that resuming needs besides those of the encoder."""
+        state = self.method.state_dict()
+        own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
+        return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go back to where `checkpoint` was written.
+        """Return to the state that `checkpoint` holds.
 
-        Raises: CheckpointError: if it is of another model or other widths, listing what differs.
+        Raises: CheckpointError: if it belongs to another model or other widths, with the differences.
         """
         encoder = {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
         load_exactly(self.method, encoder | _under("method.", checkpoint.training), "the checkpoint")
@@ -157,9 +162,9 @@ class Training:
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of `config`, by timm; norms and biases do not decay, and LARS does not scale them.
+    """Return timm's optimizer for `config`, without weight decay, and in LARS scaling, of norms and biases.
 
-    Gates do not decay either, and learn faster.
+    Gates have no weight decay either, and a learning rate of their own.
 
     >>> optimizer = make_optimizer(PretrainConfig(), nn.Linear(2, 2))
     >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
@@ -175,7 +180,7 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
 
 
 def _scale_gates(optimizer: torch.optim.Optimizer, online: nn.Module, scale: float) -> None:
-    """Move the gates' parameters to a group of their own, whose learning rate timm's schedule multiplies by `scale`."""
+    """Move the gates' parameters to their own group, whose learning rate timm's schedule multiplies by `scale`."""
     gates = {id(parameter) for parameter in gate_parameters(online)}
     found = []
     for group in optimizer.param_groups:
@@ -186,10 +191,10 @@ def _scale_gates(optimizer: torch.optim.Optimizer, online: nn.Module, scale: flo
 
 
 def _check_parts(parts: int, batch: int, processes: int) -> None:
-    """Raise UsageError if MoCo cannot make keys of a batch in these parts."""
+    """Raise UsageError if MoCo cannot compute the keys of a batch in this many parts."""
     given = f"--key-parts {parts} of --batch-size {batch}"
     if batch < 2 * parts:
-        raise UsageError(f"{given} have fewer than two images each")
+        raise UsageError(f"{given} have fewer than two images each; choose fewer parts")
     parts = max(parts, processes)
     if processes > 1 and (parts % processes or batch % parts):
         raise UsageError(f"{given} cannot be shared by {processes} processes; choose multiples of their number")
@@ -201,10 +206,6 @@ def _distillation(config: PretrainConfig, method: Method) -> OnlineDistillation 
         return own if config.distill == "own" else None
     kind = cast(DistillationKind, config.distill)
     return OnlineDistillation(kind, own.teacher_temperature, own.student_temperature, weight=own.weight)
-
-
-def _beside_encoder(method: Method) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("encoder.")}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

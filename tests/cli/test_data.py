@@ -114,7 +114,7 @@ def test_a_file_that_breaks_later_is_named_in_one_line_by_a_worker_too(tmp_path)
     (tmp_path / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError) as caught:
         list(batches_of(Plain(FolderImages([tmp_path / "1.png"]), 8), workers=1))
-    assert re.fullmatch(r".*1\.png cannot be read \(.*\); put one .* --resume", str(caught.value))
+    assert re.fullmatch(r".*1\.png cannot be read \(.*\); replace it, then continue with --resume", str(caught.value))
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "pgm"])
@@ -212,7 +212,7 @@ def test_pretrain_on_a_folder(tmp_path, capsys, tiny):
     for command in (again, ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]):
         assert main(command) == 2
         message = capsys.readouterr().err
-        assert "does not hold the files of the run any more (then 20 and 4 files, hash " in message
+        assert "no longer holds the files of the run (then 20 and 4 files, hash " in message
         assert "; now 20 and 5 files, hash " in message
     new.unlink()
     assert main(again) == 0

@@ -31,10 +31,10 @@ def refused(capsys, *arguments):
     [
         (
             ["resnet_18", "--width", "1"],
-            "resnet_18 is no folder and no file, so it is neither a pre-training run nor saved; and timm has no",
+            "resnet_18 is neither a folder nor a file, and not a model either: timm has no",
         ),
         (["resnet_18", "--width", "1"], "Did you mean resnet18"),
-        (["runs/none", "--width", "1"], "runs/none is no folder and no file"),
+        (["runs/none", "--width", "1"], "runs/none is neither a folder nor a file"),
         ([NAME, "--width", "0.3"], "--width 0.3 is not one of --widths (1.0, 0.75, 0.5, 0.25)"),
         ([NAME, "--width", "nan"], "--width nan is not one of"),
         ([NAME, "--width", "1", "--widths", "0.5", "0.25"], "full width 1.0 is missing"),
@@ -73,8 +73,8 @@ def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
     [
         ("truncated", "it is damaged"),
         ("foreign", "was not written by slimmable.save"),
-        ("narrow", "holds one narrow network"),
-        ("stranger", "holds a network that timm does not make so"),
+        ("narrow", "holds a single narrow network"),
+        ("stranger", "holds a network that timm cannot make"),
     ],
 )
 def test_files_that_hold_no_converted_timm_model(tmp_path, capsys, content, message):
@@ -97,7 +97,7 @@ def test_options_that_a_saved_model_settles(tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     slimmable.save(slimmable.slimify(timm.create_model(NAME, num_classes=3), (1.0, 0.5)), path)
     said = refused(capsys, path, "--width", "0.5", "--num-classes", "4", "--output", tmp_path / "out")
-    assert "is a saved model, which settles what --num-classes would say" in said
+    assert "is a saved model, which already determines --num-classes; leave it out" in said
 
 
 def test_image_sizes_that_a_saved_model_does_not_take(tmp_path, capsys):
@@ -105,7 +105,7 @@ def test_image_sizes_that_a_saved_model_does_not_take(tmp_path, capsys):
     settings = {"img_size": 64, "dynamic_img_size": False}
     slim = slimmable.slimify(timm.create_model("test_vit", **settings), (1.0, 0.5))
     slimmable.save(slim, path, arguments=settings)
-    for size, message in ((0, "must be at least 1, got 0"), (96, "does not take images of 96 x 96 pixels")):
+    for size, message in ((0, "must be at least 1, got 0"), (96, "does not accept images of 96 x 96 pixels")):
         said = refused(capsys, path, "--width", "0.5", "--image-size", size, "--output", tmp_path / "out")
         assert message in said
 
@@ -116,7 +116,7 @@ def test_missing_package_names_the_extra(tmp_path, capsys, monkeypatch, package)
     options = ["--width", "1", "--format", "pt2", "--format", "onnx"]
     message = refused(capsys, NAME, *options, "--output", tmp_path / "out")
     assert f"needs {package}" in message
-    assert 'pip install ".[onnx]" (in the clone of slimmable)' in message
+    assert 'pip install ".[onnx]" (in a clone of slimmable)' in message
     assert os.listdir(tmp_path) == []
 
 
@@ -131,7 +131,7 @@ def test_folder_that_cannot_be_made(tmp_path, capsys):
 def test_folder_that_is_no_run(tmp_path, capsys):
     assert "is a folder without config.json" in refused(capsys, tmp_path, "--width", "1")
     (tmp_path / "config.json").write_text("{}")
-    assert "config.json is of another version" in refused(capsys, tmp_path, "--width", "1")
+    assert "config.json was written by another version" in refused(capsys, tmp_path, "--width", "1")
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -141,7 +141,7 @@ def test_folder_that_is_no_run(tmp_path, capsys):
 )
 def test_options_that_a_run_settles(run, capsys, option):
     before = set(run.iterdir())
-    assert f"which settles what {option[0]} would say" in refused(capsys, run, "--width", "1", *option)
+    assert f"which already determines {option[0]}; leave it out" in refused(capsys, run, "--width", "1", *option)
     assert set(run.iterdir()) == before
 
 
@@ -179,14 +179,14 @@ def test_weights_of_another_model(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model(NAME, num_classes=10).state_dict(), path)
     message = refused(capsys, NAME, "--width", "1", "--checkpoint", path, "--output", tmp_path / "out")
-    assert "fc.weight has shape (10, 96), the model's has (1000, 96)" in message
+    assert "of another shape: fc.weight (10, 96), expected (1000, 96)" in message
     assert os.listdir(tmp_path) == ["weights.pth"]
 
 
 def test_pretrained_weights_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", fails)
     message = refused(capsys, NAME, "--width", "1", "--pretrained", "--output", tmp_path / "out")
-    assert "the pretrained weights of test_resnet cannot be fetched (OSError: no route" in message
+    assert "the pretrained weights of test_resnet cannot be downloaded (OSError: no route" in message
     assert "--checkpoint" in message
     assert os.listdir(tmp_path) == []
 

@@ -111,7 +111,7 @@ def test_two_processes_end_where_one_does(tiny, tmp_path, monkeypatch):
     process = start(*launch, *options, "--output", str(tmp_path / "two"))
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert output.count("holds the results") == 1
+    assert output.count("the results are in") == 1
     assert main([*options, "--output", str(tmp_path / "one")]) == 0
     two, one = (rows(tmp_path / name / "losses.csv") for name in ("two", "one"))
     assert len(two) == len(one) == 8

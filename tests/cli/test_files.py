@@ -102,8 +102,8 @@ def test_checkpoint_of_another_model_lists_what_differs(tmp_path):
     before = other.weight.detach().clone()
     with pytest.raises(CheckpointError) as caught:
         load_exactly(other, load_checkpoint(path).network, "the checkpoint")
-    assert "bias is not part of the model" in str(caught.value)
-    assert "weight has shape (8, 4), the model's has (8, 5)" in str(caught.value)
+    assert "\n  unknown: bias" in str(caught.value)
+    assert "\n  of another shape: weight (8, 4), expected (8, 5)" in str(caught.value)
     assert torch.equal(other.weight, before)
 
 

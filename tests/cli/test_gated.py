@@ -229,7 +229,7 @@ def test_two_processes_make_one_run(tiny, tmp_path, monkeypatch):
     options = ("pretrain", *tiny, *GATED, "--knn-every", "1", "--output", str(tmp_path / "run"))
     process = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("holds the results") == 1
+    assert process.stdout.count("the results are in") == 1
     assert process.stdout.count("kNN accuracy") == 2
     assert [row["step"] for row in read(tmp_path / "run" / "knn.csv")] == ["4", "8"]
     before = (tmp_path / "run" / "metrics.csv").read_text()

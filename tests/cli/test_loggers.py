@@ -74,7 +74,7 @@ def test_a_line_is_on_the_disk_when_it_is_logged(tmp_path):
 )
 def test_a_log_that_was_changed_is_refused_and_kept(tmp_path, text):
     (tmp_path / "losses.csv").write_text(text)
-    with pytest.raises(CheckpointError, match=r"losses.csv (has other columns|cannot be read).*move it away"):
+    with pytest.raises(CheckpointError, match=r"losses.csv (has columns other than|cannot be read).*move it away"):
         make_loggers(tmp_path, ["train_loss/w1"], 5, (), {})
     assert (tmp_path / "losses.csv").read_text() == text
 

@@ -100,9 +100,7 @@ def test_the_help_tells_defaults_and_ranges():
     (commands,) = (action for action in make_parser()._actions if action.dest == "command")
     text = " ".join(commands.choices["pretrain"].format_help().split())
     assert "--epochs N passes over the training images (at least 1; default: 20)" in text
-    assert (
-        "--widths W [W ...] shares of the channels, in (0, 1], with 1 among them (default: 1.0 0.75 0.5 0.25)" in text
-    )
+    assert "--widths W [W ...] fractions of the channels, in (0, 1], including 1 (default: 1.0 0.75 0.5 0.25)" in text
 
 
 def test_the_tables_of_the_docs_are_made_from_the_options():

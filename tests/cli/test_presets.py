@@ -32,10 +32,10 @@ def test_what_is_given_comes_before_the_preset():
 @pytest.mark.parametrize(
     ("given", "preset", "message"),
     [
-        ({}, "slimclr-imagenet", "--preset slimclr-imagenet: there are slimclr-mocov2-imagenet"),
-        ({"method": "byol"}, "vicreg-imagenet", "--preset vicreg-imagenet is of --method vicreg, not byol"),
-        ({"method": "dino"}, None, "--method dino: there are mocov2"),
-        ({"distill": "magic"}, None, "--distill magic: there are own, none, kl"),
+        ({}, "slimclr-imagenet", "there is no --preset slimclr-imagenet; choose one of slimclr-mocov2-imagenet"),
+        ({"method": "byol"}, "vicreg-imagenet", "--preset vicreg-imagenet is for --method vicreg, not byol"),
+        ({"method": "dino"}, None, "--method cannot be dino; choose from mocov2"),
+        ({"distill": "magic"}, None, "--distill cannot be magic; choose from own, none, kl"),
         ({"loss_weights": "heavy"}, None, "unknown mode 'heavy'"),
         ({"ema_momentum": 1.5}, None, r"--ema-momentum must be in \[0, 1\], got 1.5"),
         ({"temperature": 0.0}, None, "--temperature must be positive, got 0.0"),
@@ -53,7 +53,7 @@ def test_a_run_goes_on_with_its_preset_named_again():
     config.check_same(with_preset({"epochs": 3}, "byol-imagenet"))
     with pytest.raises(UsageError, match=r"--epochs: the run has 3, now 1000$"):
         config.check_same(with_preset({}, "byol-imagenet"))
-    with pytest.raises(UsageError, match="--preset vicreg-imagenet is of --method vicreg, not byol"):
+    with pytest.raises(UsageError, match="--preset vicreg-imagenet is for --method vicreg, not byol"):
         with_preset({"method": "byol"}, "vicreg-imagenet")
 
 

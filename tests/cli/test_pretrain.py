@@ -105,7 +105,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tiny, run, tmp_path, monkey
     with monkeypatch.context() as patch:
         interrupt_after(steps, patch)
         assert main(["pretrain", *tiny, "--output", str(folder)]) == 130
-    assert f"go on with: slimmable pretrain --output {folder} --resume" in capsys.readouterr().out
+    assert f"continue with: slimmable pretrain --output {folder} --resume" in capsys.readouterr().out
     assert load_checkpoint(folder / "checkpoint.safetensors").step == steps
     assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu", "--workers", "0"]) == 0
     assert_same_results(folder, run)

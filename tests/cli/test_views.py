@@ -129,7 +129,7 @@ def test_an_interrupt_does_not_reach_the_workers():
 
 
 def test_a_worker_that_ends_is_one_message():
-    with pytest.raises(SlimmableError, match=r"a process that reads images ended \(.*; go on with --resume$"):
+    with pytest.raises(SlimmableError, match=r"a process that reads images ended \(.*; continue with --resume$"):
         list(after_a_signal(signal.SIGKILL))
 
 
