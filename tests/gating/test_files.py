@@ -192,7 +192,7 @@ def test_what_cannot_come_back_is_not_saved(tmp_path):
     ):
         model = small_model()
         change(model)
-        with pytest.raises(CheckpointError, match="was changed after it was gated; take the gates off"):
+        with pytest.raises(CheckpointError, match="was changed after it was gated; remove the gates"):
             slimmable.save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     slimmable.save(ungate(model), tmp_path / "model")
