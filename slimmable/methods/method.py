@@ -52,7 +52,7 @@ class Batch:
 
     views: Sequence[Tensor]
     labels: Tensor | None = None
-    targets: Sequence[Tensor] = ()  # while a step runs, what `prepare` returned, once for all widths
+    targets: Sequence[Tensor] = ()  # while a step runs, the result of `prepare` for all widths
 
 
 @dataclass
@@ -116,12 +116,12 @@ class Method(nn.Module):
         return OnlineDistillation()
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
-        """Do what happens once per step, at the full width and without gradients; the result is `batch.targets`."""
+        """Prepare a step, once, at full width and without gradients; the result becomes `batch.targets`."""
         return ()
 
     @abstractmethod
     def forward(self, batch: Batch) -> Outcome:
-        """Return the loss of the active width, and what distillation compares."""
+        """Return the loss of the active width, and the outputs that distillation compares."""
 
     def embed(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Return the encoder's embeddings of each view; in a gated pass, the dense network embeds all but the first."""
@@ -130,7 +130,7 @@ class Method(nn.Module):
             return [first, *(self.encoder(view) for view in views[1:])]
 
     def finish(self, batch: Batch) -> None:
-        """Do what comes after the last `backward` of a step."""
+        """Finish a step after its last `backward`."""
 
     def step(
         self,

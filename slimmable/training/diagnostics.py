@@ -33,7 +33,7 @@ class GradientDiagnostics:
     | `step` | number of the step, from 0 |
     | `grad_norm/w0.25` | norm of the gradient of `L` in `theta_0.25`; its mean over layers is the published statistic |
     | `grad_ratio/w0.25` | the same norm in `theta_1.0`, divided by that in `theta_0.25`; at least 1 |
-    | `rest_ratio/w0.25` | the norm in the rest of `theta_1.0`, divided by that in `theta_0.25`; below 1 a small part dominates |
+    | `rest_ratio/w0.25` | norm in the rest of `theta_1.0`, over that in `theta_0.25`; below 1 a small part dominates |
     | `own_norm/w0.25` | norm of the gradient of `L_0.25` in `theta_0.25` |
     | `own_ratio/w0.25` | norm of the gradient of `L_1.0` divided by that of `L_0.25` |
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
