@@ -1,4 +1,4 @@
-"""Evaluate frozen features at every width: kNN, linear probes and the ridge classifier."""
+"""Evaluation of frozen features at every width: kNN, linear probes and the ridge classifier."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Fractions of the held-out images that each probe classifies correctly, in [0, 1]; NaN for a probe not run."""
+    """Fraction of held-out images that each probe classifies correctly, in [0, 1]; NaN for a probe that did not run."""
 
     knn: float = math.nan
     linear: float = math.nan
@@ -38,9 +38,9 @@ def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: i
     """Return the features of `backbone` at `width` in eval mode, of shape (images, features), float32.
 
     Args:
-        backbone: a converted network; its width and training mode are put back afterwards.
-        images: of shape (images, ...); uint8 ones are scaled to [0, 1].
-        width: one of the network's.
+        backbone: a converted network; its width and training mode are restored afterwards.
+        images: shape (images, ...); uint8 images are scaled to [0, 1].
+        width: one of the network's widths.
         batch_size: number of images that run together.
 
     Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
@@ -61,7 +61,7 @@ def outputs_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the images on the device of `model`, uint8 ones scaled to [0, 1]."""
+    """Return the images on the device of `model`, with uint8 scaled to [0, 1]."""
     moved = images.to(next(model.parameters(), images).device)
     return moved.float() / 255 if moved.dtype == torch.uint8 else moved
 
@@ -70,12 +70,12 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     """Return the fraction of `images` whose largest class score is that of their label, in [0, 1].
 
     Args:
-        model: images in, class scores of shape (batch, classes) out; runs in eval mode, as in `features_of`.
-        images: of shape (images, ...); uint8 ones are scaled to [0, 1].
-        labels: class numbers of shape (images,).
+        model: images in, class scores of shape (batch, classes) out; it runs in eval mode, as in `features_of`.
+        images: shape (images, ...); uint8 images are scaled to [0, 1].
+        labels: class numbers, shape (images,).
         batch_size: number of images that run together.
 
-    Raises: DataError: if there are no images, not one class number for each, or the model gives no class scores.
+    Raises: DataError: if there are no images, not one class number for each, or the model's output is not class scores.
 
     >>> accuracy_of(nn.Sequential(nn.Linear(2, 2, bias=False)), torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
     0.75
@@ -99,21 +99,21 @@ def evaluate_widths(
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
 ) -> dict[float, Accuracies]:
-    """Return width -> accuracies on `test` of classifiers made from `train`, on frozen features.
+    """Return width -> accuracies on `test` of classifiers trained on the frozen features of `train`.
 
     The features of every width are computed once, in eval mode; the backbone is not changed.
 
     Args:
         backbone: a converted network; images in, features of shape (batch, features) out.
-        train, test: images of shape (images, channels, height, width), floats, or uint8 to be scaled to [0, 1].
-        train_labels, test_labels: class numbers of shape (images,).
+        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1].
+        train_labels, test_labels: class numbers, shape (images,).
         probes: which classifiers, as in `evaluate_features`. For "slimmable" the features of a converted backbone are
             sorted, those of the narrowest width first; a part of a converted network must have them in this order.
         k: number of neighbours that vote.
 
     Raises:
         ConversionError: if `backbone` was never converted.
-        DataError: if a set is empty or labels do not fit.
+        DataError: if a set is empty or labels do not match.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
 
     >>> import slimmable
@@ -142,19 +142,19 @@ def evaluate_features(
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
 ) -> dict[float, Accuracies]:
-    """Return width -> accuracies on `test` of classifiers made from `train`, for features already computed.
+    """Return width -> accuracies on `test` of classifiers trained on `train`, for features already computed.
 
     Args:
-        train, test: width -> features of shape (images, features of this width), 1.0 among the widths.
-        train_labels, test_labels: class numbers of shape (images,); moved to the device of the features.
+        train, test: width -> features of shape (images, features of this width), including width 1.0.
+        train_labels, test_labels: class numbers, shape (images,); moved to the device of the features.
         probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "slimmable" one for all widths
             (`train_slimmable_probe`, which needs the features of a width to be the first ones of every wider width),
             "ridge" the closed form per width (`ridge_classifier`).
         k: number of neighbours that vote.
 
     Raises:
-        DataError: if a set is empty, or labels or features do not fit.
-        WidthError: if 1.0 is not among the widths.
+        DataError: if a set is empty, or labels or features do not match.
+        WidthError: if width 1.0 is missing.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
 
     >>> wide, labels = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
@@ -172,7 +172,7 @@ def evaluate_features(
         if train[width].shape[1:] != test[width].shape[1:]:
             raise DataError(
                 f"evaluate_features: at width {width} train has shape {tuple(train[width].shape)}, test "
-                f"{tuple(test[width].shape)}; expected as many features"
+                f"{tuple(test[width].shape)}; expected the same number of features"
             )
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
@@ -210,10 +210,10 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
-    """Sort the features so that those of a width are the first ones of every wider width, if a plan says which are.
+    """Sort the features so that each width's features come first in every wider width, as the plan describes.
 
     Args:
-        backbone: the network that made the features; without a plan of its own they are returned as they are.
+        backbone: the network that made the features; without a plan of its own, they are returned unchanged.
         features: width -> features of shape (images, features of this width).
     """
     state = state_of(backbone)

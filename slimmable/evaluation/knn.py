@@ -1,4 +1,4 @@
-"""Classify by the nearest training features: what features hold without any training on labels."""
+"""Classify by the nearest training features, to evaluate features without training on labels."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _CHUNK = 1024
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.1
 ) -> float:
-    """Return the fraction of `test` that a weighted vote of the `k` nearest of `train` classifies correctly.
+    """Return the fraction of `test` that a weighted vote of the `k` nearest features of `train` classifies correctly.
 
-    The nearest have the largest cosines, and their votes are `exp(cosine / temperature)` (Wu et al., *Unsupervised
-    Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4).
+    The nearest features have the largest cosines, and their votes are `exp(cosine / temperature)` (Wu et al.,
+    *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4).
 
     Args:
-        train, test: features of shape (images, ...), flattened and scaled to unit length here.
-        train_labels, test_labels: class numbers of shape (images,).
-        k: number of neighbours; all of `train` where that is fewer.
+        train, test: features of shape (images, ...), which are flattened and scaled to unit length.
+        train_labels, test_labels: class numbers, shape (images,).
+        k: number of neighbours, at most all of `train`.
 
     Raises:
-        DataError: if a set is empty, shapes do not fit, or labels are not class numbers.
+        DataError: if a set is empty, shapes do not match, or labels are not class numbers.
         UsageError: if `k` is not an integer of at least 1, or `temperature` is not positive.
 
     >>> corners = torch.eye(3)

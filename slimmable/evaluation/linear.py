@@ -1,4 +1,4 @@
-"""Train linear classifiers on frozen features: one per width, one for all widths, or ridge in closed form."""
+"""Linear classifiers on frozen features: one per width, one for all widths, or ridge in closed form."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
-_NOISE = 1e-14  # of the mean square: a variance below it is the rounding of float32
-_NO_EPS = 1e-30  # changes no variance that `_moments` gives; torch 2.11 does not allow 0
+_NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
+_NO_EPS = 1e-30  # too small to change a variance from `_moments`; torch 2.11 does not allow 0
 
 
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
     """Return the loss of a switchable probe, a scalar in nats (SlimCLR, Zhao et al. 2024, linear evaluation).
 
-    The widest width's cross-entropy with the labels, plus for every narrower one the mean of its cross-entropy with
-    the labels and with the widest's class probabilities, detached.
+    It is the widest width's cross-entropy with the labels, plus for every narrower width the mean of its cross-entropy
+    with the labels and that with the widest's class probabilities, detached.
 
     Args:
-        scores: width -> class scores of shape (batch, classes), the full width 1.0 among them.
-        labels: class numbers of shape (batch,).
+        scores: width -> class scores of shape (batch, classes), including width 1.0.
+        labels: class numbers, shape (batch,).
 
-    Raises: DataError: if scores and labels do not fit. WidthError: if the full width is missing.
+    Raises: DataError: if scores and labels do not match. WidthError: if the full width is missing.
 
     >>> even = torch.zeros(3, 4)
     >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
@@ -74,19 +74,19 @@ def train_probe(
 ) -> SwitchableProbe:
     """Train one linear classifier per width on frozen features, all of them in the same steps.
 
-    SGD with momentum 0.9, no weight decay, and a cosine schedule. The features are scaled to zero mean and unit
-    variance for the training; the scales are then folded into the classifiers, which take the features as they are.
+    Uses SGD with momentum 0.9, no weight decay, and a cosine schedule. The features are scaled to zero mean and unit
+    variance for training; the scales are then folded into the classifiers, which take the unscaled features.
 
     Args:
-        features: width -> features of shape (images, features of this width), 1.0 among the widths.
-        labels: class numbers of shape (images,), on the device of the features.
+        features: width -> features of shape (images, features of this width), including width 1.0.
+        labels: class numbers, shape (images,), on the device of the features.
         num_classes: number of classes; by default one more than the largest label.
-        epochs, batch_size: of the training.
-        learning_rate: at the start.
-        seed: for the order of the images.
+        epochs, batch_size: length of the training, and images per step.
+        learning_rate: initial learning rate.
+        seed: seed of the order of the images.
 
-    Raises: DataError: if labels and features do not fit. WidthError: if the full width is missing. UsageError: if
-        `epochs`, `batch_size` or `learning_rate` is out of its range.
+    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing. UsageError: if
+        `epochs`, `batch_size` or `learning_rate` is out of range.
 
     >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)
@@ -124,20 +124,20 @@ def train_slimmable_probe(
     learning_rate: float = 0.1,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Train one linear classifier for all widths, of which a narrow width uses the first columns; for comparison.
+    """Train one linear classifier for all widths, whose first columns serve the narrow widths; for comparison.
 
-    In linear regression, such a classifier is the best at every width only if the features of a narrow width are
-    orthogonal to the others over the images (SlimCLR, Zhao et al. 2024, theory); hence one classifier per width in
-    `train_probe`. Arguments, loss and steps are the same as there, and so are the features that the classifiers see:
-    scaled to zero mean and unit variance at every width. Only weights and bias are shared here. The widths have
-    different scales, which cannot be folded into shared weights; they stay in front, as a BatchNorm per width.
+    In linear regression, such a classifier is optimal at every width only if the features of a narrow width are
+    orthogonal to the others over the images (SlimCLR, Zhao et al. 2024, theory), so `train_probe` trains one classifier
+    per width. Arguments, loss, steps and the scaling of the features are as in `train_probe`; only weights and bias are
+    shared. The widths have different scales, which cannot be folded into shared weights, so a BatchNorm per width in
+    front applies them.
 
-    The features of a narrow width must be the first ones of the full width. `slimify` keeps them so, unless the
-    features are concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. This
-    means nothing for layers made with `overlap=False`.
+    The features of a narrow width must be the first ones of the full width. `slimify` ensures this unless the features
+    are concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. It does not
+    apply to layers made with `overlap=False`.
 
-    Returns: BatchNorm and classifier, which switch widths together and take the features as they are. They are in eval
-        mode and must stay there.
+    Returns: BatchNorm and classifier, which switch widths together and take the unscaled features. They are in eval
+        mode and must stay in it.
 
     Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
 
@@ -184,7 +184,7 @@ def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
 
 
 def check_training(where: str, epochs: int, batch_size: int, learning_rate: float) -> None:
-    """Raise `UsageError` unless all are numbers that a training can have."""
+    """Raise `UsageError` unless all numbers are in range."""
     check_count(where, least=0, epochs=epochs)
     check_count(where, batch_size=batch_size)
     check_not_negative(where, learning_rate=learning_rate)
@@ -229,27 +229,27 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def ridge_classifier(
     features: Tensor, labels: Tensor, *, num_classes: int | None = None, penalty: float = 0.1
 ) -> nn.Linear:
-    """Return the linear classifier with the least squared error to one-hot labels plus a penalty on its weights.
+    """Return the ridge classifier: least squared error to one-hot labels plus a penalty on the weights.
 
     It minimises `mean over images of |W x + b - onehot|^2 + penalty v |W|^2` in closed form, in float64 (Hoerl and
-    Kennard, *Ridge Regression*, 1970). `v` is the variance of the features, averaged over them, and `b` is not
-    penalised. So neither scaling all features nor shifting each of them changes an answer, and one penalty suits any
-    features. With one-hot labels the scores estimate the class probabilities and sum to 1; targets of 1 and -1, as in
-    scikit-learn's `RidgeClassifier`, would give `2 score - 1` and the same answers.
+    Kennard, *Ridge Regression*, 1970). `v` is the mean variance of the features, and `b` is not penalised, so neither
+    scaling all features nor shifting any of them changes a prediction, and one penalty suits any features. With one-hot
+    labels the scores estimate the class probabilities and sum to 1; targets of 1 and -1, as in scikit-learn's
+    `RidgeClassifier`, would give `2 score - 1` and the same predictions.
 
     Unlike `train_probe` it has no steps to tune, and the widths of a network do not teach each other: call it for the
-    features of each width. It solves for as many unknowns as there are features, or images if these are fewer.
+    features of each width. It solves for as many unknowns as there are features, or images if there are fewer.
 
     Args:
-        features: of shape (images, features), as they are.
-        labels: class numbers of shape (images,).
+        features: unscaled features, shape (images, features).
+        labels: class numbers, shape (images,).
         num_classes: number of classes; by default one more than the largest label. A class without images gets the
             score 0 everywhere.
         penalty: at least 1e-9. The fewer the images, the larger it should be.
 
     Returns: a classifier on the device of the features, float64 if they are and float32 otherwise.
 
-    Raises: DataError: if labels and features do not fit or are not finite. UsageError: if `penalty` is too small.
+    Raises: DataError: if labels and features do not match or are not finite. UsageError: if `penalty` is too small.
 
     >>> corners = torch.eye(3).repeat(4, 1)
     >>> classifier = ridge_classifier(100 * corners + 7, torch.arange(3).repeat(4))

@@ -1,4 +1,4 @@
-"""Gating as an add-on of the core: what files say of gates is how `gate` was asked, and loading asks again."""
+"""The gating add-on: files store the arguments of `gate`, and loading calls `gate` with them again."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from slimmable.gating._plan import PLAN, GatePlan
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a copy of a gated model without its gates, and what `_restore` needs, as data for JSON.
+    """Return a copy of a gated model without its gates, and the JSON data that `_restore` needs.
 
-    Raises: CheckpointError: if `gate` would not make these gates for the copy.
+    Raises: CheckpointError: if `gate` would not make the same gates for the copy.
     """
     found: GatePlan | None = model.__dict__.get(PLAN)
     if found is None:
         raise CheckpointError(
-            f"a part or the whole of this {type(model).__name__} has gates, but it is not what slimmable.gating.gate "
-            "returned; save the gated model itself"
+            f"this {type(model).__name__} or a part of it has gates, but it is not the model that "
+            "slimmable.gating.gate returned; save that model"
         )
     gates = _channel_gates(model)
     data = {
@@ -43,7 +43,7 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     bare = ungate(copy_of(model))
     arguments = _arguments(bare, data)
     changed = CheckpointError(
-        f"this {type(model).__name__} was changed after it was gated; take the gates off with "
+        f"this {type(model).__name__} was changed after it was gated; remove the gates with "
         "slimmable.gating.ungate, gate it again, then save it"
     )
     try:
@@ -57,9 +57,9 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
-    """Gate a model in place as `_describe` says, and return it; the gates have random weights.
+    """Gate a model in place from the data of `_describe`, and return it; the gates have random weights.
 
-    Raises: an error of some kind if the data is of another model, or anything else.
+    Raises: an error of any type if the data belongs to another model or is malformed.
     """
     norms, bias = bool(data["separate_norms"]), bool(data["bias"])
     gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
@@ -70,7 +70,7 @@ def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
 
 
 def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
-    """Return what `gate` was asked, for a model of any type and on any device."""
+    """Return the arguments of `gate`, with the dtype and device of the model."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     args, kwargs = decode_inputs(data["example"], like)
     skipped = set(map(str, data["skipped"]))
@@ -80,7 +80,7 @@ def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
 def _channel_gates(model: nn.Module) -> list[ChannelGate]:
     """Return the gates of all widths, in the order of their layers.
 
-    Raises: CheckpointError: if one is of another class, which a file cannot name.
+    Raises: CheckpointError: if a gate is not a `ChannelGate`, since a file cannot name its class.
     """
     found = []
     for gates in gates_in(model):
@@ -92,7 +92,7 @@ def _channel_gates(model: nn.Module) -> list[ChannelGate]:
 
 
 ADDON = AddOn(
-    refusal="has gates, which are made for its widths; take them off with slimmable.gating.ungate",
+    refusal="has gates, which are made for its widths; remove them with slimmable.gating.ungate",
     present=has_gates,
     detach=ungate,
     describe=_describe,

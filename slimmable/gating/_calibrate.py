@@ -1,4 +1,4 @@
-"""What the gates of a trained model open on given images, and one threshold that sets them to a budget."""
+"""Measure how often trained gates open each unit, and set their threshold to meet a budget."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from slimmable.training.calibrate import ModelInput, arguments_of
 Taken = TypeVar("Taken")
 
 _HALVINGS = 40
-_CLOSE = 5e-4  # difference of shares of the dense multiply-adds that is close enough
+_CLOSE = 5e-4  # tolerance, as a share of the dense multiply-adds
 
 
 @torch.no_grad()
 def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
-    """Return for each gate, by name, the fraction of the images for which it opens each unit: shape (units,), float64.
+    """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64.
 
-    The gates decide in eval mode, without noise; the modes of the model are put back.
+    The gates decide in eval mode, without noise; training modes are restored afterwards.
 
     Args:
-        model: gated.
-        loader: batches as `calibrate_bn` takes them.
+        model: a gated model.
+        loader: batches as for `calibrate_bn`.
 
     Raises:
-        UsageError: if the model has no gates, or the loader is not a list of batches or the like.
-        DataError: if the loader is empty or holds something else.
+        UsageError: if the model has no gates, or the loader is not an iterable of batches.
+        DataError: if the loader is empty or holds anything other than batches.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -49,42 +49,42 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
 
 
 def _opened(run: GatedPass) -> tuple[dict[str, Tensor], int]:
-    """Return for how many of the images each unit is open, and how many images there are."""
+    """Return the number of images for which each unit is open, and the number of images."""
     masks = run.masks()
     return {name: mask.double().sum(0) for name, mask in masks.items()}, len(next(iter(masks.values())))
 
 
 @torch.no_grad()
 def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
-    """Set the thresholds of the gates so that gated passes cost `budget` on average, in place; return what they cost.
+    """Set the gates' thresholds in place so that gated passes cost `budget` on average; return their actual share.
 
-    Training holds gates near a budget while they decide with noise; without noise they may open fewer or more units.
-    One threshold for the logits of all gates makes up for this, and lets a trained network run at other budgets nearby.
-    It is found by halving an interval, each time with gated passes in eval mode over all images. Where many logits are
-    equal, as in untrained gates, the share jumps; then the nearest possible one is taken. Only the gates of the active
-    width change. On an error nothing has.
+    Training keeps gates near a budget while they decide with noise; without noise they may open fewer or more units.
+    One threshold for the logits of all gates corrects this, and lets a trained network run at other budgets nearby.
+    It is found by bisection, with gated passes in eval mode over all images at every step. Where many logits are
+    equal, as in untrained gates, the share jumps; the closest one possible is then chosen. Only the gates of the active
+    width change; after an error none have.
 
     Args:
-        model: gated; its modes are put back.
-        loader: batches as `calibrate_bn` takes them; it is gone through about 15 times.
-        budget: wanted multiply-adds as a share of the dense network's, in (0, 1).
+        model: a gated model; its training modes are restored afterwards.
+        loader: batches as for `calibrate_bn`; it is iterated over about 15 times.
+        budget: target multiply-adds as a share of the dense network's, in (0, 1).
 
     Raises:
         UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all open;
-            if the model has no gates, or the loader can be gone through only once.
-        DataError: if the loader is empty or holds something else.
+            if the model has no gates, or the loader can be iterated over only once.
+        DataError: if the loader is empty or holds anything other than batches.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
-    >>> _ = nn.init.normal_(model[2].channel_gate.at[0].expand.bias)  # as if it was trained
+    >>> _ = nn.init.normal_(model[2].channel_gate.at[0].expand.bias)  # as if trained
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
     """
     check_budget("calibrate_gates", budget)
     if isinstance(loader, Iterator):
         raise UsageError(
-            "calibrate_gates: the loader is gone through many times; give a list or a DataLoader, not an iterator"
+            "calibrate_gates: the loader is iterated over many times; give a list or a DataLoader, not an iterator"
         )
     gates = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
     thresholds = [gate.threshold for gate in gates if isinstance(gate, ChannelGate)]
@@ -104,7 +104,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
 
 
 def _set_to_budget(share_at: Callable[[float], float], budget: float) -> float:
-    """Halve the interval of thresholds until the share is close to the budget; end at the closest."""
+    """Bisect the thresholds until the share is close to the budget; end at the closest."""
     least, most = share_at(math.inf), share_at(-math.inf)
     if not least <= budget <= most:
         raise UsageError(
@@ -127,9 +127,9 @@ def _set_to_budget(share_at: Callable[[float], float], budget: float) -> float:
 def _over_batches(
     where: str, model: nn.Module, loader: Iterable[ModelInput], take: Callable[[GatedPass], Taken]
 ) -> list[Taken]:
-    """Run a gated pass in eval mode on each batch, and return what `take` makes of each.
+    """Run a gated pass in eval mode on each batch, and return the results of `take`.
 
-    Raises: as `gate_activity`; `where` is for the message.
+    Raises: as `gate_activity`; messages start with `where`.
     """
     gates_of(where, model)
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):

@@ -1,4 +1,4 @@
-"""`gate` puts gates into the layers of any model, `ungate` takes them off again."""
+"""Add gates to the layers of any model with `gate`, and remove them with `ungate`."""
 
 from __future__ import annotations
 
@@ -39,31 +39,32 @@ def gate(
     """Return a model with the weights of `model`, and with gates that open and close channels for each image.
 
     A channel group gets a gate if it lies inside a block: one layer makes it, others read it as their input, and
-    between them channels are treated one by one. In Transformers these are the hidden units of the MLPs and whole
-    attention heads. The gate looks at the input of the layer that makes the units; its mask goes on the inputs of the
-    layers that read them, which is the same as dropping the channels. `print(gate_plan(model))` shows what gets a gate,
-    what does not, and why.
+    everything between them treats channels separately. In Transformers these are the hidden units of the MLPs and whole
+    attention heads. The gate sees the input of the layer that makes the units; its mask multiplies the inputs of the
+    layers that read them, which is equivalent to dropping the channels. `print(gate_plan(model))` shows which groups
+    get a gate, which do not, and why.
 
-    The first axis of every tensor must be that of the images; models with another order cannot be told apart.
+    The first axis of every tensor must be the batch; other layouts cannot be detected.
 
     Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it. `save` and `load` know gates. A state dict with other
-    gates than the model's raises a CheckpointError before any of it is loaded.
+    gates for each of its widths; convert it first, then gate it. `save` and `load` support gates. Loading a state dict
+    whose gates differ from the model's raises a CheckpointError and changes nothing.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
         example_inputs: as for `slimify`; the multiply-adds of a gated pass are counted for its size.
-        skip: patterns of layer names, or a function of name and module: what these layers make gets no gate.
-        separate_norms: give the BatchNorms on gated channels, and those right behind the layers that read them,
-            statistics, gain and bias of their own for the gated pass.
-        temperature, open_at_zero, bias: of the gates, see `ChannelGate`.
+        skip: patterns of layer names, or a function of name and module; groups made by these layers get no gate.
+        separate_norms: give the BatchNorms on gated channels, and those directly after the layers that read them,
+            separate statistics, gain and bias for the gated pass.
+        temperature, open_at_zero, bias: passed to each `ChannelGate`.
         inplace: gate `model` itself and return it.
 
     Raises:
         ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced.
-        UsageError: if the model already has gates, or an argument is outside its range. On errors nothing has changed.
+        UsageError: if the model already has gates, or an argument is out of range. After an error nothing has changed.
 
-    Source: Krishna et al. 2023 gate the inner channels of residual blocks; other architectures and widths are ours.
+    Source: Krishna et al. 2023 gate the inner channels of residual blocks; this package adds other architectures and
+        widths.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
@@ -78,7 +79,7 @@ def gate(
     """
     check_module("gate", model)
     if gates_in(model):
-        raise UsageError(f"this {type(model).__name__} has gates already; take them off with slimmable.gating.ungate")
+        raise UsageError(f"this {type(model).__name__} already has gates; remove them with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
     if not found.gates:
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
@@ -92,7 +93,7 @@ def gate(
             target.get_submodule(reader.path).register_forward_pre_hook(MaskHook(gates, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(_child(planned), gates.train(maker.training))
-    for planned, gates in built:  # behind the masks of what the same layer reads
+    for planned, gates in built:  # after the masks on the same layer's input
         target.get_submodule(planned.maker).register_forward_pre_hook(DecideHook(gates))
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
@@ -105,7 +106,7 @@ def gate(
 
 
 def ungate(model: M) -> M:
-    """Take the gates, and the gated pass's norms, off a model in place, and return it.
+    """Remove the gates and the gated pass's norms from a model in place, and return it.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -130,7 +131,7 @@ def ungate(model: M) -> M:
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model's gates, for an optimizer that treats them apart; none for a model without.
+    """Return the parameters of a model's gates, for a separate optimizer group; empty for a model without gates.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -148,7 +149,7 @@ def _child(planned: PlannedGate) -> str:
 def _layer_gates(
     model: nn.Module, found: GatePlan, planned: PlannedGate, make: Callable[[int, int], nn.Module]
 ) -> LayerGates:
-    """Make the gates of one group, one per width, on the device and of the type of the layer's own parameters."""
+    """Make the gates of one group, one per width, with the device and dtype of the layer's parameters."""
     plan = found.plan
     grouping = plan.channels.needed.grouping
     own = next(model.get_submodule(planned.maker).parameters())
@@ -166,7 +167,7 @@ def _layer_gates(
     if converted is not None:
         state: WidthState = made._slim
         state.plan, state.path = plan, f"{planned.maker}.{_child(planned)}"
-        for registered in converted.columns[len(plan.columns) :]:  # these run dense
+        for registered in converted.columns[len(plan.columns) :]:  # widths without gates, which run dense
             state.add(Column(registered.width))
         for column, known in zip(state.columns, converted.columns, strict=True):
             column.counts = known.counts

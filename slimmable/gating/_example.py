@@ -1,4 +1,4 @@
-"""The example inputs of `gate` as JSON: shapes of images, numbers of indices and masks, plain values."""
+"""Encode the example inputs of `gate` as JSON: shapes of images, contents of indices and masks, plain values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the arguments of a forward as data for JSON: floating-point tensors as their shapes alone.
+    """Return the arguments of a forward as JSON data; of floating-point tensors it holds only dtype and shape.
 
     >>> encode_inputs([torch.zeros(2, 3)], {"mask": torch.tensor([True]), "scale": 2})[1]
     ['tuple', ['tensor', 'float32', [2, 3], None]]
@@ -24,21 +24,21 @@ def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def decode_inputs(data: list[Any], like: Tensor) -> Arguments:
-    """Return the arguments that `encode_inputs` was given; floating-point tensors hold arbitrary numbers.
+    """Return the arguments that `encode_inputs` was given; floating-point tensors are uninitialised.
 
     Args:
         data: from `encode_inputs`.
-        like: a tensor whose device all tensors get, and whose type the floating-point ones get.
+        like: sets the device of all tensors and the dtype of the floating-point ones.
 
     Raises: CheckpointError: if the arguments held an object other than a tensor, number, string, tuple, list or dict.
-        An error of some kind if the data is anything else.
+        An error of any type if the data is malformed.
 
     >>> decode_inputs(encode_inputs([torch.zeros(2, 3)], {"scale": 2}), torch.zeros(1).double())[0][0].dtype
     torch.float64
     """
     args, kwargs = _decode(data, like)
     if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
-        raise CheckpointError("its example is not the arguments of a forward")
+        raise CheckpointError("its example does not hold the arguments of a forward")
     return args, kwargs
 
 
@@ -73,5 +73,5 @@ def _decode_tensor(like: Tensor, name: str, shape: list[int], numbers: list[Any]
     if numbers is not None:
         return torch.tensor(numbers, dtype=dtype, device=like.device).reshape(shape)
     if dtype.is_floating_point:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)  # nobody reads its numbers
+        return torch.empty(shape, dtype=like.dtype, device=like.device)  # its contents are never read
     return torch.zeros(shape, dtype=dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""A static network from a gated one: the channels that its gates open most."""
+"""Extract a static network from a gated one: the channels that its gates open most often."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from slimmable.training.calibrate import ModelInput, calibrate_bn
 
 M = TypeVar("M", bound=nn.Module)
 Activity: TypeAlias = "Mapping[int, NDArray[np.float64]]"
-"""Group -> the fraction of the images for which each of its units is open."""
+"""Group -> the fraction of images for which each of its units is open."""
 
 
 def extract_gated(
@@ -38,23 +38,23 @@ def extract_gated(
     round_to: int = 1,
     recalibrate: bool = True,
 ) -> M:
-    """Return a plain network, without gates, of the channels that the gates of a trained model open most.
+    """Return a plain network, without gates, of the channels that the gates of a trained model open most often.
 
-    Where the masks are the same for all images, it computes what the gated pass does, with the norms of that pass, at
-    full width. Each gate keeps at least one unit. Groups whose units have a fixed order stay whole.
+    It has the norms of the gated pass at full width, and computes the same as that pass where the masks are the same
+    for all images. Each gate keeps at least one unit. Groups whose units have a fixed order are kept whole.
 
     Args:
-        model: gated; it stays as it is.
-        loader: calibration images, batches as `calibrate_bn` takes them; it is gone through twice.
+        model: a gated model; it is not changed.
+        loader: calibration images, batches as for `calibrate_bn`; it is iterated over twice.
         keep: keep the units that are open for at least this fraction of the images, in (0, 1].
-        budget: instead of `keep`, keep as many units as this share of the dense multiply-adds allows, in (0, 1).
-        round_to: keep a number of units whose channels are about a multiple of it, where a gate has that many; 8 or 16
-            suit processors. A head of 64 channels counts as 64.
+        budget: instead of `keep`: keep as many units as this share of the dense multiply-adds allows, in (0, 1).
+        round_to: round the number of kept channels of each gate to about a multiple of this, if it has that many; 8 or
+            16 suit most hardware. An attention head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
     Raises:
-        UsageError: if not exactly one of `keep` and `budget` is given, it is outside its range or below what the
-            smallest network costs, or if the model has no gates.
+        UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
+            smallest network; if the model has no gates, or `loader` can be iterated over only once.
         DataError: as `gate_activity`.
 
     >>> import slimmable
@@ -76,11 +76,11 @@ def extract_gated(
         check_budget("extract_gated", budget)
     if recalibrate and isinstance(loader, Iterator):
         raise UsageError(
-            "extract_gated: the loader is gone through twice; give a list or a DataLoader, not an iterator"
+            "extract_gated: the loader is iterated over twice; give a list or a DataLoader, not an iterator"
         )
     found: GatePlan | None = model.__dict__.get(PLAN)
     if found is None:
-        raise UsageError(f"extract_gated: give the model that gate returned; this {type(model).__name__} is not it")
+        raise UsageError(f"extract_gated: this {type(model).__name__} is not a model that gate returned; give that one")
     with at_width(model, 1.0):
         opened = gate_activity(model, loader)
         twin = _of_the_gated_pass(copy_of(model))
@@ -94,7 +94,7 @@ def extract_gated(
     counts = tuple(kept.get(group, units) for group, units in enumerate(channels.units))
     try:
         found.plan.sub_network(counts)
-    except WidthError:  # some of them do not go together
+    except WidthError:  # the counts of some groups are incompatible
         counts = found.plan.near(counts).counts
     if recalibrate:
         calibrate_bn(slim, loader, [counts])
@@ -102,7 +102,7 @@ def extract_gated(
 
 
 def _steps(found: GatePlan, round_to: int) -> dict[int, int]:
-    """Return group -> the fewest units that have a multiple of `round_to` channels."""
+    """Return group -> the smallest number of units whose channels are a multiple of `round_to`."""
     channels = {
         gate.group: min((reader.units >= 0).sum() for reader in gate.readers) // gate.units for gate in found.gates
     }
@@ -110,12 +110,12 @@ def _steps(found: GatePlan, round_to: int) -> dict[int, int]:
 
 
 def _active_for(activity: Activity, keep: float, steps: Mapping[int, int]) -> dict[int, int]:
-    """Return for each group how many units are open for at least the fraction `keep` of the images, rounded."""
+    """Return group -> how many units are open for at least the fraction `keep` of the images, rounded."""
     return {group: kept_units(len(own), float(np.mean(own >= keep)), steps[group]) for group, own in activity.items()}
 
 
 def _within(found: GatePlan, activity: Activity, budget: float, steps: Mapping[int, int]) -> dict[int, int]:
-    """Return for each group how many units to keep, so that as many as the budget allows are kept, most open first."""
+    """Return group -> how many units to keep: the most often open ones, as many as the budget allows."""
     full = found.plan.channels.units
     group_of = np.concatenate([np.full(len(own), group) for group, own in activity.items()])
     order = np.argsort(-np.concatenate(list(activity.values())), kind="stable")
@@ -134,8 +134,8 @@ def _within(found: GatePlan, activity: Activity, budget: float, steps: Mapping[i
     low, high = 0, len(order)
     if macs(low) > budget * dense:
         raise UsageError(
-            f"extract_gated: the budget is {budget}, but the fewest units for each gate cost {macs(low) / dense:.3f}; "
-            "give more, or a smaller round_to"
+            f"extract_gated: the budget is {budget}, but the smallest network costs {macs(low) / dense:.3f}; "
+            "give a larger budget or a smaller round_to"
         )
     while low < high:
         middle = (low + high + 1) // 2
@@ -144,7 +144,7 @@ def _within(found: GatePlan, activity: Activity, budget: float, steps: Mapping[i
 
 
 def _of_the_gated_pass(model: nn.Module) -> nn.Module:
-    """Return a gated model, in place, as the plain one with the norms of the gated pass."""
+    """Turn a gated model, in place, into a plain one with the norms of the gated pass."""
     for norm in [module for module in model.modules() if isinstance(module, PassNorm)]:
         norm.full = norm.of_gated_pass(0)
     strip(ungate(model))

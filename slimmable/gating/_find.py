@@ -1,4 +1,4 @@
-"""Find where gates can go: trace a plain model once, and judge each of its channel groups."""
+"""Find where gates can go: trace a plain model once, and examine each of its channel groups."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SKIPPED = "skipped"  # the reason where the caller wants no gate
 
 
 def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) -> GatePlan:
-    """Return which channel groups `gate` would give gates, and why the others get none; changes nothing.
+    """Return which channel groups `gate` would give gates, and why the others get none; the model is not changed.
 
-    Of a model that has gates, without `example_inputs` and `skip`: the plan that they follow.
+    For a gated model, without `example_inputs` and `skip`, this is the plan that its gates follow.
 
-    Args and errors: as `gate`, but a model without any gate is no error here.
+    Args and errors: as `gate`, except that finding no place for a gate is not an error.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> import torch
@@ -50,8 +50,8 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
         raise ConversionError(
-            f"a part of this {type(model).__name__} was converted; gate the model that slimify returned, or gate first "
-            "what is then a part of others"
+            f"a part of this {type(model).__name__} was converted; gate the model that slimify returned before it "
+            "becomes a part of another"
         )
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
@@ -79,7 +79,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
 
 
 def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
-    """Return the multiply-adds of a gated model for inputs of another size than its example."""
+    """Return the multiply-adds of a gated model for inputs whose size differs from its example's."""
     args, kwargs = example_of(model, example_inputs)
     _, trace, _ = _traced(model, args, kwargs, found.plan.widths)
     return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
@@ -110,12 +110,12 @@ class _RefusedError(Exception):
 
 
 class _Finder:
-    """Finds gates for the channel groups of a plan, by what a trace of the same model says of them."""
+    """Finds gates for the channel groups of a plan, from a trace of the same model."""
 
     def __init__(self, trace: Trace, plan: Plan) -> None:
         context, channels = trace.context, plan.channels
         self.trace, self.plan, self.labels, self.grouping = trace, plan, context.labels, channels.needed.grouping
-        self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for what is full
+        self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for full axes
         for key, axes in trace.tensors.items():
             for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
                 if ids is not None and units is not None:
@@ -135,7 +135,7 @@ class _Finder:
         self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
 
     def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
-        """Return the multiply-adds of the trace, which was of this many images."""
+        """Return the multiply-adds of the trace, which ran on this many images."""
         products = [(path, macs, tuple(map(self._units_on, axes))) for macs, axes, path in self.trace.context.products]
         positions = {}
         for gate in gates:
@@ -145,9 +145,9 @@ class _Finder:
         return LayerMacs(products, self.grouping, images, positions)
 
     def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
-        """Return the gate that a group can have.
+        """Return the gate for a group.
 
-        Raises: _RefusedError: with the reason, if it can have none.
+        Raises: _RefusedError: with the reason, if it cannot have one.
         """
         units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
         if units < 2:
@@ -187,7 +187,7 @@ class _Finder:
         return calls[0]
 
     def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
-        """Return the axis of a module's input that carries these labels, and its units; never that of the images."""
+        """Return the axis of a module's input that carries these labels, and its units; never the batch axis."""
         wanted = set(self.labels.find(ids).tolist())
         for axis, own in enumerate(call.axes):
             if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
@@ -195,7 +195,7 @@ class _Finder:
         return None
 
     def _looked_at(self, maker: str, images: int) -> tuple[int, Ids]:
-        """Return the axis of the maker's input where the channels lie, and the units on it."""
+        """Return the channel axis of the maker's input, and the units on it."""
         call = self._call(maker, "makes it", images)
         for path, ids in self.trace.context.reads:
             found = self._input_axis(call, ids) if path == maker else None
@@ -220,7 +220,7 @@ class _Finder:
             raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
 
     def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
-        """Find the BatchNorms on the group's channels, and those right behind the layers that read it."""
+        """Return the BatchNorms on the group's channels, and those directly after the layers that read it."""
         outputs = {id(self.trace.calls[path][0].out) for path in readers}
         found = []
         for path, module in model.named_modules():

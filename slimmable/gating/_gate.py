@@ -1,4 +1,4 @@
-"""The gate: it decides which units of a layer an image needs, from what the layer reads."""
+"""The gate: decide from a layer's input which of its units an image needs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def hard_mask(
 ) -> Tensor:
     """Return a mask: 1 where a unit is open, 0 where it is closed.
 
-    With noise, `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` says how open a unit is. A unit with at
-    least 0.5 is open; the gradient is that of `soft` (straight-through). Without noise, units with positive logits are
-    open, and there is no gradient.
+    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5; the
+    gradient is that of `soft` (straight-through). Without noise, units with positive logits are open, and there is no
+    gradient.
 
     Source: the binary Gumbel-softmax of Krishna et al. 2023. Their code uses the temperature 0.66667, and without noise
-    also opens units at logit 0, so a gate whose hidden units are all cut off by their ReLU opens everything.
+    also opens units at logit 0, so a gate whose hidden units are all zeroed by their ReLU opens everything.
 
     Args:
         logits: any shape.
-        uniform: random numbers in [0, 1), of the same shape; None for no noise.
+        uniform: `u`, random numbers in [0, 1), of the same shape; None for no noise.
         temperature: positive.
         open_at_zero: without noise, open units with logit 0, as published.
 
@@ -46,24 +46,23 @@ def hard_mask(
 class ChannelGate(nn.Module):
     """Decides for each image which of a layer's units are open.
 
-    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit; in training
-    mode with noise, see `hard_mask`. Decides in float32 at least. The buffer `threshold` is subtracted from all logits;
-    it is 0 until `calibrate_gates` sets it.
+    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
+    in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
+    logits; it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023; their 1x1 convolutions on pooled features are these linear layers. Theirs have no bias,
+    Source: Krishna et al. 2023; these linear layers are their 1x1 convolutions on pooled features. Theirs have no bias,
     so an image without an active hidden unit has logit 0 for every unit: with noise half of the units are open, without
     noise none are, and the network that runs is not the one that was trained.
 
-    Shapes: (images, channels), averages over positions -> (images, units), zeros and ones.
+    Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
 
     Args:
-        channels: of the layer's input.
-        units: how many are opened or closed.
-        temperature: of the noise.
-        open_at_zero: as in `hard_mask`.
-        bias: add a learned number per unit to the logits.
+        channels: number of channels of the layer's input.
+        units: number of units that the gate opens or closes.
+        temperature, open_at_zero: as in `hard_mask`.
+        bias: add a learned bias per unit to the logits.
 
-    Raises: UsageError: if an argument is outside its range.
+    Raises: UsageError: if an argument is out of range.
 
     >>> gate = ChannelGate(16, 24).eval()
     >>> gate(torch.randn(2, 16)).shape, gate.macs

@@ -1,4 +1,4 @@
-"""The gates inside a layer: they decide before it runs, and mask the inputs of the layers that read its units."""
+"""Gates inside a layer, which decide before it runs and mask the inputs of the layers that read its units."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Pass(Enum):
 
     @property
     def index(self) -> int:
-        """What `Active` asks for: not -1, so a recomputed forward may go back to it."""
+        """The index that `Active` needs: not -1, so a recomputed forward can return to this pass."""
         return self.value
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What a gate has decided in one forward.
+    """The decision of a gate in one forward.
 
     Attributes:
         mask: of shape (images, units); None before the gate has decided.
-        positions: sizes of the layer's input without its image and channel axes.
-        index: of the width.
+        positions: shape of the layer's input without its image and channel axes.
+        index: index of the width.
     """
 
     mask: Tensor | None
@@ -48,17 +48,17 @@ _UNDECIDED = Decision(None, (), 0)
 
 
 class LayerGates(SwitchableContainer):
-    """The gates of one group of units, one per width, and what they have decided in the forward that runs.
+    """The gates of one group of units, one per width, and their decision in the current forward.
 
-    In the state dict the full width's gate is `channel_gate.at.0`, those of narrower widths follow. Where a layer makes
-    a second gated group, its gates are in `channel_gate_1`.
+    In the state dict the full width's gate is `channel_gate.at.0`, followed by those of narrower widths. The gates of a
+    second group that the same layer makes are in `channel_gate_1`.
 
     Args:
-        name: of the layer that makes the units, for messages and results.
-        axis: of this layer's input, where the channels lie.
-        widths: those of the model.
-        gates: for each width a module: pooled features (images, channels) -> mask (images, units).
-        readers: for each layer that reads the units: the axis of its input where they lie, and for each width the unit
+        name: name of the layer that makes the units, for messages and results.
+        axis: channel axis of this layer's input.
+        widths: the model's widths.
+        gates: one module per width: pooled features (images, channels) -> mask (images, units).
+        readers: for each layer that reads the units, the axis of its input that holds them, and for each width the unit
             at each position of this axis, -1 for positions that stay open.
     """
 
@@ -106,15 +106,15 @@ class LayerGates(SwitchableContainer):
         return self.active_pass.active is Pass.DENSE
 
     def own_at(self, index: int) -> nn.Module:
-        """Return what `ungate` removes: extracted networks have no gates."""
+        """Return a placeholder that `ungate` removes, since extracted networks have no gates."""
         return NoGates()
 
     def record_in(self, record: list[Decision] | None) -> None:
-        """Append what is decided from now on to a list; forget what was decided before."""
+        """Append future decisions to a list, and forget the last one."""
         self.record, self.decision.active = record, _UNDECIDED
 
     def decide(self, source: Tensor) -> None:
-        """Look at the input of the layer, and keep the mask for the layers that read its units."""
+        """Decide from the layer's input, and keep the mask for the layers that read its units."""
         if self.idle:
             return
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
@@ -132,8 +132,7 @@ class LayerGates(SwitchableContainer):
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
             raise UsageError(
-                f"a layer reads what {self.name} makes, but its gate has {found}; in a gated pass run the model as a "
-                "whole"
+                f"a layer reads the output of {self.name}, but its gate has {found}; in a gated pass run the whole model"
             )
         units = self._buffers.get(f"units_{number}_{self._slim.index}")
         if units is not None:  # unit -1 is always open
@@ -143,7 +142,7 @@ class LayerGates(SwitchableContainer):
         return source * mask.to(source.dtype).view(shape)
 
     def _apply(self, *args: Any, **kwargs: Any) -> LayerGates:
-        """Fill the index buffers again after moves that drop contents, such as `to_empty`."""
+        """Refill the index buffers after moves that lose their contents, such as `to_empty`."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         for name, units in self._indices.items():
             buffer = self._buffers[name]
@@ -152,12 +151,12 @@ class LayerGates(SwitchableContainer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a forward."""
+        """Leave out the state of a running forward."""
         return {**self.__dict__, "decision": Active(_UNDECIDED), "record": None}
 
 
 class NoGates(nn.Identity):
-    """What is in the place of gates while a network is extracted."""
+    """Takes the place of gates while a network is extracted."""
 
 
 def gates_in(model: nn.Module) -> list[LayerGates]:
@@ -171,18 +170,18 @@ def has_gates(model: nn.Module) -> bool:
 
 
 class DecideHook:
-    """Before the layer that makes the units: the gate decides."""
+    """Lets the gates decide before the layer that makes the units."""
 
     def __init__(self, gates: LayerGates) -> None:
         self.gates = gates
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Show the gate the layer's input."""
+        """Pass the layer's input to the gates."""
         self.gates.decide(args[0])
 
 
 class MaskHook:
-    """Before a layer that reads the units: closed ones are set to zero."""
+    """Sets closed units to zero before a layer that reads them."""
 
     def __init__(self, gates: LayerGates, number: int) -> None:
         self.gates, self.number = gates, number

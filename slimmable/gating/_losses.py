@@ -1,4 +1,4 @@
-"""Losses that hold a gated network to its budget: on its multiply-adds, and on how many units each gate opens."""
+"""Losses that keep a gated network to its budget: on its multiply-adds, and on how many units each gate opens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from slimmable.gating._passes import GatedPass
 def annealed(
     epoch: float, *, start: float = 1.0, end: float = 0.0, alpha: float = 0.02, first_epoch: float = 0
 ) -> float:
-    """Return a number that goes from `start` towards `end`: `end + (start - end) exp(-alpha (epoch - first_epoch))`.
+    """Return `end + (start - end) exp(-alpha (epoch - first_epoch))`, which decays from `start` towards `end`.
 
-    Before `first_epoch` it is `start`. With the defaults it is the `p` of the bound loss (Krishna et al. 2023).
+    Before `first_epoch` it is `start`. With the defaults it is `p` of the bound loss (Krishna et al. 2023).
 
     Raises: UsageError: if the epoch is not a number.
 
@@ -36,8 +36,8 @@ def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
 
     Args:
         share: multiply-adds of each image, as a share of the dense network's; any shape.
-        budget: the wanted mean, in (0, 1).
-        weight: lambda of the paper.
+        budget: the target mean, in (0, 1).
+        weight: the paper's lambda.
 
     Raises: UsageError: if the budget is outside (0, 1).
 
@@ -51,23 +51,24 @@ def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
 def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 1.0) -> Tensor:
     """Return the penalty on gates that open less than `p s` or more than `1 - p + p s` of their units.
 
-    `s` is the square root of the budget: a layer costs the product of what is open before and behind it. As `p` goes
-    from 1 to 0 the bounds widen, so no gate closes or opens for good early on (Krishna et al. 2023, bound loss).
+    `s` is the square root of the budget, since the cost of a layer is proportional to the product of its open inputs
+    and outputs. As `p` goes from 1 to 0 the bounds widen, so no gate closes or opens for good early on (Krishna et al.
+    2023, bound loss).
 
     Args:
-        open_fractions: of shape (gates,), see the function `open_fractions`.
-        budget: the wanted share of the dense network's multiply-adds, in (0, 1).
+        open_fractions: of shape (gates,), from the function `open_fractions`.
+        budget: the target share of the dense network's multiply-adds, in (0, 1).
         p: tightness of the bounds, in [0, 1]; see `annealed`.
-        weight: gamma of the paper.
+        weight: the paper's gamma.
 
-    Raises: UsageError: if `budget` or `p` is outside its range. DataError: if there is no gate.
+    Raises: UsageError: if `budget` or `p` is out of range. DataError: if there is no gate.
 
     >>> bound_loss(torch.tensor([0.1, 0.5, 1.0]), budget=0.25, p=1.0)
     tensor(0.1367)
     """
     check_budget("bound_loss", budget)
     if not 0 <= number_or_nan(p) <= 1:
-        raise UsageError(f"bound_loss: p is how tight the bounds are and must be in [0, 1], got {p!r}")
+        raise UsageError(f"bound_loss: p, the tightness of the bounds, must be in [0, 1], got {p!r}")
     if open_fractions.ndim != 1 or not len(open_fractions):
         raise DataError(f"bound_loss: expected one number per gate, shape (gates,), got {tuple(open_fractions.shape)}")
     root = math.sqrt(budget)
@@ -81,8 +82,8 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
     Args:
         masks: one of shape (images, units) per gate, zeros and ones.
-        closed_gradient: False takes the L1 norm of the masks, as published. Its gradient is zero at closed units, so a
-            loss on it can close units but not open them.
+        closed_gradient: if False, use the L1 norm of the masks, as published. Its gradient is zero at closed units, so
+            a loss on it can close units but not open them.
 
     Raises: DataError: if there is no mask.
 
@@ -96,7 +97,7 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
 
 class GateBudget(nn.Module):
-    """Budget loss plus bound loss of a gated pass; the bounds widen over the epochs.
+    """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
 
     With several processes both losses are those of the joined batch, in every process; average the gradients, as
     DistributedDataParallel and `slimmable.training.average_gradients` do.
@@ -106,10 +107,10 @@ class GateBudget(nn.Module):
     Source: Krishna et al. 2023; the defaults are theirs.
 
     Args:
-        budget: wanted multiply-adds of the gated network, the gates' own included, as a share of the dense network's;
-            in (0, 1).
-        budget_weight: of the budget loss, lambda of the paper.
-        bound_weight: of the bound loss, gamma of the paper.
+        budget: target multiply-adds of the gated network, including the gates, as a share of the dense network's; in
+            (0, 1).
+        budget_weight: weight of the budget loss, the paper's lambda.
+        bound_weight: weight of the bound loss, the paper's gamma.
         alpha: how fast the bounds widen, see `annealed`.
         first_epoch: when they begin to widen.
         closed_gradient: as in `open_fractions`.
@@ -145,12 +146,12 @@ class GateBudget(nn.Module):
         self.reached: Tensor | None = None
 
     def forward(self, run: GatedPass, epoch: float) -> Tensor:
-        """Return the sum of both losses over the images of a gated pass, a scalar.
+        """Return the sum of both losses for a gated pass, a scalar.
 
-        Raises: UsageError: if `run` is not a gated pass, or `epoch` not a number.
+        Raises: UsageError: if `run` is not a gated pass, or `epoch` is not a number.
         """
         if not isinstance(run, GatedPass):
-            raise UsageError(f"GateBudget: give it what `with gated(model) as run` gives, got {type(run).__name__}")
+            raise UsageError(f"GateBudget: expected the run of `with gated(model) as run`, got {type(run).__name__}")
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)
         own = open_fractions(run.masks().values(), closed_gradient=self.closed_gradient)
         share = gather(run.share())
@@ -165,10 +166,7 @@ class GateBudget(nn.Module):
 
 
 def check_budget(where: str, budget: object) -> None:
-    """Refuse a budget outside (0, 1).
-
-    Raises: UsageError.
-    """
+    """Raise `UsageError` for a budget outside (0, 1)."""
     if not 0 < number_or_nan(budget) < 1:
         raise UsageError(
             f"{where}: budget is a share of the dense network's multiply-adds and must be in (0, 1), got {budget!r}"

@@ -1,4 +1,4 @@
-"""Norms for each of the two passes."""
+"""BatchNorms with separate statistics, gain and bias for the dense and the gated pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimmable.view.recompute import Active
 
 
 class PassNorm(SwitchableNorm):
-    """A `SwitchableNorm` with more norms for the gated pass, one per width; in the state dict `bn.gated.0` and so on.
+    """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
 
     A checkpoint without them loads into the norms of both passes.
 
@@ -28,11 +28,10 @@ class PassNorm(SwitchableNorm):
 
     @staticmethod
     def of(norm: nn.Module, widths: int) -> PassNorm:
-        """Give a norm, switchable or not, norms for the gated pass too, which start as copies.
+        """Give a norm, switchable or not, norms for the gated pass, which start as copies.
 
-        They are for the first `widths` of its widths; those that `calibrate_bn` added run dense.
-
-        A switchable norm is changed in place, any other is put inside a new one.
+        Only the first `widths` widths get them; those that `calibrate_bn` added run dense. A switchable norm is changed
+        in place, any other is put inside a new one.
         """
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
         copies = [own.copy_at(index) for index in range(min(widths, 1 + len(own.narrow)))]
@@ -44,7 +43,7 @@ class PassNorm(SwitchableNorm):
         return cast(PassNorm, own)
 
     def without(self) -> nn.Module:
-        """Undo `of`: return the norm, switchable or not, that there was before."""
+        """Undo `of`: return the original norm, switchable or not."""
         del self._modules["gated"], self.__dict__["active_pass"]
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
         return self.full if self.__dict__.pop("inside") else self
@@ -60,7 +59,7 @@ class PassNorm(SwitchableNorm):
         return norms[str(index)]
 
     def norm_at(self, index: int) -> nn.Module:
-        """Return the norm that the active pass has for the width with this index."""
+        """Return the active pass's norm of the width with this index."""
         if self.__dict__["active_pass"].active is Pass.DENSE:
             return super().norm_at(index)
         return self.of_gated_pass(index)
@@ -75,7 +74,7 @@ class PassNorm(SwitchableNorm):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """List the gated pass's norms last."""
+        """Yield the gated pass's norms last."""
         memo = set() if memo is None else memo
         yield from super().named_modules(memo, prefix, remove_duplicate)
         yield from self.gated.named_modules(memo, f"{prefix}.gated" if prefix else "gated", remove_duplicate)
@@ -93,7 +92,7 @@ class PassNorm(SwitchableNorm):
         state_dict.update(own or self._from_dense(state_dict, prefix))
 
     def _from_dense(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-        """Take what a checkpoint has for the dense pass; narrow norms that share gain and bias take the full's."""
+        """Return the dense pass's entries for the gated pass; narrow norms without an entry use the full norm's."""
         found = {}
         for index, norm in enumerate(self.gated):
             dense = f"{prefix}full." if index == 0 else f"{prefix}narrow.{index - 1}."

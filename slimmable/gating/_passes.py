@@ -1,4 +1,4 @@
-"""The two passes of a gated model, and the record of what a gated pass has decided and costs."""
+"""The dense and the gated pass of a model, and the record of a gated pass's decisions and cost."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
 
 
 class GatedPass:
-    """What the gates have decided in the forwards of one `with gated(model) as run:` block.
+    """The gates' decisions in the forwards of one `with gated(model) as run:` block.
 
-    The images of several forwards, at one width, follow each other. All results keep their gradient; for a forward in
-    `torch.utils.checkpoint.checkpoint` that takes `use_reentrant=False`.
+    The images of several forwards, at one width, are concatenated. All results keep their gradient; forwards inside
+    `torch.utils.checkpoint.checkpoint` need `use_reentrant=False` for that.
     """
 
     def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
@@ -32,11 +32,11 @@ class GatedPass:
         self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
     def masks(self) -> dict[str, Tensor]:
-        """Return the mask of each gate, by the name of the layer that makes its units: shape (images, units).
+        """Return gate name -> mask of shape (images, units); a gate has the name of the layer that makes its units.
 
-        Where a layer makes several groups, `/1` and so on follows its name, from the second group on.
+        If a layer makes several groups, the names from the second on end with `/1` and so on.
 
-        Raises: UsageError: if the model has not run in the block, or at several widths, or not to its end.
+        Raises: UsageError: if the model has not run in the block, ran at several widths, or broke off.
         """
         self._width_index()
         idle = [gates.name for gates, record in self._records.items() if not record]
@@ -49,19 +49,19 @@ class GatedPass:
         if len({len(mask) for mask in found.values()}) > 1:
             counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
             raise UsageError(
-                f"the gates have decided for different numbers of images ({counts}): a forward was broken off, which "
-                "takes a new `with gated(model)` block, or at this image size some layers see windows instead of images"
+                f"the gates have decided for different numbers of images ({counts}): either a forward was broken off, "
+                "so use a new `with gated(model)` block, or at this image size some layers see windows, not images"
             )
         return found
 
     def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         """Return layer -> its multiply-adds for each image, float64, shape (images,).
 
-        They are those of convolutions and matrix products of the network with the open channels alone, as `profile`
-        counts them. Those of a gate are under the name of its layer followed by `.channel_gate`.
+        They cover the convolutions and matrix products of the network with only the open channels, as `profile` counts
+        them. A gate's own are under the name of its layer followed by `.channel_gate`.
 
         Args:
-            input_size: of one image, such as (3, 224, 224); None for the size of the example that `gate` was given.
+            input_size: size of one image, such as (3, 224, 224); None for that of `gate`'s example inputs.
 
         Raises: UsageError: as `masks`; also if the model has run on images of another size.
         """
@@ -79,14 +79,14 @@ class GatedPass:
         }
 
     def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
-        """Return the multiply-adds of each image, the gates' own included: shape (images,), float64.
+        """Return the multiply-adds of each image, including the gates: shape (images,), float64.
 
         Args and errors: as `layer_macs`.
         """
         return torch.stack(list(self.layer_macs(input_size).values())).sum(0)
 
     def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
-        """Return the multiply-adds of one image in the dense pass, at the width that the model has run at."""
+        """Return the multiply-adds of one image in the dense pass, at the width at which the model has run."""
         _, macs, counts = self._plan(input_size)
         return float(macs.total({}, counts))
 
@@ -95,22 +95,22 @@ class GatedPass:
         return self.macs(input_size) / self.dense_macs(input_size)
 
     def _width_index(self) -> int:
-        """Return the index of the width that the model has run at; before it has, of the active one."""
+        """Return the index of the width at which the model has run, or of the active one if it has not."""
         found = {decision.index for record in self._records.values() for decision in record}
         if len(found) > 1:
             raise UsageError("the model has run at several widths; give each a `with gated(model)` block of its own")
         return found.pop() if found else next(iter(self._records))._slim.index
 
     def _plan(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, LayerMacs, tuple[int, ...]]:
-        """Return the plan of gates, the multiply-adds for images of a size, and the units that the width keeps."""
+        """Return the gate plan, the multiply-adds for images of a size, and the units that the width keeps."""
         root = next((module for module in self._model.modules() if PLAN in module.__dict__), None)
         if root is None:
-            raise UsageError("multiply-adds are those of the model that gate was given; this is a part of it")
+            raise UsageError("multiply-adds are known only for the model that gate returned; this is a part of it")
         found: GatePlan = root.__dict__[PLAN]
         macs = found.macs
         if input_size is not None:
             if not isinstance(input_size, (tuple, list)):
-                raise UsageError(f"input_size is the size of one image, such as (3, 224, 224), got {input_size!r}")
+                raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
             size = tuple(input_size)
             if size not in self._sizes:
                 self._sizes[size] = macs_for(root, found, image_batch(root, size, images=1))
@@ -119,21 +119,21 @@ class GatedPass:
             expected = macs.positions[gates.name.partition("/")[0]]
             for positions in {decision.positions for decision in record} - {expected}:
                 raise UsageError(
-                    f"{gates.name} has read {positions} positions, but for the size to be counted it reads "
-                    f"{expected}; give the input_size that the model has run on"
+                    f"{gates.name} has read {positions} positions, but would read {expected} for the counted size; "
+                    "give the input_size that the model has run on"
                 )
         return found, macs, found.plan.columns[self._width_index()].counts
 
 
 @contextmanager
 def gated(model: nn.Module) -> Iterator[GatedPass]:
-    """Run a block with the gates on; yields the record of what they decide. Afterwards the pass is what it was before.
+    """Run a block with the gates on, and yield the record of their decisions; the previous pass is restored afterwards.
 
-    In training mode the gates decide with noise, in eval mode without. Works on a gated model and on any wrapper around
-    it. A copy made inside the block stays gated, so make copies outside.
+    In training mode the gates decide with noise, in eval mode without; untrained gates give a warning in eval mode.
+    Works on a gated model and on any wrapper around it. A copy made inside the block stays gated, so make copies
+    outside.
 
-    Raises: UsageError: if the model has no gates, or holds several gated models. In eval mode, gates that were never
-        trained give a warning.
+    Raises: UsageError: if the model has no gates, or holds several gated models.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -155,7 +155,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
         batches = norm.num_batches_tracked
         if batches is not None and not batches.is_meta and bool(batches == 0):
             name = type(model).__name__
-            warnings.warn(f"the gates of this {name} were never trained; what they open is chance", stacklevel=3)
+            warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
     run = GatedPass(model, gates)
     before = [each.record for each in gates]
     for each in gates:
@@ -170,7 +170,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Run a block with the gates off, also inside `gated`. Afterwards the pass is what it was before.
+    """Run a block with the gates off, even inside `gated`; the previous pass is restored afterwards.
 
     Raises: UsageError: if the model has no gates.
 
@@ -187,10 +187,7 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 
 def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
-    """Return the gates of a model.
-
-    Raises: UsageError: if there are none; `where` is for the message.
-    """
+    """Return the gates of a model; raise `UsageError`, starting with `where`, if there are none."""
     check_module(where, model)
     gates = gates_in(model)
     if not gates:
@@ -200,7 +197,7 @@ def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
 
 @contextmanager
 def _during(wanted: Pass, model: nn.Module) -> Iterator[None]:
-    """Let gates and norms be in a pass for a block."""
+    """Put gates and norms into a pass for a block."""
     states = [module.active_pass for module in model.modules() if isinstance(module, (LayerGates, PassNorm))]
     before = [state.active for state in states]
     for state in states:

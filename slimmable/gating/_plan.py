@@ -1,4 +1,4 @@
-"""Plans of gates as pure data: which groups of units have a gate, which have none, and what gated passes cost."""
+"""Gate plans as pure data: which groups of units have a gate, which have none, and what gated passes cost."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Plan
 from slimmable.gating._gate import gate_macs
 
-PLAN = "_gate_plan"  # the attribute with the plan, of the module that was given to `gate`
+PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A layer whose input is masked: `units[i]` is the unit at position `i` of the axis, -1 for one of other groups."""
+    """A layer whose input is masked: `units[i]` is the unit at position `i` of the axis, -1 for other groups' units."""
 
     path: str
     axis: int
@@ -35,12 +35,12 @@ class PlannedGate:
     """The gate of one channel group.
 
     Attributes:
-        group: its number in the plan of channels.
+        group: its number in the channel plan.
         units: how many channels, or attention heads, the gate opens and closes.
-        maker: path of the layer that makes them; the gate looks at this layer's input.
-        number: among the gates of this layer, from 0 on.
-        axis: of this input, where the channels lie.
-        channels: this axis, in units of the plan of channels.
+        maker: path of the layer that makes them, whose input the gate sees.
+        number: its number among the gates of this layer, from 0.
+        axis: channel axis of this layer's input.
+        channels: the units of the channel plan on this axis.
         readers: the layers that read the units; their inputs are masked.
         norms: paths of the BatchNorms that the two passes should not share.
     """
@@ -56,12 +56,12 @@ class PlannedGate:
 
     @property
     def name(self) -> str:
-        """The maker's path; from its second gate on with the number behind a slash."""
+        """The maker's path, followed by a slash and the number from its second gate on."""
         return f"{self.maker}/{self.number}" if self.number else self.maker
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of the gate itself per image, at full width."""
+        """Multiply-adds of the gate itself, per image at full width."""
         return gate_macs(len(self.channels), self.units)
 
 
@@ -95,7 +95,7 @@ class GatePlan:
         return self
 
     def least_share(self) -> float:
-        """Return the multiply-adds with all gates closed, as a share of the dense pass's; both at full width.
+        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width.
 
         >>> import torch, slimmable
         >>> from torch import nn
@@ -121,7 +121,7 @@ class GatePlan:
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
-    """What lies on an axis: `full` positions that are always open, and for each group how often each of its units."""
+    """An axis: the number of positions that are always open (`full`), and for each group how often each unit occurs."""
 
     length: int
     full: int
@@ -129,7 +129,7 @@ class _Axis:
 
     @staticmethod
     def of(ids: Ids, grouping: Grouping) -> _Axis:
-        """Count what lies on an axis, given in units of the plan."""
+        """Count the units on an axis, given as units of the channel plan."""
         group_of = grouping.group_of[ids]
         groups = {int(group): grouping.rank[ids[group_of == group]] for group in np.unique(group_of) if group >= 0}
         times = {group: np.bincount(ranks, minlength=grouping.units[group]) for group, ranks in groups.items()}
@@ -150,13 +150,13 @@ class _Axis:
 
 
 class LayerMacs:
-    """Multiply-adds of each layer for images of one size, whatever is open; pure data, which copies of a model share.
+    """Multiply-adds of each layer for images of one size and any masks; pure data, which copies of a model share.
 
     Args:
-        products: module path, multiply-adds of all images, and the axes that they are in proportion to.
-        grouping: of the units on these axes.
-        images: how many there were.
-        positions: path of a layer with gates -> the sizes of its input without its image and channel axes.
+        products: module path, multiply-adds of all images, and the axes that they are proportional to.
+        grouping: grouping of the units on these axes.
+        images: number of images.
+        positions: path of a layer with gates -> shape of its input without its image and channel axes.
     """
 
     def __init__(
@@ -177,11 +177,11 @@ class LayerMacs:
         return self
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Any]:
-        """Return module path -> multiply-adds per image: a number, or shape (images,) where gates have a say.
+        """Return module path -> multiply-adds per image: a number, or shape (images,) where they depend on gates.
 
         Args:
-            masks: group -> shape (images, kept units), zeros and ones; groups that are missing are open.
-            counts: for each group how many units the width keeps.
+            masks: group -> zeros and ones, shape (images, kept units); missing groups are open.
+            counts: how many units of each group the width keeps.
         """
         opened: dict[int, Any] = {}
         found: dict[str, Any] = {}
@@ -195,11 +195,11 @@ class LayerMacs:
         return {path: macs / self.images for path, macs in found.items()}
 
     def total(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> Any:
-        """Return the sum over all layers; arguments as for `by_layer`."""
+        """Return the sum of `by_layer` over all layers."""
         return sum(self.by_layer(masks, counts).values())
 
     def savings(self) -> dict[int, float]:
-        """Return group -> the multiply-adds per image that closing all of its units saves."""
+        """Return group -> the multiply-adds per image saved by closing all of its units."""
         found: dict[int, float] = {}
         for _, unit, axes in self._products:
             whole = unit * math.prod(axis.length for axis in axes)

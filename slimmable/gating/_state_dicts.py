@@ -1,4 +1,4 @@
-"""Refuse state dicts with other gates before anything is loaded."""
+"""Refuse state dicts whose gates differ from the model's before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SHOWN = 4
 
 
 def refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Before a state dict is loaded: refuse gates, and norms of the gated pass, that the module does not have.
+    """Refuse a state dict whose gates, or norms of the gated pass, differ from the module's.
 
-    A hook for `register_load_state_dict_pre_hook` of the module that `gate` was given. A state dict without any gate
-    passes: hooks are not told whether it is loaded with `strict=False`, as a dense checkpoint is.
+    A hook for `register_load_state_dict_pre_hook` of the module that `gate` returned. A state dict without any gates is
+    accepted: hooks cannot tell whether it is loaded with `strict=False`, as a dense checkpoint is.
 
-    Raises: CheckpointError: naming gates that are missing, that the model does not have, or of other sizes.
+    Raises: CheckpointError: naming gates that are missing, not in the model, or of other sizes.
     """
     given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and _PART.match(name)}
     if not _gates(given):
@@ -35,10 +35,10 @@ def refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix:
     }
     lines = [f"  {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
     if lines:
-        first = f"these are tensors of other gates than this {type(module).__name__} has; none was loaded"
+        first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
         advice = (
-            "gate the model as that of the checkpoint was: the same model, widths, skip and separate_norms. To load "
-            "the other tensors alone, leave out those with channel_gate or gated in their names, with strict=False"
+            "gate the model like the checkpoint's: the same model, widths, skip and separate_norms. To load only the "
+            "other tensors, leave out those with channel_gate or gated in their names, and use strict=False"
         )
         raise CheckpointError("\n".join([first, *lines, advice]))
 

@@ -1,4 +1,4 @@
-"""Losses for training all widths of a network at once: plain functions of tensors, for any training code."""
+"""Losses for training all widths of a network at once: plain functions of tensors for any training code."""
 
 from slimmable.losses.contrastive import (
     InfoNCE,

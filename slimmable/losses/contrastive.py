@@ -1,7 +1,7 @@
 """Contrastive losses of MoCo v2, SimCLR and MoCo v3, and the logits that online distillation compares.
 
-All `*_logits` functions put the positive pair into column 0 and the negatives behind it. Embeddings are scaled to unit
-length here, so raw and normalised ones give the same value. Half-precision input is computed in float32.
+All `*_logits` functions put the positive pair in column 0 and the negatives in the others. They scale embeddings to
+unit length, so raw and normalised ones give the same value, and compute half-precision input in float32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from slimmable.errors import DataError
 
 
 def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Return the mean cross-entropy of picking column 0 by `logits / temperature`, a scalar in nats.
+    """Return the mean cross-entropy of `logits / temperature` with column 0 as the right class, a scalar in nats.
 
-    The last step of the losses below. Where the logits are needed anyway, for distillation, computing them once and
-    calling this saves a second matrix product. `logits` has shape (batch, 1 + negatives).
+    This is the last step of the losses below: if distillation needs the logits anyway, compute them once and call this.
+    `logits` has shape (batch, 1 + negatives).
 
     Raises: DataError: if `logits` is not a floating-point matrix. UsageError: if `temperature` is not positive.
 
-    >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # nothing to choose by: log 5
+    >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # all columns alike: log 5
     tensor(1.6094)
     """
     check_matrices("contrastive_cross_entropy", logits=logits)
@@ -35,11 +35,11 @@ def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
 def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     """Return the cosines of MoCo (He et al. 2020, algorithm 1), not divided by a temperature.
 
-    `query` and `key` have shape (batch, dim), `queue` has (dim, negatives) as in MoCo; the result has shape
-    (batch, 1 + negatives), with the cosine of `query[i]` and `key[i]` in column 0. Later changes of `queue` do not
+    `query` and `key` have shape (batch, dim), `queue` has shape (dim, negatives) as in MoCo; the result has shape
+    (batch, 1 + negatives), with the cosine of `query[i]` and `key[i]` in column 0. Later changes to `queue` do not
     affect it.
 
-    Raises: DataError: if the shapes do not fit.
+    Raises: DataError: if the shapes do not match.
 
     >>> moco_logits(torch.eye(2), torch.eye(2), torch.tensor([[3.0], [4.0]]))
     tensor([[1.0000, 0.6000],
@@ -61,7 +61,7 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
     """Return the InfoNCE loss of MoCo v2, a scalar in nats (He et al. 2020, eq. 1; temperature of Chen et al. 2020).
 
-    Shapes and errors are those of `moco_logits`. The queue must not hold the keys of this batch yet.
+    Shapes and errors are those of `moco_logits`. The queue must not yet hold the keys of this batch.
 
     >>> query = torch.eye(4, 8)
     >>> queue = torch.eye(8)[:, 4:]  # orthogonal to all queries
@@ -75,8 +75,8 @@ def nt_xent_logits(z0: Tensor, z1: Tensor) -> Tensor:
     """Return the cosines of SimCLR among all 2n embeddings of two views, not divided by a temperature.
 
     `z0` and `z1` have shape (n, dim), with row i of both from the same image; the result has shape (2n, 2n - 1), with
-    the rows of `z0` first. Column 0 is the other view of the same image; then follow the other images in the other
-    view, and those in the same view. With several processes, gather both views first (`slimmable.training.gather`).
+    the rows of `z0` first. Column 0 is the other view of the same image, followed by the other images in the other view
+    and then in the same view. With several processes, gather both views first (`slimmable.training.gather`).
 
     Raises: DataError: if the shapes differ or are not those of matrices.
 
@@ -111,13 +111,13 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
-    """Return the logits of MoCo v3 for one direction: cosines, here divided by `temperature`.
+    """Return the logits of MoCo v3 for one direction: cosines divided by `temperature`.
 
     `query` has shape (batch, dim) and `keys` (n, dim) with n >= batch; row `offset + i` of `keys` is the positive of
-    `query[i]`. So keys gathered from several processes go in with `offset = rank * batch`. The result has shape
-    (batch, n): the positive in column 0, the other keys behind it in their order.
+    `query[i]`. For keys gathered from several processes, `offset` is `rank * batch`. The result has shape (batch, n):
+    the positive in column 0, then the other keys in order.
 
-    Raises: DataError: if the shapes do not fit. UsageError: if `temperature` is not positive.
+    Raises: DataError: if the shapes do not match. UsageError: if `temperature` is not positive.
 
     >>> moco_v3_logits(torch.eye(2), torch.eye(2), temperature=0.5)
     tensor([[2., 0.],
@@ -139,7 +139,7 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
 def moco_v3_loss(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
     """Return the loss of MoCo v3 for one direction, a scalar: cross-entropy times `2 * temperature`.
 
-    The loss of a step is symmetric: `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` (Chen et al. 2021, algorithm 1; the
+    A step's loss is symmetric: `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` (Chen et al. 2021, algorithm 1; the
     temperature is 1.0 for ResNets and 0.2 for vision transformers). Shapes and errors are those of `moco_v3_logits`.
 
     >>> moco_v3_loss(torch.ones(4, 8), torch.ones(4, 8))  # all alike: 2 log 4
@@ -151,7 +151,7 @@ def moco_v3_loss(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: 
 def _off_diagonal(square: Tensor) -> Tensor:
     """Return the entries off the diagonal of a matrix of shape (n, n), as shape (n, n - 1)."""
     n = square.shape[0]
-    # After its first entry, the flattened matrix is n - 1 runs of n entries, each followed by one of the diagonal.
+    # After its first entry, the flattened matrix is n - 1 runs of n entries, each followed by a diagonal one.
     return square.reshape(-1)[1:].reshape(n - 1, n + 1)[:, :n].reshape(n, n - 1)
 
 

@@ -1,7 +1,7 @@
 """Online distillation: wider widths teach narrower ones within the same training step.
 
-The functions take a student's and a teacher's output, matrices of one shape (batch, classes). They return a scalar and
-let no gradient into the teacher.
+The functions take a student's and a teacher's output, both of shape (batch, classes), and return a scalar. No gradient
+flows into the teacher.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Teachers = Literal["widest", "all wider"]
 def soft_cross_entropy(
     student: Tensor, teacher: Tensor, teacher_temperature: float = 5.0, student_temperature: float = 5.0
 ) -> Tensor:
-    """Return the cross-entropy from softmax(teacher / T_t) to softmax(student / T_s), times T_s squared, in nats.
+    """Return the cross-entropy of softmax(student / T_s) with targets softmax(teacher / T_t), times T_s^2, in nats.
 
     The distillation of SlimCLR (Zhao et al. 2024, "online distillation", after Hinton et al. 2015). The teacher's
     entropy is not subtracted; the gradient is that of the Kullback-Leibler divergence.
@@ -45,7 +45,7 @@ def soft_cross_entropy(
 def embedding_cross_entropy(
     student: Tensor, teacher: Tensor, teacher_temperature: float = 5.0, student_temperature: float = 5.0
 ) -> Tensor:
-    """Return `soft_cross_entropy` of embeddings scaled to unit length, whose features stand for classes.
+    """Return `soft_cross_entropy` of embeddings scaled to unit length, with features in place of classes.
 
     Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
 
@@ -58,7 +58,7 @@ def embedding_cross_entropy(
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared difference over all elements, of logits or of embeddings (scaled to unit length before).
+    """Return the mean squared difference over all elements, of logits or of embeddings already scaled to unit length.
 
     Raises: DataError: if the shapes differ.
 
@@ -79,10 +79,10 @@ def decoupled_distillation(
 ) -> Tensor:
     """Return the decoupled knowledge distillation loss (Zhao et al. 2022, eq. 7), times the temperature squared.
 
-    `alpha` weighs the divergence of "target or not", `beta` that among the other classes. `target` is the column of
-    the right class: one for all rows, or a tensor of shape (batch,). The logits of this package have it in column 0.
+    `alpha` weights the divergence of "target or not", `beta` that among the other classes. `target` is the column of
+    the right class: one for all rows, or a tensor of shape (batch,). In this package's logits it is column 0.
 
-    Raises: DataError: if the shapes do not fit, or there is only one class. UsageError: if the temperature is not
+    Raises: DataError: if the shapes do not match, or there is only one class. UsageError: if the temperature is not
         positive, or a weight is negative.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
@@ -104,8 +104,8 @@ def decoupled_distillation(
 def standardised_distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, scale: float = 2.0) -> Tensor:
     """Return the divergence of logits that are standardised row by row and multiplied by `scale` ("atkd").
 
-    The Kullback-Leibler divergence at `temperature`, times the temperature squared; the gradient flows through the
-    student's standardisation. As in the code of SlimCLR (Zhao et al. 2024).
+    This is the Kullback-Leibler divergence at `temperature`, times the temperature squared, as in the code of SlimCLR
+    (Zhao et al. 2024). The gradient flows through the student's standardisation.
 
     Raises: DataError: if the shapes differ. UsageError: if the temperature or `scale` is not positive.
 
@@ -128,7 +128,7 @@ def _prepare(where: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tens
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence from log-probabilities `teacher` to `student`, averaged over the batch."""
+    """Return KL(teacher || student) of log-probabilities, averaged over the batch."""
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -159,7 +159,7 @@ def _split(logits: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
 class OnlineDistillation(nn.Module):
     """The loss that pulls a narrow width's output towards the outputs of wider ones (SlimCLR, Zhao et al. 2024).
 
-    Call it with the student's output and that of one teacher, or of several from the widest down, all of shape
+    Call it with the student's output and that of one teacher, or of several teachers from the widest down, all of shape
     (batch, classes). It returns a scalar; no gradient flows into a teacher.
 
     | kind | compares | published name |
@@ -167,19 +167,19 @@ class OnlineDistillation(nn.Module):
     | `kl` | logits, by `soft_cross_entropy` | seed loss (the paper's choice) |
     | `embedding` | embeddings, by `embedding_cross_entropy` | inplace distill |
     | `mse` | logits or normalised embeddings, by `squared_error` | mse |
-    | `dkd` | logits with the right answer in column 0, by `decoupled_distillation` | dkd |
+    | `dkd` | logits with the right class in column 0, by `decoupled_distillation` | dkd |
     | `atkd` | logits, by `standardised_distillation` | atkd |
 
     Args:
         kind: one of the table.
-        teacher_temperature: for `kl` and `embedding`; the others have the constants of their publications. The default
-            is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; MoCo v3 takes 1, and logits divided
-            by its own temperature.
+        teacher_temperature: for `kl` and `embedding`; the other kinds use the constants of their publications. The
+            default is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; for MoCo v3 use 1, with
+            logits divided by its own temperature.
         student_temperature: the same for the student.
-        teachers: "widest" learns from the first of several teachers, "all wider" averages the losses to all of them.
+        teachers: "widest" uses only the first of several teachers, "all wider" averages the losses over all of them.
         weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].
 
-    Raises: UsageError: if an argument is not one of these. DataError: when called with shapes that differ.
+    Raises: UsageError: if an argument is invalid. DataError: when called with shapes that differ.
 
     >>> distill = OnlineDistillation()
     >>> distill
@@ -212,7 +212,7 @@ class OnlineDistillation(nn.Module):
         self.weight = weight
 
     def forward(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: int | Tensor = 0) -> Tensor:
-        """Return the loss of `student`; `target` is the right answer's column, which only `dkd` needs."""
+        """Return the loss of `student`; `target` is the column of the right class, which only `dkd` needs."""
         if isinstance(teachers, Tensor):
             teachers = [teachers]
         elif not isinstance(teachers, Iterable):

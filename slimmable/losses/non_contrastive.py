@@ -14,8 +14,8 @@ from slimmable.errors import DataError
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the loss of BYOL for one direction, a scalar: the mean squared distance of unit vectors, `2 - 2 cosine`.
 
-    Both have shape (batch, dim). No gradient flows into `target`, the momentum encoder's embedding of the other view.
-    The loss of a step is symmetric: `byol_loss(p0, z1) + byol_loss(p1, z0)` (Grill et al. 2020, eq. 2).
+    Both arguments have shape (batch, dim). No gradient flows into `target`, the momentum encoder's embedding of the
+    other view. A step's loss is symmetric: `byol_loss(p0, z1) + byol_loss(p1, z0)` (Grill et al. 2020, eq. 2).
 
     Raises: DataError: if the shapes differ or are not those of matrices.
 
@@ -31,10 +31,10 @@ def vicreg_loss(
 ) -> Tensor:
     """Return the VICReg loss, a scalar: its three terms times the three factors (Bardes et al. 2022, eq. 1-6).
 
-    `z0` and `z1` have shape (batch, dim): raw embeddings, with row i of both from the same image. The invariance term
-    is the mean squared difference. The variance and covariance terms are summed over the two views, not averaged, as
-    in the code of Krishna et al. 2023 (the paper's own code halves the variance term). With several processes, gather
-    both views first (`slimmable.training.gather`).
+    `z0` and `z1` are raw embeddings of shape (batch, dim), with row i of both from the same image. The invariance term
+    is the mean squared difference. The variance and covariance terms are summed over the two views, not averaged, as in
+    the code of Krishna et al. 2023 (VICReg's own code halves the variance term). With several processes, gather both
+    views first (`slimmable.training.gather`).
 
     Raises: DataError: if the shapes differ, or the batch has fewer than two images. UsageError: if a factor is below 0.
 
@@ -58,7 +58,7 @@ def _variance_term(z: Tensor) -> Tensor:
 
 
 def _covariance_term(z: Tensor) -> Tensor:
-    """Return the sum of the squared covariances of different features over the number of features."""
+    """Return the sum of the squared covariances of different features, divided by the number of features."""
     centred = z - z.mean(0)
     covariances = matmul_without_autocast(centred.T, centred) / (z.shape[0] - 1)
     off_diagonal = covariances - torch.diag(covariances.diagonal())

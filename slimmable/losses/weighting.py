@@ -1,4 +1,4 @@
-"""Add up the losses of all widths: SlimCLR's total, and the published loss weights by name."""
+"""The total loss over all widths, as in SlimCLR, and the published loss weights by name."""
 
 from __future__ import annotations
 
@@ -53,23 +53,23 @@ def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tu
     From SlimCLR (Zhao et al. 2024, "loss re-weighting"). Nothing is rounded here; the published code rounds modes 1, 3
     and 6 to three decimals.
 
-    Raises: WidthError: if `widths` cannot be used, or is too short for the mode. UsageError: if the mode is unknown.
+    Raises: WidthError: if `widths` is invalid, or too short for the mode. UsageError: if the mode is unknown.
 
     >>> width_weights((1.0, 0.75, 0.5, 0.25))
     (2.5, 1.0, 1.0, 1.0)
     """
     check_widths(widths)
     if not isinstance(mode, str) or mode not in _MODES:
-        raise UsageError(f"unknown mode {mode!r} of width weights; there are {', '.join(_MODES)}")
+        raise UsageError(f"unknown mode {mode!r} of width weights; choose one of {', '.join(_MODES)}")
     return tuple(float(weight) for weight in _MODES[mode](list(widths)))
 
 
 def slim_term(
     loss: Tensor, distillation: Tensor | None = None, weight: float = 1.0, distill_weight: float = 0.5
 ) -> Tensor:
-    """Return one width's part `k ((1 - a) C + a A)` of the step's loss; `k C` without distillation.
+    """Return one width's part of the step's loss, `k ((1 - a) C + a A)`, or `k C` without distillation.
 
-    `loss` is `C`, `distillation` `A`, `weight` `k` and `distill_weight` `a`.
+    `C` is `loss`, `A` is `distillation`, `k` is `weight` and `a` is `distill_weight`.
 
     >>> slim_term(torch.tensor(2.0), torch.tensor(4.0), weight=10.0, distill_weight=0.25)
     tensor(25.)
@@ -91,12 +91,12 @@ def slim_loss(
     `SlimRecipe` calls `backward` term by term.
 
     Args:
-        losses: the scalar `C_w` of each width, from the widest down; during the slow start of the widest alone.
-        distillations: the scalar `A_w` of each width but the widest, or none: then a = 0.
-        weights: the `k_w` as from `width_weights`, or None for 1 everywhere.
-        distill_weight: the `a`, in [0, 1].
+        losses: the scalar `C_w` of each width, from the widest down; during the slow start only the widest's.
+        distillations: the scalar `A_w` of each width except the widest, or none, which sets a = 0.
+        weights: the `k_w`, as from `width_weights`, or None for 1 everywhere.
+        distill_weight: `a`, in [0, 1].
 
-    Raises: UsageError: if the numbers of losses and weights do not fit.
+    Raises: UsageError: if the numbers of losses and weights do not match.
 
     >>> c, a = [torch.tensor(3.0), torch.tensor(5.0)], [torch.tensor(7.0)]
     >>> slim_loss(c, a, weights=(1.5, 1.0))  # 1.5 * 3 + (5 + 7) / 2
@@ -108,7 +108,7 @@ def slim_loss(
     if len(distillations) not in (0, widths - 1):
         raise UsageError(
             f"slim_loss: {widths} losses and {len(distillations)} distillation losses; "
-            f"give {widths - 1}, one per width but the widest, or none"
+            f"give {widths - 1}, one per width except the widest, or none"
         )
     if weights is not None and len(weights) != widths:
         raise UsageError(f"slim_loss: {widths} losses and {len(weights)} weights; give one weight for each")

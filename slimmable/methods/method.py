@@ -1,4 +1,4 @@
-"""What all methods share: the encoder, the batch, and one training step at one width after the other."""
+"""The base of all methods: encoder, batch, and a training step that runs one width after another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from slimmable.training import GradientDiagnostics, SlimRecipe, synchronised_bat
 class Encoder(nn.Module):
     """A backbone and its projection head, plain PyTorch: images in, embeddings of shape (batch, proj_dim) out.
 
-    Convert both together: the features between them get thinner with the backbone, the embedding keeps its size.
+    Convert both together: the features between them become narrower with the backbone; the embedding keeps its size.
 
     >>> import torch, slimmable
     >>> encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 6))
@@ -48,19 +48,19 @@ class Encoder(nn.Module):
 
 @dataclass
 class Batch:
-    """The views of a batch of images, each of shape (batch, channels, height, width), and labels where they count."""
+    """The views of a batch of images, each of shape (batch, channels, height, width), and the labels if needed."""
 
     views: Sequence[Tensor]
     labels: Tensor | None = None
-    targets: Sequence[Tensor] = ()  # while a step runs, what `prepare` returned, once for all widths
+    targets: Sequence[Tensor] = ()  # while a step runs, the result of `prepare` for all widths
 
 
 @dataclass
 class Outcome:
-    """What a method makes of a batch at one width.
+    """The result of a method for a batch at one width.
 
-    `loss` is the method's scalar loss. `logits` and `embeddings` are what distillation can compare between widths: one
-    tensor of shape (rows, classes) for each direction or view.
+    `loss` is the method's scalar loss. Distillation can compare `logits` or `embeddings` between widths: one tensor of
+    shape (rows, classes) for each direction or view.
     """
 
     loss: Tensor
@@ -69,7 +69,7 @@ class Outcome:
 
 
 class Method(nn.Module):
-    """A training method around a converted encoder; subclasses say what happens once per step, and at each width.
+    """A training method around a converted encoder; subclasses define what happens once per step, and at each width.
 
     With several processes, each sees its own part of the batch. A step followed by `average_gradients` then gives the
     gradients, and the BatchNorm statistics, of one process that sees the whole batch.
@@ -93,14 +93,14 @@ class Method(nn.Module):
 
     @property
     def online(self) -> nn.ModuleList:
-        """What is trained and switches widths: give it to `SlimRecipe`, and its parameters to the optimizer."""
+        """The modules that are trained and switch widths: give it to `SlimRecipe`, its parameters to the optimizer."""
         return nn.ModuleList([self.encoder])
 
     @property
     def backbone(self) -> nn.Module:
-        """What is kept after the training: the encoder without its projection head.
+        """The encoder without its projection head, which is kept after training.
 
-        Raises: UsageError: if the encoder has no part of this name.
+        Raises: UsageError: if the encoder has no submodule of this name.
         """
         kept = getattr(self.encoder, "backbone", None)
         if not isinstance(kept, nn.Module):
@@ -112,25 +112,25 @@ class Method(nn.Module):
 
     @staticmethod
     def distillation() -> OnlineDistillation:
-        """Return the distillation that suits this method's outputs; here that of SlimCLR, cosines at temperature 5."""
+        """Return the distillation that suits this method; by default that of SlimCLR, on cosines at temperature 5."""
         return OnlineDistillation()
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
-        """Do what happens once per step, at the full width and without gradients; the result is `batch.targets`."""
+        """Prepare a step, once, at full width and without gradients; the result becomes `batch.targets`."""
         return ()
 
     @abstractmethod
     def forward(self, batch: Batch) -> Outcome:
-        """Return the loss of the active width, and what distillation compares."""
+        """Return the loss of the active width, and the outputs that distillation compares."""
 
     def embed(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Return the encoder's embeddings of each view; in a gated pass, all but the first by the dense network."""
+        """Return the encoder's embeddings of each view; in a gated pass, the dense network embeds all but the first."""
         first = self.encoder(views[0])
         with dense(self.encoder) if has_gates(self.encoder) else nullcontext():
             return [first, *(self.encoder(view) for view in views[1:])]
 
     def finish(self, batch: Batch) -> None:
-        """Do what comes after the last `backward` of a step."""
+        """Finish a step after its last `backward`."""
 
     def step(
         self,
@@ -145,32 +145,32 @@ class Method(nn.Module):
     ) -> dict[float, float]:
         """Add up the gradients of one training step over its widths; return width -> loss, the widest first.
 
-        Clear the gradients before. Afterwards average them over the processes, if there are several, and step the
-        optimizer. After an error the width is 1.0, but widths that ran have left gradients and BatchNorm statistics,
-        and a momentum encoder has moved.
+        Clear the gradients first. Afterwards average them over the processes, if there are several, and step the
+        optimizer. After an error the width is 1.0, but the widths that ran have changed gradients and BatchNorm
+        statistics, and a momentum encoder has moved.
 
         Args:
-            recipe: made of `online`.
+            recipe: the recipe made from `online`.
             batch: views, and labels for methods that use them.
             progress: fraction of the training done, in [0, 1].
             step: number of this step, see `SlimRecipe.widths`.
-            autocast: type of mixed precision, such as `torch.bfloat16`, or None. Losses are not scaled, as float16
+            autocast: dtype for mixed precision, such as `torch.bfloat16`, or None. Losses are not scaled, as float16
                 would need.
-            diagnostics: told of every `backward`; after an error, what it holds of this step is discarded.
-            gates: with it the first view goes through the gated network and the second through the dense one (Krishna
-                et al. 2023), and its losses are added. It is given `progress` for the epoch, so its `alpha` is that of
-                the whole training. Without it, gates are off.
+            diagnostics: records every `backward`; after an error, its records of this step are discarded.
+            gates: if given, the first view goes through the gated network and the second through the dense one (Krishna
+                et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
+                the whole training. Otherwise gates are off.
 
         Raises:
             DivergedError: if a loss is not finite; all gradients are then cleared. Losses are read once, after the last
                 `backward`, because reading a number makes the CPU wait for the GPU.
-            UsageError: if the recipe is of another model, the batch has the wrong number of views, or `gates` is given
-                for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
-            DataError: if views are not tensors with one entry for each image.
+            UsageError: if the recipe belongs to another model, the batch has the wrong number of views, or `gates` is
+                given for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
+            DataError: if a view is not a tensor, or the views have different numbers of images.
         """
         self._check(recipe, batch, autocast, gates)
-        set_width(self, 1.0)  # also the modules that only `prepare` runs
-        found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and that with distillation
+        set_width(self, 1.0)  # including the modules that only `prepare` runs
+        found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
         with _left_clean(batch, diagnostics):
             for width in recipe.widths(progress, step):
@@ -185,7 +185,7 @@ class Method(nn.Module):
                         loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
                     found[width] = outcome.loss.detach(), loss.detach()
                     loss.backward()  # type: ignore[no-untyped-call]
-                del outcome, loss, run  # or they would stay alive while the next width runs
+                del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
             try:
@@ -197,7 +197,7 @@ class Method(nn.Module):
         return losses
 
     def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
-        """Refuse what a step cannot work with, before anything changes."""
+        """Check the arguments of a step before anything changes."""
         where = f"{type(self).__name__}.step"
         if not isinstance(recipe, SlimRecipe):
             raise UsageError(f"{where}: recipe must be a SlimRecipe(method.online, ...), got {type(recipe).__name__}")
@@ -205,7 +205,7 @@ class Method(nn.Module):
         if not switched.issuperset(id(module) for module, _ in places_of(self.online)):
             raise UsageError(
                 f"{where}: the recipe switches the widths of another model, or of a part of this one; "
-                "make it of `online`: SlimRecipe(method.online, ...)"
+                "make it from `online`: SlimRecipe(method.online, ...)"
             )
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
@@ -225,7 +225,7 @@ class Method(nn.Module):
     def _check_gates(self, where: str, recipe: SlimRecipe, gates: GateBudget) -> None:
         if not self.two_passes:
             raise UsageError(
-                f"{where}: its encoder sees one view, but gates are trained with one for each of two passes; "
+                f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
                 "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
             )
         if not isinstance(gates, GateBudget):
@@ -258,7 +258,7 @@ def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module
 
 @contextmanager
 def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterator[None]:
-    """Leave nothing of a step in the batch, and nothing of a step that broke off in the diagnostics."""
+    """Remove the step's targets from the batch, and its records from the diagnostics if it fails."""
     try:
         yield
     except BaseException:

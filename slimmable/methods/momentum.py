@@ -16,17 +16,17 @@ from slimmable.training import MoCo, MomentumEncoder, cosine_momentum, synchroni
 
 
 class MoCoV2(Method):
-    """MoCo v2 (He et al. 2020, Chen et al. 2020), at every width; keys come from the full width only (SlimCLR).
+    """MoCo v2 (He et al. 2020, Chen et al. 2020), at every width; only the full width makes keys (SlimCLR).
 
-    Several processes give the result of one if `bn_splits` is the same, and at least their number.
+    Several processes give the same result as one if `bn_splits` is the same and at least their number.
 
     Args:
-        encoder: an `Encoder`, converted.
+        encoder: a converted `Encoder`.
         proj_dim: size of an embedding.
         queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
-        temperature: of the loss.
+        temperature: temperature of the loss.
 
-    Raises: UsageError: if a number is out of its range.
+    Raises: UsageError: if a number is out of range.
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
@@ -78,7 +78,7 @@ class MoCoV2(Method):
 
 
 class _WithPredictor(Method):
-    """A method with a predictor, and a momentum encoder that sees both views and whose momentum rises to 1."""
+    """A method with a predictor, and with a momentum encoder for both views whose momentum rises to 1."""
 
     def __init__(self, encoder: nn.Module, predictor: nn.Module, momentum: float) -> None:
         super().__init__(encoder)
@@ -95,7 +95,7 @@ class _WithPredictor(Method):
         return nn.ModuleList([self.encoder, self.online_predictor])
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
-        """Move the momentum encoder; return for each view its embeddings of the other."""
+        """Update the momentum encoder; return for each view its embeddings of the other one."""
         self.momentum_encoder.update(self.encoder, cosine_momentum(progress, self.momentum))
         with synchronised_batchnorm():
             return [self.momentum_encoder(view) for view in batch.views][::-1]
@@ -109,12 +109,12 @@ class MoCoV3(_WithPredictor):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
     Args:
-        encoder: an `Encoder`, converted.
-        predictor: embeddings in, embeddings of the same size out; converted.
-        momentum: of the momentum encoder at the start; it rises to 1 by a cosine.
-        temperature: of the loss; 1.0 for ResNets, 0.2 for vision transformers.
+        encoder: a converted `Encoder`.
+        predictor: a converted module, embeddings in, embeddings of the same size out.
+        momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
+        temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
 
-    Raises: UsageError: if a number is out of its range.
+    Raises: UsageError: if a number is out of range.
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
@@ -140,7 +140,7 @@ class MoCoV3(_WithPredictor):
     def projector(in_features: int, hidden_dim: int, proj_dim: int, *, layers: int = 2) -> nn.Sequential:
         """Return the projection head: (batch, in_features) -> (batch, proj_dim).
 
-        It takes 2 `layers` for ResNets, 3 for vision transformers.
+        Use 2 `layers` for ResNets, 3 for vision transformers.
 
         Raises: UsageError: if `layers` is not an integer of at least 1.
         """
@@ -149,12 +149,12 @@ class MoCoV3(_WithPredictor):
 
     @staticmethod
     def predictor(hidden_dim: int, proj_dim: int, *, last_norm: bool = False) -> nn.Sequential:
-        """Return the predictor: (batch, proj_dim) -> (batch, proj_dim); with `last_norm` for vision transformers."""
+        """Return the predictor: (batch, proj_dim) -> (batch, proj_dim). Use `last_norm` for vision transformers."""
         return _mlp([proj_dim, hidden_dim, proj_dim], last_norm)
 
     @staticmethod
     def distillation() -> OnlineDistillation:
-        """Return the distillation of SlimCLR with MoCo v3: the logits of its loss, at temperature 1."""
+        """Return the distillation of SlimCLR with MoCo v3: on the logits of its loss, at temperature 1."""
         return OnlineDistillation(teacher_temperature=1.0, student_temperature=1.0)
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
@@ -176,12 +176,12 @@ class MoCoV3(_WithPredictor):
 class BYOL(_WithPredictor):
     """BYOL (Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020), at every width.
 
-    BYOL has no logits. Narrow widths learn the full width's predictions by the distance that BYOL itself uses.
+    BYOL has no logits. Narrow widths learn the full width's predictions with the distance of BYOL's own loss.
 
     Args:
-        encoder: an `Encoder`, converted.
-        predictor: embeddings in, embeddings of the same size out; converted.
-        momentum: of the momentum encoder at the start; it rises to 1 by a cosine.
+        encoder: a converted `Encoder`.
+        predictor: a converted module, embeddings in, embeddings of the same size out.
+        momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
     Raises: UsageError: if `momentum` is not in [0, 1].
 
@@ -203,7 +203,7 @@ class BYOL(_WithPredictor):
 
     @staticmethod
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the projection head, two layers: (batch, in_features) -> (batch, proj_dim)."""
+        """Return the two-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
         return nn.Sequential(*hidden_layer(in_features, hidden_dim), nn.Linear(hidden_dim, proj_dim))
 
     @staticmethod
@@ -220,13 +220,13 @@ class BYOL(_WithPredictor):
         """Return the loss of both directions (eq. 2 and below)."""
         predictions = self.predict(batch)
         first, second = map(byol_loss, predictions, batch.targets)
-        # Of length sqrt(dim), so that their mean squared difference is the squared distance of unit vectors.
+        # At length sqrt(dim), their mean squared difference is the squared distance of unit vectors.
         scaled = [unit_vectors(prediction) * prediction.shape[1] ** 0.5 for prediction in predictions]
         return Outcome(first + second, embeddings=scaled)
 
 
 def _mlp(sizes: Sequence[int], last_norm: bool) -> nn.Sequential:
-    """Return MoCo v3's head or predictor, linear layers without bias; the last BatchNorm has no gain and bias."""
+    """Return MoCo v3's head or predictor: linear layers without bias; the last BatchNorm has no gain or bias."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes[:-1]):
         layers += hidden_layer(inputs, outputs, bias=False)

@@ -1,4 +1,4 @@
-"""SimCLR: the two views of an image attract each other, all other images of the batch repel."""
+"""SimCLR: two views of an image attract each other, and all other images of the batch repel them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
 class SimCLR(Method):
     """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
 
-    The embeddings of all processes are gathered, with their gradients, so each image is compared with the whole batch.
+    The embeddings of all processes are gathered with their gradients, so each image is compared with the whole batch.
 
     Args:
-        encoder: an `Encoder`, converted.
-        temperature: of the loss; 0.1 for ImageNet, 0.5 for CIFAR.
+        encoder: a converted `Encoder`.
+        temperature: temperature of the loss; 0.1 for ImageNet, 0.5 for CIFAR.
 
     Raises: UsageError: if `temperature` is not positive.
 
@@ -39,7 +39,7 @@ class SimCLR(Method):
 
     @staticmethod
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the projection head, two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
+        """Return the projection head of two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
         last = nn.Linear(hidden_dim, proj_dim, bias=False)
         return nn.Sequential(*hidden_layer(in_features, hidden_dim), last, nn.BatchNorm1d(proj_dim))
 

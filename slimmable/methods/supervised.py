@@ -1,4 +1,4 @@
-"""Slimmable supervised training: labels teach the full width, and the full width the narrow ones."""
+"""Slimmable supervised training: labels teach the full width, which teaches the narrow ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slimmable.methods.method import Batch, Method, Outcome
 class Supervised(Method):
     """Classification at every width, with in-place distillation (Yu and Huang, *Universally Slimmable Networks*, 2019).
 
-    With its own distillation, narrow widths see no labels, only the full width's class probabilities (section 3.2
-    there). For universal models give the recipe `random_widths=2`: the sandwich rule.
+    With the method's own distillation, narrow widths see no labels, only the full width's class probabilities (section
+    3.2). For universal models, give the recipe `random_widths=2`, the sandwich rule.
 
     Args:
-        encoder: images in, class scores out; converted. An `Encoder` whose projector is the classifier.
+        encoder: a converted `Encoder` whose projector is the classifier: images in, class scores out.
         label_smoothing: fraction of the probability that is spread over all classes.
 
     Raises: UsageError: if `label_smoothing` is not in [0, 1].
@@ -49,13 +49,13 @@ class Supervised(Method):
 
     @staticmethod
     def distillation() -> OnlineDistillation:
-        """Return in-place distillation: the full width's probabilities take the place of the labels."""
+        """Return in-place distillation: the full width's probabilities replace the labels."""
         return OnlineDistillation(teacher_temperature=1.0, student_temperature=1.0, weight=1.0)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the cross-entropy with the labels: class numbers of shape (batch,), or probabilities like the scores.
 
-        Raises: UsageError: if the batch has no labels. DataError: if they do not fit the scores.
+        Raises: UsageError: if the batch has no labels. DataError: if they do not match the scores.
         """
         scores = self.encoder(batch.views[0])
         loss = F.cross_entropy(scores, _checked(batch.labels, scores), label_smoothing=self.label_smoothing)

@@ -1,4 +1,4 @@
-"""VICReg: invariance, variance and covariance of two views' embeddings."""
+"""VICReg: the invariance, variance and covariance of two views' embeddings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
 class VICReg(Method):
     """VICReg (Bardes, Ponce, LeCun, ICLR 2022), at every width.
 
-    VICReg has no logits. Narrow widths learn the full width's embeddings by VICReg's own invariance term.
+    VICReg has no logits. Narrow widths learn the full width's embeddings with VICReg's own invariance term.
 
     Args:
-        encoder: an `Encoder`, converted.
+        encoder: a converted `Encoder`.
         invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg_loss`.
 
     Raises: UsageError: if a factor is negative.
@@ -43,7 +43,7 @@ class VICReg(Method):
 
     @staticmethod
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the projection head (the "expander"), three layers: (batch, in_features) -> (batch, proj_dim)."""
+        """Return the three-layer projection head (the "expander"): (batch, in_features) -> (batch, proj_dim)."""
         return nn.Sequential(
             *hidden_layer(in_features, hidden_dim),
             *hidden_layer(hidden_dim, hidden_dim),
@@ -59,5 +59,5 @@ class VICReg(Method):
         """Return the loss over the gathered batch (eq. 6)."""
         first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
         loss = vicreg_loss(first, second, self.invariance, self.variance, self.covariance)
-        # So that the mean squared difference to the teacher weighs as much as that between the views.
+        # The mean squared difference to the teacher then weighs as much as that between the views.
         return Outcome(loss, embeddings=[each * math.sqrt(self.invariance) for each in embeddings])

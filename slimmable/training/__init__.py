@@ -1,4 +1,4 @@
-"""Training all widths: the recipe for your own loop, several processes, MoCo, BatchNorm statistics, diagnostics."""
+"""Tools for training all widths: a recipe for your own loop, several processes, MoCo, BatchNorm, and diagnostics."""
 
 from slimmable._distributed import average_gradients, gather
 from slimmable.training.batchnorm_sync import synchronised_batchnorm

@@ -1,4 +1,4 @@
-"""Compare the gradients of several widths: the block of each parameter that a width reads, and sums over blocks."""
+"""Compare the gradients of several widths, by the block of each parameter that a width reads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedP
     """Return the parameters of `model` that all `widths` share, in the order of `named_parameters`.
 
     Parameters of switchable norms and probes belong to one width each and are left out, unless the model shares gains
-    and biases between widths. A parameter that several modules hold comes once, with the block of the first.
+    and biases between widths. A parameter that several modules hold appears once, with the first module's block.
 
     Raises: WidthError: if the model lacks one of the widths. ConversionError: if nothing in it reacts to widths.
 
@@ -83,7 +83,7 @@ def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | 
 
 
 def _block(module: nn.Module, name: str, column: Column | None) -> Block:
-    """Return what a module's column (None for a module without widths) reads of its parameter."""
+    """Return the block of a parameter that a module's column reads (None for a module without widths)."""
     if column is None:
         return Block(None, {})
     if not isinstance(module, SwitchableNorm):
@@ -102,7 +102,7 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
     Args:
         shared: the parameter.
         gradient: its total gradient.
-        own: width -> its own gradient, of the shape of its block.
+        own: width -> its own gradient, with the shape of its block.
     """
     total = at_least_float32(gradient)
     sums = {("total", width, width): _square(block.of(total)) for width, block in shared.blocks.items()}
@@ -153,5 +153,5 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Sum the products in float64, where the device has it, so that the squares of a part subtract exactly."""
+    """Return the sum of products, in float64 where the device has it, to subtract the squares of a part exactly."""
     return (a * b).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)

@@ -1,4 +1,4 @@
-"""Let batch norms use the statistics of all processes' batches together, for as long as a block runs."""
+"""Synchronised batch norm as a context manager: statistics of all processes' batches together."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from slimmable.errors import DataError
 
 @contextmanager
 def synchronised_batchnorm() -> Iterator[None]:
-    """While the block runs, let every batch norm in training mode work on the joined batch of all processes.
+    """Run a block in which every batch norm in training mode works on the joined batch of all processes.
 
-    Outputs, gradients and running statistics are those of one process with the joined batch. No module is replaced:
-    the block applies to whatever calls `torch.nn.functional.batch_norm`, such as torch's and timm's batch norms and
-    the norm of each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same
-    order, at the same width; their batches may differ in size. Half precision is computed in float32. Layers in eval
-    mode that have running statistics are not affected. Without a process group, or with one process, nothing changes.
+    Outputs, gradients and running statistics are those of one process with the joined batch. No module is replaced: the
+    block applies to everything that calls `torch.nn.functional.batch_norm`, such as the batch norms of torch, timm and
+    each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same order, at the
+    same width; their batches may differ in size. Half precision is computed in float32. Layers in eval mode that have
+    running statistics are not affected. Without a process group, or with one process, nothing changes.
 
     Run forward passes in the block, and with activation checkpointing `backward` too. The block replaces the function
     in `torch` itself, so it applies to all threads; it does not reach into TorchScript, and there are no second
     derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` (for timm's models
     `timm.layers.convert_sync_batchnorm`) is faster, and works on slimmable models as well.
 
-    Raises: DataError: in all processes, by a batch norm whose input differs between them in channels, type or need of
-        gradient, or has fewer than two values per channel in the joined batch.
+    Raises: DataError: in all processes, if the input of a batch norm differs between them in channels, dtype or need
+        for gradients, or has fewer than two values per channel in the joined batch.
 
     >>> norm = torch.nn.BatchNorm1d(2)
     >>> with synchronised_batchnorm():  # the only process: the batch is the joined batch
@@ -86,7 +86,7 @@ def synchronised_batchnorm() -> Iterator[None]:
 
 @functools.cache
 def _eager() -> Callable[..., Tensor]:
-    """Return `joined_batch_norm` hidden from the compiler; made only when needed, since this loads the compiler."""
+    """Return `joined_batch_norm` hidden from the compiler; made only when needed, as this loads the compiler."""
     return cast(Callable[..., Tensor], torch.compiler.disable(joined_batch_norm))  # type: ignore[no-untyped-call]
 
 
@@ -118,7 +118,7 @@ def joined_batch_norm(
 def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means of several samples taken together, and the sums of squared distances to them.
 
-    The pairwise update of Chan, Golub and LeVeque (1979), for any number of samples; a sample may be empty.
+    This is the pairwise update of Chan, Golub and LeVeque (1979) for any number of samples; a sample may be empty.
 
     Args:
         counts: number of values per channel in each sample.
@@ -165,7 +165,7 @@ class _Normalise(Function):
 
 
 def _counts(input: Tensor) -> list[int]:
-    """Return the number of values per channel in each process; raise `DataError` in all if they cannot be joined."""
+    """Return the number of values per channel in each process; raise `DataError` in all if inputs cannot be joined."""
     if input.ndim < 2:
         raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
     channels = input.shape[1]

@@ -26,25 +26,25 @@ ModelInput: TypeAlias = "Tensor | Sequence[Tensor] | Inputs"
 def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterable[Setting] | None = None) -> None:
     """Recompute the running statistics of the BatchNorms at `widths` (None: all) as the mean over `loader`'s batches.
 
-    These are the post-statistics of US-Nets (Yu and Huang 2019, section 3.2), for widths whose statistics were not, or
-    no longer, trained along. Each norm is reset and then collects the cumulative average of the batches' means and
-    unbiased variances, with the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one
-    that several of them share gets the average over these. Momenta, training modes and the width are put back, and
-    after an error the statistics too.
+    These are the post-statistics of US-Nets (Yu and Huang 2019, section 3.2), for widths whose statistics training did
+    not keep up to date. Each norm is reset and then collects the cumulative average of the batches' means and unbiased
+    variances, with the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one that
+    several widths share gets the average over them. Momenta, training modes and the width are restored, and after an
+    error the statistics too.
 
     Args:
         model: converted, or built from slimmable layers.
         loader: batches, each the model's input, a tuple or list that starts with it, or `slimmable.Inputs` for a
             forward that takes something other than one tensor; they are moved to the model's device. A few thousand
-            images are enough: `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count alike, so leave
+            images are enough: `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count equally, so leave
             out a smaller last one.
         widths: whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics of
-            its own yet keeps those found here, in the state dict too.
+            its own yet keeps the new ones, in the state dict too.
 
     Raises:
         WidthError: if the model lacks one of `widths`.
-        DataError: if `loader` is empty or holds something else, or statistics are not finite.
-        UsageError: if `widths` is a single width, or `loader` cannot be iterated over.
+        DataError: if `loader` is empty or holds anything other than batches, or statistics are not finite.
+        UsageError: if `widths` is a single width, or `loader` is not iterable.
 
     >>> from slimmable.layers import SwitchableBatchNorm1d
     >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
@@ -67,7 +67,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 
 @torch.no_grad()
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
-    """Do what `calibrate_bn` does, at the active width if the model does not keep that width; others stay as they are.
+    """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change.
 
     Raises: as `calibrate_bn`.
     """
@@ -78,7 +78,7 @@ def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
 def _collect(
     model: nn.Module, loader: Iterable[ModelInput], widths: Sequence[Setting | None], modules: Iterable[nn.Module]
 ) -> None:
-    """Run every batch at each of `widths`, None for the active one, and collect in the norms among `modules`."""
+    """Run every batch at each of `widths` (None: the active one), and collect statistics in the norms of `modules`."""
     norms = [module for module in modules if _has_statistics(module)]
     if not norms:
         return
@@ -103,9 +103,9 @@ def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 
 def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
-    """Return the arguments of the forward that a batch stands for, on a device.
+    """Return a batch as the arguments of a forward, on a device.
 
-    Raises: DataError: if it stands for none, or is empty.
+    Raises: DataError: if it has no model input, or is empty.
     """
     if not isinstance(batch, Inputs):
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

@@ -1,4 +1,4 @@
-"""Measure how the widths' gradients act on each other: which dominates the shared weights, and how far they agree."""
+"""Measure how the widths' gradients interact: which one dominates the shared weights, and how well they agree."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from slimmable.training._gradients import SharedParameter, Sums, added, shared_p
 
 
 class GradientDiagnostics:
-    """Gradient imbalance and divergence between widths during a training (SlimCLR, Zhao et al. 2024, Figure 3).
+    """Gradient imbalance and divergence between widths during training (SlimCLR, Zhao et al. 2024, Figure 3).
 
     One step out of `every` is sampled: the gradients are read after each width's `backward` and before the update.
-    `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, `L_w` the part of it from
-    width w. Only parameters that all widths share count; those of switchable norms and probes belong to one width
-    each. A value without `_total` is the mean over layers, that is, over the shared parameters with two axes or more;
-    layers in which it is not finite are left out. A value with `_total` is of all shared parameters as one vector.
-    What a step has nothing for, such as a width that did not run, is NaN.
+    `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, and `L_w` width w's part of
+    it. Only parameters that all widths share count; those of switchable norms and probes belong to one width each. A
+    value without `_total` is the mean over layers, i.e. over shared parameters with two or more axes; layers in which
+    it is not finite are left out. A value with `_total` is that of all shared parameters as one vector. Values missing
+    from a step, such as those of a width that did not run, are NaN.
 
     | column | value |
     |---|---|
     | `step` | number of the step, from 0 |
-    | `grad_norm/w0.25` | norm of the gradient of `L` by `theta_0.25`; its mean over layers is the published statistic |
-    | `grad_ratio/w0.25` | the same by `theta_1.0`, over that by `theta_0.25`; at least 1 |
-    | `rest_ratio/w0.25` | the same with only what `theta_0.25` lacks of `theta_1.0`; below 1 a small part dominates |
-    | `own_norm/w0.25` | norm of the gradient of `L_0.25` by `theta_0.25` |
-    | `own_ratio/w0.25` | norm of the gradient of `L_1.0` over that of `L_0.25` |
-    | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` by what both widths read |
+    | `grad_norm/w0.25` | norm of the gradient of `L` in `theta_0.25`; its mean over layers is the published statistic |
+    | `grad_ratio/w0.25` | the same norm in `theta_1.0`, divided by that in `theta_0.25`; at least 1 |
+    | `rest_ratio/w0.25` | norm in the rest of `theta_1.0`, over that in `theta_0.25`; below 1 a small part dominates |
+    | `own_norm/w0.25` | norm of the gradient of `L_0.25` in `theta_0.25` |
+    | `own_ratio/w0.25` | norm of the gradient of `L_1.0` divided by that of `L_0.25` |
+    | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
 
-    Norms are those of the gradients as they are, so a `GradScaler` multiplies them by its scale; ratios and cosines
-    do not depend on a common scale. A width's own gradient is the difference that its `backward` made to the summed
-    gradients, with their rounding: use float32 parameters, as mixed precision does, rather than half-precision ones.
-    Random widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of
-    the process, or of all if each `backward` averages; the total ones are what `after_step` finds.
+    Norms are those of the unmodified gradients, so a `GradScaler` multiplies them by its scale; ratios and cosines do
+    not depend on a common scale. A width's own gradient is the change that its `backward` made to the summed gradients,
+    including their rounding: use float32 parameters, as mixed precision does, rather than half-precision ones. Random
+    widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of the
+    process, or of all if each `backward` averages; total gradients are those present at `after_step`.
 
     A sampled step needs about three times the memory of the gradients, other steps none.
 
     Args:
         model: anything that `set_width` takes; not sharded.
-        every: number of steps from one sample to the next; the first is step 0.
+        every: number of steps from one sample to the next, starting at step 0.
 
     Attributes:
         step: number of the current step.
-        rows: one dict of column -> value for each sampled step.
+        rows: for each sampled step, column -> value.
         layer_names: names of the layers, in the order of the values in `layers`.
-        layers: for each row column -> float32 tensor of shape (layers,), the values behind the mean.
+        layers: for each row, column -> float32 tensor of shape (layers,), the values behind the mean.
 
     Raises: UsageError: if `every` is not a positive integer. ConversionError: if nothing in `model` reacts to widths.
 
@@ -77,7 +77,10 @@ class GradientDiagnostics:
         self.widths = widths_of(model)
         self._shared = shared_parameters(model, self.widths)
         if any(hasattr(shared.parameter, "placements") for shared in self._shared):
-            raise UsageError("GradientDiagnostics: the parameters are sharded; their blocks lie in several processes")
+            raise UsageError(
+                "GradientDiagnostics: the parameters are sharded, so their blocks lie in several processes; give a "
+                "model that is not"
+            )
         self.layer_names = tuple(shared.name for shared in self._shared if _is_layer(shared))
         self.step = 0
         self.rows: list[dict[str, float]] = []
@@ -85,9 +88,9 @@ class GradientDiagnostics:
         self.discard()
 
     def after_backward(self, width: float) -> None:
-        """Record what the `backward` of `width` added to the gradients; call it after each.
+        """Record what the `backward` of `width` added to the gradients; call it after each `backward`.
 
-        Nothing happens in steps that are not sampled. Several calls with one width, as for a batch in parts, add up.
+        It does nothing in steps that are not sampled. Several calls with one width, as for a batch in parts, add up.
         The gradients must have been cleared before the first `backward` of the step.
 
         Raises: WidthError: if the model does not have this width.
@@ -114,8 +117,8 @@ class GradientDiagnostics:
     def after_step(self) -> None:
         """Count the step, and add its row if it is sampled; call it before the optimizer's update.
 
-        Raises: UsageError: if the step is sampled, but `after_backward` was not called in it or no shared parameter has
-            a gradient.
+        Raises: UsageError: if the step is sampled, but `after_backward` was not called or no shared parameter has a
+            gradient.
         """
         if self.step % self.every == 0:
             self._sample()
@@ -124,8 +127,8 @@ class GradientDiagnostics:
     def _sample(self) -> None:
         if not self._called:
             raise UsageError(
-                f"GradientDiagnostics.after_step: step {self.step} is to be sampled, but after_backward was not called "
-                "in it; call it after each width's backward"
+                f"GradientDiagnostics.after_step: step {self.step} is sampled, but after_backward was not called in "
+                "it; call it after each width's backward"
             )
         sums: list[Sums] = []
         for shared in self._shared:
@@ -149,7 +152,7 @@ class GradientDiagnostics:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was recorded since the last step; call it if a step breaks off and its gradients are cleared."""
+        """Forget what was recorded since the last step; call it if a step fails and its gradients are cleared."""
         self._own: dict[float, dict[str, Tensor]] = {}  # width -> parameter -> its own gradient, in the width's block
         self._before: dict[str, Tensor] = {}  # parameter -> its gradient at the last call
         self._called = False
@@ -161,7 +164,7 @@ class GradientDiagnostics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where `state_dict` was called.
 
-        Raises: UsageError: if `state` is something else.
+        Raises: UsageError: if `state` is not from `state_dict`.
         """
         kinds = {"step": int, "rows": list, "layers": list}
         if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:

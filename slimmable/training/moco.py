@@ -1,4 +1,4 @@
-"""Momentum encoders and their schedule, and the key queue of MoCo, for a network that runs at several widths."""
+"""Momentum encoders, their schedule, and MoCo's key queue, for a network that runs at several widths."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from slimmable.view.state import is_slim
 def cosine_momentum(progress: float, start: float = 0.99) -> float:
     """Return the momentum `1 - (1 - start) (1 + cos(pi progress)) / 2`, which rises from `start` to 1.
 
-    It is the fraction of itself that a momentum encoder keeps in a step (Grill et al., BYOL, 2020, section 3.2; MoCo
-    v3, Chen et al. 2021, starts from 0.99).
+    It is the fraction of its own weights that a momentum encoder keeps in a step (Grill et al., BYOL, 2020, section
+    3.2; MoCo v3, Chen et al. 2021, starts from 0.99).
 
     Args:
         progress: fraction of the training done, in [0, 1].
-        start: momentum at the start, in [0, 1].
+        start: initial momentum, in [0, 1].
 
     Raises: UsageError: if an argument is not in [0, 1].
 
@@ -37,10 +37,10 @@ def cosine_momentum(progress: float, start: float = 0.99) -> float:
 
 
 class MomentumEncoder(nn.Module):
-    """A copy of `network` at its full width that takes no gradients and follows it as an exponential moving average.
+    """A copy of `network` at full width, without gradients, that follows it as an exponential moving average.
 
-    Calling it runs the copy, which is `self.network`. Only parameters are averaged; buffers such as BatchNorm
-    statistics come from the copy's own forward passes.
+    Calling it runs the copy, `self.network`. Only parameters are averaged; buffers such as BatchNorm statistics come
+    from the copy's own forward passes.
 
     Raises: UsageError: if `network` is not a module, or has no parameters to follow.
 
@@ -63,28 +63,29 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs of the copy, without gradient."""
+        """Return the outputs of the copy, without gradients."""
         return self.network(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, network: nn.Module, momentum: float) -> None:
-        """Replace each parameter `p` of the copy by `momentum * p + (1 - momentum) * q`, with `q` that of `network`.
+        """Replace each parameter `p` of the copy by `momentum * p + (1 - momentum) * q`, with `q` from `network`.
 
-        Raises: UsageError: if `momentum` is not in [0, 1], or `network` has another number of parameters than the copy
-            or other shapes.
+        Raises: UsageError: if `momentum` is not in [0, 1], or the number or shapes of the parameters of `network`
+            differ from the copy's.
         """
         check_fraction("MomentumEncoder.update", momentum=momentum)
         own: list[Tensor] = list(self.network.parameters())
         others: list[Tensor] = list(network.parameters())
         if len(own) != len(others):
             raise UsageError(
-                f"MomentumEncoder.update: the network has {len(others)} parameters, the copy of it has {len(own)}"
+                f"MomentumEncoder.update: the network has {len(others)} parameters, the copy has {len(own)}; give the "
+                "network that was copied"
             )
         for number, (mine, other) in enumerate(zip(own, others, strict=True)):
             if mine.shape != other.shape:
                 raise UsageError(
                     f"MomentumEncoder.update: parameter {number} has shape {tuple(other.shape)} in the network, "
-                    f"{tuple(mine.shape)} in the copy of it"
+                    f"{tuple(mine.shape)} in the copy; give the network that was copied"
                 )
         torch._foreach_lerp_(own, others, 1 - momentum)
 
@@ -92,21 +93,21 @@ class MomentumEncoder(nn.Module):
 class MoCo(nn.Module):
     """Key encoder and queue (He et al. 2020, algorithm 1), with the sizes and the order of SlimCLR (Zhao et al. 2024).
 
-    The key encoder runs at the full width only. Once per step call `keys`, which first moves the key encoder's
-    parameters towards the network's, and, after the last `backward`, `enqueue`. Queue and key encoder are in the state
-    dict; the network itself is not.
+    The key encoder runs only at the full width. Once per step call `keys`, which first moves the key encoder's
+    parameters towards the network's, and, after the last `backward`, `enqueue`. The queue and the key encoder are in
+    the state dict; the network itself is not.
 
     Args:
         network: the query encoder, converted or not; images in, embeddings of shape (batch, proj_dim) out.
         proj_dim: size of an embedding.
-        queue_size: number of keys kept as negatives. Keep it well below the number of training images: an image must
-            not meet its own key of the last epoch among the negatives.
-        momentum: fraction of itself that the key encoder keeps in each step.
-        bn_splits: the key encoder runs on this many random parts of a batch, one after the other. With one, a query and
+        queue_size: number of keys kept as negatives. Keep it well below the number of training images, so that an image
+            does not meet its own key from the last epoch among the negatives.
+        momentum: fraction of its own weights that the key encoder keeps in each step.
+        bn_splits: number of random parts of a batch on which the key encoder runs in turn. With one part, a query and
             its key share their batch's statistics in every BatchNorm, which gives the pair away. MoCo shuffles batches
-            between processes against that (He et al. 2020, section 3.3); more than one part does so in one process. A
-            batch with fewer images than that has a part for each image. Several processes split the joined batch, into
-            at least one part for each process.
+            between processes to prevent this (He et al. 2020, section 3.3); several parts have the same effect in one
+            process. A batch with fewer images is split into single images. Several processes split the joined batch,
+            into at least one part per process.
 
     Raises: UsageError: if `proj_dim`, `queue_size` or `bn_splits` is not an integer of at least 1, `momentum` is not in
         [0, 1], or `network` has no parameters.
@@ -148,7 +149,7 @@ class MoCo(nn.Module):
         The result has shape (batch, proj_dim).
 
         Raises:
-            UsageError: if `network` is not the one that the key encoder was copied from.
+            UsageError: if the key encoder was not copied from `network`.
             DataError: if several processes cannot divide the parts evenly.
         """
         processes, batch = world_size(), len(images)
@@ -172,11 +173,11 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys of the queue by `keys`, shape (batch, proj_dim), of all processes.
+        """Replace the oldest keys of the queue by the `keys` of all processes, each of shape (batch, proj_dim).
 
-        Call it after the step's last `backward`: the graph still refers to the queue.
+        Call it after the step's last `backward`: until then the graph refers to the queue.
 
-        Raises: DataError: if the queue cannot hold the batch, or the embeddings have another size.
+        Raises: DataError: if the queue cannot hold the batch, or the size of the embeddings differs.
         """
         dim, size = self.queue.shape
         check_matrices("MoCo.enqueue", keys=keys)

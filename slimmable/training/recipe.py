@@ -1,4 +1,4 @@
-"""SlimCLR's training step for an existing loop: which widths run, and what loss each of them gets."""
+"""SlimCLR's training step for an existing loop: which widths run, and the loss of each."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LossWeights = str | Sequence[float] | Mapping[float, float]
 class SlimRecipe:
     """Slow start, online distillation and loss re-weighting (SlimCLR, Zhao et al. 2024) around one training step.
 
-    Looping over `widths` runs the model at one width after the other. At each, `loss` makes that width's part of the
-    step's loss, and the loop body calls `backward` on it. The gradients add up to those of the summed loss, while only
-    one graph is alive at a time. Put several models that switch together, such as an encoder and a predictor, into one
-    `nn.ModuleList`.
+    Looping over `widths` switches the model to one width after another. At each, `loss` returns that width's part of
+    the step's loss, and the loop body calls `backward` on it. The gradients add up to those of the summed loss, while
+    only one graph is alive at a time. Put several models that switch together, such as an encoder and a predictor, into
+    one `nn.ModuleList`.
 
     Args:
         model: anything that `set_width` takes.
@@ -34,12 +34,12 @@ class SlimRecipe:
         loss_weights: a mode of `slimmable.losses.width_weights`, one number per width from the widest down, or a
             mapping from width to number.
         slow_start: fraction of the training, in [0, 1], before which only the widest width is trained, unweighted.
-        random_widths: how many widths to draw anew in each step, between the widest and the narrowest, which both run
-            too. For universal models: this is the sandwich rule (Yu and Huang, Universally Slimmable Networks, ICCV
-            2019, section 3.1; they draw 2). It needs `loss_weights` to be a mode. With 0 the model's own widths run.
-        seed: of the draws; processes that train together need the same.
+        random_widths: how many widths to draw in each step, between the widest and the narrowest, which both run too.
+            This is the sandwich rule for universal models (Yu and Huang, Universally Slimmable Networks, ICCV 2019,
+            section 3.1; they draw 2), and `loss_weights` must be a mode. With 0 the model's own widths run.
+        seed: seed of the draws; processes that train together need the same one.
 
-    Raises: UsageError or WidthError: if an argument does not fit, with its value.
+    Raises: UsageError or WidthError: if an argument is invalid.
 
     >>> from slimmable.layers import SlimLinear
     >>> from slimmable._width import width_of
@@ -85,33 +85,33 @@ class SlimRecipe:
         )
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out the running loop, which cannot be copied; a copy starts outside of any loop."""
+        """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
         return {**self.__dict__, "_step": None, "_loop": None}
 
     @property
     def first(self) -> bool:
-        """True while the loop is at the widest width: the place for what must happen once per step.
+        """Whether the loop is at the widest width: the place for what must happen once per step.
 
         Compute a momentum encoder's keys here. Add them to a queue only after the loop: narrower widths must not meet
-        the keys of their own batch among the negatives. For criteria that change when called see `once`.
+        the keys of their own batch among the negatives. For criteria that change when called, see `once`.
         """
         return self._step is not None and self._step.first
 
     def widths(self, progress: float, step: int | None = None) -> Iterator[float]:
         """Switch the model to each width of this step in turn, from the widest down, and yield it.
 
-        When the loop ends, also by `break` or an exception, the width is 1.0 again.
+        When the loop ends, even by `break` or an exception, the width is 1.0 again.
 
         Args:
             progress: fraction of the training done, in [0, 1].
-            step: number of this step. With it, random widths depend only on `seed` and `step`, so a training resumed
-                from a checkpoint draws what it would have drawn; without it, they depend on the draws before.
+            step: number of this step. If given, random widths depend only on `seed` and `step`, so training resumed
+                from a checkpoint draws the same ones; otherwise they depend on the draws before.
 
         Raises: UsageError: if `progress` is not in [0, 1].
         """
         check_fraction("SlimRecipe", progress=progress)
         previous = self._loop() if self._loop is not None else None
-        if previous is not None:  # a loop that was left half-way and is still referred to
+        if previous is not None:  # a loop that was left early and is still referenced
             previous.close()
         if step is not None:
             self._random.seed(f"{self._seed} {step}")
@@ -123,8 +123,9 @@ class SlimRecipe:
     def once(self, *modules: nn.Module) -> Iterator[None]:
         """Let `modules` change once per step, although the block runs once per width.
 
-        For criteria that change their own buffers when called, such as a queue or a centre. In every width's block the
-        buffers are as they were before the widest width's block, and only the widest width's change is kept.
+        This is for criteria that change their own buffers when called, such as a queue or a centre. Every width's block
+        starts with the buffers as they were before the widest width's block, and only the widest width's change is
+        kept.
 
         Raises: UsageError: if called outside the loop, or at a narrower width but not at the widest.
 
@@ -161,12 +162,12 @@ class SlimRecipe:
 
         Args:
             loss: the method's own loss at this width, a scalar.
-            teach: what distillation compares between widths, shape (batch, classes): logits or embeddings. Several
-                tensors (such as the two directions of MoCo v3) are compared each with its own, and the losses added.
-                Ignored without `distill` and during the slow start.
+            teach: logits or embeddings that distillation compares between widths, shape (batch, classes). Of several
+                tensors, such as the two directions of MoCo v3, each is compared with its counterpart, and the losses
+                are added. Ignored without `distill` and during the slow start.
 
         Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
-            DataError: if `loss` is not a scalar, or `teach` holds something other than tensors.
+            DataError: if `loss` is not a scalar, or `teach` is not one or several tensors.
         """
         step = self._step
         if step is None:
@@ -175,7 +176,7 @@ class SlimRecipe:
             )
         if step.done:
             raise UsageError(
-                f"SlimRecipe.loss: called twice at width {step.width}; add the losses up, then call it once"
+                f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else loss
@@ -213,14 +214,14 @@ class SlimRecipe:
 
 @dataclass
 class _Step:
-    """Where the loop of one step is, and the outputs that teach."""
+    """The state of one step's loop, and the outputs that teach."""
 
     slow: bool
     loss_weights: Mapping[float, float]  # of each width, from the widest down
     width: float = math.nan
     done: bool = False  # whether this width has had its loss
-    teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, of those that teach
-    buffers: dict[int, dict[str, Tensor | None]] = field(default_factory=dict)  # by module, as before the step
+    teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
+    buffers: dict[int, dict[str, Tensor | None]] = field(default_factory=dict)  # by module, from before the step
 
     @property
     def first(self) -> bool:
@@ -228,7 +229,7 @@ class _Step:
 
 
 def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """Return what the active width teaches or learns by, as a list with one tensor per view or direction."""
+    """Return the outputs by which the active width teaches or learns, one tensor per view or direction."""
     if teach is None:
         raise UsageError(f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}")
     if not step.first and not step.teachers:
@@ -241,7 +242,7 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
     if len(views) != expected:
         raise UsageError(
-            f"SlimRecipe.loss: {len(views)} tensors to teach at width {step.width}, expected {expected}, "
+            f"SlimRecipe.loss: teach has {len(views)} tensors at width {step.width}, expected {expected}, "
             "as many as at the widest width"
         )
     return views
@@ -257,7 +258,7 @@ def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: int) -> str:
-    """Return the mode of the loss weights, if the model and the weights allow random widths."""
+    """Return the mode of the loss weights; raise an error if the model or the weights do not allow random widths."""
     check_count("SlimRecipe", least=0, random_widths=random_widths)
     if not isinstance(loss_weights, str):
         raise UsageError(

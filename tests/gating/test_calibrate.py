@@ -108,7 +108,7 @@ def test_more_budget_opens_more():
             r"budget is 0.01, but with all gates closed the network costs 0\.\d+, with all open",
         ),
         ([], 0.5, DataError, "calibrate_gates: loader is empty"),
-        (iter(IMAGES), 0.5, UsageError, "gone through many times"),
+        (iter(IMAGES), 0.5, UsageError, "iterated over many times"),
         (["a"], 0.5, DataError, "calibrate_gates: a batch of type str"),
         ([*IMAGES, torch.zeros(0, 3, 8, 8)], 0.5, DataError, "calibrate_gates: a batch is empty"),
     ],

@@ -157,7 +157,7 @@ def test_bad_calls():
         ("keep", 1.5, r"must be in \(0, 1\]"),
         ("budget", 1, r"must be in \(0, 1\), got 1"),
         ("budget", "half", r"must be in \(0, 1\)"),
-        ("budget", 0.001, "the fewest units for each gate cost 0.0"),
+        ("budget", 0.001, "the smallest network costs 0.0"),
     ]:
         with pytest.raises(slimmable.errors.UsageError, match=message):
             slimmable.gating.extract_gated(model, [x], **{keyword: value})
@@ -166,12 +166,12 @@ def test_bad_calls():
     for both in ({}, {"keep": 0.5, "budget": 0.5}):
         with pytest.raises(slimmable.errors.UsageError, match="either keep"):
             slimmable.gating.extract_gated(model, [x], **both)
-    with pytest.raises(slimmable.errors.UsageError, match="gone through twice"):
+    with pytest.raises(slimmable.errors.UsageError, match="iterated over twice"):
         slimmable.gating.extract_gated(model, iter([x]), keep=0.5)
     with pytest.raises(slimmable.errors.DataError, match="loader is empty"):
         slimmable.gating.extract_gated(model, [], keep=0.5)
     with pytest.raises(slimmable.errors.DataError, match="gate_activity: a batch of type dict"):
         slimmable.gating.extract_gated(model, [{"image": x}], keep=0.5)
-    with pytest.raises(slimmable.errors.UsageError, match="give the model that gate returned"):
+    with pytest.raises(slimmable.errors.UsageError, match="is not a model that gate returned"):
         slimmable.gating.extract_gated(nn.Sequential(model), [x], keep=0.5)
     assert any(isinstance(module, LayerGates) for module in model.modules())

@@ -180,7 +180,7 @@ def small_model(sizes=(8, 16, 16, 12), widths=None, **arguments):
 def test_what_cannot_come_back_is_not_saved(tmp_path):
     model = small_model()
     for part in (model[:6], nn.Sequential(model)):
-        with pytest.raises(CheckpointError, match=r"is not what slimmable\.gating\.gate returned"):
+        with pytest.raises(CheckpointError, match=r"it is not the model that slimmable\.gating\.gate returned"):
             slimmable.save(part, tmp_path / "model")
     model[3].channel_gate.at[0] = nn.Sequential(model[3].channel_gate.at[0])
     with pytest.raises(CheckpointError, match="the gate of 3 is a Sequential"):
@@ -192,7 +192,7 @@ def test_what_cannot_come_back_is_not_saved(tmp_path):
     ):
         model = small_model()
         change(model)
-        with pytest.raises(CheckpointError, match="was changed after it was gated; take the gates off"):
+        with pytest.raises(CheckpointError, match="was changed after it was gated; remove the gates"):
             slimmable.save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     slimmable.save(ungate(model), tmp_path / "model")

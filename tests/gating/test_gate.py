@@ -189,7 +189,7 @@ def test_other_input_sizes():
     x = torch.randn(2, 3, 96, 64, dtype=torch.float64)
     with torch.no_grad(), gated(model) as run:
         model(x)
-    with pytest.raises(UsageError, match=r"has read \(24, 16\) positions, but .* \(16, 16\)"):
+    with pytest.raises(UsageError, match=r"has read \(24, 16\) positions, but would read \(16, 16\)"):
         run.macs()
     bare = ungate(copy.deepcopy(model))
     assert run.dense_macs((3, 96, 64)) == slimmable.profile(bare, (3, 96, 64), repeats=0).rows[0].macs
@@ -426,7 +426,7 @@ def test_bad_calls():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
     model = gate(net, example_inputs=x)
-    with pytest.raises(UsageError, match="has gates already"):
+    with pytest.raises(UsageError, match="already has gates"):
         gate(model, example_inputs=x)
     with pytest.raises(ConversionError, match=r"has gates.*ungate"):
         slimmable.slimify(model, example_inputs=x)

@@ -178,7 +178,7 @@ def test_bad_arguments():
         with pytest.raises(UsageError, match=next(iter(setting))):
             GateBudget(0.3, **setting)
     for size in (24, "24"):
-        with pytest.raises(UsageError, match="input_size is the size of one image"):
+        with pytest.raises(UsageError, match="input_size must be the size of one image"):
             run.share(size)
     with pytest.raises(slimmable.errors.ConversionError, match="one row per image"):
         slimmable.gating.gate(plain(), example_inputs=IMAGES[:0])

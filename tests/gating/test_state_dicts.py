@@ -56,11 +56,12 @@ def test_other_gates_are_refused_before_anything_changes(other, wrapper):
         wrapped.load_state_dict(given)
         assert torch.equal(model[4].gated[0].bias, before["4.bias"] + 1)
         return
-    with pytest.raises(CheckpointError, match="other gates than this Sequential has; none was loaded") as caught:
+    refusal = "the gates in this state dict differ from those of this Sequential; nothing was loaded"
+    with pytest.raises(CheckpointError, match=refusal) as caught:
         wrapped.load_state_dict(given)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     caught.match(message if not prefix else "channel_gate")
-    assert "gate the model as that of the checkpoint was" in str(caught.value)
+    assert "gate the model like the checkpoint's" in str(caught.value)
     rest = {name: tensor for name, tensor in given.items() if "channel_gate" not in name and ".gated." not in name}
     if other == "skip":  # what the message says to do
         missing, unexpected = wrapped.load_state_dict(rest, strict=False)
@@ -104,7 +105,7 @@ def test_copies_refuse_for_themselves(clone):
     twin = clone(model)
     del model
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="other gates"):
+        with pytest.raises(CheckpointError, match="the gates in this state dict differ"):
             twin.load_state_dict(changed_state(small_model(skip="3")))
         twin = clone(twin)
     other = changed_state(small_model())

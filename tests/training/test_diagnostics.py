@@ -376,7 +376,7 @@ def test_every_must_be_a_number_of_steps(every):
 def test_wrong_calls_say_what_to_do():
     model = mlp([3, 8, 2], (1.0, 0.5))
     diagnostics = GradientDiagnostics(model, every=1)
-    with pytest.raises(UsageError, match="step 0 is to be sampled, but after_backward was not called"):
+    with pytest.raises(UsageError, match="step 0 is sampled, but after_backward was not called"):
         diagnostics.after_step()
     assert (diagnostics.step, diagnostics.rows) == (0, [])
     with pytest.raises(WidthError, match=r"width 0\.3 is not one of this model's widths"):

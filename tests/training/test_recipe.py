@@ -290,14 +290,14 @@ KL = losses.OnlineDistillation()
         (
             lambda: in_loop(lambda r, w: r.loss(C, T if r.first else (T, T)), distill=KL),
             UsageError,
-            ["2 tensors to teach at width 0.75, expected 1"],
+            ["teach has 2 tensors at width 0.75, expected 1"],
         ),
         (lambda: in_loop(lambda r, w: r.loss(1.0)), DataError, ["loss of width 1.0 must be a scalar tensor, got 1.0"]),
         (lambda: in_loop(lambda r, w: r.loss(T)), DataError, [r"scalar tensor, got a tensor of shape \(3, 4\)"]),
         (lambda: in_loop(lambda r, w: r.loss(C, 5), distill=KL), DataError, ["teach must be one or several", "got 5"]),
         (lambda: in_loop(lambda r, w: r.loss(C, [T, "b"]), distill=KL), DataError, ["teach must be", "'b'"]),
         (lambda: SlimRecipe(network(), lambda a, b: C), UsageError, ["distill must be an OnlineDistillation or None"]),
-        (lambda: in_loop(lambda r, w: r.loss(C, ()), distill=KL), UsageError, ["0 tensors to teach", "expected 1"]),
+        (lambda: in_loop(lambda r, w: r.loss(C, ()), distill=KL), UsageError, ["teach has 0 tensors", "expected 1"]),
     ],
 )
 def test_errors_say_what_does_not_fit(call, error, words):
