@@ -132,7 +132,8 @@ class LayerGates(SwitchableContainer):
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
             raise UsageError(
-                f"a layer reads the output of {self.name}, but its gate has {found}; in a gated pass run the whole model"
+                f"a layer reads the output of {self.name}, but its gate has {found}; in a gated pass run the whole "
+                "model"
             )
         units = self._buffers.get(f"units_{number}_{self._slim.index}")
         if units is not None:  # unit -1 is always open
