@@ -19,9 +19,9 @@ Kwargs = dict[str, Any]
 RULES = Rules()
 
 
-def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
     """Pin all axes of all inputs."""
-    ctx.pin_all(tensors((args, kwargs)), "has no rule")
+    ctx.pin_all(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
@@ -51,7 +51,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
-    "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
+    "addcdiv", "glu_jvp", "contiguous", "floor_divide", "polar", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
     "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
     "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
 )  # fmt: skip
@@ -59,21 +59,25 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
     for result in tensors(out):
-        if result.ndim == 0:
-            continue
-        joined: list[Ids | None] = []
-        for axis in range(1, result.ndim + 1):
-            aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == result.shape[-axis] != 1]
-            labels = [ctx.axes(tensor)[-axis] for tensor in aligned]
-            ids = labels[0] if labels else None
-            for other in labels[1:]:
-                ids = ctx.merge(ids, other)
-            if ids is not None and ctx.operation not in ("mul", "div"):
-                features = [t for t, own in zip(aligned, labels, strict=True) if own is not None]
-                if sum(ctx.origin(tensor) != "weights" for tensor in features) > 1:
-                    ctx.sums.append(ids)
-            joined.append(ids)
-        ctx.label(result, joined[::-1], origin_after(ctx, operands))
+        if result.ndim:
+            ctx.label(result, broadcast(ctx, operands, result.shape), origin_after(ctx, operands))
+
+
+def broadcast(ctx: Context, operands: Sequence[Tensor], shape: Sequence[int]) -> list[Ids | None]:
+    """Merge the aligned axes of tensors that are broadcast to this shape, and return its labels."""
+    joined: list[Ids | None] = []
+    for axis in range(1, len(shape) + 1):
+        aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == shape[-axis] != 1]
+        labels = [ctx.axes(tensor)[-axis] for tensor in aligned]
+        ids = labels[0] if labels else None
+        for other in labels[1:]:
+            ids = ctx.merge(ids, other)
+        if ids is not None and ctx.operation not in ("mul", "div"):
+            features = [t for t, own in zip(aligned, labels, strict=True) if own is not None]
+            if sum(ctx.origin(tensor) != "weights" for tensor in features) > 1:
+                ctx.sums.append(ids)
+        joined.append(ids)
+    return joined[::-1]
 
 
 @RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
@@ -81,8 +85,9 @@ def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     """Keep the labels; an axis on which the order of units matters cannot shrink."""
     axes = ctx.axes(args[0])
     if "softmax" not in ctx.operation:
-        dims = args[2] if ctx.operation == "roll" else args[1]
-        for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
+        dims = kwargs.get("dims", args[2] if len(args) > 2 else []) if ctx.operation == "roll" else args[1]
+        every = ctx.operation == "roll" and not dims  # as one flat axis
+        for dim in range(len(axes)) if every or not axes else dims if isinstance(dims, (list, tuple)) else [dims]:
             ctx.pin(axes[dim], "the order of the units matters")
     else:
         ctx.meet(axes[args[1]])
@@ -141,9 +146,9 @@ for _dims in (1, 2, 3):
 RULES.of("upsample_linear1d")(_spatial(1))
 RULES.of(
     "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d",
+    "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d",
 )(_spatial(2))  # fmt: skip
-RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
+RULES.of("upsample_trilinear3d")(_spatial(3))
 
 
 @RULES.of("constant_pad_nd")
