@@ -49,7 +49,8 @@ def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str |
     first, *others = features
     gates_itself = any(_equal(ctx.axes(first), ctx.axes(other)) for other in others)  # x * sigmoid(x)
     low, high = [*args[1:3], None, None][:2] if ctx.operation in ("hardtanh", "clamp", "clamp_min") else (None, None)
-    from_zero = low == 0 and (high is None or high > 1)  # not a range such as [0, 1], which bounds an image
+    numbers = not any(isinstance(end, Tensor) for end in (low, high))
+    from_zero = numbers and low == 0 and (high is None or high > 1)  # not [0, 1], which bounds an image
     if ctx.operation in _RECTIFIERS or from_zero or (ctx.operation == "mul" and gates_itself):
         return None
     origins = {ctx.origin(tensor) for tensor in features}

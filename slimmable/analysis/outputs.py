@@ -106,8 +106,11 @@ def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:
         if hasattr(vars(module).get("feature_info"), "out_indices"):
             found.append(path)
         elif hasattr(module, "pretrained_cfg") and callable(getattr(module, "get_classifier", None)):
-            heads = [head for head in tree_leaves(module.get_classifier()) if isinstance(head, nn.Module)]
-            layers = [layer for head in heads for layer in head.modules() if layer._parameters]
+            try:
+                heads = tree_leaves(module.get_classifier())
+            except AttributeError:  # some without one look for its layer
+                heads = []
+            layers = [m for head in heads if isinstance(head, nn.Module) for m in head.modules() if m._parameters]
             if not any(names.get(layer) in called for layer in layers):
                 found.append(path)
     return found
