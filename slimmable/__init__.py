@@ -7,7 +7,8 @@
 >>> model[0].weight.shape
 torch.Size([8, 8])
 
-The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating`, `rules` and `errors`.
+The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating`, `rules` and
+`errors`.
 """
 
 from importlib import import_module

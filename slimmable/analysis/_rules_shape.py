@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from slimmable.analysis._context import Context, Rules, dim_of, tensors
-from slimmable.analysis._rules_pointwise import Args, Kwargs, broadcast, unknown
+from slimmable.analysis._rules_pointwise import Args, Kwargs, unknown
 from slimmable.analysis.labels import Ids, spread
 
 RULES = Rules()
@@ -117,10 +116,8 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
             axes[axis] = spread(ids, out.shape[axis] // old[axis], 1)
         if size is not None and int(size) != -1 and old[axis] == 1:
             ctx.constrain(size, axes[axis], out.shape[axis])
-    origin = ctx.origin(source)
-    if origin is None and all(ids is None for ids in ctx.axes(source)):
-        origin = "spread"
-    ctx.label(out, axes, origin)
+    constant = all(ids is None for ids in ctx.axes(source)) and ctx.origin(source) != "weights"
+    ctx.label(out, axes, "constant" if constant else ctx.origin(source))
 
 
 @RULES.of("cat")
@@ -149,8 +146,10 @@ def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> 
 
 
 def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
-    origins = {ctx.origin(piece) for piece in pieces}
-    return origins.pop() if len(origins) == 1 else None
+    if all(ctx.origin(piece) == "weights" for piece in pieces):
+        return "weights"
+    origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)}
+    return origins.pop() if len(origins) == 1 else None if origins else "constant"
 
 
 @RULES.of("stack")
@@ -205,7 +204,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if ids is not None:
         first, second = np.split(ids, 2)
         axes[dim] = ctx.merge(first, second)
-    ctx.label(out, axes)
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of("unbind", "select")
@@ -295,29 +294,6 @@ def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     ctx.label(out, axes, ctx.origin(source))
 
 
-@RULES.of("index")
-def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Indexing pins the indexed axes; the others keep their labels."""
-    source, parts = args[0], tensors(args[1])
-    axes = ctx.axes(source)
-    used: list[int] = []
-    position = 0
-    for part in args[1]:
-        covered = 1 if part is None or part.dtype != torch.bool else part.ndim  # a mask covers several axes
-        used += [] if part is None else range(position, position + covered)
-        position += covered
-    for i in used:
-        ctx.pin(axes[i], "is indexed")
-    rest = [ids for i, ids in enumerate(axes) if i not in used]
-    front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    new: list[Ids | None] = [None] * (out.ndim - len(rest))
-    if any(part.dtype == torch.bool for part in parts):
-        ctx.pin_all(parts, "selects by a mask")
-    else:
-        new = broadcast(ctx, parts, out.shape[front : front + len(new)])
-    ctx.label(out, rest[:front] + new + rest[front:], ctx.origin(source))
-
-
 @RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Turn each input channel into a block of output channels, or the reverse, or shuffle them."""
@@ -341,24 +317,4 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
         block = ids.reshape(after, -1)
         ctx.labels.merge_rows(block)
         new = block[:, 0]
-    ctx.label(out, [*axes[:channel], new, *rest])
-
-
-@RULES.of("unfold")
-def windows(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Cut an axis into windows, whose units are a new last axis."""
-    axes = ctx.axes(args[0])
-    if axes:
-        ctx.pin(axes[args[1]], "is cut into windows")
-        axes[args[1]] = None
-    ctx.label(out, [*axes, None])
-
-
-@RULES.of("view_as_real", "view_as_complex")
-def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Add or remove a last axis of size 2."""
-    axes = ctx.axes(args[0])
-    if ctx.operation == "view_as_real":
-        return ctx.label(out, [*axes, None])
-    ctx.pin(axes[-1], "is the real and imaginary part")
-    return ctx.label(out, axes[:-1])
+    ctx.label(out, [*axes[:channel], new, *rest], ctx.origin(args[0]))

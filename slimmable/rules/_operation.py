@@ -71,11 +71,12 @@ class Operation:
         self._sources[output].add(name)
 
     def keeps(self, name: str, *but: int, output: int = 0) -> None:
-        """Say that all axes but some move to an output, each to its own place, or closing up if the output has fewer."""
+        """Say that all axes but some move to an output, each to its own place, or closing up if that has fewer axes."""
         count = self.tensors[name].ndim if name in self.tensors else 0
+        fewer = self.outputs[output].ndim < count
         kept = [axis for axis in range(count) if axis not in {each % count for each in but}]
         for number, axis in enumerate(kept):
-            self.moves(name, axis, to=axis if self.outputs[output].ndim == count else number, output=output)
+            self.moves(name, axis, to=number if fewer else axis, output=output)
 
     def makes(self, weight: str, axis: int, to: int, output: int = 0) -> None:
         """Say that an axis of a weight makes the units on axis `to` of an output, as the channels of a convolution."""
@@ -138,10 +139,11 @@ class Operation:
             context.multiply(macs * int(self.outputs[0].numel()), [*self._axes[0].values(), inner])
         fixed = all(context.origin(tensor) == "weights" for tensor in self.tensors.values())
         for tensor, axes, names in zip(self.outputs, self._axes, self._sources, strict=True):
-            origins = {context.origin(self.tensors[name]) for name in names}
-            moved = origins.pop() if len(origins) == 1 and not self._products else None
+            features = [self.tensors[name] for name in names if context.is_features(self.tensors[name])]
+            origins = {context.origin(each) for each in features} or {"constant"}
+            origin = "weights" if fixed else "made" if self._made or origins == {"made"} else None
             labels = [axes.get(axis) for axis in range(tensor.ndim)]
-            context.label(tensor, labels, "weights" if fixed else "mixed" if self._made else moved)
+            context.label(tensor, labels, "constant" if origins == {"constant"} and not origin else origin)
 
 
 def _number(axis: int, tensor: Tensor, what: str) -> int:

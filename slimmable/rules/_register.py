@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -11,8 +11,14 @@ from slimmable.analysis.trace import RULES, Context
 from slimmable.errors import RuleError, UsageError
 from slimmable.rules._operation import Operation
 
+R = TypeVar("R", bound=Callable[[Operation], Any])
 
-def register_rule(op: Any, rule: Callable[[Operation], Any] | None = None, *, replace: bool = False) -> Any:
+
+@overload
+def register_rule(op: Any, *, replace: bool = ...) -> Callable[[R], R]: ...
+@overload
+def register_rule(op: Any, rule: R, *, replace: bool = ...) -> R: ...
+def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> Any:
     """Tell `slimify` and `plan` what an operation does with the units on the axes of its tensors.
 
     An operation without a rule keeps at full width what it meets. One with torch's tag `pointwise` needs none.

@@ -6,36 +6,6 @@ from slimmable.rules._operation import Operation
 from slimmable.rules._register import register_rule
 
 
-def _one_by_one(operations: str, tensors: str, *special: int | str) -> None:
-    """Register operations that treat units one by one, except on special axes: numbers, or arguments with numbers."""
-
-    def rule(op: Operation) -> None:
-        if any(isinstance(each, str) and each not in op for each in special):
-            return  # over all axes, such as the median of all numbers
-        numbers = [op[each] if isinstance(each, str) else each for each in special]
-        but = [axis for each in numbers for axis in (each if isinstance(each, list) else [each])]
-        for name in tensors.split():
-            for output in range(len(op.outputs)):
-                op.keeps(name, *but, output=output)
-
-    for operation in operations.split():
-        register_rule(f"aten::{operation}", rule)
-
-
-_one_by_one("index_add index_copy index_reduce", "self source", "dim")
-_one_by_one("index_fill", "self", "dim")
-_one_by_one("kthvalue median nanmedian mode cummax cummin", "self", "dim")
-_one_by_one("tril triu", "self", -1, -2)
-_one_by_one("max_unpool2d", "self indices", -1, -2)
-_one_by_one("max_unpool3d", "self indices", -1, -2, -3)
-_one_by_one("rot90", "self", "dims")
-_one_by_one("diagonal", "self", "dim1", "dim2")
-_one_by_one("linalg_cross", "self other", "dim")
-_one_by_one("bucketize fake_quantize_per_tensor_affine_cachemask", "self")
-_one_by_one("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "self")
-_one_by_one("_fake_quantize_learnable_per_tensor_affine", "self")
-
-
 @register_rule("aten::fake_quantize_per_channel_affine_cachemask")
 @register_rule("aten::_fake_quantize_learnable_per_channel_affine")
 def fake_quantize_per_channel(op: Operation) -> None:
@@ -69,23 +39,36 @@ def scatter(op: Operation) -> None:
                 op.pins("self", axis, "is written in part")
 
 
+@register_rule("aten::index")
 @register_rule("aten::index_put")
 @register_rule("aten::_index_put_impl")
 @register_rule("aten::_unsafe_index_put")
-def index_put(op: Operation) -> None:
-    """Values are written or added where indices of some axes, or masks, say."""
-    parts = op["indices"]
-    covered = [1 if part is None or part.dtype != torch.bool else part.ndim for part in parts]  # a mask covers several
-    starts = [sum(covered[:i]) for i in range(len(parts))]
-    used = [start + i for part, start, n in zip(parts, starts, covered, strict=True) if part is not None for i in range(n)]
+def index(op: Operation) -> None:
+    """Indices of some axes, or masks of them, say what is read, or where `values` are written or added."""
+    indices = [(i, part) for i, part in enumerate(op["indices"]) if part is not None]
+    masked = any(part.dtype == torch.bool for _, part in indices)
+    used: list[int] = []
+    axis = 0
+    for part in op["indices"]:
+        covered = part.ndim if part is not None and part.dtype == torch.bool else 1  # a mask may cover several axes
+        used += [] if part is None else range(axis, axis + covered)
+        axis += covered
+    for axis in used:
+        op.pins("self", axis, "is indexed")
+    picked = max(1 if part.dtype == torch.bool else part.ndim for _, part in indices)
     rest: list[int | None] = [axis for axis in range(op["self"].ndim) if axis not in used]
     front = used[0] if used[-1] - used[0] == len(used) - 1 else 0
-    picked = max(1 if part.dtype == torch.bool else part.ndim for part in parts if part is not None)
-    rest[front:front] = [None] * picked  # now the axes of what is written
-    op.keeps("self", *used)
-    for number, axis in enumerate(reversed(rest), 1):
-        if axis is not None and number <= op["values"].ndim:
-            op.same("self", axis, "values", -number)
+    rest[front:front] = [None] * picked  # now the axes of what is read or written; those of the indices are None
+    if "values" in op:
+        op.keeps("self", *used)
+    for number, own in enumerate(rest):
+        if own is not None and "values" not in op:
+            op.moves("self", own, to=number)
+        elif own is not None and len(rest) - number <= op["values"].ndim:
+            op.same("self", own, "values", number - len(rest))
+    for i, part in () if masked or "values" in op else indices:
+        for number in range(part.ndim):
+            op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
 
 
 @register_rule("aten::_embedding_bag")
