@@ -36,7 +36,7 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     ctx.label(out, result, origin)
 
 
-@RULES.of("mm", "bmm", "mv", "dot", "vdot", "_sparse_mm")
+@RULES.of("mm", "bmm", "mv", "dot", "vdot")
 def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product."""
     _product(ctx, args[0], args[1], out)
@@ -77,7 +77,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.produce(result)
     positions = (source if transposed else out).numel() // (channels if transposed else made)
     ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
-    if bias is not None and result is not None:
+    if bias is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
     ctx.label(out, [x[0], result, *space], "made")
 
