@@ -48,6 +48,7 @@ class Context:
     meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
     sums: list[Ids] = field(default_factory=list)  # labels along which features are added, not only scaled
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
+    attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     module: str = ""  # path of the module that is running
     operation: str = ""

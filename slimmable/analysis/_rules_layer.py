@@ -211,6 +211,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
+    ctx.attended.extend(ids for ids in (*k, *v) if ids is not None)
     for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
         ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])
