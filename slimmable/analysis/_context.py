@@ -96,6 +96,14 @@ class Context:
             for ids in self.axes(tensor):
                 self.pin(ids, why)
 
+    def refuse(self, operands: Sequence[Tensor], why: str) -> None:
+        """Keep all that an operation meets at full width; the plan lists weights too, which might have shrunk."""
+        self.pin_all(operands, why)
+        for tensor in operands:
+            for ids in self.axes(tensor) if self.origin(tensor) == "weights" else ():
+                if ids is not None:
+                    self.labels.produce(ids)
+
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
         """Join two axes that must shrink together, and return the labels of both.
 
