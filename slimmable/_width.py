@@ -166,7 +166,6 @@ def places_of(model: nn.Module) -> Places:
             continue
         seen.add(id(module))
         attributes = module.__dict__
-        converted = converted or attributes.get("_slim_root", False)
         state = attributes.get("_slim")
         if state is not None:
             places.append((module, state))
@@ -174,6 +173,7 @@ def places_of(model: nn.Module) -> Places:
                 continue
         elif converted and (attributes["_parameters"] or attributes["_buffers"]):
             strangers = True
+        converted = converted or state is not None or attributes.get("_slim_root", False)
         children = attributes["_modules"]
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])
@@ -292,7 +292,8 @@ def _widths(state: WidthState) -> tuple[float, ...]:
 def _gained_layers(model: nn.Module) -> ConversionError:
     containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
     inside = {id(module) for container in containers for module in container.modules()}
-    roots = [(name, module) for name, module in model.named_modules() if module.__dict__.get("_slim_root")]
+    own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    roots = [(name, module) for name, module in own if not {"_slim", "_slim_root"}.isdisjoint(module.__dict__)]
     found = {
         f"{f'{root}.' if root else ''}{name}".rstrip("."): type(module).__name__
         for root, top in roots
