@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,11 +72,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = run_operation(func, args, kwargs)
-        results = results_of(func._schema, args, kwargs, out)
-        if not self.asleep and tensors(results):
+        if not self.asleep and func.namespace != "prim":
+            results = results_of(func._schema, args, kwargs, out)
             self.context.at(name_of(func), self.fake.running)
-            self.context.schema = func._schema
-            self._apply(rule_of(func), args, kwargs, results)
+            if self.context.numbered:
+                self.context.use(tensors((args, kwargs)))
+            if tensors(results):
+                self.context.schema = func._schema
+                self._apply(rule_of(func), args, kwargs, results)
         return out
 
     def _apply(self, rule: Rule, args: Any, kwargs: Any, results: Any) -> None:
@@ -153,7 +156,11 @@ def trace(
         context.at("skip", path)
         context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
 
-    fake.on_replay = pin_inputs
+    def pin_sources(sources: Sequence[Tensor]) -> None:
+        context.at("branch", fake.running)
+        context.pin_all(sources, "code depends on its numbers")
+
+    fake.on_replay, fake.on_branch = pin_inputs, pin_sources
     read: set[tuple[str, str]] = set()
     with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
         try:
@@ -163,13 +170,14 @@ def trace(
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = None
+            fake.on_replay = fake.on_branch = None
             for tensor in (*fake.model.parameters(), *fake.model.buffers()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
     context.at("output", "")
+    context.use(output_tensors(output))
     wanted = "full" if skip("", fake.model) else outputs
     result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
     return result
