@@ -24,22 +24,29 @@ class Conversion(NamedTuple):
         return f"Conversion{tuple(self)}"
 
 
-NAMES = sorted([*UNARY, *BINARY, *AGAIN])
+STEMS = ("conv", "conv, norm, relu", "linear", "functional conv", "functional linear", "attention", "mlp", "experts")
+NAMES = sorted([*UNARY, *BINARY, *AGAIN, *STEMS, *AGAIN, *BINARY])  # these three more often
 BACK, UNITS, VARIANTS = (0, 0, 0, 0, 1, 1, 2, 3, 5), (8, 12, 6, 16, 4, 9, 10, 24, 5, 7), tuple(range(6))
 KINDS, INPUTS = ("scores", "dense", "embedding", "features"), ("image", "tokens", "vector", "image 2", "ids")
 STEPS, OUTPUTS, WIDTHS = (3, 14), (0, 3), (1, 2)  # at least and at most
 ROUND_TO, PERCENTS, LAYERS = (1, 1, 1, 2, 4), tuple(range(1, 100)), tuple(range(20))
 
 
+one_of = st.sampled_from
+
+
 def _some(each: st.SearchStrategy[Any], most: tuple[int, int], unique: bool = False) -> st.SearchStrategy[Any]:
     return st.lists(each, min_size=most[0], max_size=most[1], unique=unique).map(tuple)
 
 
-one_of = st.sampled_from
+def _steps(names: Sequence[str], most: tuple[int, int]) -> st.SearchStrategy[Any]:
+    return _some(st.builds(Step, one_of(names), one_of(BACK), one_of(UNITS), one_of(VARIANTS)), most)
+
+
 layouts = st.builds(
     Layout,
     _some(one_of(INPUTS), (1, 3), unique=True),
-    _some(st.builds(Step, one_of(NAMES), one_of(BACK), one_of(UNITS), one_of(VARIANTS)), STEPS),
+    st.builds(tuple.__add__, _steps(STEMS, (1, 3)), _steps(NAMES, STEPS)),
     _some(st.builds(Output, one_of(KINDS), one_of(BACK), one_of(VARIANTS)), OUTPUTS),
     one_of(sorted(CONTAINERS)),
 )
@@ -60,7 +67,8 @@ def drawn(seed: int, number: int) -> tuple[Layout, Conversion]:
     def some(values: Sequence[Any], most: tuple[int, int]) -> tuple[Any, ...]:
         return tuple(random.sample(values, random.randint(*most)))
 
-    steps = [Step(pick(NAMES), pick(BACK), pick(UNITS), pick(VARIANTS)) for _ in range(random.randint(*STEPS))]
+    names = [pick(STEMS) for _ in range(random.randint(1, 3))] + [pick(NAMES) for _ in range(random.randint(*STEPS))]
+    steps = [Step(name, pick(BACK), pick(UNITS), pick(VARIANTS)) for name in names]
     outputs = [Output(pick(KINDS), pick(BACK), pick(VARIANTS)) for _ in range(random.randint(*OUTPUTS))]
     layout = Layout(some(INPUTS, (1, 3)), tuple(steps), tuple(outputs), pick(sorted(CONTAINERS)))
     setting = pick(LAYERS), pick(PERCENTS)
