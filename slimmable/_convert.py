@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
 from slimmable._inputs import Arguments, example_of

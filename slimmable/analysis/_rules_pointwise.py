@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable.analysis._context import Context, Rule, Rules, tensors
+from slimmable.analysis._context import Context, Rules, tensors
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids
 
@@ -19,9 +19,9 @@ Kwargs = dict[str, Any]
 RULES = Rules()
 
 
-def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
     """Pin all axes of all inputs."""
-    ctx.pin_all(tensors((args, kwargs)), "has no rule")
+    ctx.pin_all(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
@@ -61,9 +61,9 @@ def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str |
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
-    "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
-    "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
-    "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
+    "addcdiv", "glu_jvp", "contiguous", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf", "polar",
+    "floor_divide", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
+    "_conj_physical", "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
 )  # fmt: skip
 def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
@@ -91,16 +91,11 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(result, joined[::-1], origin)
 
 
-@RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
-def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Keep the labels; an axis on which the order of units matters cannot shrink."""
+@RULES.of("_softmax", "_log_softmax", "_safe_softmax")
+def softmax(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """The units of an axis meet, and keep their labels."""
     axes = ctx.axes(args[0])
-    if "softmax" not in ctx.operation:
-        dims = args[2] if ctx.operation == "roll" else args[1]
-        for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
-            ctx.pin(axes[dim], "the order of the units matters")
-    else:
-        ctx.meet(axes[args[1]])
+    ctx.meet(axes[args[1]] if axes else None)
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
@@ -132,35 +127,6 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     return None
 
 
-def _spatial(dims: int) -> Rule:
-    """Return the rule of operations that mix neighbours along the last `dims` axes; the others keep their labels."""
-
-    def rule(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-        axes = ctx.axes(args[0])
-        front = len(axes) - dims
-        for ids in axes[front:]:
-            ctx.pin(ids, "neighbouring units are mixed")
-        for result in tensors(out):
-            ctx.label(result, axes[:front] + [None] * dims, ctx.origin(args[0]))
-
-    return rule
-
-
-for _dims in (1, 2, 3):
-    _kinds = (
-        "max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d",
-        "adaptive_max_pool{}d", "reflection_pad{}d", "replication_pad{}d", "max_pool{}d", "upsample_nearest{}d",
-        "_upsample_nearest_exact{}d", "fractional_max_pool{}d",
-    )  # fmt: skip
-    RULES.of(*(kind.format(_dims) for kind in _kinds))(_spatial(_dims))
-RULES.of("upsample_linear1d")(_spatial(1))
-RULES.of(
-    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d",
-)(_spatial(2))  # fmt: skip
-RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
-
-
 @RULES.of("constant_pad_nd")
 def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Padding adds units before and after those of an axis, and is always kept."""
@@ -178,16 +144,6 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for padding in (new[0], new[2]):
             ctx.pin(padding, "is padding")
         axes[-1 - i] = np.concatenate(new)
-    ctx.label(out, axes, ctx.origin(args[0]))
-
-
-@RULES.of("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A transform mixes the units along its axes."""
-    axes = ctx.axes(args[0])
-    for dim in args[1]:
-        ctx.pin(axes[dim], "is transformed")
-        axes[dim] = None
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
