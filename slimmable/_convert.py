@@ -23,6 +23,7 @@ from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
+from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
@@ -44,14 +45,15 @@ def slimify(
     skip: Skip = (),
     round_to: int = 1,
     importance: str | None = None,
+    outputs: Outputs = "auto",
     universal: bool = False,
     inplace: bool = False,
 ) -> M:
     """Return a model with the weights of `model` that runs at several widths; `model` itself is unchanged.
 
-    One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`.
-    Image channels, class scores and embeddings stay full. Each width has its own BatchNorms. Parameters keep their
-    names and full sizes, and the full width computes exactly what it did before.
+    One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`. Each
+    width has its own BatchNorms. Parameters keep their names and full sizes, and the full width computes exactly what
+    it did before.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
@@ -59,12 +61,16 @@ def slimify(
         example_inputs: for the forward: a tensor, a tuple of arguments, a dict of keyword arguments, or `Inputs` for
             both; timm models need none.
         skip: modules to keep at full width, as `fnmatch` patterns of their names or a function `(name, module) ->
-            bool`. "", the model itself, keeps its outputs full, for a backbone whose features other code reads. A
-            skipped module that cannot be traced is run once on the real example. Converting a converted model again
-            without `skip` keeps what it skips, unless layers were added to it.
+            bool`. A skipped module that cannot be traced is run once on the real example. Converting a converted model
+            again without `skip` keeps what it skips, unless layers were added to it.
         round_to: keep a multiple of this many channels, in groups that have at least as many.
         importance: "magnitude" first moves the channels with the largest weights in the layers that read them to the
             front; the full network still computes the same function. None leaves them where they are.
+        outputs: "full" keeps the sizes of all outputs, for a backbone whose features other code reads; "slim" lets them
+            get thinner. "auto" keeps class scores, images and embeddings (made by layers with weights, and since then
+            only moved, scaled, normalized or bounded), and lets features get thinner (rectified ones, those of a
+            residual stream, and all that a timm model without its classifier makes). A sequence says it for each
+            output, a dict for some, by position or name: `{"features": "full"}`. The plan lists all outputs.
         universal: let `set_width` take any width from the narrowest up. BatchNorms then share gain and bias, sliced,
             with separate statistics for each of `widths` and for those passed to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
@@ -92,9 +98,14 @@ def slimify(
     wanted = check_widths(widths)
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
-    if skip == () and importance is None and _current_plan(model, wanted, round_to, universal) is not None:
+    if (
+        skip == ()
+        and outputs == "auto"
+        and importance is None
+        and _current_plan(model, wanted, round_to, universal) is not None
+    ):
         return model if inplace else copy_of(model)
-    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
     if not found.channels.units:
         warnings.warn(
             f"nothing in this {type(model).__name__} gets narrower at any width; print(slimmable.plan(...)) says why",
@@ -126,6 +137,7 @@ def plan(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    outputs: Outputs = "auto",
     universal: bool = False,
 ) -> Plan:
     """Return the plan that `slimify` would follow with the same arguments; print it to see groups, counts and pins.
@@ -135,13 +147,16 @@ def plan(
     group   units  kept at 1.0, 0.5                  axes
         0       8  8, 4                              0.weight[0], 0.bias[0], 2.weight[1]
     kept at full width:
-      2.weight[0] (2): output in the model itself: class scores or an embedding
-      2.bias[0] (2): output in the model itself: class scores or an embedding
+      2.weight[0] (2): output in the model itself: class scores, an image or an embedding
+      2.bias[0] (2): output in the model itself: class scores, an image or an embedding
+    outputs:
+      output: (2, 2), full: class scores, an image or an embedding
     """
     check_module("plan", model)
     wanted = check_widths(widths)
-    known = _current_plan(model, wanted, round_to, universal) if skip == () else None
-    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+    unchanged = skip == () and outputs == "auto"
+    known = _current_plan(model, wanted, round_to, universal) if unchanged else None
+    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
 
 
 def extract(model: M, width: Setting) -> M:
@@ -193,12 +208,18 @@ def _extract_active(model: M) -> M:
 
 # -- the steps of a conversion
 def _plan(
-    model: nn.Module, inputs: Arguments, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool
+    model: nn.Module,
+    inputs: Arguments,
+    widths: tuple[float, ...],
+    skip: Skip,
+    round_to: int,
+    universal: bool,
+    outputs: Outputs,
 ) -> Plan:
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal)
+    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, outputs)
 
 
 def plain(model: nn.Module) -> nn.Module:

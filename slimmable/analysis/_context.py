@@ -31,9 +31,9 @@ class Call:
 class Context:
     """The state of one trace.
 
-    Each tensor has its labels as the attribute `slim_axes`, and as `slim_origin` how it was computed: "weights" (from
-    parameters alone), "mixed" (by a convolution or matrix product with weights, then affine steps at most), "normed"
-    (the same with a normalization in between), "spread" (one value for all units, such as a norm) or None.
+    Each tensor has its labels as the attribute `slim_axes`, and as `slim_origin` how its units came about: "weights"
+    (from parameters alone), "made" (by layers with weights, and since then only moved, scaled, normalized or bounded),
+    "constant" (not from features: zeros, noise, one value for all units) or None (features: rectified or unknown).
     """
 
     widths: tuple[float, ...]
@@ -47,6 +47,7 @@ class Context:
     reads: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what its weights read
     meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
     sums: list[Ids] = field(default_factory=list)  # labels along which features are added, not only scaled
+    residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     module: str = ""  # path of the module that is running
     operation: str = ""
@@ -64,8 +65,13 @@ class Context:
         tensor.slim_axes, tensor.slim_origin = kept, origin  # type: ignore[attr-defined]
 
     def origin(self, tensor: Tensor) -> str | None:
-        """Return how `tensor` was computed."""
+        """Return how the units of `tensor` came about."""
         return getattr(tensor, "slim_origin", None)
+
+    def is_features(self, tensor: Tensor) -> bool:
+        """Tell whether `tensor` has labelled units that layers made."""
+        known = any(ids is not None for ids in self.axes(tensor))
+        return known and self.origin(tensor) not in ("weights", "constant")
 
     # -- what rules do with labels
     def at(self, operation: str, module: str) -> None:

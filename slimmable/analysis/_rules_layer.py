@@ -30,10 +30,11 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
             ctx.contractions.append((ctx.module, joined))
     batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
     result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]
-    origin = "mixed" if weights else None
+    moved = ctx.origin(second if ctx.is_features(second) else first)  # attention weights move the values, for one
+    origin = "made" if weights else moved
     if ctx.origin(first) == ctx.origin(second) == "weights":
         origin = "weights"
-    if origin == "mixed":
+    elif weights:
         ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
     if bias is not None:
         for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
@@ -85,7 +86,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
     if bias is not None and result is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
-    ctx.label(out, [x[0], result, *space], "mixed")
+    ctx.label(out, [x[0], result, *space], "made")
 
 
 def _grouped(
@@ -134,7 +135,7 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     rows, units = ctx.axes(args[0])
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
-    ctx.label(out, [*[None] * (out.ndim - 1), units], "mixed")
+    ctx.label(out, [*[None] * (out.ndim - 1), units], "made")
 
 
 @RULES.of(
@@ -147,13 +148,7 @@ def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
             axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
-    _label_norm(ctx, args[0], axes, out)
-
-
-def _label_norm(ctx: Context, source: Tensor, axes: list[Ids | None], out: Any) -> None:
-    origin = ctx.origin(source)
-    result = tensors(out)[0]
-    ctx.label(result, axes, "weights" if origin == "weights" else "normed" if origin in ("mixed", "normed") else None)
+    ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
 @RULES.of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
@@ -165,7 +160,7 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
             if isinstance(tensor, Tensor):
                 axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
         ctx.meet(axes[-i])
-    _label_norm(ctx, args[0], axes, out)
+    ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
 def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
@@ -189,7 +184,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
         ctx.constrain(given, carried[0], groups)
     ctx.meet(axes[1])
-    _label_norm(ctx, source, axes, out)
+    ctx.label(tensors(out)[0], axes, ctx.origin(source))
 
 
 @RULES.of("_weight_norm_interface", "_weight_norm")
@@ -231,4 +226,4 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for i, ids in enumerate(reversed([*batch, q[-2], k[-2]][-mask.ndim :]), 1):
             if mask.shape[-i] != 1:
                 ctx.merge(ids, ctx.axes(mask)[-i])
-    ctx.label(out, [*batch, q[-2], v[-1]])
+    ctx.label(out, [*batch, q[-2], v[-1]], ctx.origin(value))

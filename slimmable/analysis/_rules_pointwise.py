@@ -26,25 +26,35 @@ def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(tensor, [None] * tensor.ndim)
 
 
-_AFFINE = {"add", "sub", "mul", "div", "rsub", "neg"}
-_IDENTITY = {"clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "dropout", "native_dropout"}
+_RECTIFIERS = {
+    "relu", "gelu", "silu", "mish", "hardswish", "leaky_relu", "_prelu_kernel", "rrelu_with_noise", "elu", "celu",
+    "selu", "threshold",
+}  # fmt: skip
 
 
-def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
-    """Return the origin of a pointwise result: that of its operands, if the operation is affine and they agree."""
-    origins = {ctx.origin(tensor) for tensor in operands}
-    if origins == {"weights"}:
+def _equal(first: Sequence[Ids | None], second: Sequence[Ids | None]) -> bool:
+    """Tell whether the axes of two tensors have the very same labels, not just merged ones."""
+    return len(first) == len(second) and all(
+        a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str | None:
+    """Return the origin of a pointwise result, see `Context`."""
+    if operands and all(ctx.origin(tensor) == "weights" for tensor in operands):
         return "weights"
-    if ctx.operation not in _AFFINE | _IDENTITY:
+    features = [tensor for tensor in operands if ctx.is_features(tensor)]
+    if not features or ctx.operation.endswith("_like"):
+        return "constant"
+    first, *others = features
+    gates_itself = any(_equal(ctx.axes(first), ctx.axes(other)) for other in others)  # x * sigmoid(x)
+    low, high = [*args[1:3], None, None][:2] if ctx.operation in ("hardtanh", "clamp", "clamp_min") else (None, None)
+    numbers = not any(isinstance(end, Tensor) for end in (low, high))
+    from_zero = numbers and low == 0 and (high is None or high > 1)  # not [0, 1], which bounds an image
+    if ctx.operation in _RECTIFIERS or from_zero or (ctx.operation == "mul" and gates_itself):
         return None
-    channels = {
-        ctx.origin(tensor)
-        for tensor in operands
-        if ctx.origin(tensor) not in ("weights", "spread") and any(ids is not None for ids in ctx.axes(tensor))
-    }
-    if channels <= {"mixed", "normed"} and channels:
-        return "normed" if {"normed", "spread"} & (channels | origins) else "mixed"
-    return None
+    origins = {ctx.origin(tensor) for tensor in features}
+    return "made" if origins == {"made"} or (ctx.operation == "add" and "made" in origins) else None
 
 
 @RULES.of(
@@ -58,6 +68,7 @@ def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
 def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
+    origin = _origin_after(ctx, args, operands)
     for result in tensors(out):
         if result.ndim == 0:
             continue
@@ -69,11 +80,15 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
             for other in labels[1:]:
                 ids = ctx.merge(ids, other)
             if ids is not None and ctx.operation not in ("mul", "div"):
-                features = [t for t, own in zip(aligned, labels, strict=True) if own is not None]
-                if sum(ctx.origin(tensor) != "weights" for tensor in features) > 1:
+                features = [
+                    own for t, own in zip(aligned, labels, strict=True) if own is not None and ctx.is_features(t)
+                ]
+                if len(features) > 1:
                     ctx.sums.append(ids)
+                    if ctx.operation == "add" and not all(_equal([own], [features[0]]) for own in features):
+                        ctx.residuals.append(ids)
             joined.append(ids)
-        ctx.label(result, joined[::-1], origin_after(ctx, operands))
+        ctx.label(result, joined[::-1], origin)
 
 
 @RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
@@ -86,7 +101,7 @@ def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
             ctx.pin(axes[dim], "the order of the units matters")
     else:
         ctx.meet(axes[args[1]])
-    ctx.label(out, axes)
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of(
@@ -126,7 +141,7 @@ def _spatial(dims: int) -> Rule:
         for ids in axes[front:]:
             ctx.pin(ids, "neighbouring units are mixed")
         for result in tensors(out):
-            ctx.label(result, axes[:front] + [None] * dims)
+            ctx.label(result, axes[:front] + [None] * dims, ctx.origin(args[0]))
 
     return rule
 
@@ -163,7 +178,7 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for padding in (new[0], new[2]):
             ctx.pin(padding, "is padding")
         axes[-1 - i] = np.concatenate(new)
-    ctx.label(out, axes)
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of("_fft_r2c", "_fft_c2r", "_fft_c2c")
@@ -173,7 +188,7 @@ def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     for dim in args[1]:
         ctx.pin(axes[dim], "is transformed")
         axes[dim] = None
-    ctx.label(out, axes)
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of(
@@ -196,4 +211,4 @@ def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
             ctx.constrain(size, ids, int(units))
         axes.append(ids)
-    ctx.label(out, axes)
+    ctx.label(out, axes, "constant")

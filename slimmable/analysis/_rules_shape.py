@@ -115,10 +115,8 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
             axes[axis] = spread(ids, out.shape[axis] // old[axis], 1)
         if size is not None and int(size) != -1:
             ctx.constrain(size, axes[axis], out.shape[axis])
-    origin = ctx.origin(source)
-    if origin is None and all(ids is None for ids in ctx.axes(source)):
-        origin = "spread"
-    ctx.label(out, axes, origin)
+    constant = all(ids is None for ids in ctx.axes(source)) and ctx.origin(source) != "weights"
+    ctx.label(out, axes, "constant" if constant else ctx.origin(source))
 
 
 @RULES.of("cat")
@@ -147,8 +145,10 @@ def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> 
 
 
 def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
-    origins = {ctx.origin(piece) for piece in pieces}
-    return origins.pop() if len(origins) == 1 else None
+    if all(ctx.origin(piece) == "weights" for piece in pieces):
+        return "weights"
+    origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)}
+    return origins.pop() if len(origins) == 1 else None if origins else "constant"
 
 
 @RULES.of("stack")
@@ -203,7 +203,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if ids is not None:
         first, second = np.split(ids, 2)
         axes[dim] = ctx.merge(first, second)
-    ctx.label(out, axes)
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of("unbind", "select")
@@ -292,7 +292,7 @@ def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
             if i != dim:
                 axes[i] = ctx.merge(ids, picked[i])
         axes[dim] = None
-        return ctx.label(out, axes)
+        return ctx.label(out, axes, ctx.origin(source))
     used: list[int] = []
     position = 0
     for part in args[1]:
@@ -314,7 +314,7 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
     if ctx.operation == "unfold":
         ctx.pin(axes[args[1]], "is cut into windows")
         axes[args[1]] = None
-        return ctx.label(out, [*axes, None])
+        return ctx.label(out, [*axes, None], ctx.origin(args[0]))
     channel = -2 if ctx.operation == "im2col" else -3
     source_channel = {"im2col": -3, "col2im": -2}.get(ctx.operation, channel)
     ids = axes[source_channel]
@@ -334,7 +334,7 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
     result: list[Ids | None] = [None] * out.ndim
     result[0] = axes[0] if out.ndim == args[0].ndim else None
     result[channel] = new
-    return ctx.label(out, result)
+    return ctx.label(out, result, ctx.origin(args[0]))
 
 
 @RULES.of("view_as_real", "view_as_complex")
@@ -342,6 +342,6 @@ def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Add or remove a last axis of size 2."""
     axes = ctx.axes(args[0])
     if ctx.operation == "view_as_real":
-        return ctx.label(out, [*axes, None])
+        return ctx.label(out, [*axes, None], ctx.origin(args[0]))
     ctx.pin(axes[-1], "is the real and imaginary part")
-    return ctx.label(out, axes[:-1])
+    return ctx.label(out, axes[:-1], ctx.origin(args[0]))

@@ -13,12 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._modules import unannounced
-from slimmable._nested import output_tensors
+from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
 from slimmable.analysis._context import Call, Context, Rule, tensors
+from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel, run_operation
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
+from slimmable.analysis.outputs import Outputs, label_outputs
 from slimmable.analysis.sizes import size_axes
 from slimmable.errors import TraceError
 
@@ -42,7 +44,7 @@ class Trace:
     context: Context
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
     attributes: dict[Attribute, int] = field(default_factory=dict)
-    outputs: list[tuple[tuple[int, ...], list[Ids | None]]] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as from `FakeModel.forget`
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
@@ -120,10 +122,14 @@ class _Calls(TorchFunctionMode):
         return out
 
 
-def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int]) -> Trace:
+def trace(
+    fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs = "auto"
+) -> Trace:
     """Run `fake` once and return the labels of all parameters, buffers and outputs.
 
-    Raises: TraceError: if the forward fails; the message names the operation and the module and suggests what to do.
+    Raises:
+        TraceError: if the forward fails; the message names the operation and the module and suggests what to do.
+        ConversionError: if `outputs` names one that the model does not have.
     """
     context = Context(widths, choices)
     result = Trace(context)
@@ -148,12 +154,9 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mappi
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
-    whole = skip("", fake.model)
     context.at("output", "")
-    for tensor in output_tensors(output):
-        if whole:
-            context.pin_all([tensor], "the model itself is skipped")
-        _label_output(context, tensor, result)
+    wanted = "full" if skip("", fake.model) else outputs
+    result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
     return result
 
 
@@ -279,23 +282,3 @@ def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
     finally:
         for module, name, value in before:
             module.__dict__[name] = value
-
-
-def _label_output(context: Context, tensor: Tensor, result: Trace) -> None:
-    """Pin an output that is class scores or an embedding; features of a backbone may get narrower.
-
-    An output is one of these if there are only affine steps after the last layer with weights, and either no other
-    layer reads it (class scores), or it is a vector made by a single layer (the embedding of a projection head, which a
-    predictor may read).
-    """
-    axes = context.axes(tensor)
-    result.outputs.append((tuple(tensor.shape), axes))
-    origin = context.origin(tensor)
-    if origin not in ("mixed", "normed") or (origin == "normed" and tensor.ndim > 2):
-        return
-    for ids in (own for own in axes if own is not None):
-        shared = context.labels.shared_with(ids)
-        read = any(map(shared, context.consumed))
-        makers = sum(shared(other) for _, other in context.producers)
-        if not read or (tensor.ndim == 2 and makers == 1):
-            context.pin(ids, "class scores or an embedding")
