@@ -17,25 +17,22 @@ from benchmarks.other_models.entry import Entry, noise
 
 VIT = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "mlp_dim": 128, "num_classes": 10}
 SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
-PYRAMID = {"dim": 16, "depth": (1, 1, 1, 1), "window_size": 2, "num_classes": 10}
 
 
 def entries() -> Iterator[Entry]:
     small, large = partial(noise, 2, 3, 32, 32), partial(noise, 2, 3, 64, 64)
-    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "local_vit", "vit_for_small_dataset", "simple_vit_with_qk_norm",
+    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset", "simple_vit_with_qk_norm",
                    "simple_vit_with_register_tokens", "simple_flash_attn_vit", "simple_vit_with_fft"):  # fmt: skip
-        kind = {"deepvit": "DeepViT", "local_vit": "LocalViT"}.get(module, "SimpleViT" if "simple" in module else "ViT")
-        more = {"freq_patch_size": 8} if "fft" in module else {}
-        if module == "simple_flash_attn_vit":
-            more = {"use_flash": False}
-        yield model(module, kind, small, **SQUARE, **more)
+        kind = "DeepViT" if module == "deepvit" else "SimpleViT" if "simple" in module else "ViT"
+        more = {"freq_patch_size": 8} if "fft" in module else {"depth": 4} if "small" in module else {}
+        yield model(module, kind, small, **{**SQUARE, **more})
     yield model("cait", "CaiT", small, **SQUARE, cls_depth=1)
     yield model("rvt", "RvT", small, **SQUARE)
     yield model("xcit", "XCiT", small, **SQUARE, cls_depth=1)
     yield model("vit_1d", "ViT", partial(noise, 2, 3, 64), seq_len=64, patch_size=8, **VIT)
     clip = {"image_size": 32, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2}
     yield model("vit_3d", "ViT", partial(noise, 2, 3, 4, 32, 32), **clip, **VIT)
-    vivit = {**{k: v for k, v in VIT.items() if k != "depth"}, "spatial_depth": 1, "temporal_depth": 1}
+    vivit = {**{k: v for k, v in VIT.items() if k != "depth"}, "spatial_depth": 2, "temporal_depth": 2}
     yield model("vivit", "ViViT", partial(noise, 2, 3, 4, 32, 32), **clip, **vivit)
     yield model("pit", "PiT", small, image_size=32, patch_size=8, **{**VIT, "depth": (1, 1)})
     yield model("t2t", "T2TViT", small, image_size=32, t2t_layers=((7, 4), (3, 2)), **VIT)
@@ -43,8 +40,8 @@ def entries() -> Iterator[Entry]:
         "cct", "CCT", small, img_size=32, embedding_dim=64, num_layers=2, num_heads=4, mlp_ratio=2.0, num_classes=10,
         n_conv_layers=1, kernel_size=3, stride=2, padding=1, positional_embedding="learnable",
     )  # fmt: skip
-    yield model("cvt", "CvT", large, num_classes=10, s1_emb_dim=16, s2_emb_dim=32, s3_emb_dim=48, s2_depth=1, s3_depth=1)
-    stages = {f"s{i}_emb_dim": 16 * i for i in (1, 2, 3, 4)} | {f"s{i}_local_patch_size": 2 for i in (1, 2, 3, 4)}
+    yield model("cvt", "CvT", large, num_classes=10, s1_emb_dim=32, s2_emb_dim=64, s3_emb_dim=96, s2_depth=1, s3_depth=1)
+    stages = {f"s{i}_emb_dim": 32 * i for i in (1, 2, 3, 4)} | {f"s{i}_local_patch_size": 2 for i in (1, 2, 3, 4)}
     stages |= {f"s{i}_global_k": 2 for i in (1, 2, 3, 4)} | {"s3_depth": 1, "s4_depth": 1, "s4_local_patch_size": 1}
     yield model("twins_svt", "TwinsSVT", partial(noise, 2, 3, 64, 64), num_classes=10, **stages)
     yield model(
@@ -54,7 +51,7 @@ def entries() -> Iterator[Entry]:
     yield model("max_vit", "MaxViT", large, num_classes=10, dim=32, depth=(1, 1), window_size=4, dim_conv_stem=16)
     yield model(
         "mobile_vit", "MobileViT", large, image_size=(64, 64), dims=[32, 48, 64], num_classes=10,
-        channels=[8, 16, 16, 24, 24, 32, 32, 48, 48, 64, 64],
+        channels=[8, 16, 24, 24, 32, 32, 48, 48, 56, 56, 64],
     )  # fmt: skip
     yield model(
         "nest", "NesT", large, image_size=64, patch_size=4, num_classes=10, dim=32, heads=2, num_hierarchies=3,
@@ -66,9 +63,9 @@ def entries() -> Iterator[Entry]:
         "scalable_vit", "ScalableViT", large, num_classes=10, dim=16, depth=(1, 1, 1, 1), heads=(2, 2, 2, 2),
         reduction_factor=(4, 2, 1, 1), window_size=(4, 2, 2, None),
     )  # fmt: skip
-    yield model("sep_vit", "SepViT", large, **PYRAMID, heads=(1, 2, 2, 4))
+    yield model("sep_vit", "SepViT", partial(noise, 2, 3, 56, 56), num_classes=10, dim=32, depth=(1, 1), heads=(2, 4))
     yield model(
-        "cross_vit", "CrossViT", small, image_size=32, num_classes=10, sm_dim=32, lg_dim=64, sm_patch_size=8, lg_patch_size=16,
+        "cross_vit", "CrossViT", small, image_size=32, num_classes=10, sm_dim=32, lg_dim=64, sm_patch_size=4, lg_patch_size=8,
         sm_enc_heads=2, lg_enc_heads=4, sm_enc_mlp_dim=64, lg_enc_mlp_dim=128, sm_enc_dim_head=16, lg_enc_dim_head=16,
         lg_enc_depth=1, cross_attn_heads=2, cross_attn_dim_head=16, cross_attn_depth=1, depth=1,
     )  # fmt: skip

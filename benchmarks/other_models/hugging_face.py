@@ -22,8 +22,8 @@ ENCODER = {
 }
 IMAGES = {**ENCODER, "image_size": 32, "patch_size": 8}
 TEXT = {**ENCODER, "vocab_size": WORDS, "max_position_embeddings": 32}
-STAGES = {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 32, 48, 64)}
-SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "window_size": 4}
+STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64]}
+SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "window_size": 2}
 FEATURES = {"logits": FULL, "*": SLIM}  # states and caches besides the scores
 
 
@@ -55,7 +55,7 @@ def image_encoders() -> Iterator[Entry]:
     yield model("BEiT", "BeitModel", beit, small, SLIM)
     data2vec = config("Data2VecVision", IMAGES, use_relative_position_bias=True)
     yield model("Data2Vec", "Data2VecVisionForImageClassification", data2vec, small)
-    yield model("ViTMAE", "ViTMAEForPreTraining", vit_mae, masked_patches, {"logits": FULL, "mask": FULL, "ids*": FULL})
+    yield model("ViTMAE", "ViTMAEForPreTraining", vit_mae, masked_patches, FULL)
     convnext = config("ConvNextV2", STAGES, image_size=64)
     yield model("ConvNeXtV2", "ConvNextV2ForImageClassification", convnext, images(64))
     yield model("ConvNeXtV2", "ConvNextV2Model", convnext, images(64), SLIM)
@@ -63,8 +63,8 @@ def image_encoders() -> Iterator[Entry]:
 
 def dense() -> Iterator[Entry]:
     segformer = config(
-        "Segformer", depths=(1, 1, 1, 1), hidden_sizes=(16, 32, 48, 64), num_attention_heads=(1, 2, 3, 4),
-        decoder_hidden_size=32, sr_ratios=(4, 2, 1, 1),
+        "Segformer", depths=(1, 1, 1, 1), hidden_sizes=(32, 64, 96, 128), num_attention_heads=(1, 2, 3, 4),
+        decoder_hidden_size=64, sr_ratios=(4, 2, 1, 1),
     )  # fmt: skip
     yield model("SegFormer", "SegformerForSemanticSegmentation", segformer, images(64))
     yield model("SegFormer", "SegformerForImageClassification", segformer, images(64))
@@ -76,7 +76,7 @@ def dense() -> Iterator[Entry]:
     yield model("DPT", "DPTForDepthEstimation", dpt, images(32))
     yield model("DPT", "DPTForSemanticSegmentation", dpt, images(32))
     yield model("UperNet", "UperNetForSemanticSegmentation", uper_net, images(64))
-    queries = {"*logits": FULL, "*": SLIM}
+    queries = {"*logits": FULL, "pixel_decoder_last_hidden_state": FULL, "*": SLIM}
     yield model("Mask2Former", "Mask2FormerForUniversalSegmentation", mask2former, images(64), queries)
     yield model("MaskFormer", "MaskFormerForInstanceSegmentation", mask_former, images(64), queries)
     boxes = {"*logits": FULL, "*boxes": FULL, "*class": FULL, "*coord*": FULL, "*reference_points": FULL, "*": SLIM}
@@ -87,7 +87,7 @@ def dense() -> Iterator[Entry]:
 
 def image_and_text() -> Iterator[Entry]:
     clip = config("CLIP", text_config=TEXT | {"eos_token_id": 2}, vision_config=IMAGES, projection_dim=32)
-    yield model("CLIP", "CLIPModel", clip, captioned, {"*logits*": FULL, "*embeds": FULL, "*pooler_output": SLIM, "*": SLIM})
+    yield model("CLIP", "CLIPModel", clip, captioned, {"*logits*": FULL, "*embeds": FULL, "*pooler_output": FULL, "*": SLIM})
     yield model("CLIP", "CLIPVisionModel", config("CLIPVision", IMAGES), images(32), SLIM)
     siglip = config("Siglip", text_config=TEXT | {"projection_size": 64}, vision_config=IMAGES)
     yield model("SigLIP", "SiglipModel", siglip, captioned, {"*logits*": FULL, "*embeds": FULL, "*pooler_output": FULL, "*": SLIM})

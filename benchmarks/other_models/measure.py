@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +16,7 @@ import slimmable
 from benchmarks.other_models.entry import FULL, SLIM, Entry
 from benchmarks.timm_zoo import fake
 from slimmable._inputs import example_of
-from slimmable._nested import output_tensors
+from slimmable.analysis.plan import Plan
 from tests.convert import oracles
 
 WIDTHS = fake.WIDTHS
@@ -34,9 +34,10 @@ def in_numbers(entry: Entry) -> dict[str, Any]:
         torch.manual_seed(0)
         model = oracles.randomise(entry.make().double().eval())
         example = entry.example()
-        slim = slimmable.slimify(model, WIDTHS, example_inputs=example, **entry.options)
         run = runner(model, example)
-        plan, expected, outputs = slimmable.plan(slim, WIDTHS), run(model), oracles.outputs_of(slim, run)
+        expected = run(model)
+        slim = slimmable.slimify(model, WIDTHS, example_inputs=example, **entry.options)
+        plan, outputs = slimmable.plan(slim, WIDTHS), oracles.outputs_of(slim, run)
         if not all(bool(tensor.isfinite().all()) for tensor in expected):
             raise ValueError("the outputs of the plain model are not finite")
         found: dict[str, float | None] = {
@@ -47,54 +48,49 @@ def in_numbers(entry: Entry) -> dict[str, Any]:
         }
         if oracles.zeroing_applies(model, plan):
             found["zero"] = oracles.zeroed_difference(model, plan, run, outputs, (0.5, 0.25))
-        return {name: f"{value:.1e}" for name, value in found.items()} | costs(entry, model, slim, example)
+        return {name: f"{value:.1e}" for name, value in found.items()} | costs(entry, slim, example)
 
 
 def in_shapes(entry: Entry) -> dict[str, Any]:
     with torch.device("meta"):
         model, example = entry.make().eval(), entry.example()
         slim = slimmable.slimify(model, WIDTHS, example_inputs=example, **entry.options)
-    return costs(entry, model, slim, example)
+    return costs(entry, slim, example)
 
 
-def costs(entry: Entry, model: nn.Module, slim: nn.Module, example: Any) -> dict[str, Any]:
+def costs(entry: Entry, slim: nn.Module, example: Any) -> dict[str, Any]:
     """Return class, sizes of outputs and multiply-adds, and what keeps these up."""
     plan = slimmable.plan(slim, WIDTHS)
     full, half = plan.columns[0], plan.columns[WIDTHS.index(0.5)]
     ratio = half.macs / full.macs
     dear = ratio > fake.LIMIT
     return {
-        "class": type(model).__name__,
+        "class": type(slim).__name__,
         "parameters": full.parameters,
         "macs": full.macs,
         "at_half": round(ratio, 4),
-        "outputs": output_sizes(entry, model, example, full.output_shapes, half.output_shapes),
+        "outputs": output_sizes(entry, plan),
         "pinned": fake.reasons(plan),
         "cause": fake.cause(*(fake.counted(slim, width, example) for width in (1.0, 0.5))) if dear else "",
     }
 
 
-def output_sizes(
-    entry: Entry, model: nn.Module, example: Any, full: Sequence[tuple[int, ...]], half: Sequence[tuple[int, ...]]
-) -> list[dict[str, Any]]:
+def output_sizes(entry: Entry, plan: Plan) -> list[dict[str, Any]]:
     """Return for each output its name, its sizes at full and at half width, and what was expected."""
-    args, kwargs = example_of(model, example)
-    with torch.no_grad():
-        torch.manual_seed(0)
-        names = output_names(model(*args, **kwargs))
+    shapes = plan.output_shapes
     return [
-        {"name": name, "full": list(wide), "half": list(narrow), "expected": expectation(entry.outputs, name)}
-        for name, wide, narrow in zip(names, full, half, strict=True)
+        {"name": output.name, "full": full, "half": half, "expected": expectation(entry.outputs, output.name)}
+        for output, full, half in zip(plan.channels.outputs, shapes[0], shapes[WIDTHS.index(0.5)], strict=True)
     ]
 
 
 def as_expected(output: Mapping[str, Any]) -> bool:
-    """Tell whether an output keeps its sizes, or halves one of them, as it should."""
+    """Tell whether an output keeps its sizes, or halves some of them, as it should."""
     sizes = list(zip(output["full"], output["half"], strict=True))
     changed = [(wide, narrow) for wide, narrow in sizes if wide != narrow]
     if output["expected"] == FULL:
         return not changed
-    return len(changed) == 1 and all(0.4 * wide <= narrow <= 0.6 * wide for wide, narrow in changed)
+    return bool(changed) and all(0.4 * wide <= narrow <= 0.6 * wide for wide, narrow in changed)
 
 
 def expectation(outputs: str | Mapping[str, str], name: str) -> str:
@@ -104,20 +100,6 @@ def expectation(outputs: str | Mapping[str, str], name: str) -> str:
     if expected not in (FULL, SLIM):
         raise ValueError(f"the entry does not say what output {name!r} should be; it says {outputs}")
     return expected
-
-
-def output_names(output: Any, place: str = "") -> list[str]:
-    """Return the places of the tensors in an output, in the order of `output_tensors`."""
-    if isinstance(output, Tensor):
-        return [place]
-    parts: Iterable[tuple[Any, Any]]
-    if isinstance(output, Mapping):
-        parts = output.items()
-    elif isinstance(output, (tuple, list)):
-        parts = zip(getattr(output, "_fields", range(len(output))), output, strict=True)
-    else:
-        return [f"{place}.{number}".lstrip(".") for number, _ in enumerate(output_tensors(output))]
-    return [name for key, part in parts for name in output_names(part, f"{place}.{key}".lstrip("."))]
 
 
 def runner(model: nn.Module, example: Any) -> oracles.Run:
