@@ -67,11 +67,10 @@ def label_outputs(
 
 def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]:
     """Return what becomes of each output."""
-    if isinstance(wanted, str):
-        wanted = {"*": wanted}
+    given = {"*": wanted} if isinstance(wanted, str) else wanted
     positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
     kinds = ["auto"] * len(names)
-    for key, kind in wanted.items() if isinstance(wanted, Mapping) else enumerate(wanted):
+    for key, kind in given.items() if isinstance(given, Mapping) else enumerate(given):
         if kind not in _KINDS:
             raise ConversionError(f"outputs={wanted!r}: {kind!r} is unknown; use 'auto', 'full' or 'slim'")
         pattern = positions[key] if isinstance(key, int) and 0 <= key < len(positions) else str(key)
