@@ -18,7 +18,7 @@ from slimmable import rules as rules  # which registers rules that the analysis 
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
 from slimmable._inputs import Arguments, example_of
-from slimmable._modules import is_under, replace_modules, undone_on_error
+from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
@@ -305,7 +305,7 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
-        tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+        tensor = None if module is None else tensors_of(module).get(name)
         shape = None if tensor is None else tuple(tensor.shape)
         fits = (
             shape is not None
@@ -348,7 +348,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
                 kept = [axes[0] for axes in per_width]
                 norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
                 _know(norm, found, path)
-        elif module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
+        elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
             sizes = layer_sizes(module, cut, values)
