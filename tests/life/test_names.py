@@ -8,7 +8,7 @@ import pytest
 
 import slimmable
 
-SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "training")
+SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "rules", "training")
 
 
 def test_the_top_level_names_are_these():
