@@ -17,6 +17,7 @@ from slimmable.analysis.fake import FakeModel, Shortcuts, recorded_outputs
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Pin, Plan
+from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
 
@@ -133,7 +134,8 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
         for axis, ids in enumerate(axes):
             if ids is None or solution.grouping.groups_in([ids]):
                 continue
-            if labels.produced(ids).any() and labels.pinned(ids).any():
+            layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
+            if (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
 

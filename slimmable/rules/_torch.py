@@ -21,8 +21,11 @@ def observe_and_fake_quantize(op: Operation) -> None:
     """The same, after the range of the numbers was noted, for all of them or for each unit of an axis."""
     for output in range(len(op.outputs)):
         op.keeps("self", output=output)
-    for name in ("running_min", "running_max", "scale", "zero_point") if op["per_row_fake_quant"] else ():
-        op.same("self", op["ch_axis"], name, 0)
+    if op["per_row_fake_quant"] and not op["running_min"].numel():
+        op.pins("self", op["ch_axis"], "its observer has seen nothing yet; run the model once before it is converted")
+    elif op["per_row_fake_quant"]:
+        for name in ("running_min", "running_max", "scale", "zero_point"):
+            op.same("self", op["ch_axis"], name, 0)
 
 
 @register_rule("aten::scatter")
