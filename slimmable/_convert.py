@@ -215,6 +215,8 @@ def _refuse_derived(module: nn.Module, state: WidthState) -> None:
     """Refuse tensors that are computed from others since the conversion, which are full and not known to the plan."""
     own = (*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ()))
     for name in state.active.cuts.keys() - set(own):
+        if state.plan is not None and (state.path, name) not in state.plan.channels.sizes:
+            continue  # it never was a parameter
         place = ".".join(filter(None, (state.path, name)))
         raise ConversionError(
             f"{place} of a {type(module).__name__} is no longer a parameter, as after torch.nn.utils.prune or "

@@ -94,8 +94,10 @@ def as_expected(output: Mapping[str, Any]) -> bool:
 
 
 def expectation(outputs: str | Mapping[str, str], name: str) -> str:
-    expected = outputs if isinstance(outputs, str) else next(
-        (value for pattern, value in outputs.items() if fnmatchcase(name, pattern)), "nothing"
+    expected = (
+        outputs
+        if isinstance(outputs, str)
+        else next((value for pattern, value in outputs.items() if fnmatchcase(name, pattern)), "nothing")
     )
     if expected not in (FULL, SLIM):
         raise ValueError(f"the entry does not say what output {name!r} should be; it says {outputs}")

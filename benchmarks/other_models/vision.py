@@ -73,5 +73,3 @@ def pair(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def version() -> tuple[str, str]:
     return "torchvision", torchvision.__version__
-
-
