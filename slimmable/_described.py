@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from slimmable._modules import tensors_of
 from slimmable.analysis.sizes import size_axes
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
@@ -53,10 +54,10 @@ def follow_layers(model: nn.Module, small: nn.Module) -> None:
     """
     pairs = list(_pairs(Twins(model, small)))
     for full, narrow in pairs:
-        weight, before = getattr(narrow, "weight", None), full._parameters.get("weight")
-        for name, axis in size_axes(narrow).items() if before is not None else ():
-            if name in narrow.__dict__ and before.shape != weight.shape:
-                narrow.__dict__[name] = weight.shape[axis] * (getattr(narrow, "groups", 1) if axis else 1)
+        before, after = tensors_of(full).get("weight"), tensors_of(narrow).get("weight")
+        for name, axis in size_axes(narrow).items():
+            if before is not None and after is not None and before.shape != after.shape and name in vars(narrow):
+                narrow.__dict__[name] = after.shape[axis] * (getattr(narrow, "groups", 1) if axis else 1)
     for twins in reversed(pairs):  # children first
         known = read_by_forward(twins.full)
         for name, value in list(vars(twins.narrow).items()):
@@ -66,34 +67,20 @@ def follow_layers(model: nn.Module, small: nn.Module) -> None:
 
 
 def _follow_features(model: nn.Module, small: nn.Module) -> None:
-    """Set the attributes of timm models that size their features.
-
-    These are the inputs of the classifier, or the outputs if there is none; a model made with `features_only` has a
-    `feature_info` that describes each output.
-    """
-    state = state_of(model)
-    outputs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    if state is not None and state.plan is not None and state.active.counts is not None and not state.path:
-        now = state.plan.sub_network(state.active.counts)
-        outputs = list(zip(state.plan.columns[0].output_shapes, now.output_shapes, strict=True))
-    info: Any = vars(small).get("feature_info")
-    if hasattr(info, "out_indices"):
-        for index, (before, now) in zip(info.out_indices, outputs, strict=False):
-            sizes = {
-                narrow for full, narrow in zip(before[1:], now[1:], strict=True) if full == info.info[index]["num_chs"]
-            }
-            info.info[index]["num_chs"] = min(sizes, default=info.info[index]["num_chs"])
-        return
-    heads = [each.get_classifier() for each in (model, small) if callable(getattr(each, "get_classifier", None))]
-    if len(heads) == 2 and all(isinstance(head, nn.Linear) for head in heads):
-        size = (heads[0].in_features, heads[1].in_features)
-    elif outputs and len(outputs[0][0]) > 1:
-        size = (outputs[0][0][1], outputs[0][1][1])
-    else:
-        return
+    """Set the attributes of timm models that size their features: the classifier's inputs, or each output's channels."""
+    state, info = state_of(model), vars(small).get("feature_info")
+    if hasattr(info, "out_indices") and state is not None and state.plan is not None and state.active.counts:
+        shapes = [
+            column.output_shapes for column in (state.plan.columns[0], state.plan.sub_network(state.active.counts))
+        ]
+        for index, before, now in zip(info.out_indices, *shapes, strict=False):
+            channels = info.info[index]["num_chs"]
+            narrow = [two for one, two in zip(before, now, strict=True) if one == channels and two < one]
+            info.info[index]["num_chs"] = min(narrow, default=channels)
+    heads: list[Any] = [each.get_classifier() for each in (model, small) if hasattr(each, "get_classifier")]
     for name in ("num_features", "head_hidden_size", "embed_dim"):
-        if vars(model).get(name) == size[0]:
-            small.__dict__[name] = size[1]
+        if heads and isinstance(heads[0], nn.Linear) and vars(model).get(name) == heads[0].in_features:
+            small.__dict__[name] = heads[1].in_features
 
 
 def read_by_forward(module: nn.Module) -> set[str]:
@@ -162,14 +149,10 @@ def _narrow(twins: Twins, name: str, value: int) -> int:
 def _sizes(twins: Twins) -> Iterator[Size]:
     full, narrow = twins
     spatial = 2 if isinstance(full, nn.modules.conv._ConvNd) else None
-    for store, small in ((full._parameters, narrow._parameters), (full._buffers, narrow._buffers)):
-        for name, tensor in store.items():
-            twin = small.get(name)
-            if tensor is not None and twin is not None:
-                yield from (
-                    Size(None, *both) for both in zip(tensor.shape[:spatial], twin.shape[:spatial], strict=False)
-                )
+    before, after = tensors_of(full), tensors_of(narrow)
+    for name in before.keys() & after.keys():
+        axes = zip(before[name].shape[:spatial], after[name].shape[:spatial], strict=False)
+        yield from (Size(None, *both) for both in axes)
     for name, value in vars(full).items():
-        twin = vars(narrow).get(name)
-        if type(value) is int and type(twin) is int and counts_channels(name):
-            yield Size(name, value, twin)
+        if type(value) is int and type(now := vars(narrow).get(name)) is int and counts_channels(name):
+            yield Size(name, value, now)

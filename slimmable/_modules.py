@@ -43,6 +43,23 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters, buffers and plain attributes of a module itself that are tensors.
+
+    Of the attributes only floating-point numbers count, such as a position table; integers are indices.
+
+    >>> import torch
+    >>> norm = nn.LayerNorm(2, bias=False)
+    >>> norm.table = torch.zeros(2)
+    >>> list(tensors_of(norm))
+    ['weight', 'table']
+    """
+    plain = {name: value for name, value in module.__dict__.items() if type(value) is Tensor}
+    owned = {**module._parameters, **module._buffers}
+    found = {name: tensor for name, tensor in owned.items() if tensor is not None}
+    return found | {name: tensor for name, tensor in plain.items() if tensor.is_floating_point()}
+
+
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Replace modules, given by `id`, wherever they occur; return the root."""
     for module in list(model.modules()):

@@ -22,5 +22,6 @@ from slimmable.layers import SlimLinear as SlimLinear
 from slimmable.layers import SwitchableBatchNorm as SwitchableBatchNorm
 from slimmable.layers import SwitchableProbe as SwitchableProbe
 from slimmable.losses import OnlineDistillation as OnlineDistillation
+from slimmable.rules import register_rule as register_rule
 from slimmable.training import SlimRecipe as SlimRecipe
 from slimmable.training import calibrate_bn as calibrate_bn

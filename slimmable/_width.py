@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from slimmable._checks import check_module
+from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
@@ -267,11 +268,8 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
         if column.counts == found.counts:
             return column
     width = found.counts if number is None else float(number)
-    own = {
-        name: found.tensors[state.path, name]
-        for name in (*module._parameters, *module._buffers)
-        if (state.path, name) in found.tensors
-    }
+    kept = found.tensors
+    own = {name: kept[state.path, name] for name in tensors_of(module) if (state.path, name) in kept}
     if isinstance(module, SwitchableNorm):
         column = GuestNorm(module, width, next(kept[0] for kept in own.values() if len(kept) == 1))
     else:
