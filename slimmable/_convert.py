@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
 from slimmable._inputs import Arguments, example_of
-from slimmable._modules import is_under, replace_modules
+from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
+from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
@@ -44,14 +46,15 @@ def slimify(
     skip: Skip = (),
     round_to: int = 1,
     importance: str | None = None,
+    outputs: Outputs = "auto",
     universal: bool = False,
     inplace: bool = False,
 ) -> M:
     """Return a model with the weights of `model` that runs at several widths; `model` itself is unchanged.
 
-    One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`.
-    Image channels, class scores and embeddings stay full. Each width has its own BatchNorms. Parameters keep their
-    names and full sizes, and the full width computes exactly what it did before.
+    One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`. Each
+    width has its own BatchNorms. Parameters keep their names and full sizes, and the full width computes exactly what
+    it did before.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
@@ -59,12 +62,16 @@ def slimify(
         example_inputs: for the forward: a tensor, a tuple of arguments, a dict of keyword arguments, or `Inputs` for
             both; timm models need none.
         skip: modules to keep at full width, as `fnmatch` patterns of their names or a function `(name, module) ->
-            bool`. "", the model itself, keeps its outputs full, for a backbone whose features other code reads. A
-            skipped module that cannot be traced is run once on the real example. Converting a converted model again
-            without `skip` keeps what it skips, unless layers were added to it.
+            bool`. A skipped module that cannot be traced is run once on the real example. Converting a converted model
+            again without `skip` keeps what it skips, unless layers were added to it.
         round_to: keep a multiple of this many channels, in groups that have at least as many.
         importance: "magnitude" first moves the channels with the largest weights in the layers that read them to the
             front; the full network still computes the same function. None leaves them where they are.
+        outputs: "full" keeps the sizes of all outputs, for a backbone whose features other code reads; "slim" lets them
+            get thinner. "auto" keeps class scores, images and embeddings (made by layers with weights, and since then
+            only moved, scaled, normalized or bounded), and lets features get thinner (rectified ones, those of a
+            residual stream, and all that a timm model without its classifier makes). A sequence says it for each
+            output, a dict for some, by position or name: `{"features": "full"}`. The plan lists all outputs.
         universal: let `set_width` take any width from the narrowest up. BatchNorms then share gain and bias, sliced,
             with separate statistics for each of `widths` and for those passed to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
@@ -92,56 +99,68 @@ def slimify(
     wanted = check_widths(widths)
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
-    if skip == () and importance is None and _current_plan(model, wanted, round_to, universal) is not None:
+    if (
+        skip == ()
+        and outputs == "auto"
+        and importance is None
+        and _current_plan(model, wanted, round_to, universal) is not None
+    ):
         return model if inplace else copy_of(model)
-    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
     if not found.channels.units:
         warnings.warn(
             f"nothing in this {type(model).__name__} gets narrower at any width; print(slimmable.plan(...)) says why",
             stacklevel=2,
         )
     target = model if inplace else copy_of(model)
-    state = state_of(target)
-    old: Plan | None = None if state is None else state.plan
-    before = strip(target)
-    orders = [] if importance is None else order_by_magnitude(target, found)
-    try:
-        if orders:
-            permute(target, found, orders)
-        kept = {} if orders else before  # after a permutation, the earlier narrow norms are in the wrong order
-        return cast(M, apply_plan(target, found, kept))
-    except BaseException:
-        strip(target)
-        if orders:
-            permute(target, found, [np.argsort(units) for units in orders])
-        if old is not None:
-            apply_plan(target, old, before)
-        raise
+    orders: list[Any] = []
+    with undone_on_error(target):
+        before = strip(target)
+        try:
+            if importance is not None:
+                orders = order_by_magnitude(target, found)
+                permute(target, found, orders)
+                before = {}  # the earlier narrow norms are in the wrong order now
+            return cast(M, apply_plan(target, found, before))
+        except BaseException:
+            strip(target)
+            if orders:
+                permute(target, found, [np.argsort(units) for units in orders])
+            raise
 
 
 def plan(
     model: nn.Module,
-    widths: Iterable[float] = WIDTHS,
+    widths: Iterable[float] | None = None,
     *,
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    outputs: Outputs = "auto",
     universal: bool = False,
 ) -> Plan:
     """Return the plan that `slimify` would follow with the same arguments; print it to see groups, counts and pins.
+
+    For a converted model and no other arguments, this is the plan that it has, at its own widths.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(plan(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4)))
     group   units  kept at 1.0, 0.5                  axes
         0       8  8, 4                              0.weight[0], 0.bias[0], 2.weight[1]
     kept at full width:
-      2.weight[0] (2): output in the model itself: class scores or an embedding
-      2.bias[0] (2): output in the model itself: class scores or an embedding
+      2.weight[0] (2): output in the model itself: class scores, an image or an embedding
+      2.bias[0] (2): output in the model itself: class scores, an image or an embedding
+    outputs:
+      output: (2, 2), full: class scores, an image or an embedding
     """
     check_module("plan", model)
-    wanted = check_widths(widths)
-    known = _current_plan(model, wanted, round_to, universal) if skip == () else None
-    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal)
+    own = plan_of(model)
+    if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
+        widths, round_to, universal = own.widths, own.round_to, own.universal
+    wanted = check_widths(WIDTHS if widths is None else widths)
+    unchanged = skip == () and outputs == "auto"
+    known = _current_plan(model, wanted, round_to, universal) if unchanged else None
+    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
 
 
 def extract(model: M, width: Setting) -> M:
@@ -172,13 +191,14 @@ def _extract_active(model: M) -> M:
         if state is None:
             continue
         if isinstance(module, SwitchableContainer):
-            memo[id(module)] = copy.deepcopy(module.own_at(state.index), memo)
+            memo[id(module)] = copy_of(module.own_at(state.index), memo)
             continue
         slim.append(module)
+        _refuse_derived(module, state)
         for name, part in narrow_tensors(module, state.active).items():
             full = {**module._parameters, **module._buffers, **module.__dict__}[name]
             if id(full) not in memo:
-                own = part.detach().clone(memory_format=torch.contiguous_format)
+                own = _laid_out_as(full, part)
                 memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
     small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
     for module in slim:
@@ -191,14 +211,41 @@ def _extract_active(model: M) -> M:
     return cast(M, detach_all(small))
 
 
+def _refuse_derived(module: nn.Module, state: WidthState) -> None:
+    """Refuse tensors that are computed from others since the conversion, which are full and not known to the plan."""
+    own = (*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ()))
+    for name in state.active.cuts.keys() - set(own):
+        if state.plan is not None and (state.path, name) not in state.plan.channels.sizes:
+            continue  # it never was a parameter
+        place = ".".join(filter(None, (state.path, name)))
+        raise ConversionError(
+            f"{place} of a {type(module).__name__} is no longer a parameter, as after torch.nn.utils.prune or "
+            "weight_norm; make the change permanent with torch.nn.utils.prune.remove or its counterpart, or call "
+            "slimmable.slimify on the model again, then extract"
+        )
+
+
+def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
+    """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
+    order = sorted(range(full.ndim), key=full.stride, reverse=True)
+    copied = part.detach().permute(order).clone(memory_format=torch.contiguous_format)
+    return copied.permute([order.index(axis) for axis in range(full.ndim)])
+
+
 # -- the steps of a conversion
 def _plan(
-    model: nn.Module, inputs: Arguments, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool
+    model: nn.Module,
+    inputs: Arguments,
+    widths: tuple[float, ...],
+    skip: Skip,
+    round_to: int,
+    universal: bool,
+    outputs: Outputs,
 ) -> Plan:
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     args, kwargs = inputs
-    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal)
+    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, outputs)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -260,7 +307,7 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
-        tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+        tensor = None if module is None else tensors_of(module).get(name)
         shape = None if tensor is None else tuple(tensor.shape)
         fits = (
             shape is not None
@@ -297,13 +344,13 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
             continue
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and own:
             inside = (*inside, f"{path}.") if path else inside
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 kept = [axes[0] for axes in per_width]
                 norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
                 _know(norm, found, path)
-        elif module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
+        elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
             sizes = layer_sizes(module, cut, values)

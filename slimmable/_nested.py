@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,18 +13,37 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 def output_tensors(output: Any) -> list[Tensor]:
     """Return the tensors in nested tuples, lists, dicts and objects with attributes."""
-    found: list[Tensor] = []
+    return [tensor for _, tensor in named_tensors(output)]
+
+
+def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
+    """Return the same tensors with names such as "1.features", joined from positions, keys and attribute names.
+
+    >>> import torch
+    >>> [name for name, _ in named_tensors((torch.zeros(1), {"features": [torch.zeros(1)]}))]
+    ['0', '1.features.0']
+    """
+    found: list[tuple[str, Tensor]] = []
     seen: set[int] = set()
 
-    def collect(value: Any) -> None:
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif id(leaf) not in seen:
-                seen.add(id(leaf))
-                collect(_parts(leaf))
+    def collect(value: Any, name: tuple[str, ...]) -> None:
+        if isinstance(value, Tensor):
+            found.append((".".join(name), value))
+            return
+        if isinstance(value, Mapping):
+            parts = dict(value)
+        elif isinstance(value, (tuple, list)):
+            parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+        elif id(value) in seen:
+            return
+        else:
+            seen.add(id(value))
+            leaves = tree_leaves(value)  # of a container that torch knows
+            parts = _parts(value) if any(leaf is value for leaf in leaves) else dict(enumerate(leaves))
+        for key, part in parts.items():
+            collect(part, (*name, str(key)))
 
-    collect(output)
+    collect(output, ())
     return found
 
 

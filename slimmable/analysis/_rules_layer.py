@@ -20,20 +20,14 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     a, b = ctx.axes(first), ctx.axes(second)
     weights = "weights" in (ctx.origin(first), ctx.origin(second))
     ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
-    inner = b[-2 if len(b) > 1 else -1]
-    if weights:
-        ctx.consume(a[-1], inner)
-    else:
-        joined = ctx.merge(a[-1], inner)
-        ctx.meet(joined)
-        if joined is not None:
-            ctx.contractions.append((ctx.module, joined))
+    ctx.contract(first, a[-1], second, b[-2 if len(b) > 1 else -1])
     batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
     result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]
-    origin = "mixed" if weights else None
+    moved = ctx.origin(second if ctx.is_features(second) else first)  # attention weights move the values, for one
+    origin = "made" if weights else moved
     if ctx.origin(first) == ctx.origin(second) == "weights":
         origin = "weights"
-    if origin == "mixed":
+    elif weights:
         ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
     if bias is not None:
         for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
@@ -42,16 +36,16 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     ctx.label(out, result, origin)
 
 
-@RULES.of("mm", "bmm", "mv")
+@RULES.of("mm", "bmm", "mv", "dot", "vdot")
 def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product."""
     _product(ctx, args[0], args[1], out)
 
 
-@RULES.of("addmm", "baddbmm", "addbmm")
+@RULES.of("addmm", "baddbmm", "addmv", "_sparse_addmm")
 def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product with an addend."""
-    _product(ctx, args[1], args[2], out, args[0])
+    _product(ctx, args[1], args[2], out, None if kwargs.get("beta") == 0 else args[0])
 
 
 @RULES.of("convolution", "_convolution")
@@ -61,7 +55,8 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
-    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
+    strides, paddings = (list(sizes) * (1 if len(sizes) > 1 else len(space)) for sizes in args[3:5])  # "valid" is [0]
+    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], strides, paddings, strict=True)):
         if (kernel, stride, padding) == (1, 1, 0):  # units along this axis are not mixed
             continue
         ids = space[i]
@@ -83,9 +78,9 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.produce(result)
     positions = (source if transposed else out).numel() // (channels if transposed else made)
     ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
-    if bias is not None and result is not None:
+    if bias is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
-    ctx.label(out, [x[0], result, *space], "mixed")
+    ctx.label(out, [x[0], result, *space], "made")
 
 
 def _grouped(
@@ -134,7 +129,7 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     rows, units = ctx.axes(args[0])
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
-    ctx.label(out, [*[None] * (out.ndim - 1), units], "mixed")
+    ctx.label(out, [*ctx.axes(args[1]), units], "made")
 
 
 @RULES.of(
@@ -147,13 +142,7 @@ def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
             axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
-    _label_norm(ctx, args[0], axes, out)
-
-
-def _label_norm(ctx: Context, source: Tensor, axes: list[Ids | None], out: Any) -> None:
-    origin = ctx.origin(source)
-    result = tensors(out)[0]
-    ctx.label(result, axes, "weights" if origin == "weights" else "normed" if origin in ("mixed", "normed") else None)
+    ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
 @RULES.of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
@@ -165,7 +154,7 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
             if isinstance(tensor, Tensor):
                 axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
         ctx.meet(axes[-i])
-    _label_norm(ctx, args[0], axes, out)
+    ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
 def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
@@ -189,7 +178,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
         ctx.constrain(given, carried[0], groups)
     ctx.meet(axes[1])
-    _label_norm(ctx, source, axes, out)
+    ctx.label(tensors(out)[0], axes, ctx.origin(source))
 
 
 @RULES.of("_weight_norm_interface", "_weight_norm")
@@ -223,6 +212,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
+    ctx.attended.extend(ids for ids in (*k, *v) if ids is not None)
     for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
         ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])
@@ -231,4 +221,4 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for i, ids in enumerate(reversed([*batch, q[-2], k[-2]][-mask.ndim :]), 1):
             if mask.shape[-i] != 1:
                 ctx.merge(ids, ctx.axes(mask)[-i])
-    ctx.label(out, [*batch, q[-2], v[-1]])
+    ctx.label(out, [*batch, q[-2], v[-1]], ctx.origin(value))

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable.analysis._context import Context, Rule, Rules, tensors
+from slimmable.analysis._context import Context, Rules, tensors
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids
 
@@ -19,45 +19,56 @@ Kwargs = dict[str, Any]
 RULES = Rules()
 
 
-def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
+def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
     """Pin all axes of all inputs."""
-    ctx.pin_all(tensors((args, kwargs)), "has no rule")
+    ctx.pin_all(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
 
-_AFFINE = {"add", "sub", "mul", "div", "rsub", "neg"}
-_IDENTITY = {"clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "dropout", "native_dropout"}
+_RECTIFIERS = {
+    "relu", "gelu", "silu", "mish", "hardswish", "leaky_relu", "_prelu_kernel", "rrelu_with_noise", "elu", "celu",
+    "selu", "threshold",
+}  # fmt: skip
 
 
-def origin_after(ctx: Context, operands: Sequence[Tensor]) -> str | None:
-    """Return the origin of a pointwise result: that of its operands, if the operation is affine and they agree."""
-    origins = {ctx.origin(tensor) for tensor in operands}
-    if origins == {"weights"}:
+def _equal(first: Sequence[Ids | None], second: Sequence[Ids | None]) -> bool:
+    """Tell whether the axes of two tensors have the very same labels, not just merged ones."""
+    return len(first) == len(second) and all(
+        a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str | None:
+    """Return the origin of a pointwise result, see `Context`."""
+    if operands and all(ctx.origin(tensor) == "weights" for tensor in operands):
         return "weights"
-    if ctx.operation not in _AFFINE | _IDENTITY:
+    features = [tensor for tensor in operands if ctx.is_features(tensor)]
+    if not features or ctx.operation.endswith("_like"):
+        return "constant"
+    first, *others = features
+    gates_itself = any(_equal(ctx.axes(first), ctx.axes(other)) for other in others)  # x * sigmoid(x)
+    low, high = [*args[1:3], None, None][:2] if ctx.operation in ("hardtanh", "clamp", "clamp_min") else (None, None)
+    numbers = not any(isinstance(end, Tensor) for end in (low, high))
+    from_zero = numbers and low == 0 and (high is None or high > 1)  # not [0, 1], which bounds an image
+    if ctx.operation in _RECTIFIERS or from_zero or (ctx.operation == "mul" and gates_itself):
         return None
-    channels = {
-        ctx.origin(tensor)
-        for tensor in operands
-        if ctx.origin(tensor) not in ("weights", "spread") and any(ids is not None for ids in ctx.axes(tensor))
-    }
-    if channels <= {"mixed", "normed"} and channels:
-        return "normed" if {"normed", "spread"} & (channels | origins) else "mixed"
-    return None
+    origins = {ctx.origin(tensor) for tensor in features}
+    return "made" if origins == {"made"} or (ctx.operation == "add" and "made" in origins) else None
 
 
 @RULES.of(
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
-    "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
-    "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
-    "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
+    "addcdiv", "contiguous", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf", "polar",
+    "floor_divide", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
+    "_conj_physical", "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
 )  # fmt: skip
 def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
+    origin = _origin_after(ctx, args, operands)
     for result in tensors(out):
         if result.ndim == 0:
             continue
@@ -69,81 +80,58 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
             for other in labels[1:]:
                 ids = ctx.merge(ids, other)
             if ids is not None and ctx.operation not in ("mul", "div"):
-                features = [t for t, own in zip(aligned, labels, strict=True) if own is not None]
-                if sum(ctx.origin(tensor) != "weights" for tensor in features) > 1:
+                features = [
+                    own for t, own in zip(aligned, labels, strict=True) if own is not None and ctx.is_features(t)
+                ]
+                if len(features) > 1:
                     ctx.sums.append(ids)
+                    if ctx.operation == "add" and not all(_equal([own], [features[0]]) for own in features):
+                        ctx.residuals.append(ids)
             joined.append(ids)
-        ctx.label(result, joined[::-1], origin_after(ctx, operands))
+        ctx.label(result, joined[::-1], origin)
 
 
-@RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
-def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Keep the labels; an axis on which the order of units matters cannot shrink."""
+@RULES.of("_softmax", "_log_softmax", "_safe_softmax")
+def softmax(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """The units of an axis meet, and keep their labels."""
     axes = ctx.axes(args[0])
-    if "softmax" not in ctx.operation:
-        dims = args[2] if ctx.operation == "roll" else args[1]
-        for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
-            ctx.pin(axes[dim], "the order of the units matters")
-    else:
-        ctx.meet(axes[args[1]])
-    ctx.label(out, axes)
+    ctx.meet(axes[args[1]] if axes else None)
+    ctx.label(out, axes, ctx.origin(args[0]))
+
+
+_NUMBERING = {"max", "min", "median", "nanmedian", "mode", "kthvalue", "topk"}  # their second result holds indices
 
 
 @RULES.of(
     "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
-    "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum",
+    "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum", "aminmax", "median", "nanmedian",
+    "mode", "kthvalue", "topk",
 )  # fmt: skip
 def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Drop the reduced axes, which an operation that returns indices pins."""
+    """Drop the reduced axes; indices, if any, number their units."""
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
     results = tensors(out)
-    position = 2 if ctx.operation in ("linalg_vector_norm", "norm") else 1
-    given = args[position] if len(args) > position else kwargs.get("dim")
+    position = 2 if ctx.operation in ("linalg_vector_norm", "norm", "kthvalue", "topk") else 1
+    default = -1 if ctx.operation in ("mode", "kthvalue", "topk") else None
+    given = args[position] if len(args) > position else kwargs.get("dim", default)
     every = given is None or given == []
     dims = range(source.ndim) if every else given if isinstance(given, (list, tuple)) else [given]
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = ctx.axes(source)
-    indices = ctx.operation.startswith("arg") or (ctx.operation in ("max", "min") and len(results) == 2)
     for dim in reduced if ctx.origin(source) != "weights" else ():
         ctx.meet(axes[dim])
-    for dim in reduced if indices else ():
-        ctx.pin(axes[dim], "a unit's number is used")
+    if ctx.operation == ctx.call.name in ("kthvalue", "topk"):
+        ctx.constrain(ctx.call.argument(1, "k"), None, int(args[1]))
     for result in results:
         keep = result.ndim == source.ndim
         left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
         ctx.label(result, left, ctx.origin(source))
+    indices = results[1:] if ctx.operation in _NUMBERING else results if ctx.operation.startswith("arg") else []
+    for result in indices:
+        ctx.number(result, [axes[dim] for dim in reduced])
     return None
-
-
-def _spatial(dims: int) -> Rule:
-    """Return the rule of operations that mix neighbours along the last `dims` axes; the others keep their labels."""
-
-    def rule(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-        axes = ctx.axes(args[0])
-        front = len(axes) - dims
-        for ids in axes[front:]:
-            ctx.pin(ids, "neighbouring units are mixed")
-        for result in tensors(out):
-            ctx.label(result, axes[:front] + [None] * dims)
-
-    return rule
-
-
-for _dims in (1, 2, 3):
-    _kinds = (
-        "max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d",
-        "adaptive_max_pool{}d", "reflection_pad{}d", "replication_pad{}d", "max_pool{}d", "upsample_nearest{}d",
-        "_upsample_nearest_exact{}d", "fractional_max_pool{}d",
-    )  # fmt: skip
-    RULES.of(*(kind.format(_dims) for kind in _kinds))(_spatial(_dims))
-RULES.of("upsample_linear1d")(_spatial(1))
-RULES.of(
-    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d",
-)(_spatial(2))  # fmt: skip
-RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
 
 
 @RULES.of("constant_pad_nd")
@@ -163,17 +151,7 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for padding in (new[0], new[2]):
             ctx.pin(padding, "is padding")
         axes[-1 - i] = np.concatenate(new)
-    ctx.label(out, axes)
-
-
-@RULES.of("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A transform mixes the units along its axes."""
-    axes = ctx.axes(args[0])
-    for dim in args[1]:
-        ctx.pin(axes[dim], "is transformed")
-        axes[dim] = None
-    ctx.label(out, axes)
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of(
@@ -196,4 +174,4 @@ def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
             ctx.constrain(size, ids, int(units))
         axes.append(ids)
-    ctx.label(out, axes)
+    ctx.label(out, axes, "constant")

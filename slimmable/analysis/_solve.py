@@ -15,6 +15,7 @@ from slimmable.analysis.channels import (
     Counts,
     Failure,
     Grouping,
+    Output,
     Requirements,
     TensorName,
     Values,
@@ -136,12 +137,23 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
         {key: pack.axes(axes) for key, axes in trace.tensors.items()},
         {(path, name): model.get_submodule(path).__dict__[name] for path, name in names},
         scales,
-        [(shape, pack.axes(axes)) for shape, axes in trace.outputs],
+        [_output(output, trace.context.labels, pack) for output in trace.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
         _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
         {_split(name): tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
+
+
+def _output(output: Output, labels: Labels, pack: _Packing) -> Output:
+    """Return an output with the units of its axes, and the reason if it stays full."""
+    units, why = pack.axes(output.units), output.why
+    made = [ids for ids in output.units if ids is not None and labels.produced(ids).any()]
+    if not pack.grouping.groups_in([ids for ids in units if ids is not None]):
+        reasons = dict.fromkeys(labels.reason(ids) for ids in made)
+        why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
+        why = why or "no units that could get thinner reach it"
+    return replace(output, units=units, why=why)
 
 
 def _nested(model: nn.Module) -> list[tuple[str, str]]:

@@ -174,6 +174,16 @@ class SubNetwork:
 
 
 @dataclass(frozen=True, eq=False)
+class Output:
+    """An output tensor of the model: its full shape, the units of its axes, and why it gets thinner or stays full."""
+
+    name: str
+    shape: tuple[int, ...]
+    units: tuple[Ids | None, ...]
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
 class Channels:
     """The channel groups of a model and what they size; pure data, shared by copies of the model.
 
@@ -184,7 +194,7 @@ class Channels:
         tensors: (module path, parameter or buffer name) -> units of each axis, or None.
         attributes: (module path, attribute name) -> full value, which may be a tuple or list of integers.
         scales: module path, attribute name and units of attributes equal to `len(units) ** -0.5`.
-        outputs: full shapes and units of the model's output tensors.
+        outputs: the model's output tensors.
         makers: for each group, the modules with weights that make it.
         ordered: for each group, whether the order of its units matters.
         products: full multiply-adds, and the units that they are proportional to.
@@ -195,7 +205,7 @@ class Channels:
     tensors: Mapping[TensorName, tuple[Ids | None, ...]]
     attributes: Mapping[tuple[str, str], Any]
     scales: Sequence[tuple[str, str, Ids]]
-    outputs: Sequence[tuple[tuple[int, ...], tuple[Ids | None, ...]]]
+    outputs: Sequence[Output]
     makers: tuple[tuple[str, ...], ...]
     ordered: tuple[bool, ...]
     products: Sequence[tuple[int, tuple[Ids, ...]]]
@@ -237,7 +247,7 @@ class Channels:
             attention = f"{path}.layers.0.self_attn".lstrip(".")
             if name == NESTED and changed.get(attention, {}).get("num_heads", 0) % 2:  # as torch's constructor does
                 changed.setdefault(path, {})[name] = False
-        shapes = [narrow(shape, axes) for shape, axes in self.outputs]
+        shapes = [narrow(output.shape, output.units) for output in self.outputs]
         macs = sum(
             full // math.prod(map(len, axes)) * math.prod(count(ids) for ids in axes) for full, axes in self.products
         )

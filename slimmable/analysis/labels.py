@@ -114,6 +114,13 @@ class Labels:
         roots = set(self.find(ids).tolist())
         return lambda other: not roots.isdisjoint(self.find(other).tolist())
 
+    def reason(self, ids: Ids) -> str:
+        """Return why some of `ids` are pinned."""
+        shared = self.shared_with(ids)
+        return next(
+            (reason for pinned, reason in self.reasons if shared(pinned)), "merged with an axis that stays full"
+        )
+
     def snapshot(self) -> tuple[Any, ...]:
         """Return what `restore` needs to undo later merges and pins."""
         return self._parent.copy(), self._marks.copy(), list(self.reasons)

@@ -14,7 +14,8 @@ from slimmable._widths import kept_of
 from slimmable.analysis._solve import Solution, channels_of, solve
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.fake import FakeModel, Shortcuts, recorded_outputs
-from slimmable.analysis.labels import Ids, Labels
+from slimmable.analysis.labels import Ids
+from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
@@ -28,10 +29,13 @@ def make_plan(
     skip: Skip,
     round_to: int = 1,
     universal: bool = False,
+    outputs: Outputs = "auto",
 ) -> Plan:
     """Trace `model`, which has no views, and return its plan.
 
-    Raises: TraceError: if the model's forward fails on fake tensors.
+    Raises:
+        TraceError: if the model's forward fails on fake tensors.
+        ConversionError: if `outputs` names one that the model does not have.
     """
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
@@ -39,7 +43,7 @@ def make_plan(
     while True:
         fake = FakeModel(model, args, kwargs, keep_caches, replayed)
         try:
-            found = best_trace(fake, widths, _also(skip, pinned), round_to)
+            found = best_trace(fake, widths, _also(skip, pinned), round_to, outputs)
         except TraceError as error:
             if fake.emptied and not keep_caches:
                 keep_caches = True  # what looked like a cache is needed by the forward
@@ -90,12 +94,14 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
     return lambda path, module: reason(path) or skip(path, module)
 
 
-def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int) -> tuple[Trace, Solution]:
+def best_trace(
+    fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int, outputs: Outputs = "auto"
+) -> tuple[Trace, Solution]:
     """Trace, then again with second choices of which folded axis carries labels, if first ones look bad.
 
     Returns: the trace that keeps fewer parameters at the narrowest width, with its solution.
     """
-    first = trace(fake, widths, skip, {})
+    first = trace(fake, widths, skip, {}, outputs)
     solution = solve(first, widths, round_to)
     labels = first.context.labels
     trouble = np.zeros(len(labels), bool)
@@ -109,7 +115,7 @@ def best_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to:
     stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:
         return first, solution
-    second = trace(fake, widths, skip, dict.fromkeys(stuck, 1))
+    second = trace(fake, widths, skip, dict.fromkeys(stuck, 1), outputs)
     other = solve(second, widths, round_to)
     last = len(widths) - 1
     better = other.parameters(second, last) < solution.parameters(first, last)
@@ -128,13 +134,8 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
             if ids is None or solution.grouping.groups_in([ids]):
                 continue
             if labels.produced(ids).any() and labels.pinned(ids).any():
-                plan.pins.append(Pin((path, name, axis), len(ids), _reason(labels, ids)))
+                plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
-
-
-def _reason(labels: Labels, ids: Ids) -> str:
-    shared = labels.shared_with(ids)
-    return next((reason for pinned, reason in labels.reasons if shared(pinned)), "merged with an axis that stays full")
 
 
 # -- trying a plan: the model must run at each width and return outputs of the planned shapes
@@ -170,7 +171,8 @@ def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
     modules = dict(fake.model.named_modules(remove_duplicate=False))
     before: list[tuple[dict[str, Any], str, Any]] = []
     for (path, name), kept in column.tensors.items():
-        store = modules[path]._parameters if name in modules[path]._parameters else modules[path]._buffers
+        stores = (modules[path]._parameters, modules[path]._buffers, modules[path].__dict__)
+        store = next(found for found in stores if name in found)
         tensor = store[name]
         shape = [kept_of(size, keep) for size, keep in zip(tensor.shape, kept, strict=True)]
         if tensor.shape != tuple(shape):

@@ -86,14 +86,16 @@ class Plan:
         ]
         pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
         html = html_table(["group", "units", f"kept at {kept}", "axes"], groups)
-        return html + (html_table(["kept at full width", "units", "reason"], pins) if pins else "")
+        html += html_table(["kept at full width", "units", "reason"], pins) if pins else ""
+        return html + html_table(["output", "shape", "kind", "reason"], _outputs(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data.
 
         Returns: "widths", "round_to" and "universal"; "macs" and "parameters" per width; "groups", each with its
             "units", those "kept" per width, its "makers", whether it is "ordered", and its "axes", such as {"module":
-            "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason".
+            "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason"; "outputs",
+            each with its "name", its "shapes" per width, and the "reason" why it stays full or gets thinner.
 
         >>> import torch
         >>> from torch import nn
@@ -121,6 +123,10 @@ class Plan:
             "parameters": [column.parameters for column in self.columns],
             "groups": groups,
             "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
+            "outputs": [
+                {"name": output.name, "shapes": list(map(list, shapes)), "reason": output.why}
+                for output, *shapes in zip(self.channels.outputs, *self.output_shapes, strict=True)
+            ],
         }
 
     def __deepcopy__(self, memo: Any) -> Plan:
@@ -270,7 +276,21 @@ def _table(plan: Plan) -> str:
     if plan.pins:
         lines.append("kept at full width:")
     lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in plan.pins]
+    lines += [
+        "outputs:",
+        *(f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(plan)),
+    ]
     return "\n".join(lines)
+
+
+def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """Return the name of each output, its full shape and that at the narrowest width, "slim" or "full", and why."""
+    rows = []
+    for output, narrow in zip(plan.channels.outputs, plan.columns[-1].output_shapes, strict=True):
+        slim = narrow != output.shape
+        shapes = f"{output.shape}, {narrow} at {plan.widths[-1]}" if slim else str(output.shape)
+        rows.append((output.name, shapes, "slim" if slim else "full", output.why))
+    return rows
 
 
 def _shown(group: Group) -> str:

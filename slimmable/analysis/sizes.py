@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from slimmable._modules import tensors_of
 from slimmable._widths import Kept, kept_of
 from slimmable.analysis.channels import SubNetwork
 
@@ -33,7 +34,7 @@ def layer_sizes(module: nn.Module, cut: Cut, values: Mapping[str, Sequence[Any]]
     """Return size attribute -> its value at each width, if the module is a torch layer with a cut weight."""
     if "weight" not in cut:
         return {}
-    shape, kept = module._parameters["weight"].shape, cut["weight"]  # type: ignore[union-attr]
+    shape, kept = tensors_of(module)["weight"].shape, cut["weight"]
     groups = values.get("groups", [getattr(module, "groups", 1)] * len(kept))
     return {
         name: [kept_of(int(shape[axis]), keep[axis]) * (groups[w] if axis else 1) for w, keep in enumerate(kept)]

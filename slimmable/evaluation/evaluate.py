@@ -218,7 +218,7 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
     """
     state = state_of(backbone)
     plan: Plan | None = None if state is None or state.path else state.plan
-    ids = None if plan is None else plan.channels.outputs[0][1][1]
+    ids = None if plan is None else plan.channels.outputs[0].units[1]
     if plan is None or ids is None:
         return features
     mask = plan.channels.needed.grouping.mask

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._widths import check_widths
-from slimmable.analysis.channels import Channels, Grouping, Requirements, SubNetwork
+from slimmable.analysis.channels import Channels, Grouping, Output, Requirements, SubNetwork
 from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Pin, Plan
@@ -38,7 +38,7 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
         "attributes": [[*key[:2], list(key[2]), value] for key, value in channels.needed.attributes.items()],
         "originals": [[*key, _write_value(value)] for key, value in channels.attributes.items()],
         "scales": [[path, name, axes.number(ids)] for path, name, ids in channels.scales],
-        "outputs": [[list(shape), axes.numbers(ids)] for shape, ids in channels.outputs],
+        "outputs": [[o.name, list(o.shape), axes.numbers(o.units), o.why] for o in channels.outputs],
         "makers": [list(paths) for paths in channels.makers],
         "ordered": list(channels.ordered),
         "products": [[macs, axes.numbers(ids)] for macs, ids in channels.products],
@@ -104,7 +104,10 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
         {(str(path), str(name)): axes(numbers) for path, name, numbers in data["tensors"]},
         {(str(path), str(name)): _read_value(value) for path, name, value in data["originals"]},
         [(str(path), str(name), found[_natural(number)]) for path, name, number in data["scales"]],
-        [(tuple(map(int, shape)), axes(numbers)) for shape, numbers in data["outputs"]],
+        [
+            Output(str(name), tuple(map(int, shape)), axes(numbers), str(why))
+            for name, shape, numbers, why in data["outputs"]
+        ],
         tuple(tuple(map(str, paths)) for paths in data["makers"]),
         tuple(map(bool, data["ordered"])),
         [(int(macs), labelled(numbers)) for macs, numbers in data["products"]],

@@ -131,7 +131,7 @@ class _Finder:
                 self.reads[group].append((path, ids))
         self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
         self.summed = {group for ids in context.sums for group in self._groups_on(ids)}
-        outputs = [ids for _, axes in trace.outputs for ids in axes if ids is not None]
+        outputs = [ids for output in trace.outputs for ids in output.units if ids is not None]
         self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
 
     def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:

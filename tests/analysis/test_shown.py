@@ -26,11 +26,11 @@ def test_a_notebook_cell_shows_what_print_shows(plan):
     assert repr(plan).splitlines()[1].split()[:4] == ["0", "8", "8,", "4"]
 
 
-def test_the_print_grows_with_groups_and_pins_alone():
+def test_the_print_grows_with_groups_pins_and_outputs_alone():
     blocks = [layer for _ in range(60) for layer in (nn.Linear(64, 64), nn.ReLU())]
     plan = slimmable.plan(nn.Sequential(*blocks, nn.Linear(64, 2)), WIDTHS, example_inputs=torch.zeros(1, 64))
     lines = repr(plan).splitlines()
-    assert len(lines) == 2 + len(plan.groups) + len(plan.pins) == 2 + 60 + 2
+    assert len(lines) == 2 + len(plan.groups) + len(plan.pins) + 2 == 2 + 60 + 2 + 2
     assert max(map(len, lines)) < 120
 
 
@@ -47,6 +47,8 @@ def test_a_plan_is_plain_data(plan):
     pins = {(pin["module"], pin["tensor"], pin["axis"], pin["size"]) for pin in data["pins"]}
     assert pins == {("3", "weight", 0, 5), ("3", "bias", 0, 5)}
     assert all("class scores" in pin["reason"] for pin in data["pins"])
+    reason = "class scores, an image or an embedding"
+    assert data["outputs"] == [{"name": "output", "shapes": [[1, 5], [1, 5]], "reason": reason}]
 
 
 def test_every_conversion_of_timm_is_plain_data():
@@ -63,7 +65,7 @@ def test_a_plan_is_a_table_in_a_notebook(plan):
     assert "<th>kept at 1.0, 0.5</th>" in html
     assert "<td>8, 4</td>" in html
     assert "<td>3.bias[0]</td>" in html
-    assert html.count("<tr>") == html.count("</tr>") == 1 + 1 + 1 + 2
+    assert html.count("<tr>") == html.count("</tr>") == 1 + 1 + 1 + 2 + 1 + 1
 
 
 def test_a_profile_is_plain_data_and_a_table(model):

@@ -1,0 +1,122 @@
+"""Outputs: which keep their size (class scores, images, embeddings), and which get thinner (features)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from slimmable._modules import is_under
+from slimmable.analysis._context import Context
+from slimmable.analysis.channels import Output
+from slimmable.analysis.labels import Ids
+from slimmable.errors import ConversionError
+
+Outputs: TypeAlias = "str | Sequence[str] | Mapping[str | int, str]"
+"""What becomes of the outputs: "auto", "full" or "slim" for all of them, by position, or by name or position."""
+
+_KINDS = ("auto", "full", "slim")
+_SCORES = "class scores, an image or an embedding"
+
+
+def label_outputs(
+    context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs, called: Collection[str]
+) -> list[Output]:
+    """Pin the outputs that keep their size; `called` are the paths of the modules that ran.
+
+    By default, units that layers with weights made and that were then only moved, scaled, normalized or bounded are
+    class scores, an image or an embedding, and stay. Those of a residual stream (sums that layers read), keys and
+    values that attention reads, those of a timm model that ran without its classifier, and any others, such as
+    rectified ones, are features and get thinner.
+    """
+    labels = context.labels
+    backbones = _backbones(model, called)
+    inner = {
+        "features of a residual stream": np.intersect1d(
+            _roots(context, context.residuals), _roots(context, context.consumed)
+        ),
+        "keys and values of an attention": _roots(context, context.attended),
+    }
+
+    def features(origin: str | None, ids: Ids) -> str:
+        """Return why these units get thinner, or "" if they stay."""
+        shared = labels.shared_with(ids)
+        makers = {path for path, other in context.producers if shared(other)}
+        if _makes_classes(model, makers, len(ids)):
+            return ""
+        if any(all(_inside(path, backbone) for path in makers) for backbone in backbones):
+            return "features of a timm model without its classifier"
+        for why, roots in inner.items():
+            if np.isin(labels.find(ids), roots).any():
+                return why
+        return "" if origin == "made" else "features, rectified or combined after the layer that made them"
+
+    found = []
+    names = [name or "output" for name, _ in named]
+    for name, (_, tensor), kind in zip(names, named, _kinds(model, wanted, names), strict=True):
+        context.at(f"output {name}" if len(names) > 1 else "output", "")
+        axes = context.axes(tensor)
+        slim: dict[str, None] = {}
+        for ids in axes:
+            if ids is None or not labels.produced(ids).any():
+                continue
+            why = features(context.origin(tensor), ids) if kind == "auto" else "as asked"
+            if kind == "full" or not why:
+                context.pin(ids, why or _SCORES)
+            else:
+                slim[why] = None
+        found.append(Output(name, tuple(tensor.shape), tuple(axes), ", ".join(slim)))
+    return found
+
+
+def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]:
+    """Return what becomes of each output."""
+    given = {"*": wanted} if isinstance(wanted, str) else wanted
+    positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    kinds = ["auto"] * len(names)
+    for key, kind in given.items() if isinstance(given, Mapping) else enumerate(given):
+        if kind not in _KINDS:
+            raise ConversionError(f"outputs={wanted!r}: {kind!r} is unknown; use 'auto', 'full' or 'slim'")
+        pattern = positions[key] if isinstance(key, int) and 0 <= key < len(positions) else str(key)
+        matching = [i for i, name in enumerate(names) if is_under(name, pattern)]
+        if not matching and key != "*":
+            known = ", ".join(map(repr, names))
+            raise ConversionError(f"outputs={wanted!r}: {type(model).__name__} has no output {key!r}; it has {known}")
+        for i in matching:
+            kinds[i] = kind
+    return kinds
+
+
+def _roots(context: Context, axes: Sequence[Ids]) -> Ids:
+    return np.unique(context.labels.find(np.concatenate([np.zeros(0, np.int64), *axes])))
+
+
+def _inside(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def _makes_classes(model: nn.Module, makers: Collection[str], units: int) -> bool:
+    """Tell whether a module around a maker says that it has as many classes, as SqueezeNet, which rectifies them."""
+    sized = [path for path, module in model.named_modules() if vars(module).get("num_classes") == units]
+    return any(_inside(maker, path) for path in sized for maker in makers)
+
+
+def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:
+    """Return the paths of timm models that have no classifier, or ran without it."""
+    names = {module: path for path, module in model.named_modules()}
+    found = []
+    for module, path in names.items():
+        if hasattr(vars(module).get("feature_info"), "out_indices"):
+            found.append(path)
+        elif hasattr(module, "pretrained_cfg") and callable(getattr(module, "get_classifier", None)):
+            try:
+                heads = tree_leaves(module.get_classifier())
+            except AttributeError:  # some without one look for its layer
+                heads = []
+            layers = [m for head in heads if isinstance(head, nn.Module) for m in head.modules() if m._parameters]
+            if not any(names.get(layer) in called for layer in layers):
+                found.append(path)
+    return found
