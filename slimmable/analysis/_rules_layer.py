@@ -55,7 +55,8 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
-    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
+    strides, paddings = (list(sizes) * (1 if len(sizes) > 1 else len(space)) for sizes in args[3:5])  # "valid" is [0]
+    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], strides, paddings, strict=True)):
         if (kernel, stride, padding) == (1, 1, 0):  # units along this axis are not mixed
             continue
         ids = space[i]

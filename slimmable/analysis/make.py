@@ -173,7 +173,8 @@ def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
     modules = dict(fake.model.named_modules(remove_duplicate=False))
     before: list[tuple[dict[str, Any], str, Any]] = []
     for (path, name), kept in column.tensors.items():
-        store = modules[path]._parameters if name in modules[path]._parameters else modules[path]._buffers
+        stores = (modules[path]._parameters, modules[path]._buffers, modules[path].__dict__)
+        store = next(found for found in stores if name in found)
         tensor = store[name]
         shape = [kept_of(size, keep) for size, keep in zip(tensor.shape, kept, strict=True)]
         if tensor.shape != tuple(shape):

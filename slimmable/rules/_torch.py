@@ -140,3 +140,20 @@ def loss(op: Operation) -> None:
             else:
                 op.same("self", axis, name, axis)
                 op.mixes(name, axis)
+
+
+@register_rule("aten::sort")
+def sort(op: Operation) -> None:
+    """Units along an axis are put in order, after which it is not known which is which."""
+    op.pins("self", op["dim"], "its units are sorted")
+    for output in range(2):
+        op.keeps("self", output=output)
+
+
+@register_rule("aten::_grouped_mm")
+def grouped_mm(op: Operation) -> None:
+    """Each run of rows is multiplied by a matrix of its own, such as that of an expert."""
+    if (op["self"].ndim, op["mat2"].ndim) == (2, 3):
+        op.moves("self", 0, to=0)
+        op.contracts("self", 1, "mat2", 1)
+        op.makes("mat2", 2, to=1)

@@ -33,7 +33,7 @@ UNREACHED = {
     "fractional_max_pool3d _batch_norm_with_update",
     "it returns memory as it is": "empty_like empty new_empty new_empty_strided empty_strided empty_permuted "
     "resize set",
-    "it has no tensor operand, or none whose numbers it reads": "zeros ones full scalar_tensor linspace eye arange "
+    "it has no tensor operand, or none whose numbers it reads": "zeros ones full scalar_tensor linspace logspace eye arange "
     "lift_fresh zero new_zeros new_ones new_full",
     "torch runs it as other operations": "contiguous narrow selu avg_pool1d _reshape_alias reshape chunk unsafe_chunk "
     "movedim t numpy_T max_pool1d max_pool1d_with_indices max_pool2d max_pool3d adaptive_avg_pool1d "
@@ -42,7 +42,7 @@ UNREACHED = {
     "native_batch_norm_legit conj_physical adaptive_max_pool1d",
     "it needs other hardware, or a switch that the trace turns off": "cudnn_batch_norm _fused_rms_norm "
     "mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d",
-    "a whole network runs it, below": "_fused_moving_avg_obs_fq_helper",
+    "it runs in a whole network of tests/rules or tests/convert": "_fused_moving_avg_obs_fq_helper _grouped_mm",
 }  # fmt: skip
 
 
@@ -84,6 +84,9 @@ case("mean sum var std amax amin logsumexp prod max min any all argmax argmin co
      call=lambda op, x: op(x, 1))  # fmt: skip
 case("var_mean std_mean", T, call=lambda op, x: op(x, [1]))
 case("linalg_vector_norm norm", T, call=lambda op, x: op(x, 2, [0, 2]))
+case("sort", T, call=lambda op, x: op(x, 1))
+case("topk", T, call=lambda op, x: op(x, 2, 1))
+case("aminmax", T, call=lambda op, x: op(x, dim=1))
 case("constant_pad_nd", T, call=lambda op, x: op(x, [0, 0, 1, 2], 0.5))
 case("view", T, call=lambda op, x: x.flatten(1))
 case("permute", T, call=lambda op, x: x.permute(2, 0, 1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import slimmable
 from tests.convert import oracles
@@ -217,7 +218,8 @@ CASES = {
         b=nn.utils.spectral_norm(conv(16, 8)), fc=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5)),
     ),
     "bag of embeddings": lambda: Fn(
-        lambda m, x: m.fc(m.bag((x[:, 0].flatten(1) > 0).long()).relu()), bag=nn.EmbeddingBag(2, 16), fc=nn.Linear(16, 5)
+        lambda m, x: m.fc(m.bag((x[:, 0].flatten(1) > 0).long()).relu()), bag=nn.EmbeddingBag(2, 16),
+        fc=nn.Linear(16, 5),
     ),
     "codebook": lambda: Fn(
         lambda m, x: head(m, m.c(m.book(torch.cdist(m.a(x).flatten(2).mT, m.book.weight).argmin(2)).mT[..., None])),
@@ -234,6 +236,18 @@ CASES = {
         lambda m, x: head(m, m.b(m.a(x).roll(1))), a=conv(3, 16), b=conv(16, 8), fc=nn.Linear(8, 5)
     ),
     "triangle": lambda: Fn(lambda m, x: m.fc(m.a(x[:, 0]).tril()).mean(1), a=nn.Linear(8, 8), fc=nn.Linear(8, 5)),
+    "tokens with a plain table of positions": lambda: with_attribute(
+        Fn(tokens, a=conv(3, 16), cls=nn.Parameter(torch.ones(1, 1, 16)), norm=nn.LayerNorm(16), fc=nn.Linear(16, 5)),
+        pos=torch.randn(1, 65, 16, dtype=torch.float64),
+    ),
+    "frozen norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.n(m.a(x)).relu())), a=conv(3, 16), n=FrozenBatchNorm2d(16), b=conv(16, 8),
+        fc=nn.Linear(8, 5),
+    ),
+    "padding by name": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x).relu())), a=nn.Conv2d(3, 16, 3, padding="valid"),
+        b=nn.Conv2d(16, 8, 3, padding="same"), fc=nn.Linear(8, 5),
+    ),
     "weight norm": lambda: Fn(
         lambda m, x: head(m, m.b(m.a(x))), a=nn.utils.parametrizations.weight_norm(conv(3, 16)), b=conv(16, 8),
         fc=nn.Linear(8, 5),
