@@ -13,7 +13,7 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.other_models.entry import Entry, noise
+from benchmarks.other_models.entry import FULL, SLIM, Entry, noise
 
 VIT = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "mlp_dim": 128, "num_classes": 10}
 SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
@@ -21,11 +21,12 @@ SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
 
 def entries() -> Iterator[Entry]:
     small, large = partial(noise, 2, 3, 32, 32), partial(noise, 2, 3, 64, 64)
-    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset", "simple_vit_with_qk_norm",
+    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset",
                    "simple_vit_with_register_tokens", "simple_flash_attn_vit", "simple_vit_with_fft"):  # fmt: skip
         kind = "DeepViT" if module == "deepvit" else "SimpleViT" if "simple" in module else "ViT"
         more = {"freq_patch_size": 8} if "fft" in module else {"depth": 4} if "small" in module else {}
         yield model(module, kind, small, **{**SQUARE, **more})
+    yield model("simple_vit_with_qk_norm", "SimpleViT", small, SLIM, **SQUARE)  # its head is a norm
     yield model("cait", "CaiT", small, **SQUARE, cls_depth=1)
     yield model("rvt", "RvT", small, **SQUARE)
     yield model("xcit", "XCiT", small, **SQUARE, cls_depth=1)
@@ -40,7 +41,9 @@ def entries() -> Iterator[Entry]:
         "cct", "CCT", small, img_size=32, embedding_dim=64, num_layers=2, num_heads=4, mlp_ratio=2.0, num_classes=10,
         n_conv_layers=1, kernel_size=3, stride=2, padding=1, positional_embedding="learnable",
     )  # fmt: skip
-    yield model("cvt", "CvT", large, num_classes=10, s1_emb_dim=32, s2_emb_dim=64, s3_emb_dim=96, s2_depth=1, s3_depth=1)
+    yield model(
+        "cvt", "CvT", large, num_classes=10, s1_emb_dim=32, s2_emb_dim=64, s3_emb_dim=96, s2_depth=1, s3_depth=1
+    )
     stages = {f"s{i}_emb_dim": 32 * i for i in (1, 2, 3, 4)} | {f"s{i}_local_patch_size": 2 for i in (1, 2, 3, 4)}
     stages |= {f"s{i}_global_k": 2 for i in (1, 2, 3, 4)} | {"s3_depth": 1, "s4_depth": 1, "s4_local_patch_size": 1}
     yield model("twins_svt", "TwinsSVT", partial(noise, 2, 3, 64, 64), num_classes=10, **stages)
@@ -57,8 +60,12 @@ def entries() -> Iterator[Entry]:
         "nest", "NesT", large, image_size=64, patch_size=4, num_classes=10, dim=32, heads=2, num_hierarchies=3,
         block_repeats=(1, 1, 1),
     )  # fmt: skip
-    yield model("levit", "LeViT", large, image_size=64, num_classes=10, dim=(32, 48, 64), depth=1, heads=(2, 3, 4), mlp_mult=2)
-    yield model("regionvit", "RegionViT", large, dim=(16, 32, 48, 64), depth=(1, 1, 1, 1), window_size=2, num_classes=10)
+    yield model(
+        "levit", "LeViT", large, image_size=64, num_classes=10, dim=(32, 48, 64), depth=1, heads=(2, 3, 4), mlp_mult=2
+    )
+    yield model(
+        "regionvit", "RegionViT", large, dim=(16, 32, 48, 64), depth=(1, 1, 1, 1), window_size=2, num_classes=10
+    )
     yield model(
         "scalable_vit", "ScalableViT", large, num_classes=10, dim=16, depth=(1, 1, 1, 1), heads=(2, 2, 2, 2),
         reduction_factor=(4, 2, 1, 1), window_size=(4, 2, 2, None),
@@ -74,8 +81,8 @@ def entries() -> Iterator[Entry]:
     yield Entry("einops", "MLP-Mixer", "a Mixer of einops layers", mixer, small)
 
 
-def model(module: str, kind: str, example: Callable[[], Any], **arguments: Any) -> Entry:
-    return Entry("vit_pytorch", module, module, partial(_make, module, kind, **arguments), example)
+def model(module: str, kind: str, example: Callable[[], Any], outputs: str = FULL, **arguments: Any) -> Entry:
+    return Entry("vit_pytorch", module, module, partial(_make, module, kind, **arguments), example, outputs)
 
 
 def _make(module: str, kind: str, **arguments: Any) -> nn.Module:
@@ -106,7 +113,10 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.into, self.local = nn.Conv2d(dim, 2 * hidden, 1), nn.Conv2d(2 * hidden, 2 * hidden, 3, 1, 1, groups=2 * hidden)
+        self.into, self.local = (
+            nn.Conv2d(dim, 2 * hidden, 1),
+            nn.Conv2d(2 * hidden, 2 * hidden, 3, 1, 1, groups=2 * hidden),
+        )
         self.out = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +169,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context: int, heads: int, dim_head: int):
         super().__init__()
         self.heads, self.scale = heads, dim_head**-0.5
-        self.q, self.kv = nn.Linear(dim, heads * dim_head, bias=False), nn.Linear(context, 2 * heads * dim_head, bias=False)
+        self.q, self.kv = (
+            nn.Linear(dim, heads * dim_head, bias=False),
+            nn.Linear(context, 2 * heads * dim_head, bias=False),
+        )
         self.out = nn.Linear(heads * dim_head, dim)
         self.norm, self.context_norm = nn.LayerNorm(dim), nn.LayerNorm(context)
 
@@ -177,7 +190,9 @@ class Perceiver(nn.Module):
         super().__init__()
         self.latents, self.times = nn.Parameter(torch.randn(latents, dim)), times
         self.read, self.think = CrossAttention(dim, inputs, 2, 16), CrossAttention(dim, dim, 4, 8)
-        self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+        )
         self.head = nn.Sequential(Reduce("b n d -> b d", "mean"), nn.LayerNorm(dim), nn.Linear(dim, 10))
 
     def forward(self, sequence: Tensor) -> Tensor:
@@ -192,7 +207,12 @@ class Perceiver(nn.Module):
 def mixer() -> nn.Module:
     """Return an MLP-Mixer block of einops layers between a patch embedding and a head."""
     tokens = nn.Sequential(
-        nn.LayerNorm(64), Rearrange("b n c -> b c n"), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), Rearrange("b c n -> b n c")
+        nn.LayerNorm(64),
+        Rearrange("b n c -> b c n"),
+        nn.Linear(16, 32),
+        nn.GELU(),
+        nn.Linear(32, 16),
+        Rearrange("b c n -> b n c"),
     )
     return nn.Sequential(
         Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=8, p2=8), nn.Linear(192, 64), tokens, nn.Linear(64, 128),

@@ -23,7 +23,14 @@ ENCODER = {
 IMAGES = {**ENCODER, "image_size": 32, "patch_size": 8}
 TEXT = {**ENCODER, "vocab_size": WORDS, "max_position_embeddings": 32}
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64]}
-SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "window_size": 2}
+SWIN = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 1, 2, 1),
+    "num_heads": (2, 2, 4, 4),
+    "window_size": 2,
+}
 FEATURES = {"logits": FULL, "*": SLIM}  # states and caches besides the scores
 
 
@@ -43,7 +50,11 @@ def image_encoders() -> Iterator[Entry]:
     yield model("DINOv2", "Dinov2ForImageClassification", config("Dinov2", IMAGES, mlp_ratio=2), small)
     yield model("DINOv2", "Dinov2Model", config("Dinov2", IMAGES, mlp_ratio=2), small, SLIM)
     yield model(
-        "DINOv2", "Dinov2Backbone", config("Dinov2", IMAGES, mlp_ratio=2, out_features=["stage1", "stage2"]), small, SLIM
+        "DINOv2",
+        "Dinov2Backbone",
+        config("Dinov2", IMAGES, mlp_ratio=2, out_features=["stage1", "stage2"]),
+        small,
+        SLIM,
     )
     yield model("DINOv3", "DINOv3ViTModel", config("DINOv3ViT", IMAGES, num_register_tokens=2), small, SLIM)
     yield model("DINOv3", "DINOv3ConvNextModel", config("DINOv3ConvNext", STAGES, image_size=64), images(64), SLIM)
@@ -87,16 +98,20 @@ def dense() -> Iterator[Entry]:
 
 def image_and_text() -> Iterator[Entry]:
     clip = config("CLIP", text_config=TEXT | {"eos_token_id": 2}, vision_config=IMAGES, projection_dim=32)
-    yield model("CLIP", "CLIPModel", clip, captioned, {"*logits*": FULL, "*embeds": FULL, "*pooler_output": FULL, "*": SLIM})
+    yield model(
+        "CLIP", "CLIPModel", clip, captioned, {"*logits*": FULL, "*embeds": FULL, "*pooler_output": FULL, "*": SLIM}
+    )
     yield model("CLIP", "CLIPVisionModel", config("CLIPVision", IMAGES), images(32), SLIM)
     siglip = config("Siglip", text_config=TEXT | {"projection_size": 64}, vision_config=IMAGES)
-    yield model("SigLIP", "SiglipModel", siglip, captioned, {"*logits*": FULL, "*embeds": FULL, "*pooler_output": FULL, "*": SLIM})
+    yield model("SigLIP", "SiglipModel", siglip, captioned, {"*logits*": FULL, "*": SLIM})
     blip = config("Blip", text_config=TEXT | {"encoder_hidden_size": 64}, vision_config=IMAGES, projection_dim=32)
     yield model(
         "Blip", "BlipModel", blip, captioned,
         {"*logits*": FULL, "*embeds": FULL, "text_model_output.pooler_output": FULL, "*": SLIM},
     )  # fmt: skip
-    yield model("Blip", "BlipForConditionalGeneration", blip, captioned, {"decoder_logits": FULL, "logits": FULL, "*": SLIM})
+    yield model(
+        "Blip", "BlipForConditionalGeneration", blip, captioned, {"decoder_logits": FULL, "logits": FULL, "*": SLIM}
+    )
 
 
 def language() -> Iterator[Entry]:
@@ -107,13 +122,23 @@ def language() -> Iterator[Entry]:
     yield model("BERT", "BertForSequenceClassification", bert, words)
     data2vec = config("Data2VecText", TEXT, max_position_embeddings=40)
     yield model("Data2Vec", "Data2VecTextForSequenceClassification", data2vec, words)
-    gpt = config("GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=32, vocab_size=WORDS, bos_token_id=1, eos_token_id=2)
+    gpt = config(
+        "GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=32, vocab_size=WORDS, bos_token_id=1, eos_token_id=2
+    )
     yield model("GPT-2", "GPT2LMHeadModel", gpt, words, FEATURES)
     yield model("GPT-2", "GPT2Model", gpt, words, SLIM)
-    t5 = config("T5", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=WORDS, decoder_start_token_id=0)
+    t5 = config(
+        "T5", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=WORDS, decoder_start_token_id=0
+    )
     yield model("T5", "T5ForConditionalGeneration", t5, partial(sentence, "input_ids", "decoder_input_ids"), FEATURES)
     yield model("T5", "T5EncoderModel", t5, partial(sentence, "input_ids"), SLIM)
-    llama = TEXT | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = TEXT | {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     yield model("Llama", "LlamaForCausalLM", config("Llama", llama), words, FEATURES)
     yield model("Llama", "LlamaModel", config("Llama", llama), words, SLIM)
     yield model("Qwen2", "Qwen2ForCausalLM", config("Qwen2", llama), words, FEATURES)
@@ -209,7 +234,7 @@ def _detr(**more: Any) -> Any:
 
 
 def detr() -> Any:
-    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
+    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 2, 2, 2]}
     return _detr(backbone_config=transformers.ResNetConfig(**sizes, out_features=["stage4"]))
 
 
@@ -224,12 +249,17 @@ def rt_detr() -> Any:
 
 
 def sam() -> Any:
-    vision = {**IMAGES, "output_channels": 32, "num_pos_feats": 16, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 128}
+    vision = {
+        **IMAGES,
+        "output_channels": 32,
+        "num_pos_feats": 16,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "mlp_dim": 128,
+    }
     prompt = {"hidden_size": 32, "image_size": 32, "patch_size": 8, "mask_input_channels": 8}
     decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32}
-    return transformers.SamConfig(
-        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
-    )
+    return transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
 
 
 def images(size: int) -> Callable[[], dict[str, Tensor]]:
@@ -245,7 +275,10 @@ def masked_patches() -> dict[str, Tensor]:
 
 
 def masked_clip() -> dict[str, Tensor]:
-    return {"pixel_values": noise(2, 4, 3, 32, 32), "bool_masked_pos": torch.arange(32).remainder(2).bool().repeat(2, 1)}
+    return {
+        "pixel_values": noise(2, 4, 3, 32, 32),
+        "bool_masked_pos": torch.arange(32).remainder(2).bool().repeat(2, 1),
+    }
 
 
 def prompted() -> dict[str, Tensor]:

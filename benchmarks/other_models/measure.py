@@ -52,8 +52,9 @@ def in_numbers(entry: Entry) -> dict[str, Any]:
 
 
 def in_shapes(entry: Entry) -> dict[str, Any]:
+    model = entry.make().eval().to("meta")
     with torch.device("meta"):
-        model, example = entry.make().eval(), entry.example()
+        example = entry.example()
         slim = slimmable.slimify(model, WIDTHS, example_inputs=example, **entry.options)
     return costs(entry, slim, example)
 
@@ -94,8 +95,10 @@ def as_expected(output: Mapping[str, Any]) -> bool:
 
 
 def expectation(outputs: str | Mapping[str, str], name: str) -> str:
-    expected = outputs if isinstance(outputs, str) else next(
-        (value for pattern, value in outputs.items() if fnmatchcase(name, pattern)), "nothing"
+    expected = (
+        outputs
+        if isinstance(outputs, str)
+        else next((value for pattern, value in outputs.items() if fnmatchcase(name, pattern)), "nothing")
     )
     if expected not in (FULL, SLIM):
         raise ValueError(f"the entry does not say what output {name!r} should be; it says {outputs}")

@@ -98,7 +98,8 @@ def shown(record: Record) -> str:
     for output in record["outputs"]:
         kinds.setdefault("full" if output["full"] == output["half"] else "slim", []).append(output["name"])
     return ", ".join(
-        f"{kind}: {', '.join(names) if len(names) <= 3 and names != [''] else len(names)}" for kind, names in kinds.items()
+        f"{kind}: {', '.join(names) if len(names) <= 3 and names != [''] else len(names)}"
+        for kind, names in kinds.items()
     )
 
 
