@@ -69,6 +69,29 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
     return new.get(id(model), model)
 
 
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give all modules back the classes, attributes and widths that they had if the block fails."""
+    modules = list(model.modules())
+    kinds = [type(module) for module in modules]
+    states = [vars(module)["_slim"] for module in modules if "_slim" in vars(module)]
+    owners = [*map(vars, modules), *map(vars, states)]
+    dicts = [each for owner in owners for each in (owner, *owner.values()) if isinstance(each, dict)]
+    before = [(each, each.copy()) for each in dicts]
+    columns = [(state.columns, state.columns.copy()) for state in states]
+    try:
+        yield
+    except BaseException:
+        for module, kind in zip(modules, kinds, strict=True):
+            module.__class__ = kind
+        for each, entries in before:
+            each.clear()
+            each.update(entries)
+        for own, listed in columns:
+            own[:] = listed
+        raise
+
+
 def empty_cache(blank: object) -> object:
     """Return an empty cache to fill; a tensor needs no copy, since it is only ever replaced."""
     return blank if isinstance(blank, Tensor) else copy.copy(blank)
@@ -80,8 +103,20 @@ class _Unannounced:
 
 
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`."""
-    return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
+    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`.
+
+    Modules can be given this class: for that, the first class that has attributes must follow the same one without, as
+    `ABC` in `class Base(ABC, nn.Module)`.
+    """
+    root: type = base
+    while root.__base__ is not None and root.__base__.__dictoffset__:
+        root = root.__base__
+    bare = root.__base__
+    quiet = _Unannounced
+    if bare not in (None, object):
+        own = {name: vars(_Unannounced)[name] for name in ("__init_subclass__", "__module__")}
+        quiet = type("_Unannounced", (bare,), {**own, "__orig_bases__": ()})
+    return type(base.__name__, (quiet, *mixins, base), dict(body))
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:

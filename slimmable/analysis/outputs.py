@@ -28,12 +28,18 @@ def label_outputs(
     """Pin the outputs that keep their size; `called` are the paths of the modules that ran.
 
     By default, units that layers with weights made and that were then only moved, scaled, normalized or bounded are
-    class scores, an image or an embedding, and stay. Those of a residual stream (sums that layers read), of a timm
-    model that ran without its classifier, and any others, such as rectified ones, are features and get thinner.
+    class scores, an image or an embedding, and stay. Those of a residual stream (sums that layers read), keys and
+    values that attention reads, those of a timm model that ran without its classifier, and any others, such as
+    rectified ones, are features and get thinner.
     """
     labels = context.labels
     backbones = _backbones(model, called)
-    streams = np.intersect1d(_roots(context, context.residuals), _roots(context, context.consumed))
+    inner = {
+        "features of a residual stream": np.intersect1d(
+            _roots(context, context.residuals), _roots(context, context.consumed)
+        ),
+        "keys and values of an attention": _roots(context, context.attended),
+    }
 
     def features(origin: str | None, ids: Ids) -> str:
         """Return why these units get thinner, or "" if they stay."""
@@ -43,8 +49,9 @@ def label_outputs(
             return ""
         if any(all(_inside(path, backbone) for path in makers) for backbone in backbones):
             return "features of a timm model without its classifier"
-        if np.isin(labels.find(ids), streams).any():
-            return "features of a residual stream"
+        for why, roots in inner.items():
+            if np.isin(labels.find(ids), roots).any():
+                return why
         return "" if origin == "made" else "features, rectified or combined after the layer that made them"
 
     found = []

@@ -196,6 +196,21 @@ def test_features_get_thinner(kind):
     assert shapes_at_half(model, IMAGES)[0][1] == 8
 
 
+def test_a_cache_of_keys_and_values_gets_thinner_and_the_output_of_attention_does_not():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.qkv, self.out = 4, nn.Linear(16, 96), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return {"scores": self.out(y), "cache": [(k, v)]}
+
+    heads = (2, 2, 6, 8)
+    assert shapes_at_half(Attention(), torch.randn(2, 6, 16)) == [(2, 6, 10), heads, heads]
+
+
 def test_the_first_state_of_a_residual_stream_is_features_too():
     def run(a: nn.Module, b: nn.Module, c: nn.Module, head: nn.Module, x: Tensor) -> dict[str, object]:
         states = [a(x)]
@@ -338,11 +353,11 @@ def test_the_plan_lists_every_output_with_its_shapes_and_the_reason():
 def test_features_that_another_operation_pins_are_listed_with_its_reason():
     def run(a: nn.Module, b: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         y = a(x).relu()
-        return y, b(y).relu().view(2, 4, 4)
+        return y + torch.ones(16), b(y).relu().view(2, 4, 4)
 
-    model = Fn(lambda a, b, x: (run(a, b, x)[0].flip(1), run(a, b, x)[1]), a=nn.Linear(8, 16), b=nn.Linear(16, 16))
-    flipped, folded = slimmable.plan(model, WIDTHS, example_inputs=X).channels.outputs
-    assert flipped.why == "flip in the model itself: the order of the units matters"
+    model = Fn(run, a=nn.Linear(8, 16), b=nn.Linear(16, 16))
+    shifted, folded = slimmable.plan(model, WIDTHS, example_inputs=X).channels.outputs
+    assert shifted.why == "add in the model itself: meets an axis that does not shrink"
     assert folded.why == "no units that could get thinner reach it"
 
 
