@@ -13,7 +13,7 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.other_models.entry import Entry, noise
+from benchmarks.other_models.entry import FULL, SLIM, Entry, noise
 
 VIT = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "mlp_dim": 128, "num_classes": 10}
 SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
@@ -21,11 +21,12 @@ SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
 
 def entries() -> Iterator[Entry]:
     small, large = partial(noise, 2, 3, 32, 32), partial(noise, 2, 3, 64, 64)
-    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset", "simple_vit_with_qk_norm",
+    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset",
                    "simple_vit_with_register_tokens", "simple_flash_attn_vit", "simple_vit_with_fft"):  # fmt: skip
         kind = "DeepViT" if module == "deepvit" else "SimpleViT" if "simple" in module else "ViT"
         more = {"freq_patch_size": 8} if "fft" in module else {"depth": 4} if "small" in module else {}
         yield model(module, kind, small, **{**SQUARE, **more})
+    yield model("simple_vit_with_qk_norm", "SimpleViT", small, SLIM, **SQUARE)  # its head is a norm
     yield model("cait", "CaiT", small, **SQUARE, cls_depth=1)
     yield model("rvt", "RvT", small, **SQUARE)
     yield model("xcit", "XCiT", small, **SQUARE, cls_depth=1)
@@ -80,8 +81,8 @@ def entries() -> Iterator[Entry]:
     yield Entry("einops", "MLP-Mixer", "a Mixer of einops layers", mixer, small)
 
 
-def model(module: str, kind: str, example: Callable[[], Any], **arguments: Any) -> Entry:
-    return Entry("vit_pytorch", module, module, partial(_make, module, kind, **arguments), example)
+def model(module: str, kind: str, example: Callable[[], Any], outputs: str = FULL, **arguments: Any) -> Entry:
+    return Entry("vit_pytorch", module, module, partial(_make, module, kind, **arguments), example, outputs)
 
 
 def _make(module: str, kind: str, **arguments: Any) -> nn.Module:

@@ -129,13 +129,16 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     plan.caches = found.caches
     for counts, values in zip(solution.counts, solution.values, strict=True):
         plan.columns.append(plan.channels.sub_network(counts, values))
-    labels = found.context.labels
+    labels, grouping = found.context.labels, solution.grouping
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):
-            if ids is None or solution.grouping.groups_in([ids]):
+            if ids is None:
                 continue
+            groups = grouping.groups_in([ids])
             layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
-            if (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
+            if groups and max(grouping.units[group] for group in groups) == 1 < len(ids):
+                plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
+            elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
 
