@@ -50,6 +50,7 @@ class Context:
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
     attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    numbered: bool = False  # whether any tensor holds numbers of units
     module: str = ""  # path of the module that is running
     operation: str = ""
     schema: Any = None  # of the operation
@@ -92,9 +93,30 @@ class Context:
 
     def pin_all(self, tensors: Iterable[Tensor], why: str = "") -> None:
         """Keep all axes of these tensors at full width because of the current operation."""
+        tensors = list(tensors)
+        self.use(tensors)
         for tensor in tensors:
             for ids in self.axes(tensor):
                 self.pin(ids, why)
+
+    def refuse(self, operands: Sequence[Tensor], why: str) -> None:
+        """Keep all that an operation meets at full width; the plan lists weights too, which might have shrunk."""
+        self.pin_all(operands, why)
+        for tensor in operands:
+            for ids in self.axes(tensor) if self.origin(tensor) == "weights" else ():
+                if ids is not None:
+                    self.labels.produce(ids)
+
+    def number(self, indices: Tensor, axes: Sequence[Ids | None]) -> None:
+        """Note that a tensor holds numbers of units on these axes."""
+        indices.slim_numbered = [ids for ids in axes if ids is not None]  # type: ignore[attr-defined]
+        self.numbered = True
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """Note that these tensors are read, which pins the axes whose units they number."""
+        for tensor in tensors:
+            for ids in getattr(tensor, "slim_numbered", ()):
+                self.pin(ids, "a unit's number is used")
 
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
         """Join two axes that must shrink together, and return the labels of both.

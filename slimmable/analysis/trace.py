@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._modules import unannounced
+from slimmable._modules import tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
 from slimmable.analysis._context import Call, Rule, results_of
@@ -72,11 +72,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = run_operation(func, args, kwargs)
-        results = results_of(func._schema, args, kwargs, out)
-        if not self.asleep and tensors(results):
+        if not self.asleep and func.namespace != "prim":
+            results = results_of(func._schema, args, kwargs, out)
             self.context.at(name_of(func), self.fake.running)
-            self.context.schema = func._schema
-            self._apply(rule_of(func), args, kwargs, results)
+            if self.context.numbered:
+                self.context.use(tensors((args, kwargs)))
+            if tensors(results):
+                self.context.schema = func._schema
+                self._apply(rule_of(func), args, kwargs, results)
         return out
 
     def _apply(self, rule: Rule, args: Any, kwargs: Any, results: Any) -> None:
@@ -153,7 +156,11 @@ def trace(
         context.at("skip", path)
         context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
 
-    fake.on_replay = pin_inputs
+    def pin_sources(sources: Sequence[Tensor]) -> None:
+        context.at("branch", fake.running)
+        context.pin_all(sources, "code depends on its numbers")
+
+    fake.on_replay, fake.on_branch = pin_inputs, pin_sources
     read: set[tuple[str, str]] = set()
     with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
         try:
@@ -163,13 +170,16 @@ def trace(
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = None
-            for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+            fake.on_replay = fake.on_branch = None
+            for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
+    for cache in ((path, name) for path, names in result.caches.items() for name in names):
+        result.tensors.pop(cache, None)
     context.at("output", "")
+    context.use(output_tensors(output))
     wanted = "full" if skip("", fake.model) else outputs
     result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
     return result
@@ -257,10 +267,7 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
     for path, module in model.named_modules():
         skipped = skip(path, module)
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
-        owned = {**module._parameters, **module._buffers}
-        for name, tensor in owned.items():
-            if tensor is None:
-                continue
+        for name, tensor in tensors_of(module).items():
             if not hasattr(tensor, "slim_axes"):
                 labelled = [n > 1 and axis < first_space for axis, n in enumerate(tensor.shape)]
                 axes = [context.labels.fresh(n) if yes else None for n, yes in zip(tensor.shape, labelled, strict=True)]
