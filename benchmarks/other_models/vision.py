@@ -81,6 +81,7 @@ class Dense(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor, proposals: list[Tensor] | None = None) -> Any:
+        """Return what the heads say; those of an R-CNN also say it of the boxes in `proposals`, for each image."""
         features = self.detector.backbone(images)
         if hasattr(self.detector, "head"):
             return self.detector.head(list(features.values()))
