@@ -51,7 +51,7 @@ def entries() -> Iterator[Entry]:
     yield model("twins_svt", "TwinsSVT", partial(noise, 2, 3, 64, 64), num_classes=10, **stages)
     yield model(
         "crossformer", "CrossFormer", large, dim=(32, 64, 96, 128), depth=(1, 1, 1, 1), local_window_size=2,
-        num_classes=10,        global_window_size=(4, 4, 2, 1),
+        num_classes=10, global_window_size=(4, 4, 2, 1),
     )  # fmt: skip
     yield model("max_vit", "MaxViT", large, num_classes=10, dim=32, depth=(1, 1), window_size=4, dim_conv_stem=16)
     yield model(
