@@ -32,6 +32,7 @@ class Entry:
 
     @property
     def key(self) -> str:
+        """The name in the list, such as "transformers/BertModel"."""
         return f"{self.library}/{self.name}"
 
 

@@ -189,7 +189,10 @@ def model(
 
 
 def _make(kind: str, made: Config) -> nn.Module:
-    return getattr(transformers, kind)(made())
+    made_model = getattr(transformers, kind)(made())
+    if kind.startswith("Mixtral"):
+        made_model.set_experts_implementation("eager")  # torch's grouped product has no double precision
+    return made_model
 
 
 def config(kind: str, *settings: Mapping[str, Any], **more: Any) -> Config:

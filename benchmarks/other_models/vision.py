@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "*inception_v3": {"aux_logits": False, "init_weights": False},
     "maxvit_t": {"input_size": (224, 224)},
 }
-TOO_BIG = ("convnext_large", "mvit*", "regnet_y_128gf", "vit_h_14", "vit_l_*")  # 150 million parameters, or clips
+TOO_BIG = ("convnext_large", "mvit*", "regnet_y_128gf", "s3d", "vit_h_14", "vit_l_*")  # 150 million parameters, or clips
 
 
 def entries() -> Iterator[Entry]:
@@ -65,9 +65,7 @@ def _first(choices: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def _clip(name: str) -> tuple[int, int, int]:
-    if "mvit" in name:
-        return 16, 224, 224  # its position tables have one size
-    return (16, 64, 64) if name == "s3d" else (4, 64, 64)
+    return (16, 224, 224) if "mvit" in name or name == "s3d" else (4, 64, 64)  # these take no smaller ones
 
 
 class Dense(nn.Module):
@@ -81,6 +79,7 @@ class Dense(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor, proposals: list[Tensor] | None = None) -> Any:
+        """Return what the heads say; those of an R-CNN also say it of the boxes in `proposals`, for each image."""
         features = self.detector.backbone(images)
         if hasattr(self.detector, "head"):
             return self.detector.head(list(features.values()))
