@@ -33,8 +33,8 @@ UNREACHED = {
     "fractional_max_pool3d _batch_norm_with_update",
     "it returns memory as it is": "empty_like empty new_empty new_empty_strided empty_strided empty_permuted "
     "resize set",
-    "it has no tensor operand, or none whose numbers it reads": "zeros ones full scalar_tensor linspace logspace eye arange "
-    "lift_fresh zero new_zeros new_ones new_full",
+    "it has no tensor operand, or none whose numbers it reads": "zeros ones full scalar_tensor linspace logspace eye "
+    "arange lift_fresh zero new_zeros new_ones new_full",
     "torch runs it as other operations": "contiguous narrow selu avg_pool1d _reshape_alias reshape chunk unsafe_chunk "
     "movedim t numpy_T max_pool1d max_pool1d_with_indices max_pool2d max_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d batch_norm layer_norm rms_norm resolve_conj "
