@@ -40,6 +40,7 @@ __all__ = [
     "at_width",
     "calibrate_bn",
     "extract",
+    "full_state_dict",
     "load",
     "load_slimclr",
     "plan",

@@ -36,7 +36,7 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     ctx.label(out, result, origin)
 
 
-@RULES.of("mm", "bmm", "mv", "dot", "vdot", "_sparse_mm")
+@RULES.of("mm", "bmm", "mv", "dot", "vdot")
 def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product."""
     _product(ctx, args[0], args[1], out)
@@ -55,7 +55,8 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
-    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
+    strides, paddings = (list(sizes) * (1 if len(sizes) > 1 else len(space)) for sizes in args[3:5])  # "valid" is [0]
+    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], strides, paddings, strict=True)):
         if (kernel, stride, padding) == (1, 1, 0):  # units along this axis are not mixed
             continue
         ids = space[i]
@@ -77,7 +78,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.produce(result)
     positions = (source if transposed else out).numel() // (channels if transposed else made)
     ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
-    if bias is not None and result is not None:
+    if bias is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
     ctx.label(out, [x[0], result, *space], "made")
 

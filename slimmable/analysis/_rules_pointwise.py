@@ -21,7 +21,7 @@ RULES = Rules()
 
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
     """Pin all axes of all inputs."""
-    ctx.pin_all(tensors((args, kwargs)), why)
+    ctx.refuse(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
@@ -61,7 +61,7 @@ def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str |
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
-    "addcdiv", "glu_jvp", "contiguous", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf", "polar",
+    "addcdiv", "contiguous", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf", "polar",
     "floor_divide", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
     "_conj_physical", "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
 )  # fmt: skip

@@ -172,7 +172,7 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
         cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
         _join_or_tell_apart(ctx, cuts)
-        if ctx.call.name in ("split", "split_with_sizes"):
+        if ctx.call.name.removeprefix("unsafe_") in ("split", "split_with_sizes"):
             given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
             for size, part in zip(sizes, cuts, strict=False):
@@ -271,7 +271,7 @@ def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any,
 @RULES.of("as_strided", "resize", "set")
 def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A change of memory layout alone keeps the labels."""
-    if out.shape != args[0].shape:
+    if out.shape != args[0].shape or ctx.call.name == "as_strided":
         return unknown(ctx, args, kwargs, out)
     return ctx.label(out, ctx.axes(args[0]), ctx.origin(args[0]))
 

@@ -78,9 +78,10 @@ class FakeModel:
         return self._wrap(_bare(tensor), tensor)
 
     def weight(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return a fake weight of this shape that is otherwise like another."""
-        meta = torch.empty(shape, dtype=like.dtype, device="meta")
-        return self._wrap(meta, like) if isinstance(like, FakeTensor) else meta
+        """Return a weight of this shape, without values, that is otherwise like another."""
+        if not isinstance(like, FakeTensor):
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._wrap(torch.empty(shape, dtype=like.dtype, device="meta"), like)
 
     @contextmanager
     def on_meta(self) -> Iterator[None]:

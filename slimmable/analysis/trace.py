@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._modules import unannounced
+from slimmable._modules import tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
 from slimmable.analysis._context import Call, Rule, results_of
@@ -174,11 +174,13 @@ def trace(
             raise _failed(fake, context, error) from error
         finally:
             fake.on_replay = fake.on_branch = None
-            for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+            for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.forget()
+    for cache in ((path, name) for path, names in result.caches.items() for name in names):
+        result.tensors.pop(cache, None)
     context.at("output", "")
     context.use(output_tensors(output))
     wanted = "full" if skip("", fake.model) else outputs
@@ -275,10 +277,7 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
     for path, module in model.named_modules():
         skipped = skip(path, module)
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
-        owned = {**module._parameters, **module._buffers}
-        for name, tensor in owned.items():
-            if tensor is None:
-                continue
+        for name, tensor in tensors_of(module).items():
             if not hasattr(tensor, "slim_axes"):
                 labelled = [n > 1 and axis < first_space for axis, n in enumerate(tensor.shape)]
                 axes = [context.labels.fresh(n) if yes else None for n, yes in zip(tensor.shape, labelled, strict=True)]
