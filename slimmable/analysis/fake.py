@@ -60,6 +60,9 @@ class FakeModel:
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(lambda module, args, path=path: self._stack.append(path))
             module.register_forward_hook(lambda module, args, output: self._leave())
+            module.__dict__["_apply"] = lambda *_, own=module: (
+                own
+            )  # a forward may call `to`, which fakes do not support
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
         self._before = [
@@ -136,7 +139,15 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
         with ExitStack() as stack:
-            inside: list[Any] = [self._where, values, _Packed(), torch.no_grad(), layers_in_parts(), _quietly(), *modes]
+            inside: list[Any] = [
+                self._where,
+                values,
+                _Replaced(),
+                torch.no_grad(),
+                layers_in_parts(),
+                _quietly(),
+                *modes,
+            ]
             for mode in inside:
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
@@ -191,6 +202,8 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        if name == "_grouped_mm" and args[1].ndim == 3:  # torch's own refuses float32 on shapes alone
+            return args[0] @ (args[1][0] if args[0].ndim == 2 else args[1])
         features = args and isinstance(args[0], FakeTensor) and self._value(args[0]) is None
         if features and not func._schema.is_mutable and name not in _CHOICES and not name.startswith("index"):
             return func(*args, **kwargs)  # as most operations
@@ -295,8 +308,8 @@ def _like(value: Any, given: Tensor) -> Any:
     return torch.empty_like(value, device=given.device) if isinstance(value, Tensor) else value
 
 
-class _Packed(TorchFunctionMode):
-    """Packs sequences of different lengths, and pads them again, by operations that need no numbers in memory."""
+class _Replaced(TorchFunctionMode):
+    """Replaces what reads numbers in memory: the packing of sequences of different lengths, numbers in text."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -315,6 +328,8 @@ class _Packed(TorchFunctionMode):
             lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
             dim = 1 if batch_first else 0
             return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
+        if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
+            return format(args[0].item(), args[1])
         return func(*args, **(kwargs or {}))
 
 

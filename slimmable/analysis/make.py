@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
 
+_TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
+
 
 def make_plan(
     model: nn.Module,
@@ -31,8 +33,11 @@ def make_plan(
     round_to: int = 1,
     universal: bool = False,
     outputs: Outputs = "auto",
+    advise: bool = True,
 ) -> Plan:
     """Trace `model`, which has no views, and return its plan.
+
+    An error tells, if it is to `advise`, whether skipping the module that fails would help.
 
     Raises:
         TraceError: if the model's forward fails on fake tensors.
@@ -51,6 +56,12 @@ def make_plan(
                 continue
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
+                if advise:
+
+                    def tried(skip: Skip) -> Plan:
+                        return make_plan(model, args, kwargs, widths, skip, round_to, universal, outputs, False)
+
+                    error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
             try:
                 replayed = recorded_outputs(model, args, kwargs, [*replayed, above])
@@ -68,6 +79,20 @@ def make_plan(
             raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
         line = str(reason).partition("\n")[0]
         pinned[path] = f"fails when narrow ({line[:100]})"
+
+
+def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Plan]) -> str:
+    """Tell what skipping a module that cannot be traced does, which is tried unless the model is large."""
+    if not path:
+        return "You can also move what fails into a module of its own and skip that."
+    if sum(parameter.numel() for parameter in model.parameters()) <= _TRIED:
+        try:
+            plan = tried(lambda name, module: _inside(name, path) or skip(name, module))
+        except Exception as error:
+            return f"Skipping only that module does not help: {str(error).partition(chr(10))[0]}"
+        if not plan.channels.units:
+            return f"To skip {path!r} would leave nothing that gets narrower."
+    return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
 def _inside(path: str, outer: str) -> bool:

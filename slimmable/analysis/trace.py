@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -249,14 +252,21 @@ def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     path = fake.running
-    own = "move what fails into a module of its own and skip that, "
-    skipping = f"keep the module at full width with skip={path!r}, " if path else own
+    asks = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+    why = "it asks for numbers that depend on weights or on the first input" if asks else str(error).strip()[:400]
+    inside = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    lines = [
+        at for at in extract_tb(error.__traceback__) if "/nn/" in at.filename or not at.filename.startswith(inside)
+    ]
     failed = TraceError(
         f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
-        f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}\nThe forward is run on shapes alone, so it "
-        f"cannot branch on values. You can {skipping}convert the part of the model that should get narrower, such as "
-        "model.backbone, in place, or pass other example_inputs."
+        f"{context.operation or '(none)'!r}: {why}\nIt is in {lines[-1].filename}, line {lines[-1].lineno}: "
+        f"{lines[-1].line}\nThe forward is run on shapes alone: it can branch on numbers of buffers, constants, "
+        "integer and boolean inputs, and all inputs but the first, such as masks, but not on features and weights. "
+        "Which units topk, argmax and the like choose is assumed if the example has a row for each. You can convert "
+        "the part of the model that should get narrower, such as model.backbone, in place, or pass other "
+        "example_inputs."
     )
     failed.module = path
     return failed
