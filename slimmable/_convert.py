@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
+from slimmable._configs import follow_configs
+from slimmable._described import follow_layers
 from slimmable._inputs import Arguments, example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
 from slimmable._width import at_width, widths_of
@@ -26,7 +28,6 @@ from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Plan, Setting
-from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
@@ -208,7 +209,10 @@ def _extract_active(model: M) -> M:
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
-    return cast(M, detach_all(small))
+    small = cast(M, detach_all(small))
+    follow_layers(model, small)
+    follow_configs(model, small)
+    return small
 
 
 def _refuse_derived(module: nn.Module, state: WidthState) -> None:
@@ -227,8 +231,10 @@ def _refuse_derived(module: nn.Module, state: WidthState) -> None:
 
 def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
     """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
-    order = sorted(range(full.ndim), key=full.stride, reverse=True)
-    copied = part.detach().permute(order).clone(memory_format=torch.contiguous_format)
+    part, order = part.detach(), sorted(range(full.ndim), key=full.stride, reverse=True)
+    if order == sorted(order):  # also of quantised tensors, which have no `permute`
+        return part.clone(memory_format=torch.contiguous_format)
+    copied = part.permute(order).clone(memory_format=torch.contiguous_format)
     return copied.permute([order.index(axis) for axis in range(full.ndim)])
 
 
@@ -353,10 +359,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
-            sizes = layer_sizes(module, cut, values)
-            if module is model:
-                sizes |= feature_sizes(module, found.columns[0], found.columns)
-            install_view(module, found.widths, cut, values, sizes, caches)
+            install_view(module, found.widths, cut, values, None, caches)
             _know(module, found, path)
     root = replace_modules(model, norms)
     root.__dict__["_slim_root"] = True

@@ -16,7 +16,6 @@ from slimmable._checks import check_module
 from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
-from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
@@ -274,11 +273,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
     if isinstance(module, SwitchableNorm):
         column = GuestNorm(module, width, next(kept[0] for kept in own.values() if len(kept) == 1))
     else:
-        values = found.values.get(state.path, {})
-        sizes = layer_sizes(module, {n: [k] for n, k in own.items()}, {n: [v] for n, v in values.items()})
-        if not state.path:
-            sizes |= feature_sizes(module, plan.columns[0], [found])
-        column = GuestColumn(module, width, own, values, {name: each[0] for name, each in sizes.items()})
+        column = GuestColumn(module, width, own, found.values.get(state.path, {}))
     column.counts = found.counts
     return column
 

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -135,7 +136,7 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
         with ExitStack() as stack:
-            inside: list[Any] = [self._where, values, torch.no_grad(), layers_in_parts(), _quietly(), *modes]
+            inside: list[Any] = [self._where, values, _Packed(), torch.no_grad(), layers_in_parts(), _quietly(), *modes]
             for mode in inside:
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
@@ -292,6 +293,34 @@ def _sources(tensor: Tensor) -> list[Tensor]:
 def _like(value: Any, given: Tensor) -> Any:
     """Return a fake tensor of the shape of a real one, on the device of a given one."""
     return torch.empty_like(value, device=given.device) if isinstance(value, Tensor) else value
+
+
+class _Packed(TorchFunctionMode):
+    """Packs sequences of different lengths, and pads them again, by operations that need no numbers in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "_pack_padded_sequence":
+            source, lengths, batch_first = args
+            ends = lengths.tolist()
+            sizes = [sum(end > step for end in ends) for step in range(max(ends))]
+            steps = source.unbind(1 if batch_first else 0)
+            with _disable_current_modes():
+                real = torch.tensor(sizes)  # recurrent layers read it in memory
+            return torch.cat([step[:size] for step, size in zip(steps, sizes, strict=False)]), real
+        if name == "_pad_packed_sequence":
+            data, batch_sizes, batch_first, padding, total = args
+            sizes = batch_sizes.tolist()
+            rows = [_padded(step, 0, sizes[0], padding) for step in data.split(sizes)]
+            lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
+            dim = 1 if batch_first else 0
+            return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
+        return func(*args, **(kwargs or {}))
+
+
+def _padded(tensor: Tensor, axis: int, size: int, value: float) -> Tensor:
+    after = [0] * (2 * (tensor.ndim - axis) - 1) + [size - tensor.shape[axis]]
+    return torch.nn.functional.pad(tensor, after, value=value)
 
 
 class Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]

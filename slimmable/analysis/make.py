@@ -17,6 +17,7 @@ from slimmable.analysis.fake import FakeModel, Shortcuts, recorded_outputs
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Pin, Plan
+from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
 
@@ -128,12 +129,16 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     plan.caches = found.caches
     for counts, values in zip(solution.counts, solution.values, strict=True):
         plan.columns.append(plan.channels.sub_network(counts, values))
-    labels = found.context.labels
+    labels, grouping = found.context.labels, solution.grouping
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):
-            if ids is None or solution.grouping.groups_in([ids]):
+            if ids is None:
                 continue
-            if labels.produced(ids).any() and labels.pinned(ids).any():
+            groups = grouping.groups_in([ids])
+            layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
+            if groups and max(grouping.units[group] for group in groups) == 1 < len(ids):
+                plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
+            elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
 

@@ -123,10 +123,9 @@ class GuestColumn(Column):
         width: float | Counts,
         kept: Mapping[str, Sequence[Kept]],
         values: Mapping[str, object],
-        sizes: Mapping[str, object],
     ) -> None:
         self.buffers: dict[str, tuple[int, ...]] = {}
-        super().__init__(width, _cuts(module, kept, self.buffers), values, sizes)
+        super().__init__(width, _cuts(module, kept, self.buffers), values)
         self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
