@@ -17,7 +17,7 @@ from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
 from slimmable.analysis._context import Call, Context, Rule, tensors
 from slimmable.analysis.channels import Output
-from slimmable.analysis.fake import FakeModel, run_operation
+from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
@@ -45,7 +45,7 @@ class Trace:
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as from `FakeModel.forget`
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `Reach`
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
 
@@ -69,7 +69,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = run_operation(func, args, kwargs)
+        out = func(*args, **kwargs)
         if not self.asleep and tensors(out):
             self.context.at(name_of(func), self.fake.running)
             rule_of(func)(self.context, args, kwargs, out)
@@ -153,7 +153,7 @@ def trace(
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
-    result.caches = fake.forget()
+    result.caches = fake.reach.caches
     context.at("output", "")
     wanted = "full" if skip("", fake.model) else outputs
     result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
@@ -261,20 +261,10 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
 def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
     """Replace the integer attributes of all modules with traced ones while the block runs."""
     before: list[tuple[nn.Module, str, Any]] = []
-
-    def traced(value: Any, key: Attribute) -> Any:
-        if type(value) is int:
-            result.attributes[key] = value
-            return TracedInt(value, Expression("attribute", key), result.context.on_equal)
-        if type(value) in (tuple, list, torch.Size):
-            parts = [traced(part, (*key[:2], (*key[2], i))) for i, part in enumerate(value)]
-            return type(value)(parts)
-        return value
-
     for path, module in model.named_modules():
         for name, value in list(module.__dict__.items()):
             if type(value) in (int, tuple, list, torch.Size) and value:
-                replaced = traced(value, (path, name, ()))
+                replaced = _traced(value, (path, name, ()), result)
                 before.append((module, name, value))
                 module.__dict__[name] = replaced
     try:
@@ -282,3 +272,12 @@ def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
     finally:
         for module, name, value in before:
             module.__dict__[name] = value
+
+
+def _traced(value: Any, key: Attribute, result: Trace) -> Any:
+    if type(value) is int:
+        result.attributes[key] = value
+        return TracedInt(value, Expression("attribute", key), result.context.on_equal)
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)([_traced(part, (*key[:2], (*key[2], i)), result) for i, part in enumerate(value)])
+    return value
