@@ -7,7 +7,8 @@
 >>> model[0].weight.shape
 torch.Size([8, 8])
 
-The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating` and `errors`.
+The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating`, `rules` and
+`errors`.
 """
 
 from importlib import import_module
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from slimmable import layers as layers
     from slimmable import losses as losses
     from slimmable import methods as methods
+    from slimmable import rules as rules
     from slimmable import training as training
     from slimmable._public import *
 
@@ -38,10 +40,12 @@ __all__ = [
     "at_width",
     "calibrate_bn",
     "extract",
+    "full_state_dict",
     "load",
     "load_slimclr",
     "plan",
     "profile",
+    "register_rule",
     "run_widths",
     "save",
     "search",
@@ -51,7 +55,7 @@ __all__ = [
     "widths_of",
 ]
 
-_SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "training")
+_SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "rules", "training")
 
 
 def __getattr__(name: str) -> Any:

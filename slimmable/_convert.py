@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
+from slimmable._configs import follow_configs
+from slimmable._described import follow_layers
 from slimmable._inputs import Arguments, example_of
-from slimmable._modules import is_under, replace_modules
+from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
@@ -25,7 +28,6 @@ from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Plan, Setting
-from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
@@ -112,27 +114,25 @@ def slimify(
             stacklevel=2,
         )
     target = model if inplace else copy_of(model)
-    state = state_of(target)
-    old: Plan | None = None if state is None else state.plan
-    before = strip(target)
-    orders = [] if importance is None else order_by_magnitude(target, found)
-    try:
-        if orders:
-            permute(target, found, orders)
-        kept = {} if orders else before  # after a permutation, the earlier narrow norms are in the wrong order
-        return cast(M, apply_plan(target, found, kept))
-    except BaseException:
-        strip(target)
-        if orders:
-            permute(target, found, [np.argsort(units) for units in orders])
-        if old is not None:
-            apply_plan(target, old, before)
-        raise
+    orders: list[Any] = []
+    with undone_on_error(target):
+        before = strip(target)
+        try:
+            if importance is not None:
+                orders = order_by_magnitude(target, found)
+                permute(target, found, orders)
+                before = {}  # the earlier narrow norms are in the wrong order now
+            return cast(M, apply_plan(target, found, before))
+        except BaseException:
+            strip(target)
+            if orders:
+                permute(target, found, [np.argsort(units) for units in orders])
+            raise
 
 
 def plan(
     model: nn.Module,
-    widths: Iterable[float] = WIDTHS,
+    widths: Iterable[float] | None = None,
     *,
     example_inputs: Any = None,
     skip: Skip = (),
@@ -141,6 +141,8 @@ def plan(
     universal: bool = False,
 ) -> Plan:
     """Return the plan that `slimify` would follow with the same arguments; print it to see groups, counts and pins.
+
+    For a converted model and no other arguments, this is the plan that it has, at its own widths.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(plan(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4)))
@@ -153,7 +155,10 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_module("plan", model)
-    wanted = check_widths(widths)
+    own = plan_of(model)
+    if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
+        widths, round_to, universal = own.widths, own.round_to, own.universal
+    wanted = check_widths(WIDTHS if widths is None else widths)
     unchanged = skip == () and outputs == "auto"
     known = _current_plan(model, wanted, round_to, universal) if unchanged else None
     return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
@@ -187,13 +192,14 @@ def _extract_active(model: M) -> M:
         if state is None:
             continue
         if isinstance(module, SwitchableContainer):
-            memo[id(module)] = copy.deepcopy(module.own_at(state.index), memo)
+            memo[id(module)] = copy_of(module.own_at(state.index), memo)
             continue
         slim.append(module)
+        _refuse_derived(module, state)
         for name, part in narrow_tensors(module, state.active).items():
             full = {**module._parameters, **module._buffers, **module.__dict__}[name]
             if id(full) not in memo:
-                own = part.detach().clone(memory_format=torch.contiguous_format)
+                own = _laid_out_as(full, part)
                 memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
     small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
     for module in slim:
@@ -203,7 +209,31 @@ def _extract_active(model: M) -> M:
         twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
-    return cast(M, detach_all(small))
+    small = cast(M, detach_all(small))
+    follow_layers(model, small)
+    follow_configs(model, small)
+    return small
+
+
+def _refuse_derived(module: nn.Module, state: WidthState) -> None:
+    """Refuse tensors that are computed from others since the conversion, which are full and not known to the plan."""
+    own = (*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ()))
+    for name in state.active.cuts.keys() - set(own):
+        if state.plan is not None and (state.path, name) not in state.plan.channels.sizes:
+            continue  # it never was a parameter
+        place = ".".join(filter(None, (state.path, name)))
+        raise ConversionError(
+            f"{place} of a {type(module).__name__} is no longer a parameter, as after torch.nn.utils.prune or "
+            "weight_norm; make the change permanent with torch.nn.utils.prune.remove or its counterpart, or call "
+            "slimmable.slimify on the model again, then extract"
+        )
+
+
+def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
+    """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
+    order = sorted(range(full.ndim), key=full.stride, reverse=True)
+    copied = part.detach().permute(order).clone(memory_format=torch.contiguous_format)
+    return copied.permute([order.index(axis) for axis in range(full.ndim)])
 
 
 # -- the steps of a conversion
@@ -281,7 +311,7 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
-        tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+        tensor = None if module is None else tensors_of(module).get(name)
         shape = None if tensor is None else tuple(tensor.shape)
         fits = (
             shape is not None
@@ -318,19 +348,16 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
             continue
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and own:
             inside = (*inside, f"{path}.") if path else inside
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 kept = [axes[0] for axes in per_width]
                 norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
                 _know(norm, found, path)
-        elif module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
+        elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
-            sizes = layer_sizes(module, cut, values)
-            if module is model:
-                sizes |= feature_sizes(module, found.columns[0], found.columns)
-            install_view(module, found.widths, cut, values, sizes, caches)
+            install_view(module, found.widths, cut, values, None, caches)
             _know(module, found, path)
     root = replace_modules(model, norms)
     root.__dict__["_slim_root"] = True

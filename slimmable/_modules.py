@@ -43,6 +43,23 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters, buffers and plain attributes of a module itself that are tensors.
+
+    Of the attributes only floating-point numbers count, such as a position table; integers are indices.
+
+    >>> import torch
+    >>> norm = nn.LayerNorm(2, bias=False)
+    >>> norm.table = torch.zeros(2)
+    >>> list(tensors_of(norm))
+    ['weight', 'table']
+    """
+    plain = {name: value for name, value in module.__dict__.items() if type(value) is Tensor}
+    owned = {**module._parameters, **module._buffers}
+    found = {name: tensor for name, tensor in owned.items() if tensor is not None}
+    return found | {name: tensor for name, tensor in plain.items() if tensor.is_floating_point()}
+
+
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Replace modules, given by `id`, wherever they occur; return the root."""
     for module in list(model.modules()):
@@ -50,6 +67,29 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
             if child is not None and id(child) in new:
                 module._modules[name] = new[id(child)]
     return new.get(id(model), model)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give all modules back the classes, attributes and widths that they had if the block fails."""
+    modules = list(model.modules())
+    kinds = [type(module) for module in modules]
+    states = [vars(module)["_slim"] for module in modules if "_slim" in vars(module)]
+    owners = [*map(vars, modules), *map(vars, states)]
+    dicts = [each for owner in owners for each in (owner, *owner.values()) if isinstance(each, dict)]
+    before = [(each, each.copy()) for each in dicts]
+    columns = [(state.columns, state.columns.copy()) for state in states]
+    try:
+        yield
+    except BaseException:
+        for module, kind in zip(modules, kinds, strict=True):
+            module.__class__ = kind
+        for each, entries in before:
+            each.clear()
+            each.update(entries)
+        for own, listed in columns:
+            own[:] = listed
+        raise
 
 
 def empty_cache(blank: object) -> object:
@@ -63,8 +103,20 @@ class _Unannounced:
 
 
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`."""
-    return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
+    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`.
+
+    Modules can be given this class: for that, the first class that has attributes must follow the same one without, as
+    `ABC` in `class Base(ABC, nn.Module)`.
+    """
+    root: type = base
+    while root.__base__ is not None and root.__base__.__dictoffset__:
+        root = root.__base__
+    bare = root.__base__
+    quiet = _Unannounced
+    if bare not in (None, object):
+        own = {name: vars(_Unannounced)[name] for name in ("__init_subclass__", "__module__")}
+        quiet = type("_Unannounced", (bare,), {**own, "__orig_bases__": ()})
+    return type(base.__name__, (quiet, *mixins, base), dict(body))
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:

@@ -16,10 +16,12 @@ from slimmable.errors import SlimmableError as SlimmableError
 from slimmable.files.model import load as load
 from slimmable.files.model import save as save
 from slimmable.files.slimclr import load_slimclr as load_slimclr
+from slimmable.files.weights import full_state_dict as full_state_dict
 from slimmable.layers import SlimConv2d as SlimConv2d
 from slimmable.layers import SlimLinear as SlimLinear
 from slimmable.layers import SwitchableBatchNorm as SwitchableBatchNorm
 from slimmable.layers import SwitchableProbe as SwitchableProbe
 from slimmable.losses import OnlineDistillation as OnlineDistillation
+from slimmable.rules import register_rule as register_rule
 from slimmable.training import SlimRecipe as SlimRecipe
 from slimmable.training import calibrate_bn as calibrate_bn

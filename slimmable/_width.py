@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from slimmable._checks import check_module
+from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
-from slimmable.analysis.sizes import feature_sizes, layer_sizes
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
@@ -166,7 +166,6 @@ def places_of(model: nn.Module) -> Places:
             continue
         seen.add(id(module))
         attributes = module.__dict__
-        converted = converted or attributes.get("_slim_root", False)
         state = attributes.get("_slim")
         if state is not None:
             places.append((module, state))
@@ -174,6 +173,7 @@ def places_of(model: nn.Module) -> Places:
                 continue
         elif converted and (attributes["_parameters"] or attributes["_buffers"]):
             strangers = True
+        converted = converted or state is not None or attributes.get("_slim_root", False)
         children = attributes["_modules"]
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])
@@ -268,19 +268,12 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
         if column.counts == found.counts:
             return column
     width = found.counts if number is None else float(number)
-    own = {
-        name: found.tensors[state.path, name]
-        for name in (*module._parameters, *module._buffers)
-        if (state.path, name) in found.tensors
-    }
+    kept = found.tensors
+    own = {name: kept[state.path, name] for name in tensors_of(module) if (state.path, name) in kept}
     if isinstance(module, SwitchableNorm):
         column = GuestNorm(module, width, next(kept[0] for kept in own.values() if len(kept) == 1))
     else:
-        values = found.values.get(state.path, {})
-        sizes = layer_sizes(module, {n: [k] for n, k in own.items()}, {n: [v] for n, v in values.items()})
-        if not state.path:
-            sizes |= feature_sizes(module, plan.columns[0], [found])
-        column = GuestColumn(module, width, own, values, {name: each[0] for name, each in sizes.items()})
+        column = GuestColumn(module, width, own, found.values.get(state.path, {}))
     column.counts = found.counts
     return column
 
@@ -292,7 +285,8 @@ def _widths(state: WidthState) -> tuple[float, ...]:
 def _gained_layers(model: nn.Module) -> ConversionError:
     containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
     inside = {id(module) for container in containers for module in container.modules()}
-    roots = [(name, module) for name, module in model.named_modules() if module.__dict__.get("_slim_root")]
+    own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    roots = [(name, module) for name, module in own if not {"_slim", "_slim_root"}.isdisjoint(module.__dict__)]
     found = {
         f"{f'{root}.' if root else ''}{name}".rstrip("."): type(module).__name__
         for root, top in roots

@@ -5,6 +5,7 @@ __all__ = [
     "ConversionError",
     "DataError",
     "DivergedError",
+    "RuleError",
     "SlimmableError",
     "TraceError",
     "UsageError",
@@ -31,6 +32,10 @@ class TraceError(ConversionError):
     """
 
     module: str = ""
+
+
+class RuleError(ConversionError):
+    """A rule of an operation, registered by `slimmable.register_rule`, that fails; the message names it."""
 
 
 class CheckpointError(SlimmableError, RuntimeError):

@@ -73,11 +73,11 @@ def kind_of(func: Any, args: Any) -> str:
     return "linear layers" if name in ("mm", "addmm") else "attention and other products of activations"
 
 
-def counted(slim: nn.Module, width: float) -> Counter[str]:
+def counted(slim: nn.Module, width: float, example: Any = None) -> Counter[str]:
     """Count the multiply-adds of a converted model at a width, by kind of operation."""
-    args, kwargs = example_of(slim)
+    args, kwargs = example_of(slim, example)
     counter = Kinds()
-    with torch.device("meta"), torch.no_grad(), slimmable.at_width(slim, width), counter:
+    with next(slim.parameters()).device, torch.no_grad(), slimmable.at_width(slim, width), counter:
         slim(*args, **kwargs)
     return counter.macs
 

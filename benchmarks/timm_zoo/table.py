@@ -108,7 +108,7 @@ def gates_page(rows: Rows) -> str:
 def broken(row: dict[str, str]) -> str:
     """Say which checks of a row are above their limit."""
     return ", ".join(
-        f"{name} {row[name]}" for name, limit in ORACLES.items() if row[name] and not_within(row, name, limit)
+        f"{name} {row[name]}" for name, limit in ORACLES.items() if row.get(name) and not_within(row, name, limit)
     )
 
 

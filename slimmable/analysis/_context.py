@@ -48,9 +48,12 @@ class Context:
     meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
     sums: list[Ids] = field(default_factory=list)  # labels along which features are added, not only scaled
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
+    attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    numbered: bool = False  # whether any tensor holds numbers of units
     module: str = ""  # path of the module that is running
     operation: str = ""
+    schema: Any = None  # of the operation
     call: Call = field(default_factory=Call)
 
     # -- labels of tensors
@@ -90,9 +93,22 @@ class Context:
 
     def pin_all(self, tensors: Iterable[Tensor], why: str = "") -> None:
         """Keep all axes of these tensors at full width because of the current operation."""
+        tensors = list(tensors)
+        self.use(tensors)
         for tensor in tensors:
             for ids in self.axes(tensor):
                 self.pin(ids, why)
+
+    def number(self, indices: Tensor, axes: Sequence[Ids | None]) -> None:
+        """Note that a tensor holds numbers of units on these axes."""
+        indices.slim_numbered = [ids for ids in axes if ids is not None]  # type: ignore[attr-defined]
+        self.numbered = True
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """Note that these tensors are read, which pins the axes whose units they number."""
+        for tensor in tensors:
+            for ids in getattr(tensor, "slim_numbered", ()):
+                self.pin(ids, "a unit's number is used")
 
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
         """Join two axes that must shrink together, and return the labels of both.
@@ -111,6 +127,19 @@ class Context:
         if joined is not None:
             self.consumed.append(joined)
             self.reads.append((self.module, joined))
+
+    def contract(self, first: Tensor, mine: Ids | None, second: Tensor, yours: Ids | None) -> None:
+        """Join the axes along which products of two tensors are added up."""
+        weights = [self.origin(tensor) == "weights" for tensor in (first, second)]
+        if all(weights):
+            self.merge(mine, yours)
+        elif any(weights):
+            self.consume(mine, yours)
+        else:
+            joined = self.merge(mine, yours)
+            self.meet(joined)
+            if joined is not None:
+                self.contractions.append((self.module, joined))
 
     def produce(self, ids: Ids | None) -> None:
         """Note that a layer with weights makes these units."""
@@ -215,6 +244,13 @@ class Rules(dict[str, Rule]):
 def tensors(tree: Any) -> list[Tensor]:
     """Return the tensors in nested arguments."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def results_of(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+    """Return what an operation has returned or, if it returns no tensor, the tensors that it has written to."""
+    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+    written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return out if tensors(out) else tensors(written)
 
 
 def dim_of(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, axes: int, default: int = 0) -> int:

@@ -20,14 +20,7 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     a, b = ctx.axes(first), ctx.axes(second)
     weights = "weights" in (ctx.origin(first), ctx.origin(second))
     ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
-    inner = b[-2 if len(b) > 1 else -1]
-    if weights:
-        ctx.consume(a[-1], inner)
-    else:
-        joined = ctx.merge(a[-1], inner)
-        ctx.meet(joined)
-        if joined is not None:
-            ctx.contractions.append((ctx.module, joined))
+    ctx.contract(first, a[-1], second, b[-2 if len(b) > 1 else -1])
     batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
     result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]
     moved = ctx.origin(second if ctx.is_features(second) else first)  # attention weights move the values, for one
@@ -43,16 +36,16 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
     ctx.label(out, result, origin)
 
 
-@RULES.of("mm", "bmm", "mv")
+@RULES.of("mm", "bmm", "mv", "dot", "vdot")
 def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product."""
     _product(ctx, args[0], args[1], out)
 
 
-@RULES.of("addmm", "baddbmm", "addbmm")
+@RULES.of("addmm", "baddbmm", "addmv", "_sparse_addmm")
 def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product with an addend."""
-    _product(ctx, args[1], args[2], out, args[0])
+    _product(ctx, args[1], args[2], out, None if kwargs.get("beta") == 0 else args[0])
 
 
 @RULES.of("convolution", "_convolution")
@@ -62,7 +55,8 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     transposed = bool(args[6])
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
-    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], args[3], args[4], strict=True)):
+    strides, paddings = (list(sizes) * (1 if len(sizes) > 1 else len(space)) for sizes in args[3:5])  # "valid" is [0]
+    for i, (kernel, stride, padding) in enumerate(zip(weight.shape[2:], strides, paddings, strict=True)):
         if (kernel, stride, padding) == (1, 1, 0):  # units along this axis are not mixed
             continue
         ids = space[i]
@@ -84,7 +78,7 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.produce(result)
     positions = (source if transposed else out).numel() // (channels if transposed else made)
     ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
-    if bias is not None and result is not None:
+    if bias is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
     ctx.label(out, [x[0], result, *space], "made")
 
@@ -135,7 +129,7 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     rows, units = ctx.axes(args[0])
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
-    ctx.label(out, [*[None] * (out.ndim - 1), units], "made")
+    ctx.label(out, [*ctx.axes(args[1]), units], "made")
 
 
 @RULES.of(
@@ -218,6 +212,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
+    ctx.attended.extend(ids for ids in (*k, *v) if ids is not None)
     for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
         ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable.analysis._context import Context, Rule, Rules, tensors
+from slimmable.analysis._context import Context, Rules, tensors
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids
 
@@ -19,9 +19,13 @@ Kwargs = dict[str, Any]
 RULES = Rules()
 
 
-def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Pin all axes of all inputs."""
-    ctx.pin_all(tensors((args, kwargs)), "has no rule")
+def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
+    """Pin all axes of all inputs; the plan lists those of weights, which a layer might have made thinner."""
+    for tensor in tensors((args, kwargs)):
+        ctx.pin_all([tensor], why)
+        for ids in ctx.axes(tensor) if ctx.origin(tensor) == "weights" else ():
+            if ids is not None:
+                ctx.labels.produce(ids)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
@@ -61,9 +65,9 @@ def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str |
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
-    "addcdiv", "glu_jvp", "contiguous", "tril", "triu", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf",
-    "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical", "_conj_physical",
-    "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
+    "addcdiv", "contiguous", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf", "polar",
+    "floor_divide", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
+    "_conj_physical", "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
 )  # fmt: skip
 def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
@@ -91,74 +95,47 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(result, joined[::-1], origin)
 
 
-@RULES.of("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "logcumsumexp")
-def along_an_axis(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Keep the labels; an axis on which the order of units matters cannot shrink."""
+@RULES.of("_softmax", "_log_softmax", "_safe_softmax")
+def softmax(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """The units of an axis meet, and keep their labels."""
     axes = ctx.axes(args[0])
-    if "softmax" not in ctx.operation:
-        dims = args[2] if ctx.operation == "roll" else args[1]
-        for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
-            ctx.pin(axes[dim], "the order of the units matters")
-    else:
-        ctx.meet(axes[args[1]])
+    ctx.meet(axes[args[1]] if axes else None)
     ctx.label(out, axes, ctx.origin(args[0]))
+
+
+_NUMBERING = {"max", "min", "median", "nanmedian", "mode", "kthvalue", "topk"}  # their second result holds indices
 
 
 @RULES.of(
     "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
-    "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum",
+    "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum", "aminmax", "median", "nanmedian",
+    "mode", "kthvalue", "topk",
 )  # fmt: skip
 def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Drop the reduced axes, which an operation that returns indices pins."""
+    """Drop the reduced axes; indices, if any, number their units."""
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
     results = tensors(out)
-    position = 2 if ctx.operation in ("linalg_vector_norm", "norm") else 1
-    given = args[position] if len(args) > position else kwargs.get("dim")
+    position = 2 if ctx.operation in ("linalg_vector_norm", "norm", "kthvalue", "topk") else 1
+    default = -1 if ctx.operation in ("mode", "kthvalue", "topk") else None
+    given = args[position] if len(args) > position else kwargs.get("dim", default)
     every = given is None or given == []
     dims = range(source.ndim) if every else given if isinstance(given, (list, tuple)) else [given]
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = ctx.axes(source)
-    indices = ctx.operation.startswith("arg") or (ctx.operation in ("max", "min") and len(results) == 2)
     for dim in reduced if ctx.origin(source) != "weights" else ():
         ctx.meet(axes[dim])
-    for dim in reduced if indices else ():
-        ctx.pin(axes[dim], "a unit's number is used")
+    if ctx.operation == ctx.call.name in ("kthvalue", "topk"):
+        ctx.constrain(ctx.call.argument(1, "k"), None, int(args[1]))
     for result in results:
         keep = result.ndim == source.ndim
         left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
         ctx.label(result, left, ctx.origin(source))
+    indices = results[1:] if ctx.operation in _NUMBERING else results if ctx.operation.startswith("arg") else []
+    for result in indices:
+        ctx.number(result, [axes[dim] for dim in reduced])
     return None
-
-
-def _spatial(dims: int) -> Rule:
-    """Return the rule of operations that mix neighbours along the last `dims` axes; the others keep their labels."""
-
-    def rule(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-        axes = ctx.axes(args[0])
-        front = len(axes) - dims
-        for ids in axes[front:]:
-            ctx.pin(ids, "neighbouring units are mixed")
-        for result in tensors(out):
-            ctx.label(result, axes[:front] + [None] * dims, ctx.origin(args[0]))
-
-    return rule
-
-
-for _dims in (1, 2, 3):
-    _kinds = (
-        "max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d",
-        "adaptive_max_pool{}d", "reflection_pad{}d", "replication_pad{}d", "max_pool{}d", "upsample_nearest{}d",
-        "_upsample_nearest_exact{}d", "fractional_max_pool{}d",
-    )  # fmt: skip
-    RULES.of(*(kind.format(_dims) for kind in _kinds))(_spatial(_dims))
-RULES.of("upsample_linear1d")(_spatial(1))
-RULES.of(
-    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "grid_sampler_2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d",
-)(_spatial(2))  # fmt: skip
-RULES.of("upsample_trilinear3d", "grid_sampler_3d")(_spatial(3))
 
 
 @RULES.of("constant_pad_nd")
@@ -181,34 +158,35 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@RULES.of("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A transform mixes the units along its axes."""
-    axes = ctx.axes(args[0])
-    for dim in args[1]:
-        ctx.pin(axes[dim], "is transformed")
-        axes[dim] = None
-    ctx.label(out, axes, ctx.origin(args[0]))
-
-
 @RULES.of(
     "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
-    "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace", "eye",
-    "arange",
+    "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace",
+    "logspace", "eye", "arange",
 )  # fmt: skip
 def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """An axis of a new tensor follows the size that was asked for, unless values depend on their position."""
-    values = ctx.operation in ("randperm", "linspace", "eye", "arange")
+    """An axis of a new tensor follows the size that was asked for; if values depend on their position, in order."""
     asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
+    if asked and ctx.operation == "arange":
+        given = [_steps(ctx.call.args, ctx.call.kwargs)]
     traced = {int(size): size for size in given if isinstance(size, TracedInt)}
     axes: list[Ids | None] = []
     for units in out.shape:
         size = traced.get(int(units))
         ids: Ids | None = None
         if size is not None:
-            if not values:
+            if ctx.operation != "randperm":
                 ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
             ctx.constrain(size, ids, int(units))
+            if ids is not None and ctx.operation in ("linspace", "logspace", "eye", "arange"):
+                ctx.labels.order(ids)
         axes.append(ids)
     ctx.label(out, axes, "constant")
+
+
+def _steps(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Return how many numbers `arange` makes of these arguments."""
+    names = ("start", "end", "step") if len(given) > 1 else ("end",)
+    ends = {"start": 0, "step": 1, **named, **dict(zip(names, given, strict=False))}
+    start, end, step = ends["start"], ends["end"], ends["step"]
+    return end if (start, step) == (0, 1) else -((start - end) // step)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from slimmable.analysis._context import Context, Rules, dim_of, tensors
@@ -38,6 +37,8 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
     nothing: list[Any] = [None] * out.ndim
     if ctx.call.name not in names:
         return nothing
+    if ctx.call.name.endswith("_as"):
+        return [ctx.size(ctx.call.args[1], axis) for axis in range(out.ndim)]
     given = list(ctx.call.args[1:]) + [v for k, v in ctx.call.kwargs.items() if k in ("size", "shape", "sizes")]
     if ctx.call.name == "unflatten":
         dim, sizes = given if len(given) == 2 else (ctx.call.kwargs["dim"], given[0])
@@ -53,7 +54,7 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
 def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Fold and split blocks of axes."""
     source = args[0]
-    sizes = _size_arguments(ctx, {"view", "reshape", "unflatten"}, out)
+    sizes = _size_arguments(ctx, {"view", "reshape", "unflatten", "view_as", "reshape_as"}, out)
     before, after = ctx.axes(source), [None] * out.ndim  # type: list[Ids | None], list[Ids | None]
     if out.numel() == 0 or not isinstance(args[1], (list, tuple)):  # nothing to label, or another dtype
         return unknown(ctx, args, kwargs, out)
@@ -103,7 +104,7 @@ def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Repeat along an axis: a single unit becomes any number of them, several are tiled."""
     source = args[0]
-    sizes = _size_arguments(ctx, {"expand"}, out)
+    sizes = _size_arguments(ctx, {"expand", "expand_as", "broadcast_to", "repeat"}, out)
     axes = [None] * (out.ndim - source.ndim) + ctx.axes(source)
     old = [1] * (out.ndim - source.ndim) + list(source.shape)
     for axis, size in enumerate(sizes):
@@ -113,7 +114,7 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         axes[axis] = ctx.labels.fresh(out.shape[axis]) if ids is None and old[axis] == 1 else ids
         if ids is not None:
             axes[axis] = spread(ids, out.shape[axis] // old[axis], 1)
-        if size is not None and int(size) != -1:
+        if size is not None and int(size) != -1 and old[axis] == 1:
             ctx.constrain(size, axes[axis], out.shape[axis])
     constant = all(ids is None for ids in ctx.axes(source)) and ctx.origin(source) != "weights"
     ctx.label(out, axes, "constant" if constant else ctx.origin(source))
@@ -171,7 +172,7 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
         cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
         _join_or_tell_apart(ctx, cuts)
-        if ctx.call.name in ("split", "split_with_sizes"):
+        if ctx.call.name.removeprefix("unsafe_") in ("split", "split_with_sizes"):
             given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
             for size, part in zip(sizes, cuts, strict=False):
@@ -270,78 +271,50 @@ def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any,
 @RULES.of("as_strided", "resize", "set")
 def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A change of memory layout alone keeps the labels."""
-    if out.shape != args[0].shape:
+    if out.shape != args[0].shape or ctx.call.name == "as_strided":
         return unknown(ctx, args, kwargs, out)
     return ctx.label(out, ctx.axes(args[0]), ctx.origin(args[0]))
 
 
-@RULES.of("index", "index_select", "gather", "take_along_dim")
-def index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Indexing pins the indexed axes; the others keep their labels."""
-    source = args[0]
-    axes = ctx.axes(source)
-    if ctx.operation == "index_select":
-        ctx.pin(axes[args[1]], "is indexed")
-        axes[args[1]] = None
-        return ctx.label(out, axes, ctx.origin(source))
-    if ctx.operation != "index":
-        dim = args[1] % source.ndim
-        ctx.pin(axes[dim], "is indexed")
-        picked = ctx.axes(args[2])
-        for i, ids in enumerate(axes):
-            if i != dim:
-                axes[i] = ctx.merge(ids, picked[i])
-        axes[dim] = None
-        return ctx.label(out, axes, ctx.origin(source))
-    used: list[int] = []
-    position = 0
-    for part in args[1]:
-        covered = 1 if part is None or part.dtype != torch.bool else part.ndim  # a mask covers several axes
-        used += [] if part is None else range(position, position + covered)
-        position += covered
-    for i in used:
-        ctx.pin(axes[i], "is indexed")
-    rest = [ids for i, ids in enumerate(axes) if i not in used]
-    new: list[Ids | None] = [None] * (out.ndim - len(rest))
-    front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    return ctx.label(out, rest[:front] + new + rest[front:], ctx.origin(source))
+@RULES.of("index_select", "gather")
+def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Read units of an axis at indices: one list of them, or one for each place."""
+    source, chosen, each = args[0], args[2], ctx.operation == "gather"
+    axes, picked = ctx.axes(source), ctx.axes(chosen)
+    dim = args[1] % max(source.ndim, 1)
+    for i, ids in enumerate(axes):
+        if i == dim:
+            ctx.pin(ids, "is indexed")
+            axes[i] = picked[i if each else 0] if picked else None
+        elif each and source.shape[i] == chosen.shape[i]:
+            axes[i] = ctx.merge(ids, picked[i])
+        elif each:
+            ctx.pin(ids, "is read in part")
+            axes[i] = picked[i]
+    ctx.label(out, axes, ctx.origin(source))
 
 
-@RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "unfold", "channel_shuffle", "native_channel_shuffle")
+@RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Turn each input channel into a block of output channels, or the reverse."""
+    """Turn each input channel into a block of output channels, or the reverse, or shuffle them."""
     axes = ctx.axes(args[0])
-    if ctx.operation == "unfold":
-        ctx.pin(axes[args[1]], "is cut into windows")
-        axes[args[1]] = None
-        return ctx.label(out, [*axes, None], ctx.origin(args[0]))
-    channel = -2 if ctx.operation == "im2col" else -3
-    source_channel = {"im2col": -3, "col2im": -2}.get(ctx.operation, channel)
-    ids = axes[source_channel]
-    if ids is None:
-        return ctx.label(out, [None] * out.ndim)
-    before, after = len(ids), int(out.shape[channel])
-    if after == before:  # shuffled: (groups, n) -> (n, groups)
+    shuffled = "channel_shuffle" in ctx.operation
+    channel = 1 if shuffled else len(axes) - (2 if ctx.operation == "col2im" else 3)
+    new = ids = axes[channel]
+    rest = axes[channel + 1 :]
+    if not shuffled:
+        for space in rest:
+            ctx.pin(space, "is cut into blocks")
+        rest = [None] * (out.ndim - channel - 1)
+    after = int(out.shape[channel])
+    if ids is not None and shuffled:  # (groups, n) -> (n, groups)
         block = ids.reshape(args[1], -1)
         ctx.labels.merge_rows(block.T)
         new = block.T.reshape(-1)
-    elif after > before:
-        new = spread(ids, 1, after // before)
-    else:
+    elif ids is not None and after >= len(ids):
+        new = spread(ids, 1, after // len(ids))
+    elif ids is not None:
         block = ids.reshape(after, -1)
         ctx.labels.merge_rows(block)
         new = block[:, 0]
-    result: list[Ids | None] = [None] * out.ndim
-    result[0] = axes[0] if out.ndim == args[0].ndim else None
-    result[channel] = new
-    return ctx.label(out, result, ctx.origin(args[0]))
-
-
-@RULES.of("view_as_real", "view_as_complex")
-def complex_view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Add or remove a last axis of size 2."""
-    axes = ctx.axes(args[0])
-    if ctx.operation == "view_as_real":
-        return ctx.label(out, [*axes, None], ctx.origin(args[0]))
-    ctx.pin(axes[-1], "is the real and imaginary part")
-    return ctx.label(out, axes[:-1], ctx.origin(args[0]))
+    ctx.label(out, [*axes[:channel], new, *rest], ctx.origin(args[0]))

@@ -152,6 +152,7 @@ def _output(output: Output, labels: Labels, pack: _Packing) -> Output:
     if not pack.grouping.groups_in([ids for ids in units if ids is not None]):
         reasons = dict.fromkeys(labels.reason(ids) for ids in made)
         why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
+        why = why or "no units that could get thinner reach it"
     return replace(output, units=units, why=why)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from slimmable._modules import tensors_of
 from slimmable.analysis.plan import Group, Plan
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
@@ -59,7 +60,7 @@ def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
     with torch.no_grad():
         for (path, name), changes in steps.items():
             module = model.get_submodule(path)
-            tensor: Tensor = {**module._parameters, **module._buffers}[name]  # type: ignore[assignment]
+            tensor = tensors_of(module)[name]
             if id(tensor) in done:
                 continue
             done.add(id(tensor))

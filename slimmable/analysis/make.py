@@ -18,6 +18,7 @@ from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Pin, Plan
+from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
 
@@ -152,7 +153,8 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
         for axis, ids in enumerate(axes):
             if ids is None or solution.grouping.groups_in([ids]):
                 continue
-            if labels.produced(ids).any() and labels.pinned(ids).any():
+            layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
+            if (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
 
@@ -190,7 +192,8 @@ def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
     modules = dict(fake.model.named_modules(remove_duplicate=False))
     before: list[tuple[dict[str, Any], str, Any]] = []
     for (path, name), kept in column.tensors.items():
-        store = modules[path]._parameters if name in modules[path]._parameters else modules[path]._buffers
+        stores = (modules[path]._parameters, modules[path]._buffers, modules[path].__dict__)
+        store = next(found for found in stores if name in found)
         tensor = store[name]
         shape = [kept_of(size, keep) for size, keep in zip(tensor.shape, kept, strict=True)]
         if tensor.shape != tuple(shape):

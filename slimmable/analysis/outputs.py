@@ -28,12 +28,18 @@ def label_outputs(
     """Pin the outputs that keep their size; `called` are the paths of the modules that ran.
 
     By default, units that layers with weights made and that were then only moved, scaled, normalized or bounded are
-    class scores, an image or an embedding, and stay. Those of a residual stream (sums that layers read), of a timm
-    model that ran without its classifier, and any others, such as rectified ones, are features and get thinner.
+    class scores, an image or an embedding, and stay. Those of a residual stream (sums that layers read), keys and
+    values that attention reads, those of a timm model that ran without its classifier, and any others, such as
+    rectified ones, are features and get thinner.
     """
     labels = context.labels
     backbones = _backbones(model, called)
-    streams = np.intersect1d(_roots(context, context.residuals), _roots(context, context.consumed))
+    inner = {
+        "features of a residual stream": np.intersect1d(
+            _roots(context, context.residuals), _roots(context, context.consumed)
+        ),
+        "keys and values of an attention": _roots(context, context.attended),
+    }
 
     def features(origin: str | None, ids: Ids) -> str:
         """Return why these units get thinner, or "" if they stay."""
@@ -43,8 +49,9 @@ def label_outputs(
             return ""
         if any(all(_inside(path, backbone) for path in makers) for backbone in backbones):
             return "features of a timm model without its classifier"
-        if np.isin(labels.find(ids), streams).any():
-            return "features of a residual stream"
+        for why, roots in inner.items():
+            if np.isin(labels.find(ids), roots).any():
+                return why
         return "" if origin == "made" else "features, rectified or combined after the layer that made them"
 
     found = []
@@ -67,11 +74,10 @@ def label_outputs(
 
 def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]:
     """Return what becomes of each output."""
-    if isinstance(wanted, str):
-        wanted = {"*": wanted}
+    given = {"*": wanted} if isinstance(wanted, str) else wanted
     positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
     kinds = ["auto"] * len(names)
-    for key, kind in wanted.items() if isinstance(wanted, Mapping) else enumerate(wanted):
+    for key, kind in given.items() if isinstance(given, Mapping) else enumerate(given):
         if kind not in _KINDS:
             raise ConversionError(f"outputs={wanted!r}: {kind!r} is unknown; use 'auto', 'full' or 'slim'")
         pattern = positions[key] if isinstance(key, int) and 0 <= key < len(positions) else str(key)

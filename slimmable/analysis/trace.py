@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._modules import unannounced
+from slimmable._modules import tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
-from slimmable.analysis._context import Call, Context, Rule, tensors
+from slimmable.analysis._context import Call, Rule, results_of
+from slimmable.analysis._context import Context as Context
+from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
 from slimmable.analysis.sizes import size_axes
-from slimmable.errors import TraceError
+from slimmable.errors import RuleError, TraceError
 
 RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full; a string is the reason
@@ -70,10 +72,24 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self.asleep and tensors(out):
+        if not self.asleep and func.namespace != "prim":
+            results = results_of(func._schema, args, kwargs, out)
             self.context.at(name_of(func), self.fake.running)
-            rule_of(func)(self.context, args, kwargs, out)
+            if self.context.numbered:
+                self.context.use(tensors((args, kwargs)))
+            if tensors(results):
+                self.context.schema = func._schema
+                self._apply(rule_of(func), args, kwargs, results)
         return out
+
+    def _apply(self, rule: Rule, args: Any, kwargs: Any, results: Any) -> None:
+        try:
+            rule(self.context, args, kwargs, results)
+        except RuleError:
+            raise
+        except Exception as error:  # a fault of ours, for which the model still converts
+            fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
+            _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
 
 
 class _Calls(TorchFunctionMode):
@@ -140,21 +156,30 @@ def trace(
         context.at("skip", path)
         context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
 
-    fake.on_replay = pin_inputs
+    def pin_sources(sources: Sequence[Tensor]) -> None:
+        context.at("branch", fake.running)
+        context.pin_all(sources, "code depends on its numbers")
+
+    fake.on_replay, fake.on_branch = pin_inputs, pin_sources
     read: set[tuple[str, str]] = set()
     with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
         try:
             output = fake.run(operations, _Calls(context, operations))
+        except RuleError:
+            raise
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = None
-            for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+            fake.on_replay = fake.on_branch = None
+            for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.reach.caches
+    for cache in ((path, name) for path, names in result.caches.items() for name in names):
+        result.tensors.pop(cache, None)
     context.at("output", "")
+    context.use(output_tensors(output))
     wanted = "full" if skip("", fake.model) else outputs
     result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
     return result
@@ -242,10 +267,7 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
     for path, module in model.named_modules():
         skipped = skip(path, module)
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
-        owned = {**module._parameters, **module._buffers}
-        for name, tensor in owned.items():
-            if tensor is None:
-                continue
+        for name, tensor in tensors_of(module).items():
             if not hasattr(tensor, "slim_axes"):
                 labelled = [n > 1 and axis < first_space for axis, n in enumerate(tensor.shape)]
                 axes = [context.labels.fresh(n) if yes else None for n, yes in zip(tensor.shape, labelled, strict=True)]

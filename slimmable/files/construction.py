@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
 from slimmable.files.compare import differences, fits_inside
+from slimmable.files.weights import full_state_dict
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.view import original_class
 
@@ -107,9 +108,9 @@ def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
     """Tell whether `plain` is the full network of `model`, or one that `model` may be a sub-network of."""
     if _classes(model) != _classes(plain):
         return False
-    own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
+    own, full = full_state_dict(model, keep_vars=True), plain.state_dict(keep_vars=True)
     if plan is not None:
-        return not differences(full, {name: tensor for name, tensor in own.items() if ".narrow." not in name})
+        return not differences(full, own)
     return own.keys() == full.keys() and all(fits_inside(own[name].shape, full[name].shape) for name in full)
 
 

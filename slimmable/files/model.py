@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -123,9 +122,7 @@ def _plan_to_save(model: nn.Module) -> Plan | None:
             f"{type(model).__name__} is not a model as slimmable.slimify returned it: it has slimmable layers from "
             "elsewhere, or is a part or a wrapper of a converted model; save the converted model itself"
         )
-    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    own = {name for name, _ in tensors}
-    gone = [name for name in (f"{path}.{name}".lstrip(".") for path, name in plan.tensors) if name not in own]
+    gone = [name for name, shape in misfits(model, plan) if shape is None]
     if gone:
         raise CheckpointError(
             f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "

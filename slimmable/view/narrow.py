@@ -36,7 +36,8 @@ class NarrowNorms(nn.ModuleList):
 
 def share(norm: nn.Module, lent: dict[str, nn.Parameter | None], kept: Kept) -> nn.Module:
     """Let a narrow norm read its part of `lent`, the full norm's gain and bias, instead of having its own."""
-    norm.__dict__.update(_parameters={}, affine=False, _slim_lent=lent, _slim_shared=kept)  # converters read `affine`
+    own = {name: None for name, tensor in lent.items() if tensor is None}
+    norm.__dict__.update(_parameters=own, affine=False, _slim_lent=lent, _slim_shared=kept)  # converters read `affine`
     install_view(norm, (1.0,), {name: [(kept,)] for name, tensor in lent.items() if tensor is not None}, {})
     return norm
 

@@ -67,6 +67,16 @@ class SwitchableNorm(SwitchableContainer):
             for norm in filter(shares, self.norms()):
                 norm.__dict__["_slim_lent"] = self.full._parameters
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse tensors that other code adds, as pruning does.
+
+        Raises: ConversionError: always.
+        """
+        raise ConversionError(
+            f"{name} cannot be added to a switchable norm, which has no tensors of its own; change the norms of all "
+            "widths, norm.full and norm.narrow, or change the model before slimmable.slimify"
+        )
+
     def _narrowed(self, kept: Kept, shared: bool) -> nn.Module:
         norm = narrowed(self.full, kept)
         return share(norm, self.full._parameters, kept) if shared else norm

@@ -96,12 +96,22 @@ def remove_view(module: nn.Module) -> None:
     state = state_of(module)
     if state is None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
-    module.__class__ = original_class(module)
+    module.__class__ = _without_view(type(module))
     state.active.leave(module)
     del module.__dict__["_slim"]
     module.__dict__.update(state.blanks)
     for buffer in state.index_buffers:
         delattr(module, buffer)
+
+
+def _without_view(kind: type) -> type:
+    """Return a class without its generated base, also one made from that since, as parametrizations do."""
+    if "_slim_base" in kind.__dict__:
+        return cast(type, kind._slim_base.__dict__.get("_slim_plain", kind._slim_base))  # type: ignore[attr-defined]
+    if not hasattr(kind, "_slim_base"):
+        return kind
+    body = {name: value for name, value in kind.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(map(_without_view, kind.__bases__)), body)
 
 
 class GuestColumn(Column):
@@ -113,10 +123,9 @@ class GuestColumn(Column):
         width: float | Counts,
         kept: Mapping[str, Sequence[Kept]],
         values: Mapping[str, object],
-        sizes: Mapping[str, object],
     ) -> None:
         self.buffers: dict[str, tuple[int, ...]] = {}
-        super().__init__(width, _cuts(module, kept, self.buffers), values, sizes)
+        super().__init__(width, _cuts(module, kept, self.buffers), values)
         self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:

@@ -112,11 +112,10 @@ def permuted_difference(
     orders = [np.arange(g.units) if g.ordered else random.permutation(g.units) for g in plan.groups]
     permute(shuffled, plan, order_by_magnitude(model, plan) if order == "magnitude" else orders)
     found = []
-    for got, want, full, narrow in zip(
-        run(shuffled), expected, plan.output_shapes[0], plan.output_shapes[-1], strict=True
-    ):
-        for axis, (units, kept) in enumerate(zip(full, narrow, strict=True)):
-            if units != kept:  # thinner features come out permuted
+    grouping = plan.channels.needed.grouping
+    for got, want, output in zip(run(shuffled), expected, plan.channels.outputs, strict=True):
+        for axis, ids in enumerate(output.units):
+            if ids is not None and grouping.groups_in([ids]):  # features come out permuted
                 got, want = got.sort(axis).values, want.sort(axis).values
         found.append(difference(got, want))
     return float(np.max(found))

@@ -92,3 +92,42 @@ def test_attention_that_caches_its_biases():
             narrow = slim(x)
         assert torch.equal(slim(x), expected)
         assert oracles.difference(narrow, slimmable.extract(slim, 0.25)(x)) < 1e-12
+
+
+class Placed(nn.Module):
+    """Adds positions that are neither a parameter nor a buffer, as many do; `counted` also counts its calls."""
+
+    def __init__(self, counted: bool = False):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.positions, self.calls = torch.randn(5, 8), torch.zeros(()) if counted else None
+
+    def forward(self, x):
+        if self.calls is not None:
+            self.calls = self.calls + 1
+        return self.second(self.first(x).relu() + self.positions)
+
+
+@pytest.mark.parametrize("importance", [None, "magnitude"])
+def test_a_plain_table_gets_thinner_at_any_width(importance):
+    torch.manual_seed(0)
+    model, x = Placed(), torch.randn(2, 5, 4)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x, universal=True, importance=importance)
+    torch.testing.assert_close(slim(x), model(x))
+    for width, kept in ((1.0, 8), (0.75, 6), (0.5, 4), (0.25, 2)):
+        slimmable.set_width(slim, width)
+        small = slimmable.extract(slim, width)
+        assert slim.positions.shape == small.positions.shape == (5, kept)
+        torch.testing.assert_close(small(x), slim(x))
+    assert slim.__dict__["positions"].shape == model.positions.shape == (5, 8)
+    torch.testing.assert_close(slimmable.extract(slim, 1.0)(x), model(x))
+
+
+def test_an_attribute_that_the_forward_writes_stays_a_cache():
+    x = torch.randn(2, 5, 4)
+    slim = slimmable.slimify(Placed(counted=True), WIDTHS, example_inputs=x)
+    assert list(slimmable.plan(slim, WIDTHS).caches[""]) == ["calls"]
+    assert slim.positions.shape == (5, 8)
+    with slimmable.at_width(slim, 0.5):
+        slim(x)
+        assert (slim.calls.item(), slim.positions.shape) == (1, (5, 4))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import slimmable
 from tests.convert import oracles
@@ -203,6 +204,18 @@ CASES = {
     ),
     "sorted": lambda: Fn(
         lambda m, x: head(m, m.b(m.a(x).sort(1).values)), a=conv(3, 8), b=conv(8, 8), fc=nn.Linear(8, 5)
+    ),
+    "tokens with a plain table of positions": lambda: with_attribute(
+        Fn(tokens, a=conv(3, 16), cls=nn.Parameter(torch.ones(1, 1, 16)), norm=nn.LayerNorm(16), fc=nn.Linear(16, 5)),
+        pos=torch.randn(1, 65, 16, dtype=torch.float64),
+    ),
+    "frozen norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.n(m.a(x)).relu())), a=conv(3, 16), n=FrozenBatchNorm2d(16), b=conv(16, 8),
+        fc=nn.Linear(8, 5),
+    ),
+    "padding by name": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x).relu())), a=nn.Conv2d(3, 16, 3, padding="valid"),
+        b=nn.Conv2d(16, 8, 3, padding="same"), fc=nn.Linear(8, 5),
     ),
     "weight norm": lambda: Fn(
         lambda m, x: head(m, m.b(m.a(x))), a=nn.utils.parametrizations.weight_norm(conv(3, 16)), b=conv(16, 8),

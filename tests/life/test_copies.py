@@ -183,6 +183,7 @@ def test_plain_weights_go_in_and_come_out_unchanged(name):
     ways_back = {
         "extraction": slimmable.extract(slim, 1.0).state_dict(),
         "plain keys": {key: tensor for key, tensor in slim.state_dict().items() if ".narrow." not in key},
+        "in one call": slimmable.full_state_dict(slim),
     }
     for state in ways_back.values():
         assert list(state) == list(expected)

@@ -8,12 +8,13 @@ import pytest
 
 import slimmable
 
-SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "training")
+SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "rules", "training")
 
 
 def test_the_top_level_names_are_these():
     assert set(slimmable.__all__) == {
         *("slimify", "plan", "extract", "save", "load", "load_slimclr", "profile", "search", "calibrate_bn"),
+        *("full_state_dict", "register_rule"),
         *("set_width", "at_width", "width_of", "widths_of", "run_widths", "AllWidths"),
         *("SlimRecipe", "OnlineDistillation", "SwitchableProbe", "Inputs", "SlimmableError"),
         *("SlimConv2d", "SlimLinear", "SwitchableBatchNorm"),

@@ -1,0 +1,13 @@
+"""Rules of operations: what an operation does with the units on the axes of its tensors.
+
+`register_rule` gives your own operations one. The rules here are written in the same way; the basic ones are part of
+`slimmable.analysis`.
+"""
+
+from slimmable.rules import _families as _families
+from slimmable.rules import _torch as _torch
+from slimmable.rules import _torchvision as _torchvision
+from slimmable.rules._operation import Operation
+from slimmable.rules._register import register_rule
+
+__all__ = ["Operation", "register_rule"]

@@ -1,0 +1,157 @@
+"""What a rule is given: one call of an operation, and verbs that say what it does with the units on its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from slimmable.analysis.labels import Ids
+from slimmable.analysis.trace import Context, tensors
+
+
+class Operation:
+    """One call of an operation, as its rule sees it.
+
+    `op["weight"]` is the argument of that name in the operation's schema, or its default. Verbs take such a name of a
+    tensor, or "indices[0]" for the first of a list, and one of its axes. About an optional tensor that was not passed,
+    and about axes of size 1, which are broadcast, they say nothing.
+
+    An axis that the rule does not mention stays at full width. So a rule that forgets something costs savings, not
+    correctness; what it does say is believed.
+
+    Attributes:
+        name: such as "torchvision::roi_align".
+        tensors: the tensors among the arguments, by name.
+        outputs: the tensors that it has returned, or those that it has written to if it returns none.
+    """
+
+    def __init__(self, context: Context, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        self.name = str(context.schema.name)
+        self.outputs = tensors(out)
+        self._context = context
+        self._arguments = {argument.name: argument.default_value for argument in context.schema.arguments}
+        self._order = list(self._arguments)
+        self._arguments.update(zip(self._order, args, strict=False), **kwargs)
+        self.tensors: dict[str, Tensor] = {}
+        for name, value in self._arguments.items():
+            parts = enumerate(value) if isinstance(value, (list, tuple)) else ()
+            named = {name: value} | {f"{name}[{i}]": part for i, part in parts}
+            self.tensors |= {key: part for key, part in named.items() if isinstance(part, Tensor)}
+        self._mentioned: set[tuple[str, int]] = set()
+        self._axes: list[dict[int, Ids | None]] = [{} for _ in self.outputs]
+        self._sources: list[set[str]] = [set() for _ in self.outputs]  # names of what moves there
+        self._products: list[tuple[int, Ids | None]] = []  # multiply-adds per element of the output, inner axis
+        self._made = False
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._arguments:
+            raise KeyError(f"{self.name} has no argument {name!r}; it has {', '.join(self._arguments)}")
+        return self._arguments[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arguments
+
+    def same(self, first: str, axis: int, second: str, other: int) -> None:
+        """Say that two axes hold the same units, such as batches, heads or channels that meet one by one."""
+        mine, yours = self._axis(first, axis), self._axis(second, other)
+        if mine is not None and yours is not None and 1 not in (mine[0], yours[0]):
+            _check(mine[0], yours[0], f"axis {axis} of {first!r}", f"axis {other} of {second!r}")
+            self._context.merge(mine[1], yours[1])
+
+    def moves(self, name: str, axis: int, to: int, output: int = 0) -> None:
+        """Say that an axis becomes axis `to` of an output; all that moves to one axis there is the same units."""
+        given, axes, result = self._axis(name, axis), self._axes[output], self.outputs[output]
+        to = _number(to, result, f"output {output}")
+        if given is None or given[0] == 1:
+            return
+        _check(given[0], int(result.shape[to]), f"axis {axis} of {name!r}", f"axis {to} of output {output}")
+        axes[to] = self._context.merge(axes[to], given[1]) if to in axes else given[1]
+        self._sources[output].add(name)
+
+    def keeps(self, name: str, *but: int, output: int = 0) -> None:
+        """Say that all axes but some move to an output, each to its own place, or closing up if that has fewer axes."""
+        count = self.tensors[name].ndim if name in self.tensors else 0
+        fewer = self.outputs[output].ndim < count
+        kept = [axis for axis in range(count) if axis not in {each % count for each in but}]
+        for number, axis in enumerate(kept):
+            self.moves(name, axis, to=number if fewer else axis, output=output)
+
+    def makes(self, weight: str, axis: int, to: int, output: int = 0) -> None:
+        """Say that an axis of a weight makes the units on axis `to` of an output, as the channels of a convolution."""
+        given = self._axis(weight, axis)
+        if given is not None and self._context.origin(self.tensors[weight]) == "weights":
+            self._context.produce(given[1])
+            self._made = True
+        self.moves(weight, axis, to, output)
+
+    def contracts(self, first: str, axis: int, second: str, other: int, times: int = 1) -> None:
+        """Say that products of two tensors are added up along an axis of both, as in a matrix product.
+
+        If one of them is a weight, its layer reads the axis. The plan counts `times` multiply-adds for each unit of the
+        axis and each element of the output: for a convolution the size of its kernel.
+        """
+        mine, yours = self._axis(first, axis), self._axis(second, other)
+        if mine is not None and yours is not None:
+            _check(mine[0], yours[0], f"axis {axis} of {first!r}", f"axis {other} of {second!r}")
+            self._context.contract(self.tensors[first], mine[1], self.tensors[second], yours[1])
+            self._products.append((times * mine[0], mine[1]))
+
+    def mixes(self, name: str, axis: int) -> None:
+        """Say that the units along an axis are put together without weights, all alike, as by a mean or a softmax."""
+        given = self._axis(name, axis)
+        self._context.meet(None if given is None else given[1])
+
+    def pins(self, name: str, axis: int, why: str) -> None:
+        """Keep an axis at full width, for a reason that the plan gives, such as "the order of the units matters"."""
+        given = self._axis(name, axis)
+        self._context.pin(None if given is None else given[1], why)
+
+    def sizes(self, number: str, name: str, axis: int) -> None:
+        """Say that the integer argument `number` counts the units on an axis, as `num_heads` does.
+
+        It follows the width if it comes from an attribute of a module or the shape of a tensor; a constant pins.
+        """
+        given, passed = self._axis(name, axis), self._context.call.argument(self._order.index(number), number)
+        if given is not None:
+            self._context.constrain(self[number] if passed is None else passed, given[1], given[0])
+
+    def _axis(self, name: str, axis: int) -> tuple[int, Ids | None] | None:
+        """Return size and labels of an axis, or None if there is no such tensor; note that the rule mentions it."""
+        if name not in self.tensors:
+            if self[name.partition("[")[0]] is not None and "[" not in name:
+                raise TypeError(f"argument {name!r} is no tensor, but {self[name]!r}")
+            return None
+        tensor = self.tensors[name]
+        number = _number(axis, tensor, repr(name))
+        self._mentioned.add((name, number))
+        return int(tensor.shape[number]), self._context.axes(tensor)[number]
+
+    def _finish(self) -> None:
+        """Pin the axes that the rule has not mentioned, count the multiply-adds, and label the outputs."""
+        context = self._context
+        for name, tensor in self.tensors.items():
+            for axis, ids in enumerate(context.axes(tensor)):
+                if (name, axis) not in self._mentioned:
+                    context.pin(ids, f"its rule keeps axis {axis} of {name!r} full")
+        for macs, inner in self._products:
+            context.multiply(macs * int(self.outputs[0].numel()), [*self._axes[0].values(), inner])
+        fixed = all(context.origin(tensor) == "weights" for tensor in self.tensors.values())
+        for tensor, axes, names in zip(self.outputs, self._axes, self._sources, strict=True):
+            features = [self.tensors[name] for name in names if context.is_features(self.tensors[name])]
+            origins = {context.origin(each) for each in features} or {"constant"}
+            origin = "weights" if fixed else "made" if self._made or origins == {"made"} else None
+            labels = [axes.get(axis) for axis in range(tensor.ndim)]
+            context.label(tensor, labels, "constant" if origins == {"constant"} and not origin else origin)
+
+
+def _number(axis: int, tensor: Tensor, what: str) -> int:
+    if not -tensor.ndim <= axis < tensor.ndim:
+        raise IndexError(f"{what}, of shape {tuple(tensor.shape)}, has no axis {axis}")
+    return axis % tensor.ndim
+
+
+def _check(one: int, two: int, first: str, second: str) -> None:
+    if one != two:
+        raise ValueError(f"{first} has {one} units, and {second} {two}")
