@@ -43,7 +43,8 @@ def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
     def build(edits: Edits) -> Facts | None:
         edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
         try:
-            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 return _facts(_made(narrow, edited))
         except Exception:  # constructors raise errors of all kinds
             return None
@@ -52,22 +53,25 @@ def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
         built = build(edits)
         return math.inf if built is None else sum(built.get(key) != wanted.get(key) for key in keys), len(edits)
 
-    before = build({}) or {}
+    before = build({})
     tensors = {key for key, fact in known.items() if isinstance(fact, torch.Size) and key in wanted}
-    if all(known[key] == wanted[key] for key in tensors) or any(before.get(key) != known[key] for key in tensors):
-        return  # nothing is narrower, or the configuration does not describe the full network either
+    if all(known[key] == wanted[key] for key in tensors):
+        return
+    if before is not None and any(before.get(key) != known[key] for key in tensors):
+        return  # it does not describe the full network either
     read = {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
     keys = [
         key
-        for key in before
-        if before[key] == known.get(key) and (key in tensors or key in read or isinstance(known[key], float))
+        for key, fact in (before or {}).items()
+        if fact == known.get(key) and (key in tensors or key in read or isinstance(fact, float))
     ]
     options = _options(leaves, known, wanted)
     guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
-    found = _descend(guess, options, misfits)
-    if misfits(found)[0]:
-        found = _descend({}, options, misfits)
-    if misfits(found)[0]:
+    saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers
+    computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
+    tried = () if computed or before is None else (_descend(start, options, misfits) for start in (guess, {}))
+    found = next((edits for edits in tried if not misfits(edits)[0]), None)
+    if found is None:
         warnings.warn(
             f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
             "from_pretrained would refuse its weights, so save it with slimmable.save",

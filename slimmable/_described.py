@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -67,17 +67,15 @@ def follow_layers(model: nn.Module, small: nn.Module) -> None:
 
 
 def _follow_features(model: nn.Module, small: nn.Module) -> None:
-    """Set the attributes of timm models that size their features: the classifier's inputs, or each output's channels."""
-    state, info = state_of(model), vars(small).get("feature_info")
+    """Set what sizes a timm model's features: the classifier's inputs, or the channels of each output."""
+    state, info = state_of(model), cast(Any, vars(small).get("feature_info"))
     if hasattr(info, "out_indices") and state is not None and state.plan is not None and state.active.counts:
-        shapes = [
-            column.output_shapes for column in (state.plan.columns[0], state.plan.sub_network(state.active.counts))
-        ]
-        for index, before, now in zip(info.out_indices, *shapes, strict=False):
+        columns = (state.plan.columns[0], state.plan.sub_network(state.active.counts))
+        for index, before, now in zip(info.out_indices, *(column.output_shapes for column in columns), strict=False):
             channels = info.info[index]["num_chs"]
-            narrow = [two for one, two in zip(before, now, strict=True) if one == channels and two < one]
+            narrow = [two for one, two in zip(before, now, strict=True) if one == channels]
             info.info[index]["num_chs"] = min(narrow, default=channels)
-    heads: list[Any] = [each.get_classifier() for each in (model, small) if hasattr(each, "get_classifier")]
+    heads = [cast(Any, each).get_classifier() for each in (model, small) if hasattr(each, "get_classifier")]
     for name in ("num_features", "head_hidden_size", "embed_dim"):
         if heads and isinstance(heads[0], nn.Linear) and vars(model).get(name) == heads[0].in_features:
             small.__dict__[name] = heads[1].in_features
@@ -136,8 +134,8 @@ def _narrow(twins: Twins, name: str, value: int) -> int:
     level = [twins]
     while level:
         sizes = [size for each in level for size in _sizes(each) if size.full == value]
-        if level == [twins]:
-            sizes = [size for size in sizes if size.name != name]
+        if level == [twins]:  # its other attributes have yet to follow
+            sizes = [size for size in sizes if size.name in (None, *read_by_forward(twins.full))]
         alike = {size.narrow for size in sizes if size.name == name}
         found = alike or {size.narrow for size in sizes if value > _AXES}
         if found:

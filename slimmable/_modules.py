@@ -112,7 +112,7 @@ def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -
     while root.__base__ is not None and root.__base__.__dictoffset__:
         root = root.__base__
     bare = root.__base__
-    quiet = _Unannounced
+    quiet: type = _Unannounced
     if bare not in (None, object):
         own = {name: vars(_Unannounced)[name] for name in ("__init_subclass__", "__module__")}
         quiet = type("_Unannounced", (bare,), {**own, "__orig_bases__": ()})

@@ -99,6 +99,14 @@ class Context:
             for ids in self.axes(tensor):
                 self.pin(ids, why)
 
+    def refuse(self, operands: Sequence[Tensor], why: str) -> None:
+        """Keep all that an operation meets at full width; the plan lists weights too, which might have shrunk."""
+        self.pin_all(operands, why)
+        for tensor in operands:
+            for ids in self.axes(tensor) if self.origin(tensor) == "weights" else ():
+                if ids is not None:
+                    self.labels.produce(ids)
+
     def number(self, indices: Tensor, axes: Sequence[Ids | None]) -> None:
         """Note that a tensor holds numbers of units on these axes."""
         indices.slim_numbered = [ids for ids in axes if ids is not None]  # type: ignore[attr-defined]

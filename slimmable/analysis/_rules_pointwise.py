@@ -20,12 +20,8 @@ RULES = Rules()
 
 
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
-    """Pin all axes of all inputs; the plan lists those of weights, which a layer might have made thinner."""
-    for tensor in tensors((args, kwargs)):
-        ctx.pin_all([tensor], why)
-        for ids in ctx.axes(tensor) if ctx.origin(tensor) == "weights" else ():
-            if ids is not None:
-                ctx.labels.produce(ids)
+    """Pin all axes of all inputs."""
+    ctx.refuse(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 

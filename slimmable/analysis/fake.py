@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slimmable._inputs import MOST, is_index
-from slimmable._modules import empty_cache
 from slimmable._nested import map_tensors, output_tensors
+from slimmable._reach import PROCESS, Reach
 from slimmable.analysis._context import tensors
+from slimmable.analysis.integers import depends_on_trace
 
 
 class FakeModel:
@@ -37,7 +38,6 @@ class FakeModel:
         model: nn.Module,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        keep_caches: bool = False,
         replayed: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -48,26 +48,21 @@ class FakeModel:
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = self._fake_weight(tensor)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
-        self.emptied = [] if keep_caches else filled_caches(self.model)
-        for cache in self.emptied:
-            cache.clear()
+        self.made: list[weakref.ref[Tensor]] = []  # by the runs
+        self.reach = Reach(self.model)
         self._buffers = {id(memo[id(real)]): real for real in model.buffers() if _fits(real)}
         self._given = tuple(args), dict(kwargs)
         inputs = output_tensors(self._given)
         self._known = {id(tensor) for tensor in inputs if tensor is not inputs[0] and _fits(tensor)}
         self._input: Callable[[Tensor], Tensor] = self._fake_input
-        self._stack = [""]  # the modules that are running
+        self._stack = stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda module, args, path=path: self._stack.append(path))
-            module.register_forward_hook(lambda module, args, output: self._leave())
+            module.register_forward_pre_hook(lambda module, args, path=path: stack.append(path))
+            module.register_forward_hook(lambda module, args, output: stack.__delitem__(-1))
+            # a forward may call `to`, which fakes do not support
+            module.__dict__["_apply"] = lambda *_, own=module: own
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
-        self._before = [
-            (path, module, name, empty_cache(value))
-            for path, module in self.model.named_modules()
-            for name, value in module.__dict__.items()
-            if not name.startswith("_") and (value is None or isinstance(value, (dict, Tensor)))
-        ]
 
     def _fake_weight(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.is_leaf:
@@ -119,9 +114,6 @@ class FakeModel:
 
         return forward
 
-    def _leave(self) -> None:
-        self._stack.pop()  # returns None, since what a hook returns replaces the module's output
-
     @property
     def running(self) -> str:
         """The path of the module that is running, or that has failed."""
@@ -135,22 +127,12 @@ class FakeModel:
         values = _Values(self._buffers, self.on_branch) if self._where is self.mode else nullcontext()
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
+        parts: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), _quietly()]
         with ExitStack() as stack:
-            inside: list[Any] = [self._where, values, _Packed(), torch.no_grad(), layers_in_parts(), _quietly(), *modes]
-            for mode in inside:
+            inside = (self._where, values, _Replaced(), torch.no_grad(), _Shortcuts(self.made), *modes)
+            for mode in (*parts, *inside):
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
-
-    def forget(self) -> dict[str, dict[str, Any]]:
-        """Restore attributes that the last run filled with tensors; return module path -> attribute -> value before."""
-        found: dict[str, dict[str, Any]] = {}
-        for path, module, name, before in self._before:
-            now = module.__dict__.get(name)
-            same = now.keys() == before.keys() if isinstance(before, dict) and isinstance(now, dict) else now is before
-            if not same and tensors(now):
-                found.setdefault(path, {})[name] = before
-                module.__dict__[name] = empty_cache(before)
-        return found
 
 
 def _bare(tensor: Tensor) -> Tensor:
@@ -191,6 +173,8 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        if name == "_grouped_mm" and args[1].ndim == 3:  # torch's own refuses float32 on shapes alone
+            return args[0] @ (args[1][0] if args[0].ndim == 2 else args[1])
         features = args and isinstance(args[0], FakeTensor) and self._value(args[0]) is None
         if features and not func._schema.is_mutable and name not in _CHOICES and not name.startswith("index"):
             return func(*args, **kwargs)  # as most operations
@@ -295,8 +279,8 @@ def _like(value: Any, given: Tensor) -> Any:
     return torch.empty_like(value, device=given.device) if isinstance(value, Tensor) else value
 
 
-class _Packed(TorchFunctionMode):
-    """Packs sequences of different lengths, and pads them again, by operations that need no numbers in memory."""
+class _Replaced(TorchFunctionMode):
+    """Replaces what reads numbers in memory: the packing of sequences of different lengths, numbers in text."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -315,6 +299,8 @@ class _Packed(TorchFunctionMode):
             lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
             dim = 1 if batch_first else 0
             return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
+        if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
+            return format(args[0].item(), args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -323,14 +309,20 @@ def _padded(tensor: Tensor, axis: int, size: int, value: float) -> Tensor:
     return torch.nn.functional.pad(tensor, after, value=value)
 
 
-class Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations on fake tensors through `run_operation`, which has shortcuts for slow ones."""
+class _Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs operations through `_run_operation`, which has shortcuts for slow ones, and notes the tensors they make."""
+
+    def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made = made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run_operation(func, args, kwargs or {})
+        out = _run_operation(func, args, kwargs or {})
+        self.made += map(weakref.ref, [out] if isinstance(out, Tensor) else tensors(out))
+        return out
 
 
-def run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one operation, norms by shape alone, because torch splits them into a dozen operations on fake tensors."""
     aten = torch.ops.aten
     if func is aten.native_batch_norm.default and not args[5]:
@@ -364,27 +356,19 @@ def layers_in_parts() -> Iterator[None]:
 
     Modes also see what torch's Python functions, such as `multi_head_attention_forward`, call inside.
     """
-    never = {f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")}
-    before = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with mock.patch.dict(vars(torch.nn.functional), never):
+    functions = vars(torch.nn.functional)
+    with PROCESS:
+        overridden = {name: functions[name] for name in functions if name.startswith("has_torch_function")}
+        fused = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        functions.update(dict.fromkeys(overridden, lambda *_: False))
+        try:
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch.backends.mkldnn.set_flags(_enabled=before)  # type: ignore[no-untyped-call]
-
-
-def filled_caches(model: nn.Module) -> list[dict[Any, Any]]:
-    """Return the dicts of plain tensors that modules hold, probably filled by an earlier forward."""
-    found = []
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            filled = isinstance(value, dict) and value and not name.startswith("_")
-            if filled and all(type(item) is Tensor for item in value.values()):
-                found.append(value)
-    return found
+        finally:
+            functions.update(overridden)
+            torch.backends.mha.set_fastpath_enabled(fast)
+            torch.backends.mkldnn.set_flags(_enabled=fused)  # type: ignore[no-untyped-call]
 
 
 def left_behind(model: nn.Module) -> dict[int, Tensor]:
@@ -407,6 +391,6 @@ def recorded_outputs(
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), Reach(twin).untouched(depends_on_trace):
         twin(*args, **kwargs)
     return found

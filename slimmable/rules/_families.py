@@ -26,6 +26,9 @@ def _one_by_one(operations: str, why: str = "", *special: int | str, also: str =
                 whole = result.ndim == op[name].ndim  # then a pinned axis of the same size keeps its labels
                 lost = [axis for axis in axes if not (whole and result.shape[axis] == op[name].shape[axis])]
                 op.keeps(name, *lost, output=output)
+        for name in op.tensors.keys() - {first, also}:
+            for axis in range(op.tensors[name].ndim):
+                op.pins(name, axis, "is an index or a bound")
 
     for operation in operations.split():
         register_rule(f"aten::{operation}", rule)

@@ -134,8 +134,7 @@ class _Viewed(Watched):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse a tensor of the active width in place of the full one, such as a narrow weight quantised."""
-        state = state_of(self)
-        cut = None if state is None else state.active.cuts.get(name)
+        cut = self._slim.active.cuts.get(name) if "_slim" in self.__dict__ else None
         if cut is not None and param is not None and param.shape != cut.full:
             raise ConversionError(
                 f"{type(self).__name__}.{name} has shape {tuple(cut.full)}, and cannot become {tuple(param.shape)} "
