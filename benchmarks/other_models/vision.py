@@ -23,14 +23,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "*inception_v3": {"aux_logits": False, "init_weights": False},
     "maxvit_t": {"input_size": (224, 224)},
 }
-TOO_BIG = (
-    "convnext_large",
-    "mvit*",
-    "regnet_y_128gf",
-    "s3d",
-    "vit_h_14",
-    "vit_l_*",
-)  # 150 million parameters, or clips
+TOO_BIG = ("convnext_large", "mvit*", "regnet_y_128gf", "s3d", "vit_h_14", "vit_l_*")  # big models, or clips
 
 
 def entries() -> Iterator[Entry]:
