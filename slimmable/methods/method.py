@@ -78,6 +78,16 @@ class Method(nn.Module):
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
 
     Raises: UsageError: if `encoder` is not a module.
+
+    >>> import torch, slimmable
+    >>> from slimmable.methods import Batch, Encoder, SimCLR
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
+    >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))
+    >>> method = SimCLR(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
+    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
+    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
+    >>> list(losses)
+    [1.0, 0.5]
     """
 
     views: ClassVar[int] = 2
@@ -270,10 +280,7 @@ def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterat
 
 
 def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
-    """Return each width's own loss, averaged over the processes.
-
-    Raises: DivergedError: if a loss is not finite.
-    """
+    """Return each width's own loss, averaged over the processes; raise `DivergedError` if one is not finite."""
     numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
     losses = dict(zip(found, numbers[::2], strict=True))
     for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):

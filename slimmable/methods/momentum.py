@@ -108,6 +108,8 @@ class _WithPredictor(Method):
 class MoCoV3(_WithPredictor):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
+    A step is as in the example of `BYOL`.
+
     Args:
         encoder: a converted `Encoder`.
         predictor: a converted module, embeddings in, embeddings of the same size out.
@@ -115,18 +117,6 @@ class MoCoV3(_WithPredictor):
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
 
     Raises: UsageError: if a number is out of range.
-
-    >>> import torch, slimmable
-    >>> from slimmable.methods import Batch, Encoder
-    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, MoCoV3.projector(8, 16, 4))
-    >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
-    >>> predictor = slimmable.slimify(MoCoV3.predictor(16, 4), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
-    >>> method = MoCoV3(encoder, predictor)
-    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
-    >>> list(losses)
-    [1.0, 0.5]
     """
 
     def __init__(
