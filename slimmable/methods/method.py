@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -182,7 +182,7 @@ class Method(nn.Module):
         set_width(self, 1.0)  # including the modules that only `prepare` runs
         found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
-        with _left_clean(batch, diagnostics):
+        try:
             for width in recipe.widths(progress, step):
                 if recipe.first:
                     with torch.no_grad(), mixed():
@@ -198,12 +198,16 @@ class Method(nn.Module):
                 del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
-            try:
-                losses = _finite_losses(found)
-            except DivergedError:
-                self.zero_grad()
-                raise
+            losses = _finite_losses(found)
             self.finish(batch)
+        except BaseException as error:
+            if isinstance(error, DivergedError):
+                self.zero_grad()
+            if diagnostics is not None:
+                diagnostics.discard()
+            raise
+        finally:
+            batch.targets = ()
         return losses
 
     def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
@@ -264,19 +268,6 @@ class Method(nn.Module):
 def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module]:
     """Return a layer of a projection head or predictor: linear, BatchNorm, ReLU."""
     return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
-
-
-@contextmanager
-def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterator[None]:
-    """Remove the step's targets from the batch, and its records from the diagnostics if it fails."""
-    try:
-        yield
-    except BaseException:
-        if diagnostics is not None:
-            diagnostics.discard()
-        raise
-    finally:
-        batch.targets = ()
 
 
 def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
