@@ -96,11 +96,12 @@ class _Kept:
 
     def hide(self) -> None:
         blank: Any = [] if isinstance(self.value, list) else None
+        if isinstance(self.value, tuple):  # such as a key with what belongs to it
+            blank = (None,) * len(self.value)
         self.place.put(self.key, blank if self.place.space else _MISSING)
 
     def look(self) -> None:
-        held = self.place.entries().get(self.key)
-        self.again = held is not None and held != []
+        self.again = any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.place.entries().get(self.key)))
 
 
 class Reach:
@@ -178,8 +179,11 @@ class Reach:
             try:
                 for place, entries in before:
                     for key, value in entries.items():
-                        if id(value) in self._memos and not isinstance(place.holder, set):
-                            place.put(key, private.setdefault(id(value), _private(value, traced)))
+                        bound = isinstance(value, (staticmethod, classmethod))
+                        memo = value.__func__ if bound else value
+                        if id(memo) in self._memos and not isinstance(place.holder, set):
+                            own = private.setdefault(id(memo), _private(memo, traced))
+                            place.put(key, type(value)(own) if bound else own)
                 self._clear(self._memos.keys() - private.keys())
                 for kept in self._hidden:
                     kept.hide()
