@@ -89,7 +89,10 @@ def check_same_shape(where: str, **tensors: Tensor) -> None:
     check_matrices(where, **tensors)
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise DataError(f"{where}: shapes differ: {shapes}; row i of each must belong to the same image")
+        raise DataError(
+            f"{where}: shapes differ: {shapes}; row i of each must belong to the same image, and converted features "
+            'keep their size at every width only with slimify(..., outputs="full")'
+        )
 
 
 def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:

@@ -231,8 +231,10 @@ def _refuse_derived(module: nn.Module, state: WidthState) -> None:
 
 def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
     """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
-    order = sorted(range(full.ndim), key=full.stride, reverse=True)
-    copied = part.detach().permute(order).clone(memory_format=torch.contiguous_format)
+    part, order = part.detach(), sorted(range(full.ndim), key=full.stride, reverse=True)
+    if order == sorted(order):  # also of quantised tensors, which have no `permute`
+        return part.clone(memory_format=torch.contiguous_format)
+    copied = part.permute(order).clone(memory_format=torch.contiguous_format)
     return copied.permute([order.index(axis) for axis in range(full.ndim)])
 
 

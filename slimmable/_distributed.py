@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,38 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return 1 if alone() else dist.get_world_size()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that `torchrun` started, if any, and yield the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Return whether this is the process that writes files and messages."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Wait until every process gets here."""
+    if not alone():
+        dist.barrier()
+
+
+def any_process(value: bool, device: torch.device) -> bool:
+    """Return whether `value` is true in any process."""
+    return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
 
 
 def from_all(tensor: Tensor) -> list[Tensor]:

@@ -103,8 +103,20 @@ class _Unannounced:
 
 
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`."""
-    return type(base.__name__, (_Unannounced, *mixins, base), dict(body))
+    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`.
+
+    Modules can be given this class: for that, the first class that has attributes must follow the same one without, as
+    `ABC` in `class Base(ABC, nn.Module)`.
+    """
+    root: type = base
+    while root.__base__ is not None and root.__base__.__dictoffset__:
+        root = root.__base__
+    bare = root.__base__
+    quiet: type = _Unannounced
+    if bare not in (None, object):
+        own = {name: vars(_Unannounced)[name] for name in ("__init_subclass__", "__module__")}
+        quiet = type("_Unannounced", (bare,), {**own, "__orig_bases__": ()})
+    return type(base.__name__, (quiet, *mixins, base), dict(body))
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:

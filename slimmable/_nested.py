@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -23,28 +28,7 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
     >>> [name for name, _ in named_tensors((torch.zeros(1), {"features": [torch.zeros(1)]}))]
     ['0', '1.features.0']
     """
-    found: list[tuple[str, Tensor]] = []
-    seen: set[int] = set()
-
-    def collect(value: Any, name: tuple[str, ...]) -> None:
-        if isinstance(value, Tensor):
-            found.append((".".join(name), value))
-            return
-        if isinstance(value, Mapping):
-            parts = dict(value)
-        elif isinstance(value, (tuple, list)):
-            parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
-        elif id(value) in seen:
-            return
-        else:
-            seen.add(id(value))
-            leaves = tree_leaves(value)  # of a container that torch knows
-            parts = _parts(value) if any(leaf is value for leaf in leaves) else dict(enumerate(leaves))
-        for key, part in parts.items():
-            collect(part, (*name, str(key)))
-
-    collect(output, ())
-    return found
+    return list(_named(output, (), set()))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -61,6 +45,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return twin
 
     return tree_map(replaced, value)
+
+
+def _named(value: Any, name: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield ".".join(name), value
+        return
+    if isinstance(value, Mapping):
+        parts = dict(value)
+    elif isinstance(value, (tuple, list)):
+        parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+    elif id(value) in seen:
+        return
+    else:
+        seen.add(id(value))
+        leaves = tree_leaves(value)  # of a container that torch knows
+        parts = _parts(value) if any(leaf is value for leaf in leaves) else dict(enumerate(leaves))
+    for key, part in parts.items():
+        yield from _named(part, (*name, str(key)), seen)
 
 
 def _parts(value: Any) -> dict[str, Any]:

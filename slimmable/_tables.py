@@ -1,8 +1,10 @@
-"""HTML tables for notebooks."""
+"""Tables as HTML for notebooks, and as CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 
@@ -13,6 +15,15 @@ def html_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> st
     '<table><tr><th>width</th><th>MACs</th></tr><tr><td>0.5</td><td>&lt;10</td></tr></table>'
     """
     return f"<table>{_row('th', header)}{''.join(_row('td', row) for row in rows)}</table>"
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Return rows as CSV text with these columns; a cell that a row does not have is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _row(tag: str, cells: Iterable[object]) -> str:

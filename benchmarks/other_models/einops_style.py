@@ -13,7 +13,7 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.other_models.entry import Entry, noise
+from benchmarks.other_models.entry import FULL, SLIM, Entry, noise
 
 VIT = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "mlp_dim": 128, "num_classes": 10}
 SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
@@ -21,11 +21,14 @@ SQUARE = {"image_size": 32, "patch_size": 8, **VIT}
 
 def entries() -> Iterator[Entry]:
     small, large = partial(noise, 2, 3, 32, 32), partial(noise, 2, 3, 64, 64)
-    for module in ("vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset", "simple_vit_with_qk_norm",
-                   "simple_vit_with_register_tokens", "simple_flash_attn_vit", "simple_vit_with_fft"):  # fmt: skip
+    for module in (
+        "vit", "simple_vit", "deepvit", "parallel_vit", "vit_for_small_dataset", "simple_vit_with_register_tokens",
+        "simple_flash_attn_vit", "simple_vit_with_fft",
+    ):  # fmt: skip
         kind = "DeepViT" if module == "deepvit" else "SimpleViT" if "simple" in module else "ViT"
         more = {"freq_patch_size": 8} if "fft" in module else {"depth": 4} if "small" in module else {}
         yield model(module, kind, small, **{**SQUARE, **more})
+    yield model("simple_vit_with_qk_norm", "SimpleViT", small, SLIM, **SQUARE)  # its head is a norm
     yield model("cait", "CaiT", small, **SQUARE, cls_depth=1)
     yield model("rvt", "RvT", small, **SQUARE)
     yield model("xcit", "XCiT", small, **SQUARE, cls_depth=1)
@@ -47,8 +50,8 @@ def entries() -> Iterator[Entry]:
     stages |= {f"s{i}_global_k": 2 for i in (1, 2, 3, 4)} | {"s3_depth": 1, "s4_depth": 1, "s4_local_patch_size": 1}
     yield model("twins_svt", "TwinsSVT", partial(noise, 2, 3, 64, 64), num_classes=10, **stages)
     yield model(
-        "crossformer", "CrossFormer", large, dim=(32, 64, 96, 128), depth=(1, 1, 1, 1), local_window_size=2, num_classes=10,
-        global_window_size=(4, 4, 2, 1),
+        "crossformer", "CrossFormer", large, dim=(32, 64, 96, 128), depth=(1, 1, 1, 1), local_window_size=2,
+        num_classes=10, global_window_size=(4, 4, 2, 1),
     )  # fmt: skip
     yield model("max_vit", "MaxViT", large, num_classes=10, dim=32, depth=(1, 1), window_size=4, dim_conv_stem=16)
     yield model(
@@ -71,8 +74,9 @@ def entries() -> Iterator[Entry]:
     )  # fmt: skip
     yield model("sep_vit", "SepViT", partial(noise, 2, 3, 56, 56), num_classes=10, dim=32, depth=(1, 1), heads=(2, 4))
     yield model(
-        "cross_vit", "CrossViT", small, image_size=32, num_classes=10, sm_dim=32, lg_dim=64, sm_patch_size=4, lg_patch_size=8,
-        sm_enc_heads=2, lg_enc_heads=4, sm_enc_mlp_dim=64, lg_enc_mlp_dim=128, sm_enc_dim_head=16, lg_enc_dim_head=16,
+        "cross_vit", "CrossViT", small, image_size=32, num_classes=10, sm_dim=32, lg_dim=64, sm_patch_size=4,
+        lg_patch_size=8, sm_enc_heads=2, lg_enc_heads=4, sm_enc_mlp_dim=64, lg_enc_mlp_dim=128, sm_enc_dim_head=16,
+        lg_enc_dim_head=16,
         lg_enc_depth=1, cross_attn_heads=2, cross_attn_dim_head=16, cross_attn_depth=1, depth=1,
     )  # fmt: skip
     yield Entry("einops", "Restormer", "a Restormer", partial(Restorer, 16), partial(noise, 2, 3, 16, 16))
@@ -80,8 +84,8 @@ def entries() -> Iterator[Entry]:
     yield Entry("einops", "MLP-Mixer", "a Mixer of einops layers", mixer, small)
 
 
-def model(module: str, kind: str, example: Callable[[], Any], **arguments: Any) -> Entry:
-    return Entry("vit_pytorch", module, module, partial(_make, module, kind, **arguments), example)
+def model(module: str, kind: str, example: Callable[[], Any], outputs: str = FULL, **arguments: Any) -> Entry:
+    return Entry("vit_pytorch", module, module, partial(_make, module, kind, **arguments), example, outputs)
 
 
 def _make(module: str, kind: str, **arguments: Any) -> nn.Module:
@@ -99,6 +103,7 @@ class ChannelAttention(nn.Module):
         self.out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what each channel gathers from the others of its head."""
         height, width = x.shape[-2:]
         parts = self.local(self.qkv(x)).chunk(3, dim=1)
         q, k, v = (rearrange(part, "b (head c) h w -> b head c (h w)", head=self.heads) for part in parts)
@@ -119,6 +124,7 @@ class GatedFeedForward(nn.Module):
         self.out = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the gated values."""
         gate, value = self.local(self.into(x)).chunk(2, dim=1)
         return self.out(functional.gelu(gate) * value)
 
@@ -131,17 +137,21 @@ class PixelNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the image with each pixel normalised."""
         height, width = x.shape[-2:]
         return rearrange(self.norm(rearrange(x, "b c h w -> b (h w) c")), "b (h w) c -> b c h w", h=height, w=width)
 
 
 class RestorerBlock(nn.Module):
+    """Attention between channels and a gated feed-forward layer, each added to its input."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1, self.attention = PixelNorm(dim), ChannelAttention(dim, heads)
         self.norm2, self.feed_forward = PixelNorm(dim), GatedFeedForward(dim, 2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the image after attention and the feed-forward layer."""
         x = x + self.attention(self.norm1(x))
         return x + self.feed_forward(self.norm2(x))
 
@@ -159,12 +169,15 @@ class Restorer(nn.Module):
         self.last = nn.Conv2d(2 * dim, 3, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return the restored image."""
         high = self.encoder(self.first(image))
         low = self.up(self.bottom(self.down(high)))
         return self.last(self.decoder(torch.cat([low, high], 1))) + image
 
 
 class CrossAttention(nn.Module):
+    """Attention of latents to a context."""
+
     def __init__(self, dim: int, context: int, heads: int, dim_head: int):
         super().__init__()
         self.heads, self.scale = heads, dim_head**-0.5
@@ -176,6 +189,7 @@ class CrossAttention(nn.Module):
         self.norm, self.context_norm = nn.LayerNorm(dim), nn.LayerNorm(context)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return what each latent gathers from the context."""
         k, v = self.kv(self.context_norm(context)).chunk(2, dim=-1)
         q, k, v = (rearrange(t, "b n (h d) -> (b h) n d", h=self.heads) for t in (self.q(self.norm(x)), k, v))
         seen = torch.einsum("bij,bjd->bid", (torch.einsum("bid,bjd->bij", q, k) * self.scale).softmax(-1), v)
@@ -195,6 +209,7 @@ class Perceiver(nn.Module):
         self.head = nn.Sequential(Reduce("b n d -> b d", "mean"), nn.LayerNorm(dim), nn.Linear(dim, 10))
 
     def forward(self, sequence: Tensor) -> Tensor:
+        """Return class scores of a sequence."""
         x = repeat(self.latents, "n d -> b n d", b=sequence.shape[0])
         for _ in range(self.times):
             x = x + self.read(x, sequence)

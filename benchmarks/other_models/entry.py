@@ -16,7 +16,7 @@ FULL, SLIM = "full", "slim"
 class Entry:
     """A model of a library.
 
-    `outputs` says what width 0.5 must do to the outputs: keep their sizes ("full") or halve axes of channels ("slim"), all of
+    `outputs` says what width 0.5 must do to the outputs: keep their sizes ("full") or halve axes ("slim"), all of
     them alike or by patterns of their names, of which the first that matches counts. Names are the places of tensors
     in the output, such as "logits" or "hidden_states.1".
     """
@@ -32,6 +32,7 @@ class Entry:
 
     @property
     def key(self) -> str:
+        """The name in the list, such as "transformers/BertModel"."""
         return f"{self.library}/{self.name}"
 
 

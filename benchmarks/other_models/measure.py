@@ -52,8 +52,9 @@ def in_numbers(entry: Entry) -> dict[str, Any]:
 
 
 def in_shapes(entry: Entry) -> dict[str, Any]:
+    model = entry.make().eval().to("meta")
     with torch.device("meta"):
-        model, example = entry.make().eval(), entry.example()
+        example = entry.example()
         slim = slimmable.slimify(model, WIDTHS, example_inputs=example, **entry.options)
     return costs(entry, slim, example)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from slimmable._nested import tensors as tensors
 from slimmable.analysis.integers import Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Axes, Ids, Labels, pattern
 
@@ -98,6 +98,14 @@ class Context:
         for tensor in tensors:
             for ids in self.axes(tensor):
                 self.pin(ids, why)
+
+    def refuse(self, operands: Sequence[Tensor], why: str) -> None:
+        """Keep all that an operation meets at full width; the plan lists weights too, which might have shrunk."""
+        self.pin_all(operands, why)
+        for tensor in operands:
+            for ids in self.axes(tensor) if self.origin(tensor) == "weights" else ():
+                if ids is not None:
+                    self.labels.produce(ids)
 
     def number(self, indices: Tensor, axes: Sequence[Ids | None]) -> None:
         """Note that a tensor holds numbers of units on these axes."""
@@ -239,11 +247,6 @@ class Rules(dict[str, Rule]):
             return rule
 
         return add
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def results_of(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:

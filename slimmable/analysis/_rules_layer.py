@@ -137,11 +137,13 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update", "native_batch_norm_legit",
 )  # fmt: skip
 def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Axis 1 shrinks with every per-channel tensor."""
+    """Axis 1 shrinks with every per-channel tensor; statistics of the input itself mix the units of the others."""
     axes = ctx.axes(args[0])
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
             axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
+    for ids in axes[2:] if args[5] is True else ():
+        ctx.meet(ids)
     ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
@@ -177,7 +179,8 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         shape = (groups, len(axes[1]) // groups)
         carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
         ctx.constrain(given, carried[0], groups)
-    ctx.meet(axes[1])
+    for ids in axes[1:]:
+        ctx.meet(ids)
     ctx.label(tensors(out)[0], axes, ctx.origin(source))
 
 

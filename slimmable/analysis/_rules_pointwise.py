@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ RULES = Rules()
 
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
     """Pin all axes of all inputs."""
-    ctx.pin_all(tensors((args, kwargs)), why)
+    ctx.refuse(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
 
@@ -156,22 +156,33 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 @RULES.of(
     "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
-    "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace", "eye",
-    "arange",
+    "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace",
+    "logspace", "eye", "arange",
 )  # fmt: skip
 def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """An axis of a new tensor follows the size that was asked for, unless values depend on their position."""
-    values = ctx.operation in ("randperm", "linspace", "eye", "arange")
+    """An axis of a new tensor follows the size that was asked for; if values depend on their position, in order."""
     asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
+    if asked and ctx.operation == "arange":
+        given = [_steps(ctx.call.args, ctx.call.kwargs)]
     traced = {int(size): size for size in given if isinstance(size, TracedInt)}
     axes: list[Ids | None] = []
     for units in out.shape:
         size = traced.get(int(units))
         ids: Ids | None = None
         if size is not None:
-            if not values:
+            if ctx.operation != "randperm":
                 ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
             ctx.constrain(size, ids, int(units))
+            if ids is not None and ctx.operation in ("linspace", "logspace", "eye", "arange"):
+                ctx.labels.order(ids)
         axes.append(ids)
     ctx.label(out, axes, "constant")
+
+
+def _steps(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Return how many numbers `arange` makes of these arguments."""
+    names = ("start", "end", "step") if len(given) > 1 else ("end",)
+    ends = {"start": 0, "step": 1, **named, **dict(zip(names, given, strict=False))}
+    start, end, step = ends["start"], ends["end"], ends["step"]
+    return end if (start, step) == (0, 1) else -((start - end) // step)

@@ -71,6 +71,7 @@ class TracedInt(int):
 
     expression: Expression
     on_equal: Callable[[Expression, Expression], None] | None
+    hashed = False  # whether one was, since `depends_on_trace` has last asked
 
     def __new__(cls, value: int, expression: Expression, on_equal: Any = None) -> TracedInt:
         """Make the integer `value`."""
@@ -87,7 +88,9 @@ class TracedInt(int):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        TracedInt.hashed = True
+        return int.__hash__(self)
 
     def __neg__(self) -> TracedInt:
         return self._computed("neg", self)
@@ -121,6 +124,16 @@ def _add_operator(name: str) -> None:
 
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     _add_operator(_name)
+
+
+def depends_on_trace(key: object) -> bool:
+    """Tell whether a key of a cache contains a traced integer, which equals others of another expression.
+
+    Raises: TypeError: if it has no hash.
+    """
+    TracedInt.hashed = False
+    hash(key)
+    return TracedInt.hashed
 
 
 def express(value: int) -> Expression:

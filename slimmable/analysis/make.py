@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,15 +10,19 @@ import numpy as np
 from torch import nn
 
 from slimmable._nested import output_tensors
+from slimmable._reach import sweep
 from slimmable._widths import kept_of
 from slimmable.analysis._solve import Solution, channels_of, solve
 from slimmable.analysis.channels import SubNetwork
-from slimmable.analysis.fake import FakeModel, Shortcuts, recorded_outputs
+from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Pin, Plan
+from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
+
+_TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
 
 
 def make_plan(
@@ -30,8 +34,11 @@ def make_plan(
     round_to: int = 1,
     universal: bool = False,
     outputs: Outputs = "auto",
+    advise: bool = True,
 ) -> Plan:
     """Trace `model`, which has no views, and return its plan.
+
+    An error tells, if it is to `advise`, whether skipping the module that fails would help.
 
     Raises:
         TraceError: if the model's forward fails on fake tensors.
@@ -39,26 +46,30 @@ def make_plan(
     """
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
-    keep_caches = False
     while True:
-        fake = FakeModel(model, args, kwargs, keep_caches, replayed)
+        fake = FakeModel(model, args, kwargs, replayed)
         try:
-            found = best_trace(fake, widths, _also(skip, pinned), round_to, outputs)
+            plan = Plan(widths, round_to=round_to, universal=universal)
+            failed = _fill_and_try(fake, _also(skip, pinned), outputs, plan)
         except TraceError as error:
-            if fake.emptied and not keep_caches:
-                keep_caches = True  # what looked like a cache is needed by the forward
-                continue
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
+                if advise:
+
+                    def tried(skip: Skip) -> Plan:
+                        return make_plan(model, args, kwargs, widths, skip, round_to, universal, outputs, False)
+
+                    error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
             try:
                 replayed = recorded_outputs(model, args, kwargs, [*replayed, above])
             except Exception as cause:
                 raise TraceError(f"{error}\nNor does the model run on the real example: {cause}") from cause
             continue
-        plan = filled_plan(fake, *found, Plan(widths, round_to=round_to, universal=universal))
-        failed = first_failure(fake, plan)
         if failed is None:
+            made = fake.made
+            del fake  # and with it, all that may hold tensors of its runs
+            sweep(made)
             return plan
         path, reason = failed
         while path and (path in pinned or not _has_tensors(plan, path)):
@@ -67,6 +78,26 @@ def make_plan(
             raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
         line = str(reason).partition("\n")[0]
         pinned[path] = f"fails when narrow ({line[:100]})"
+
+
+def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Plan]) -> str:
+    """Tell what skipping a module that cannot be traced does, which is tried unless the model is large."""
+    if not path:
+        return "You can also move what fails into a module of its own and skip that."
+    if sum(parameter.numel() for parameter in model.parameters()) <= _TRIED:
+        try:
+            plan = tried(lambda name, module: _inside(name, path) or skip(name, module))
+        except Exception as error:
+            return f"Skipping only that module does not help: {str(error).partition(chr(10))[0]}"
+        if not plan.channels.units:
+            return f"To skip {path!r} would leave nothing that gets narrower."
+    return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
+
+
+def _fill_and_try(fake: FakeModel, skip: Skip, outputs: Outputs, plan: Plan) -> tuple[str, Exception] | None:
+    """Fill an empty plan, and return which module fails when narrow, and why, if one does."""
+    found = best_trace(fake, plan.widths, skip, plan.round_to, outputs)
+    return first_failure(fake, filled_plan(fake, *found, plan))
 
 
 def _inside(path: str, outer: str) -> bool:
@@ -101,7 +132,7 @@ def best_trace(
 
     Returns: the trace that keeps fewer parameters at the narrowest width, with its solution.
     """
-    first = trace(fake, widths, skip, {}, outputs)
+    first = _settled_trace(fake, widths, skip, outputs)
     solution = solve(first, widths, round_to)
     labels = first.context.labels
     trouble = np.zeros(len(labels), bool)
@@ -122,18 +153,36 @@ def best_trace(
     return (second, other) if better else (first, solution)
 
 
+def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Trace:
+    """Trace without tensors that an earlier run may have left in caches, again if some of them were none."""
+    fake.reach.hide_tensors()
+    while True:
+        try:
+            found = trace(fake, widths, skip, {}, outputs)
+        except TraceError as error:
+            if not fake.reach.show_tensors(fake.model.get_submodule(error.module)):
+                raise
+        else:
+            if not fake.reach.show_tensors():
+                return found
+
+
 def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
     """Fill an empty plan with what a trace and its solution have found, and return it."""
     plan.channels = channels_of(fake.model, found, solution)
     plan.caches = found.caches
     for counts, values in zip(solution.counts, solution.values, strict=True):
         plan.columns.append(plan.channels.sub_network(counts, values))
-    labels = found.context.labels
+    labels, grouping = found.context.labels, solution.grouping
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):
-            if ids is None or solution.grouping.groups_in([ids]):
+            if ids is None:
                 continue
-            if labels.produced(ids).any() and labels.pinned(ids).any():
+            groups = grouping.groups_in([ids])
+            layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
+            if groups and max(grouping.units[group] for group in groups) == 1 < len(ids):
+                plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
+            elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
 
@@ -155,7 +204,7 @@ def first_failure(fake: FakeModel, plan: Plan) -> tuple[str, Exception] | None:
 def _failure(fake: FakeModel, width: float, column: SubNetwork) -> Exception | None:
     with _shrunk(fake, column):
         try:
-            out = fake.run(Shortcuts())  # type: ignore[no-untyped-call]
+            out = fake.run()
         except Exception as error:
             return error
     got = [tuple(tensor.shape) for tensor in output_tensors(out)]
@@ -187,4 +236,3 @@ def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
     finally:
         for store, name, whole in before:
             store[name] = whole
-        fake.forget()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +22,7 @@ from slimmable.analysis._context import Call, Rule, results_of
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
-from slimmable.analysis.fake import FakeModel, run_operation
+from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
@@ -47,7 +50,7 @@ class Trace:
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as from `FakeModel.forget`
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `Reach`
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
 
@@ -71,7 +74,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = run_operation(func, args, kwargs)
+        out = func(*args, **kwargs)
         if not self.asleep and func.namespace != "prim":
             results = results_of(func._schema, args, kwargs, out)
             self.context.at(name_of(func), self.fake.running)
@@ -175,7 +178,7 @@ def trace(
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
     _follow_sizes(fake.model, result, read)
-    result.caches = fake.forget()
+    result.caches = fake.reach.caches
     for cache in ((path, name) for path, names in result.caches.items() for name in names):
         result.tensors.pop(cache, None)
     context.at("output", "")
@@ -249,14 +252,21 @@ def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     path = fake.running
-    own = "move what fails into a module of its own and skip that, "
-    skipping = f"keep the module at full width with skip={path!r}, " if path else own
+    asks = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+    why = "it asks for numbers that depend on weights or on the first input" if asks else str(error).strip()[:400]
+    inside = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    lines = [
+        at for at in extract_tb(error.__traceback__) if "/nn/" in at.filename or not at.filename.startswith(inside)
+    ]
     failed = TraceError(
         f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
-        f"{context.operation or '(none)'!r}: {str(error).strip()[:400]}\nThe forward is run on shapes alone, so it "
-        f"cannot branch on values. You can {skipping}convert the part of the model that should get narrower, such as "
-        "model.backbone, in place, or pass other example_inputs."
+        f"{context.operation or '(none)'!r}: {why}\nIt is in {lines[-1].filename}, line {lines[-1].lineno}: "
+        f"{lines[-1].line}\nThe forward is run on shapes alone: it can branch on numbers of buffers, constants, "
+        "integer and boolean inputs, and all inputs but the first, such as masks, but not on features and weights. "
+        "Which units topk, argmax and the like choose is assumed if the example has a row for each. You can convert "
+        "the part of the model that should get narrower, such as model.backbone, in place, or pass other "
+        "example_inputs."
     )
     failed.module = path
     return failed
@@ -283,20 +293,10 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
 def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
     """Replace the integer attributes of all modules with traced ones while the block runs."""
     before: list[tuple[nn.Module, str, Any]] = []
-
-    def traced(value: Any, key: Attribute) -> Any:
-        if type(value) is int:
-            result.attributes[key] = value
-            return TracedInt(value, Expression("attribute", key), result.context.on_equal)
-        if type(value) in (tuple, list, torch.Size):
-            parts = [traced(part, (*key[:2], (*key[2], i))) for i, part in enumerate(value)]
-            return type(value)(parts)
-        return value
-
     for path, module in model.named_modules():
         for name, value in list(module.__dict__.items()):
             if type(value) in (int, tuple, list, torch.Size) and value:
-                replaced = traced(value, (path, name, ()))
+                replaced = _traced(value, (path, name, ()), result)
                 before.append((module, name, value))
                 module.__dict__[name] = replaced
     try:
@@ -304,3 +304,12 @@ def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
     finally:
         for module, name, value in before:
             module.__dict__[name] = value
+
+
+def _traced(value: Any, key: Attribute, result: Trace) -> Any:
+    if type(value) is int:
+        result.attributes[key] = value
+        return TracedInt(value, Expression("attribute", key), result.context.on_equal)
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)([_traced(part, (*key[:2], (*key[2], i)), result) for i, part in enumerate(value)])
+    return value

@@ -129,8 +129,8 @@ def pretrain(given: dict[str, Any]) -> int:
     own = _take(RunOptions, given)
     if "widths" in given:
         given["widths"] = _checked(given["widths"])
+    from slimmable._distributed import process_group
     from slimmable.cli.pretrain import pretrain as run
-    from slimmable.cli.processes import process_group
     from slimmable.cli.run import read_config
 
     if own.resume:
@@ -159,9 +159,7 @@ def evaluate(given: dict[str, Any]) -> int:
 
 def export(given: dict[str, Any]) -> int:
     """Write widths of a timm model, a saved model or a run as files for other programs, plus a model card."""
-    settled: dict[str, Any] = {
-        name: given[name] for name in ("widths", "checkpoint", "pretrained", "num_classes") if name in given
-    }
+    settled: list[str] = [name for name in ("widths", "checkpoint", "pretrained", "num_classes") if name in given]
     own = _take(ExportOptions, given)
     if own.pretrained and own.checkpoint is not None:
         raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
@@ -178,7 +176,7 @@ def export(given: dict[str, Any]) -> int:
         folder = own.output or Path("runs/export", own.model)
     else:
         if kind == "run" and own.image_size is not None:
-            settled["image_size"] = own.image_size
+            settled.append("image_size")
         if settled:
             what = "the folder of a run" if kind == "run" else "a saved model"
             names = ", ".join(map(flag, settled))

@@ -30,10 +30,7 @@ WIDTHS_HELP = "fractions of the channels, in (0, 1], including 1"
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The settings that the result of a run depends on.
-
-    Raises: UsageError or WidthError: if a value is out of range, or two values conflict.
-    """
+    """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
     model: str = option("small_resnet", "a timm model, or small_resnet: a narrow ResNet-10 for small images")
@@ -122,19 +119,16 @@ class PretrainConfig:
                 f"--distill {self.distill} compares logits, which --method {self.method} does not have; choose own, "
                 "none, embedding or mse"
             )
-        if self.gate_budget is not None:
-            self._check_gates()
-        if self.universal and len(self.widths) == 1:
-            raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
-
-    def _check_gates(self) -> None:
-        if self.method not in GATED_METHODS:
+        gated = self.gate_budget is not None
+        if gated and self.method not in GATED_METHODS:
             raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
-        if len(self.widths) > 1:
+        if gated and len(self.widths) > 1:
             raise UsageError(
                 f"--gate-budget trains one width, got --widths {' '.join(f'{width:g}' for width in self.widths)}; "
                 "leave --widths out, or gate a slimmable model in a training loop of your own"
             )
+        if self.universal and len(self.widths) == 1:
+            raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
     @property
     def is_folder(self) -> bool:
@@ -147,12 +141,7 @@ class PretrainConfig:
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> PretrainConfig:
-        """Read settings that `to_json` wrote; messages name `path`.
-
-        Raises:
-            CheckpointError: if the text is not JSON, names are missing or unknown, or a value has the wrong type.
-            UsageError or WidthError: if a value is out of range.
-        """
+        """Read settings that `to_json` wrote to `path`, or raise CheckpointError if names or types are wrong."""
         try:
             values = json.loads(text)
             if not isinstance(values, dict):
@@ -170,10 +159,7 @@ class PretrainConfig:
         return cls(**values)
 
     def check_same(self, given: Mapping[str, Any]) -> None:
-        """Check that resuming would not change the settings of the run.
-
-        Raises: UsageError: if values of `given` differ from these settings; the message names all of them.
-        """
+        """Raise UsageError if values of `given` differ from these settings, which a resumed run must keep."""
         other = [
             f"{flag(name)}: the run has {getattr(self, name)}, now {value}"
             for name, value in given.items()
@@ -229,37 +215,34 @@ _MIN_CROP_SCALES = {"mocov2": 0.2, "mocov3": 0.2}
 
 _IMAGENET: Settings = {"image_size": 224, "model": "resnet50", "opt": "sgd", "warmup_epochs": 10.0, "slow_start": 0.5}
 _LARS: Settings = _IMAGENET | {"opt": "lars", "weight_decay": 1e-6}
+_MOCOV2: Settings = {
+    "method": "mocov2",
+    "weight_decay": 1e-4,
+    "proj_hidden_dim": 2048,
+    "proj_dim": 128,
+    "temperature": 0.2,
+} | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8}
+_MOCOV3: Settings = {"method": "mocov3", "epochs": 300, "proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.99}
+_SIMCLR: Settings = {"method": "simclr", "epochs": 100, "proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1}
 
 # Each learning rate is for the batch size next to it. Where published code and paper differ, these follow the paper.
 # Left out: the floor of VICReg's learning rate (a thousandth of its peak; here 0), and the colour noise of Yu et al.
 # (PCA lighting).
 PRESETS: dict[str, Settings] = {
     # Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, and its published scripts
-    "slimclr-mocov2-imagenet": _IMAGENET
-    | {"method": "mocov2", "epochs": 200, "batch_size": 1024, "lr": 0.2, "weight_decay": 1e-4}
-    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.2}
-    | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8},
+    "slimclr-mocov2-imagenet": _IMAGENET | _MOCOV2 | {"epochs": 200, "batch_size": 1024, "lr": 0.2},
     "slimclr-mocov3-imagenet": _LARS
-    | {"method": "mocov3", "epochs": 300, "batch_size": 1024, "lr": 1.2, "lr_after_slow_start": 3.2}
-    | {"proj_hidden_dim": 4096, "proj_dim": 256, "temperature": 1.0, "ema_momentum": 0.99},
-    "slimclr-simclr-imagenet": _LARS
-    | {"method": "simclr", "epochs": 100, "batch_size": 1024, "lr": 2.4}
-    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1},
+    | _MOCOV3
+    | {"batch_size": 1024, "lr": 1.2, "lr_after_slow_start": 3.2, "temperature": 1.0},
+    "slimclr-simclr-imagenet": _LARS | _SIMCLR | {"batch_size": 1024, "lr": 2.4},
     # the methods' own settings, at several widths
-    "mocov2-imagenet": _IMAGENET
-    | {"method": "mocov2", "epochs": 800, "batch_size": 256, "lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0.0}
-    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.2}
-    | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8},
-    "mocov3-imagenet": _LARS
-    | {"method": "mocov3", "epochs": 300, "batch_size": 4096, "lr": 4.8}
-    | {"proj_hidden_dim": 4096, "proj_dim": 256, "temperature": 1.0, "ema_momentum": 0.99},
+    "mocov2-imagenet": _IMAGENET | _MOCOV2 | {"epochs": 800, "batch_size": 256, "lr": 0.03, "warmup_epochs": 0.0},
+    "mocov3-imagenet": _LARS | _MOCOV3 | {"batch_size": 4096, "lr": 4.8, "temperature": 1.0},
     "mocov3-vit-imagenet": _IMAGENET
-    | {"method": "mocov3", "model": "vit_small_patch16_224", "opt": "adamw", "epochs": 300, "batch_size": 4096}
-    | {"lr": 2.4e-3, "warmup_epochs": 40.0, "weight_decay": 0.1, "min_crop_scale": 0.08}
-    | {"proj_hidden_dim": 4096, "proj_dim": 256, "temperature": 0.2, "ema_momentum": 0.99},
-    "simclr-imagenet": _LARS
-    | {"method": "simclr", "epochs": 100, "batch_size": 4096, "lr": 4.8, "weight_decay": 1e-4}
-    | {"proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1},
+    | _MOCOV3
+    | {"model": "vit_small_patch16_224", "opt": "adamw", "batch_size": 4096, "lr": 2.4e-3, "warmup_epochs": 40.0}
+    | {"weight_decay": 0.1, "min_crop_scale": 0.08, "temperature": 0.2},
+    "simclr-imagenet": _LARS | _SIMCLR | {"batch_size": 4096, "lr": 4.8, "weight_decay": 1e-4},
     "byol-imagenet": _LARS
     | {"method": "byol", "epochs": 1000, "batch_size": 4096, "lr": 3.2, "weight_decay": 1.5e-6}
     | {"proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.996},
@@ -274,10 +257,7 @@ PRESETS: dict[str, Settings] = {
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
-    """Return the settings of the preset, overridden by those in `given`.
-
-    Raises: UsageError: if the preset is unknown or for another method.
-    """
+    """Return the settings of the preset, which must be for the same method, overridden by those in `given`."""
     if preset is None:
         return dict(given)
     if preset not in PRESETS:
@@ -290,8 +270,6 @@ def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
 
 def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainConfig:
     """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images.
-
-    Raises: UsageError or WidthError: if a value is out of range, or the preset is unknown or for another method.
 
     >>> configure({"epochs": 100}, "slimclr-mocov2-imagenet").queue_size
     65536

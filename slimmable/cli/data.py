@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from slimmable._distributed import is_first
 from slimmable.cli.config import DIGITS, PretrainConfig
 from slimmable.cli.extras import require, say
-from slimmable.cli.processes import is_first
 from slimmable.errors import DataError
 
 _SMALLEST_CANVAS = 20
@@ -39,21 +39,16 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """Training and held-out images with their classes.
-
-    The labels have shape (images,) and dtype int64. Only supervised training and evaluation use them. `handwriting`
-    says that the images show characters, which must not be mirrored. `digest` identifies the files of a folder by their
-    number and a hash of their names.
-    """
+    """Training and held-out images with their classes, int64 of shape (images,)."""
 
     train: ImageSet
-    train_labels: Tensor
+    train_labels: Tensor  # which only supervised training and evaluation use
     test: ImageSet
     test_labels: Tensor
     classes: tuple[str, ...]
     channels: int = 3
-    handwriting: bool = False
-    digest: str | None = None
+    handwriting: bool = False  # they show characters, which must not be mirrored
+    digest: str | None = None  # of the files of a folder: their number and a hash of their names
 
 
 def load_images(config: PretrainConfig) -> Images:
@@ -81,7 +76,9 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         raise DataError(
             f"digits cannot be drawn on a canvas of {size} pixels; use --image-size {_SMALLEST_CANVAS} or more"
         )
-    digits, labels = _handwriting()
+    handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
+    digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
+    labels = torch.from_numpy(handwriting.target).long()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits), generator=generator)
     order = order[labels[order].argsort(stable=True)]
@@ -95,12 +92,6 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     (train_images, train_labels), (test_images, test_labels) = parts
     classes = tuple(str(digit) for digit in range(10))
     return Images(train_images, train_labels, test_images, test_labels, classes, channels=1, handwriting=True)
-
-
-def _handwriting() -> tuple[Tensor, Tensor]:
-    """Return the 1,797 digits of scikit-learn, shape (1797, 1, 8, 8) in [0, 1], and their labels."""
-    data = require("sklearn.datasets", "scikit-learn").load_digits()
-    return torch.from_numpy(data.images).float().div(16).unsqueeze(1), torch.from_numpy(data.target).long()
 
 
 def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -131,8 +122,7 @@ def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
     linear = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
     theta = torch.cat([linear, -linear @ centre.unsqueeze(2)], 2)
     grid = F.affine_grid(theta, [count, 1, size, size], align_corners=False)
-    drawn: Tensor = F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return drawn
+    return F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 class FolderImages:
@@ -176,14 +166,10 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
             raise DataError(f"--data {folder}: no image left to {part}; {found} files were found there")
     train_images, train_labels = _listed(train, files)
     test_images, test_labels = _listed(test, files)
-    digest = _digest(folder, train_images, test_images)
-    return Images(train_images, train_labels, test_images, test_labels, tuple(files), digest=digest)
-
-
-def _digest(folder: Path, *parts: FolderImages) -> str:
-    names = [[Path(path).relative_to(folder).as_posix() for path in part.paths] for part in parts]
+    names = [[Path(path).relative_to(folder).as_posix() for path in part.paths] for part in (train_images, test_images)]
     hashed = hashlib.sha256(repr(names).encode()).hexdigest()
-    return f"{' and '.join(str(len(part)) for part in parts)} files, hash {hashed[:16]}"
+    digest = f"{len(train_images)} and {len(test_images)} files, hash {hashed[:16]}"
+    return Images(train_images, train_labels, test_images, test_labels, tuple(files), digest=digest)
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:

@@ -30,7 +30,6 @@ from slimmable.evaluation.evaluate import ProbeName, narrowest_first
 from slimmable.gating import calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
-KNN_LOG = "knn.csv"
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training
@@ -51,14 +50,7 @@ def features_in(
     images: Plain | Subset[Tensor],
     workers: int = 0,
 ) -> dict[Key, Tensor]:
-    """Return the features of the backbone in each setting, in the form of `features_at_widths`.
-
-    Args:
-        settings: by name, a function that returns the context manager for a forward.
-        backbone: network that outputs features of shape (batch, features).
-        images: images, read once for all settings.
-        workers: processes that read them.
-    """
+    """Return the features in the context that each of `settings` makes, in the form of `features_at_widths`."""
     device = next(backbone.parameters()).device
     parts: dict[Key, list[Tensor]] = {name: [] for name in settings}
     with in_eval_mode(backbone):
@@ -73,10 +65,9 @@ def features_in(
 def features_of_passes(
     backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the features of the dense and the gated pass, and the cost of the latter.
+    """Return the features of the dense and the gated pass, and for each image the cost of the latter.
 
-    Returns: the features of each pass, in the form of `features_at_widths`; and for each image the multiply-adds of the
-        gated pass, including those of the gates, over those of the dense one, of shape (images,).
+    The cost is the multiply-adds of the gated pass, gates included, over those of the dense one, of shape (images,).
     """
     shares: list[Tensor] = []
 
@@ -137,30 +128,34 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 def rows_of_run(
     config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained.
-
-    Args:
-        config: settings of the run.
-        backbone: trained backbone; its gates, if any, must be calibrated.
-        images: images of the run.
-        probes: probes to evaluate on the features.
-        workers: processes that read images.
-    """
+    """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated."""
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
-    if config.gate_budget is not None:
-        return _rows_of_gated_run(config, backbone, untrained, prober)
-    trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
-    costs = profile(backbone, prober.size, repeats=0).rows
-    return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
+    if config.gate_budget is None:
+        trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
+        costs = profile(backbone, prober.size, repeats=0).rows
+        return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
+    dense, *static = plain_networks(config, backbone, images).items()
+    shares, cost = prober.of_passes(backbone)
+    shares |= {name: prober.of_plain(network) for name, network in static}
+    calibrate(config, untrained, images)
+    for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
+        shares[name] |= found
+    rows = []
+    for name, network in (dense, *static):
+        own = profile(network, prober.size, repeats=0).rows[0]
+        rows.append(Row(1.0, own.parameters, own.macs, shares[name], name))
+    with gated(backbone):
+        parameters = parameter_count(backbone)
+    macs = round(cost * rows[0].macs)
+    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
-    """Return the plain networks of a run, by the names of their rows.
+    """Return the plain networks of a run by the names of their rows: of a gated run, the dense one and the static ones.
 
-    A gated run has the dense network and the static ones, which keep the most open channels within each budget that is
-    within reach.
+    A static network keeps the most open channels within a budget; there is one for each budget that is within reach.
     """
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
@@ -199,9 +194,8 @@ class _Prober:
 
     def of_plain(self, network: nn.Module) -> dict[str, float]:
         """Measure a plain network."""
-        known, asked = (
-            features_in({1.0: nullcontext}, network, part, self.workers) for part in (self.train, self.test)
-        )
+        parts = (self.train, self.test)
+        known, asked = (features_in({1.0: nullcontext}, network, part, self.workers) for part in parts)
         return self._accuracies(known, asked, "")[1.0]
 
     def _accuracies(
@@ -212,42 +206,10 @@ class _Prober:
         return {width: {prefix + probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 
 
-def _rows_of_gated_run(config: PretrainConfig, backbone: nn.Module, untrained: nn.Module, prober: _Prober) -> list[Row]:
-    """Evaluate both passes and the static networks; this calibrates the gates of `untrained`, in place."""
-    dense, *static = plain_networks(config, backbone, prober.images).items()
-    shares, cost = prober.of_passes(backbone)
-    shares |= {name: prober.of_plain(network) for name, network in static}
-    calibrate(config, untrained, prober.images)
-    for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
-        shares[name] |= found
-    rows = []
-    for name, network in (dense, *static):
-        own = profile(network, prober.size, repeats=0).rows[0]
-        rows.append(Row(1.0, own.parameters, own.macs, shares[name], name))
-    with gated(backbone):
-        parameters = parameter_count(backbone)
-    macs = round(cost * rows[0].macs)
-    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
-
-
-def epochs_between(config: PretrainConfig, asked: int | None) -> int:
-    """Return the number of epochs between evaluations, 0 for none; by default a tenth of a gated run.
-
-    >>> epochs_between(PretrainConfig(), None), epochs_between(PretrainConfig(), 3)
-    (0, 3)
-    """
-    if asked is not None:
-        return asked
-    return 0 if config.gate_budget is None else max(1, config.epochs // 10)
-
-
 class Watch:
-    """Log of the kNN accuracy of every network of a run in `knn.csv`, without any effect on the training.
+    """Log of the kNN accuracy of every network of a run in `knn.csv` and in `loggers`, without effect on the training.
 
-    Args:
-        training: the training to watch; existing rows of steps that it has not done are dropped.
-        folder: folder of the run.
-        loggers: further loggers of the same numbers.
+    Rows in the file of steps that the training has not done are dropped.
     """
 
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
@@ -256,8 +218,8 @@ class Watch:
         # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         passes = ["knn/dense", "knn/gated", "gated_share"]
-        self.columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
-        self.loggers = [CsvLog(folder / KNN_LOG, self.columns, training.step), *loggers]
+        columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
+        self.loggers = [CsvLog(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as a line of text."""
@@ -274,16 +236,14 @@ class Watch:
         config, images, backbone = self.training.config, self.training.images, self.training.method.backbone
         train = some_of(Plain(images.train, config.image_size), _VOTERS)
         test = Plain(images.test, config.image_size)
-        labels = images.train_labels[train.indices]
-
-        def accuracy(known: Tensor, asked: Tensor) -> float:
-            return knn_accuracy(known, labels, asked, images.test_labels)
-
+        costs = {}
         if config.gate_budget is None:
-            settings = {width: partial(at_width, backbone, width) for width in self.widths}
+            settings = {f"w{width:g}": partial(at_width, backbone, width) for width in self.widths}
             known, asked = (features_in(settings, backbone, part, self.training.workers) for part in (train, test))
-            return {f"knn/w{width:g}": accuracy(known[width], asked[width]) for width in self.widths}
-        trained, _ = features_of_passes(backbone, train, self.training.workers)
-        held_out, share = features_of_passes(backbone, test, self.training.workers)
-        found = {f"knn/{name}": accuracy(trained[name], held_out[name]) for name in trained}
-        return {**found, "gated_share": float(share.mean())}
+        else:
+            known, _ = features_of_passes(backbone, train, self.training.workers)
+            asked, shares = features_of_passes(backbone, test, self.training.workers)
+            costs["gated_share"] = float(shares.mean())
+        labels = images.train_labels[train.indices], images.test_labels
+        found = {f"knn/{name}": knn_accuracy(known[name], labels[0], asked[name], labels[1]) for name in known}
+        return found | costs

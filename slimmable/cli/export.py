@@ -10,26 +10,14 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
 
 import slimmable
 from slimmable._atomic import fill_aside
 from slimmable._convert import extract
-from slimmable._nested import output_tensors
 from slimmable._profile import Row, profile
 from slimmable._widths import width_index
+from slimmable.cli import programs
 from slimmable.cli.extras import require
-from slimmable.cli.programs import (
-    INPUT,
-    ONNX_PACKAGES,
-    TOLERANCE,
-    Program,
-    difference,
-    save_onnx,
-    save_pt2,
-    takes_any_batch,
-    trace,
-)
 from slimmable.cli.source import Source
 from slimmable.errors import SlimmableError
 from slimmable.files.model import load, save
@@ -37,47 +25,26 @@ from slimmable.files.model import load, save
 
 @dataclass(frozen=True)
 class File:
-    """An exported file.
+    """An exported file with the network of one width."""
 
-    Attributes:
-        name: name of the file; its suffix is the format.
-        width: width of the network in it.
-        size: size in bytes.
-        off: largest difference from the model's outputs, relative to the largest output.
-        any_batch: whether it takes any number of images, or only one per call.
-    """
-
-    name: str
+    name: str  # its suffix is the format
     width: float
-    size: int
-    off: float
-    any_batch: bool
-
-    @property
-    def kind(self) -> str:
-        """The format."""
-        return self.name.rpartition(".")[2]
+    size: int  # in bytes
+    off: float  # largest difference from the model's outputs, relative to the largest output
+    any_batch: bool  # whether it takes any number of images, or only one per call
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
     """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
-    Args:
-        source: the model to export.
-        widths: widths of `source`.
-        formats: "pt2", "onnx", "safetensors"; by default pt2, and onnx if it is installed.
-        output: folder, created if it does not exist.
+    The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
 
-    Raises:
-        WidthError: if `source` does not have one of the widths.
-        MissingPackageError: if a format needs a package that is not installed.
-        SlimmableError: if the model cannot be written in a format, or a file's outputs differ from the model's.
-        CheckpointError: if a file cannot be written.
+    Raises: SlimmableError: if the model cannot be written in a format, or a file's outputs differ from the model's.
     """
     chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
     if formats is None:
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
-    for package in ONNX_PACKAGES if "onnx" in formats else ():
+    for package in programs.ONNX_PACKAGES if "onnx" in formats else ():
         require(package, package, extra="onnx")
     files: list[File] = []
 
@@ -95,32 +62,26 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
     """Write one width in each format."""
     model = extract(source.model, width).eval()
     images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
-    program = trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
+    program = programs.trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
     files = []
     for kind in formats:
         path = folder / f"width-{width}.{kind}"
         any_batch = True
-        if program is not None and kind != "safetensors":
-            written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)
-            any_batch = takes_any_batch(program)
+        if program is None or kind == "safetensors":
+            save(model, path, arguments=source.arguments)
+            written: programs.Program = load(path)
         else:
-            written = _save_network(source, model, path)
-        off = difference(model, written, images[:1], *([images] if any_batch else []))
-        if not off <= TOLERANCE:
+            written = (programs.save_pt2 if kind == "pt2" else programs.save_onnx)(program, path)
+            any_batch = programs.takes_any_batch(program)
+        off = programs.difference(model, written, images[:1], *([images] if any_batch else []))
+        if not off <= programs.TOLERANCE:
             raise SlimmableError(
-                f"{path.name} differs from the model by {off:.1e} of the largest output (allowed: {TOLERANCE:g}); "
-                "no file was written"
+                f"{path.name} differs from the model by {off:.1e} of the largest output "
+                f"(allowed: {programs.TOLERANCE:g}); no file was written"
             )
         size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
         files.append(File(path.name, width, size, off, any_batch))
     return files
-
-
-def _save_network(source: Source, model: nn.Module, path: Path) -> Program:
-    """Write a plain network for `slimmable.load`, and return it as loaded from the file."""
-    save(model, path, arguments=source.arguments)
-    again = load(path)
-    return lambda images: output_tensors(again(images))
 
 
 def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> str:
@@ -130,6 +91,10 @@ def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> s
     channels, height, width = source.image
     front = [f"pipeline_tag: {task}", "library_name: timm", "# license: add yours before publishing"]
     front += [] if source.base is None else [f"base_model: {source.base}"]
+    made_by = source.name
+    if source.arguments is not None:
+        given = (f'"{source.name}"', *(f"{key}={value!r}" for key, value in source.arguments.items()))
+        made_by = f"timm.create_model({', '.join(given)})"
     widths = [f"{file_width:g}" for file_width in dict.fromkeys(file.width for file in files)]
     lines = [
         *("---", "tags:", *(f"- {tag}" for tag in (task, "timm", "slimmable")), *front, "---"),
@@ -139,7 +104,7 @@ def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> s
         *("", "## Model Details"),
         f"- **Model Type:** {f'Image classification, {classes} classes' if classes else 'Feature backbone'}",
         f"- **Image size:** {height} x {width}, {channels} channels, values {source.values}",
-        f"- **Full network:** `{source.architecture}`",
+        f"- **Full network:** `{made_by}`",
         f"- **Weights:** {source.weights}",
         f"- **Made with:** slimmable {slimmable.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
@@ -182,16 +147,16 @@ def _files(files: Sequence[File]) -> Iterator[str]:
 def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
     """Yield Python examples for one file of each format."""
     shape = ", ".join(map(str, (1, *source.image)))
-    first = {file.kind: file for file in reversed(files)}
-    if "pt2" in first:
+    names = {Path(file.name).suffix: file.name for file in reversed(files)}
+    if ".pt2" in names:
         yield from ("", "With torch alone:", "", "```python", "import torch", "")
-        yield f'program = torch.export.load("{first["pt2"].name}").module()'
+        yield f'program = torch.export.load("{names[".pt2"]}").module()'
         yield from (f"output = program(torch.rand({shape}))", "```")
-    if "onnx" in first:
+    if ".onnx" in names:
         yield from ("", "In onnxruntime:", "", "```python", "import numpy", "import onnxruntime", "")
-        yield f'session = onnxruntime.InferenceSession("{first["onnx"].name}")'
-        yield f'(output,) = session.run(None, {{"{INPUT}": numpy.zeros(({shape}), numpy.float32)}})'
+        yield f'session = onnxruntime.InferenceSession("{names[".onnx"]}")'
+        yield f'(output,) = session.run(None, {{"{programs.INPUT}": numpy.zeros(({shape}), numpy.float32)}})'
         yield "```"
-    if "safetensors" in first:
+    if ".safetensors" in names:
         yield from ("", "As a timm model, for further training:", "", "```python", "import slimmable", "")
-        yield from (f'small = slimmable.load("{first["safetensors"].name}")', "```")
+        yield from (f'small = slimmable.load("{names[".safetensors"]}")', "```")

@@ -13,9 +13,7 @@ class MissingPackageError(SlimmableError, ImportError):
 
 
 def require(module: str, package: str, extra: str | None = "cli") -> Any:
-    """Import and return `module`.
-
-    Raises: MissingPackageError: if it cannot be imported; the message names the extra, if any, that installs `package`.
+    """Import and return `module`, or raise MissingPackageError that names the extra, if any, that installs `package`.
 
     >>> require("json", "python").dumps([1])
     '[1]'

@@ -41,32 +41,23 @@ class Views(Dataset[list[Tensor]]):
 
 
 class Steps(Sampler[list[Key]]):
-    """One process's share of the images of each step, from `start` to the end of training.
+    """One process's share of the images of each step, as lists of (epoch, index of the image).
 
-    Args:
-        count: number of images; an incomplete batch at the end of an epoch is dropped.
-        batch_size: over all processes, a multiple of their number.
-        epochs, start, seed: of the training; `start` is the number of steps done.
-        rank, processes: which share to take.
+    Of `count` images an incomplete batch at the end of an epoch is dropped. `batch_size` is that of all processes
+    together, a multiple of their number; `start` is the number of steps done.
     """
 
     def __init__(
         self, count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
     ) -> None:
         self.count, self.batch_size, self.epochs = count, batch_size, epochs
-        self.start, self.seed = start, seed
+        self.start, self.seed, self.per_epoch = start, seed, count // batch_size
         self.share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-
-    @property
-    def per_epoch(self) -> int:
-        """Number of steps in an epoch."""
-        return self.count // self.batch_size
 
     def __len__(self) -> int:
         return max(0, self.epochs * self.per_epoch - self.start)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield lists of (epoch, index of the image)."""
         first, skipped = divmod(self.start, self.per_epoch)
         for epoch in range(first, self.epochs):
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -112,9 +103,7 @@ class Plain(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         """Return one image of shape (channels, size, size)."""
         image = self.images[index]
-        if image.shape[-2:] != (self.size, self.size):
-            image = self.transform(image)
-        return image
+        return image if image.shape[-2:] == (self.size, self.size) else self.transform(image)
 
     def stacked(self) -> Tensor:
         """Return all images, shape (images, channels, size, size)."""
@@ -140,15 +129,10 @@ def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: i
 def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
-    The transforms draw from torch's global random numbers.
-
-    Args:
-        name: whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-            2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits"
-            (for handwriting: geometry, brightness and blur).
-        size: height and width of a view in pixels.
-        min_crop_scale: smallest fraction of the image's area in a view.
-        mirror: flip half of the images left to right.
+    `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
+    2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits" (for
+    handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
+    image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
 
     >>> first, second = make_views("byol", 28, min_crop_scale=0.2, mirror=True)
     >>> first(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
@@ -158,8 +142,7 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
 
     def view(*changes: nn.Module) -> nn.Module:
         flip = [v2.RandomHorizontalFlip()] if mirror else []
-        composed: nn.Module = v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])
-        return composed
+        return v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])  # type: ignore[no-any-return]
 
     def colours(*strength: float) -> list[nn.Module]:
         return [v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)]
@@ -189,5 +172,4 @@ def plain_view(size: int) -> nn.Module:
     >>> plain_view(28)(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
     torch.Size([3, 28, 28])
     """
-    composed: nn.Module = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-    return composed
+    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])  # type: ignore[no-any-return]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from slimmable._atomic import write_aside
+from slimmable._tables import csv_text
 from slimmable.cli.extras import require, say
 from slimmable.errors import CheckpointError
 
-LOG = "losses.csv"
 Values = Mapping[str, float]
 
 
@@ -39,11 +37,7 @@ class CsvLog(Logger):
         kept = read_rows(path, done)
         if kept and tuple(kept[0]) != names:
             raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-        write_aside(path, lambda aside: aside.write_text(text.getvalue()))
+        write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
         self.path = path
         self.file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
         self.writer = csv.DictWriter(self.file, names, lineterminator="\n")
@@ -79,9 +73,8 @@ class WandB(Logger):
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         init: Any = require_logger("wandb").init
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        self.run = init(
-            project="slimmable", id=own, name=folder.name, dir=str(folder), config=dict(settings), resume="allow"
-        )
+        known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
+        self.run = init(project="slimmable", resume="allow", **known)
 
     def log(self, step: int, values: Values) -> None:
         """Send the metrics of one step."""
@@ -94,10 +87,7 @@ def require_logger(name: str) -> Any:
 
 
 def read_rows(path: Path, last: int) -> list[dict[str, str]]:
-    """Return the rows of a CSV file up to the step `last`; none if there is no such file.
-
-    Raises: CheckpointError: if it has no column `step`, or a row is incomplete or not numeric.
-    """
+    """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
     if not path.exists():
         return []
     try:
@@ -113,25 +103,19 @@ def read_rows(path: Path, last: int) -> list[dict[str, str]]:
 def make_loggers(
     folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Logger]:
-    """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for.
-
-    Raises: MissingPackageError: if one is not installed.
-    """
+    """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for."""
     loggers: list[Logger] = []
     if "tensorboard" in asked:
         loggers.append(TensorBoard(folder / "tensorboard", done))
     if "wandb" in asked:
         loggers.append(WandB(folder, settings))
-    return [CsvLog(folder / LOG, columns, done), *loggers]
+    return [CsvLog(folder / "losses.csv", columns, done), *loggers]
 
 
 class Progress:
     """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block.
 
-    Args:
-        steps: total number of steps of the run.
-        done: steps done before.
-        steps_per_epoch: steps from one line to the next.
+    Of the run's `steps`, `done` are done before.
     """
 
     def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
@@ -141,14 +125,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            self.bar = require("tqdm", "tqdm").tqdm(
-                total=self.steps, initial=self.done, unit="step", dynamic_ncols=True
-            )
+            bar = require("tqdm", "tqdm").tqdm
+            self.bar = bar(total=self.steps, initial=self.done, unit="step", dynamic_ncols=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
 

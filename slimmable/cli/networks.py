@@ -15,18 +15,13 @@ from slimmable import methods
 from slimmable._convert import slimify
 from slimmable.cli.config import PretrainConfig
 from slimmable.errors import ConversionError, UsageError
-from slimmable.gating import gate, gate_plan
+from slimmable.gating import gate
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
     """Return the method of `config` around a converted network, with fresh weights drawn from the config's seed.
 
-    Args:
-        config: settings of the run.
-        channels: number of channels of the images.
-        classes: number of classes, for supervised training.
-
-    Raises: UsageError: if the backbone is unknown or does not accept images of this size.
+    The network takes images of `channels` channels; supervised training tells `classes` classes apart.
     """
     torch.manual_seed(config.seed)
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
@@ -40,13 +35,19 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
 
     def encoder(projector: nn.Module) -> nn.Module:
-        return _converted(config, backbone, projector, channels)
+        example = _example(config, channels)
+        if config.gate_budget is None:
+            return _slimmed(config, methods.Encoder(backbone, projector), example)
+        slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
+        try:
+            return methods.Encoder(gate(slim, example_inputs=example, inplace=True), projector)
+        except ConversionError as error:
+            raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
 
     if config.method == "supervised":
         return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
     if config.method == "simclr":
-        projector = methods.SimCLR.projector(features, hidden, dim)
-        return methods.SimCLR(encoder(projector), temperature=config.temperature)
+        return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
     if config.method == "vicreg":
         return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
     if config.method == "mocov2":
@@ -66,39 +67,14 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
     projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
     predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
-    return methods.MoCoV3(
-        encoder(projector),
-        _slimmed(config, predictor, torch.zeros(2, dim)),
-        momentum=config.ema_momentum,
-        temperature=config.temperature,
-    )
+    slim = _slimmed(config, predictor, torch.zeros(2, dim))
+    return methods.MoCoV3(encoder(projector), slim, momentum=config.ema_momentum, temperature=config.temperature)
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method."""
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
     return _slimmed(config, backbone, _example(config, channels))
-
-
-def check_budget(config: PretrainConfig, backbone: nn.Module) -> None:
-    """Raise UsageError if the gated network costs more than the budget even with all gates closed."""
-    least = gate_plan(backbone).least_share()
-    if config.gate_budget is not None and config.gate_budget < least:
-        raise UsageError(
-            f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
-            "multiply-adds; choose a larger budget"
-        )
-
-
-def _converted(config: PretrainConfig, backbone: nn.Module, projector: nn.Module, channels: int) -> nn.Module:
-    example = _example(config, channels)
-    if config.gate_budget is None:
-        return _slimmed(config, methods.Encoder(backbone, projector), example)
-    backbone = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
-    try:
-        return methods.Encoder(gate(backbone, example_inputs=example, inplace=True), projector)
-    except ConversionError as error:
-        raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
 
 
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
@@ -111,18 +87,22 @@ def _example(config: PretrainConfig, channels: int) -> Tensor:
 
 def _count_features(config: PretrainConfig, backbone: nn.Module, channels: int) -> int:
     """Return how many features the backbone outputs for an image."""
-    try:
-        with torch.no_grad():
-            features = backbone.eval()(_example(config, channels))
-    except Exception as error:
-        raise UsageError(
-            f"{config.model} does not accept images of {config.image_size} x {config.image_size} pixels ({error}); "
-            "choose another --image-size"
-        ) from error
+    features = output_for(_example(config, channels), backbone, config.model)
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
     backbone.train()
     return features.shape[1]
+
+
+def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
+    """Return the output of `model` in eval mode, or raise UsageError if it does not accept images of this size."""
+    try:
+        with torch.no_grad():
+            return model.eval()(images)
+    except Exception as error:  # models raise many kinds of errors on a wrong size
+        size = " x ".join(map(str, images.shape[2:]))
+        advice = "choose another --image-size"
+        raise UsageError(f"{name} does not accept images of {size} pixels ({error}); {advice}") from error
 
 
 def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:
@@ -134,8 +114,6 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
     """Return the timm model `name` and the settings that `timm.create_model` accepted.
 
     Those include `image_size`, if given, for a model with a fixed image size.
-
-    Raises: UsageError: if timm does not know the name, or cannot make the model with these settings.
     """
     check_name(name)
     sized: dict[str, Any] = dict(settings) if image_size is None else {**settings, "img_size": image_size}

@@ -89,12 +89,9 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
                 parsing["choices"] = each.metadata["choices"]
             else:
                 parsing.setdefault("metavar", _METAVARS.get(one))
-        group.add_argument(_name(each), default=argparse.SUPPRESS, help=help_text(each), **parsing)
-
-
-def _name(each: Field[Any]) -> str:
-    positional = each.default is MISSING and not each.metadata["parsing"].get("required")
-    return each.name if positional else flag(each.name)
+        positional = each.default is MISSING and not parsing.get("required")
+        name = each.name if positional else flag(each.name)
+        group.add_argument(name, default=argparse.SUPPRESS, help=help_text(each), **parsing)
 
 
 def help_text(each: Field[Any]) -> str:
@@ -107,10 +104,7 @@ def help_text(each: Field[Any]) -> str:
 
 
 def check(settings: Any) -> None:
-    """Check each value of a dataclass of options on its own.
-
-    Raises: UsageError: if a value is not one of the choices, or outside its range.
-    """
+    """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:

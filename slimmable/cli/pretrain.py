@@ -12,30 +12,22 @@ from types import FrameType
 
 import torch
 
+from slimmable._distributed import any_process, is_first, wait_for_all
 from slimmable.cli.config import PretrainConfig, RunOptions
 from slimmable.cli.data import Images, load_images
-from slimmable.cli.evaluation import Watch, calibrate, epochs_between, evaluate_run
+from slimmable.cli.evaluation import Watch, calibrate, evaluate_run
 from slimmable.cli.extras import require, say
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
-from slimmable.cli.networks import check_budget, new_method
-from slimmable.cli.processes import any_process, is_first, wait_for_all
+from slimmable.cli.networks import new_method
 from slimmable.cli.report import plot_imbalance
-from slimmable.cli.run import (
-    CHECKPOINT,
-    MODEL,
-    load_checkpoint,
-    refuse_existing,
-    save_checkpoint,
-    save_networks,
-    start_folder,
-)
+from slimmable.cli.run import CHECKPOINT, MODEL, load_checkpoint, refuse_existing, save_networks, start_folder
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, UsageError
+from slimmable.gating import gate_plan
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
-INTERRUPTED = 130
 GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network
 
@@ -44,8 +36,6 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     """Train from scratch or from the last checkpoint, then evaluate; return the exit code.
 
     All processes train; the first one also evaluates and writes.
-
-    Raises: SlimmableError: if data, model or checkpoint cannot be used, or a loss is not finite.
     """
     begin, folder = time.monotonic(), options.output
     if not options.resume:
@@ -57,9 +47,17 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = load_images(config)
-    method = new_method(fit_queue(config, len(images.train)), images.channels, len(images.classes))
-    if config.gate_budget is not None:
-        check_budget(config, method.backbone)
+    fitted = config
+    if config.method == "mocov2":  # with a longer queue, an image could meet its own last key as a negative
+        queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
+        fitted = replace(config, queue_size=queue)
+    method = new_method(fitted, images.channels, len(images.classes))
+    least = 0.0 if config.gate_budget is None else gate_plan(method.backbone).least_share()
+    if config.gate_budget is not None and config.gate_budget < least:
+        raise UsageError(
+            f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
+            "multiply-adds; choose a larger budget"
+        )
     training = Training(config, method, images, device, options.workers or 0)
     checkpoint = folder / CHECKPOINT
     if options.resume and checkpoint.exists():
@@ -78,7 +76,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         if not _train(training, folder, options):
             raise KeyboardInterrupt
         if is_first():
-            _finish(training, images, folder, options)
+            _finish(training, folder, options)
     except DivergedError as error:
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise DivergedError(f"step {training.step + 1}: {error}; {last}") from error
@@ -87,7 +85,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
             f"interrupted after step {training.step} of {training.steps}; continue with: "
             f"slimmable pretrain --output {folder} --resume"
         )
-        return INTERRUPTED
+        return 130
     _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
     return 0
 
@@ -96,30 +94,20 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
     networks = f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
     if config.gate_budget is not None:
         networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
-    joins = (
-        f"; narrower widths join after {config.slow_start:.0%}" if config.slow_start and len(config.widths) > 1 else ""
-    )
+    later = config.slow_start if len(config.widths) > 1 else 0
+    joins = f"; narrower widths join after {later:.0%}" if later else ""
     return (
         f"pre-training {config.model} by {config.method}{networks} on {len(images.train)} images of "
         f"{config.image_size} x {config.image_size} pixels for {config.epochs} epochs{joins}"
     )
 
 
-def fit_queue(config: PretrainConfig, count: int) -> PretrainConfig:
-    """Return `config` with a queue of at most a quarter of `count`: no image meets its own last key as a negative.
-
-    >>> fit_queue(PretrainConfig(queue_size=256, batch_size=16), count=400).queue_size
-    100
-    """
-    fitting = max(config.batch_size, min(config.queue_size, count // 4))
-    return replace(config, queue_size=fitting) if config.method == "mocov2" else config
-
-
 def _train(training: Training, folder: Path, options: RunOptions) -> bool:
     """Take the remaining steps, with a checkpoint after each epoch; return False if interrupted before the end."""
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
     columns += [] if training.gates is None else ["gated_share"]
-    every = epochs_between(training.config, options.knn_every) * training.steps_per_epoch
+    usual = 0 if training.gates is None else max(1, training.config.epochs // 10)
+    every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     watch = None
     loggers: list[Logger] = []
     if is_first():
@@ -135,7 +123,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> bool:
                 progress.note(watch.look())
             wait_for_all()
         if is_first():
-            _save(training, folder)
+            training.save(folder / CHECKPOINT)
             if training.diagnostics is not None:
                 training.diagnostics.to_csv(folder / GRADIENTS)
 
@@ -159,22 +147,17 @@ def _train(training: Training, folder: Path, options: RunOptions) -> bool:
     return True
 
 
-def _save(training: Training, folder: Path) -> None:
-    path, digest = folder / CHECKPOINT, training.images.digest
-    save_checkpoint(path, training.method.encoder, training.tensors(), training.step, digest)
-
-
-def _finish(training: Training, images: Images, folder: Path, options: RunOptions) -> None:
+def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
-    config, backbone = training.config, training.method.backbone
+    config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal:
         some = Plain(images.train, config.image_size)
         calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
-        _save(training, folder)
+        training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
         reached = calibrate(config, backbone, images)
         say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
-        _save(training, folder)
+        training.save(folder / CHECKPOINT)
     if not save_networks(folder, config, backbone, images.channels):
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:

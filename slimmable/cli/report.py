@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slimmable._atomic import write_aside
+from slimmable._tables import csv_text
 from slimmable.cli.extras import require
 from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED = "untrained_"
-TITLES = {
-    "knn": "kNN",
-    "linear": "linear",
-    "slimmable": "slimmable probe",
-    "ridge": "ridge",
-    "finetuned": "fine-tuned",
-}
+TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge", "finetuned": "fine-tuned"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
@@ -58,13 +52,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     width,parameters,macs,knn,untrained_knn
     0.5,1000,20000,0.7500,0.1000
     """
-    text = io.StringIO()
     named = ["network"] if rows[0].network else []
     columns = [*named, "width", "parameters", "macs", *rows[0].shares]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows)
-    return text.getvalue()
+    cells = [vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows]
+    return csv_text(columns, cells)
 
 
 def read_report(folder: Path) -> dict[float, Row]:
@@ -73,10 +64,7 @@ def read_report(folder: Path) -> dict[float, Row]:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Return the rows of `metrics.csv` in `folder`; none if there is no such file.
-
-    Raises: CheckpointError: if the file is not a report.
-    """
+    """Return the rows of `metrics.csv` in `folder`, none without a file; raise CheckpointError if it is no report."""
     path = folder / "metrics.csv"
     if not path.exists():
         return []
@@ -175,15 +163,10 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     The left panel shows two ratios of gradient norms over the steps, in one colour per narrow width: the solid line is
     the weights that the width does not use over those that it uses (`rest_ratio`), the dotted line all weights over
     those that it uses (`grad_ratio`). Where the solid line is below 1, the few weights of the narrow width have the
-    larger gradient. The right panel shows the cosine of each width's own gradient with that of the full width.
+    larger gradient. The right panel shows the cosine of each width's own gradient with that of the full width. A file
+    at `path` is replaced only when the new one is complete.
 
-    Args:
-        rows: `GradientDiagnostics.rows`, or rows with the same columns.
-        path: path of the file, which is replaced only when the new one is complete.
-        title: title above the panels.
-
-    Raises: DataError: if there are no rows, or they have no ratios. MissingPackageError: without matplotlib.
-        CheckpointError: if the file cannot be written.
+    Raises: DataError: if there are no rows, or they have no ratios.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "imbalance.png"

@@ -48,10 +48,7 @@ def start_folder(folder: Path, config: PretrainConfig) -> None:
 
 
 def read_config(folder: Path) -> PretrainConfig:
-    """Return the configuration of the run in `folder`.
-
-    Raises: CheckpointError: if there is none.
-    """
+    """Return the configuration of the run in `folder`, or raise CheckpointError if there is none."""
     path = folder / CONFIG
     try:
         text = path.read_text()
@@ -81,20 +78,14 @@ class Checkpoint:
 def save_checkpoint(
     path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
 ) -> None:
-    """Write the checkpoint; if that fails, an earlier one at `path` is left as it was.
-
-    Raises: CheckpointError: if it cannot be written.
-    """
+    """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
     tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
     write_aside(path, lambda aside: save_file(tensors, aside, metadata))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read what `save_checkpoint` wrote.
-
-    Raises: CheckpointError: if the file is missing, damaged, or not the checkpoint of a pre-training run.
-    """
+    """Read what `save_checkpoint` wrote, or raise CheckpointError if that is missing, damaged or something else."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
@@ -111,10 +102,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load `tensors` into `module`, if all names and shapes match; otherwise change nothing.
-
-    Raises: CheckpointError: if they do not match, with the differences.
-    """
+    """Load `tensors` into `module`, or change nothing and raise CheckpointError with the differences."""
     found = differences(module.state_dict(), tensors, most=10)
     if found:
         raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
@@ -124,12 +112,8 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named `<index of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": torch.as_tensor(value)
-        for number, values in state.items()
-        for name, value in values.items()
-        if value is not None
-    }
+    named = {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+    return {name: torch.as_tensor(value) for name, value in named.items() if value is not None}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -148,9 +132,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
     """Return the converted backbone of the run in `folder` with its final weights, in eval mode.
 
-    Raises:
-        CheckpointError: if there is no checkpoint, or it is of another model.
-        UsageError: if `digest` is given and the run had other images.
+    If `digest` is given, the run must have had the same images.
     """
     path = folder / CHECKPOINT
     checkpoint = load_checkpoint(path)
@@ -178,13 +160,9 @@ def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, cha
             load_exactly(alone, backbone.state_dict(), MODEL)
         except CheckpointError:
             return False
-        if not all(_same(extract(alone, width), network) for width, network in plain.items()):
-            return False
+        for width, network in plain.items():
+            ours, theirs = extract(alone, width).state_dict(), network.state_dict()
+            if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name].cpu()) for name in ours):
+                return False
     save(alone, folder / MODEL)
     return True
-
-
-def _same(network: nn.Module, other: nn.Module) -> bool:
-    """Return whether two networks have the same tensors."""
-    ours, theirs = network.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name].cpu()) for name in ours)

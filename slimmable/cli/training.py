@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images
 from slimmable.cli.loader import Steps, Views, load, make_views, seed_of
-from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors
+from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
@@ -35,27 +36,19 @@ class Training:
     def __init__(
         self, config: PretrainConfig, method: Method, images: Images, device: torch.device, workers: int = 0
     ) -> None:
-        count = len(images.train)
-        if config.batch_size > count:
-            raise UsageError(
-                f"--batch-size {config.batch_size} is more than the {count} training images; choose a smaller one"
-            )
-        if config.batch_size % world_size():
-            raise UsageError(
-                f"--batch-size {config.batch_size} cannot be shared by {world_size()} processes; choose a multiple"
-            )
+        count, batch, processes = len(images.train), config.batch_size, world_size()
+        if batch > count:
+            raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
+        if batch % processes:
+            raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
         if config.method == "mocov2":
-            _check_parts(config.key_parts, config.batch_size, world_size())
+            _check_parts(config.key_parts, batch, processes)
         self.config, self.images, self.device, self.workers = config, images, device, workers
         self.method = method.to(device).train()
-        transforms = make_views(
-            config.augmentation,
-            config.image_size,
-            min_crop_scale=config.min_crop_scale,
-            mirror=not images.handwriting,
-        )
+        crop, mirror = config.min_crop_scale, not images.handwriting
+        transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror)
         self.views = Views(images.train, images.train_labels, transforms[: method.views], config.seed)
-        self.steps_per_epoch = count // config.batch_size
+        self.steps_per_epoch = count // batch
         self.steps = config.epochs * self.steps_per_epoch
         self.step = 0
         self.recipe = SlimRecipe(
@@ -67,10 +60,9 @@ class Training:
             seed=config.seed,
         )
         self.diagnostics: GradientDiagnostics | None = None
-        budget = config.gate_budget
-        self.gates = (
-            None if budget is None else GateBudget(budget, budget_weight=config.gate_loss_weight, alpha=_GATE_ALPHA)
-        )
+        self.gates: GateBudget | None = None
+        if config.gate_budget is not None:
+            self.gates = GateBudget(config.gate_budget, budget_weight=config.gate_loss_weight, alpha=_GATE_ALPHA)
         self.optimizer = make_optimizer(config, method.online)
         rising = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
         warm_up = round(rising * self.steps_per_epoch)
@@ -84,22 +76,18 @@ class Training:
         self._batches: Iterator[list[Tensor]] = iter(())
 
     def take_step(self) -> dict[float, float]:
-        """Train on the next batch; return the loss of each width, the widest first.
-
-        Raises: DivergedError: if a loss is not finite; the trained weights are unchanged then.
-        """
+        """Train on the next batch; return each width's loss, the widest first; a DivergedError changes no weight."""
         *views, labels = self._next()
         progress = self.step / self.steps
         self._set_learning_rate(progress)
         torch.manual_seed(seed_of(self.config.seed, -2 - self.step, rank()))  # hash(-1) == hash(-2)
         self.optimizer.zero_grad()
-        autocast = torch.bfloat16 if self.config.precision == "bfloat16" else None
         losses = self.method.step(
             self.recipe,
             Batch(views, labels),
             progress,
             step=self.step,
-            autocast=autocast,
+            autocast=torch.bfloat16 if self.config.precision == "bfloat16" else None,
             diagnostics=self.diagnostics,
             gates=self.gates,
         )
@@ -118,15 +106,8 @@ class Training:
     def _next(self) -> list[Tensor]:
         batch = next(self._batches, None)
         if batch is None:  # the first step, or the first one after resuming
-            steps = Steps(
-                len(self.views.images),
-                self.config.batch_size,
-                self.config.epochs,
-                self.step,
-                self.config.seed,
-                rank(),
-                world_size(),
-            )
+            count, config = len(self.views.images), self.config
+            steps = Steps(count, config.batch_size, config.epochs, self.step, config.seed, rank(), world_size())
             self._batches = load(self.views, steps, self.workers, pinned=self.device.type == "cuda")
             batch = next(self._batches)
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -149,11 +130,12 @@ class Training:
         own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Return to the state that `checkpoint` holds.
+    def save(self, path: Path) -> None:
+        """Write the checkpoint that `resume` returns to."""
+        save_checkpoint(path, self.method.encoder, self.tensors(), self.step, self.images.digest)
 
-        Raises: CheckpointError: if it belongs to another model or other widths, with the differences.
-        """
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Return to the state that `checkpoint` holds."""
         encoder = {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
         load_exactly(self.method, encoder | _under("method.", checkpoint.training), "the checkpoint")
         load_optimizer_tensors(self.optimizer, _under("optimizer.", checkpoint.training))
@@ -175,19 +157,14 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     if config.opt == "adamw":
         settings["fused"] = True
     optimizer: torch.optim.Optimizer = create_optimizer_v2(online, names[config.opt], **settings)
-    _scale_gates(optimizer, online, config.gate_lr_scale)
-    return optimizer
-
-
-def _scale_gates(optimizer: torch.optim.Optimizer, online: nn.Module, scale: float) -> None:
-    """Move the gates' parameters to their own group, whose learning rate timm's schedule multiplies by `scale`."""
     gates = {id(parameter) for parameter in gate_parameters(online)}
     found = []
     for group in optimizer.param_groups:
         found += [parameter for parameter in group["params"] if id(parameter) in gates]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
-    if found:
-        optimizer.add_param_group({"params": found, "weight_decay": 0.0, "lr_scale": scale})
+    if found:  # timm's schedule multiplies the learning rate of a group by its `lr_scale`
+        optimizer.add_param_group({"params": found, "weight_decay": 0.0, "lr_scale": config.gate_lr_scale})
+    return optimizer
 
 
 def _check_parts(parts: int, batch: int, processes: int) -> None:

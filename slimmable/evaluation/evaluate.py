@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -177,11 +177,8 @@ def evaluate_features(
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     classes = check_classes("evaluate_features", torch.cat([train_labels, test_labels]), None)
-    trained: dict[str, nn.Module] = {}
-    if "linear" in probes:
-        trained["linear"] = train_probe(train, train_labels, num_classes=classes)
-    if "slimmable" in probes:
-        trained["slimmable"] = train_slimmable_probe(train, train_labels, num_classes=classes)
+    kinds: dict[str, Callable[..., nn.Module]] = {"linear": train_probe, "slimmable": train_slimmable_probe}
+    trained = {name: kinds[name](train, train_labels, num_classes=classes) for name in kinds if name in probes}
     found = {}
     for width in widths:
         known, asked = train[width], test[width]
@@ -210,11 +207,9 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
-    """Sort the features so that each width's features come first in every wider width, as the plan describes.
+    """Sort the features by width so that those of each come first in every wider one, as the plan of `backbone` says.
 
-    Args:
-        backbone: the network that made the features; without a plan of its own, they are returned unchanged.
-        features: width -> features of shape (images, features of this width).
+    Features of a network without a plan of its own are returned unchanged.
     """
     state = state_of(backbone)
     plan: Plan | None = None if state is None or state.path else state.plan

@@ -19,7 +19,7 @@ from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import ModuleCall, Trace
-from slimmable.errors import ConversionError, TraceError
+from slimmable.errors import ConversionError
 from slimmable.gating._example import encode_inputs
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused
 from slimmable.view.state import is_slim, state_of
@@ -95,14 +95,8 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
     bare = plain(model)
-    for keep_caches in (False, True):
-        fake = FakeModel(bare, args, kwargs, keep_caches)
-        try:
-            return fake, *best_trace(fake, widths, lambda path, module: False, 1)
-        except TraceError:
-            if keep_caches or not fake.emptied:
-                raise
-    raise AssertionError
+    fake = FakeModel(bare, args, kwargs)
+    return fake, *best_trace(fake, widths, lambda path, module: False, 1)
 
 
 class _RefusedError(Exception):

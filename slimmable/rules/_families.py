@@ -20,10 +20,15 @@ def _one_by_one(operations: str, why: str = "", *special: int | str, also: str =
             number = each if isinstance(each, int) else op[each] if each in op else range(op[first].ndim)
             axes += [number] if isinstance(number, int) else number
         for name in (first, also) if also else (first,):
-            for output in range(len(op.outputs)):
-                op.keeps(name, *axes, output=output)
             for axis in axes if op[name].ndim else ():
                 op.pins(name, axis, why)
+            for output, result in enumerate(op.outputs):
+                whole = result.ndim == op[name].ndim  # then a pinned axis of the same size keeps its labels
+                lost = [axis for axis in axes if not (whole and result.shape[axis] == op[name].shape[axis])]
+                op.keeps(name, *lost, output=output)
+        for name in op.tensors.keys() - {first, also}:
+            for axis in range(op.tensors[name].ndim):
+                op.pins(name, axis, "is an index or a bound")
 
     for operation in operations.split():
         register_rule(f"aten::{operation}", rule)

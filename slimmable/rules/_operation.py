@@ -18,8 +18,8 @@ class Operation:
     tensor, or "indices[0]" for the first of a list, and one of its axes. About an optional tensor that was not passed,
     and about axes of size 1, which are broadcast, they say nothing.
 
-    An axis that the rule does not mention stays at full width. So a rule that forgets something costs savings, not
-    correctness; what it does say is believed.
+    If the rule leaves out an axis on which there are units, the operation counts as one without a rule. So what a rule
+    forgets costs savings, not correctness; what it does say is believed.
 
     Attributes:
         name: such as "torchvision::roi_align".
@@ -72,7 +72,7 @@ class Operation:
 
     def keeps(self, name: str, *but: int, output: int = 0) -> None:
         """Say that all axes but some move to an output, each to its own place, or closing up if that has fewer axes."""
-        count = self.tensors[name].ndim if name in self.tensors else 0
+        count = self.tensors[name].ndim if self._passed(name) else 0
         fewer = self.outputs[output].ndim < count
         kept = [axis for axis in range(count) if axis not in {each % count for each in but}]
         for number, axis in enumerate(kept):
@@ -117,11 +117,15 @@ class Operation:
         if given is not None:
             self._context.constrain(self[number] if passed is None else passed, given[1], given[0])
 
+    def _passed(self, name: str) -> bool:
+        """Tell whether there is a tensor of this name."""
+        if name not in self.tensors and "[" not in name and self[name] is not None:
+            raise TypeError(f"argument {name!r} is no tensor, but {self[name]!r}")
+        return name in self.tensors
+
     def _axis(self, name: str, axis: int) -> tuple[int, Ids | None] | None:
         """Return size and labels of an axis, or None if there is no such tensor; note that the rule mentions it."""
-        if name not in self.tensors:
-            if self[name.partition("[")[0]] is not None and "[" not in name:
-                raise TypeError(f"argument {name!r} is no tensor, but {self[name]!r}")
+        if not self._passed(name):
             return None
         tensor = self.tensors[name]
         number = _number(axis, tensor, repr(name))
@@ -129,15 +133,16 @@ class Operation:
         return int(tensor.shape[number]), self._context.axes(tensor)[number]
 
     def _finish(self) -> None:
-        """Pin the axes that the rule has not mentioned, count the multiply-adds, and label the outputs."""
+        """Pin everything if the rule has left out an axis, count the multiply-adds, and label the outputs."""
         context = self._context
         for name, tensor in self.tensors.items():
             for axis, ids in enumerate(context.axes(tensor)):
-                if (name, axis) not in self._mentioned:
-                    context.pin(ids, f"its rule keeps axis {axis} of {name!r} full")
+                if ids is not None and (name, axis) not in self._mentioned:
+                    context.refuse([*self.tensors.values()], f"its rule says nothing about axis {axis} of {name!r}")
         for macs, inner in self._products:
             context.multiply(macs * int(self.outputs[0].numel()), [*self._axes[0].values(), inner])
-        fixed = all(context.origin(tensor) == "weights" for tensor in self.tensors.values())
+        decisive = (tensor for tensor in self.tensors.values() if self._made or tensor.is_floating_point())
+        fixed = all(context.origin(tensor) == "weights" for tensor in decisive)  # also weights that were picked
         for tensor, axes, names in zip(self.outputs, self._axes, self._sources, strict=True):
             features = [self.tensors[name] for name in names if context.is_features(self.tensors[name])]
             origins = {context.origin(each) for each in features} or {"constant"}

@@ -21,8 +21,11 @@ def observe_and_fake_quantize(op: Operation) -> None:
     """The same, after the range of the numbers was noted, for all of them or for each unit of an axis."""
     for output in range(len(op.outputs)):
         op.keeps("self", output=output)
-    for name in ("running_min", "running_max", "scale", "zero_point") if op["per_row_fake_quant"] else ():
-        op.same("self", op["ch_axis"], name, 0)
+    if op["per_row_fake_quant"] and not op["running_min"].numel():
+        op.pins("self", op["ch_axis"], "its observer has seen nothing yet; run the model once before it is converted")
+    elif op["per_row_fake_quant"]:
+        for name in ("running_min", "running_max", "scale", "zero_point"):
+            op.same("self", op["ch_axis"], name, 0)
 
 
 @register_rule("aten::scatter")
@@ -31,12 +34,15 @@ def observe_and_fake_quantize(op: Operation) -> None:
 def scatter(op: Operation) -> None:
     """Elements are written or added at places along one axis."""
     op.keeps("self", op["dim"])
+    for name in {"self", "index", "src"} & op.tensors.keys():
+        op.pins(name, op["dim"], "is indexed")
     for axis in set(range(op["self"].ndim)) - {op["dim"] % max(op["self"].ndim, 1)}:
         for name in {"index", "src"} & op.tensors.keys():
             if op[name].shape[axis] == op["self"].shape[axis]:
                 op.same("self", axis, name, axis)
             else:
                 op.pins("self", axis, "is written in part")
+                op.pins(name, axis, "writes a part")
 
 
 @register_rule("aten::index")
@@ -69,6 +75,9 @@ def index(op: Operation) -> None:
     for i, part in () if masked or "values" in op else indices:
         for number in range(part.ndim):
             op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
+    for i, part in indices if "values" in op else ():
+        for number in range(part.ndim):
+            op.pins(f"indices[{i}]", number, "is an index")
 
 
 @register_rule("aten::_embedding_bag")
@@ -76,6 +85,7 @@ def index(op: Operation) -> None:
 def embedding_bag(op: Operation) -> None:
     """Vectors of a table are added up or averaged; as an embedding, it makes their units."""
     op.makes("weight", 1, to=1)
+    op.pins("weight", 0, "is indexed")
 
 
 @register_rule("aten::grid_sampler_2d")
@@ -140,10 +150,13 @@ def sort(op: Operation) -> None:
         op.keeps("self", output=output)
 
 
-@register_rule("aten::_grouped_mm")
 def grouped_mm(op: Operation) -> None:
     """Each run of rows is multiplied by a matrix of its own, such as that of an expert."""
     if (op["self"].ndim, op["mat2"].ndim) == (2, 3):
         op.moves("self", 0, to=0)
         op.contracts("self", 1, "mat2", 1)
         op.makes("mat2", 2, to=1)
+
+
+if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.6 has none
+    register_rule("aten::_grouped_mm", grouped_mm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from slimmable._atomic import write_aside
 from slimmable._checks import check_count
 from slimmable._numerics import at_least_float32
+from slimmable._tables import csv_text
 from slimmable._width import columns_of, places_of, widths_of
 from slimmable.errors import UsageError
 from slimmable.training._gradients import SharedParameter, Sums, added, shared_parameters, sums_of, values_of
@@ -177,14 +177,8 @@ class GradientDiagnostics:
 
         Raises: CheckpointError: if it cannot be written.
         """
-
-        def write(aside: Path) -> None:
-            with aside.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else ["step"], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_aside(Path(path), write)
+        text = csv_text(list(self.rows[0]) if self.rows else ["step"], self.rows)
+        write_aside(Path(path), lambda aside: aside.write_text(text, newline=""))
 
 
 def _is_layer(shared: SharedParameter) -> bool:

@@ -8,13 +8,17 @@ from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy
 
 from slimmable._modules import empty_cache, unannounced
+from slimmable._other_tools import Watched
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import put, take
 from slimmable.view.state import WidthState, state_of
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
+_getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
 
 
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
@@ -41,9 +45,13 @@ def _delete_plain(module: nn.Module, name: str) -> None:
 
 
 def _tensor_property(name: str) -> property:
-    def get(self: Any) -> Tensor | None:
+    def get(self: Any) -> Tensor | Proxy | None:
         parameters = self._parameters
         if name in parameters:
+            if not is_compiling() and nn.Module.__getattr__ is not _getattr:
+                recorded: Any = nn.Module.__getattr__(self, name)
+                if isinstance(recorded, Proxy):  # whose graph takes the tensor from this property when it is done
+                    return recorded
             tensor = parameters[name]
         elif name in self._buffers:
             tensor = self._buffers[name]
@@ -104,7 +112,7 @@ def _at_full(module: nn.Module) -> Iterator[None]:
         state.active = active
 
 
-class _Viewed(nn.Module):
+class _Viewed(Watched):
     """The common base of all generated classes, placed before the module's own class."""
 
     _slim: WidthState
@@ -123,6 +131,16 @@ class _Viewed(nn.Module):
             return super().__repr__()
         with _at_full(self):  # a class with its own `__repr__`, which may not use `extra_repr`
             return super().__repr__()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a tensor of the active width in place of the full one, such as a narrow weight quantised."""
+        cut = self._slim.active.cuts.get(name) if "_slim" in self.__dict__ else None
+        if cut is not None and param is not None and param.shape != cut.full:
+            raise ConversionError(
+                f"{type(self).__name__}.{name} has shape {tuple(cut.full)}, and cannot become {tuple(param.shape)} "
+                "at a narrow width; change it at width 1.0, or in slimmable.extract(model, width)"
+            )
+        super().register_parameter(name, param)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Refill the index buffers after moves that drop contents, such as `to_empty`."""

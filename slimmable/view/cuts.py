@@ -15,6 +15,7 @@ from slimmable.errors import ConversionError, WidthError
 
 _INDEX_PREFIX = "_slim_kept"
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+_is_tracing = torch._C._is_tracing  # by torch.jit
 
 
 class Cut(NamedTuple):
@@ -91,8 +92,8 @@ def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Te
 
 
 def _block(tensor: Tensor, cut: Cut) -> Tensor:
-    """Take the block in one operation; indexing needs one per axis, each with its own zero-filled backward."""
-    if type(tensor) not in _PLAIN_TENSORS or is_compiling():
+    """Take the block in one operation; indexing, which all that records a program knows, needs one per axis."""
+    if type(tensor) not in _PLAIN_TENSORS or is_compiling() or _is_tracing():
         return tensor[cut.block]
     strides = tensor.stride()
     if not cut.starts:

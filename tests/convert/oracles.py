@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable._nested import output_tensors
-from slimmable.analysis.fake import filled_caches
 from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.plan import Plan
 
@@ -49,8 +48,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 def fresh_copy(model: nn.Module) -> nn.Module:
     """A copy without what an earlier forward has computed from the weights and kept."""
     twin = copy.deepcopy(model)
-    for cache in filled_caches(twin):
-        cache.clear()
+    for module in twin.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, dict) and not name.startswith("_") and all(type(v) is Tensor for v in value.values()):
+                value.clear()
     return twin
 
 

@@ -1,4 +1,4 @@
-"""Random convolutional networks: every oracle holds for any composition of blocks, widths and rounding."""
+"""Random networks: every oracle holds for any composition of blocks and of steps, widths and rounding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import slimmable
 from tests.convert import oracles
+from tests.convert.random_networks import Found, check, conversions, layouts
 
 
 class Block(nn.Module):
@@ -76,3 +77,22 @@ def test_random_networks(layout, percents, round_to):
     oracles.zeroing_what_is_dropped_is_the_narrow_network(model, slim, plan, x, limit=1e-10)
     for group in plan.groups:
         assert min(group.kept) >= min(round_to, group.units)
+
+
+def test_networks_of_functional_operations():
+    """Caches, several outputs, modules called again: see `random_networks`. For more than these few, see `benchmarks`.
+
+    Nothing is checked by networks in which nothing gets thinner, so these are counted.
+    """
+    found: list[Found] = []
+
+    @settings(max_examples=90, deadline=None, derandomize=True, database=None)
+    @given(layouts, conversions)
+    def run(layout, conversion):
+        found.append(check(layout, conversion))
+
+    run()
+    hidden = [each.thinner for each in found if each.hidden]
+    assert len(hidden) > 0.4 * len(found)
+    assert sum(hidden) > 0.9 * len(hidden)
+    assert sum(each.thinner for each in found) > 0.7 * len(found)

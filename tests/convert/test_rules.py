@@ -77,6 +77,14 @@ def tokens(m: nn.Module, x: Tensor) -> Tensor:
     return m.fc(m.norm(x)[:, 0])
 
 
+def sampled(m: nn.Module, x: Tensor) -> Tensor:
+    n, _, h, w = x.shape
+    y = m.a(x).view(n, m.heads, -1, h, w).flatten(0, 1)
+    grid = m.grid(x).view(n, m.heads, 2, 2, h, w).mean(3).flatten(0, 1).permute(0, 2, 3, 1).tanh()
+    y = F.grid_sample(y, grid, align_corners=False)
+    return head(m, m.b(y.view(n, m.heads, -1, h, w).flatten(1, 2)))
+
+
 def with_attribute(module: Fn, **attributes: object) -> Fn:
     for name, value in attributes.items():
         setattr(module, name, value)
@@ -205,6 +213,29 @@ CASES = {
     "sorted": lambda: Fn(
         lambda m, x: head(m, m.b(m.a(x).sort(1).values)), a=conv(3, 8), b=conv(8, 8), fc=nn.Linear(8, 5)
     ),
+    "spectral norm": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x).relu())), a=nn.utils.parametrizations.spectral_norm(conv(3, 16)),
+        b=nn.utils.spectral_norm(conv(16, 8)), fc=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5)),
+    ),
+    "bag of embeddings": lambda: Fn(
+        lambda m, x: m.fc(m.bag((x[:, 0].flatten(1) > 0).long()).relu()), bag=nn.EmbeddingBag(2, 16),
+        fc=nn.Linear(16, 5),
+    ),
+    "codebook": lambda: Fn(
+        lambda m, x: head(m, m.c(m.book(torch.cdist(m.a(x).flatten(2).mT, m.book.weight).argmin(2)).mT[..., None])),
+        a=conv(3, 16), book=nn.Embedding(8, 16), c=conv(16, 8), fc=nn.Linear(8, 5),
+    ),
+    "bilinear": lambda: Fn(
+        lambda m, x: m.fc(m.c(m.a(x).mean((2, 3)), m.b(x).mean((2, 3))).relu()), a=conv(3, 16), b=conv(3, 12),
+        c=nn.Bilinear(16, 12, 8), fc=nn.Linear(8, 5),
+    ),
+    "sampled by a grid of each head": lambda: with_attribute(
+        Fn(sampled, a=conv(3, 32, 1), grid=conv(3, 4 * 2 * 2, 1), b=conv(32, 8), fc=nn.Linear(8, 5)), heads=4
+    ),
+    "rolled": lambda: Fn(
+        lambda m, x: head(m, m.b(m.a(x).roll(1))), a=conv(3, 16), b=conv(16, 8), fc=nn.Linear(8, 5)
+    ),
+    "triangle": lambda: Fn(lambda m, x: m.fc(m.a(x[:, 0]).tril()).mean(1), a=nn.Linear(8, 8), fc=nn.Linear(8, 5)),
     "tokens with a plain table of positions": lambda: with_attribute(
         Fn(tokens, a=conv(3, 16), cls=nn.Parameter(torch.ones(1, 1, 16)), norm=nn.LayerNorm(16), fc=nn.Linear(16, 5)),
         pos=torch.randn(1, 65, 16, dtype=torch.float64),
@@ -227,6 +258,7 @@ PINNED = {
     "padded": {"a"},
     "indexed": {"a"},
     "sorted": {"a"},
+    "rolled": {"a"},
     "tied": {"w"},
 }  # what rightly stays full there
 

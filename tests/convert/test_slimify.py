@@ -393,6 +393,28 @@ def test_the_plan_changes_nothing_and_says_why_axes_stay(images):
     assert "fc.weight[0] (10): output" in text
 
 
+def test_the_plan_says_where_all_units_go_together():
+    """Each shuffle ties units to others, as in ShuffleNet v2, until none can go alone."""
+
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.branches = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            for branch in self.branches:
+                left, right = x.chunk(2, 1)
+                x = torch.cat([left, branch(right)], 1)
+                x = x.view(x.shape[0], 2, x.shape[1] // 2).transpose(1, 2).flatten(1)
+            return self.last(x)
+
+    plan = slimmable.plan(Shuffled(), example_inputs=torch.zeros(2, 3))
+    assert "  first.weight[0] (8): all of its units go together\n" in str(plan)
+    assert plan.output_shapes[0] == plan.output_shapes[-1]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "test_efficientnet"])
 def test_the_profile_agrees_with_torchs_flop_counter_on_the_extracted_network(name, tmp_path):
     slim = slimmable.slimify(timm.create_model(name))

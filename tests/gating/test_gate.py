@@ -473,3 +473,18 @@ def test_the_pass_ends_with_the_block():
     with pytest.raises(ZeroDivisionError), gated(model):
         raise ZeroDivisionError
     assert torch.equal(model(x), net(x))
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(3, 9), nn.InstanceNorm1d(9)])
+def test_units_along_which_a_norm_takes_statistics_have_no_gate(norm):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), norm, nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x)).relu())
+
+    found = gate_plan(Tokens(), example_inputs=torch.zeros(2, 9, 6))
+    assert not found.gates
+    assert [(maker, "norm in norm" in reason) for maker, _, reason in found.refused] == [("first", True)]

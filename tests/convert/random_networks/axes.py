@@ -27,7 +27,6 @@ simple(
     lambda x: x.reshape(x.shape[0], -1),
     lambda x: x.view(x.size(0), x[0].numel()),
     ndim=(3, 4, 5),
-    safe=True,
 )
 simple(
     "tokens",
@@ -47,7 +46,6 @@ simple(
     lambda x: x.amax(1),
     lambda x: x[:, -1],
     ndim=(3,),
-    safe=True,
 )
 simple(
     "reduce places",
@@ -56,7 +54,6 @@ simple(
     lambda x: einops.reduce(x, "b c h w -> b c", "mean"),
     lambda x: x.var((2, 3), unbiased=False),
     ndim=(4,),
-    safe=True,
 )
 simple(
     "reduce",
@@ -76,7 +73,6 @@ simple(
     lambda x: F.adaptive_avg_pool2d(x, 2),
     lambda x: F.lp_pool2d(x, 2, 2),
     ndim=(4,),
-    safe=True,
 )
 simple(
     "interpolate",
@@ -85,7 +81,6 @@ simple(
     lambda x: F.interpolate(x, size=[s + 1 for s in x.shape[2:]], mode="bicubic"),
     lambda x: F.interpolate(x, size=x.shape[-1]),
     ndim=(4,),
-    safe=True,
 )
 simple(
     "pixel shuffle",

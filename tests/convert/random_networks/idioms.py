@@ -389,3 +389,93 @@ def _(m: Part, x: Tensor, units: int, variant: int):
         return (patches * masks[:, None]).sum(2)
 
     return run
+
+
+@unary("sizes in Python")
+def _(m: Part, x: Tensor, units: int, variant: int):
+    need(x.ndim == 3, x.shape[-1] >= 4)
+    m.dims, m.layer, m.each = [x.shape[-1], units], nn.Linear(x.shape[-1], units), divisor(x.shape[-1], 2, 3, 5)
+    constant = x.shape[-1]
+
+    def checked(m: Part, x: Tensor) -> Tensor:
+        _, _, c = x.shape
+        assert c == m.dims[0], f"expected {m.dims[0]} channels"
+        y = m.layer(x)
+        return x + y if y.shape[-1] == c else y * c**-0.5
+
+    def zeros_joined(m: Part, x: Tensor) -> Tensor:
+        start = x.new_zeros(x.shape[0], 1, x.shape[-1])
+        return torch.cat([start, x, torch.ones(x.size(0), 1, x.size(2), dtype=x.dtype)], 1)
+
+    def by_fraction(m: Part, x: Tensor) -> Tensor:
+        k = int(x.shape[-1] * 0.5)
+        return torch.cat([x[..., k:].relu(), x[..., :k]], -1)
+
+    def regrouped(m: Part, x: Tensor) -> Tensor:
+        y = x.reshape(*x.shape[:-1], m.each, x.shape[-1] // m.each)
+        return (y - y.mean(-1, keepdim=True)).reshape(x.shape)
+
+    def ramp(m: Part, x: Tensor) -> Tensor:
+        return x * torch.arange(x.shape[-1], dtype=x.dtype) / constant + torch.eye(x.shape[-1], dtype=x.dtype)[0]
+
+    def thirds(m: Part, x: Tensor) -> Tensor:
+        c = x.shape[-1]
+        first, second = torch.split(x, [c // 3, c - c // 3], dim=-1)
+        return torch.cat([second, first.sigmoid()], -1)
+
+    return (checked, zeros_joined, by_fraction, regrouped, ramp, thirds)[variant % 6]
+
+
+@unary("padded shortcut")
+def _(m: Part, x: Tensor, units: int, variant: int):
+    need(x.ndim == 4)
+    c = x.shape[1]
+    m.planes = c + 4
+    m.conv = nn.Conv2d(c, m.planes, 3, stride=2, padding=1)
+
+    def run(m: Part, x: Tensor) -> Tensor:
+        y = m.conv(x).relu()
+        if variant % 3 == 0:
+            return y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        if variant % 3 == 1:
+            zeros = x.new_zeros(x.shape[0], m.planes - x.shape[1], *y.shape[2:])
+            return y + torch.cat([x[..., ::2, ::2], zeros], 1)
+        return y + F.pad(F.avg_pool2d(x, 2, ceil_mode=True), (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+
+    return run
+
+
+@unary("capsules")
+def _(m: Part, x: Tensor, units: int, variant: int):
+    need(x.ndim == 3)
+    m.weight = nn.Parameter(torch.randn(3, units, x.shape[-1]) * 0.3)
+
+    def run(m: Part, x: Tensor) -> Tensor:
+        votes = torch.einsum("koc,bnc->bkno", m.weight, x) if variant % 2 else (m.weight @ x.mT[:, None]).mT
+        logits = votes.new_zeros(votes.shape[:3])
+        for _ in range(2):
+            out = (logits.softmax(1)[..., None] * votes).sum(2)
+            size = (out**2).sum(-1, keepdim=True)
+            out = out * size / (1 + size) / (size + 1e-6).sqrt()
+            logits = logits + (votes * out.unsqueeze(2)).sum(-1)
+        return out
+
+    return run
+
+
+@unary("axes of an image")
+def _(m: Part, x: Tensor, units: int, variant: int):
+    need(x.ndim == 4, x.shape[1] % 2 == 0, x.shape[1] > 2)
+    m.mix, m.p = nn.Linear(x.shape[3], x.shape[3]), 2
+    m.rows, m.columns = (
+        nn.Parameter(torch.randn(x.shape[1], x.shape[2], 1)),
+        nn.Parameter(torch.randn(x.shape[1], 1, x.shape[3])),
+    )
+    return (
+        lambda m, x: m.mix(x),
+        lambda m, x: x + m.rows + m.columns,
+        lambda m, x: torch.einsum("bchw,chi,ciw->bchw", x, m.rows, m.columns),
+        lambda m, x: einops.rearrange(x, "b (p c) h w -> b c h (w p)", p=m.p),
+        lambda m, x: einops.rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=m.p, q=1),
+        lambda m, x: x.view(x.shape[0], m.p, -1, *x.shape[2:]).amax(1),
+    )[variant % 6]

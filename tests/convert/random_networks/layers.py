@@ -22,7 +22,7 @@ from tests.convert.random_networks.parts import (
 
 
 # -- layers
-@unary("conv", channelwise=True)
+@unary("conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     kernel, stride = ((3, 1), (1, 1), (3, 2))[variant % 3]
@@ -30,25 +30,25 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return lambda m, x: m.conv(x)
 
 
-@unary("conv, norm, relu", channelwise=True)
+@unary("conv, norm, relu")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     m.conv, m.bn = nn.Conv2d(x.shape[1], units, 3, padding=1, bias=False), nn.BatchNorm2d(units)
     return lambda m, x: F.relu(m.bn(m.conv(x)), inplace=True)
 
 
-@unary("functional conv", channelwise=True)
+@unary("functional conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     m.weight, m.bias, m.padding = weight(units, x.shape[1], 3, 3), vector(units), 1
     return (
         lambda m, x: F.conv2d(x, m.weight, m.bias, padding=m.padding),
-        lambda m, x: F.conv2d(x, m.weight * m.weight.abs().mean((1, 2, 3), keepdim=True), padding=1),
+        lambda m, x: F.conv2d(x, m.weight * m.weight.abs().amax((1, 2, 3), keepdim=True), padding=1),
         lambda m, x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), m.weight),
     )[variant % 3]
 
 
-@unary("depthwise conv", channelwise=True)
+@unary("depthwise conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     c = x.shape[1]
@@ -56,7 +56,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return lambda m, x: m.conv(x)
 
 
-@unary("functional depthwise conv", channelwise=True)
+@unary("functional depthwise conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     c = x.shape[1]
@@ -69,7 +69,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 4]
 
 
-@unary("blur", channelwise=True)
+@unary("blur")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     m.register_buffer("kernel", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0]))[None, None] / 16)
@@ -80,7 +80,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 3]
 
 
-@unary("grouped conv", channelwise=True)
+@unary("grouped conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     groups = divisor(math.gcd(x.shape[1], units), 2, 3, 4)
@@ -88,7 +88,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return lambda m, x: m.conv(x)
 
 
-@unary("functional grouped conv", channelwise=True)
+@unary("functional grouped conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     groups = divisor(math.gcd(x.shape[1], units), 4, 2, 3)
@@ -100,7 +100,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 3]
 
 
-@unary("transposed conv", channelwise=True)
+@unary("transposed conv")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     c = x.shape[1]
@@ -109,7 +109,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return lambda m, x: m.conv(x)
 
 
-@unary("kernels from the image", channelwise=False)
+@unary("kernels from the image")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     c = x.shape[1]
@@ -137,7 +137,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return run
 
 
-@unary("conv along tokens", channelwise=True)
+@unary("conv along tokens")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 3)
     n, c = x.shape[1:]
@@ -146,14 +146,14 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return (lambda m, x: m.conv(x.transpose(1, 2)).transpose(1, 2), lambda m, x: m.mixing(x))[variant % 3 == 2]
 
 
-@unary("linear", channelwise=True)
+@unary("linear")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim != 4 or variant == 5)
     m.layer = nn.Linear(x.shape[-1], units, bias=variant % 2 == 0)
     return lambda m, x: m.layer(x)
 
 
-@unary("linear over channels", channelwise=True)
+@unary("linear over channels")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     m.layer = nn.Linear(x.shape[1], units)
@@ -164,7 +164,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 3]
 
 
-@unary("functional linear", channelwise=True)
+@unary("functional linear")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim != 4)
     m.weight, m.bias = weight(units, x.shape[-1]), vector(units)
@@ -178,7 +178,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 6]
 
 
-@unary("einsum", channelwise=True)
+@unary("einsum")
 def _(m: Part, x: Tensor, units: int, variant: int):
     c, axis = x.shape[channels(x)], channels(x)
     m.weight, m.scale = weight(units, c), vector(c)
@@ -200,7 +200,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 4]
 
 
-@unary("mlp", channelwise=True)
+@unary("mlp")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim != 4)
     c = x.shape[-1]

@@ -53,7 +53,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     return (over_channels, over_places)[variant % 2]
 
 
-@unary("batch norm", channelwise=True)
+@unary("batch norm")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim in (2, 4))
     c = x.shape[1]
@@ -102,7 +102,7 @@ simple(
     lambda x: x.softmax(-1),
     lambda x: torch.logsumexp(x, -1, keepdim=True) - x,
 )
-simple("relu", F.relu, F.gelu, F.silu, torch.sigmoid, torch.tanh, lambda x: F.leaky_relu(x, 0.1), safe=True)
+simple("relu", F.relu, F.gelu, F.silu, torch.sigmoid, torch.tanh, lambda x: F.leaky_relu(x, 0.1))
 simple("relu in place", lambda x: x.clone().relu_(), lambda x: F.relu_(x + 0.1), lambda x: (x * 1).clamp_(-1, 1))
 simple("pointwise", F.softplus, F.hardswish, lambda x: x.abs(), lambda x: x.clamp(-1, 2), lambda x: x * x * 0.3, F.elu)
 simple(
@@ -112,10 +112,10 @@ simple(
     lambda x: x * (x > 0),
     lambda x: torch.where(x > x.mean(-1, keepdim=True), x, torch.zeros_like(x)),
 )
-simple("dropout", lambda x: F.dropout(x, 0.5, training=False), lambda x: x.detach() * 0.5 + x, safe=True)
+simple("dropout", lambda x: F.dropout(x, 0.5, training=False), lambda x: x.detach() * 0.5 + x)
 
 
-@unary("scale and shift", channelwise=True)
+@unary("scale and shift")
 def _(m: Part, x: Tensor, units: int, variant: int):
     c = x.shape[channels(x)]
     m.scale, m.shift, m.one, m.prelu = vector(c), vector(c), nn.Parameter(torch.ones(1)), nn.PReLU(c)
@@ -197,7 +197,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
 
 
 # -- gates and pieces
-@unary("squeeze and excite", channelwise=False)
+@unary("squeeze and excite")
 def _(m: Part, x: Tensor, units: int, variant: int):
     need(x.ndim == 4)
     m.down, m.up = nn.Linear(x.shape[1], units), nn.Linear(units, x.shape[1])
@@ -214,7 +214,7 @@ def _(m: Part, x: Tensor, units: int, variant: int):
     )[variant % 6]
 
 
-@unary("gate", channelwise=True)
+@unary("gate")
 def _(m: Part, x: Tensor, units: int, variant: int):
     axis = channels(x)
     c = x.shape[axis]

@@ -47,14 +47,11 @@ def vector(units: int) -> nn.Parameter:
 Maker = Callable[..., Callable[..., Any]]  # of a part, the values that it reads, units and variant: what it runs
 UNARY: dict[str, Maker] = {}
 BINARY: dict[str, Maker] = {}
-CHANNELWISE: set[str] = set()  # operations after which units that are zeroed are as good as gone
 
 
-def unary(name: str, *, channelwise: bool = False) -> Callable[[Maker], Maker]:
+def unary(name: str) -> Callable[[Maker], Maker]:
     def add(maker: Maker) -> Maker:
         UNARY[name] = maker
-        if channelwise:
-            CHANNELWISE.add(name)
         return maker
 
     return add
@@ -68,10 +65,10 @@ def binary(name: str) -> Callable[[Maker], Maker]:
     return add
 
 
-def simple(name: str, *runs: Callable[[Tensor], Any], ndim: tuple[int, ...] = (2, 3, 4, 5), safe: bool = False) -> None:
+def simple(name: str, *runs: Callable[[Tensor], Any], ndim: tuple[int, ...] = (2, 3, 4, 5)) -> None:
     """Add an operation without weights, with a function for each variant."""
 
-    @unary(name, channelwise=safe)
+    @unary(name)
     def make(m: Part, x: Tensor, units: int, variant: int) -> Callable[..., Any]:
         need(x.ndim in ndim)
         run = runs[variant % len(runs)]
