@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """Return the tensors in nested tuples, lists, dicts and objects with attributes."""
     return [tensor for _, tensor in named_tensors(output)]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from slimmable._nested import tensors as tensors
 from slimmable.analysis.integers import Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Axes, Ids, Labels, pattern
 
@@ -247,11 +247,6 @@ class Rules(dict[str, Rule]):
             return rule
 
         return add
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def results_of(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:

@@ -5,6 +5,7 @@ Tests load this file anew, so that every one of them finds the caches empty.
 
 import functools
 import threading
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -84,9 +85,9 @@ def enclosing():
 
     def in_a_closure(n, dim):
         nonlocal last
-        if (n, dim) not in kept:
-            kept[n, dim] = last = made(n, dim)
-        return kept[n, dim] if last is None else last * 0 + kept[n, dim]
+        if last is None or last.shape != (n, dim):
+            last = kept[n, dim] = made(n, dim)
+        return kept[n, dim]
 
     return in_a_closure
 
@@ -106,7 +107,7 @@ def memoised(function):
 class Tables:
     """An object that is no module."""
 
-    kept: dict = {}
+    kept: ClassVar[dict] = {}
     table = None
 
     def __init__(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ def heads(x: Tensor, number: int) -> Tensor:
 
 
 @torch.library.custom_op("slimmable_tests::joined", mutates_args=())
-def joined(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def joined(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return parts[0] + parts[1], parts[0] * parts[1]
 
 
