@@ -157,6 +157,7 @@ def grouped_mm(op: Operation) -> None:
         op.moves("self", 0, to=0)
         op.contracts("self", 1, "mat2", 1)
         op.makes("mat2", 2, to=1)
+        op.pins("mat2", 0, "each has its own rows")
 
 
 if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.6 has none
