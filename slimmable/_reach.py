@@ -57,7 +57,7 @@ class _Place:
             return dict.fromkeys(["cell_contents"], *held) if (held := gc.get_referents(holder)) else {}
         if not isinstance(holder, dict):
             return dict(enumerate(holder))
-        keys = list(holder if self.names is None else self.names & holder.keys())
+        keys = dict.keys(holder) if self.names is None else self.names & dict.keys(holder)
         return {key: dict.__getitem__(holder, key) for key in keys}  # a subclass may make what it returns
 
     def put(self, key: Any, value: Any) -> None:

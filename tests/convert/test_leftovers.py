@@ -151,6 +151,9 @@ class Factories(dict):
         kind, options = super().__getitem__(key)
         return kind(**options)
 
+    def keys(self):
+        return ["and", "more", *super().keys()]
+
 
 FACTORIES = Factories(leaky=(nn.LeakyReLU, {"negative_slope": 0.2}), bilinear=(nn.Bilinear, {}))
 
