@@ -72,7 +72,10 @@ def install_view(
     state = WidthState(widths)
     for what in (tensors, values, sizes or {}):
         for name, per_width in what.items():
-            _check_length(module, name, per_width, widths)
+            if len(per_width) != len(widths):
+                raise ConversionError(
+                    f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
+                )
     for index, column in enumerate(state.columns):
         kept = {name: per_width[index] for name, per_width in tensors.items()}
         column.cuts = _cuts(module, kept, state.index_buffers)
@@ -199,10 +202,3 @@ def _register(module: nn.Module, buffers: Mapping[str, tuple[int, ...]], tensors
     for buffer, kept in buffers.items():
         if buffer not in module._buffers:
             module.register_buffer(buffer, torch.tensor(kept, device=device), persistent=False)
-
-
-def _check_length(module: nn.Module, name: str, per_width: Sequence[object], widths: tuple[float, ...]) -> None:
-    if len(per_width) != len(widths):
-        raise ConversionError(
-            f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
-        )
