@@ -313,7 +313,9 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
     modules = dict(model.named_modules())
     for (path, name), axes in plan.channels.tensors.items():
         module = modules.get(path)
-        tensor = None if module is None else tensors_of(module).get(name)
+        was_parameter = (path, name) in plan.channels.sizes  # and is none any more if it is pruned
+        own = {} if module is None else module._parameters if was_parameter else tensors_of(module)
+        tensor = own.get(name)
         shape = None if tensor is None else tuple(tensor.shape)
         fits = (
             shape is not None

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
-from slimmable.files.compare import differences, fits_inside
-from slimmable.files.weights import full_state_dict
+from slimmable.files.state_dicts import differences, fits_inside, full_state_dict
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.view import original_class
 
@@ -56,10 +55,7 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
 
 
 def build(recipe: Mapping[str, Any]) -> nn.Module:
-    """Make a plain timm model with random weights.
-
-    Raises: CheckpointError: if timm has no such architecture, or cannot make it.
-    """
+    """Make a plain timm model with random weights; raise `CheckpointError` if timm cannot."""
     import timm
 
     import slimmable._small_resnet  # noqa: F401  adds it to timm's models
@@ -138,10 +134,7 @@ def attributes_of(model: nn.Module) -> list[list[Any]]:
 
 
 def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
-    """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them.
-
-    Raises: CheckpointError: if the model has no attribute of that kind.
-    """
+    """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them."""
     modules = dict(model.named_modules())
     for path, name, value in given:
         own = vars(modules[path]).get(name, ...) if path in modules else ...

@@ -20,8 +20,7 @@ from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import ConversionError
-from slimmable.gating._example import encode_inputs
-from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused
+from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused, encode_inputs
 from slimmable.view.state import is_slim, state_of
 
 SKIPPED = "skipped"  # the reason where the caller wants no gate
@@ -139,10 +138,7 @@ class _Finder:
         return LayerMacs(products, self.grouping, images, positions)
 
     def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
-        """Return the gate for a group.
-
-        Raises: _RefusedError: with the reason, if it cannot have one.
-        """
+        """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
         units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
         if units < 2:
             raise _RefusedError("it has one unit")
@@ -159,7 +155,12 @@ class _Finder:
             raise _RefusedError(SKIPPED)
         axis, channels = self._looked_at(maker, images)
         readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
-        self._check_shrinks(group)
+        counts = np.array([*self.plan.channels.units, 1])
+        counts[group] -= 1
+        _, failures = self.plan.channels.needed.fit(counts)
+        if failures:
+            constraint = failures[0].constraint
+            raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
         norms = self._norms(group, readers, model)
         return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
 
@@ -204,14 +205,6 @@ class _Finder:
         axis, units = found
         ranks = np.where(self.grouping.group_of[units] == group, self.grouping.rank[units], -1)
         return Reader(path, axis, units, ranks)
-
-    def _check_shrinks(self, group: int) -> None:
-        counts = np.array([*self.plan.channels.units, 1])
-        counts[group] -= 1
-        _, failures = self.plan.channels.needed.fit(counts)
-        if failures:
-            constraint = failures[0].constraint
-            raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
 
     def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
         """Return the BatchNorms on the group's channels, and those directly after the layers that read it."""

@@ -1,17 +1,5 @@
 """Losses for training all widths of a network at once: plain functions of tensors for any training code."""
 
-from slimmable.losses.contrastive import (
-    InfoNCE,
-    MoCoV3Loss,
-    NTXent,
-    contrastive_cross_entropy,
-    info_nce,
-    moco_logits,
-    moco_v3_logits,
-    moco_v3_loss,
-    nt_xent,
-    nt_xent_logits,
-)
 from slimmable.losses.distillation import (
     OnlineDistillation,
     decoupled_distillation,
@@ -20,7 +8,21 @@ from slimmable.losses.distillation import (
     squared_error,
     standardised_distillation,
 )
-from slimmable.losses.non_contrastive import VICRegLoss, byol_loss, vicreg_loss
+from slimmable.losses.self_supervised import (
+    InfoNCE,
+    MoCoV3Loss,
+    NTXent,
+    VICRegLoss,
+    byol_loss,
+    contrastive_cross_entropy,
+    info_nce,
+    moco_logits,
+    moco_v3_logits,
+    moco_v3_loss,
+    nt_xent,
+    nt_xent_logits,
+    vicreg_loss,
+)
 from slimmable.losses.weighting import slim_loss, slim_term, width_weights
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -78,6 +78,16 @@ class Method(nn.Module):
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
 
     Raises: UsageError: if `encoder` is not a module.
+
+    >>> import torch, slimmable
+    >>> from slimmable.methods import Batch, Encoder, SimCLR
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
+    >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))
+    >>> method = SimCLR(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
+    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
+    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
+    >>> list(losses)
+    [1.0, 0.5]
     """
 
     views: ClassVar[int] = 2
@@ -172,7 +182,7 @@ class Method(nn.Module):
         set_width(self, 1.0)  # including the modules that only `prepare` runs
         found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
-        with _left_clean(batch, diagnostics):
+        try:
             for width in recipe.widths(progress, step):
                 if recipe.first:
                     with torch.no_grad(), mixed():
@@ -188,12 +198,16 @@ class Method(nn.Module):
                 del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
-            try:
-                losses = _finite_losses(found)
-            except DivergedError:
-                self.zero_grad()
-                raise
+            losses = _finite_losses(found)
             self.finish(batch)
+        except BaseException as error:
+            if isinstance(error, DivergedError):
+                self.zero_grad()
+            if diagnostics is not None:
+                diagnostics.discard()
+            raise
+        finally:
+            batch.targets = ()
         return losses
 
     def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
@@ -256,24 +270,8 @@ def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module
     return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
-@contextmanager
-def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterator[None]:
-    """Remove the step's targets from the batch, and its records from the diagnostics if it fails."""
-    try:
-        yield
-    except BaseException:
-        if diagnostics is not None:
-            diagnostics.discard()
-        raise
-    finally:
-        batch.targets = ()
-
-
 def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
-    """Return each width's own loss, averaged over the processes.
-
-    Raises: DivergedError: if a loss is not finite.
-    """
+    """Return each width's own loss, averaged over the processes; raise `DivergedError` if one is not finite."""
     numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
     losses = dict(zip(found, numbers[::2], strict=True))
     for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):

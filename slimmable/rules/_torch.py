@@ -39,7 +39,7 @@ def scatter(op: Operation) -> None:
     for axis in set(range(op["self"].ndim)) - {op["dim"] % max(op["self"].ndim, 1)}:
         for name in {"index", "src"} & op.tensors.keys():
             if op[name].shape[axis] == op["self"].shape[axis]:
-                op.same("self", axis, name, axis)
+                op.moves(name, axis, to=axis)
             else:
                 op.pins("self", axis, "is written in part")
                 op.pins(name, axis, "writes a part")
@@ -70,8 +70,8 @@ def index(op: Operation) -> None:
     for number, own in enumerate(rest):
         if own is not None and "values" not in op:
             op.moves("self", own, to=number)
-        elif own is not None and len(rest) - number <= op["values"].ndim:
-            op.same("self", own, "values", number - len(rest))
+        elif own is not None and len(rest) - number <= op["values"].ndim and op["values"].shape[number - len(rest)] > 1:
+            op.moves("values", number - len(rest), to=own)
     for i, part in () if masked or "values" in op else indices:
         for number in range(part.ndim):
             op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
@@ -156,6 +156,7 @@ def grouped_mm(op: Operation) -> None:
         op.moves("self", 0, to=0)
         op.contracts("self", 1, "mat2", 1)
         op.makes("mat2", 2, to=1)
+        op.pins("mat2", 0, "each has its own rows")
 
 
 if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.6 has none

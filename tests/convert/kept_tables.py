@@ -4,6 +4,7 @@ Tests load this file anew, so that every one of them finds the caches empty.
 """
 
 import functools
+import sys
 import threading
 from typing import ClassVar
 
@@ -24,6 +25,20 @@ def by_lru_cache(n, dim):
 by_partial = functools.partial(functools.lru_cache(maxsize=None)(made), 6)
 KEPT, NESTED, LISTED, ATTRIBUTE, NOTED = {}, {"tables": {}}, [], None, (None, None)
 LOCAL = threading.local()
+
+
+@functools.lru_cache
+def random(n, dim):
+    return torch.randn(n, 1).expand(n, dim)
+
+
+def in_a_hidden_dict(n, dim):
+    return sys.__dict__["leftovers_of_a_test"].setdefault((n, dim), made(n, dim))
+
+
+def in_a_hidden_attribute(n, dim):
+    sys.__dict__["leftover_of_a_test"] = made(n, dim)
+    return sys.__dict__["leftover_of_a_test"]
 
 
 def in_a_dict(n, dim):
@@ -145,6 +160,9 @@ WAYS = {
     "static method": lambda n, dim: TABLES.by_a_static_method(n, dim),
     "method": lambda n, dim: TABLES.by_a_method(n, dim),
     "decorator": memoised(made),
+    "random": random,
+    "hidden dict": in_a_hidden_dict,
+    "hidden attribute": in_a_hidden_attribute,
     "dict": in_a_dict,
     "dict of dicts": in_a_dict_of_dicts,
     "list": in_a_list,

@@ -1,8 +1,12 @@
 """Modules that reshape with einops, whose cached recipes must not remember the sizes of another width."""
 
+import itertools
+import subprocess
+import sys
+
 import pytest
 import torch
-from einops import rearrange, reduce, repeat
+from einops import einsum, rearrange, reduce, repeat
 from einops.layers.torch import Rearrange, Reduce
 from torch import nn
 
@@ -58,3 +62,72 @@ def test_everything_gets_thinner(make, shape, counts, ran_before):
     oracles.full_width_is_the_original(model, slim, x)
     oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
     oracles.permuting_units_changes_nothing(model, plan, x, limit=1e-12)
+
+
+class Tokens(nn.Module):
+    """Blocks in the style of Restormer: attention between channels, `h` and `w` by hand."""
+
+    def __init__(self, dim: int = 32, heads: int = 4, before: tuple[int, ...] = ()):
+        super().__init__()
+        widths = (3, *before, dim)
+        self.heads = heads
+        self.stem = nn.Sequential(*(nn.Conv2d(*pair, 3, padding=1) for pair in itertools.pairwise(widths)))
+        self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+        self.last = nn.Conv2d(dim, 3, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h, w = x.shape[-2:]
+        y = rearrange(self.norm(rearrange(x, "b c h w -> b (h w) c")), "b (h w) c -> b c h w", h=h, w=w)
+        parts = self.qkv(y).chunk(3, dim=1)
+        q, k, v = (rearrange(part, "b (head c) h w -> b head c (h w)", head=self.heads) for part in parts)
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.last(x + self.proj(rearrange(y, "b head c (h w) -> b (head c) h w", head=self.heads, h=h, w=w)))
+
+
+class Latents(nn.Module):
+    """In the style of Perceiver: learned latents read the tokens; einsum of einops with packed axes."""
+
+    def __init__(self, dim: int = 32, heads: int = 4):
+        super().__init__()
+        self.heads, self.latents = heads, nn.Parameter(torch.randn(8, dim))
+        self.embed, self.q, self.kv = nn.Linear(8, dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.norm, self.out, self.head = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 5)
+
+    def forward(self, x):
+        latents = repeat(self.latents, "n d -> b n d", b=x.shape[0])
+        k, v = self.kv(self.norm(self.embed(x))).chunk(2, dim=-1)
+        q, k, v = (rearrange(part, "b n (h d) -> (b h) n d", h=self.heads) for part in (self.q(latents), k, v))
+        y = einsum(einsum(q, k, "b i d, b j d -> b i j").softmax(-1), v, "b i j, b j d -> b i d")
+        latents = latents + self.out(rearrange(y, "(b h) n d -> b n (h d)", h=self.heads))
+        return self.head(reduce(latents, "b n d -> b d", "mean"))
+
+
+STYLES = {
+    "attention": (lambda: Attention(32), (2, 8, 8)),
+    "tokens": (Tokens, (2, 3, 8, 8)),
+    "deeper tokens": (lambda: Tokens(before=(32, 24)), (2, 3, 8, 8)),
+    "latents": (Latents, (2, 8, 8)),
+    "patches": (patches, (2, 3, 16, 16)),
+}
+
+
+def plan_of(style):
+    make, shape = STYLES[style]
+    return str(slimmable.plan(make().eval(), WIDTHS, example_inputs=torch.zeros(shape)))
+
+
+def fresh_plan(style):
+    """Print the plan of one of the models in a process of its own."""
+    code = f"from tests.convert.test_einops import plan_of; print(plan_of({style!r}))"
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, text=True, stdout=-1).stdout.strip()
+
+
+def test_a_plan_is_the_same_whatever_ran_before():
+    fresh = {style: fresh_plan(style) for style in STYLES}
+    assert all("16" in plan for plan in fresh.values())
+    for order in itertools.permutations(STYLES, 3):
+        for style in order:
+            assert plan_of(style) == fresh[style]
+            make, shape = STYLES[style]
+            make()(torch.zeros(shape))

@@ -211,6 +211,24 @@ def test_a_cache_of_keys_and_values_gets_thinner_and_the_output_of_attention_doe
     assert shapes_at_half(Attention(), torch.randn(2, 6, 16)) == [(2, 6, 10), heads, heads]
 
 
+ONTO = torch.tensor([0, 2, 1, 1])  # rows
+ADDED = {
+    "index_add": lambda y: torch.zeros(3, 12).index_add(0, ONTO, y),
+    "scatter_add": lambda y: torch.zeros(3, 12).scatter_add(0, ONTO[:, None].expand_as(y), y),
+    "scatter_reduce": lambda y: torch.zeros(3, 12).scatter_reduce(0, ONTO[:, None].expand_as(y), y, "mean"),
+    "index_put": lambda y: torch.zeros(3, y.shape[1]).index_put((ONTO,), y, accumulate=True),
+    "sparse product": lambda y: torch.sparse.mm(torch.eye(4).to_sparse(), y),
+    "dense product": lambda y: torch.ones(3, 4) @ y,
+}
+
+
+@pytest.mark.parametrize("how", ADDED)
+def test_scores_of_nodes_stay_full_when_messages_are_added_up(how):
+    model = Fn(lambda a, b, x: ADDED[how](b(a(x).relu())), a=nn.Linear(8, 16), b=nn.Linear(16, 12))
+    x = torch.randn(4, 8)
+    assert shapes_at_half(model, x) == shapes(model, x)
+
+
 def test_the_first_state_of_a_residual_stream_is_features_too():
     def run(a: nn.Module, b: nn.Module, c: nn.Module, head: nn.Module, x: Tensor) -> dict[str, object]:
         states = [a(x)]

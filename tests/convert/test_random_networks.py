@@ -86,7 +86,7 @@ def test_networks_of_functional_operations():
     """
     found: list[Found] = []
 
-    @settings(max_examples=90, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(layouts, conversions)
     def run(layout, conversion):
         found.append(check(layout, conversion))

@@ -74,10 +74,10 @@ def test_every_method_of_an_extracted_network_does_what_that_of_a_plain_one_does
                 assert type(got) is type(expected), (path, name, got)
                 assert not isinstance(got, (bool, str)) or got == expected, (path, name)
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
-    twin, count = merged(small.double())
+    twin, count = merged(small)
     if count:
-        torch.testing.assert_close(twin(x.double()), small(x.double()), rtol=1e-6, atol=1e-8)
-    small.float().reset_classifier(7)
+        assert oracles.difference(oracles.first_output(twin(x)), oracles.first_output(small(x))) < 1e-4
+    small.reset_classifier(7)
     model.reset_classifier(7)
     assert oracles.first_output(small(x)).shape == oracles.first_output(model(x)).shape
 
@@ -163,7 +163,7 @@ CONFIGURED = {
         {"hidden_sizes": [16, 32, 32, 64], "depths": [1] * 4},
         {"pixel_values": PIXELS},
     ),
-    "BertModel": ("BertConfig", TEXT, {"input_ids": WORDS}),
+    "BertForSequenceClassification": ("BertConfig", TEXT, {"input_ids": WORDS}),
     "GPT2Model": ("GPT2Config", {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4}, {"input_ids": WORDS}),
     "CLIPModel": (
         "CLIPConfig",
@@ -228,13 +228,14 @@ def test_a_network_that_no_configuration_makes_is_named_and_refused_by_from_pret
 def test_a_model_of_diffusers_is_saved_and_loaded(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
-    model = diffusers.UNet2DModel(**kinds, **sizes).eval()
-    inputs = {"sample": torch.randn(1, 3, 16, 16), "timestep": torch.tensor(3)}
-    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=inputs)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "latent_channels": 4}
+    model = diffusers.AutoencoderKL(**blocks, **sizes).eval()
+    x = torch.randn(1, 3, 16, 16)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x)
     small = slimmable.extract(slim, 0.5)
     small.save_pretrained(tmp_path)
-    loaded = diffusers.UNet2DModel.from_pretrained(tmp_path).eval()
-    assert tuple(loaded.config.block_out_channels) == (16, 32)
-    torch.testing.assert_close(loaded(**inputs).sample, small(**inputs).sample)
+    loaded = diffusers.AutoencoderKL.from_pretrained(tmp_path).eval()
+    assert tuple(loaded.config.block_out_channels) == (8, 16)
+    torch.testing.assert_close(loaded(x).sample, small(x).sample)
+    assert tuple(slim.config.block_out_channels) == (16, 32)
