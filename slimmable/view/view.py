@@ -161,21 +161,18 @@ def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]
 
     A guest column must be the active one.
     """
-    state = state_of(module)
-    if state is None:
-        return {}
-    cuts = (state.columns[column] if isinstance(column, int) else column).cuts
-    found = {name: (_full_tensor(module, name), cut) for name, cut in cuts.items()}
+    found = {name: (_full_tensor(module, name), cut) for name, cut in _column(module, column).cuts.items()}
     return {name: take(tensor, cut, module._buffers) for name, (tensor, cut) in found.items() if tensor is not None}
 
 
 def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
     """Return the plain attributes that the module has at a column or column index."""
-    state = state_of(module)
-    if state is None:
-        return {}
-    found = state.columns[column] if isinstance(column, int) else column
+    found = _column(module, column)
     return found.values | found.sizes
+
+
+def _column(module: nn.Module, column: int | Column) -> Column:
+    return slim_state(module).columns[column] if isinstance(column, int) else column
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
