@@ -146,12 +146,12 @@ def index(op: Operation) -> None:
             op.moves("self", own, to=number)
         elif own is not None and len(rest) - number <= op["values"].ndim and op["values"].shape[number - len(rest)] > 1:
             op.moves("values", number - len(rest), to=own)
-    for i, part in () if masked or "values" in op else indices:
+    for i, part in indices:
         for number in range(part.ndim):
-            op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
-    for i, part in indices if "values" in op else ():
-        for number in range(part.ndim):
-            op.pins(f"indices[{i}]", number, "is an index")
+            if "values" in op:
+                op.pins(f"indices[{i}]", number, "is an index")
+            elif not masked:
+                op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
 
 
 @_rule_of("_embedding_bag _embedding_bag_forward_only")
