@@ -81,23 +81,17 @@ def _is_plain(value: object) -> bool:
 
 def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
-    found: dict[str, Any] = {}
-    yield dict(found)
-    classes = getattr(model, "num_classes", None)
-    if type(classes) is int:
-        found["num_classes"] = classes
-        yield dict(found)
-    first = config.get("first_conv")
-    for name in [first] if isinstance(first, str) else first or ():
-        conv = dict(model.named_modules()).get(name)
-        if isinstance(conv, nn.modules.conv._ConvNd):
-            found["in_chans"] = conv.in_channels
-            yield dict(found)
-            break
+    classes, first = getattr(model, "num_classes", None), config.get("first_conv")
+    modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        found["img_size"] = list(size)
-        yield dict(found)
+    read = {
+        "num_classes": classes if type(classes) is int else None,
+        "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
+        "img_size": None if size is None else list(size),
+    }
+    known = [(name, value) for name, value in read.items() if value is not None]
+    for count in range(len(known) + 1):
+        yield dict(known[:count])
 
 
 def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:

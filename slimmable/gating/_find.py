@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import check_module
-from slimmable._convert import Skip, plain, skipper
+from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import example_of
 from slimmable._nested import output_tensors
 from slimmable.analysis.fake import FakeModel
@@ -21,7 +21,7 @@ from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import ConversionError
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused, encode_inputs
-from slimmable.view.state import is_slim, state_of
+from slimmable.view.state import is_slim
 
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 
@@ -45,8 +45,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     own: GatePlan | None = model.__dict__.get(PLAN)
     if own is not None and example_inputs is None and skip == ():
         return own
-    state = state_of(model)
-    plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
         raise ConversionError(
             f"a part of this {type(model).__name__} was converted; gate the model that slimify returned before it "

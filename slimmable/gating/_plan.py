@@ -87,15 +87,7 @@ class GatePlan:
         return self
 
     def least_share(self) -> float:
-        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width.
-
-        >>> import torch, slimmable
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> found = slimmable.gating.gate_plan(net, example_inputs=torch.zeros(2, 4))
-        >>> found.least_share()  # first layer and gate, of 192 multiply-adds
-        0.4166666666666667
-        """
+        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width."""
         counts = self.plan.channels.units
         closed = {gate.group: torch.zeros(1, gate.units, dtype=torch.float64) for gate in self.gates}
         left = self.macs.total(closed, counts) + sum(gate.macs for gate in self.gates)

@@ -4,9 +4,12 @@ from slimmable.losses.distillation import (
     OnlineDistillation,
     decoupled_distillation,
     embedding_cross_entropy,
+    slim_loss,
+    slim_term,
     soft_cross_entropy,
     squared_error,
     standardised_distillation,
+    width_weights,
 )
 from slimmable.losses.self_supervised import (
     InfoNCE,
@@ -23,7 +26,6 @@ from slimmable.losses.self_supervised import (
     nt_xent_logits,
     vicreg_loss,
 )
-from slimmable.losses.weighting import slim_loss, slim_term, width_weights
 
 __all__ = [
     "InfoNCE",

@@ -4,15 +4,4 @@ from slimmable.methods.encoder_only import SimCLR, Supervised, VICReg
 from slimmable.methods.method import Batch, Encoder, Method, Outcome
 from slimmable.methods.momentum import BYOL, MoCoV2, MoCoV3
 
-__all__ = [
-    "BYOL",
-    "Batch",
-    "Encoder",
-    "Method",
-    "MoCoV2",
-    "MoCoV3",
-    "Outcome",
-    "SimCLR",
-    "Supervised",
-    "VICReg",
-]
+__all__ = ["BYOL", "Batch", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome", "SimCLR", "Supervised", "VICReg"]

@@ -223,8 +223,20 @@ class Method(nn.Module):
             )
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
-        if gates is not None:
-            self._check_gates(where, recipe, gates)
+        if gates is not None and not self.two_passes:
+            raise UsageError(
+                f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
+                "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
+            )
+        if gates is not None and not isinstance(gates, GateBudget):
+            raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
+        if gates is not None and not has_gates(self.encoder):
+            raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
+        if gates is not None and recipe.random_widths:
+            raise UsageError(
+                f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
+                "make it without them"
+            )
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if len(batch.views) != self.views:
@@ -235,22 +247,6 @@ class Method(nn.Module):
         if len({len(view) for view in batch.views}) > 1:
             shapes = " and ".join(str(tuple(view.shape)) for view in batch.views)
             raise DataError(f"{where}: views have shapes {shapes}; row i of each must belong to the same image")
-
-    def _check_gates(self, where: str, recipe: SlimRecipe, gates: GateBudget) -> None:
-        if not self.two_passes:
-            raise UsageError(
-                f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
-                "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
-            )
-        if not isinstance(gates, GateBudget):
-            raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
-        if not has_gates(self.encoder):
-            raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
-        if recipe.random_widths:
-            raise UsageError(
-                f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
-                "make it without them"
-            )
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:
         if distill is None:

@@ -27,7 +27,6 @@ from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.state import Column, state_of
 
-
 Sums: TypeAlias = "dict[tuple[str, float, float], Tensor]"
 """(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
 
