@@ -210,22 +210,18 @@ class Context:
 
     def fold(self, axes: Sequence[Ids | None], shape: Sequence[int]) -> Ids | None:
         """Return the labels of the axis into which axes of `shape` are flattened."""
-        labelled = [i for i, ids in enumerate(axes) if ids is not None]
+        labelled = {i: ids for i, ids in enumerate(axes) if ids is not None}
         if not labelled:
             return None
 
         def weight(i: int) -> tuple[bool, int]:
-            ids = axes[i]
-            assert ids is not None
+            ids = labelled[i]
             return bool((self.labels.produced(ids) & ~self.labels.pinned(ids)).any()), len(ids)
 
         carrier = max(labelled, key=weight)
-        for i in labelled:
-            if i != carrier:
-                self.pin(axes[i], "is flattened together with another labelled axis")
-        ids = axes[carrier]
-        assert ids is not None
-        flat: Ids = pattern(shape, carrier, ids).reshape(-1)
+        flat: Ids = pattern(shape, carrier, labelled.pop(carrier)).reshape(-1)
+        for ids in labelled.values():
+            self.pin(ids, "is flattened together with another labelled axis")
         return flat
 
 
