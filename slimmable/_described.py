@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 
@@ -27,19 +27,7 @@ _SAY_OTHERS = re.compile(
 _AXES = 4  # a smaller integer may as well be the number of an axis
 
 
-class Size(NamedTuple):
-    """A size of the full and the narrow layer: of an axis of a tensor, or an attribute with a name."""
-
-    name: str | None
-    full: int
-    narrow: int
-
-
-class Twins(NamedTuple):
-    """A module of the full model, and that of the extracted network."""
-
-    full: nn.Module
-    narrow: nn.Module
+Twins: TypeAlias = tuple[nn.Module, nn.Module]  # a module of the full model, and that of the extracted network
 
 
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
@@ -52,17 +40,19 @@ def follow_layers(model: nn.Module, small: nn.Module) -> None:
         model: the converted model.
         small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
     """
-    pairs = list(_pairs(Twins(model, small)))
+    pairs: list[Twins] = [(model, small)]
+    for twins in pairs:  # which grows
+        pairs += _children(twins).values()
     for full, narrow in pairs:
         before, after = tensors_of(full).get("weight"), tensors_of(narrow).get("weight")
         for name, axis in size_axes(narrow).items():
             if before is not None and after is not None and before.shape != after.shape and name in vars(narrow):
                 narrow.__dict__[name] = after.shape[axis] * (getattr(narrow, "groups", 1) if axis else 1)
-    for twins in reversed(pairs):  # children first
-        known = read_by_forward(twins.full)
-        for name, value in list(vars(twins.narrow).items()):
-            if name not in known and name not in size_axes(twins.narrow) and counts_channels(name):
-                twins.narrow.__dict__[name] = _followed(twins, name, value)
+    for full, narrow in reversed(pairs):  # children first
+        known = {*read_by_forward(full), *size_axes(narrow)}
+        for name, value in list(vars(narrow).items()):
+            if name not in known and counts_channels(name):
+                narrow.__dict__[name] = _followed((full, narrow), name, value)
     _follow_features(model, small)
 
 
@@ -90,18 +80,12 @@ def read_by_forward(module: nn.Module) -> set[str]:
     return {*state.active.values, *state.active.sizes, *(name for path, name in attributes if path == state.path)}
 
 
-def _pairs(twins: Twins) -> Iterator[Twins]:
-    yield twins
-    for child in _children(twins).values():
-        yield from _pairs(child)
-
-
 def _children(twins: Twins) -> dict[str, Twins]:
     found = {}
-    for name, full in twins.full._modules.items():
-        narrow = twins.narrow._modules.get(name)
+    for name, full in twins[0]._modules.items():
+        narrow = twins[1]._modules.get(name)
         if full is not None and narrow is not None:
-            found[name] = Twins(full.module_at(0) if isinstance(full, SwitchableContainer) else full, narrow)
+            found[name] = (full.module_at(0) if isinstance(full, SwitchableContainer) else full, narrow)
     return found
 
 
@@ -131,26 +115,26 @@ def _followed(twins: Twins, name: str, value: Any) -> Any:
 
 def _narrow(twins: Twins, name: str, value: int) -> int:
     """Return what a size of the full model has become in the nearest layers that have it, if they agree."""
-    level = [twins]
+    level, known = [twins], (None, *read_by_forward(twins[0]))
     while level:
-        sizes = [size for each in level for size in _sizes(each) if size.full == value]
+        sizes = [(own, small) for each in level for own, full, small in _sizes(each) if full == value]
         if level == [twins]:  # its other attributes have yet to follow
-            sizes = [size for size in sizes if size.name in (None, *read_by_forward(twins.full))]
-        alike = {size.narrow for size in sizes if size.name == name}
-        found = alike or {size.narrow for size in sizes if value > _AXES}
+            sizes = [(own, small) for own, small in sizes if own in known]
+        found = {small for own, small in sizes if own == name} or {small for _, small in sizes if value > _AXES}
         if found:
             return found.pop() if len(found) == 1 else value
         level = [child for each in level for child in _children(each).values()]
     return value
 
 
-def _sizes(twins: Twins) -> Iterator[Size]:
+def _sizes(twins: Twins) -> Iterator[tuple[str | None, int, int]]:
+    """Yield the sizes of the full and the narrow layer: of axes of its tensors, and of attributes with their names."""
     full, narrow = twins
     spatial = 2 if isinstance(full, nn.modules.conv._ConvNd) else None
     before, after = tensors_of(full), tensors_of(narrow)
     for name in before.keys() & after.keys():
         axes = zip(before[name].shape[:spatial], after[name].shape[:spatial], strict=False)
-        yield from (Size(None, *both) for both in axes)
+        yield from ((None, *both) for both in axes)
     for name, value in vars(full).items():
         if type(value) is int and type(now := vars(narrow).get(name)) is int and counts_channels(name):
-            yield Size(name, value, now)
+            yield name, value, now

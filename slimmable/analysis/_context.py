@@ -245,13 +245,6 @@ class Rules(dict[str, Rule]):
         return add
 
 
-def results_of(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
-    """Return what an operation has returned or, if it returns no tensor, the tensors that it has written to."""
-    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-    written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return out if tensors(out) else tensors(written)
-
-
 def dim_of(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, axes: int, default: int = 0) -> int:
     """Return the argument `dim` of an operation on `axes` axes, as a number from 0."""
     dim: int = args[position] if len(args) > position else kwargs.get("dim", default)

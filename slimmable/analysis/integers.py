@@ -27,6 +27,14 @@ class Expression:
     kind: str  # "constant" | "attribute" | "size" | a name in OPERATIONS
     value: Any  # the int | the Attribute | the Ids | the operands
 
+    def attributes(self) -> Iterator[Attribute]:
+        """Yield the attributes that the expression reads."""
+        return self._leaves("attribute")
+
+    def sizes(self) -> Iterator[Ids]:
+        """Yield the labels of the axes whose sizes the expression reads."""
+        return self._leaves("size")
+
     def evaluate(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
         """Return the value, given the values of attributes and a function that counts the kept units of an axis."""
         if self.kind == "constant":
@@ -37,11 +45,10 @@ class Expression:
             return count(self.value)
         return OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value))
 
-    def leaves(self, kind: str) -> Iterator[Any]:
-        """Yield the values of all expressions of a kind in this one, such as the attributes that it reads."""
+    def _leaves(self, kind: str) -> Iterator[Any]:
         if self.kind in OPERATIONS:
             for operand in self.value:
-                yield from operand.leaves(kind)
+                yield from operand._leaves(kind)
         elif self.kind == kind:
             yield self.value
 
@@ -149,12 +156,12 @@ class Constraint:
 
     def attributes(self) -> list[Attribute]:
         """Return the attributes that the constraint reads."""
-        return [key for side in self._sides() for key in side.leaves("attribute")]
+        return [key for side in self._sides() for key in side.attributes()]
 
     def axes(self) -> list[Ids]:
         """Return the labels of the axes whose sizes the constraint involves."""
         own = [] if self.ids is None else [self.ids]
-        return own + [ids for side in self._sides() for ids in side.leaves("size")]
+        return own + [ids for side in self._sides() for ids in side.sizes()]
 
     def holds(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> bool:
         """Tell whether the constraint holds, given the same as `Expression.evaluate`."""
