@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -60,18 +59,18 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
     ['note.txt']
     """
     made = not folder.exists()
-    aside = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-        mode = _touch(aside / "mode")
-        (aside / "mode").unlink()
-        fill(aside)
-        files = sorted(aside.iterdir())
-        for file in files:
-            file.chmod(mode)
-            _sync(file)
-        paths = [file.replace(folder / file.name) for file in files]
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as name:
+            aside = Path(name)
+            mode = _touch(aside / "mode")
+            (aside / "mode").unlink()
+            fill(aside)
+            files = sorted(aside.iterdir())
+            for file in files:
+                file.chmod(mode)
+                _sync(file)
+            paths = [file.replace(folder / file.name) for file in files]
         if os.name == "posix":
             _sync(folder)
         made = False
@@ -79,8 +78,6 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
         if made:
             with suppress(OSError):
                 folder.rmdir()

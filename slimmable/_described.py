@@ -5,13 +5,16 @@ The forward's own integers are in the plan. These are the others, which only oth
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, TypeAlias, cast
 
 from torch import nn
 
 from slimmable._modules import tensors_of
+from slimmable._reach import names_in
 from slimmable.analysis.sizes import size_axes
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
@@ -72,12 +75,26 @@ def _follow_features(model: nn.Module, small: nn.Module) -> None:
 
 
 def read_by_forward(module: nn.Module) -> set[str]:
-    """Return the names of a converted module's attributes that its columns or the plan determine."""
+    """Return the names of attributes that the plan determines, or that the forward's code names, with what it calls."""
+    kind: Any = type(module)
+    found: set[str] = _named_in_forward(kind)
     state = state_of(module)
     if state is None:
-        return set()
+        return found
     attributes = () if state.plan is None else state.plan.channels.attributes
-    return {*state.active.values, *state.active.sizes, *(name for path, name in attributes if path == state.path)}
+    planned = {name for path, name in attributes if path == state.path}
+    return {*found, *planned, *state.active.values, *state.active.sizes}
+
+
+@cache
+def _named_in_forward(kind: Any) -> set[str]:
+    found, todo = set[str](), ["forward"]
+    while todo:
+        code = getattr(inspect.unwrap(getattr(kind, todo.pop(), None) or object), "__code__", None)
+        new = set(names_in(code)) - found if code is not None else set()
+        found |= new
+        todo += new
+    return found
 
 
 def _children(twins: Twins) -> dict[str, Twins]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch.autograd.function import Function, once_differentiable
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
-_BUCKET = 25 * 2**20  # bytes in one reduction, as in DistributedDataParallel
+_BUCKET = 25 * 2**20  # about the bytes in one reduction, as in DistributedDataParallel
 
 
 def alone() -> bool:
@@ -110,32 +111,20 @@ def average_gradients(model: nn.Module) -> None:
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    gradients = []
+    buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
+    filled: Counter[tuple[torch.dtype, torch.device]] = Counter()
     for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
         if anywhere:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
+            kind = parameter.grad.dtype, parameter.grad.device
+            buckets.setdefault((*kind, filled[kind] // _BUCKET), []).append(parameter.grad)
+            filled[kind] += parameter.grad.nbytes
+    for bucket in buckets.values():
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Split a list into runs of one type and device, of at most a bucket's size unless one tensor is larger."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        fits = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not fits or size + tensor.nbytes > _BUCKET):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def gather(tensor: Tensor) -> Tensor:

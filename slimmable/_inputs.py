@@ -111,10 +111,9 @@ def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Ten
 def _image_size(model: nn.Module) -> tuple[int, ...] | None:
     """Return (channels, height, width) from timm's configuration, or from the model itself where they differ."""
     config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is None:
+    if not isinstance(config, Mapping) or config.get("input_size") is None:
         return None
-    assert isinstance(config, Mapping)
+    size = config["input_size"]
     layers = dict(model.named_modules())
     channels = getattr(layers.get(str(config.get("first_conv"))), "in_channels", None)
     if not channels or channels % size[0] == 0:  # a multiple: the model first folds pixels into channels

@@ -57,7 +57,8 @@ class _Place:
             return dict.fromkeys(["cell_contents"], *held) if (held := gc.get_referents(holder)) else {}
         if not isinstance(holder, dict):
             return dict(enumerate(holder))
-        return {key: holder[key] for key in (holder if self.names is None else self.names & holder.keys())}
+        keys = dict.keys(holder) if self.names is None else self.names & dict.keys(holder)
+        return {key: dict.__getitem__(holder, key) for key in keys}  # a subclass may make what it returns
 
     def put(self, key: Any, value: Any) -> None:
         """Hold `value`, or nothing, under a name, key or position."""
@@ -142,7 +143,7 @@ class Reach:
             hooks = [hook for name in _MODULE if name.endswith("hooks") for hook in vars(thing)[name].values()]
             return [*kind.__mro__, *self._places[id(thing)].entries().values(), *hooks, *thing._modules.values()]
         if issubclass(kind, FunctionType):
-            names = set(_names(thing.__code__))
+            names = set(names_in(thing.__code__))
             self._names |= names
             self._add(thing.__globals__, self._names, space=True)
             self._add(vars(thing), space=True)
@@ -261,12 +262,12 @@ def _is_tensors(value: Any) -> bool:
     return any(type(leaf) is Tensor for leaf in leaves)
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
     """Yield the names in a function's code, also of functions inside."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)
 
 
 def _is_foreign(thing: Any) -> bool:

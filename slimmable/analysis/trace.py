@@ -248,7 +248,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     path = fake.running
     asks = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
     why = "it asks for numbers that depend on weights or on the first input" if asks else str(error).strip()[:400]
-    inside = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    inside = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
     frames = extract_tb(error.__traceback__)
     lines = [at for at in frames if "nn" in Path(at.filename).parts or not at.filename.startswith(inside)]
     failed = TraceError(

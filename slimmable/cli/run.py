@@ -22,8 +22,8 @@ from slimmable._convert import extract
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import converted_backbone, new_method
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.compare import differences
 from slimmable.files.model import save
+from slimmable.files.state_dicts import differences
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"

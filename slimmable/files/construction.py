@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
-from slimmable.files.compare import differences, fits_inside
-from slimmable.files.weights import full_state_dict
+from slimmable.files.state_dicts import differences, fits_inside, full_state_dict
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.view import original_class
 
@@ -56,10 +55,7 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
 
 
 def build(recipe: Mapping[str, Any]) -> nn.Module:
-    """Make a plain timm model with random weights.
-
-    Raises: CheckpointError: if timm has no such architecture, or cannot make it.
-    """
+    """Make a plain timm model with random weights; raise `CheckpointError` if timm cannot."""
     import timm
 
     import slimmable._small_resnet  # noqa: F401  adds it to timm's models
@@ -85,23 +81,17 @@ def _is_plain(value: object) -> bool:
 
 def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
-    found: dict[str, Any] = {}
-    yield dict(found)
-    classes = getattr(model, "num_classes", None)
-    if type(classes) is int:
-        found["num_classes"] = classes
-        yield dict(found)
-    first = config.get("first_conv")
-    for name in [first] if isinstance(first, str) else first or ():
-        conv = dict(model.named_modules()).get(name)
-        if isinstance(conv, nn.modules.conv._ConvNd):
-            found["in_chans"] = conv.in_channels
-            yield dict(found)
-            break
+    classes, first = getattr(model, "num_classes", None), config.get("first_conv")
+    modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        found["img_size"] = list(size)
-        yield dict(found)
+    read = {
+        "num_classes": classes if type(classes) is int else None,
+        "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
+        "img_size": None if size is None else list(size),
+    }
+    known = [(name, value) for name, value in read.items() if value is not None]
+    for count in range(len(known) + 1):
+        yield dict(known[:count])
 
 
 def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
@@ -138,10 +128,7 @@ def attributes_of(model: nn.Module) -> list[list[Any]]:
 
 
 def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
-    """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them.
-
-    Raises: CheckpointError: if the model has no attribute of that kind.
-    """
+    """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them."""
     modules = dict(model.named_modules())
     for path, name, value in given:
         own = vars(modules[path]).get(name, ...) if path in modules else ...

@@ -18,9 +18,9 @@ from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.files.compare import differences, fits_inside
 from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes
 from slimmable.files.plan_json import decode, encode
+from slimmable.files.state_dicts import differences, fits_inside
 from slimmable.view.state import is_slim, slim_state
 
 _FORMAT = "slimmable 1"
@@ -109,10 +109,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def _plan_to_save(model: nn.Module) -> Plan | None:
-    """Return the plan of a converted model, or None for a plain one.
-
-    Raises: CheckpointError: if the model is neither.
-    """
+    """Return the plan of a converted model, or None for a plain one; raise `CheckpointError` if it is neither."""
     if not any(is_slim(module) for module in model.modules()):
         return None
     places = places_of(model)  # raises if layers were added
@@ -139,10 +136,7 @@ def _hidden(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a file says about its model, and its tensors.
-
-    Raises: CheckpointError: if it is missing or damaged, or was not written by `save`.
-    """
+    """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

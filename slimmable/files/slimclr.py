@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.compare import differences
+from slimmable.files.state_dicts import differences
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
@@ -94,10 +94,7 @@ def _published(name: str) -> str:
 
 
 def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries of a state dict that belong to the network, without a projection head.
-
-    Raises: CheckpointError: if it is not from the published code, or not of a ResNet-50.
-    """
+    """Return the entries that belong to the published code's ResNet-50, without a projection head, or refuse it."""
     names = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in tensors.items()}
     head = r"fc\.\d"  # a projection head is a sequence of layers
     for prefix in _ENCODERS:

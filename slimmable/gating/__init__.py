@@ -1,17 +1,14 @@
 """Gates that open and close channels for each image: a dense and a gated network in one set of weights."""
 
 from slimmable._addons import offer
-from slimmable.gating._addon import ADDON
-from slimmable.gating._calibrate import calibrate_gates, gate_activity
-from slimmable.gating._convert import gate, gate_parameters, ungate
-from slimmable.gating._extract import extract_gated
+from slimmable.gating._convert import ADDON, gate, gate_parameters, ungate
 from slimmable.gating._find import gate_plan
 from slimmable.gating._gate import ChannelGate, hard_mask
-from slimmable.gating._layer_gates import LayerGates, has_gates
+from slimmable.gating._layer_gates import LayerGates, PassNorm, has_gates
 from slimmable.gating._losses import GateBudget, annealed, bound_loss, budget_loss, open_fractions
-from slimmable.gating._pass_norm import PassNorm
 from slimmable.gating._passes import GatedPass, dense, gated
 from slimmable.gating._plan import GatePlan
+from slimmable.gating._trained import calibrate_gates, extract_gated, gate_activity
 
 __all__ = [
     "ChannelGate",

@@ -1,28 +1,36 @@
-"""Add gates to the layers of any model with `gate`, and remove them with `ungate`."""
+"""Add gates to the layers of any model with `gate`, remove them with `ungate`, and restore them from files.
+
+Files store the arguments of `gate`, and loading calls `gate` with them again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import nn
 
-from slimmable._checks import check_module
+from slimmable._addons import AddOn
+from slimmable._checks import check_module, check_positive
 from slimmable._convert import Skip, copy_of
+from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
 from slimmable._width import set_width, width_of
-from slimmable.errors import ConversionError, UsageError
-from slimmable.gating._find import gate_plan
+from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
+from slimmable.gating._find import SKIPPED, gate_plan
 from slimmable.gating._gate import TEMPERATURE, ChannelGate
-from slimmable.gating._layer_gates import GATE, DecideHook, LayerGates, MaskHook, NoGates, gates_in
-from slimmable.gating._pass_norm import PassNorm
-from slimmable.gating._plan import PLAN, GatePlan, PlannedGate
-from slimmable.gating._state_dicts import refuse_other_gates
+from slimmable.gating._layer_gates import GATE, GateHook, LayerGates, NoGates, PassNorm, gates_in, has_gates
+from slimmable.gating._plan import PLAN, GatePlan, PlannedGate, decode_inputs
 from slimmable.view.state import Column, WidthState, state_of
 
 M = TypeVar("M", bound=nn.Module)
+
+_PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")  # of a state dict's name
+_SHOWN = 4
 
 
 def gate(
@@ -90,15 +98,15 @@ def gate(
     target = model if inplace else copy_of(model)
     for planned, gates in built:
         for number, reader in enumerate(planned.readers):
-            target.get_submodule(reader.path).register_forward_pre_hook(MaskHook(gates, number))
+            target.get_submodule(reader.path).register_forward_pre_hook(GateHook(gates, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(_child(planned), gates.train(maker.training))
     for planned, gates in built:  # after the masks on the same layer's input
-        target.get_submodule(planned.maker).register_forward_pre_hook(DecideHook(gates))
+        target.get_submodule(planned.maker).register_forward_pre_hook(GateHook(gates))
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
-    target.register_load_state_dict_pre_hook(refuse_other_gates)  # type: ignore[no-untyped-call]
+    target.register_load_state_dict_pre_hook(_refuse_other_gates)  # type: ignore[no-untyped-call]
     target.__dict__[PLAN] = found
     if width is not None:
         set_width(target, width)
@@ -117,10 +125,10 @@ def ungate(model: M) -> M:
     check_module("ungate", model)
     for module in list(model.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (DecideHook, MaskHook)):
+            if isinstance(hook, GateHook):
                 del module._forward_pre_hooks[key]
         for key, check in list(module._load_state_dict_pre_hooks.items()):
-            if getattr(check, "hook", None) is refuse_other_gates:
+            if getattr(check, "hook", None) is _refuse_other_gates:
                 del module._load_state_dict_pre_hooks[key]
         module.__dict__.pop(PLAN, None)
         for name, child in list(module._modules.items()):
@@ -172,3 +180,117 @@ def _layer_gates(
         for column, known in zip(state.columns, converted.columns, strict=True):
             column.counts = known.counts
     return made
+
+
+def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a state dict whose gates, or norms of the gated pass, differ from the module's, before it is loaded.
+
+    A state dict without any gates is accepted: hooks cannot tell whether it is loaded with `strict=False`, as a dense
+    checkpoint is.
+    """
+    given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and _PART.match(name)}
+    if not _gates(given):
+        return
+    tensors = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = {name: tensor for name, tensor in tensors.items() if _PART.match(name)}
+    shapes = {name: (tuple(getattr(given[name], "shape", ())), tuple(own[name].shape)) for name in own if name in given}
+    kinds = {
+        "missing": _parts(name for name in _gates(own) if name not in given),
+        "not in the model": _parts(name for name in given if name not in own),
+        "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
+    }
+    lines = [f"  {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
+    if lines:
+        first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
+        advice = (
+            "gate the model like the checkpoint's: the same model, widths, skip and separate_norms. To load only the "
+            "other tensors, leave out those with channel_gate or gated in their names, and use strict=False"
+        )
+        raise CheckpointError("\n".join([first, *lines, advice]))
+
+
+def _gates(names: Iterable[str]) -> list[str]:
+    return [name for name in names if (found := _PART.match(name)) and found["gate"]]
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Return the gates and norms that tensors belong to, each once."""
+    return list(dict.fromkeys(found.group() for name in names if (found := _PART.match(name))))
+
+
+def _listed(found: list[str]) -> str:
+    more = len(found) - _SHOWN
+    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a copy of a gated model without its gates, and JSON data from which `_restore` makes the same ones."""
+    found: GatePlan | None = model.__dict__.get(PLAN)
+    if found is None:
+        raise CheckpointError(
+            f"this {type(model).__name__} or a part of it has gates, but it is not the model that "
+            "slimmable.gating.gate returned; save that model"
+        )
+    gates = _channel_gates(model)
+    data = {
+        "example": found.example,
+        "skipped": [maker for maker, _, reason in found.refused if reason == SKIPPED],
+        "separate_norms": any(isinstance(module, PassNorm) for module in model.modules()),
+        "bias": any(own.expand.bias is not None for own in gates),
+        "settings": [[own.temperature, own.open_at_zero] for own in gates],
+    }
+    bare = ungate(copy_of(model))
+    arguments = _arguments(bare, data)
+    changed = CheckpointError(
+        f"this {type(model).__name__} was changed after it was gated; remove the gates with "
+        "slimmable.gating.ungate, gate it again, then save it"
+    )
+    try:
+        again = [(planned.name, planned.units) for planned in gate_plan(bare, **arguments).gates]
+    except SlimmableError as error:
+        raise changed from error
+    before = [(planned.name, planned.units) for planned in found.gates]
+    if again != before or {own.name for own in gates_in(model)} != {name for name, _ in before}:
+        raise changed
+    return bare, data
+
+
+def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
+    """Gate a model in place from the data of `_describe`, and return it; the gates have random weights.
+
+    Raises: an error of any type if the data belongs to another model or is malformed.
+    """
+    norms, bias = bool(data["separate_norms"]), bool(data["bias"])
+    gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
+    for made, (temperature, open_at_zero) in zip(_channel_gates(model), data["settings"], strict=True):
+        check_positive("load", temperature=temperature)
+        made.temperature, made.open_at_zero = float(temperature), bool(open_at_zero)
+    return model
+
+
+def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `gate`, with the dtype and device of the model."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    args, kwargs = decode_inputs(data["example"], like)
+    skipped = set(map(str, data["skipped"]))
+    return {"example_inputs": Inputs(*args, **kwargs), "skip": lambda path, module: path in skipped}
+
+
+def _channel_gates(model: nn.Module) -> list[ChannelGate]:
+    """Return the gates of all widths, in the order of their layers; refuse others, whose class no file can name."""
+    found = []
+    for gates in gates_in(model):
+        for own in gates.at:
+            if not isinstance(own, ChannelGate):
+                raise CheckpointError(f"the gate of {gates.name} is a {type(own).__name__}; a file holds ChannelGates")
+            found.append(own)
+    return found
+
+
+ADDON = AddOn(
+    refusal="has gates, which are made for its widths; remove them with slimmable.gating.ungate",
+    present=has_gates,
+    detach=ungate,
+    describe=_describe,
+    restore=_restore,
+)

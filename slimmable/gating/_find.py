@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import check_module
-from slimmable._convert import Skip, plain, skipper
+from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import example_of
 from slimmable._nested import output_tensors
 from slimmable.analysis.fake import FakeModel
@@ -20,9 +20,8 @@ from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import ConversionError
-from slimmable.gating._example import encode_inputs
-from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused
-from slimmable.view.state import is_slim, state_of
+from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, Reader, Refused, encode_inputs
+from slimmable.view.state import is_slim
 
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 
@@ -46,8 +45,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     own: GatePlan | None = model.__dict__.get(PLAN)
     if own is not None and example_inputs is None and skip == ():
         return own
-    state = state_of(model)
-    plan: Plan | None = None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
         raise ConversionError(
             f"a part of this {type(model).__name__} was converted; gate the model that slimify returned before it "
@@ -139,10 +137,7 @@ class _Finder:
         return LayerMacs(products, self.grouping, images, positions)
 
     def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
-        """Return the gate for a group.
-
-        Raises: _RefusedError: with the reason, if it cannot have one.
-        """
+        """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
         units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
         if units < 2:
             raise _RefusedError("it has one unit")
@@ -159,7 +154,12 @@ class _Finder:
             raise _RefusedError(SKIPPED)
         axis, channels = self._looked_at(maker, images)
         readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
-        self._check_shrinks(group)
+        counts = np.array([*self.plan.channels.units, 1])
+        counts[group] -= 1
+        _, failures = self.plan.channels.needed.fit(counts)
+        if failures:
+            constraint = failures[0].constraint
+            raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
         norms = self._norms(group, readers, model)
         return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
 
@@ -204,14 +204,6 @@ class _Finder:
         axis, units = found
         ranks = np.where(self.grouping.group_of[units] == group, self.grouping.rank[units], -1)
         return Reader(path, axis, units, ranks)
-
-    def _check_shrinks(self, group: int) -> None:
-        counts = np.array([*self.plan.channels.units, 1])
-        counts[group] -= 1
-        _, failures = self.plan.channels.needed.fit(counts)
-        if failures:
-            constraint = failures[0].constraint
-            raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
 
     def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
         """Return the BatchNorms on the group's channels, and those directly after the layers that read it."""

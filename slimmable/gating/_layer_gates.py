@@ -1,17 +1,19 @@
-"""Gates inside a layer, which decide before it runs and mask the inputs of the layers that read its units."""
+"""What a pass switches: gates inside layers, which decide and mask, and BatchNorms with separate statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
+from slimmable.view.cuts import take_channels
+from slimmable.view.norms import SwitchableNorm
 from slimmable.view.recompute import Active, in_backward
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
@@ -31,17 +33,11 @@ class Pass(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """The decision of a gate in one forward.
+    """The decision of a gate in one forward."""
 
-    Attributes:
-        mask: of shape (images, units); None before the gate has decided.
-        positions: shape of the layer's input without its image and channel axes.
-        index: index of the width.
-    """
-
-    mask: Tensor | None
-    positions: tuple[int, ...]
-    index: int
+    mask: Tensor | None  # of shape (images, units); None before the gate has decided
+    positions: tuple[int, ...]  # shape of the layer's input without its image and channel axes
+    index: int  # of the width
 
 
 _UNDECIDED = Decision(None, (), 0)
@@ -88,10 +84,7 @@ class LayerGates(SwitchableContainer):
             self.register_buffer(buffer, torch.tensor(units, device=device), persistent=False)
 
     def module_at(self, index: int) -> nn.Module:
-        """Return the gate of the width with this index.
-
-        Raises: UsageError: if the width has none.
-        """
+        """Return the gate of the width with this index; raise `UsageError` if it has none."""
         gates = inner_modules(self, "at")
         if str(index) not in gates:
             raise UsageError(
@@ -170,23 +163,101 @@ def has_gates(model: nn.Module) -> bool:
     return bool(gates_in(model))
 
 
-class DecideHook:
-    """Lets the gates decide before the layer that makes the units."""
+class GateHook:
+    """Before the layer that makes the units, lets the gates decide; before a reader, closes its units."""
 
-    def __init__(self, gates: LayerGates) -> None:
-        self.gates = gates
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Pass the layer's input to the gates."""
-        self.gates.decide(args[0])
-
-
-class MaskHook:
-    """Sets closed units to zero before a layer that reads them."""
-
-    def __init__(self, gates: LayerGates, number: int) -> None:
+    def __init__(self, gates: LayerGates, number: int | None = None) -> None:
         self.gates, self.number = gates, number
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Mask the layer's input."""
-        return (self.gates.masked(args[0], self.number), *args[1:])
+        """Return the layer's arguments, masked for a reader."""
+        if self.number is not None:
+            return (self.gates.masked(args[0], self.number), *args[1:])
+        self.gates.decide(args[0])
+        return args
+
+
+class PassNorm(SwitchableNorm):
+    """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
+
+    A checkpoint without them loads into the norms of both passes.
+
+    Source: the separate batch norms of Krishna et al. 2023.
+    """
+
+    active_pass: Active[Pass]
+    gated: nn.ModuleList
+
+    @staticmethod
+    def of(norm: nn.Module, widths: int) -> PassNorm:
+        """Give a norm, switchable or not, norms for the gated pass, which start as copies.
+
+        Only the first `widths` widths get them; those that `calibrate_bn` added run dense. A switchable norm is changed
+        in place, any other is put inside a new one.
+        """
+        own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
+        copies = [own.copy_at(index) for index in range(min(widths, 1 + len(own.narrow)))]
+        own.__dict__["inside"] = own is not norm
+        own.__dict__["active_pass"] = Active(Pass.DENSE)
+        own.__class__ = PassNorm
+        own.add_module("gated", nn.ModuleList(copies))
+        own.gated.training = own.training
+        return cast(PassNorm, own)
+
+    def without(self) -> nn.Module:
+        """Undo `of`: return the original norm, switchable or not."""
+        del self._modules["gated"], self.__dict__["active_pass"]
+        self.__class__ = SwitchableNorm  # type: ignore[assignment]
+        return self.full if self.__dict__.pop("inside") else self
+
+    def of_gated_pass(self, index: int) -> nn.Module:
+        """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""
+        norms = inner_modules(self, "gated")
+        if str(index) not in norms:
+            raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
+        return norms[str(index)]
+
+    def norm_at(self, index: int) -> nn.Module:
+        """Return the active pass's norm of the width with this index."""
+        if self.__dict__["active_pass"].active is Pass.DENSE:
+            return super().norm_at(index)
+        return self.of_gated_pass(index)
+
+    module_at = norm_at
+
+    def norms(self) -> Iterator[nn.Module]:
+        """Yield the norms of all widths and of both passes."""
+        yield from super().norms()
+        yield from inner_modules(self, "gated").values()
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the gated pass's norms last."""
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        yield from self.gated.named_modules(memo, f"{prefix}.gated" if prefix else "gated", remove_duplicate)
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Save the gated pass's norms under `gated`."""
+        found = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self.gated.state_dict(destination=found, prefix=f"{prefix}gated.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
+    ) -> None:
+        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{prefix}gated.")}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+        state_dict.update(own or self._from_dense(state_dict, prefix))
+
+    def _from_dense(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+        """Return the dense pass's entries for the gated pass; narrow norms without an entry use the full norm's."""
+        found = {}
+        for index, norm in enumerate(self.gated):
+            dense = f"{prefix}full." if index == 0 else f"{prefix}narrow.{index - 1}."
+            for key, tensor in norm.state_dict(keep_vars=True).items():
+                given = state_dict.get(f"{dense}{key}", state_dict.get(f"{prefix}full.{key}"))
+                if given is not None:
+                    part = given if given.shape == tensor.shape else take_channels(given, self._kept[index])
+                    found[f"{prefix}gated.{index}.{key}"] = part.clone()
+        return found

@@ -14,8 +14,7 @@ from slimmable._inputs import image_batch
 from slimmable.errors import UsageError
 from slimmable.gating._find import macs_for
 from slimmable.gating._gate import ChannelGate
-from slimmable.gating._layer_gates import GATE, Decision, LayerGates, Pass, gates_in
-from slimmable.gating._pass_norm import PassNorm
+from slimmable.gating._layer_gates import GATE, Decision, LayerGates, Pass, PassNorm, gates_in
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
 
 

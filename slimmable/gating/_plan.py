@@ -12,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slimmable._inputs import MOST, Arguments, is_index
 from slimmable.analysis.channels import Grouping
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Plan
+from slimmable.errors import CheckpointError
 from slimmable.gating._gate import gate_macs
 
 PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
+_PLAIN = (type(None), bool, int, float, str)  # values that JSON holds as they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,27 +35,16 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class PlannedGate:
-    """The gate of one channel group.
+    """The gate of one channel group."""
 
-    Attributes:
-        group: its number in the channel plan.
-        units: how many channels, or attention heads, the gate opens and closes.
-        maker: path of the layer that makes them, whose input the gate sees.
-        number: its number among the gates of this layer, from 0.
-        axis: channel axis of this layer's input.
-        channels: the units of the channel plan on this axis.
-        readers: the layers that read the units; their inputs are masked.
-        norms: paths of the BatchNorms that the two passes should not share.
-    """
-
-    group: int
-    units: int
-    maker: str
-    axis: int
-    channels: Ids
-    readers: tuple[Reader, ...]
-    norms: tuple[str, ...]
-    number: int = 0
+    group: int  # its number in the channel plan
+    units: int  # how many channels, or attention heads, the gate opens and closes
+    maker: str  # path of the layer that makes them, whose input the gate sees
+    axis: int  # channel axis of this layer's input
+    channels: Ids  # the units of the channel plan on this axis
+    readers: tuple[Reader, ...]  # the layers that read the units; their inputs are masked
+    norms: tuple[str, ...]  # paths of the BatchNorms that the two passes should not share
+    number: int = 0  # its number among the gates of this layer
 
     @property
     def name(self) -> str:
@@ -95,15 +87,7 @@ class GatePlan:
         return self
 
     def least_share(self) -> float:
-        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width.
-
-        >>> import torch, slimmable
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> found = slimmable.gating.gate_plan(net, example_inputs=torch.zeros(2, 4))
-        >>> found.least_share()  # first layer and gate, of 192 multiply-adds
-        0.4166666666666667
-        """
+        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width."""
         counts = self.plan.channels.units
         closed = {gate.group: torch.zeros(1, gate.units, dtype=torch.float64) for gate in self.gates}
         left = self.macs.total(closed, counts) + sum(gate.macs for gate in self.gates)
@@ -207,3 +191,54 @@ class LayerMacs:
                 left = unit * math.prod(axis.length - int(np.sum(axis.groups.get(group, 0))) for axis in axes)
                 found[group] = found.get(group, 0.0) + (whole - left) / self.images
         return found
+
+
+def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments of a forward as JSON data; of floating-point tensors it holds only dtype and shape."""
+    return _encode((tuple(args), dict(kwargs)))
+
+
+def decode_inputs(data: list[Any], like: Tensor) -> Arguments:
+    """Return the arguments that `encode_inputs` was given; tensors get the device of `like`, floating ones its dtype.
+
+    Raises: CheckpointError: if they held other objects. An error of any type if the data is malformed.
+    """
+    args, kwargs = _decode(data, like)
+    if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
+        raise CheckpointError("its example does not hold the arguments of a forward")
+    return args, kwargs
+
+
+def _encode(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        numbers = value.flatten().tolist() if is_index(value) and value.numel() <= MOST else None
+        return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), numbers]
+    if type(value) in (tuple, list):
+        return [type(value).__name__, *map(_encode, value)]
+    if type(value) is dict:
+        return ["dict", *([_encode(key), _encode(part)] for key, part in value.items())]
+    return ["plain", value] if type(value) in _PLAIN else ["object", type(value).__name__]
+
+
+def _decode(data: list[Any], like: Tensor) -> Any:
+    kind, *parts = data
+    if kind == "tensor":
+        return _decode_tensor(like, *parts)
+    if kind in ("tuple", "list"):
+        return (tuple if kind == "tuple" else list)(_decode(part, like) for part in parts)
+    if kind == "dict":
+        return {_decode(key, like): _decode(part, like) for key, part in parts}
+    if kind == "plain" and type(parts[0]) in _PLAIN:
+        return parts[0]
+    raise CheckpointError(f"its example holds an object of class {parts[0]!r}, which no file can hold")
+
+
+def _decode_tensor(like: Tensor, name: str, shape: list[int], numbers: list[Any] | None) -> Tensor:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype) or not all(type(size) is int for size in shape):
+        raise CheckpointError(f"its example has a tensor of type {name!r} and shape {shape!r}")
+    if numbers is not None:
+        return torch.tensor(numbers, dtype=dtype, device=like.device).reshape(shape)
+    if dtype.is_floating_point:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)  # its contents are never read
+    return torch.zeros(shape, dtype=dtype, device=like.device)

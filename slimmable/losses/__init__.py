@@ -1,9 +1,22 @@
 """Losses for training all widths of a network at once: plain functions of tensors for any training code."""
 
-from slimmable.losses.contrastive import (
+from slimmable.losses.distillation import (
+    OnlineDistillation,
+    decoupled_distillation,
+    embedding_cross_entropy,
+    slim_loss,
+    slim_term,
+    soft_cross_entropy,
+    squared_error,
+    standardised_distillation,
+    width_weights,
+)
+from slimmable.losses.self_supervised import (
     InfoNCE,
     MoCoV3Loss,
     NTXent,
+    VICRegLoss,
+    byol_loss,
     contrastive_cross_entropy,
     info_nce,
     moco_logits,
@@ -11,17 +24,8 @@ from slimmable.losses.contrastive import (
     moco_v3_loss,
     nt_xent,
     nt_xent_logits,
+    vicreg_loss,
 )
-from slimmable.losses.distillation import (
-    OnlineDistillation,
-    decoupled_distillation,
-    embedding_cross_entropy,
-    soft_cross_entropy,
-    squared_error,
-    standardised_distillation,
-)
-from slimmable.losses.non_contrastive import VICRegLoss, byol_loss, vicreg_loss
-from slimmable.losses.weighting import slim_loss, slim_term, width_weights
 
 __all__ = [
     "InfoNCE",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -78,6 +78,16 @@ class Method(nn.Module):
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
 
     Raises: UsageError: if `encoder` is not a module.
+
+    >>> import torch, slimmable
+    >>> from slimmable.methods import Batch, Encoder, SimCLR
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
+    >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))
+    >>> method = SimCLR(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
+    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
+    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
+    >>> list(losses)
+    [1.0, 0.5]
     """
 
     views: ClassVar[int] = 2
@@ -172,7 +182,7 @@ class Method(nn.Module):
         set_width(self, 1.0)  # including the modules that only `prepare` runs
         found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
-        with _left_clean(batch, diagnostics):
+        try:
             for width in recipe.widths(progress, step):
                 if recipe.first:
                     with torch.no_grad(), mixed():
@@ -188,12 +198,16 @@ class Method(nn.Module):
                 del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
-            try:
-                losses = _finite_losses(found)
-            except DivergedError:
-                self.zero_grad()
-                raise
+            losses = _finite_losses(found)
             self.finish(batch)
+        except BaseException as error:
+            if isinstance(error, DivergedError):
+                self.zero_grad()
+            if diagnostics is not None:
+                diagnostics.discard()
+            raise
+        finally:
+            batch.targets = ()
         return losses
 
     def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
@@ -209,8 +223,20 @@ class Method(nn.Module):
             )
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
-        if gates is not None:
-            self._check_gates(where, recipe, gates)
+        if gates is not None and not self.two_passes:
+            raise UsageError(
+                f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
+                "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
+            )
+        if gates is not None and not isinstance(gates, GateBudget):
+            raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
+        if gates is not None and not has_gates(self.encoder):
+            raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
+        if gates is not None and recipe.random_widths:
+            raise UsageError(
+                f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
+                "make it without them"
+            )
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if len(batch.views) != self.views:
@@ -221,22 +247,6 @@ class Method(nn.Module):
         if len({len(view) for view in batch.views}) > 1:
             shapes = " and ".join(str(tuple(view.shape)) for view in batch.views)
             raise DataError(f"{where}: views have shapes {shapes}; row i of each must belong to the same image")
-
-    def _check_gates(self, where: str, recipe: SlimRecipe, gates: GateBudget) -> None:
-        if not self.two_passes:
-            raise UsageError(
-                f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
-                "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
-            )
-        if not isinstance(gates, GateBudget):
-            raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
-        if not has_gates(self.encoder):
-            raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
-        if recipe.random_widths:
-            raise UsageError(
-                f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
-                "make it without them"
-            )
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:
         if distill is None:
@@ -256,24 +266,8 @@ def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module
     return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
-@contextmanager
-def _left_clean(batch: Batch, diagnostics: GradientDiagnostics | None) -> Iterator[None]:
-    """Remove the step's targets from the batch, and its records from the diagnostics if it fails."""
-    try:
-        yield
-    except BaseException:
-        if diagnostics is not None:
-            diagnostics.discard()
-        raise
-    finally:
-        batch.targets = ()
-
-
 def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
-    """Return each width's own loss, averaged over the processes.
-
-    Raises: DivergedError: if a loss is not finite.
-    """
+    """Return each width's own loss, averaged over the processes; raise `DivergedError` if one is not finite."""
     numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
     losses = dict(zip(found, numbers[::2], strict=True))
     for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):

@@ -18,7 +18,8 @@ from slimmable.training import MoCo, MomentumEncoder, cosine_momentum, synchroni
 class MoCoV2(Method):
     """MoCo v2 (He et al. 2020, Chen et al. 2020), at every width; only the full width makes keys (SlimCLR).
 
-    Several processes give the same result as one if `bn_splits` is the same and at least their number.
+    Several processes give the same result as one if `bn_splits` is the same and at least their number. The example of
+    `Method` shows a step; here the method also needs the size of an embedding: `MoCoV2(encoder, proj_dim=4)`.
 
     Args:
         encoder: a converted `Encoder`.
@@ -27,17 +28,6 @@ class MoCoV2(Method):
         temperature: temperature of the loss.
 
     Raises: UsageError: if a number is out of range.
-
-    >>> import torch, slimmable
-    >>> from slimmable.methods import Batch, Encoder
-    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, MoCoV2.projector(8, 16, 4))
-    >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
-    >>> method = MoCoV2(encoder, proj_dim=4, queue_size=32)
-    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation(), slow_start=0.5)
-    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.2)
-    >>> list(losses), int(method.moco.position)
-    ([1.0], 8)
     """
 
     two_passes = False
@@ -108,6 +98,8 @@ class _WithPredictor(Method):
 class MoCoV3(_WithPredictor):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
+    A step is as in the example of `BYOL`.
+
     Args:
         encoder: a converted `Encoder`.
         predictor: a converted module, embeddings in, embeddings of the same size out.
@@ -115,18 +107,6 @@ class MoCoV3(_WithPredictor):
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
 
     Raises: UsageError: if a number is out of range.
-
-    >>> import torch, slimmable
-    >>> from slimmable.methods import Batch, Encoder
-    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, MoCoV3.projector(8, 16, 4))
-    >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
-    >>> predictor = slimmable.slimify(MoCoV3.predictor(16, 4), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
-    >>> method = MoCoV3(encoder, predictor)
-    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
-    >>> list(losses)
-    [1.0, 0.5]
     """
 
     def __init__(

@@ -70,9 +70,8 @@ def index(op: Operation) -> None:
     for number, own in enumerate(rest):
         if own is not None and "values" not in op:
             op.moves("self", own, to=number)
-        elif own is not None and len(rest) - number <= op["values"].ndim:
-            if op["values"].shape[number - len(rest)] != 1:
-                op.moves("values", number - len(rest), to=own)
+        elif own is not None and len(rest) - number <= op["values"].ndim and op["values"].shape[number - len(rest)] > 1:
+            op.moves("values", number - len(rest), to=own)
     for i, part in () if masked or "values" in op else indices:
         for number in range(part.ndim):
             op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)

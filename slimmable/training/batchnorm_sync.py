@@ -119,13 +119,7 @@ def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tup
     """Return the means of several samples taken together, and the sums of squared distances to them.
 
     This is the pairwise update of Chan, Golub and LeVeque (1979) for any number of samples; a sample may be empty.
-
-    Args:
-        counts: number of values per channel in each sample.
-        means, squares: shape (samples, channels); the mean of each sample, and the sum of squared distances to it.
-
-    >>> merged_moments([1, 3], torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [6.0]]))  # e.g. of 0 and 3, 3, 6
-    (tensor([3.]), tensor([18.]))
+    `counts` are their values per channel; `means` and `squares` have shape (samples, channels).
     """
     sizes = torch.tensor(counts, dtype=means.dtype, device=means.device)[:, None]
     mean = (sizes / sum(counts) * means).sum(0)

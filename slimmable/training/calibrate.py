@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 
 @torch.no_grad()
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
-    """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change.
-
-    Raises: as `calibrate_bn`.
-    """
+    """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
     _collect(model, loader, [None], [each.norm_at(-1) for each in containers if "guest" in each._modules])
 
@@ -79,7 +76,7 @@ def _collect(
     model: nn.Module, loader: Iterable[ModelInput], widths: Sequence[Setting | None], modules: Iterable[nn.Module]
 ) -> None:
     """Run every batch at each of `widths` (None: the active one), and collect statistics in the norms of `modules`."""
-    norms = [module for module in modules if _has_statistics(module)]
+    norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -98,15 +95,8 @@ def _collect(
             raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
 
 
-def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return isinstance(module, _BatchNorm) and module.track_running_stats
-
-
 def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
-    """Return a batch as the arguments of a forward, on a device.
-
-    Raises: DataError: if it has no model input, or is empty.
-    """
+    """Return a batch as the arguments of a forward, on a device; refuse one without model input, or an empty one."""
     if not isinstance(batch, Inputs):
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, Tensor):

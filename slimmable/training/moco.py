@@ -123,13 +123,7 @@ class MoCo(nn.Module):
     position: Tensor
 
     def __init__(
-        self,
-        network: nn.Module,
-        proj_dim: int,
-        queue_size: int = 65536,
-        momentum: float = 0.999,
-        *,
-        bn_splits: int = 1,
+        self, network: nn.Module, proj_dim: int, queue_size: int = 65536, momentum: float = 0.999, *, bn_splits: int = 1
     ) -> None:
         super().__init__()
         check_count("MoCo", proj_dim=proj_dim, queue_size=queue_size, bn_splits=bn_splits)

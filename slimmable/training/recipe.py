@@ -188,13 +188,21 @@ class SlimRecipe:
         if self.distill is None:
             return slim_term(loss, weight=weight)
         views = _views(step, teach)
-        distillation = None if step.first else _sum_of_views(self.distill, views, list(step.teachers.values()))
+        distillation = None
+        if not step.first:
+            taught = zip(views, *step.teachers.values(), strict=True)
+            distillation = torch.stack([self.distill(view, teachers) for view, *teachers in taught]).sum()
         if step.first or self.distill.teachers == "all wider":
             step.teachers[step.width] = [view.detach() for view in views]
         return slim_term(loss, distillation, weight, self.distill.weight)
 
     def _run(self, slow: bool) -> Generator[float, None, None]:
-        step = self._step = _Step(slow, self.loss_weights if self._mode is None else self._drawn(self._mode))
+        weights = self.loss_weights
+        if self._mode is not None:
+            widest, *_, narrowest = weights
+            drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
+            weights = _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), self._mode)
+        step = self._step = _Step(slow, weights)
         try:
             for width in list(step.loss_weights)[: 1 if slow else None]:
                 set_width(self.model, width)
@@ -204,12 +212,6 @@ class SlimRecipe:
             if self._step is step:
                 self._step = None
             set_width(self.model, 1.0)
-
-    def _drawn(self, mode: str) -> dict[float, float]:
-        """Return width -> loss weight of a step with random widths, from the widest to the narrowest."""
-        widest, *_, narrowest = self.loss_weights
-        drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
-        return _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), mode)
 
 
 @dataclass
@@ -246,11 +248,6 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
             "as many as at the widest width"
         )
     return views
-
-
-def _sum_of_views(distill: OnlineDistillation, views: Sequence[Tensor], teachers: Sequence[Sequence[Tensor]]) -> Tensor:
-    losses = [distill(view, [teacher[i] for teacher in teachers]) for i, view in enumerate(views)]
-    return torch.stack(losses).sum()
 
 
 def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

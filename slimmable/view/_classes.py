@@ -196,25 +196,17 @@ _viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
 def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
     """Return the subclass of `base` with properties for these names; each class is made only once."""
     if (base, names) not in _viewed_classes:
-        _viewed_classes[base, names] = _make_viewed_class(base, *names)
+        tensors, values, caches, buffers = names
+        body: dict[str, Any] = {
+            "_slim_base": base,
+            "_slim_view": (base, names),
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        body.update({name: _tensor_property(name) for name in tensors})
+        body.update({name: _value_property(name) for name in values})
+        body.update({name: _cache_property(name) for name in caches})
+        mixin = _ViewedWithBuffers if buffers else _Viewed
+        _viewed_classes[base, names] = unannounced(base, body, mixin)
     return _viewed_classes[base, names]
-
-
-def _make_viewed_class(
-    base: type[nn.Module],
-    tensors: tuple[str, ...],
-    values: tuple[str, ...],
-    caches: tuple[str, ...],
-    buffers: tuple[str, ...],
-) -> type[nn.Module]:
-    body: dict[str, Any] = {
-        "_slim_base": base,
-        "_slim_view": (base, (tensors, values, caches, buffers)),
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    body.update({name: _tensor_property(name) for name in tensors})
-    body.update({name: _value_property(name) for name in values})
-    body.update({name: _cache_property(name) for name in caches})
-    return unannounced(base, body, _ViewedWithBuffers if buffers else _Viewed)

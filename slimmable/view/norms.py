@@ -1,18 +1,42 @@
-"""Switchable norms: one real norm per width, each with its own statistics, gain and bias."""
+"""Switchable norms: one real norm per width, each with its own statistics, gain and bias.
+
+The narrow ones are cut copies of the full norm, which may share its gain and bias.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimmable._widths import Kept
+from slimmable._modules import twin_of
+from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
-from slimmable.view.narrow import NarrowNorms, copy_of_norm, narrowed, own_norm, share, shares
 from slimmable.view.state import Column, Counts
+from slimmable.view.view import install_view, narrow_tensors, remove_view
+
+_CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
+
+
+class NarrowNorms(nn.ModuleList):
+    """The narrower norms, from wide to narrow; one that shares still does after a converter has replaced it."""
+
+    shared_affine: bool
+
+    def __init__(self, norms: Iterable[nn.Module], shared_affine: bool) -> None:
+        super().__init__(norms)
+        self.shared_affine = shared_affine
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Insert a norm, as converters such as that of `SyncBatchNorm` do."""
+        before = self._modules.get(name)
+        if before is not None and module is not None and _shares(before) and not _shares(module):
+            _share(module, before.__dict__["_slim_lent"], before.__dict__["_slim_shared"])
+        super().add_module(name, module)
 
 
 class SwitchableNorm(SwitchableContainer):
@@ -64,7 +88,7 @@ class SwitchableNorm(SwitchableContainer):
         super().add_module(name, module)
         if name == "full":
             self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
-            for norm in filter(shares, self.norms()):
+            for norm in filter(_shares, self.norms()):
                 norm.__dict__["_slim_lent"] = self.full._parameters
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -78,15 +102,15 @@ class SwitchableNorm(SwitchableContainer):
         )
 
     def _narrowed(self, kept: Kept, shared: bool) -> nn.Module:
-        norm = narrowed(self.full, kept)
-        return share(norm, self.full._parameters, kept) if shared else norm
+        norm = _narrow_norm(self.full, kept)
+        return _share(norm, self.full._parameters, kept) if shared else norm
 
     @classmethod
     def from_norm(
         cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
     ) -> SwitchableNorm:
         """Return a switchable norm whose full norm is `norm` itself or, with `share=False`, a copy of it."""
-        return SwitchableNorm(norm if share else copy_of_norm(norm), widths, kept)
+        return SwitchableNorm(norm if share else _copy_of_norm(norm), widths, kept)
 
     def to_norm(self) -> nn.Module:
         """Return the norm of the full width, the module itself, not a copy."""
@@ -104,11 +128,23 @@ class SwitchableNorm(SwitchableContainer):
 
     def own_at(self, index: int) -> nn.Module:
         """Return the norm of the width with this index, or a copy with its own gain and bias if it shares them."""
-        return own_norm(self.norm_at(index))
+        norm = self.norm_at(index)
+        if not _shares(norm):
+            return norm
+        parts = narrow_tensors(norm, 0)
+        twin = twin_of(norm, type(norm))
+        remove_view(twin)
+        full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
+        twin.__dict__["_parameters"] = {
+            name: None if whole is None else nn.Parameter(parts.get(name, whole).detach().clone(), whole.requires_grad)
+            for name, whole in full.items()
+        }
+        twin.__dict__["affine"] = any(tensor is not None for tensor in twin._parameters.values())
+        return twin
 
     def copy_at(self, index: int) -> nn.Module:
         """Return a copy of the norm of the width with this index, with its own gain and bias."""
-        return copy_of_norm(self.own_at(index))
+        return _copy_of_norm(self.own_at(index))
 
     def keeps(self, widths: Sequence[float], kept: Sequence[Kept], shared_affine: bool) -> bool:
         """Tell whether the container was made with these arguments."""
@@ -233,8 +269,53 @@ def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        buffers = dict(narrowed(norm.full, cast(GuestNorm, norm._slim.active).kept).named_buffers())
+        buffers = dict(_narrow_norm(norm.full, cast(GuestNorm, norm._slim.active).kept).named_buffers())
         for name, buffer in guest.named_buffers():
             buffer.copy_(buffers[name])
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
+
+
+def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], kept: Kept) -> nn.Module:
+    """Let a narrow norm read its part of `lent`, the full norm's gain and bias, instead of having its own."""
+    own = {name: None for name, tensor in lent.items() if tensor is None}
+    norm.__dict__.update(_parameters=own, affine=False, _slim_lent=lent, _slim_shared=kept)  # converters read `affine`
+    install_view(norm, (1.0,), {name: [(kept,)] for name, tensor in lent.items() if tensor is not None}, {})
+    return norm
+
+
+def _shares(norm: nn.Module) -> bool:
+    """Tell whether a norm reads the gain and bias of another."""
+    return "_slim_lent" in norm.__dict__
+
+
+def _copy_of_norm(norm: nn.Module) -> nn.Module:
+    """Copy a norm, except for the process group of a SyncBatchNorm, which cannot be copied."""
+    group = getattr(norm, "process_group", None)
+    return copy.deepcopy(norm, {} if group is None else {id(group): group})
+
+
+def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
+    """Return a copy of a norm in which every tensor and count of its full number of channels is cut."""
+    norm = _copy_of_norm(full)
+    if kept is None:
+        return norm
+    counts = [getattr(full, name, None) for name in _CHANNEL_COUNTS]
+    channels = next((count for count in counts if isinstance(count, int)), None)
+    if channels is None:
+        raise ConversionError(
+            f"{type(full).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
+            "only norms that do can be switched"
+        )
+    for module in norm.modules():
+        for name in _CHANNEL_COUNTS:
+            if getattr(module, name, None) == channels:
+                setattr(module, name, kept_of(channels, kept))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.shape[:1] == (channels,):
+                cut = take_channels(parameter.detach(), kept).clone()
+                module._parameters[name] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.shape[:1] == (channels,):
+                module._buffers[name] = take_channels(buffer, kept).clone()
+    return norm

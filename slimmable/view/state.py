@@ -90,12 +90,6 @@ class WidthState(Active[Column]):
         self.columns.append(column)
         self._list_widths()
 
-    def remove_last(self) -> Column:
-        """Remove the last column, which must not be active, and return it."""
-        column = self.columns.pop()
-        self._list_widths()
-        return column
-
     def _list_widths(self) -> None:
         self.widths: tuple[float | Counts, ...] = tuple(column.width for column in self.columns)
 
@@ -120,7 +114,8 @@ def forget(module: nn.Module, own: int) -> None:
     state = slim_state(module)
     activate(module, state.columns[0])
     while len(state.columns) > own:
-        state.remove_last().drop(module)
+        state.columns.pop().drop(module)
+    state._list_widths()
 
 
 def slim_state(module: nn.Module) -> WidthState:

@@ -72,7 +72,10 @@ def install_view(
     state = WidthState(widths)
     for what in (tensors, values, sizes or {}):
         for name, per_width in what.items():
-            _check_length(module, name, per_width, widths)
+            if len(per_width) != len(widths):
+                raise ConversionError(
+                    f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
+                )
     for index, column in enumerate(state.columns):
         kept = {name: per_width[index] for name, per_width in tensors.items()}
         column.cuts = _cuts(module, kept, state.index_buffers)
@@ -158,21 +161,18 @@ def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]
 
     A guest column must be the active one.
     """
-    state = state_of(module)
-    if state is None:
-        return {}
-    cuts = (state.columns[column] if isinstance(column, int) else column).cuts
-    found = {name: (_full_tensor(module, name), cut) for name, cut in cuts.items()}
+    found = {name: (_full_tensor(module, name), cut) for name, cut in _column(module, column).cuts.items()}
     return {name: take(tensor, cut, module._buffers) for name, (tensor, cut) in found.items() if tensor is not None}
 
 
 def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
     """Return the plain attributes that the module has at a column or column index."""
-    state = state_of(module)
-    if state is None:
-        return {}
-    found = state.columns[column] if isinstance(column, int) else column
+    found = _column(module, column)
     return found.values | found.sizes
+
+
+def _column(module: nn.Module, column: int | Column) -> Column:
+    return slim_state(module).columns[column] if isinstance(column, int) else column
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -199,10 +199,3 @@ def _register(module: nn.Module, buffers: Mapping[str, tuple[int, ...]], tensors
     for buffer, kept in buffers.items():
         if buffer not in module._buffers:
             module.register_buffer(buffer, torch.tensor(kept, device=device), persistent=False)
-
-
-def _check_length(module: nn.Module, name: str, per_width: Sequence[object], widths: tuple[float, ...]) -> None:
-    if len(per_width) != len(widths):
-        raise ConversionError(
-            f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
-        )

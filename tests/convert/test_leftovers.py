@@ -142,3 +142,33 @@ def test_three_threads_plan_at_once(kept):
     assert [vars(functional)[name] for name in names] == before
     assert torch.backends.mkldnn.enabled
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Factories(dict):
+    """A dict that calls what it holds."""
+
+    def __getitem__(self, key: str) -> nn.Module:
+        kind, options = super().__getitem__(key)
+        return kind(**options)
+
+    def keys(self):
+        return ["and", "more", *super().keys()]
+
+
+FACTORIES = Factories(leaky=(nn.LeakyReLU, {"negative_slope": 0.2}), bilinear=(nn.Bilinear, {}))
+
+
+def test_a_dict_that_makes_what_it_returns_is_only_asked_by_the_forward():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.last(FACTORIES["leaky"](self.first(x)))
+
+    held = dict(FACTORIES.items())
+    slim = slimmable.slimify(Network(), WIDTHS, example_inputs=X)
+    with slimmable.at_width(slim, 0.5):
+        assert slim.first.weight.shape == (8, 4)
+    assert dict(FACTORIES.items()) == held

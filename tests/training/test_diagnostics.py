@@ -21,7 +21,7 @@ from slimmable.cli.report import plot_imbalance
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
-from slimmable.training._gradients import shared_parameters
+from slimmable.training.diagnostics import shared_parameters
 from tests.layers.test_slimclr_parity import TENSORS, build
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,0 +1,384 @@
+"""Slimmable layers: torch's linear layer, convolutions, LayerNorm and GroupNorm with slices of their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from slimmable._modules import twin_of
+from slimmable._widths import Kept, check_widths, kept_of, kept_units
+from slimmable.errors import ConversionError
+from slimmable.layers._kept import kept_at
+from slimmable.view.state import is_slim
+from slimmable.view.view import install_view, remove_view
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Plain = TypeVar("Plain", bound=nn.Module)
+
+
+class SlimLayer(nn.Module):
+    """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
+
+    _slim_plain: ClassVar[type[nn.Module]]
+    """The class of torch that it is made from and converted back to."""
+
+    def _install(self, widths: tuple[float, ...], *args: Any, **options: Any) -> None:
+        """Give the layer its view."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_torch(cls, module: nn.Module, widths: Iterable[float], **options: bool) -> Self:
+        """Return the slimmable twin of a plain layer: it shares the Parameters and keeps the training flag.
+
+        Raises: ConversionError: unless the layer is exactly of torch's class, whose forward the twin uses.
+        """
+        if type(module) is not cls._slim_plain:
+            raise ConversionError(
+                f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {type(module).__name__}, "
+                "which may compute something else; slimmable.slimify converts any module"
+            )
+        slim = twin_of(module, cls)
+        slim._install(check_widths(widths), **options)
+        return slim
+
+    def _to_torch(self, kind: type[Plain]) -> Plain:
+        """Return the full-width layer of torch's class `kind`, which shares the Parameters."""
+        twin: Any = twin_of(self, type(self))
+        if is_slim(twin):
+            remove_view(twin)
+        if type(twin) is not kind:
+            raise ConversionError(f"a {type(self).__name__} has no torch twin of class {kind.__name__}")
+        return twin
+
+
+class SlimLinear(SlimLayer, nn.Linear):
+    """`nn.Linear` that runs with part of its features: at width `w`, with the first `round(w * features)`.
+
+    Names in the state dict are torch's; `in_features` and `out_features` are the full ones at every width.
+
+    Shapes: (..., kept in_features) -> (..., kept out_features).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        slim_in: False if the input is full at every width, such as a vector of measurements.
+        slim_out: False if the output should be full at every width, such as class scores and embeddings.
+        overlap: False gives the narrower widths disjoint features; see `SlimConv2d`.
+
+    Raises:
+        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+
+    >>> from slimmable import set_width
+    >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
+    >>> set_width(layer, 0.5)
+    >>> layer, layer.weight.shape
+    (SlimLinear(in_features=8, out_features=4, bias=True, widths=(1.0, 0.5), width=0.5), torch.Size([2, 4]))
+    """
+
+    _slim_plain = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+        slim_in: bool = True,
+        slim_out: bool = True,
+        overlap: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._install(check_widths(widths), slim_in, slim_out, overlap)
+
+    def _install(
+        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
+    ) -> None:
+        rows = kept_at(widths, self.out_features, slim=slim_out, overlap=overlap)
+        columns = kept_at(widths, self.in_features, slim=slim_in, overlap=overlap)
+        install_view(
+            self,
+            widths,
+            {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]},
+            {},
+            {
+                "in_features": [kept_of(self.in_features, kept) for kept in columns],
+                "out_features": [kept_of(self.out_features, kept) for kept in rows],
+            },
+        )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
+        """Return the slimmable twin of `linear`; as `SlimConv2d.from_conv2d`."""
+        return cls._from_torch(linear, widths, **options)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the full-width `nn.Linear`, which shares the Parameters."""
+        return self._to_torch(nn.Linear)
+
+
+class _SlimConv(SlimLayer, _ConvNd):
+    """The common base; see `SlimConv2d`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+        slim_in: bool = True,
+        slim_out: bool = True,
+        overlap: bool = True,
+    ) -> None:
+        settings: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *settings)  # type: ignore[arg-type]
+        self._install(check_widths(widths), slim_in, slim_out, overlap)
+
+    def _install(
+        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
+    ) -> None:
+        in_size, out_size = self.in_channels // self.groups, self.out_channels // self.groups
+        groups = [self.groups] * len(widths)
+        if in_size == 1 and self.groups > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
+            kept_groups = kept_at(widths, self.groups, overlap=overlap)
+            groups = [kept_of(self.groups, kept) for kept in kept_groups]
+            rows: list[Kept] = [
+                tuple(range(kept[0] * out_size, (kept[-1] + 1) * out_size)) if isinstance(kept, tuple) else None
+                for kept in kept_groups
+            ]
+            columns = kept_at(widths, 1)
+        else:
+            rows = kept_at(widths, out_size, self.groups, slim=slim_out, overlap=overlap)
+            columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
+        rest: tuple[Kept, ...] = (None,) * len(self.kernel_size)
+        install_view(
+            self,
+            widths,
+            {
+                "weight": [(row, column, *rest) for row, column in zip(rows, columns, strict=True)],
+                "bias": [(row,) for row in rows],
+            },
+            {"groups": groups} if len(set(groups)) > 1 else {},
+            {
+                "in_channels": [kept_of(in_size, kept) * count for kept, count in zip(columns, groups, strict=True)],
+                "out_channels": [kept_of(self.out_channels, row) for row in rows],
+            },
+        )
+
+
+class SlimConv1d(_SlimConv, nn.Conv1d):
+    """`nn.Conv1d` that runs with part of its channels; everything is as in `SlimConv2d`.
+
+    >>> SlimConv1d(4, 8, 3, widths=(1.0, 0.5))
+    SlimConv1d(4, 8, kernel_size=(3,), stride=(1,), widths=(1.0, 0.5), width=1.0)
+    """
+
+    _slim_plain = nn.Conv1d
+
+    @classmethod
+    def from_conv1d(cls, conv: nn.Conv1d, widths: Iterable[float], **options: bool) -> SlimConv1d:
+        """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
+        return cls._from_torch(conv, widths, **options)
+
+    def to_conv1d(self) -> nn.Conv1d:
+        """Return the full-width `nn.Conv1d`, which shares the Parameters."""
+        return self._to_torch(nn.Conv1d)
+
+
+class SlimConv2d(_SlimConv, nn.Conv2d):
+    """`nn.Conv2d` that runs with part of its channels: at width `w`, with the first `round(w * channels)`.
+
+    Names in the state dict are torch's; `in_channels` and `out_channels` are the full ones at every width. A depthwise
+    convolution keeps its first groups. Any other grouped one keeps all groups and the first channels of each, so it
+    expects an input of `groups * round(w * in_channels / groups)` channels.
+
+    Shapes: (N, kept in_channels, H, W) -> (N, kept out_channels, H', W').
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        slim_in: False if the input is full at every width, such as an image.
+        slim_out: False if the output should be full at every width.
+        overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
+            weights of Zhao et al., SlimCLR, IJCV 2024).
+
+    Raises:
+        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+
+    >>> import torch
+    >>> from slimmable import at_width
+    >>> conv = SlimConv2d(3, 8, 3, widths=(1.0, 0.5), slim_in=False)
+    >>> with at_width(conv, 0.5):
+    ...     conv(torch.zeros(1, 3, 8, 8)).shape
+    torch.Size([1, 4, 6, 6])
+    """
+
+    _slim_plain = nn.Conv2d
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> SlimConv2d:
+        """Return the slimmable twin of `conv`: it shares the Parameters and keeps the training flag.
+
+        `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
+
+        Raises:
+            ConversionError: unless `conv` is exactly an `nn.Conv2d`.
+            WidthError: as the constructor.
+        """
+        return cls._from_torch(conv, widths, **options)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """Return the full-width `nn.Conv2d`, which shares the Parameters."""
+        return self._to_torch(nn.Conv2d)
+
+
+class SlimConv3d(_SlimConv, nn.Conv3d):
+    """`nn.Conv3d` that runs with part of its channels; everything is as in `SlimConv2d`.
+
+    >>> SlimConv3d(4, 8, 1, widths=(1.0, 0.5))
+    SlimConv3d(4, 8, kernel_size=(1, 1, 1), stride=(1, 1, 1), widths=(1.0, 0.5), width=1.0)
+    """
+
+    _slim_plain = nn.Conv3d
+
+    @classmethod
+    def from_conv3d(cls, conv: nn.Conv3d, widths: Iterable[float], **options: bool) -> SlimConv3d:
+        """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
+        return cls._from_torch(conv, widths, **options)
+
+    def to_conv3d(self) -> nn.Conv3d:
+        """Return the full-width `nn.Conv3d`, which shares the Parameters."""
+        return self._to_torch(nn.Conv3d)
+
+
+class SlimLayerNorm(SlimLayer, nn.LayerNorm):
+    """`nn.LayerNorm` over part of the features: at width `w`, the first `round(w * n)` of the last axis.
+
+    Shapes: (..., *normalized_shape with a narrower last axis) -> the same.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+
+    Raises:
+        WidthError: if `widths` is invalid.
+
+    >>> import torch
+    >>> from slimmable import at_width
+    >>> norm = SlimLayerNorm(8, widths=(1.0, 0.5))
+    >>> with at_width(norm, 0.5):
+    ...     norm(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    _slim_plain = nn.LayerNorm
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | tuple[int, ...],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._install(check_widths(widths))
+
+    def _install(self, widths: tuple[float, ...]) -> None:
+        *outer, last = self.normalized_shape
+        kept = [kept_units(last, width) for width in widths]
+        cuts: list[Sequence[Kept]] = [(*(None for _ in outer), count) for count in kept]
+        shapes = [(*outer, count) for count in kept]
+        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"normalized_shape": shapes})
+
+    @classmethod
+    def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> SlimLayerNorm:
+        """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`, without options."""
+        return cls._from_torch(norm, widths)
+
+    def to_layernorm(self) -> nn.LayerNorm:
+        """Return the full-width `nn.LayerNorm`, which shares the Parameters."""
+        return self._to_torch(nn.LayerNorm)
+
+
+class SlimGroupNorm(SlimLayer, nn.GroupNorm):
+    """`nn.GroupNorm` over part of the channels.
+
+    If `w * num_groups` is a whole number at every width `w`, that many first groups are kept. Otherwise all groups are
+    kept, each with its first channels, and the input must have `num_groups * round(w * num_channels / num_groups)`.
+
+    Shapes: (N, kept channels, ...) -> the same.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: as in torch.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+
+    Raises:
+        WidthError: if `widths` is invalid.
+
+    >>> from slimmable import at_width
+    >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
+    >>> with at_width(norm, 0.5):
+    ...     norm.num_groups, tuple(norm.weight.shape)
+    (2, (8,))
+    """
+
+    _slim_plain = nn.GroupNorm
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        widths: Iterable[float],
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        self._install(check_widths(widths))
+
+    def _install(self, widths: tuple[float, ...]) -> None:
+        size = self.num_channels // self.num_groups
+        shares = [width * self.num_groups for width in widths]
+        if all(round(share) >= 1 and math.isclose(share, round(share), abs_tol=1e-9) for share in shares):
+            groups = [round(share) for share in shares]
+            counts = [count * size for count in groups]
+            kept: list[Kept] = list(counts)
+        else:
+            groups = [self.num_groups] * len(widths)
+            kept = kept_at(widths, size, self.num_groups)
+            counts = [kept_of(self.num_channels, each) for each in kept]
+        cuts = [(each,) for each in kept]
+        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups}, {"num_channels": counts})
+
+    @classmethod
+    def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> SlimGroupNorm:
+        """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`, without options."""
+        return cls._from_torch(norm, widths)
+
+    def to_groupnorm(self) -> nn.GroupNorm:
+        """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
+        return self._to_torch(nn.GroupNorm)
