@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
-from slimmable._configs import follow_configs
-from slimmable._described import follow_layers
+from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
 from slimmable._width import at_width, widths_of
@@ -234,14 +233,14 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 # -- the steps of a conversion
 def _plan(
     model: nn.Module,
-    example: Any,
+    given: Any,
     widths: tuple[float, ...],
     skip: Skip,
     round_to: int,
     universal: bool,
     outputs: Outputs,
 ) -> Plan:
-    args, kwargs = example_of(model, example)
+    args, kwargs = example_of(model, given)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
     return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, outputs)
