@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
-from slimmable._configs import follow_configs
-from slimmable._described import follow_layers
-from slimmable._inputs import Arguments, example_of
+from slimmable._described import follow_configs, follow_layers
+from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
@@ -97,17 +96,12 @@ def slimify(
     check_module("slimify", model)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
-    wanted = check_widths(widths)
+    asked = check_widths(widths), skip, round_to, universal, outputs
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
-    if (
-        skip == ()
-        and outputs == "auto"
-        and importance is None
-        and _current_plan(model, wanted, round_to, universal) is not None
-    ):
+    if importance is None and _current_plan(model, *asked) is not None:
         return model if inplace else copy_of(model)
-    found = _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
+    found = _plan(model, example_inputs, *asked)
     if not found.channels.units:
         warnings.warn(
             f"nothing in this {type(model).__name__} gets narrower at any width; print(slimmable.plan(...)) says why",
@@ -158,10 +152,8 @@ def plan(
     own = plan_of(model)
     if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
         widths, round_to, universal = own.widths, own.round_to, own.universal
-    wanted = check_widths(WIDTHS if widths is None else widths)
-    unchanged = skip == () and outputs == "auto"
-    known = _current_plan(model, wanted, round_to, universal) if unchanged else None
-    return known or _plan(model, example_of(model, example_inputs), wanted, skip, round_to, universal, outputs)
+    asked = check_widths(WIDTHS if widths is None else widths), skip, round_to, universal, outputs
+    return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
 
 def extract(model: M, width: Setting) -> M:
@@ -241,16 +233,16 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 # -- the steps of a conversion
 def _plan(
     model: nn.Module,
-    inputs: Arguments,
+    given: Any,
     widths: tuple[float, ...],
     skip: Skip,
     round_to: int,
     universal: bool,
     outputs: Outputs,
 ) -> Plan:
+    args, kwargs = example_of(model, given)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
-    args, kwargs = inputs
     return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, outputs)
 
 
@@ -296,10 +288,13 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if state is None or "_slim_root" not in model.__dict__ else state.plan
 
 
-def _current_plan(model: nn.Module, widths: tuple[float, ...], round_to: int, universal: bool) -> Plan | None:
+def _current_plan(
+    model: nn.Module, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool, outputs: Outputs
+) -> Plan | None:
     """Return the plan of a converted model if converting it with these arguments would change nothing."""
     plan = plan_of(model)
-    if plan is None or (plan.widths, plan.round_to, plan.universal) != (widths, round_to, universal):
+    asked = widths, skip, round_to, universal, outputs
+    if plan is None or asked != (plan.widths, (), plan.round_to, plan.universal, "auto"):
         return None
     try:
         widths_of(model)

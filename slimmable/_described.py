@@ -1,17 +1,22 @@
-"""Integers that describe layers, such as `in_channels` and `num_features`, follow them in an extracted network.
+"""What an extracted network says of itself: integers that describe its layers, such as `in_channels`, and its `config`.
 
-The forward's own integers are in the plan. These are the others, which only other methods and other code read.
+The integers that the forward reads are in the plan. These are the others, which only other methods and code read.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import nn
+from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
 from slimmable._modules import tensors_of
 from slimmable._reach import names_in
@@ -30,19 +35,9 @@ _SAY_OTHERS = re.compile(
 _AXES = 4  # a smaller integer may as well be the number of an axis
 
 
-class Size(NamedTuple):
-    """A size of the full and the narrow layer: of an axis of a tensor, or an attribute with a name."""
-
-    name: str | None
-    full: int
-    narrow: int
-
-
-class Twins(NamedTuple):
-    """A module of the full model, and that of the extracted network."""
-
-    full: nn.Module
-    narrow: nn.Module
+Twins: TypeAlias = tuple[nn.Module, nn.Module]  # a module of the full model, and that of the extracted network
+Facts: TypeAlias = "dict[tuple[str, str], Any]"  # module path and name -> the shape of a tensor, or a plain number
+Edits: TypeAlias = "dict[int, int]"  # position of a configuration's leaf -> its new value
 
 
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
@@ -55,17 +50,19 @@ def follow_layers(model: nn.Module, small: nn.Module) -> None:
         model: the converted model.
         small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
     """
-    pairs = list(_pairs(Twins(model, small)))
+    pairs: list[Twins] = [(model, small)]
+    for twins in pairs:  # which grows
+        pairs += _children(twins).values()
     for full, narrow in pairs:
         before, after = tensors_of(full).get("weight"), tensors_of(narrow).get("weight")
         for name, axis in size_axes(narrow).items():
             if before is not None and after is not None and before.shape != after.shape and name in vars(narrow):
                 narrow.__dict__[name] = after.shape[axis] * (getattr(narrow, "groups", 1) if axis else 1)
-    for twins in reversed(pairs):  # children first
-        known = read_by_forward(twins.full)
-        for name, value in list(vars(twins.narrow).items()):
-            if name not in known and name not in size_axes(twins.narrow) and counts_channels(name):
-                twins.narrow.__dict__[name] = _followed(twins, name, value)
+    for full, narrow in reversed(pairs):  # children first
+        known = {*read_by_forward(full), *size_axes(narrow)}
+        for name, value in list(vars(narrow).items()):
+            if name not in known and counts_channels(name):
+                narrow.__dict__[name] = _followed((full, narrow), name, value)
     _follow_features(model, small)
 
 
@@ -107,18 +104,12 @@ def _named_in_forward(kind: Any) -> set[str]:
     return found
 
 
-def _pairs(twins: Twins) -> Iterator[Twins]:
-    yield twins
-    for child in _children(twins).values():
-        yield from _pairs(child)
-
-
 def _children(twins: Twins) -> dict[str, Twins]:
     found = {}
-    for name, full in twins.full._modules.items():
-        narrow = twins.narrow._modules.get(name)
+    for name, full in twins[0]._modules.items():
+        narrow = twins[1]._modules.get(name)
         if full is not None and narrow is not None:
-            found[name] = Twins(full.module_at(0) if isinstance(full, SwitchableContainer) else full, narrow)
+            found[name] = (full.module_at(0) if isinstance(full, SwitchableContainer) else full, narrow)
     return found
 
 
@@ -148,26 +139,164 @@ def _followed(twins: Twins, name: str, value: Any) -> Any:
 
 def _narrow(twins: Twins, name: str, value: int) -> int:
     """Return what a size of the full model has become in the nearest layers that have it, if they agree."""
-    level = [twins]
+    level, known = [twins], (None, *read_by_forward(twins[0]))
     while level:
-        sizes = [size for each in level for size in _sizes(each) if size.full == value]
+        sizes = [(own, small) for each in level for own, full, small in _sizes(each) if full == value]
         if level == [twins]:  # its other attributes have yet to follow
-            sizes = [size for size in sizes if size.name in (None, *read_by_forward(twins.full))]
-        alike = {size.narrow for size in sizes if size.name == name}
-        found = alike or {size.narrow for size in sizes if value > _AXES}
+            sizes = [(own, small) for own, small in sizes if own in known]
+        found = {small for own, small in sizes if own == name} or {small for _, small in sizes if value > _AXES}
         if found:
             return found.pop() if len(found) == 1 else value
         level = [child for each in level for child in _children(each).values()]
     return value
 
 
-def _sizes(twins: Twins) -> Iterator[Size]:
+def _sizes(twins: Twins) -> Iterator[tuple[str | None, int, int]]:
+    """Yield the sizes of the full and the narrow layer: of axes of its tensors, and of attributes with their names."""
     full, narrow = twins
     spatial = 2 if isinstance(full, nn.modules.conv._ConvNd) else None
     before, after = tensors_of(full), tensors_of(narrow)
     for name in before.keys() & after.keys():
         axes = zip(before[name].shape[:spatial], after[name].shape[:spatial], strict=False)
-        yield from (Size(None, *both) for both in axes)
+        yield from ((None, *both) for both in axes)
     for name, value in vars(full).items():
         if type(value) is int and type(now := vars(narrow).get(name)) is int and counts_channels(name):
-            yield Size(name, value, now)
+            yield name, value, now
+
+
+# -- configurations
+def follow_configs(model: nn.Module, small: nn.Module) -> None:
+    """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
+
+    What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
+    class makes a network with the tensors and integers of the extracted one.
+
+    Args:
+        model: the converted model.
+        small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
+    """
+    done: tuple[str, ...] = ()
+    for path, narrow in small.named_modules():
+        if hasattr(narrow, "save_pretrained") and hasattr(narrow, "config") and not path.startswith(done or "/"):
+            done = (*done, f"{path}." if path else "")
+            _follow_config(model.get_submodule(path), narrow)
+
+
+def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
+    leaves, shape = tree_flatten_with_path(_plain(narrow.config))
+    known, wanted = _facts(full), _facts(narrow)
+
+    def build(edits: Edits) -> Facts | None:
+        edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _facts(_made(narrow, edited))
+        except Exception:  # constructors raise errors of all kinds
+            return None
+
+    def misfits(edits: Edits) -> tuple[float, int]:
+        built = build(edits)
+        return math.inf if built is None else sum(built.get(key) != wanted.get(key) for key in keys), len(edits)
+
+    before = build({}) or {}
+    tensors = {key for key, fact in known.items() if isinstance(fact, torch.Size) and key in wanted}
+    if all(known[key] == wanted[key] for key in tensors):
+        return
+    if before and any(before.get(key) != known[key] for key in tensors):
+        return  # it does not describe the full network either
+    read = {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
+    keys = [
+        key
+        for key, fact in before.items()
+        if fact == known.get(key) and (key in tensors or key in read or isinstance(fact, float))
+    ]
+    options = _options(leaves, known, wanted)
+    guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
+    saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers
+    computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
+    tried = () if computed or not before else (_descend(start, options, misfits) for start in (guess, {}))
+    found = next((edits for edits in tried if not misfits(edits)[0]), None)
+    if found is None:
+        warnings.warn(
+            f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
+            "from_pretrained would refuse its weights, so save it with slimmable.save",
+            stacklevel=5,
+        )
+        return
+    _update(narrow, tree_unflatten([found.get(i, value) for i, (_, value) in enumerate(leaves)], shape))
+    modules = dict(narrow.named_modules())
+    for (path, name), fact in (build(found) or {}).items():
+        if type(fact) is int and type(wanted.get((path, name))) is int:
+            modules[path].__dict__[name] = fact
+
+
+def _options(leaves: Any, known: Facts, wanted: Facts) -> dict[int, list[int]]:
+    """Return what integers may have become, the likeliest first: as sizes like them have, or in proportion."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for key in known.keys() & wanted.keys():
+        full, narrow = known[key], wanted[key]
+        both = zip(full, narrow, strict=True) if isinstance(full, torch.Size) else [(full, narrow)]
+        pairs.update((one, two) for one, two in both if type(one) is int and one != two)
+    likely = [pair for pair, _ in pairs.most_common()]
+    found: dict[int, list[int]] = {}
+    for i, (path, value) in enumerate(leaves):
+        if type(value) is int and value > 1 and "label" not in str(path):
+            same = [two for one, two in likely if one == value]
+            shares = [value * two // one for one, two in likely if value * two % one == 0]
+            found[i] = [each for each in dict.fromkeys([*same, *shares]) if 0 < each < value]
+    return {i: values for i, values in found.items() if values}
+
+
+def _descend(edits: Edits, options: Mapping[int, list[int]], misfits: Any) -> Edits:
+    """Change one integer at a time for as long as there are fewer misfits, or as few with fewer changes."""
+    least, improved = misfits(edits), True
+    while improved:
+        improved = False
+        for i, values in options.items():
+            others = {j: value for j, value in edits.items() if j != i}
+            for tried in (others, *({**others, i: value} for value in values if least[0])):
+                if tried != edits and (score := misfits(tried)) < least:
+                    least, edits, improved = score, tried, True
+    return edits
+
+
+def _facts(model: nn.Module) -> Facts:
+    """Return the shapes of all tensors, and the numbers that modules hold, in a model with or without widths."""
+    found: Facts = {}
+    for path, module in model.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        found.update({(path, name): tensor.shape for name, tensor in tensors.items() if tensor is not None})
+        found.update({(path, name): value for name, value in vars(module).items() if type(value) in (int, float)})
+    return found
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _made(model: nn.Module, plain: dict[str, Any]) -> nn.Module:
+    """Return the network that the model's class makes with a configuration, given as a dict."""
+    kind: Any = type(model)
+    config: Any = model.config
+    made: nn.Module = kind(type(config).from_dict(plain)) if hasattr(config, "from_dict") else kind.from_config(plain)
+    return made
+
+
+def _update(model: Any, plain: dict[str, Any]) -> None:
+    """Change the configuration that a model and its modules share."""
+    if not hasattr(model.config, "from_dict"):
+        model.register_to_config(**plain)
+        return
+    pending = [(model.config, *(type(model.config).from_dict(each) for each in (_plain(model.config), plain)))]
+    while pending:
+        own, before, after = pending.pop()
+        for name, value in vars(after).items():
+            if hasattr(value, "to_dict"):
+                pending.append((vars(own)[name], vars(before)[name], value))
+            elif value != vars(before)[name]:
+                vars(own)[name] = value
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return next((str(step.key) for step in reversed(path) if isinstance(step, MappingKey)), "")

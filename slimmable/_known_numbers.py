@@ -35,6 +35,12 @@ def know(fake: Tensor, real: Tensor, sources: Iterable[Tensor] = (), copied: boo
     return numbers
 
 
+def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes into."""
+    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+    return tensors([given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write])
+
+
 class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes the numbers of fake tensors that depend only on tensors whose numbers are known.
 
@@ -70,7 +76,9 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = known and all((given or result.numel()) and result.numel() <= MOST for result in tensors(out))
             real = self._computed(func, args, kwargs) if known else None
         if real is None:
-            self._forget_written(func, args, kwargs)
+            for value in map(self._value, written(func._schema, args, kwargs)):
+                if value is not None:  # all that shares this memory is no longer known
+                    self._stale[value.untyped_storage().data_ptr()] = value
             if name in _CHOICES:
                 _assume_choices(func, args, kwargs, tensors(out)[-1])
             return out
@@ -112,17 +120,6 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 indices.append(part)
         return (args[0], indices, *args[2:]) if indices else args
-
-    def _forget_written(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Forget the numbers of tensors that share memory with those that an operation writes into."""
-        if func._schema.is_mutable:
-            for position, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written = args[position] if position < len(args) else kwargs.get(argument.name)
-                    for tensor in tensors(written):
-                        value = self._value(tensor)
-                        if value is not None:
-                            self._stale[value.untyped_storage().data_ptr()] = value
 
 
 _CHOICES = {"topk", "sort", "argmax", "argmin", "max", "min"}

@@ -210,22 +210,18 @@ class Context:
 
     def fold(self, axes: Sequence[Ids | None], shape: Sequence[int]) -> Ids | None:
         """Return the labels of the axis into which axes of `shape` are flattened."""
-        labelled = [i for i, ids in enumerate(axes) if ids is not None]
+        labelled = {i: ids for i, ids in enumerate(axes) if ids is not None}
         if not labelled:
             return None
 
         def weight(i: int) -> tuple[bool, int]:
-            ids = axes[i]
-            assert ids is not None
+            ids = labelled[i]
             return bool((self.labels.produced(ids) & ~self.labels.pinned(ids)).any()), len(ids)
 
         carrier = max(labelled, key=weight)
-        for i in labelled:
-            if i != carrier:
-                self.pin(axes[i], "is flattened together with another labelled axis")
-        ids = axes[carrier]
-        assert ids is not None
-        flat: Ids = pattern(shape, carrier, ids).reshape(-1)
+        flat: Ids = pattern(shape, carrier, labelled.pop(carrier)).reshape(-1)
+        for ids in labelled.values():
+            self.pin(ids, "is flattened together with another labelled axis")
         return flat
 
 
@@ -247,13 +243,6 @@ class Rules(dict[str, Rule]):
             return rule
 
         return add
-
-
-def results_of(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
-    """Return what an operation has returned or, if it returns no tensor, the tensors that it has written to."""
-    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-    written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return out if tensors(out) else tensors(written)
 
 
 def dim_of(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, axes: int, default: int = 0) -> int:

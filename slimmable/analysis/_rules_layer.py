@@ -139,9 +139,8 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Axis 1 shrinks with every per-channel tensor; statistics of the input itself mix the units of the others."""
     axes = ctx.axes(args[0])
-    for tensor in args[1:5]:
-        if isinstance(tensor, Tensor):
-            axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
+    for tensor in tensors(args[1:5]):
+        axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
     for ids in axes[2:] if args[5] is True else ():
         ctx.meet(ids)
     ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
@@ -152,9 +151,8 @@ def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """The last axes shrink with weight and bias."""
     axes = ctx.axes(args[0])
     for i in range(1, len(args[1]) + 1):
-        for tensor in args[2:4]:
-            if isinstance(tensor, Tensor):
-                axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
+        for tensor in tensors(args[2:4]):
+            axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
         ctx.meet(axes[-i])
     ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
@@ -171,9 +169,8 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Channels are (groups, n): whole groups go if every width keeps a whole number of them, else units of each."""
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
-    for tensor in args[1:3]:
-        if isinstance(tensor, Tensor):
-            axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
+    for tensor in tensors(args[1:3]):
+        axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
     if axes[1] is not None and groups > 1:
         given = ctx.call.argument(1, "num_groups")
         shape = (groups, len(axes[1]) // groups)
@@ -192,10 +189,8 @@ def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     for axis, ids in enumerate(ctx.axes(length)):
         if length.shape[axis] != 1:
             axes[axis] = ctx.merge(axes[axis], ids)
-    results = tensors(out)
-    ctx.label(results[0], axes, "weights")
-    for result in results[1:]:
-        ctx.label(result, ctx.axes(length), "weights")
+    for i, result in enumerate(tensors(out)):
+        ctx.label(result, ctx.axes(length) if i else axes, "weights")
 
 
 def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
@@ -205,11 +200,10 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
     batch = []
     for i in range(query.ndim - 2):
-        sizes = {int(query.shape[i]), int(key.shape[i]), int(value.shape[i])}
-        if len(sizes) > 1:  # grouped queries
-            for ids in (q[i], k[i], v[i]):
-                ctx.pin(ids, "queries and keys have different numbers of heads")
-        batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if len(sizes) == 1 else None)
+        alike = query.shape[i] == key.shape[i] == value.shape[i]
+        for ids in () if alike else (q[i], k[i], v[i]):  # grouped queries
+            ctx.pin(ids, "queries and keys have different numbers of heads")
+        batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if alike else None)
     inner = ctx.merge(q[-1], k[-1])
     ctx.meet(inner)
     if inner is not None:

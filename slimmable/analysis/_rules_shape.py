@@ -74,17 +74,15 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 @RULES.of("permute", "transpose", "t", "numpy_T", "movedim")
 def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Reorder axes."""
-    source = args[0]
-    order = list(range(source.ndim))
+    axes = ctx.axes(args[0])
     if ctx.operation == "permute":
-        order = [dim % source.ndim for dim in args[1]]
-    elif ctx.operation == "transpose":
-        a, b = args[1] % source.ndim, args[2] % source.ndim
-        order[a], order[b] = order[b], order[a]
+        axes = [axes[dim] for dim in args[1]]
+    elif ctx.operation == "transpose" and axes:
+        a, b = args[1:3]
+        axes[a], axes[b] = axes[b], axes[a]
     else:
-        order.reverse()
-    axes = ctx.axes(source)
-    ctx.label(out, [axes[i] for i in order], ctx.origin(source))
+        axes.reverse()
+    ctx.label(out, axes, ctx.origin(args[0]))
 
 
 @RULES.of("unsqueeze", "squeeze")
@@ -171,7 +169,11 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
     if ids is not None:
         cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
-        _join_or_tell_apart(ctx, cuts)
+        alike = len(set(map(len, cuts))) == 1
+        if not alike:
+            ctx.labels.roles.extend(cuts)
+        for other in cuts[1:] if alike else ():
+            ctx.labels.merge(cuts[0], other)
         if ctx.call.name.removeprefix("unsafe_") in ("split", "split_with_sizes"):
             given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
@@ -180,19 +182,10 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
         elif ctx.call.name == "chunk":
             for part in cuts[:-1]:  # each but the last has ceil(size / chunks) units
                 ctx.constrain(-(-ctx.size(source, dim) // len(out)), part, len(part))
-        elif len(set(map(len, cuts))) > 1:
+        elif not alike:
             ctx.pin(ids, f"is cut into {[len(part) for part in cuts]}")
     for piece, labels in zip(out, pieces, strict=True):
         ctx.label(piece, [labels if i == dim else other for i, other in enumerate(axes)], ctx.origin(source))
-
-
-def _join_or_tell_apart(ctx: Context, cuts: Sequence[Ids]) -> None:
-    """Merge equal pieces, so that they shrink alike, or give unequal ones separate roles."""
-    if len(set(map(len, cuts))) == 1:
-        for other in cuts[1:]:
-            ctx.labels.merge(cuts[0], other)
-    else:
-        ctx.labels.roles.extend(cuts)
 
 
 @RULES.of("glu")
@@ -223,10 +216,8 @@ def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
     axes, ids = ctx.axes(source), ctx.axes(source)[dim]
     if ids is not None:
-        start, stop = args[2] if len(args) > 2 else None, args[3] if len(args) > 3 else None
-        step = args[4] if len(args) > 4 else 1
-        start, stop, step = slice(start, stop, step).indices(len(ids))
-        axes[dim] = _range(ctx, ids, start, stop, step)
+        start, stop, step = [*args[2:], None, None, None][:3]
+        axes[dim] = _range(ctx, ids, *slice(start, stop, step).indices(len(ids)))
     ctx.label(out, axes, ctx.origin(source))
 
 
@@ -238,21 +229,14 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
         else:
             ctx.labels.merge_rows(ids.reshape(-1, step))
         return ids[start:stop:step]
-    first, last = _ends_in_call(ctx, start, stop, units)
-    if start > 0:
-        _constrain_end(ctx, first, ids[:start], ids[start:])
-    if stop < units:
-        _constrain_end(ctx, last, ids[:stop], ids[stop:])
+    for end, at, outermost in zip(_ends_in_call(ctx, start, stop, units), (start, stop), (0, units), strict=True):
+        if at != outermost and end is not None and int(end) < 0:
+            ctx.constrain(-end, ids[at:], units - at)
+        elif at != outermost:
+            ctx.constrain(at if end is None else end, ids[:at], at)
     if stop - start < units:
         ctx.labels.roles.extend(piece for piece in (ids[:start], ids[start:stop], ids[stop:]) if len(piece))
     return ids[start:stop]
-
-
-def _constrain_end(ctx: Context, end: Any, front: Ids, back: Ids) -> None:
-    if end is None or int(end) >= 0:
-        ctx.constrain(len(front) if end is None else end, front, len(front))
-    else:
-        ctx.constrain(-end, back, len(back))
 
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
+from operator import itemgetter
 
 import numpy as np
 from torch import nn
 
 from slimmable._widths import kept_units
-from slimmable.analysis.channels import (
-    NESTED,
-    Channels,
-    Counts,
-    Failure,
-    Grouping,
-    Output,
-    Requirements,
-    TensorName,
-    Values,
-)
+from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, Values
 from slimmable.analysis.integers import Constraint, Expression
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.trace import Trace
@@ -68,43 +60,35 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
         disagreed += [ids for failure in failures.values() for ids in failure.axes()]
         failure = next(iter(failures.values()))
         start = labels.snapshot()
-        smallest = None
+        mended = []
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
             labels.restore(start)
             if mend(labels, failure):
                 size = _count(labels, widths, round_to).parameters(trace, len(widths) - 1)
-                if smallest is None or size < smallest[0]:
-                    smallest = size, labels.snapshot()
+                mended.append((size, labels.snapshot()))
         coupled.add(id(failure.constraint))
-        if smallest is not None:
-            labels.restore(smallest[1])
-        else:  # nothing in it can shrink: it does not depend on the width
-            labels.restore(start)
+        labels.restore(min(mended, key=itemgetter(0), default=(0, start))[1])
+        if not mended:  # nothing in it can shrink: it does not depend on the width
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
 
 def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution:
+    """Return the groups and the units that they keep, ignoring constraints."""
     roots = labels.find(np.arange(len(labels)))
     groups = labels.groups()
     group_of, rank = np.full(len(labels), -1), np.zeros(len(labels), np.int64)
     for number, group in enumerate(groups):
         group_of[group], rank[group] = number, np.arange(len(group))
     grouping = Grouping(tuple(map(len, groups)), group_of[roots], rank[roots])
-    return Solution(grouping, groups, [counts_at(grouping.units, width, round_to) for width in widths])
-
-
-def counts_at(units: tuple[int, ...], width: float, round_to: int) -> Counts:
-    """Return how many units groups of these sizes keep at a width, ignoring constraints."""
-    return np.array([*(kept_units(n, width, round_to) for n in units), 1])
+    counts = [np.array([*(kept_units(n, width, round_to) for n in grouping.units), 1]) for width in widths]
+    return Solution(grouping, groups, counts)
 
 
 def _couple(labels: Labels, failure: Failure) -> bool:
     """Make axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block; True if changed."""
-    axes, done = failure.axes(), False
-    for first in axes:
-        for second in axes:
-            if first is second or len(first) < len(second) or len(first) % len(second):
-                continue
+    done = False
+    for first, second in permutations(failure.axes(), 2):
+        if len(first) % len(second) == 0:
             tiled = np.tile(second, len(first) // len(second))
             if not labels.same(first, tiled):
                 labels.merge(first, tiled)
@@ -115,9 +99,8 @@ def _couple(labels: Labels, failure: Failure) -> bool:
 def _pin(labels: Labels, failure: Failure) -> bool:
     """Pin the axes of a constraint and of those that it disagrees with; True if changed."""
     before = len(labels.reasons)
-    constraint = failure.constraint
     for ids in failure.axes():
-        labels.pin(ids, f"{constraint.where}: no value of {constraint.expression} fits every width")
+        labels.pin(ids, f"{failure.constraint.where}: no value of {failure.constraint.expression} fits every width")
     return len(labels.reasons) > before
 
 
@@ -141,7 +124,7 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
         _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
-        {_split(name): tuple(tensor.shape) for name, tensor in model.named_parameters()},
+        {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
 
 
@@ -160,11 +143,6 @@ def _nested(model: nn.Module) -> list[tuple[str, str]]:
     """Find torch's encoders that skip padding by nested tensors, which needs an even number of heads."""
     encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
     return [(path, NESTED) for path, encoder in encoders if encoder.__dict__.get(NESTED) is True]
-
-
-def _split(name: str) -> TensorName:
-    path, _, own = name.rpartition(".")
-    return path, own
 
 
 def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, tuple[Ids, ...]]]:

@@ -21,6 +21,8 @@ from slimmable._nested import map_tensors, output_tensors, tensors
 from slimmable._reach import PROCESS, Reach
 from slimmable.analysis.integers import depends_on_trace
 
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
+
 
 class FakeModel:
     """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
@@ -77,20 +79,12 @@ class FakeModel:
     @contextmanager
     def on_meta(self) -> Iterator[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
-        before = self._where, self._input
         stores: list[dict[str, Any]] = []
         for module in self.model.modules():
             stores += module._parameters, module._buffers
-        fakes = [dict(store) for store in stores]
-        for store in stores:
-            store.update({name: tensor if tensor is None else _bare(tensor) for name, tensor in store.items()})
-        self._where, self._input = torch.device("meta"), _bare
-        try:
+        bare = [(store, name, own if own is None else _bare(own)) for store in stores for name, own in store.items()]
+        with swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare]):
             yield
-        finally:
-            for store, tensors in zip(stores, fakes, strict=True):
-                store.update(tensors)
-            self._where, self._input = before
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
         fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as by `from_tensor`, in a tenth of the time
@@ -126,7 +120,8 @@ class FakeModel:
         values = KnownNumbers(self._buffers, self.on_branch) if self._where is self.mode else nullcontext()
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
-        parts: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), _quietly()]
+        quietly = swapped([(vars(_LOGGER), "disabled", True)])
+        parts: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), quietly]
         with ExitStack() as stack:
             inside = (self._where, values, ReadInMemory(), torch.no_grad(), _Shortcuts(self.made), *modes)
             for mode in (*parts, *inside):
@@ -139,26 +134,25 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 class _Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations through `_run_operation`, which has shortcuts for slow ones, and notes the tensors they make."""
+    """Notes the tensors that operations make, and runs norms by shape alone.
+
+    On fake tensors, torch splits norms into a dozen operations.
+    """
 
     def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made = made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _run_operation(func, args, kwargs or {})
+        aten = torch.ops.aten
+        if func is aten.native_batch_norm.default and not args[5]:
+            out = _norm(args[0], args[0].shape[1:2], args[1:5])
+        elif func is aten.native_layer_norm.default:
+            out = _norm(args[0], args[0].shape[-len(args[1]) :], args[2:4], tuple(args[1]))
+        else:
+            out = func(*args, **(kwargs or {}))
         self.made += map(weakref.ref, [out] if isinstance(out, Tensor) else tensors(out))
         return out
-
-
-def _run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run one operation, norms by shape alone, because torch splits them into a dozen operations on fake tensors."""
-    aten = torch.ops.aten
-    if func is aten.native_batch_norm.default and not args[5]:
-        return _norm(args[0], args[0].shape[1:2], args[1:5])
-    if func is aten.native_layer_norm.default:
-        return _norm(args[0], args[0].shape[-len(args[1]) :], args[2:4], tuple(args[1]))
-    return func(*args, **kwargs)
 
 
 def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None], *sizes: Sequence[int]) -> Any:
@@ -169,14 +163,16 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep torch from logging errors that are reported anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+def swapped(new: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Put values into dicts, each given as a dict, a key that it has and the value, while the block runs."""
+    before = [(store, name, store[name]) for store, name, _ in new]
     try:
+        for store, name, value in new:
+            store[name] = value
         yield
     finally:
-        logger.disabled = before
+        for store, name, value in before:
+            store[name] = value
 
 
 @contextmanager
@@ -187,15 +183,14 @@ def layers_in_parts() -> Iterator[None]:
     """
     functions = vars(torch.nn.functional)
     with PROCESS:
-        overridden = {name: functions[name] for name in functions if name.startswith("has_torch_function")}
+        overridden = [name for name in functions if name.startswith("has_torch_function")]
         fused = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        functions.update(dict.fromkeys(overridden, lambda *_: False))
         try:
-            yield
+            with swapped([(functions, name, lambda *_: False) for name in overridden]):
+                yield
         finally:
-            functions.update(overridden)
             torch.backends.mha.set_fastpath_enabled(fast)
             torch.backends.mkldnn.set_flags(_enabled=fused)  # type: ignore[no-untyped-call]
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimmable._modules import tensors_of
 from slimmable.analysis.plan import Group, Plan
+from slimmable.analysis.sizes import size_axes
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
 
@@ -31,23 +31,16 @@ def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
         read, total = np.zeros(group.units), np.zeros(group.units)
         for (path, name, axis), units in group.members.items():
             module = model.get_submodule(path)
-            tensor = module._parameters.get(name)
+            tensor, sizes = module._parameters.get(name), size_axes(module)
             if tensor is not None and tensor.ndim > 1:
                 others = [i for i in range(tensor.ndim) if i != axis]
                 size = tensor.detach().abs().float().sum(others).cpu().numpy()[units >= 0]
                 np.add.at(total, units[units >= 0], size)
-                if axis == _input_axis(module):
+                if axis in (sizes.get("in_features"), sizes.get("in_channels")):
                     np.add.at(read, units[units >= 0], size)
         importance = read if read.any() else total
         orders.append(np.arange(group.units) if group.ordered else np.argsort(-importance, kind="stable"))
     return orders
-
-
-def _input_axis(module: nn.Module) -> int | None:
-    """Return the axis of the weight along which a convolution or linear layer reads; None for other modules."""
-    if isinstance(module, (_ConvNd, nn.Linear)):
-        return 0 if isinstance(module, _ConvTransposeNd) else 1
-    return None
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:

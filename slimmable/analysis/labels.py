@@ -117,9 +117,8 @@ class Labels:
     def reason(self, ids: Ids) -> str:
         """Return why some of `ids` are pinned."""
         shared = self.shared_with(ids)
-        return next(
-            (reason for pinned, reason in self.reasons if shared(pinned)), "merged with an axis that stays full"
-        )
+        reasons = (reason for pinned, reason in self.reasons if shared(pinned))
+        return next(reasons, "merged with an axis that stays full")
 
     def snapshot(self) -> tuple[Any, ...]:
         """Return what `restore` needs to undo later merges and pins."""

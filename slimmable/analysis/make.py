@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from slimmable._reach import sweep
 from slimmable._widths import kept_of
 from slimmable.analysis._solve import Solution, channels_of, solve
 from slimmable.analysis.channels import SubNetwork
-from slimmable.analysis.fake import FakeModel, recorded_outputs
+from slimmable.analysis.fake import FakeModel, recorded_outputs, swapped
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import Pin, Plan
@@ -102,7 +102,7 @@ def _fill_and_try(fake: FakeModel, skip: Skip, outputs: Outputs, plan: Plan) -> 
 
 def _inside(path: str, outer: str) -> bool:
     """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
-    return path == outer or (outer != "" and path.startswith(f"{outer}."))
+    return path == outer or path.startswith(f"{outer}.")
 
 
 def _has_tensors(plan: Plan, path: str) -> bool:
@@ -214,25 +214,17 @@ def _failure(fake: FakeModel, width: float, column: SubNetwork) -> Exception | N
     return None
 
 
-@contextmanager
-def _shrunk(fake: FakeModel, column: SubNetwork) -> Iterator[None]:
+def _shrunk(fake: FakeModel, column: SubNetwork) -> AbstractContextManager[None]:
     """Give tensors and attributes the sizes of a sub-network while the block runs."""
     modules = dict(fake.model.named_modules(remove_duplicate=False))
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    new: list[tuple[dict[str, Any], str, Any]] = []
     for (path, name), kept in column.tensors.items():
         stores = (modules[path]._parameters, modules[path]._buffers, modules[path].__dict__)
         store = next(found for found in stores if name in found)
         tensor = store[name]
         shape = [kept_of(size, keep) for size, keep in zip(tensor.shape, kept, strict=True)]
         if tensor.shape != tuple(shape):
-            before.append((store, name, tensor))
-            store[name] = fake.weight(shape, tensor)
+            new.append((store, name, fake.weight(shape, tensor)))
     for path, values in column.values.items():
-        for name, value in values.items():
-            before.append((modules[path].__dict__, name, modules[path].__dict__[name]))
-            modules[path].__dict__[name] = value
-    try:
-        yield
-    finally:
-        for store, name, whole in before:
-            store[name] = whole
+        new += [(modules[path].__dict__, name, value) for name, value in values.items()]
+    return swapped(new)

@@ -276,10 +276,8 @@ def _table(plan: Plan) -> str:
     if plan.pins:
         lines.append("kept at full width:")
     lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in plan.pins]
-    lines += [
-        "outputs:",
-        *(f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(plan)),
-    ]
+    lines.append("outputs:")
+    lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(plan)]
     return "\n".join(lines)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import extract_tb
@@ -15,14 +16,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimmable._known_numbers import written
 from slimmable._modules import tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
-from slimmable.analysis._context import Call, Rule, results_of
+from slimmable.analysis._context import Call, Rule
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
-from slimmable.analysis.fake import FakeModel
+from slimmable.analysis.fake import FakeModel, swapped
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
@@ -76,7 +78,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self.asleep and func.namespace != "prim":
-            results = results_of(func._schema, args, kwargs, out)
+            results = out if tensors(out) else written(func._schema, args, kwargs)
             self.context.at(name_of(func), self.fake.running)
             if self.context.numbered:
                 self.context.use(tensors((args, kwargs)))
@@ -108,10 +110,7 @@ class _Calls(TorchFunctionMode):
         if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
             return self._size(args, kwargs)
         if name == "numel":
-            total: int = 1
-            for axis in range(args[0].ndim):
-                total = total * self.context.size(args[0], axis)
-            return total
+            return math.prod(self.context.size(args[0], axis) for axis in range(args[0].ndim))
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
@@ -191,7 +190,6 @@ def trace(
 @contextmanager
 def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
     """Record what each module is called with and what it returns."""
-    handles = []
 
     def before(path: str, args: Any) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
@@ -201,21 +199,17 @@ def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
     def after(path: str, out: Any) -> None:
         result.calls[path][-1].out = out
 
-    for path, module in fake.model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
-        handles.append(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)))
-    try:
+    with ExitStack() as hooks:
+        for path, module in fake.model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
+            hooks.enter_context(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[None]:
     """Record which size attributes of torch's layers the forward reads, by module path and name."""
-    watched = [(path, module) for path, module in model.named_modules() if size_axes(module)]
-    kinds = {module: type(module) for _, module in watched}
+    kinds = {module: (path, type(module)) for path, module in model.named_modules() if size_axes(module)}
 
     def property_of(path: str, name: str) -> property:
         def get(module: Any) -> Any:
@@ -224,13 +218,13 @@ def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[Non
 
         return property(get)
 
-    for path, module in watched:
+    for module, (path, kind) in kinds.items():
         names = {name: property_of(path, name) for name in size_axes(module) if name in module.__dict__}
-        module.__class__ = unannounced(kinds[module], names)
+        module.__class__ = unannounced(kind, names)
     try:
         yield
     finally:
-        for module, kind in kinds.items():
+        for module, (_, kind) in kinds.items():
             module.__class__ = kind
 
 
@@ -288,21 +282,14 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
                 context.pin_all([tensor])
 
 
-@contextmanager
-def _traced_attributes(model: nn.Module, result: Trace) -> Iterator[None]:
+def _traced_attributes(model: nn.Module, result: Trace) -> AbstractContextManager[None]:
     """Replace the integer attributes of all modules with traced ones while the block runs."""
-    before: list[tuple[nn.Module, str, Any]] = []
+    new: list[tuple[dict[str, Any], str, Any]] = []
     for path, module in model.named_modules():
-        for name, value in list(module.__dict__.items()):
+        for name, value in vars(module).items():
             if type(value) in (int, tuple, list, torch.Size) and value:
-                replaced = _traced(value, (path, name, ()), result)
-                before.append((module, name, value))
-                module.__dict__[name] = replaced
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            module.__dict__[name] = value
+                new.append((vars(module), name, _traced(value, (path, name, ()), result)))
+    return swapped(new)
 
 
 def _traced(value: Any, key: Attribute, result: Trace) -> Any:
