@@ -25,7 +25,7 @@ simple(
     "flatten",
     lambda x: x.flatten(1),
     lambda x: x.reshape(x.shape[0], -1),
-    lambda x: x.view(x.size(0), x[0].numel()),
+    lambda x: x.contiguous().view(x.size(0), x[0].numel()),
     ndim=(3, 4, 5),
 )
 simple(
