@@ -42,14 +42,9 @@ class Inputs:
 
 
 def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
-    """Return positional and keyword arguments for the forward of `model`.
+    """Return arguments for the forward of `model`: the example, or zeros of the size in timm's `pretrained_cfg`.
 
-    Args:
-        model: a timm model needs no example; its `pretrained_cfg` names the input size.
-        example_inputs: as described at `Inputs`.
-
-    Raises:
-        ConversionError: if there is neither an example nor an input size, or if the forward does not take the example.
+    Raises: ConversionError: if there is neither, or if the forward does not take the example.
     """
     if example_inputs is not None:
         if is_size(example_inputs) and example_inputs:

@@ -20,7 +20,7 @@ from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
 from slimmable.view.recompute import next_node
-from slimmable.view.state import Column, WidthState, activate, forget, keep
+from slimmable.view.state import Column, WidthState, activate, forget
 from slimmable.view.view import GuestColumn
 
 Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
@@ -157,7 +157,7 @@ def places_of(model: nn.Module) -> Places:
     if not isinstance(given, nn.Module):
         check_module("switching widths", given)
     places: Places = []
-    strangers = False
+    strangers: set[int] = set()
     seen: set[int] = set()
     pending = [(model, False)]
     while pending:
@@ -172,13 +172,18 @@ def places_of(model: nn.Module) -> Places:
             if isinstance(module, SwitchableContainer):
                 continue
         elif converted and (attributes["_parameters"] or attributes["_buffers"]):
-            strangers = True
+            strangers.add(id(module))
         converted = converted or state is not None or attributes.get("_slim_root", False)
         children = attributes["_modules"]
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])
     if strangers:
-        raise _gained_layers(model)
+        found = [(name, type(module).__name__) for name, module in model.named_modules() if id(module) in strangers]
+        listed = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in found)
+        raise ConversionError(
+            f"{type(model).__name__} gained layers after its conversion that no width applies to: {listed}; "
+            "call slimmable.slimify on it again"
+        )
     if not places:
         raise ConversionError(
             f"{type(model).__name__} was never converted and has no slimmable layer; "
@@ -234,9 +239,10 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
     guests = [active.width for active, _ in before if active.index == -1]
     try:
         for setting in settings:
-            for (module, _), column in zip(places, columns_of(places, setting), strict=True):
+            for (module, state), column in zip(places, columns_of(places, setting), strict=True):
                 if column.index == -1:
-                    keep(module, column)
+                    column.keep(module)
+                    state.add(column)
         yield
     except BaseException:
         for (module, state), (_, own) in zip(places, before, strict=True):
@@ -280,21 +286,3 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
 
 def _widths(state: WidthState) -> tuple[float, ...]:
     return tuple(width for width in state.widths if isinstance(width, float))
-
-
-def _gained_layers(model: nn.Module) -> ConversionError:
-    containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
-    inside = {id(module) for container in containers for module in container.modules()}
-    own = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
-    roots = [(name, module) for name, module in own if not {"_slim", "_slim_root"}.isdisjoint(module.__dict__)]
-    found = {
-        f"{f'{root}.' if root else ''}{name}".rstrip("."): type(module).__name__
-        for root, top in roots
-        for name, module in top.named_modules()
-        if "_slim" not in module.__dict__ and id(module) not in inside and (module._parameters or module._buffers)
-    }
-    listed = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in found.items())
-    return ConversionError(
-        f"{type(model).__name__} gained layers after its conversion that no width applies to: {listed}; "
-        "call slimmable.slimify on it again"
-    )

@@ -62,14 +62,11 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
     grouping = Grouping(sizes, np.append(group_of, -1), rank)
     found = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1])
 
-    def axis(number: int | None) -> Ids | None:
-        return None if number is None else found[_natural(number)]
+    def axis(number: int) -> Ids:
+        return found[_natural(number)]
 
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
-        return tuple(map(axis, numbers))
-
-    def labelled(numbers: Sequence[int]) -> tuple[Ids, ...]:
-        return tuple(found[_natural(number)] for number in numbers)
+        return tuple(None if number is None else axis(number) for number in numbers)
 
     def read(parts: list[Any]) -> Expression:
         kind, *rest = parts
@@ -78,13 +75,13 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
         if kind == "attribute":
             return Expression(kind, _attribute(*rest))
         if kind == "size":
-            return Expression(kind, found[_natural(rest[0])])
+            return Expression(kind, axis(rest[0]))
         if kind not in OPERATIONS:
             raise CheckpointError(f"it has an unknown operation {kind!r}")
         return Expression(kind, tuple(map(read, rest)))
 
     constraints = [
-        Constraint(read(expression), axis(ids), int(full), str(where), None if other is None else read(other))
+        Constraint(read(expression), axes([ids])[0], int(full), str(where), None if other is None else read(other))
         for expression, ids, full, where, other in data["constraints"]
     ]
     attributes = {_attribute(path, name, position): int(value) for path, name, position, value in data["attributes"]}
@@ -103,14 +100,14 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
         Requirements(grouping, constraints, attributes),
         {(str(path), str(name)): axes(numbers) for path, name, numbers in data["tensors"]},
         {(str(path), str(name)): _read_value(value) for path, name, value in data["originals"]},
-        [(str(path), str(name), found[_natural(number)]) for path, name, number in data["scales"]],
+        [(str(path), str(name), axis(number)) for path, name, number in data["scales"]],
         [
             Output(str(name), tuple(map(int, shape)), axes(numbers), str(why))
             for name, shape, numbers, why in data["outputs"]
         ],
         tuple(tuple(map(str, paths)) for paths in data["makers"]),
         tuple(map(bool, data["ordered"])),
-        [(int(macs), labelled(numbers)) for macs, numbers in data["products"]],
+        [(int(macs), tuple(map(axis, numbers))) for macs, numbers in data["products"]],
         {(str(path), str(name)): tuple(map(int, shape)) for path, name, shape in data["sizes"]},
     )
     for counts in data["counts"]:

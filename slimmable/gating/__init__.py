@@ -3,10 +3,9 @@
 from slimmable._addons import offer
 from slimmable.gating._convert import ADDON, gate, gate_parameters, ungate
 from slimmable.gating._find import gate_plan
-from slimmable.gating._gate import ChannelGate, hard_mask
-from slimmable.gating._layer_gates import LayerGates, PassNorm, has_gates
+from slimmable.gating._gates import ChannelGate, LayerGates, hard_mask, has_gates
 from slimmable.gating._losses import GateBudget, annealed, bound_loss, budget_loss, open_fractions
-from slimmable.gating._passes import GatedPass, dense, gated
+from slimmable.gating._passes import GatedPass, PassNorm, dense, gated
 from slimmable.gating._plan import GatePlan
 from slimmable.gating._trained import calibrate_gates, extract_gated, gate_activity
 

@@ -22,8 +22,8 @@ from slimmable._modules import replace_modules
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.gating._find import SKIPPED, gate_plan
-from slimmable.gating._gate import TEMPERATURE, ChannelGate
-from slimmable.gating._layer_gates import GATE, GateHook, LayerGates, NoGates, PassNorm, gates_in, has_gates
+from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, GateHook, LayerGates, NoGates, gates_in, has_gates
+from slimmable.gating._passes import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan, PlannedGate, decode_inputs
 from slimmable.view.state import Column, WidthState, state_of
 

@@ -17,7 +17,7 @@ from slimmable.analysis.channels import Grouping
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
-from slimmable.gating._gate import gate_macs
+from slimmable.gating._gates import gate_macs
 
 PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
 _PLAIN = (type(None), bool, int, float, str)  # values that JSON holds as they are

@@ -20,10 +20,9 @@ from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.gating._convert import ungate
-from slimmable.gating._gate import ChannelGate
-from slimmable.gating._layer_gates import PassNorm
+from slimmable.gating._gates import ChannelGate
 from slimmable.gating._losses import check_budget
-from slimmable.gating._passes import GatedPass, gated, gates_of
+from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
 from slimmable.gating._plan import PLAN, GatePlan
 from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 

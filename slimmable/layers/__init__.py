@@ -1,13 +1,13 @@
 """Slimmable and switchable layers: torch's layers with `widths`, for networks built by hand."""
 
-from slimmable.layers._batchnorm import (
+from slimmable.layers._slim import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
+from slimmable.layers._switchable import (
     SwitchableBatchNorm,
     SwitchableBatchNorm1d,
     SwitchableBatchNorm2d,
     SwitchableBatchNorm3d,
+    SwitchableProbe,
 )
-from slimmable.layers._probe import SwitchableProbe
-from slimmable.layers._slim import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
 

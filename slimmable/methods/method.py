@@ -223,20 +223,21 @@ class Method(nn.Module):
             )
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
-        if gates is not None and not self.two_passes:
-            raise UsageError(
-                f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
-                "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
-            )
-        if gates is not None and not isinstance(gates, GateBudget):
-            raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
-        if gates is not None and not has_gates(self.encoder):
-            raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
-        if gates is not None and recipe.random_widths:
-            raise UsageError(
-                f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
-                "make it without them"
-            )
+        if gates is not None:
+            if not self.two_passes:
+                raise UsageError(
+                    f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
+                    "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
+                )
+            if not isinstance(gates, GateBudget):
+                raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
+            if not has_gates(self.encoder):
+                raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
+            if recipe.random_widths:
+                raise UsageError(
+                    f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
+                    "make it without them"
+                )
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if len(batch.views) != self.views:

@@ -4,9 +4,7 @@
 `slimmable.analysis`.
 """
 
-from slimmable.rules import _families as _families
 from slimmable.rules import _torch as _torch
-from slimmable.rules import _torchvision as _torchvision
 from slimmable.rules._operation import Operation
 from slimmable.rules._register import register_rule
 

@@ -1,13 +1,92 @@
-"""Rules of torch's less common operations."""
+"""Rules of torch's less common operations and of torchvision's; first, of those that treat units one by one."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from slimmable.rules._operation import Operation
 from slimmable.rules._register import register_rule
 
+ORDER = "the order of the units matters"
+NEIGHBOURS = "neighbouring units are mixed"
 
-@register_rule("aten::fake_quantize_per_channel_affine_cachemask")
-@register_rule("aten::_fake_quantize_learnable_per_channel_affine")
+
+def _rule_of(operations: str) -> Callable[[Callable[[Operation], Any]], Any]:
+    """Register a rule of several operations of torch."""
+
+    def register(rule: Callable[[Operation], Any]) -> Any:
+        for operation in operations.split():
+            register_rule(f"aten::{operation}", rule)
+        return rule
+
+    return register
+
+
+def _one_by_one(operations: str, why: str = "", *special: int | str, also: str = "") -> None:
+    """Register operations that treat units one by one, except along `special` axes: numbers, or arguments with numbers.
+
+    They work on their first tensor, and alike on the one that `also` names.
+    """
+
+    @_rule_of(operations)
+    def rule(op: Operation) -> None:
+        first = next(iter(op.tensors))
+        axes: list[int] = []
+        for each in special:
+            number = each if isinstance(each, int) else op[each] if each in op else range(op[first].ndim)
+            axes += [number] if isinstance(number, int) else number
+        for name in (first, also) if also else (first,):
+            for axis in axes if op[name].ndim else ():
+                op.pins(name, axis, why)
+            for output, result in enumerate(op.outputs):
+                whole = result.ndim == op[name].ndim  # then a pinned axis of the same size keeps its labels
+                lost = [axis for axis in axes if not (whole and result.shape[axis] == op[name].shape[axis])]
+                op.keeps(name, *lost, output=output)
+        for name in op.tensors.keys() - {first, also}:
+            for axis in range(op.tensors[name].ndim):
+                op.pins(name, axis, "is an index or a bound")
+
+
+_one_by_one("bucketize view_as_real fake_quantize_per_tensor_affine_cachemask")
+_one_by_one("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine")
+_one_by_one("view_as_complex", "is the real and imaginary part", -1)
+_one_by_one("cumsum cumprod logcumsumexp", ORDER, "dim")
+_one_by_one("flip rot90", ORDER, "dims")
+_one_by_one("tril triu", ORDER, -1, -2)
+_one_by_one("cummax cummin", "units are ranked", "dim")
+_one_by_one("diagonal", "a diagonal is taken", "dim1", "dim2")
+_one_by_one("unfold", "is cut into windows", "dimension")
+_one_by_one("linalg_cross", "is a space", "dim", also="other")
+_one_by_one("_fft_r2c _fft_c2r _fft_c2c", "is transformed", "dim")
+_one_by_one("index_fill", "is indexed", "dim")
+_one_by_one("index_add index_copy index_reduce", "is indexed", "dim", also="source")
+
+for _dims in (1, 2, 3):
+    _kinds = (
+        "max_pool{}d_with_indices max_pool{}d avg_pool{}d adaptive_max_pool{}d adaptive_avg_pool{}d "
+        "reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d"
+    )
+    _one_by_one(_kinds.replace("{}", str(_dims)), NEIGHBOURS, *range(-_dims, 0))
+_one_by_one("upsample_linear1d", NEIGHBOURS, -1)
+_one_by_one("upsample_bilinear2d upsample_bicubic2d mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
+_one_by_one("_upsample_bilinear2d_aa _upsample_bicubic2d_aa _adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
+_one_by_one("fractional_max_pool2d", NEIGHBOURS, -2, -1)
+_one_by_one("upsample_trilinear3d _adaptive_avg_pool3d fractional_max_pool3d", NEIGHBOURS, -3, -2, -1)
+_one_by_one("max_unpool2d", NEIGHBOURS, -2, -1, also="indices")
+_one_by_one("max_unpool3d", NEIGHBOURS, -3, -2, -1, also="indices")
+
+
+@register_rule("aten::roll")
+def roll(op: Operation) -> None:
+    """Units are moved along axes, or along all of them as one."""
+    if op["dims"]:
+        op.keeps("self", *op["dims"])
+    for axis in op["dims"] or range(op["self"].ndim):
+        op.pins("self", axis, ORDER)
+
+
+@_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")
 def fake_quantize_per_channel(op: Operation) -> None:
     """Numbers are rounded to steps of a size for each unit of an axis."""
     for output in range(len(op.outputs)):
@@ -28,9 +107,7 @@ def observe_and_fake_quantize(op: Operation) -> None:
             op.same("self", op["ch_axis"], name, 0)
 
 
-@register_rule("aten::scatter")
-@register_rule("aten::scatter_add")
-@register_rule("aten::scatter_reduce")
+@_rule_of("scatter scatter_add scatter_reduce")
 def scatter(op: Operation) -> None:
     """Elements are written or added at places along one axis."""
     op.keeps("self", op["dim"])
@@ -45,10 +122,7 @@ def scatter(op: Operation) -> None:
                 op.pins(name, axis, "writes a part")
 
 
-@register_rule("aten::index")
-@register_rule("aten::index_put")
-@register_rule("aten::_index_put_impl")
-@register_rule("aten::_unsafe_index_put")
+@_rule_of("index index_put _index_put_impl _unsafe_index_put")
 def index(op: Operation) -> None:
     """Indices of some axes, or masks of them, say what is read, or where `values` are written or added."""
     indices = [(i, part) for i, part in enumerate(op["indices"]) if part is not None]
@@ -72,24 +146,22 @@ def index(op: Operation) -> None:
             op.moves("self", own, to=number)
         elif own is not None and len(rest) - number <= op["values"].ndim and op["values"].shape[number - len(rest)] > 1:
             op.moves("values", number - len(rest), to=own)
-    for i, part in () if masked or "values" in op else indices:
+    for i, part in indices:
         for number in range(part.ndim):
-            op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
-    for i, part in indices if "values" in op else ():
-        for number in range(part.ndim):
-            op.pins(f"indices[{i}]", number, "is an index")
+            if "values" in op:
+                op.pins(f"indices[{i}]", number, "is an index")
+            elif not masked:
+                op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
 
 
-@register_rule("aten::_embedding_bag")
-@register_rule("aten::_embedding_bag_forward_only")
+@_rule_of("_embedding_bag _embedding_bag_forward_only")
 def embedding_bag(op: Operation) -> None:
     """Vectors of a table are added up or averaged; as an embedding, it makes their units."""
     op.makes("weight", 1, to=1)
     op.pins("weight", 0, "is indexed")
 
 
-@register_rule("aten::grid_sampler_2d")
-@register_rule("aten::grid_sampler_3d")
+@_rule_of("grid_sampler_2d grid_sampler_3d")
 def grid_sample(op: Operation) -> None:
     """Each image is read at the places of its own grid."""
     op.moves("input", 0, to=0)
@@ -99,8 +171,7 @@ def grid_sample(op: Operation) -> None:
         op.moves("grid", axis, to=axis + 1)
 
 
-@register_rule("aten::_cdist_forward")
-@register_rule("aten::_euclidean_dist")
+@_rule_of("_cdist_forward _euclidean_dist")
 def cdist(op: Operation) -> None:
     """Distances between all pairs of vectors."""
     op.keeps("x1", -1)
@@ -126,11 +197,7 @@ def trilinear(op: Operation) -> None:
         target += 1
 
 
-@register_rule("aten::mse_loss")
-@register_rule("aten::smooth_l1_loss")
-@register_rule("aten::huber_loss")
-@register_rule("aten::binary_cross_entropy")
-@register_rule("aten::binary_cross_entropy_with_logits")
+@_rule_of("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits")
 def loss(op: Operation) -> None:
     """A loss of each number or, if `reduction` is not 0, of all of them together."""
     for name in (name for name in op.tensors if op[name].ndim == op["self"].ndim):
@@ -161,3 +228,31 @@ def grouped_mm(op: Operation) -> None:
 
 if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.6 has none
     register_rule("aten::_grouped_mm", grouped_mm)
+
+
+@register_rule("torchvision::roi_align")
+@register_rule("torchvision::roi_pool")
+def regions(op: Operation) -> None:
+    """Regions are cut out of images; channels are resampled one by one."""
+    for output in range(len(op.outputs)):
+        op.moves("input", 1, to=1, output=output)
+        op.moves("rois", 0, to=0, output=output)
+    for name, axis in (("input", 0), ("input", 2), ("input", 3), ("rois", 1)):
+        op.pins(name, axis, "regions are cut out")
+
+
+@register_rule("torchvision::deform_conv2d")
+def deform_conv2d(op: Operation) -> None:
+    """A convolution that reads at positions shifted by `offset`, and weighs what it reads by `mask`."""
+    for name in ("input", "offset", "mask"):
+        op.moves(name, 0, to=0)
+    for name in ("offset", "mask"):
+        for axis in (1, 2, 3):
+            op.pins(name, axis, "there is one for each position of the kernel")
+    for axis in (2, 3):
+        op.pins("input", axis, "neighbouring units are mixed")
+        op.pins("weight", axis, "is the kernel of a convolution")
+    if op["groups"] == op["offset_groups"] == 1:
+        op.contracts("input", 1, "weight", 1, times=op["weight"][0, 0].numel())
+        op.makes("weight", 0, to=1)
+        op.same("weight", 0, "bias", 0)

@@ -45,43 +45,26 @@ def synchronised_batchnorm() -> Iterator[None]:
     if alone():
         yield
         return
-    functional, native, joined = F.batch_norm, torch.batch_norm, _eager()
-
-    def our_functional(
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if not training:
-            return functional(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return joined(input, running_mean, running_var, weight, bias, momentum, eps)
-
-    def our_native(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn_enabled: bool,
-    ) -> Tensor:
-        if not training:
-            return native(input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
-        return joined(input, running_mean, running_var, weight, bias, momentum, eps)
-
+    functional, native = F.batch_norm, torch.batch_norm
     # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
-    F.batch_norm, torch.batch_norm = our_functional, our_native
+    F.batch_norm = _joined(functional, "input running_mean running_var weight bias training momentum eps")
+    torch.batch_norm = _joined(native, "input weight bias running_mean running_var training momentum eps cudnn_enabled")
     try:
         yield
     finally:
         F.batch_norm, torch.batch_norm = functional, native
+
+
+def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor]:
+    """Return a batch norm with the arguments of `original` that joins the batches in training mode."""
+    joined = _eager()
+
+    def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(names.split(), args, strict=False)) | kwargs
+        given.pop("cudnn_enabled", None)
+        return joined(**given) if given.pop("training", False) else original(*args, **kwargs)
+
+    return batch_norm
 
 
 @functools.cache
@@ -94,10 +77,10 @@ def joined_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Return this process's part of the batch norm of the joined batch, shape (batch, channels, ...)."""
     counts = _counts(input)

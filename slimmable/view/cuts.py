@@ -31,11 +31,7 @@ class Cut(NamedTuple):
 def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dict[str, tuple[int, ...]]) -> Cut | None:
     """Turn the units kept along each axis into a block and index buffers, or into None for the whole tensor.
 
-    Args:
-        shape: shape of the full tensor.
-        kept: units kept along each axis.
-        what: name of the tensor, for errors.
-        buffers: index buffers by name, to which those of this cut are added.
+    The index buffers that it needs are added to `buffers`; `what` is the tensor's name, for errors.
 
     Raises: ConversionError: if an axis has too few units.
     """

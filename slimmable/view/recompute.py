@@ -49,7 +49,13 @@ class Active(Generic[C]):
             return self._now
         if self._again is not None and self._again[0] == number:
             return self._again[1]
-        return self._at(number)
+        found = next((column() for since, column in reversed(self._switches) if since <= number), None)
+        if found is self._now or (found is not None and found.index != -1):  # type: ignore[attr-defined]
+            return found
+        raise WidthError(
+            f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back, or was at a "
+            "width that the model has only while it is active; call backward earlier, such as once per width"
+        )
 
     @active.setter
     def active(self, column: C) -> None:
@@ -76,15 +82,6 @@ class Active(Generic[C]):
     def now(self) -> C:
         """The column of the last switch: `active`, except in a repeated forward."""
         return self._now
-
-    def _at(self, number: int) -> C:
-        found = next((column() for since, column in reversed(self._switches) if since <= number), None)
-        if found is self._now or (found is not None and found.index != -1):  # type: ignore[attr-defined]
-            return found
-        raise WidthError(
-            f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back, or was at a "
-            "width that the model has only while it is active; call backward earlier, such as once per width"
-        )
 
 
 def in_backward() -> bool:

@@ -103,12 +103,6 @@ def activate(module: nn.Module, column: Column) -> None:
         state.active = column
 
 
-def keep(module: nn.Module, column: Column) -> None:
-    """Make a guest one of the module's own columns."""
-    column.keep(module)
-    slim_state(module).add(column)
-
-
 def forget(module: nn.Module, own: int) -> None:
     """Switch a module to its full width and remove all but its first `own` columns."""
     state = slim_state(module)

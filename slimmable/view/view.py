@@ -93,8 +93,7 @@ def install_view(
 def remove_view(module: nn.Module) -> None:
     """Undo `install_view`: restore the original class, full tensors and full values.
 
-    Raises:
-        ConversionError: if the module has no view.
+    Raises: ConversionError: if the module has no view.
     """
     state = state_of(module)
     if state is None:

@@ -1,22 +1,138 @@
-"""What a pass switches: gates inside layers, which decide and mask, and BatchNorms with separate statistics."""
+"""Gates: decide from a layer's input which units an image needs, and mask the inputs of the layers that read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimmable.errors import UsageError
+from slimmable._checks import check_positive
+from slimmable._numerics import at_least_float32
+from slimmable.errors import DataError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
-from slimmable.view.cuts import take_channels
-from slimmable.view.norms import SwitchableNorm
 from slimmable.view.recompute import Active, in_backward
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
+TEMPERATURE = 2 / 3
+_TINY = 1e-8  # keeps the logarithms of the noise finite
+
+
+def hard_mask(
+    logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
+) -> Tensor:
+    """Return a mask: 1 where a unit is open, 0 where it is closed.
+
+    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5; the
+    gradient is that of `soft` (straight-through). Without noise, units with positive logits are open, and there is no
+    gradient.
+
+    Source: the binary Gumbel-softmax of Krishna et al. 2023. Their code uses the temperature 0.66667, and without noise
+    also opens units at logit 0, so a gate whose hidden units are all zeroed by their ReLU opens everything.
+
+    Args:
+        logits: any shape.
+        uniform: `u`, random numbers in [0, 1), of the same shape; None for no noise.
+        temperature: positive.
+        open_at_zero: without noise, open units with logit 0, as published.
+
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 1.])
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.9, 0.4, 0.5]))
+    tensor([1., 0., 1.])
+    """
+    if uniform is None:
+        return (logits >= 0 if open_at_zero else logits > 0).to(logits.dtype)
+    noise = torch.log(uniform + _TINY) - torch.log(1 - uniform + _TINY)
+    soft = torch.sigmoid((logits + noise) / temperature)
+    return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
+
+
+class ChannelGate(nn.Module):
+    """Decides for each image which of a layer's units are open.
+
+    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
+    in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
+    logits; it is 0 until `calibrate_gates` sets it.
+
+    Source: Krishna et al. 2023; these linear layers are their 1x1 convolutions on pooled features. Theirs have no bias,
+    so an image without an active hidden unit has logit 0 for every unit: with noise half of the units are open, without
+    noise none are, and the network that runs is not the one that was trained.
+
+    Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
+
+    Args:
+        channels: number of channels of the layer's input.
+        units: number of units that the gate opens or closes.
+        temperature, open_at_zero: as in `hard_mask`.
+        bias: add a learned bias per unit to the logits.
+
+    Raises: UsageError: if an argument is out of range.
+
+    >>> gate = ChannelGate(16, 24).eval()
+    >>> gate(torch.randn(2, 16)).shape, gate.macs
+    (torch.Size([2, 24]), 160)
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        units: int,
+        *,
+        temperature: float = TEMPERATURE,
+        open_at_zero: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if min(channels, units) < 1:
+            raise UsageError(f"ChannelGate: channels and units must be at least 1, got {channels} and {units}")
+        check_positive("ChannelGate", temperature=temperature)
+        hidden = _hidden(channels)
+        self.reduce = nn.Linear(channels, hidden, bias=False)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.expand = nn.Linear(hidden, units, bias=bias)
+        for linear in (self.reduce, self.expand):
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        if self.expand.bias is not None:
+            nn.init.zeros_(self.expand.bias)
+        self.temperature = temperature
+        self.open_at_zero = open_at_zero
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per image."""
+        return gate_macs(self.reduce.in_features, self.expand.out_features)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Return one logit per unit: (images, channels) -> (images, units)."""
+        if pooled.ndim != 2 or pooled.shape[1] != self.reduce.in_features:
+            raise DataError(
+                f"ChannelGate: expected pooled features of shape (images, {self.reduce.in_features}), "
+                f"got {tuple(pooled.shape)}"
+            )
+        logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
+        return logits
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the mask."""
+        logits = at_least_float32(self.logits(pooled)) - self.threshold
+        noise = torch.rand_like(logits) if self.training else None
+        return hard_mask(logits, noise, self.temperature, open_at_zero=self.open_at_zero)
+
+
+def gate_macs(channels: int, units: int) -> int:
+    """Return the multiply-adds of a `ChannelGate` per image."""
+    return _hidden(channels) * (channels + units)
+
+
+def _hidden(channels: int) -> int:
+    return max(1, channels // 4)
 
 
 class Pass(Enum):
@@ -175,89 +291,3 @@ class GateHook:
             return (self.gates.masked(args[0], self.number), *args[1:])
         self.gates.decide(args[0])
         return args
-
-
-class PassNorm(SwitchableNorm):
-    """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
-
-    A checkpoint without them loads into the norms of both passes.
-
-    Source: the separate batch norms of Krishna et al. 2023.
-    """
-
-    active_pass: Active[Pass]
-    gated: nn.ModuleList
-
-    @staticmethod
-    def of(norm: nn.Module, widths: int) -> PassNorm:
-        """Give a norm, switchable or not, norms for the gated pass, which start as copies.
-
-        Only the first `widths` widths get them; those that `calibrate_bn` added run dense. A switchable norm is changed
-        in place, any other is put inside a new one.
-        """
-        own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
-        copies = [own.copy_at(index) for index in range(min(widths, 1 + len(own.narrow)))]
-        own.__dict__["inside"] = own is not norm
-        own.__dict__["active_pass"] = Active(Pass.DENSE)
-        own.__class__ = PassNorm
-        own.add_module("gated", nn.ModuleList(copies))
-        own.gated.training = own.training
-        return cast(PassNorm, own)
-
-    def without(self) -> nn.Module:
-        """Undo `of`: return the original norm, switchable or not."""
-        del self._modules["gated"], self.__dict__["active_pass"]
-        self.__class__ = SwitchableNorm  # type: ignore[assignment]
-        return self.full if self.__dict__.pop("inside") else self
-
-    def of_gated_pass(self, index: int) -> nn.Module:
-        """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""
-        norms = inner_modules(self, "gated")
-        if str(index) not in norms:
-            raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
-        return norms[str(index)]
-
-    def norm_at(self, index: int) -> nn.Module:
-        """Return the active pass's norm of the width with this index."""
-        if self.__dict__["active_pass"].active is Pass.DENSE:
-            return super().norm_at(index)
-        return self.of_gated_pass(index)
-
-    module_at = norm_at
-
-    def norms(self) -> Iterator[nn.Module]:
-        """Yield the norms of all widths and of both passes."""
-        yield from super().norms()
-        yield from inner_modules(self, "gated").values()
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the gated pass's norms last."""
-        memo = set() if memo is None else memo
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-        yield from self.gated.named_modules(memo, f"{prefix}.gated" if prefix else "gated", remove_duplicate)
-
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Save the gated pass's norms under `gated`."""
-        found = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return self.gated.state_dict(destination=found, prefix=f"{prefix}gated.", keep_vars=keep_vars)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
-    ) -> None:
-        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{prefix}gated.")}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
-        state_dict.update(own or self._from_dense(state_dict, prefix))
-
-    def _from_dense(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-        """Return the dense pass's entries for the gated pass; narrow norms without an entry use the full norm's."""
-        found = {}
-        for index, norm in enumerate(self.gated):
-            dense = f"{prefix}full." if index == 0 else f"{prefix}narrow.{index - 1}."
-            for key, tensor in norm.state_dict(keep_vars=True).items():
-                given = state_dict.get(f"{dense}{key}", state_dict.get(f"{prefix}full.{key}"))
-                if given is not None:
-                    part = given if given.shape == tensor.shape else take_channels(given, self._kept[index])
-                    found[f"{prefix}gated.{index}.{key}"] = part.clone()
-        return found
