@@ -312,12 +312,8 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
         own = {} if module is None else module._parameters if was_parameter else tensors_of(module)
         tensor = own.get(name)
         shape = None if tensor is None else tuple(tensor.shape)
-        fits = (
-            shape is not None
-            and len(shape) == len(axes)
-            and all(ids is None or len(ids) == size for size, ids in zip(shape, axes, strict=True))
-        )
-        if not fits:
+        planned = tuple(n if ids is None else len(ids) for n, ids in zip(shape or (), axes, strict=False))
+        if shape != planned or len(planned) != len(axes):
             yield f"{path}.{name}".lstrip("."), shape
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -27,12 +28,10 @@ class Solution:
     values: list[Values] = field(default_factory=list)
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
-    def parameters(self, trace: Trace, width: int) -> int:
-        """Return how many elements of parameters and buffers the width with this index keeps."""
-        total, counts = 0, self.counts[width]
-        for axes in trace.tensors.values():
-            total += int(np.prod([self.grouping.count(counts, ids) for ids in axes if ids is not None] or [1]))
-        return total
+    def parameters(self, trace: Trace) -> int:
+        """Return how many elements of parameters and buffers the narrowest width keeps."""
+        labelled = ([ids for ids in axes if ids is not None] for axes in trace.tensors.values())
+        return sum(math.prod(self.grouping.count(self.counts[-1], ids) for ids in axes) for axes in labelled)
 
 
 def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
@@ -64,7 +63,7 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
             labels.restore(start)
             if mend(labels, failure):
-                size = _count(labels, widths, round_to).parameters(trace, len(widths) - 1)
+                size = _count(labels, widths, round_to).parameters(trace)
                 mended.append((size, labels.snapshot()))
         coupled.add(id(failure.constraint))
         labels.restore(min(mended, key=itemgetter(0), default=(0, start))[1])

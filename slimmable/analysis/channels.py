@@ -225,7 +225,9 @@ class Channels:
 
         def kept(ids: Ids) -> Kept:
             if id(ids) not in found:
-                found[id(ids)] = _kept(self.needed.grouping.mask(counts, ids))
+                units = np.flatnonzero(self.needed.grouping.mask(counts, ids))
+                first = len(units) if units[-1] == len(units) - 1 else tuple(units.tolist())
+                found[id(ids)] = None if len(units) == len(ids) else first
             return found[id(ids)]
 
         def count(ids: Ids) -> int:
@@ -253,13 +255,6 @@ class Channels:
         )
         parameters = sum(math.prod(narrow(shape, self.tensors[key])) for key, shape in self.sizes.items())
         return SubNetwork(tuple(map(int, counts[:-1])), tensors, changed, shapes, macs, parameters)
-
-
-def _kept(mask: Mask) -> Kept:
-    kept = np.flatnonzero(mask)
-    if len(kept) == len(mask):
-        return None
-    return len(kept) if kept[-1] == len(kept) - 1 else tuple(kept.tolist())
 
 
 def _replaced(value: Any, position: tuple[int, ...], new: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slimmable._modules import tensors_of
-from slimmable.analysis.plan import Group, Plan
+from slimmable.analysis.plan import Plan
 from slimmable.analysis.sizes import size_axes
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
@@ -45,25 +45,13 @@ def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
     """Permute the units of every group of a plain model's plan by its order, in place, along all of their axes."""
-    done: set[int] = set()
-    steps: dict[tuple[str, str], list[tuple[int, Order]]] = {}
+    names: dict[int, tuple[str, str]] = {}  # the first name of each tensor; one that is shared is permuted only once
     for group, order in zip(plan.groups, orders, strict=True):
-        for path, name, axis, index in _indices(group, order):
-            steps.setdefault((path, name), []).append((axis, index))
-    with torch.no_grad():
-        for (path, name), changes in steps.items():
-            module = model.get_submodule(path)
-            tensor = tensors_of(module)[name]
-            if id(tensor) in done:
-                continue
-            done.add(id(tensor))
-            for axis, index in changes:
-                tensor.copy_(tensor.index_select(axis, torch.from_numpy(index).to(tensor.device)))
-
-
-def _indices(group: Group, order: Order) -> Iterator[tuple[str, str, int, Order]]:
-    for (path, name, axis), units in group.members.items():
-        places = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :].reshape(group.units, -1)
-        index = np.arange(len(units))
-        index[places] = places[order]
-        yield path, name, axis, index
+        for (path, name, axis), units in group.members.items():
+            tensor = tensors_of(model.get_submodule(path))[name]
+            if names.setdefault(id(tensor), (path, name)) == (path, name):
+                places = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :].reshape(group.units, -1)
+                index = np.arange(len(units))
+                index[places] = places[order]
+                with torch.no_grad():
+                    tensor.copy_(tensor.index_select(axis, torch.from_numpy(index).to(tensor.device)))

@@ -16,7 +16,7 @@ from slimmable.analysis._solve import Solution, channels_of, solve
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.fake import FakeModel, recorded_outputs, swapped
 from slimmable.analysis.labels import Ids
-from slimmable.analysis.outputs import Outputs
+from slimmable.analysis.outputs import Outputs, is_inside
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
@@ -86,7 +86,7 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
         return "You can also move what fails into a module of its own and skip that."
     if sum(parameter.numel() for parameter in model.parameters()) <= _TRIED:
         try:
-            plan = tried(lambda name, module: _inside(name, path) or skip(name, module))
+            plan = tried(lambda name, module: is_inside(name, path) or skip(name, module))
         except Exception as error:
             return f"Skipping only that module does not help: {str(error).partition(chr(10))[0]}"
         if not plan.channels.units:
@@ -100,13 +100,8 @@ def _fill_and_try(fake: FakeModel, skip: Skip, outputs: Outputs, plan: Plan) -> 
     return first_failure(fake, filled_plan(fake, *found, plan))
 
 
-def _inside(path: str, outer: str) -> bool:
-    """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
-    return path == outer or path.startswith(f"{outer}.")
-
-
 def _has_tensors(plan: Plan, path: str) -> bool:
-    return any(_inside(owner, path) for owner, _ in plan.channels.tensors)
+    return any(is_inside(owner, path) for owner, _ in plan.channels.tensors)
 
 
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
@@ -120,7 +115,7 @@ def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
     """Return `skip` extended by modules that are pinned for a reason."""
 
     def reason(path: str) -> str | None:
-        return next((why for outer, why in pinned.items() if _inside(path, outer)), None)
+        return next((why for outer, why in pinned.items() if is_inside(path, outer)), None)
 
     return lambda path, module: reason(path) or skip(path, module)
 
@@ -148,8 +143,7 @@ def best_trace(
         return first, solution
     second = trace(fake, widths, skip, dict.fromkeys(stuck, 1), outputs)
     other = solve(second, widths, round_to)
-    last = len(widths) - 1
-    better = other.parameters(second, last) < solution.parameters(first, last)
+    better = other.parameters(second) < solution.parameters(first)
     return (second, other) if better else (first, solution)
 
 

@@ -47,7 +47,7 @@ def label_outputs(
         makers = {path for path, other in context.producers if shared(other)}
         if _makes_classes(model, makers, len(ids)):
             return ""
-        if any(all(_inside(path, backbone) for path in makers) for backbone in backbones):
+        if any(all(not backbone or is_inside(path, backbone) for path in makers) for backbone in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
             if np.isin(labels.find(ids), roots).any():
@@ -94,14 +94,15 @@ def _roots(context: Context, axes: Sequence[Ids]) -> Ids:
     return np.unique(context.labels.find(np.concatenate([np.zeros(0, np.int64), *axes])))
 
 
-def _inside(path: str, outer: str) -> bool:
-    return not outer or path == outer or path.startswith(f"{outer}.")
+def is_inside(path: str, outer: str) -> bool:
+    """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
+    return path == outer or path.startswith(f"{outer}.")
 
 
 def _makes_classes(model: nn.Module, makers: Collection[str], units: int) -> bool:
     """Tell whether a module around a maker says that it has as many classes, as SqueezeNet, which rectifies them."""
     sized = [path for path, module in model.named_modules() if vars(module).get("num_classes") == units]
-    return any(_inside(maker, path) for path in sized for maker in makers)
+    return any(not path or is_inside(maker, path) for path in sized for maker in makers)
 
 
 def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:

@@ -272,8 +272,8 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
         for name, tensor in tensors_of(module).items():
             if not hasattr(tensor, "slim_axes"):
-                labelled = [n > 1 and axis < first_space for axis, n in enumerate(tensor.shape)]
-                axes = [context.labels.fresh(n) if yes else None for n, yes in zip(tensor.shape, labelled, strict=True)]
+                sizes = [n if axis < first_space else 1 for axis, n in enumerate(tensor.shape)]
+                axes = [context.labels.fresh(n) if n > 1 else None for n in sizes]
                 context.label(tensor, axes, "weights")
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             result.tensors[path, name] = context.axes(tensor)
