@@ -28,32 +28,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AllWidths",
-    "Inputs",
-    "OnlineDistillation",
-    "SlimConv2d",
-    "SlimLinear",
-    "SlimRecipe",
-    "SlimmableError",
-    "SwitchableBatchNorm",
-    "SwitchableProbe",
-    "at_width",
-    "calibrate_bn",
-    "extract",
-    "full_state_dict",
-    "load",
-    "load_slimclr",
-    "plan",
-    "profile",
-    "register_rule",
-    "run_widths",
-    "save",
-    "search",
-    "set_width",
-    "slimify",
-    "width_of",
-    "widths_of",
-]
+    "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
+    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "full_state_dict", "load",
+    "load_slimclr", "plan", "profile", "register_rule", "run_widths", "save", "search", "set_width", "slimify",
+    "width_of", "widths_of",
+]  # fmt: skip
 
 _SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "rules", "training")
 

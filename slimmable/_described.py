@@ -18,9 +18,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
-from slimmable._modules import tensors_of
+from slimmable._modules import size_axes, tensors_of
 from slimmable._reach import names_in
-from slimmable.analysis.sizes import size_axes
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
 

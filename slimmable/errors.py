@@ -1,16 +1,9 @@
 """Exceptions of the library; each is also a subclass of the matching built-in exception."""
 
 __all__ = [
-    "CheckpointError",
-    "ConversionError",
-    "DataError",
-    "DivergedError",
-    "RuleError",
-    "SlimmableError",
-    "TraceError",
-    "UsageError",
-    "WidthError",
-]
+    "CheckpointError", "ConversionError", "DataError", "DivergedError", "RuleError", "SlimmableError", "TraceError",
+    "UsageError", "WidthError",
+]  # fmt: skip
 
 
 class SlimmableError(Exception):

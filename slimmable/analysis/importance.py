@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from slimmable._modules import tensors_of
+from slimmable._modules import size_axes, tensors_of
 from slimmable.analysis.plan import Plan
-from slimmable.analysis.sizes import size_axes
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
 

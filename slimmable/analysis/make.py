@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from slimmable._modules import output_axis
 from slimmable._nested import output_tensors
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
@@ -18,7 +19,6 @@ from slimmable.analysis.fake import FakeModel, recorded_outputs, swapped
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, is_inside
 from slimmable.analysis.plan import Pin, Plan
-from slimmable.analysis.sizes import output_axis
 from slimmable.analysis.trace import Skip, Trace, trace
 from slimmable.errors import ConversionError, TraceError
 

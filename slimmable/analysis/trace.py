@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._known_numbers import written
-from slimmable._modules import tensors_of, unannounced
+from slimmable._modules import size_axes, tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
 from slimmable.analysis._context import Call, Rule
@@ -28,7 +28,6 @@ from slimmable.analysis.fake import FakeModel, swapped
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
-from slimmable.analysis.sizes import size_axes
 from slimmable.errors import RuleError, TraceError
 
 RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}

@@ -5,14 +5,6 @@ from slimmable.evaluation.knn import knn_accuracy
 from slimmable.evaluation.linear import probe_loss, ridge_classifier, train_probe, train_slimmable_probe
 
 __all__ = [
-    "Accuracies",
-    "accuracy_of",
-    "evaluate_features",
-    "evaluate_widths",
-    "features_of",
-    "knn_accuracy",
-    "probe_loss",
-    "ridge_classifier",
-    "train_probe",
-    "train_slimmable_probe",
-]
+    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy", "probe_loss",
+    "ridge_classifier", "train_probe", "train_slimmable_probe",
+]  # fmt: skip

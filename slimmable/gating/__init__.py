@@ -10,27 +10,9 @@ from slimmable.gating._plan import GatePlan
 from slimmable.gating._trained import calibrate_gates, extract_gated, gate_activity
 
 __all__ = [
-    "ChannelGate",
-    "GateBudget",
-    "GatePlan",
-    "GatedPass",
-    "LayerGates",
-    "PassNorm",
-    "annealed",
-    "bound_loss",
-    "budget_loss",
-    "calibrate_gates",
-    "dense",
-    "extract_gated",
-    "gate",
-    "gate_activity",
-    "gate_parameters",
-    "gate_plan",
-    "gated",
-    "hard_mask",
-    "has_gates",
-    "open_fractions",
-    "ungate",
-]
+    "ChannelGate", "GateBudget", "GatePlan", "GatedPass", "LayerGates", "PassNorm", "annealed", "bound_loss",
+    "budget_loss", "calibrate_gates", "dense", "extract_gated", "gate", "gate_activity", "gate_parameters", "gate_plan",
+    "gated", "hard_mask", "has_gates", "open_fractions", "ungate",
+]  # fmt: skip
 
 offer("gating", ADDON)

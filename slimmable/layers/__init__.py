@@ -12,17 +12,7 @@ from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
 
 __all__ = [
-    "SlimConv1d",
-    "SlimConv2d",
-    "SlimConv3d",
-    "SlimGroupNorm",
-    "SlimLayerNorm",
-    "SlimLinear",
-    "SwitchableBatchNorm",
-    "SwitchableBatchNorm1d",
-    "SwitchableBatchNorm2d",
-    "SwitchableBatchNorm3d",
-    "SwitchableContainer",
-    "SwitchableNorm",
+    "SlimConv1d", "SlimConv2d", "SlimConv3d", "SlimGroupNorm", "SlimLayerNorm", "SlimLinear", "SwitchableBatchNorm",
+    "SwitchableBatchNorm1d", "SwitchableBatchNorm2d", "SwitchableBatchNorm3d", "SwitchableContainer", "SwitchableNorm",
     "SwitchableProbe",
-]
+]  # fmt: skip

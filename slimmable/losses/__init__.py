@@ -28,26 +28,8 @@ from slimmable.losses.self_supervised import (
 )
 
 __all__ = [
-    "InfoNCE",
-    "MoCoV3Loss",
-    "NTXent",
-    "OnlineDistillation",
-    "VICRegLoss",
-    "byol_loss",
-    "contrastive_cross_entropy",
-    "decoupled_distillation",
-    "embedding_cross_entropy",
-    "info_nce",
-    "moco_logits",
-    "moco_v3_logits",
-    "moco_v3_loss",
-    "nt_xent",
-    "nt_xent_logits",
-    "slim_loss",
-    "slim_term",
-    "soft_cross_entropy",
-    "squared_error",
-    "standardised_distillation",
-    "vicreg_loss",
-    "width_weights",
-]
+    "InfoNCE", "MoCoV3Loss", "NTXent", "OnlineDistillation", "VICRegLoss", "byol_loss", "contrastive_cross_entropy",
+    "decoupled_distillation", "embedding_cross_entropy", "info_nce", "moco_logits", "moco_v3_logits", "moco_v3_loss",
+    "nt_xent", "nt_xent_logits", "slim_loss", "slim_term", "soft_cross_entropy", "squared_error",
+    "standardised_distillation", "vicreg_loss", "width_weights",
+]  # fmt: skip

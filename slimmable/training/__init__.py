@@ -8,13 +8,6 @@ from slimmable.training.moco import MoCo, MomentumEncoder, cosine_momentum
 from slimmable.training.recipe import SlimRecipe
 
 __all__ = [
-    "GradientDiagnostics",
-    "MoCo",
-    "MomentumEncoder",
-    "SlimRecipe",
-    "average_gradients",
-    "calibrate_bn",
-    "cosine_momentum",
-    "gather",
-    "synchronised_batchnorm",
-]
+    "GradientDiagnostics", "MoCo", "MomentumEncoder", "SlimRecipe", "average_gradients", "calibrate_bn",
+    "cosine_momentum", "gather", "synchronised_batchnorm",
+]  # fmt: skip
