@@ -209,6 +209,9 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     if inner is not None:
         ctx.contractions.append((ctx.module, inner))
     ctx.merge(k[-2], v[-2])
+    if args[5] if len(args) > 5 else kwargs.get("is_causal"):
+        for ids in (q[-2], k[-2]):
+            ctx.pin(ids, "the order of the units matters")
     ctx.attended.extend(ids for ids in (*k, *v) if ids is not None)
     for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])

@@ -141,8 +141,9 @@ class Operation:
                     context.refuse([*self.tensors.values()], f"its rule says nothing about axis {axis} of {name!r}")
         for macs, inner in self._products:
             context.multiply(macs * int(self.outputs[0].numel()), [*self._axes[0].values(), inner])
-        decisive = (tensor for tensor in self.tensors.values() if self._made or tensor.is_floating_point())
-        fixed = all(context.origin(tensor) == "weights" for tensor in decisive)  # also weights that were picked
+        numbers = [each for each in self.tensors.values() if each.is_floating_point() or each.is_complex()]
+        decisive = [*self.tensors.values()] if self._made else numbers  # not the indices by which weights are picked
+        fixed = bool(decisive) and all(context.origin(tensor) == "weights" for tensor in decisive)
         for tensor, axes, names in zip(self.outputs, self._axes, self._sources, strict=True):
             features = [self.tensors[name] for name in names if context.is_features(self.tensors[name])]
             origins = {context.origin(each) for each in features} or {"constant"}

@@ -366,3 +366,36 @@ def test_sizes_that_the_code_computes_with_are_those_of_the_width():
         assert sizes == (8, slim.equal.weight.shape[0], slim.conv.weight.shape[1] * slim.conv.groups, 12)
     oracles.full_width_is_the_original(model, slim, x)
     oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_latents_get_fewer_only_where_their_order_does_not_matter(causal):
+    class Latents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents, self.kv, self.out = nn.Parameter(torch.randn(1, 6, 8)), nn.Linear(4, 16), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            k, v = self.kv(x).chunk(2, -1)
+            y = (self.latents @ k.transpose(1, 2)).softmax(-1) @ v
+            return self.out(F.scaled_dot_product_attention(y, y, y, is_causal=causal).mean(1))
+
+    model, x = Latents().double().eval(), torch.randn(2, 3, 4).double()
+    plan = slimmable.plan(model, WIDTHS, example_inputs=x)
+    fewer = any(("", "latents", 1) in group.members for group in plan.groups)
+    assert fewer != causal
+    oracles.permuting_units_changes_nothing(model, plan, x, limit=1e-10)
+
+
+def test_a_spectrum_keeps_what_its_channels_came_from():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.irfft2(torch.fft.rfft2(self.last(self.first(x).relu())), s=(6, 6))
+
+    plan = slimmable.plan(Spectrum(), WIDTHS, example_inputs=torch.randn(1, 3, 8, 8))
+    assert plan.output_shapes[-1] == plan.output_shapes[0]  # an image of five colours, only transformed
+    assert [group.units for group in plan.groups] == [8]
