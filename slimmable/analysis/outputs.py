@@ -34,6 +34,7 @@ def label_outputs(
     """
     labels = context.labels
     backbones = _backbones(model, called)
+    classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
     inner = {
         "features of a residual stream": np.intersect1d(
             _roots(context, context.residuals), _roots(context, context.consumed)
@@ -45,9 +46,10 @@ def label_outputs(
         """Return why these units get thinner, or "" if they stay."""
         shared = labels.shared_with(ids)
         makers = {path for path, other in context.producers if shared(other)}
-        if _makes_classes(model, makers, len(ids)):
+        sized = [path for path, count in classes.items() if count == len(ids)]
+        if any(_within(maker, path) for path in sized for maker in makers):  # SqueezeNet rectifies its scores
             return ""
-        if any(all(not backbone or is_inside(path, backbone) for path in makers) for backbone in backbones):
+        if any(all(_within(maker, backbone) for maker in makers) for backbone in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
             if np.isin(labels.find(ids), roots).any():
@@ -99,10 +101,9 @@ def is_inside(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _makes_classes(model: nn.Module, makers: Collection[str], units: int) -> bool:
-    """Tell whether a module around a maker says that it has as many classes, as SqueezeNet, which rectifies them."""
-    sized = [path for path, module in model.named_modules() if vars(module).get("num_classes") == units]
-    return any(not path or is_inside(maker, path) for path in sized for maker in makers)
+def _within(path: str, outer: str) -> bool:
+    """Tell the same, but as the outer one, the root contains everything."""
+    return not outer or is_inside(path, outer)
 
 
 def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:

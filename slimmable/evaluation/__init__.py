@@ -1,4 +1,4 @@
-"""Evaluate the features of every width: kNN, linear probes, a ridge classifier, and fine-tuning."""
+"""Evaluate the features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
 from slimmable.evaluation.evaluate import Accuracies, accuracy_of, evaluate_features, evaluate_widths, features_of
 from slimmable.evaluation.knn import knn_accuracy
