@@ -227,7 +227,7 @@ class Criterion(nn.Module):
 
 
 def state_of(criterion):
-    names = "queue late prototypes covariance count table array".split()
+    names = ["queue", "late", "prototypes", "covariance", "count", "table", "array"]
     state = {name: getattr(criterion, name) for name in names} | {"inner": criterion.inner.state_dict()}
     listed = [*criterion.history, *criterion.seen, hasattr(criterion, "added"), *criterion.generator.getstate()[1]]
     return state | {"listed": listed}
