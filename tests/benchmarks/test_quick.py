@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 COMPARED = {"ratio", "low", "high", "wall_ratio", "baseline_cpu_ms", "rounds"}
 ROWS = {
     "overhead": (6, COMPARED | {"batch", "image_size", "width", "pass", "noise", "goal"}),
-    "training_step": (3, COMPARED | {"batch", "image_size", "way", "saved_bytes", "saved_ratio", "goals"}),
+    "training_step": (4, COMPARED | {"batch", "image_size", "way", "saved_bytes", "saved_ratio", "goals"}),
 }
 
 
