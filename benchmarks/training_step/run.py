@@ -3,8 +3,8 @@
     python -m benchmarks.training_step.run            # all models, about 10 minutes
     python -m benchmarks.training_step.run --quick    # a smoke run of seconds
 
-Time: a step of `SlimRecipe` (by `backward`, by the loop over `widths`, by `total` with one backward for all widths) over
-the sum of the steps of four plain networks, those that `slimmable.extract` gives. Memory: what autograd holds for the
+Time: a step of `SlimRecipe` (by `backward`, by the loop over `widths`, by `total` with one backward for all) over the
+sum of the steps of four plain networks, those that `slimmable.extract` gives. Memory: what autograd holds for the
 backward at the peak of the step, over the peak of a step of the plain full network; parameters and buffers are not
 counted.
 """
