@@ -80,27 +80,25 @@ class Replay:
         self._busy = False
 
     @contextmanager
-    def run(self, parts: Iterable[nn.Module], widest: bool) -> Iterator[None]:
-        """Run a block of the widest width, or of a narrower one; `parts` are modules with all that is in them.
+    def run(self, modules: Iterable[nn.Module], widest: bool) -> Iterator[None]:
+        """Run a block of the widest width, or of a narrower one.
 
         Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
         """
-        before = [(part, part.__dict__.get("forward")) for part in parts]
-        for part in parts:
-            replaced: Callable[..., Any]
+        entries = [(part, name, vars(part).get(name)) for part, name in _entries(modules)]
+        for part, name, _ in entries:
             if widest:
-                replaced = partial(self._record, part, part.forward)
+                vars(part)[name] = partial(self._record, part, getattr(part, name))
             else:
-                replaced = partial(self._repeat, part, iter(self._outputs[id(part)]))
-            part.__dict__["forward"] = replaced
+                vars(part)[name] = partial(self._repeat, part, iter(self._outputs[id(part)]))
         try:
             yield
         finally:
-            for part, own in before:
+            for part, name, own in entries:
                 if own is None:
-                    del part.__dict__["forward"]
+                    del vars(part)[name]
                 else:
-                    part.__dict__["forward"] = own
+                    vars(part)[name] = own
 
     def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._busy:  # a part of a module that is being recorded
@@ -124,6 +122,20 @@ class Replay:
         raise UsageError(
             f"SlimRecipe: frozen {type(module).__name__} is called more often at a narrower width than at the widest"
         )
+
+
+def _entries(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield modules and those in them, but not what is inside a compiled one, with the name of what a call runs."""
+    seen: set[nn.Module] = set()
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            compiled = "_compiled_call_impl" if "_compiled_call_impl" in vars(module) else None
+            yield module, compiled or "forward"
+            if compiled is None and "_orig_mod" not in module._modules:
+                pending.extend(module.children())
 
 
 def unswitched(model: nn.Module) -> Iterator[nn.Module]:

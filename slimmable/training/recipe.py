@@ -358,6 +358,7 @@ class SlimRecipe:
         """Yield the `_part` of each width of one step, then count the step."""
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
+        distill = None if self.progress < self.slow_start else self.distill
         teachers = [*self._frozen, *_modules("frozen", frozen)]
         replayed = {part: None for module in teachers for part in module.modules()}
         changing = [*self._once, *_modules("once", once)]
@@ -370,27 +371,18 @@ class SlimRecipe:
                 state_of_replayed.changes(replayed, self.first),
                 state_of_given.changes(given, self.first),
                 state_of_own.changes(own, self.first),
-                replay.run(replayed, self.first),
-                self._calls() as calls,
+                replay.run(teachers, self.first),
+                calls_of(self.model) as calls,
             ):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
-            if calls and teach is None and self.distill is not None:
+            if calls and teach is None and distill is not None:
                 with torch.set_grad_enabled(not self.first):
-                    teach = compared(calls, self.distill.kind)
+                    teach = compared(calls, distill.kind)
             part, excess = self._part(loss, teach)
             del result, loss, teach, calls  # otherwise the graph stays alive while the next width runs
             yield part, excess
         self.steps_done += 1
-
-    @contextmanager
-    def _calls(self) -> Iterator[list[tuple[nn.Module, Any]]]:
-        """Collect the model's calls if distillation compares something in this step."""
-        if self.distill is None or self._step is None or self._step.slow:
-            yield []
-            return
-        with calls_of(self.model) as calls:
-            yield calls
 
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
@@ -426,8 +418,8 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     """Return the outputs by which the active width teaches or learns, one tensor per view or direction."""
     if teach is None:
         raise UsageError(
-            f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}; call the model itself in the "
-            "closure of `backward`, or give (loss, teach)"
+            f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}; a closure must "
+            "call the model that the recipe has, compiled or not, or return (loss, teach)"
         )
     if not step.first and not step.teachers:
         raise UsageError(
