@@ -27,7 +27,7 @@ from slimmable.cli.training import Training
 from slimmable.errors import UsageError
 from slimmable.evaluation import evaluate_features, knn_accuracy
 from slimmable.evaluation.evaluate import ProbeName, narrowest_first
-from slimmable.gating import calibrate_gates, extract_gated, gated
+from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
@@ -35,51 +35,43 @@ _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training
 
 Key = TypeVar("Key")
+Passes = Mapping[Key, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by name
 
 
 def features_at_widths(backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0) -> dict[float, Tensor]:
     """Return the features at each width in eval mode, of shape (images, features), float32, on the CPU."""
-    settings = {width: partial(at_width, backbone, width) for width in widths_of(backbone)}
-    return features_in(settings, backbone, images, workers)
+    return features_in(_at_widths(backbone), backbone, images, workers)[0]
+
+
+def _at_widths(backbone: nn.Module) -> Passes[float]:
+    return {width: partial(at_width, backbone, width) for width in widths_of(backbone)}
+
+
+def _dense_and_gated(backbone: nn.Module) -> Passes[str]:
+    return {DENSE: nullcontext, GATED: partial(gated, backbone)}
 
 
 @torch.no_grad()
 def features_in(
-    settings: Mapping[Key, Callable[[], AbstractContextManager[Any]]],
-    backbone: nn.Module,
-    images: Plain | Subset[Tensor],
-    workers: int = 0,
-) -> dict[Key, Tensor]:
-    """Return the features in the context that each of `settings` makes, in the form of `features_at_widths`."""
+    passes: Passes[Key], backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+) -> tuple[dict[Key, Tensor], float]:
+    """Return the features in each of `passes`, in the form of `features_at_widths`, and the cost of the gated one.
+
+    The cost is the mean over the images of its multiply-adds, gates included, over those of the dense network; it is
+    NaN if no pass is gated.
+    """
     device = next(backbone.parameters()).device
-    parts: dict[Key, list[Tensor]] = {name: [] for name in settings}
-    with in_eval_mode(backbone):
+    parts: dict[Key, list[Tensor]] = {name: [] for name in passes}
+    shares = [torch.zeros(0)]
+    with in_eval_mode(backbone), _untrained_gates_allowed():
         for batch in batches_of(images, workers=workers):
             scaled = batch.to(device)
-            for name, setting in settings.items():
-                with setting():
+            for name, enter in passes.items():
+                with enter() as run:
                     parts[name].append(backbone(scaled).float().cpu())
-    return {name: torch.cat(found) for name, found in parts.items()}
-
-
-def features_of_passes(
-    backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the features of the dense and the gated pass, and for each image the cost of the latter.
-
-    The cost is the multiply-adds of the gated pass, gates included, over those of the dense one, of shape (images,).
-    """
-    shares: list[Tensor] = []
-
-    @contextmanager
-    def counted() -> Iterator[None]:
-        with gated(backbone) as run:
-            yield
-        shares.append(run.share().cpu())
-
-    with _untrained_gates_allowed():
-        found = features_in({DENSE: nullcontext, GATED: counted}, backbone, images, workers)
-    return found, torch.cat(shares)
+                if isinstance(run, GatedPass):
+                    shares.append(run.share().cpu())
+    return {name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(shares).mean())
 
 
 @contextmanager
@@ -136,20 +128,18 @@ def rows_of_run(
         trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
         costs = profile(backbone, prober.size, repeats=0).rows
         return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
-    dense, *static = plain_networks(config, backbone, images).items()
-    shares, cost = prober.of_passes(backbone)
-    shares |= {name: prober.of_plain(network) for name, network in static}
     calibrate(config, untrained, images)
+    both, cost = prober.of_passes(backbone)
     for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
-        shares[name] |= found
+        both[name] |= found
     rows = []
-    for name, network in (dense, *static):
+    for name, network in plain_networks(config, backbone, images).items():
         own = profile(network, prober.size, repeats=0).rows[0]
-        rows.append(Row(1.0, own.parameters, own.macs, shares[name], name))
+        rows.append(Row(1.0, own.parameters, own.macs, both.get(name) or prober.of_plain(network), name))
     with gated(backbone):
         parameters = parameter_count(backbone)
     macs = round(cost * rows[0].macs)
-    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
+    return [rows[0], Row(1.0, parameters, macs, both[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
@@ -179,24 +169,21 @@ class _Prober:
 
     def of_widths(self, network: nn.Module, prefix: str = "") -> dict[float, dict[str, float]]:
         """Measure every width of a converted network."""
-        known, asked = (
-            narrowest_first(network, features_at_widths(network, part, self.workers))
-            for part in (self.train, self.test)
-        )
+        known, asked = (narrowest_first(network, found) for found in self._features(network, _at_widths(network))[:2])
         return self._accuracies(known, asked, prefix)
 
     def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
-        """Measure the dense and the gated pass; also return the mean cost of the latter over the former."""
-        known, _ = features_of_passes(network, self.train, self.workers)
-        asked, costs = features_of_passes(network, self.test, self.workers)
-        found = {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}
-        return found, float(costs.mean())
+        """Measure the dense and the gated pass; also return the cost of the latter on the held-out images."""
+        known, asked, cost = self._features(network, _dense_and_gated(network))
+        return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}, cost
 
     def of_plain(self, network: nn.Module) -> dict[str, float]:
         """Measure a plain network."""
-        parts = (self.train, self.test)
-        known, asked = (features_in({1.0: nullcontext}, network, part, self.workers) for part in parts)
-        return self._accuracies(known, asked, "")[1.0]
+        return self._accuracies(*self._features(network, {1.0: nullcontext})[:2], "")[1.0]
+
+    def _features(self, network: nn.Module, passes: Passes[Key]) -> tuple[dict[Key, Tensor], dict[Key, Tensor], float]:
+        known, _ = features_in(passes, network, self.train, self.workers)
+        return known, *features_in(passes, network, self.test, self.workers)
 
     def _accuracies(
         self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor], prefix: str
@@ -235,15 +222,11 @@ class Watch:
         """Return the numbers of a row by column; gates decide without noise, at the thresholds used in training."""
         config, images, backbone = self.training.config, self.training.images, self.training.method.backbone
         train = some_of(Plain(images.train, config.image_size), _VOTERS)
-        test = Plain(images.test, config.image_size)
-        costs = {}
-        if config.gate_budget is None:
-            settings = {f"w{width:g}": partial(at_width, backbone, width) for width in self.widths}
-            known, asked = (features_in(settings, backbone, part, self.training.workers) for part in (train, test))
-        else:
-            known, _ = features_of_passes(backbone, train, self.training.workers)
-            asked, shares = features_of_passes(backbone, test, self.training.workers)
-            costs["gated_share"] = float(shares.mean())
+        passes: Passes[str] = {f"w{width:g}": partial(at_width, backbone, width) for width in self.widths}
+        if config.gate_budget is not None:
+            passes = _dense_and_gated(backbone)
+        known, _ = features_in(passes, backbone, train, self.training.workers)
+        asked, cost = features_in(passes, backbone, Plain(images.test, config.image_size), self.training.workers)
         labels = images.train_labels[train.indices], images.test_labels
         found = {f"knn/{name}": knn_accuracy(known[name], labels[0], asked[name], labels[1]) for name in known}
-        return found | costs
+        return found if config.gate_budget is None else {**found, "gated_share": cost}
