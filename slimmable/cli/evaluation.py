@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
-from slimmable._width import at_width, widths_of
+from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
@@ -38,27 +38,14 @@ Key = TypeVar("Key")
 Passes = Mapping[Key, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by name
 
 
-def features_at_widths(backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0) -> dict[float, Tensor]:
-    """Return the features at each width in eval mode, of shape (images, features), float32, on the CPU."""
-    return features_in(_at_widths(backbone), backbone, images, workers)[0]
-
-
-def _at_widths(backbone: nn.Module) -> Passes[float]:
-    return {width: partial(at_width, backbone, width) for width in widths_of(backbone)}
-
-
-def _dense_and_gated(backbone: nn.Module) -> Passes[str]:
-    return {DENSE: nullcontext, GATED: partial(gated, backbone)}
-
-
 @torch.no_grad()
 def features_in(
     passes: Passes[Key], backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
 ) -> tuple[dict[Key, Tensor], float]:
-    """Return the features in each of `passes`, in the form of `features_at_widths`, and the cost of the gated one.
+    """Return the features in each of `passes`, and the cost of the gated one, NaN if none is.
 
-    The cost is the mean over the images of its multiply-adds, gates included, over those of the dense network; it is
-    NaN if no pass is gated.
+    Features are computed in eval mode, and have shape (images, features), float32, on the CPU. The cost is the mean
+    over the images of the multiply-adds, gates included, as a share of those of the dense network.
     """
     device = next(backbone.parameters()).device
     parts: dict[Key, list[Tensor]] = {name: [] for name in passes}
@@ -125,7 +112,8 @@ def rows_of_run(
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
     if config.gate_budget is None:
-        trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
+        trained = prober.of_widths(backbone, config.widths)
+        before = prober.of_widths(untrained, config.widths, UNTRAINED)
         costs = profile(backbone, prober.size, repeats=0).rows
         return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
     calibrate(config, untrained, images)
@@ -160,21 +148,31 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
 
 
 class _Prober:
-    """Accuracy of every probe for networks on the images of a run; the probes' names can get a prefix."""
+    """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on.
 
-    def __init__(self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int) -> None:
-        self.images, self.probes, self.workers = images, probes, workers
-        self.train, self.test = (Plain(part, config.image_size) for part in (images.train, images.test))
+    The names of the probes can get a prefix.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
+    ) -> None:
+        self.probes, self.workers = probes, workers
         self.size = (images.channels, config.image_size, config.image_size)
+        self.train, self.test = (
+            some_of(Plain(images.train, config.image_size), most),
+            Plain(images.test, config.image_size),
+        )
+        self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
-    def of_widths(self, network: nn.Module, prefix: str = "") -> dict[float, dict[str, float]]:
-        """Measure every width of a converted network."""
-        known, asked = (narrowest_first(network, found) for found in self._features(network, _at_widths(network))[:2])
+    def of_widths(self, network: nn.Module, widths: Sequence[float], prefix: str = "") -> dict[float, dict[str, float]]:
+        """Measure some widths of a converted network, the widest included."""
+        passes = {width: partial(at_width, network, width) for width in widths}
+        known, asked = (narrowest_first(network, found) for found in self._features(network, passes)[:2])
         return self._accuracies(known, asked, prefix)
 
     def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
         """Measure the dense and the gated pass; also return the cost of the latter on the held-out images."""
-        known, asked, cost = self._features(network, _dense_and_gated(network))
+        known, asked, cost = self._features(network, {DENSE: nullcontext, GATED: partial(gated, network)})
         return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}, cost
 
     def of_plain(self, network: nn.Module) -> dict[str, float]:
@@ -188,8 +186,7 @@ class _Prober:
     def _accuracies(
         self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor], prefix: str
     ) -> dict[float, dict[str, float]]:
-        labels, held_out = self.images.train_labels, self.images.test_labels
-        found = evaluate_features(known, labels, asked, held_out, probes=self.probes)
+        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
         return {width: {prefix + probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 
 
@@ -202,6 +199,7 @@ class Watch:
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
         self.training = training
         config = training.config
+        self.prober = _Prober(config, training.images, ("knn",), training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         passes = ["knn/dense", "knn/gated", "gated_share"]
@@ -209,24 +207,19 @@ class Watch:
         self.loggers = [CsvLog(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
-        """Evaluate, log the numbers, and return them as a line of text."""
-        found = self._evaluate()
-        for logger in self.loggers:
-            logger.log(self.training.step, found)
-            logger.flush()
-        shares = {name[4:].lstrip("w"): 100 * share for name, share in found.items() if name.startswith("knn/")}
-        costs = f"  ({found['gated_share']:.2f} of the multiply-adds)" if "gated_share" in found else ""
-        return "kNN accuracy in %  " + "  ".join(f"{name}: {share:.1f}" for name, share in shares.items()) + costs
+        """Evaluate, log the numbers, and return them as a line of text.
 
-    def _evaluate(self) -> dict[str, float]:
-        """Return the numbers of a row by column; gates decide without noise, at the thresholds used in training."""
-        config, images, backbone = self.training.config, self.training.images, self.training.method.backbone
-        train = some_of(Plain(images.train, config.image_size), _VOTERS)
-        passes: Passes[str] = {f"w{width:g}": partial(at_width, backbone, width) for width in self.widths}
-        if config.gate_budget is not None:
-            passes = _dense_and_gated(backbone)
-        known, _ = features_in(passes, backbone, train, self.training.workers)
-        asked, cost = features_in(passes, backbone, Plain(images.test, config.image_size), self.training.workers)
-        labels = images.train_labels[train.indices], images.test_labels
-        found = {f"knn/{name}": knn_accuracy(known[name], labels[0], asked[name], labels[1]) for name in known}
-        return found if config.gate_budget is None else {**found, "gated_share": cost}
+        Gates decide without noise, at the thresholds used in training.
+        """
+        backbone = self.training.method.backbone
+        if self.training.config.gate_budget is None:
+            shares = {f"w{width:g}": found for width, found in self.prober.of_widths(backbone, self.widths).items()}
+            costs, text = {}, ""
+        else:
+            shares, cost = self.prober.of_passes(backbone)
+            costs, text = {"gated_share": cost}, f"  ({cost:.2f} of the multiply-adds)"
+        for logger in self.loggers:
+            logger.log(self.training.step, {f"knn/{name}": found["knn"] for name, found in shares.items()} | costs)
+            logger.flush()
+        shown = (f"{name.lstrip('w')}: {100 * found['knn']:.1f}" for name, found in shares.items())
+        return f"kNN accuracy in %  {'  '.join(shown)}{text}"

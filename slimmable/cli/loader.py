@@ -110,13 +110,13 @@ class Plain(Dataset[Tensor]):
         return torch.stack([self[index] for index in range(len(self))])
 
 
-def some_of(images: Plain, most: int) -> Subset[Tensor]:
-    """Return up to `most` of the images, evenly spaced, because a folder is ordered by class.
+def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
+    """Return up to `most` of the images, or all, evenly spaced, because a folder is ordered by class.
 
     >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
     [0, 2, 5, 7]
     """
-    count = min(most, len(images))
+    count = len(images) if most is None else min(most, len(images))
     return Subset(images, [place * len(images) // count for place in range(count)])
 
 
