@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import timm
 import torch
 
@@ -86,77 +87,31 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
 
 def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> str:
     """Return the model card as Markdown; whoever publishes the files must add the licence."""
+    text = Path(__file__).with_name("card.md.jinja").read_text()
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     classes = int(getattr(source.model, "num_classes", 0))
-    task = "image-classification" if classes else "image-feature-extraction"
-    channels, height, width = source.image
-    front = [f"pipeline_tag: {task}", "library_name: timm", "# license: add yours before publishing"]
-    front += [] if source.base is None else [f"base_model: {source.base}"]
     made_by = source.name
     if source.arguments is not None:
         given = (f'"{source.name}"', *(f"{key}={value!r}" for key, value in source.arguments.items()))
         made_by = f"timm.create_model({', '.join(given)})"
-    widths = [f"{file_width:g}" for file_width in dict.fromkeys(file.width for file in files)]
-    lines = [
-        *("---", "tags:", *(f"- {tag}" for tag in (task, "timm", "slimmable")), *front, "---"),
-        *(f"# Model card for {source.name} at width{'s' * (len(widths) > 1)} {', '.join(widths)}", ""),
-        "One set of weights runs at several widths: at width 0.5 every layer uses half of its channels. The files here",
-        "hold one width each, with only the weights of that width.",
-        *("", "## Model Details"),
-        f"- **Model Type:** {f'Image classification, {classes} classes' if classes else 'Feature backbone'}",
-        f"- **Image size:** {height} x {width}, {channels} channels, values {source.values}",
-        f"- **Full network:** `{made_by}`",
-        f"- **Weights:** {source.weights}",
-        f"- **Made with:** slimmable {slimmable.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        *("", "## Model Stats", "", *_costs(source, costs)),
-        *("", "## Files", "", *_files(files)),
-        *("", "## Model Usage", *_usage(source, files)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _costs(source: Source, costs: Sequence[Row]) -> Iterator[str]:
-    """Yield a table of all widths, including those not exported, with accuracies if they were measured."""
-    reports = [source.accuracy[row.width].shares for row in costs if row.width in source.accuracy]
-    measured = len(reports) == len(costs) and all({"knn", "linear"} <= set(shares) for shares in reports)
-    yield "| width | parameters | MACs | activations |" + (" kNN, % | linear probe, % |" if measured else "")
-    yield "|---:|---:|---:|---:|" + ("---:|---:|" if measured else "")
-    for row in costs:
-        line = f"| {row.width:g} | {row.parameters:,} | {row.macs:,} | {row.activations:,} |"
-        if measured:
-            shares = source.accuracy[row.width].shares
-            line += f" {100 * shares['knn']:.1f} | {100 * shares['linear']:.1f} |"
-        yield line
-    yield ""
-    yield "MACs: multiply-adds of convolutions and matrix products for one image. Activations: numbers they output."
-    if measured:
-        yield "kNN and linear probe: accuracy of classifiers on the features of held-out images."
-
-
-def _files(files: Sequence[File]) -> Iterator[str]:
-    yield "| file | width | bytes | off by | images per call |"
-    yield "|---|---:|---:|---:|---|"
-    for file in files:
-        images = "any" if file.any_batch else "one"
-        yield f"| {file.name} | {file.width:g} | {file.size:,} | {file.off:.1e} | {images} |"
-    yield ""
-    yield "Off by: largest difference from the outputs of the exported model, relative to the largest output, in"
-    yield "float32, on random images."
-
-
-def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
-    """Yield Python examples for one file of each format."""
-    shape = ", ".join(map(str, (1, *source.image)))
-    names = {Path(file.name).suffix: file.name for file in reversed(files)}
-    if ".pt2" in names:
-        yield from ("", "With torch alone:", "", "```python", "import torch", "")
-        yield f'program = torch.export.load("{names[".pt2"]}").module()'
-        yield from (f"output = program(torch.rand({shape}))", "```")
-    if ".onnx" in names:
-        yield from ("", "In onnxruntime:", "", "```python", "import numpy", "import onnxruntime", "")
-        yield f'session = onnxruntime.InferenceSession("{names[".onnx"]}")'
-        yield f'(output,) = session.run(None, {{"{programs.INPUT}": numpy.zeros(({shape}), numpy.float32)}})'
-        yield "```"
-    if ".safetensors" in names:
-        yield from ("", "As a timm model, for further training:", "", "```python", "import slimmable", "")
-        yield from (f'small = slimmable.load("{names[".safetensors"]}")', "```")
+    card: str = template.render(
+        source=source,
+        costs=costs,
+        files=files,
+        classes=classes,
+        task="image-classification" if classes else "image-feature-extraction",
+        widths=[f"{width:g}" for width in dict.fromkeys(file.width for file in files)],
+        made_by=made_by,
+        slimmable=slimmable,
+        timm=timm,
+        torch=torch,
+        python=platform.python_version(),
+        measured=all(
+            row.width in source.accuracy and {"knn", "linear"} <= set(source.accuracy[row.width].shares)
+            for row in costs
+        ),
+        example={Path(file.name).suffix[1:]: file.name for file in reversed(files)},  # one file of each format
+        shape=", ".join(map(str, (1, *source.image))),
+        input=programs.INPUT,
+    )
+    return card
