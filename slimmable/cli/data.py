@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable.cli.config import DIGITS, PretrainConfig
@@ -205,9 +206,8 @@ def _decode(path: str) -> Tensor | str:
     """Return the image, or the reason why it cannot be read."""
     try:
         with Image.open(path) as file:
-            picture = _eight_bits(file).convert("RGB")
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return data.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+            picture: Tensor = pil_to_tensor(_eight_bits(file).convert("RGB"))
+        return picture.contiguous()
     except Exception as error:  # decoders raise many kinds of errors on broken files
         return str(error) or type(error).__name__
 
