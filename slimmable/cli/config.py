@@ -1,4 +1,4 @@
-"""Settings of a pre-training run: the options that its result depends on, and published values as presets.
+"""Settings of a pre-training run: the options that its result depends on, and published values (`presets.yaml`).
 
 Importing this module does not import torch, which keeps `--help` fast.
 """
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from slimmable._widths import check_widths
 from slimmable.cli.options import FRACTION, NOT_NEGATIVE, POSITIVE, Range, at_least, check, fits, flag, option
@@ -213,47 +215,7 @@ _SMALL_IMAGES: dict[str, Settings] = {  # where a method departs from the defaul
 _AUGMENTATIONS = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}  # other methods use byol's
 _MIN_CROP_SCALES = {"mocov2": 0.2, "mocov3": 0.2}
 
-_IMAGENET: Settings = {"image_size": 224, "model": "resnet50", "opt": "sgd", "warmup_epochs": 10.0, "slow_start": 0.5}
-_LARS: Settings = _IMAGENET | {"opt": "lars", "weight_decay": 1e-6}
-_MOCOV2: Settings = {
-    "method": "mocov2",
-    "weight_decay": 1e-4,
-    "proj_hidden_dim": 2048,
-    "proj_dim": 128,
-    "temperature": 0.2,
-} | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8}
-_MOCOV3: Settings = {"method": "mocov3", "epochs": 300, "proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.99}
-_SIMCLR: Settings = {"method": "simclr", "epochs": 100, "proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1}
-
-# Each learning rate is for the batch size next to it. Where published code and paper differ, these follow the paper.
-# Left out: the floor of VICReg's learning rate (a thousandth of its peak; here 0), and the colour noise of Yu et al.
-# (PCA lighting).
-PRESETS: dict[str, Settings] = {
-    # Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, and its published scripts
-    "slimclr-mocov2-imagenet": _IMAGENET | _MOCOV2 | {"epochs": 200, "batch_size": 1024, "lr": 0.2},
-    "slimclr-mocov3-imagenet": _LARS
-    | _MOCOV3
-    | {"batch_size": 1024, "lr": 1.2, "lr_after_slow_start": 3.2, "temperature": 1.0},
-    "slimclr-simclr-imagenet": _LARS | _SIMCLR | {"batch_size": 1024, "lr": 2.4},
-    # the methods' own settings, at several widths
-    "mocov2-imagenet": _IMAGENET | _MOCOV2 | {"epochs": 800, "batch_size": 256, "lr": 0.03, "warmup_epochs": 0.0},
-    "mocov3-imagenet": _LARS | _MOCOV3 | {"batch_size": 4096, "lr": 4.8, "temperature": 1.0},
-    "mocov3-vit-imagenet": _IMAGENET
-    | _MOCOV3
-    | {"model": "vit_small_patch16_224", "opt": "adamw", "batch_size": 4096, "lr": 2.4e-3, "warmup_epochs": 40.0}
-    | {"weight_decay": 0.1, "min_crop_scale": 0.08, "temperature": 0.2},
-    "simclr-imagenet": _LARS | _SIMCLR | {"batch_size": 4096, "lr": 4.8, "weight_decay": 1e-4},
-    "byol-imagenet": _LARS
-    | {"method": "byol", "epochs": 1000, "batch_size": 4096, "lr": 3.2, "weight_decay": 1.5e-6}
-    | {"proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.996},
-    "vicreg-imagenet": _LARS
-    | {"method": "vicreg", "epochs": 1000, "batch_size": 2048, "lr": 1.6}
-    | {"proj_hidden_dim": 8192, "proj_dim": 8192},
-    # the supervised slimmable network that Zhao et al. compare with (Yu et al. 2019: no distillation)
-    "supervised-imagenet": _IMAGENET
-    | {"method": "supervised", "epochs": 100, "batch_size": 512, "lr": 0.2, "weight_decay": 1e-4}
-    | {"warmup_epochs": 5.0, "slow_start": 0.0, "distill": "none", "loss_weights": "ones"},
-}
+PRESETS: dict[str, Settings] = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())["presets"]
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
