@@ -164,7 +164,7 @@ def export(given: dict[str, Any]) -> int:
     if own.pretrained and own.checkpoint is not None:
         raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
     from slimmable.cli.export import export as write
-    from slimmable.cli.source import file_source, kind_of, run_source, timm_source
+    from slimmable.cli.export import file_source, kind_of, run_source, timm_source
 
     kind = kind_of(own.model)
     if kind == "timm":
