@@ -145,9 +145,7 @@ class PretrainConfig:
     def from_json(cls, text: str, path: Path) -> PretrainConfig:
         """Read settings that `to_json` wrote to `path`, or raise CheckpointError if names or types are wrong."""
         try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise TypeError(f"expected an object, found {type(values).__name__}")
+            values = dict(json.loads(text))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
         differing = {each.name for each in fields(cls)} ^ set(values)
