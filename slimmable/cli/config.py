@@ -229,11 +229,7 @@ def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
 
 
 def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainConfig:
-    """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images.
-
-    >>> configure({"epochs": 100}, "slimclr-mocov2-imagenet").queue_size
-    65536
-    """
+    """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images."""
     values = with_preset(given, preset)
     method = values.get("method", PretrainConfig.method)
     defaults = _SMALL_IMAGES.get(method, {}) if preset is None else {}

@@ -68,10 +68,6 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     different handwritten digits.
 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
-
-    >>> images = cluttered_digits(train=20, test=10)
-    >>> images.train.shape, images.test.shape, images.train.dtype
-    (torch.Size([20, 1, 24, 24]), torch.Size([10, 1, 24, 24]), torch.uint8)
     """
     if size < _SMALLEST_CANVAS:
         raise DataError(

@@ -110,11 +110,7 @@ class Plain(Dataset[Tensor]):
 
 
 def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
-    """Return up to `most` of the images, or all, evenly spaced, because a folder is ordered by class.
-
-    >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
-    [0, 2, 5, 7]
-    """
+    """Return up to `most` of the images, or all, evenly spaced, because a folder is ordered by class."""
     count = len(images) if most is None else min(most, len(images))
     return Subset(images, [place * len(images) // count for place in range(count)])
 
@@ -132,10 +128,6 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
     2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits" (for
     handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
     image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
-
-    >>> first, second = make_views("byol", 28, min_crop_scale=0.2, mirror=True)
-    >>> first(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
-    torch.Size([3, 28, 28])
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
 
