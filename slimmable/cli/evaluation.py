@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ def features_in(
     device = next(backbone.parameters()).device
     parts: dict[Key, list[Tensor]] = {name: [] for name in passes}
     shares = [torch.zeros(0)]
-    with in_eval_mode(backbone), _untrained_gates_allowed():
+    with in_eval_mode(backbone):
         for batch in batches_of(images, workers=workers):
             scaled = batch.to(device)
             for name, enter in passes.items():
@@ -61,19 +61,10 @@ def features_in(
     return {name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(shares).mean())
 
 
-@contextmanager
-def _untrained_gates_allowed() -> Iterator[None]:
-    """Suppress the warning about untrained gates, which a report compares with trained ones."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
-        yield
-
-
 def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
     """Calibrate the gates to the run's budget, in place, on some training images; return the cost they reach."""
     assert config.gate_budget is not None
-    with _untrained_gates_allowed():
-        return calibrate_gates(backbone, _calibration_images(config, images), config.gate_budget)
+    return calibrate_gates(backbone, _calibration_images(config, images), config.gate_budget)
 
 
 def _calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
@@ -116,10 +107,12 @@ def rows_of_run(
         before = prober.of_widths(untrained, config.widths, UNTRAINED)
         costs = profile(backbone, prober.size, repeats=0).rows
         return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
-    calibrate(config, untrained, images)
     both, cost = prober.of_passes(backbone)
-    for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
-        both[name] |= found
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
+        calibrate(config, untrained, images)
+        for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
+            both[name] |= found
     rows = []
     for name, network in plain_networks(config, backbone, images).items():
         own = profile(network, prober.size, repeats=0).rows[0]
