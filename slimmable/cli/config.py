@@ -18,7 +18,6 @@ from slimmable.cli.options import FRACTION, NOT_NEGATIVE, POSITIVE, Range, at_le
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 
 DIGITS = "digits"
-FOLDER_IMAGE_SIZE = 64  # pixels; photographs show more detail than digits
 
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
@@ -43,9 +42,7 @@ class PretrainConfig:
         metavar="NAME",
     )
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
-    image_size: int = option(
-        24, "height and width in pixels", within=at_least(8), shown=f"24; for a folder {FOLDER_IMAGE_SIZE}"
-    )
+    image_size: int = option(24, "height and width in pixels", within=at_least(8), shown="24; for a folder 64")
     augmentation: str = option(
         "digits", "whose augmentations to use", choices=AUGMENTATIONS, shown="digits; for a folder the method's own"
     )
@@ -205,15 +202,8 @@ class RunOptions:
 
 Settings = dict[str, Any]
 
-_SMALL_IMAGES: dict[str, Settings] = {  # where a method departs from the defaults above
-    "mocov3": {"temperature": 1.0},
-    "vicreg": {"proj_hidden_dim": 256, "proj_dim": 256},
-    "supervised": {"slow_start": 0.0, "loss_weights": "ones"},
-}
-_AUGMENTATIONS = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}  # other methods use byol's
-_MIN_CROP_SCALES = {"mocov2": 0.2, "mocov3": 0.2}
-
-PRESETS: dict[str, Settings] = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())["presets"]
+_PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
+PRESETS: dict[str, Settings] = _PUBLISHED["presets"]
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
@@ -232,14 +222,9 @@ def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainCo
     """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images."""
     values = with_preset(given, preset)
     method = values.get("method", PretrainConfig.method)
-    defaults = _SMALL_IMAGES.get(method, {}) if preset is None else {}
+    defaults: Settings = {} if preset is not None else _PUBLISHED["small images"].get(method, {})
     if preset is not None or values.get("data", DIGITS) != DIGITS:
-        defaults = {
-            "image_size": FOLDER_IMAGE_SIZE,
-            "augmentation": _AUGMENTATIONS.get(method, "byol"),
-            "min_crop_scale": _MIN_CROP_SCALES.get(method, 0.08),
-            **defaults,
-        }
+        defaults = {**_PUBLISHED["photographs"].get(method, {}), **defaults}
     if values.get("gate_budget") is not None:
         defaults = {"widths": (1.0,), **defaults}
     return PretrainConfig(**{**defaults, **values})
