@@ -87,8 +87,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         canvas = _draw(digits, chosen, source, size, generator)
         parts.append((canvas.mul(255).round().to(torch.uint8), labels[chosen]))
     (train_images, train_labels), (test_images, test_labels) = parts
-    classes = tuple(str(digit) for digit in range(10))
-    return Images(train_images, train_labels, test_images, test_labels, classes, channels=1, handwriting=True)
+    return Images(train_images, train_labels, test_images, test_labels, tuple("0123456789"), 1, handwriting=True)
 
 
 def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
