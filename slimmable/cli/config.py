@@ -139,11 +139,11 @@ class PretrainConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> PretrainConfig:
+    def from_json(cls, path: Path) -> PretrainConfig:
         """Read settings that `to_json` wrote to `path`, or raise CheckpointError if names or types are wrong."""
         try:
-            values = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+            values = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
         differing = {each.name for each in fields(cls)} ^ set(values)
         if differing:

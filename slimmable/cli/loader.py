@@ -135,9 +135,6 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         flip = [v2.RandomHorizontalFlip()] if mirror else []
         return v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])  # type: ignore[no-any-return]
 
-    def colours(*strength: float) -> list[nn.Module]:
-        return [v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)]
-
     def blur(share: float) -> nn.Module:
         kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
         return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=share)  # type: ignore[no-any-return]
@@ -147,11 +144,10 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         light = v2.ColorJitter(brightness=0.4, contrast=0.4)
         softer = v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5)
         return [view(turn, crop, light, softer)] * 2
-    if name == "mocov2":
-        return [view(crop, *colours(0.4, 0.4, 0.4, 0.1), blur(0.5))] * 2
-    if name == "simclr":
-        return [view(crop, *colours(0.8, 0.8, 0.8, 0.2), blur(0.5))] * 2
+    if name == "supervised":
+        return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
+    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
+    first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
     if name == "byol":
-        jitter = colours(0.4, 0.4, 0.2, 0.1)
-        return [view(crop, *jitter, blur(1.0)), view(crop, *jitter, blur(0.1), v2.RandomSolarize(128, p=0.2))]
-    return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
+        return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
+    return [view(*first, blur(0.5))] * 2

@@ -49,11 +49,9 @@ def start_folder(folder: Path, config: PretrainConfig) -> None:
 def read_config(folder: Path) -> PretrainConfig:
     """Return the configuration of the run in `folder`, or raise CheckpointError if there is none."""
     path = folder / CONFIG
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder} is not the folder of a pre-training run: {path} cannot be read") from error
-    return PretrainConfig.from_json(text, path)
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
+    return PretrainConfig.from_json(path)
 
 
 @dataclass(frozen=True)
