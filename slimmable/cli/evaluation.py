@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +34,27 @@ _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et
 _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training
 
-Key = TypeVar("Key")
-Passes = Mapping[Key, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by name
+Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
+
+
+def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
+    """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass."""
+    if config.gate_budget is None:
+        return {width: partial(at_width, backbone, width) for width in widths}
+    return {DENSE: nullcontext, GATED: partial(gated, backbone)}
 
 
 @torch.no_grad()
 def features_in(
-    passes: Passes[Key], backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
-) -> tuple[dict[Key, Tensor], float]:
+    passes: Passes, backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+) -> tuple[dict[Any, Tensor], float]:
     """Return the features in each of `passes`, and the cost of the gated one, NaN if none is.
 
     Features are computed in eval mode, and have shape (images, features), float32, on the CPU. The cost is the mean
     over the images of the multiply-adds, gates included, as a share of those of the dense network.
     """
     device = next(backbone.parameters()).device
-    parts: dict[Key, list[Tensor]] = {name: [] for name in passes}
+    parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
     shares = [torch.zeros(0)]
     with in_eval_mode(backbone):
         for batch in batches_of(images, workers=workers):
@@ -102,25 +108,25 @@ def rows_of_run(
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
-    if config.gate_budget is None:
-        trained = prober.of_widths(backbone, config.widths)
-        before = prober.of_widths(untrained, config.widths, UNTRAINED)
-        costs = profile(backbone, prober.size, repeats=0).rows
-        return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
-    both, cost = prober.of_passes(backbone)
+    shares, cost = prober.measure(backbone, _passes(config, backbone, config.widths))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
-        calibrate(config, untrained, images)
-        for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
-            both[name] |= found
+        if config.gate_budget is not None:
+            calibrate(config, untrained, images)
+        for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
+            shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
+    if config.gate_budget is None:
+        costs = profile(backbone, prober.size, repeats=0).rows
+        return [Row(row.width, row.parameters, row.macs, shares[row.width]) for row in costs]
     rows = []
     for name, network in plain_networks(config, backbone, images).items():
         own = profile(network, prober.size, repeats=0).rows[0]
-        rows.append(Row(1.0, own.parameters, own.macs, both.get(name) or prober.of_plain(network), name))
+        found = shares.get(name) or prober.measure(network, {1.0: nullcontext})[0][1.0]
+        rows.append(Row(1.0, own.parameters, own.macs, found, name))
     with gated(backbone):
         parameters = parameter_count(backbone)
     macs = round(cost * rows[0].macs)
-    return [rows[0], Row(1.0, parameters, macs, both[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
+    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
@@ -141,10 +147,7 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
 
 
 class _Prober:
-    """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on.
-
-    The names of the probes can get a prefix.
-    """
+    """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
     def __init__(
         self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
@@ -157,30 +160,19 @@ class _Prober:
         )
         self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
-    def of_widths(self, network: nn.Module, widths: Sequence[float], prefix: str = "") -> dict[float, dict[str, float]]:
-        """Measure some widths of a converted network, the widest included."""
-        passes = {width: partial(at_width, network, width) for width in widths}
-        known, asked = (narrowest_first(network, found) for found in self._features(network, passes)[:2])
-        return self._accuracies(known, asked, prefix)
-
-    def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
-        """Measure the dense and the gated pass; also return the cost of the latter on the held-out images."""
-        known, asked, cost = self._features(network, {DENSE: nullcontext, GATED: partial(gated, network)})
-        return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}, cost
-
-    def of_plain(self, network: nn.Module) -> dict[str, float]:
-        """Measure a plain network."""
-        return self._accuracies(*self._features(network, {1.0: nullcontext})[:2], "")[1.0]
-
-    def _features(self, network: nn.Module, passes: Passes[Key]) -> tuple[dict[Key, Tensor], dict[Key, Tensor], float]:
+    def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], float]:
+        """Return pass -> probe -> accuracy, the widths of a network probed together, and the cost as `features_in`."""
         known, _ = features_in(passes, network, self.train, self.workers)
-        return known, *features_in(passes, network, self.test, self.workers)
+        asked, cost = features_in(passes, network, self.test, self.workers)
+        if 1.0 in passes:
+            return self._accuracies(narrowest_first(network, known), narrowest_first(network, asked)), cost
+        return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, cost
 
     def _accuracies(
-        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor], prefix: str
+        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]
     ) -> dict[float, dict[str, float]]:
         found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
-        return {width: {prefix + probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+        return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 
 
 class Watch:
@@ -204,15 +196,17 @@ class Watch:
 
         Gates decide without noise, at the thresholds used in training.
         """
-        backbone = self.training.method.backbone
-        if self.training.config.gate_budget is None:
-            shares = {f"w{width:g}": found for width, found in self.prober.of_widths(backbone, self.widths).items()}
-            costs, text = {}, ""
-        else:
-            shares, cost = self.prober.of_passes(backbone)
-            costs, text = {"gated_share": cost}, f"  ({cost:.2f} of the multiply-adds)"
+        config, backbone = self.training.config, self.training.method.backbone
+        found, cost = self.prober.measure(backbone, _passes(config, backbone, self.widths))
+        shares = {name if name in (DENSE, GATED) else f"w{name:g}": each["knn"] for name, each in found.items()}
+        values = {f"knn/{name}": share for name, share in shares.items()}
+        text = "kNN accuracy in %  " + "  ".join(
+            f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items()
+        )
+        if config.gate_budget is not None:
+            values["gated_share"] = cost
+            text += f"  ({cost:.2f} of the multiply-adds)"
         for logger in self.loggers:
-            logger.log(self.training.step, {f"knn/{name}": found["knn"] for name, found in shares.items()} | costs)
+            logger.log(self.training.step, values)
             logger.flush()
-        shown = (f"{name.lstrip('w')}: {100 * found['knn']:.1f}" for name, found in shares.items())
-        return f"kNN accuracy in %  {'  '.join(shown)}{text}"
+        return text
