@@ -85,7 +85,7 @@ def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     first = "network" if rows[0].network else "width"
     lines = [f"| {first} | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
     for row in rows:
-        shares = " | ".join(in_percent(row, name) for name in rows[0].shares)
+        shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in rows[0].shares)
         lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
     return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
@@ -99,9 +99,10 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
         style = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
         colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
         for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
-            points = points_of(rows, kind, name)
-            label = ", ".join(part for part in (title_of(name, ", untrained"), kind) if part)
-            axes.plot(*zip(*points, strict=True), marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
+            own = [row for row in rows if row.kind == kind and name in row.shares]
+            points = [row.macs / 1e6 for row in own], [100 * row.shares[name] for row in own]
+            label = ", ".join(part for part in (title_of(name), kind) if part)
+            axes.plot(*points, marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in rows:
         if row.kind == STATIC:  # too close together for labels
@@ -116,22 +117,10 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     write_aside(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
-def points_of(rows: Sequence[Row], kind: str, name: str) -> list[tuple[float, float]]:
-    """Return the points of a plot for the rows of one kind: million multiply-adds and accuracy in %."""
-    return [(row.macs / 1e6, 100 * row.shares[name]) for row in rows if row.kind == kind and name in row.shares]
-
-
-def in_percent(row: Row, name: str) -> str:
-    """Return an accuracy of the row as a table cell, empty if it was not measured."""
-    return f"{100 * row.shares[name]:.1f}" if name in row.shares else ""
-
-
-def title_of(name: str, suffix: str = "") -> str:
-    """Return the title of an accuracy: "untrained kNN" in tables, and with the suffix ", untrained" in plots."""
+def title_of(name: str) -> str:
+    """Return the title of an accuracy, such as "untrained kNN"."""
     title = TITLES[name.removeprefix(UNTRAINED)]
-    if not name.startswith(UNTRAINED):
-        return title
-    return f"{title}{suffix}" if suffix else f"untrained {title}"
+    return f"untrained {title}" if name.startswith(UNTRAINED) else title
 
 
 def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:
