@@ -76,14 +76,12 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
         return tuple(None if number is None else axis(number) for number in numbers)
 
+    leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
+
     def expression(parts: list[Any]) -> Expression:
         kind, *rest = parts
-        if kind == "constant":
-            return Expression(kind, int(rest[0]))
-        if kind == "attribute":
-            return Expression(kind, _attribute(*rest))
-        if kind == "size":
-            return Expression(kind, axis(rest[0]))
+        if kind in leaves:
+            return Expression(kind, leaves[kind](*rest))
         if kind not in OPERATIONS:
             raise CheckpointError(f"it has an unknown operation {kind!r}")
         return Expression(kind, tuple(map(expression, rest)))
