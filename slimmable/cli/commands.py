@@ -88,14 +88,15 @@ class Evaluate:
 
     def _run(self) -> int:
         from slimmable.cli.data import load_images
-        from slimmable.cli.evaluation import evaluate_run
+        from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.run import read_config, trained_backbone
 
         config = read_config(self.run)
         images = load_images(config)
         backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
         probes: list[Any] = list(dict.fromkeys(self.probes))
-        say(evaluate_run(config, self.run, backbone, images, probes, _count_workers(self.workers)))
+        rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
+        say(report_run(config, self.run, rows, images))
         return 0
 
 

@@ -77,18 +77,6 @@ def _calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
     return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
 
 
-def evaluate_run(
-    config: PretrainConfig,
-    folder: Path,
-    backbone: nn.Module,
-    images: Images,
-    probes: Sequence[ProbeName] = PROBES,
-    workers: int = 0,
-) -> str:
-    """Evaluate the networks of a run, write the report, and return the table as Markdown."""
-    return report_run(config, folder, rows_of_run(config, backbone, images, probes, workers), images)
-
-
 def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
     title = f"{config.model}, {config.epochs} epochs of {config.method}"
