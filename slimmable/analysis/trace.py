@@ -41,7 +41,7 @@ class ModuleCall:
 
     source: Tensor | None
     axes: list[Ids | None]
-    out: Any = None
+    out: Any
 
 
 @dataclass
@@ -183,18 +183,14 @@ def trace(
 def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
     """Record what each module is called with and what it returns."""
 
-    def before(path: str, args: Any) -> None:
+    def note(path: str, args: Any, out: Any) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
         axes = [] if source is None else result.context.axes(source)
-        result.calls.setdefault(path, []).append(ModuleCall(source, axes))
-
-    def after(path: str, out: Any) -> None:
-        result.calls[path][-1].out = out
+        result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
     with ExitStack() as hooks:
         for path, module in fake.model.named_modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
-            hooks.enter_context(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)))
+            hooks.enter_context(module.register_forward_hook(lambda _, args, out, path=path: note(path, args, out)))
         yield
 
 
