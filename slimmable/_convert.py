@@ -348,12 +348,12 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 kept = [axes[0] for axes in per_width]
                 norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
-                _know(norm, found, path)
+                know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
             install_view(module, found.widths, cut, values, None, caches)
-            _know(module, found, path)
+            know(module, found, path)
     root = replace_modules(model, norms)
     root.__dict__["_slim_root"] = True
     return root
@@ -368,7 +368,7 @@ def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: Switchable
     return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)
 
 
-def _know(module: nn.Module, found: Plan, path: str) -> None:
+def know(module: nn.Module, found: Plan, path: str) -> None:
     """Record the plan, and the module's path in it, in the module's state."""
     state = slim_state(module)
     state.plan, state.path = found, path
