@@ -50,7 +50,8 @@ def make_plan(
         fake = FakeModel(model, args, kwargs, replayed)
         try:
             plan = Plan(widths, round_to=round_to, universal=universal)
-            failed = _fill_and_try(fake, _also(skip, pinned), outputs, plan)
+            found = best_trace(fake, widths, _also(skip, pinned), round_to, outputs)
+            failed = first_failure(fake, filled_plan(fake, *found, plan))
         except TraceError as error:
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
@@ -68,7 +69,7 @@ def make_plan(
             continue
         if failed is None:
             made = fake.made
-            del fake  # and with it, all that may hold tensors of its runs
+            del fake, found  # and with them, all that may hold tensors of the runs
             sweep(made)
             return plan
         path, reason = failed
@@ -92,12 +93,6 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
         if not plan.channels.units:
             return f"To skip {path!r} would leave nothing that gets narrower."
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
-
-
-def _fill_and_try(fake: FakeModel, skip: Skip, outputs: Outputs, plan: Plan) -> tuple[str, Exception] | None:
-    """Fill an empty plan, and return which module fails when narrow, and why, if one does."""
-    found = best_trace(fake, plan.widths, skip, plan.round_to, outputs)
-    return first_failure(fake, filled_plan(fake, *found, plan))
 
 
 def _has_tensors(plan: Plan, path: str) -> bool:
