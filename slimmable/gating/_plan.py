@@ -134,7 +134,7 @@ class _Axis:
 
 
 class LayerMacs:
-    """Multiply-adds of each layer for images of one size and any masks; pure data, which copies of a model share.
+    """Multiply-adds of each layer for images of one size and any masks; pure data.
 
     Args:
         products: module path, multiply-adds of all images, and the axes that they are proportional to.
@@ -156,9 +156,6 @@ class LayerMacs:
         for path, macs, axes in products:
             each = [known.setdefault(ids.tobytes(), _Axis.of(ids, grouping)) for ids in axes]
             self._products.append((path, macs // math.prod(axis.length for axis in each), each))
-
-    def __deepcopy__(self, memo: Any) -> LayerMacs:
-        return self
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Any]:
         """Return module path -> multiply-adds per image: a number, or shape (images,) where they depend on gates.
