@@ -126,8 +126,9 @@ class GuestColumn(Column):
         kept: Mapping[str, Sequence[Kept]],
         values: Mapping[str, object],
     ) -> None:
+        super().__init__(width)
         self.buffers: dict[str, tuple[int, ...]] = {}
-        super().__init__(width, _cuts(module, kept, self.buffers), values)
+        self.cuts, self.values = _cuts(module, kept, self.buffers), dict(values)
         self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
