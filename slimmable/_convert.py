@@ -31,7 +31,7 @@ from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.state import WidthState, forget, is_slim, slim_state, state_of
-from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
+from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 M = TypeVar("M", bound=nn.Module)
@@ -198,7 +198,8 @@ def _extract_active(model: M) -> M:
         twin = memo[id(module)]
         if is_slim(twin):  # not if the class copies itself through its constructor
             remove_view(twin)
-        twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
+        active = slim_state(module).active
+        twin.__dict__.update(active.values | active.sizes)
     for module in small.modules():
         module.__dict__.pop("_slim_root", None)
     small = cast(M, detach_all(small))

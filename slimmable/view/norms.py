@@ -16,7 +16,7 @@ from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
-from slimmable.view.state import Column, Counts
+from slimmable.view.state import Column, Counts, slim_state
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
@@ -131,7 +131,7 @@ class SwitchableNorm(SwitchableContainer):
         norm = self.norm_at(index)
         if not _shares(norm):
             return norm
-        parts = narrow_tensors(norm, 0)
+        parts = narrow_tensors(norm, slim_state(norm).active)
         twin = twin_of(norm, type(norm))
         remove_view(twin)
         full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")

@@ -14,7 +14,7 @@ from slimmable._widths import kept_units
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
 from slimmable.layers._kept import disjoint_units
-from slimmable.view.view import narrow_values, original_class
+from slimmable.view.view import original_class
 
 SLIM_CONV = {1: SlimConv1d, 2: SlimConv2d, 3: SlimConv3d}
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -113,7 +113,7 @@ def test_conv_equals_conv_of_the_slices(rank, ins, outs, widths, bias, slim_in, 
     set_width(slim, width)
     x = torch.randn(2, len(columns), *[6] * rank, **F64)
     assert_same_with_gradients(slim, plain, x, (rows, columns))
-    assert narrow_values(slim, widths.index(width))["in_channels"] == len(columns)
+    assert slim._slim.columns[widths.index(width)].sizes["in_channels"] == len(columns)
     assert (slim.in_channels, slim.out_channels) == (ins, outs)
 
 
@@ -142,7 +142,7 @@ def test_depthwise_conv_keeps_the_first_groups(channels, multiplier, widths, dat
     set_width(slim, width)
     assert slim.groups == kept
     assert_same_with_gradients(slim, plain, torch.randn(2, kept, 4, 4, **F64), (rows, torch.arange(1)))
-    assert narrow_values(slim, widths.index(width))["out_channels"] == len(rows)
+    assert slim._slim.columns[widths.index(width)].sizes["out_channels"] == len(rows)
 
 
 @quick
@@ -229,7 +229,7 @@ def test_groupnorm_keeps_whole_groups_where_it_can(groups, size, widths, whole):
         set_width(slim, width)
         slim.zero_grad()
         assert_same_with_gradients(slim, plain, torch.randn(2, len(rows), 5, **F64), (rows,))
-        sizes = {"num_groups": slim.num_groups} | narrow_values(slim, index)
+        sizes = {"num_groups": slim.num_groups} | slim._slim.columns[index].values | slim._slim.columns[index].sizes
         assert sizes == {"num_groups": kept_groups, "num_channels": len(rows)}
 
 
