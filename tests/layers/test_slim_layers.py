@@ -13,7 +13,7 @@ from slimmable._width import set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
-from slimmable.layers._kept import disjoint_units
+from slimmable.layers._slim import disjoint_units
 from slimmable.view.view import original_class
 
 SLIM_CONV = {1: SlimConv1d, 2: SlimConv2d, 3: SlimConv3d}
