@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimmable._addons import AddOn
+from slimmable._addons import ADDONS, AddOn
 from slimmable._checks import check_module, check_positive
 from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
@@ -285,7 +285,7 @@ def _channel_gates(model: nn.Module) -> list[ChannelGate]:
     return found
 
 
-ADDON = AddOn(
+ADDONS["gating"] = AddOn(
     refusal="has gates, which are made for its widths; remove them with slimmable.gating.ungate",
     present=has_gates,
     detach=ungate,
