@@ -46,11 +46,16 @@ def make_plan(
     """
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
+
+    def stays(path: str, module: nn.Module) -> bool | str:
+        """Return why a module is pinned, or whether it is skipped."""
+        return next((why for outer, why in pinned.items() if is_inside(path, outer)), "") or skip(path, module)
+
     while True:
         fake = FakeModel(model, args, kwargs, replayed)
         try:
             plan = Plan(widths, round_to=round_to, universal=universal)
-            found = best_trace(fake, widths, _also(skip, pinned), round_to, outputs)
+            found = best_trace(fake, widths, stays, round_to, outputs)
             failed = first_failure(fake, filled_plan(fake, *found, plan))
         except TraceError as error:
             above = _skipped(model, skip, error.module)
@@ -104,15 +109,6 @@ def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
     parts = path.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts) if path else 0)]
     return next((name for name in above if skip(name, model.get_submodule(name))), None)
-
-
-def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
-    """Return `skip` extended by modules that are pinned for a reason."""
-
-    def reason(path: str) -> str | None:
-        return next((why for outer, why in pinned.items() if is_inside(path, outer)), None)
-
-    return lambda path, module: reason(path) or skip(path, module)
 
 
 def best_trace(
