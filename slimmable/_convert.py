@@ -173,39 +173,34 @@ def extract(model: M, width: Setting) -> M:
     )
     """
     with at_width(model, width):
-        return _extract_active(model)
-
-
-def _extract_active(model: M) -> M:
-    memo: dict[int, Any] = {}
-    slim = []
-    for module in shallow_modules(model):
-        state = state_of(module)
-        if state is None:
-            continue
-        if isinstance(module, SwitchableContainer):
-            memo[id(module)] = copy_of(module.own_at(state.index), memo)
-            continue
-        slim.append(module)
-        _refuse_derived(module, state)
-        for name, part in narrow_tensors(module, state.active).items():
-            full = {**module._parameters, **module._buffers, **module.__dict__}[name]
-            if id(full) not in memo:
-                own = _laid_out_as(full, part)
-                memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
-    small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
-    for module in slim:
-        twin = memo[id(module)]
-        if is_slim(twin):  # not if the class copies itself through its constructor
-            remove_view(twin)
-        active = slim_state(module).active
-        twin.__dict__.update(active.values | active.sizes)
-    for module in small.modules():
-        module.__dict__.pop("_slim_root", None)
-    small = cast(M, detach_all(small))
-    follow_layers(model, small)
-    follow_configs(model, small)
-    return small
+        memo: dict[int, Any] = {}
+        slim = []
+        for module in shallow_modules(model):
+            state = state_of(module)
+            if state is None:
+                continue
+            if isinstance(module, SwitchableContainer):
+                memo[id(module)] = copy_of(module.own_at(state.index), memo)
+                continue
+            slim.append((module, state.active))
+            _refuse_derived(module, state)
+            for name, part in narrow_tensors(module, state.active).items():
+                full = {**module._parameters, **module._buffers, **module.__dict__}[name]
+                if id(full) not in memo:
+                    own = _laid_out_as(full, part)
+                    memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
+        small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
+        for module, active in slim:
+            twin = memo[id(module)]
+            if is_slim(twin):  # not if the class copies itself through its constructor
+                remove_view(twin)
+            twin.__dict__.update(active.values | active.sizes)
+        for module in small.modules():
+            module.__dict__.pop("_slim_root", None)
+        small = cast(M, detach_all(small))
+        follow_layers(model, small)
+        follow_configs(model, small)
+        return small
 
 
 def _refuse_derived(module: nn.Module, state: WidthState) -> None:
