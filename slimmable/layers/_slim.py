@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Plain = TypeVar("Plain", bound=nn.Module)
+_Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
 class SlimLayer(nn.Module):
@@ -103,16 +104,8 @@ class SlimLinear(SlimLayer, nn.Linear):
     ) -> None:
         rows = kept_at(widths, self.out_features, slim=slim_out, overlap=overlap)
         columns = kept_at(widths, self.in_features, slim=slim_in, overlap=overlap)
-        install_view(
-            self,
-            widths,
-            {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]},
-            {},
-            {
-                "in_features": [kept_of(self.in_features, kept) for kept in columns],
-                "out_features": [kept_of(self.out_features, kept) for kept in rows],
-            },
-        )
+        cuts: _Cuts = {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]}
+        install_view(self, widths, cuts, {})
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
@@ -167,19 +160,9 @@ class _SlimConv(SlimLayer, _ConvNd):
             rows = kept_at(widths, out_size, self.groups, slim=slim_out, overlap=overlap)
             columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
         rest: tuple[Kept, ...] = (None,) * len(self.kernel_size)
-        install_view(
-            self,
-            widths,
-            {
-                "weight": [(row, column, *rest) for row, column in zip(rows, columns, strict=True)],
-                "bias": [(row,) for row in rows],
-            },
-            {"groups": groups} if len(set(groups)) > 1 else {},
-            {
-                "in_channels": [kept_of(in_size, kept) * count for kept, count in zip(columns, groups, strict=True)],
-                "out_channels": [kept_of(self.out_channels, row) for row in rows],
-            },
-        )
+        weight = [(row, column, *rest) for row, column in zip(rows, columns, strict=True)]
+        cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
+        install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
 
 
 class SlimConv1d(_SlimConv, nn.Conv1d):
@@ -371,7 +354,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
             kept = kept_at(widths, size, self.num_groups)
             counts = [kept_of(self.num_channels, each) for each in kept]
         cuts = [(each,) for each in kept]
-        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups}, {"num_channels": counts})
+        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
 
     @classmethod
     def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> SlimGroupNorm:
