@@ -195,8 +195,6 @@ def extract(model: M, width: Setting) -> M:
             if is_slim(twin):  # not if the class copies itself through its constructor
                 remove_view(twin)
             twin.__dict__.update(active.values | active.sizes)
-        for module in small.modules():
-            module.__dict__.pop("_slim_root", None)
         small = cast(M, detach_all(small))
         follow_layers(model, small)
         follow_configs(model, small)
@@ -281,7 +279,7 @@ def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
 def plan_of(model: nn.Module) -> Plan | None:
     """Return the plan of a model that `slimify` has returned, or None for any other, such as a part of one."""
     state = state_of(model)
-    return None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    return None if state is None or state.path else state.plan
 
 
 def _current_plan(
@@ -318,7 +316,6 @@ def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
     norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     replace_modules(model, {id(norm): norm.to_norm() for norm in norms.values()})
     for module in model.modules():
-        module.__dict__.pop("_slim_root", None)
         if is_slim(module) and not isinstance(module, SwitchableContainer):
             remove_view(module)
     return norms
@@ -350,9 +347,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
             values, caches = found.values.get(path, {}), found.caches.get(path)
             install_view(module, found.widths, cut, values, None, caches)
             know(module, found, path)
-    root = replace_modules(model, norms)
-    root.__dict__["_slim_root"] = True
-    return root
+    return replace_modules(model, norms)
 
 
 def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:

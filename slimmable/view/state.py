@@ -59,7 +59,8 @@ class Column:
 class WidthState(Active[Column]):
     """The columns of one module, the full width first, and the active one.
 
-    `plan` is the plan of the conversion that made them, None for a module built by hand, and `path` the place in it.
+    `plan` is the plan of the conversion that made them, None for a module built by hand, and `path` the place in it, ""
+    for the model that was converted.
     """
 
     def __init__(self, widths: tuple[float, ...]) -> None:
