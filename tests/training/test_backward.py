@@ -440,6 +440,28 @@ class Swapped(nn.Module):
         return x.transpose(1, 2)
 
 
+class ReturnsItsLoss(nn.Module):
+    """As published programs do; `teacher` is called last, but cannot learn."""
+
+    def __init__(self, encoder, teacher):
+        super().__init__()
+        self.encoder, self.teacher = encoder, teacher
+
+    def forward(self, x0, x1):
+        z0, z1 = self.encoder(x0), self.encoder(x1)
+        return losses.nt_xent(z0, z1) + 0 * self.teacher(x0)["embedding"].mean()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_of_a_model_that_returns_its_loss_the_last_module_in_it_teaches(listed):
+    x0, x1 = views()
+    ours, reference = ReturnsItsLoss(network(), Counting()), network()
+    model = nn.ModuleList([ours.encoder, nn.ModuleDict({"teacher": ours.teacher})]) if listed else ours
+    SlimRecipe(model, KL()).backward(lambda: ours(x0, x1))
+    SlimRecipe(reference, KL()).backward(lambda: losses.nt_xent(reference(x0), reference(x1)))
+    torch.testing.assert_close(gradients(ours.encoder), gradients(reference), rtol=0, atol=0)
+
+
 def test_the_recipes_model_may_be_wrapped_later():
     model = network()
     recipe = SlimRecipe(model, KL("embedding"))
