@@ -32,22 +32,18 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
     It is traced with `images`, of shape (2, channels, height, width).
     """
     with torch.no_grad(), _quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
-        program = _trace_any_batch(model, images) or torch.export.export(model, (images[:1],))
+        try:
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+            right = difference(model, program.module(), images[:1]) <= TOLERANCE
+        except Exception:  # the forward depends on the number of images; torch.export raises many kinds of errors
+            right = False
+        if not right:
+            program = torch.export.export(model, (images[:1],))
     program.example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)
     return program
-
-
-def _trace_any_batch(model: nn.Module, images: Tensor) -> ExportedProgram | None:
-    """Return the program for any number of images, or None if the forward depends on their number."""
-    try:
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
-        right = difference(model, program.module(), images[:1]) <= TOLERANCE
-    except Exception:  # torch.export raises many kinds of errors
-        return None
-    return program if right else None
 
 
 def save_pt2(program: ExportedProgram, path: Path) -> Program:
