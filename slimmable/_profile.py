@@ -134,21 +134,16 @@ def profile(
 
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameter elements that `model` uses at its active width."""
-    seen: set[int] = set()
-    total = 0
-    stack = list(shallow_modules(model))
-    while stack:
-        module = stack.pop()
-        state = state_of(module)
+    sizes: dict[int, int] = {}
+    used = list(shallow_modules(model))
+    for module in used:  # which grows
         if isinstance(module, SwitchableContainer):
-            if not module.idle:
-                stack += list(module.module_at(0 if state is None else state.index).modules())
+            used += [] if module.idle else module.module_at(module._slim.index).modules()
             continue
         for name, full in module._parameters.items():
-            if full is not None and id(full) not in seen:
-                seen.add(id(full))
-                total += getattr(module, name).numel()
-    return total
+            if full is not None:
+                sizes.setdefault(id(full), getattr(module, name).numel())
+    return sum(sizes.values())
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
