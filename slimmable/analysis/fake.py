@@ -33,6 +33,7 @@ class FakeModel:
 
     on_replay: Callable[[str, Any], None] | None = None
     on_branch: Callable[[Sequence[Tensor]], None] | None = None  # gets what the numbers that code asks for come from
+    on_call: Callable[[str, Any, Any], None] | None = None  # gets the path, arguments and output of what has run
 
     def __init__(
         self,
@@ -59,11 +60,16 @@ class FakeModel:
         self._stack = stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(lambda module, args, path=path: stack.append(path))
-            module.register_forward_hook(lambda module, args, output: stack.__delitem__(-1))
+            module.register_forward_hook(lambda module, args, output, path=path: self._left(path, args, output))
             # a forward may call `to`, which fakes do not support
             module.__dict__["_apply"] = lambda *_, own=module: own
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
+
+    def _left(self, path: str, args: Any, output: Any) -> None:
+        self._stack.pop()
+        if self.on_call is not None:
+            self.on_call(path, args, output)
 
     def _fake_weight(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.is_leaf:
