@@ -24,7 +24,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
-from slimmable.analysis.fake import FakeModel, layers_in_parts
+from slimmable.analysis.fake import FakeModel, layers_in_parts, swapped
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
@@ -176,11 +176,8 @@ class _Attention(TorchFunctionMode):
         if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
         counter = self.counter
-        counter.asleep = True
-        try:
+        with swapped([(vars(counter), "asleep", True)]):
             out = func(*args, **kwargs)
-        finally:
-            counter.asleep = False
         query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         scores = math.prod(out.shape[:-1]) * key.shape[-2]
         counter.flops += 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values

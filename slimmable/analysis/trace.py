@@ -121,11 +121,8 @@ class _Calls(TorchFunctionMode):
         return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.operations.asleep = True
-        try:
+        with swapped([(vars(self.operations), "asleep", True)]):
             out = func(*args, **kwargs)
-        finally:
-            self.operations.asleep = False
         self.context.at("scaled_dot_product_attention", self.operations.fake.running)
         names = ("query", "key", "value")
         _rules_layer.attention(self.context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
