@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias, cast
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.fx import Proxy
@@ -86,12 +85,11 @@ def install_view(
                 )
     for index, column in enumerate(state.columns):
         kept = {name: per_width[index] for name, per_width in tensors.items()}
-        column.cuts = _cuts(module, kept, state.index_buffers)
+        column.cuts = _cuts(module, kept)
         column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
         column.sizes = {name: per_width_values[index] for name, per_width_values in (sizes or {}).items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
-    _register(module, state.index_buffers, tensors)
     module.__dict__["_slim"] = state
     for name, full in state.columns[0].values.items():
         module.__dict__.setdefault(name, full)
@@ -110,8 +108,6 @@ def remove_view(module: nn.Module) -> None:
     state.active.leave(module)
     del module.__dict__["_slim"]
     module.__dict__.update(state.blanks)
-    for buffer in state.index_buffers:
-        delattr(module, buffer)
 
 
 def _without_view(kind: type) -> type:
@@ -125,7 +121,7 @@ def _without_view(kind: type) -> type:
 
 
 class GuestColumn(Column):
-    """A guest of a module with a view, with its own index buffers, and properties for what was never cut before."""
+    """A guest of a module with a view, with properties for what was never cut before."""
 
     def __init__(
         self,
@@ -135,39 +131,21 @@ class GuestColumn(Column):
         values: Mapping[str, object],
     ) -> None:
         super().__init__(width)
-        self.buffers: dict[str, tuple[int, ...]] = {}
-        self.cuts, self.values = _cuts(module, kept, self.buffers), dict(values)
+        self.cuts, self.values = _cuts(module, kept), dict(values)
         self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
-        """Register the index buffers and add the properties."""
+        """Add the properties."""
         if self.index == -1:
-            _register(module, self.buffers, self.cuts)
             _add_properties(module, self.cuts, self.values)
 
-    def leave(self, module: nn.Module) -> None:
-        """Remove the index buffers that the module does not keep."""
-        for buffer in self.buffers.keys() - slim_state(module).index_buffers.keys():
-            delattr(module, buffer)
-
-    def keep(self, module: nn.Module) -> None:
-        """Add the index buffers to those that the module keeps."""
-        self.enter(module)
-        kept = slim_state(module).index_buffers
-        self.buffers = {name: indices for name, indices in self.buffers.items() if name not in kept}
-        kept.update(self.buffers)
-
-    def drop(self, module: nn.Module) -> None:
-        """Remove the index buffers that `keep` added."""
-        for buffer in self.buffers:
-            del slim_state(module).index_buffers[buffer]
-            delattr(module, buffer)
+    keep = enter
 
 
 def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
     """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
     found = {name: (_full_tensor(module, name), cut) for name, cut in column.cuts.items()}
-    return {name: take(tensor, cut, module._buffers) for name, (tensor, cut) in found.items() if tensor is not None}
+    return {name: take(tensor, cut) for name, (tensor, cut) in found.items() if tensor is not None}
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -178,22 +156,15 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
     raise ConversionError(f"{type(module).__name__} has no tensor {name!r}")
 
 
-def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]], buffers: dict[str, tuple[int, ...]]) -> dict[str, Cut]:
-    """Return the cuts of the tensors that are not kept whole, and add the index buffers that they need."""
+def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
+    """Return the cuts of the tensors that are not kept whole."""
     found = {}
     for name, axes in kept.items():
         tensor = _full_tensor(module, name)
-        cut = None if tensor is None else make_cut(tensor.shape, axes, f"{type(module).__name__}.{name}", buffers)
+        cut = None if tensor is None else make_cut(tensor, axes, f"{type(module).__name__}.{name}")
         if cut is not None:
             found[name] = cut
     return found
-
-
-def _register(module: nn.Module, buffers: Mapping[str, tuple[int, ...]], tensors: Iterable[str]) -> None:
-    device = next((tensor.device for name in tensors if (tensor := _full_tensor(module, name)) is not None), None)
-    for buffer, kept in buffers.items():
-        if buffer not in module._buffers:
-            module.register_buffer(buffer, torch.tensor(kept, device=device), persistent=False)
 
 
 # -- the generated classes, whose properties return what the active column holds
@@ -242,7 +213,7 @@ def _tensor_property(name: str) -> property:
             return cast("Tensor | None", tensor)
         if tensor.shape != cut.full:
             raise _changed(self, name, tensor)
-        return take(tensor, cut, self._buffers)
+        return take(tensor, cut)
 
     return property(get, lambda self, value: _set_plain(self, name, value), lambda self: _delete_plain(self, name))
 
@@ -321,15 +292,6 @@ class _Viewed(nn.Module):
             )
         super().register_parameter(name, param)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Refill the index buffers after moves that drop contents, such as `to_empty`."""
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, kept in self._slim.index_buffers.items():
-            buffer = self._buffers[name]
-            if buffer is not None and not buffer.is_meta:
-                self._buffers[name] = torch.tensor(kept, device=buffer.device)
-        return self
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the original class, since the generated one cannot be imported."""
         with _at_full(self):  # recurrent layers refresh their list of weights here
@@ -386,9 +348,9 @@ class _ViewedWithBuffers(_Viewed):
         cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
         full = None if cut is None else self._buffers.get(name)
         if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
-            if value.shape != take(full, cut, self._buffers).shape:
+            if value.shape != take(full, cut).shape:
                 raise _changed(self, name, value)
-            value = put(full, cut, self._buffers, value.detach())
+            value = put(full, cut, value.detach())
         super().__setattr__(name, value)
 
 
