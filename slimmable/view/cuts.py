@@ -106,8 +106,4 @@ def _block(tensor: Tensor, cut: Cut) -> Tensor:
 
 def take_channels(tensor: Tensor, kept: Kept) -> Tensor:
     """Return the part of a tensor that is kept along its first axis."""
-    if kept is None:
-        return tensor
-    if isinstance(kept, int):
-        return tensor[:kept]
-    return tensor.index_select(0, torch.tensor(kept, device=tensor.device))
+    return tensor if kept is None else tensor[list(kept) if isinstance(kept, tuple) else slice(kept)]
