@@ -380,5 +380,5 @@ def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
     """Return a deep copy; tensors that a forward has left in attributes lose their autograd history."""
     memo = {} if memo is None else memo
     for key, value in left_behind(model).items():
-        memo.setdefault(key, value.detach().clone())
+        memo.setdefault(key, value.clone())
     return copy.deepcopy(model, memo)

@@ -317,11 +317,7 @@ def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
         for name in _CHANNEL_COUNTS:
             if getattr(module, name, None) == channels:
                 setattr(module, name, kept_of(channels, kept))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.shape[:1] == (channels,):
-                cut = take_channels(parameter.detach(), kept).clone()
-                module._parameters[name] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.shape[:1] == (channels,):
-                module._buffers[name] = take_channels(buffer, kept).clone()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.shape[:1] == (channels,):
+                tensor.data = take_channels(tensor.data, kept).clone()
     return norm

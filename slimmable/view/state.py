@@ -68,7 +68,6 @@ class WidthState(Active[Column]):
         for width in widths:
             self.add(Column(width))
         super().__init__(self.columns[0])
-        self.index_buffers: dict[str, tuple[int, ...]] = {}
         self.blanks: dict[str, object] = {}
         self.plan: Any = None
         self.path = ""

@@ -123,7 +123,7 @@ def test_contiguous_indices_are_slices_that_share_memory():
     assert not [name for name, _ in module.named_buffers() if name.startswith("_slim")]
 
 
-def test_index_buffers_follow_moves_that_drop_contents():
+def test_indices_outlive_moves_that_drop_contents():
     module = scaled()
     module.to("meta").to_empty(device="cpu")
     module.load_state_dict(Scaled().state_dict())
