@@ -20,9 +20,8 @@ from slimmable._distributed import average_gradients
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.training.compared import Calls, compared
 from slimmable.training.once import Once, Replay, SameDraws, shared_by_widths
-from slimmable.training.optimizers import OptimizerCheck
+from slimmable.training.watch import Calls, OptimizerCheck, compared
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Teach: TypeAlias = "Tensor | Sequence[Tensor]"
