@@ -19,12 +19,6 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`.
 
     Raises: CheckpointError: if it cannot be written; what was at `path` is still there.
-
-    >>> import tempfile
-    >>> target = Path(tempfile.mkdtemp()) / "note.txt"
-    >>> write_aside(target, lambda path: path.write_text("done"))
-    >>> target.read_text()
-    'done'
     """
     if not path.name:
         raise CheckpointError(f"{path} is a folder; pass the path of a file")
@@ -43,11 +37,6 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
 
     Raises: CheckpointError: if it cannot be written; what was in `folder` is still there, unless the system fails while
         the finished files are being moved.
-
-    >>> target = Path(tempfile.mkdtemp())
-    >>> fill_aside(target, lambda inside: (inside / "note.txt").write_text("done"))
-    >>> [path.name for path in target.iterdir()]
-    ['note.txt']
     """
     made = not folder.exists()
     try:
