@@ -54,6 +54,7 @@ _one_by_one("cumsum cumprod logcumsumexp", ORDER, "dim")
 _one_by_one("flip rot90 roll", ORDER, "dims")
 _one_by_one("tril triu", ORDER, -1, -2)
 _one_by_one("cummax cummin", "units are ranked", "dim")
+_one_by_one("sort", "its units are sorted", "dim")
 _one_by_one("diagonal", "a diagonal is taken", "dim1", "dim2")
 _one_by_one("unfold", "is cut into windows", "dimension")
 _one_by_one("linalg_cross", "is a space", "dim", also="other")
@@ -197,14 +198,6 @@ def loss(op: Operation) -> None:
             else:
                 op.same("self", axis, name, axis)
                 op.mixes(name, axis)
-
-
-@register_rule("aten::sort")
-def sort(op: Operation) -> None:
-    """Units along an axis are put in order, after which it is not known which is which."""
-    op.pins("self", op["dim"], "its units are sorted")
-    for output in range(2):
-        op.keeps("self", output=output)
 
 
 def grouped_mm(op: Operation) -> None:
