@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,16 +59,15 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
             return solution
         disagreed += [ids for failure in failures.values() for ids in failure.axes()]
         failure = next(iter(failures.values()))
-        start = labels.snapshot()
         mended = []
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
-            labels.restore(start)
-            if mend(labels, failure):
-                size = _count(labels, widths, round_to).parameters(trace)
-                mended.append((size, labels.snapshot()))
+            tried = copy.deepcopy(labels)
+            if mend(tried, failure):
+                mended.append((_count(tried, widths, round_to).parameters(trace), tried))
         coupled.add(id(failure.constraint))
-        labels.restore(min(mended, key=itemgetter(0), default=(0, start))[1])
-        if not mended:  # nothing in it can shrink: it does not depend on the width
+        if mended:
+            labels = context.labels = min(mended, key=itemgetter(0))[1]
+        else:  # nothing in it can shrink: it does not depend on the width
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
 
