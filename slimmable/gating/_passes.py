@@ -143,12 +143,9 @@ class GatedPass:
         layers = macs.by_layer(by_group, counts)
         for gates in self._records:
             own = gates.module_at(self._width_index())
-            layers[f"{gates.name}.{GATE}"] = own.macs if isinstance(own, ChannelGate) else 0
-        any_mask = next(iter(masks.values()))
-        return {
-            path: cost if isinstance(cost, Tensor) else any_mask.new_full(any_mask.shape[:1], cost)
-            for path, cost in layers.items()
-        }
+            cost = own.macs if isinstance(own, ChannelGate) else 0
+            layers[f"{gates.name}.{GATE}"] = masks[gates.name].new_full((len(masks[gates.name]),), cost)
+        return layers
 
     def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Return the multiply-adds of each image, including the gates: shape (images,), float64.
