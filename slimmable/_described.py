@@ -89,7 +89,7 @@ def read_by_forward(module: nn.Module) -> set[str]:
         return found
     attributes = () if state.plan is None else state.plan.channels.attributes
     planned = {name for path, name in attributes if path == state.path}
-    return {*found, *planned, *state.active.values, *state.active.sizes}
+    return {*found, *planned, *state.active.values}
 
 
 @cache
