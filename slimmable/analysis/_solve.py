@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from operator import itemgetter
@@ -122,7 +122,7 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
         [_output(output, trace.context.labels, pack) for output in trace.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
-        _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
+        [(macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products],
         {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
 
@@ -142,15 +142,6 @@ def _nested(model: nn.Module) -> list[tuple[str, str]]:
     """Find torch's encoders that skip padding by nested tensors, which needs an even number of heads."""
     encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
     return [(path, NESTED) for path, encoder in encoders if encoder.__dict__.get(NESTED) is True]
-
-
-def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, tuple[Ids, ...]]]:
-    """Add up the multiply-adds of equal axes."""
-    found: dict[tuple[int, ...], tuple[int, tuple[Ids, ...]]] = {}
-    for macs, axes in products:
-        key = tuple(map(id, axes))
-        found[key] = (found.get(key, (0, ()))[0] + macs, axes)
-    return list(found.values())
 
 
 def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
