@@ -109,7 +109,9 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
     constraints = [pack.constraint(constraint) for constraint in trace.context.constraints]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
     scales = list(_scales(model, trace, pack))
-    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *_nested(model)])
+    # torch's encoders may skip padding by nested tensors, which need an even number of heads
+    nested = [(path, NESTED) for path, module in model.named_modules() if vars(module).get(NESTED) is True]
+    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *nested])
     makers: list[set[str]] = [set() for _ in solution.roots]
     for path, ids in trace.context.producers:
         for group in solution.grouping.groups_in([ids]):
@@ -136,12 +138,6 @@ def _output(output: Output, labels: Labels, pack: _Packing) -> Output:
         why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
         why = why or "no units that could get thinner reach it"
     return replace(output, units=units, why=why)
-
-
-def _nested(model: nn.Module) -> list[tuple[str, str]]:
-    """Find torch's encoders that skip padding by nested tensors, which needs an even number of heads."""
-    encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
-    return [(path, NESTED) for path, encoder in encoders if encoder.__dict__.get(NESTED) is True]
 
 
 def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
