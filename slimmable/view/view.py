@@ -121,11 +121,7 @@ class GuestColumn(Column):
     """A guest of a module with a view, with properties for what was never cut before."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        width: float | Counts,
-        kept: Mapping[str, Sequence[Kept]],
-        values: Mapping[str, object],
+        self, module: nn.Module, width: float | Counts, kept: Mapping[str, Sequence[Kept]], values: Mapping[str, object]
     ) -> None:
         super().__init__(width)
         self.cuts, self.values = _cuts(module, kept), dict(values)
@@ -133,8 +129,7 @@ class GuestColumn(Column):
 
     def enter(self, module: nn.Module) -> None:
         """Add the properties."""
-        if self.index == -1:
-            _add_properties(module, self.cuts, self.values)
+        _add_properties(module, self.cuts, self.values)
 
     keep = enter
 
