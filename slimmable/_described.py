@@ -168,11 +168,7 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
     """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
 
     What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
-    class makes a network with the tensors and integers of the extracted one.
-
-    Args:
-        model: the converted model.
-        small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
+    class makes a network with the tensors and integers of the extracted one. Args: as `follow_layers`.
     """
     done: tuple[str, ...] = ()
     for path, narrow in small.named_modules():
