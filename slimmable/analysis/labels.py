@@ -39,11 +39,9 @@ class Labels:
     def fresh(self, units: int) -> Ids:
         """Return `units` new ids."""
         start, self._count = self._count, self._count + units
-        room = len(self._parent)
-        if self._count > room:
-            more = max(room, self._count - room)
-            self._parent = np.concatenate([self._parent, np.arange(room, room + more)])
-            self._marks = np.concatenate([self._marks, np.zeros(more, np.uint8)])
+        while self._count > len(self._parent):
+            self._parent = np.concatenate([self._parent, len(self._parent) + np.arange(len(self._parent))])
+            self._marks = np.concatenate([self._marks, np.zeros_like(self._marks)])
         return np.arange(start, self._count)
 
     def find(self, ids: Ids) -> Ids:
