@@ -119,10 +119,10 @@ class LayerMacs:
         positions: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.images, self.positions, self._grouping = images, dict(positions), grouping
-        axes = {ids.tobytes(): ids for _, _, each in products for ids in each}
+        units, axes = len(grouping.group_of), {ids.tobytes(): ids for _, _, each in products for ids in each}
         number = {key: index for index, key in enumerate(axes)}
-        times = [np.bincount(ids, minlength=len(grouping.group_of)) for ids in axes.values()]
-        self._times = torch.tensor(np.array(times)).view(len(axes), len(grouping.group_of))  # of a unit on an axis
+        times = [np.bincount(ids, minlength=units) for ids in axes.values()]  # how often each unit is on each axis
+        self._times = torch.tensor(np.array(times)).view(len(axes), units)
         self._products = [
             (path, macs // math.prod(map(len, each)), [number[ids.tobytes()] for ids in each])
             for path, macs, each in products
