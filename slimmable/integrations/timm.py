@@ -1,0 +1,1 @@
+"""timm's training programs at all widths."""
