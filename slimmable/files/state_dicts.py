@@ -34,10 +34,15 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     <All keys matched successfully>
     """
     check_module("full_state_dict", model)
+    found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
+    return found
+
+
+def full_network(model: nn.Module) -> nn.Module:
+    """Return the plain network of the full width, with the tensors of `model`, which is returned if it is plain."""
     bare = plain(model)
     full = {id(each): each.module_at(0) for each in bare.modules() if isinstance(each, SwitchableContainer)}
-    found: dict[str, Tensor] = replace_modules(bare, full).state_dict(prefix=prefix, keep_vars=keep_vars)
-    return found
+    return replace_modules(bare, full)
 
 
 def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None) -> str:
