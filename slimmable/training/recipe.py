@@ -304,10 +304,8 @@ class SlimRecipe:
         self.losses[step.width] = loss.detach()
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=3)
-        if step.slow:
-            return slim_term(loss), 0.0
-        weight = step.loss_weights[step.width]
-        if self.distill is None:
+        weight = 1.0 if step.slow else step.loss_weights[step.width]
+        if step.slow or self.distill is None:
             return slim_term(loss, weight=weight), 0.0
         views = _views(step, teach)
         distillation = None
@@ -390,7 +388,7 @@ class SlimRecipe:
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
         """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
-        wrapped = [part for part in self.model.modules() if isinstance(part, DistributedDataParallel)]
+        wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
         synced = [part for part in wrapped if part.require_backward_grad_sync]
         with ExitStack() as stack:
             for part in synced:
