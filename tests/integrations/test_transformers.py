@@ -63,9 +63,9 @@ def assert_same(mine: nn.Module, theirs: nn.Module) -> None:
 def test_at_width_one_alone_it_is_the_plain_trainer_bit_for_bit(changed, tmp_path):
     plain, model = vit(dropout=0.1), converted((1.0,), dropout=0.1)
     theirs = transformers.Trainer(plain, options(tmp_path, **changed), train_dataset=rows())
+    theirs.train()
     mine = SlimTrainer(model, options(tmp_path, **changed), recipe=slimmable.SlimRecipe(model), train_dataset=rows())
-    for trainer in (theirs, mine):
-        trainer.train()
+    mine.train()
     assert_same(model, plain)
     assert [log.get("loss") for log in mine.state.log_history] == [log.get("loss") for log in theirs.state.log_history]
 
@@ -117,16 +117,6 @@ def test_resuming_is_bit_equal_and_a_checkpoint_loads_as_a_plain_model(tmp_path)
     images = torch.rand(2, 1, 8, 8)
     with slimmable.at_width(whole.eval(), 0.25):
         torch.testing.assert_close(small.eval()(images).logits, whole(images).logits)
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
-    model = vit()
-    given = options(tmp_path, 1, save_strategy="steps", save_steps=1)
-    transformers.Trainer(model, given, train_dataset=rows()).train()  # which gives its weights other names
-    model = converted()
-    trainer = SlimTrainer(model, given, recipe=recipe(model), train_dataset=rows())
-    with pytest.raises(slimmable.errors.CheckpointError, match=r"lacks 32 weights of ViTForImageClassification"):
-        trainer.train(resume_from_checkpoint=True)
 
 
 def test_every_width_is_evaluated_and_trainers_of_other_kinds_do(tmp_path):
