@@ -121,9 +121,9 @@ def test_the_task_of_timm_gives_the_loss_of_slimclr(tmp_path):
     distill, widths = slimmable.OnlineDistillation("kl", 1.0, 1.0), (1.0, 0.75, 0.5, 0.25)
     scores = slimmable.run_widths(task.trainable_module, x)
     losses = [task.criterion(y, labels) for y in scores.values()]
-    taught = [distill(scores[width], scores[1.0]) for width in widths[1:]]
-    for progress, expected in (0.0, losses[0]), (1.0, slim_loss(losses, taught, (2.5, 1.0, 1.0, 1.0))):
-        task.progress = progress
+    taught = [distill(scores[width], scores[1.0]) - distill.floor(scores[1.0]) for width in widths[1:]]
+    for steps, expected in (0, losses[0]), (4, slim_loss(losses, taught, (2.5, 1.0, 1.0, 1.0))):
+        task.recipe.steps_done = steps
         result = task(x, labels)
         torch.testing.assert_close(result["loss"], expected)
         torch.testing.assert_close(result["output"], scores[1.0])
