@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from slimmable._width import width_of
 from slimmable.errors import UsageError
 from slimmable.training import SlimRecipe, average_gradients
+from slimmable.training.once import replaced
 
 try:
     from lightning.pytorch import Callback
@@ -55,7 +57,7 @@ class SlimCallback(Callback):
     def __init__(self, recipe: SlimRecipe) -> None:
         self.recipe = recipe
         self._counts = recipe.steps is None
-        self._before: dict[str, Any] = {}  # attributes of the module that are replaced while it trains
+        self._replaced = ExitStack()  # what is replaced while the module trains
         self._parts: Iterator[tuple[Tensor | None, Any]] = iter(())  # of the widths that are still to run
         self._part: Tensor | None = None  # of the width that has run, with its graph
         self._loss = torch.zeros(())  # what Lightning gets: the widest's own loss, without the graph
@@ -82,9 +84,9 @@ class SlimCallback(Callback):
             replacements |= {"training_step": self._training_step, "backward": self._backward}
             replacements |= {"optimizer_step": self._optimizer_step}
         for name, replacement in replacements.items():
-            self._before[name] = vars(pl_module).get(name)
             original = getattr(pl_module, name)
-            setattr(pl_module, name, wraps(original)(partial(replacement, pl_module, original)))
+            new = wraps(original)(partial(replacement, pl_module, original))
+            self._replaced.enter_context(replaced([(pl_module, name, new)]))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Run the narrower widths if no backward pass did, as when `StochasticWeightAveraging` updates norms."""
@@ -99,11 +101,7 @@ class SlimCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any, exception: BaseException | None = None) -> None:
         """Leave the module as it was."""
-        for name, before in self._before.items():
-            delattr(pl_module, name)
-            if before is not None:
-                setattr(pl_module, name, before)
-        self._before = {}
+        self._replaced.close()
 
     on_exception = on_train_end
 
