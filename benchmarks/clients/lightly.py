@@ -1,0 +1,60 @@
+"""The examples of lightly: `lightly/examples/pytorch` of a checkout of github.com/lightly-ai/lightly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from benchmarks.clients.client import Client, instead, options
+
+SMALL_CROPS = {
+    "lightly.transforms.swav_transform.SwaVTransform": options(crop_sizes=(32, 32)),
+    "lightly.transforms.dino_transform.DINOTransform": options(global_crop_size=32, local_crop_size=32),
+}
+
+
+# Three examples end with an error after their first epoch: their loss has the shape (1,), which cannot be formatted.
+PRINTED = {"torch.Tensor.__format__": lambda original: lambda tensor, how: original(tensor.squeeze(), how)}
+
+
+def example(name: str, stand_ins: Mapping[str, Callable[[Any], Any]] | None = None, **more: Any) -> Client:
+    return Client(f"lightly/{name}", f"lightly/examples/pytorch/{name}.py", stand_ins=stand_ins or {}, **more)
+
+
+small_vit = functools.partial(VisionTransformer, img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4)
+
+CLIENTS = [
+    example("barlowtwins"),
+    example("byol"),
+    example("dcl"),
+    example("densecl"),
+    example("dino", SMALL_CROPS, extracts="model.student_backbone"),
+    example("fastsiam"),
+    example(
+        "mae",
+        {
+            "timm.models.vision_transformer.vit_base_patch32_224": instead(small_vit),
+            "lightly.transforms.MAETransform": options(input_size=32),
+        },
+    ),
+    example("mmcr"),
+    example("moco"),
+    example("nnclr"),
+    example("simclr"),
+    example("simsiam"),
+    example("smog"),
+    example("swav", SMALL_CROPS | PRINTED),
+    example("swav_queue", SMALL_CROPS | PRINTED),
+    example("tico"),
+    example("vicreg"),
+    example(
+        "vicregl",
+        {
+            "lightly.transforms.vicregl_transform.VICRegLTransform": options(global_crop_size=64, global_grid_size=2),
+            **PRINTED,
+        },
+    ),
+]
