@@ -47,6 +47,7 @@ class Client:
 
     @property
     def diff(self) -> str:
+        """The lines to change, as hunks; see `difference`."""
         return (HERE / f"{self.name}.diff").read_text()
 
 

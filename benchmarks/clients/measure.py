@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import slimmable
 from benchmarks.clients import difference
@@ -22,7 +22,7 @@ EXACT = 1e-9  # the largest relative difference between an extracted network and
 RESUMED_AT = 5  # the epoch before which training is interrupted
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """Something that does not hold for a program; the message is for the table."""
 
 
@@ -64,11 +64,12 @@ def tried(stage: Callable[[], None]) -> str:
     """Return "yes", or what does not hold, in one line."""
     try:
         stage()
-    except Wrong as found:
+    except WrongError as found:
         return str(found)
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__} in line {line.lineno} of {Path(line.filename).name}: {' '.join(str(error).split())[:300]}"
+        message = " ".join(str(error).split())[:300]
+        return f"{type(error).__name__} in line {line.lineno} of {Path(line.filename).name}: {message}"
     return "yes"
 
 
@@ -76,10 +77,10 @@ def check_equal(plain: Run, slim: Run) -> None:
     """Nobody switches the converted model: it does what the plain one does, to the last bit."""
     for step, (expected, found) in enumerate(zip(plain.losses, slim.losses, strict=True)):
         if not _same(expected, found):
-            raise Wrong(f"step {step}: loss {found}, plain {expected}")
+            raise WrongError(f"step {step}: loss {found}, plain {expected}")
     for name, moment in (("first step", "first"), ("last step", "end")):
         if different := _different(getattr(plain, moment), getattr(slim, moment)):
-            raise Wrong(f"after the {name}, unlike the plain program: {_some(different)}")
+            raise WrongError(f"after the {name}, unlike the plain program: {_some(different)}")
 
 
 def check_widths(plain: Run, slim: Run) -> None:
@@ -90,14 +91,14 @@ def check_widths(plain: Run, slim: Run) -> None:
     must be what it is in the plain program, to the last bit, although narrower widths ran since.
     """
     if len(slim.losses) != len(plain.losses) or len(slim.widths) != len(plain.losses):
-        raise Wrong(f"{len(slim.widths)} steps, {len(plain.losses)} in the plain program")
+        raise WrongError(f"{len(slim.widths)} steps, {len(plain.losses)} in the plain program")
     for step, losses in enumerate(slim.widths):
         if len(losses) < 2 or not all(math.isfinite(loss) for loss in losses.values()):
-            raise Wrong(f"step {step}: losses {losses}")
+            raise WrongError(f"step {step}: losses {losses}")
     if not _same(plain.losses[0], slim.losses[0]):
-        raise Wrong(f"the first loss of the widest is {slim.losses[0]}, plain {plain.losses[0]}")
+        raise WrongError(f"the first loss of the widest is {slim.losses[0]}, plain {plain.losses[0]}")
     if different := _different(plain.first, slim.first):
-        raise Wrong(f"changes more than once a step: {_some(different)}")
+        raise WrongError(f"changes more than once a step: {_some(different)}")
     trained = _different(plain.begin, plain.end, plain.begin.keys() & plain.end.keys())
     still = [key for key in trained if key in slim.begin and not _differs(slim.begin[key], slim.end[key])]
     narrow = [key for key in slim.end if ".narrow." in key and key.endswith((".weight", ".bias"))]
@@ -108,15 +109,15 @@ def check_widths(plain: Run, slim: Run) -> None:
         and not _differs(slim.begin[key], slim.end[key])
     ]
     if still:
-        raise Wrong(f"not trained: {_some(still)}")
+        raise WrongError(f"not trained: {_some(still)}")
 
 
 def check_resumed(whole: Run, rest: Run) -> None:
     """Training that was interrupted and goes on from its checkpoint is the training that was not."""
     if rest.widths != whole.widths[-len(rest.widths) :] or len(rest.widths) * 2 > len(whole.widths):
-        raise Wrong(f"losses {rest.losses[:3]}, uninterrupted {whole.losses[-len(rest.losses) :][:3]}")
+        raise WrongError(f"losses {rest.losses[:3]}, uninterrupted {whole.losses[-len(rest.losses) :][:3]}")
     if different := _different(whole.end, rest.end):
-        raise Wrong(f"unlike the uninterrupted run: {_some(different)}")
+        raise WrongError(f"unlike the uninterrupted run: {_some(different)}")
 
 
 def check_extracted(client: Client, slim: Run) -> None:
@@ -133,9 +134,11 @@ def check_extracted(client: Client, slim: Run) -> None:
             found, expected = _tensors(small(x)), _tensors(model(x))
         error = max(_relative(a, b) for a, b in zip(found, expected, strict=True))
         if own or error > EXACT:
-            raise Wrong(f"at {width}: {error:.0e} off" if not own else f"at {width}: {own[0]} is not a plain module")
+            raise WrongError(
+                f"at {width}: {error:.0e} off" if not own else f"at {width}: {own[0]} is not a plain module"
+            )
     if sorted(set(sizes), reverse=True) != sizes:
-        raise Wrong(f"parameters at each width: {sizes}")
+        raise WrongError(f"parameters at each width: {sizes}")
 
 
 def _different(expected: State, found: State, keys: Any = None) -> list[str]:

@@ -67,9 +67,7 @@ def run(
         resume: an epoch and the run whose checkpoint is loaded before it; the epochs before it have no batches.
     """
     torch.use_deterministic_algorithms(True)  # what torch.empty holds too
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+    _seed(0)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         place = Path(name).resolve() / "program"
         shutil.copytree((checkouts / client.source).parent, place, ignore=shutil.ignore_patterns(".git"))
@@ -211,17 +209,21 @@ class _Watched:
             load(here, self.origin.saved)
 
 
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - transforms draw from it
+
+
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draw other random numbers for a while, and go on as if nothing had been drawn."""
-    kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        yield
-    random.setstate(kept[0])
-    np.random.set_state(kept[1])
+    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    _seed(seed)
+    yield
+    torch.set_rng_state(kept[0])
+    random.setstate(kept[1])
+    np.random.set_state(kept[2])  # noqa: NPY002
 
 
 def names(folder: str) -> dict[str, Any]:
@@ -240,7 +242,11 @@ def names(folder: str) -> dict[str, Any]:
     for frame in reversed(frames):
         for name, value in {**frame.f_globals, **frame.f_locals}.items():
             keeps = callable(getattr(value, "state_dict", None)) and hasattr(value, "load_state_dict")
-            if keeps and not isinstance(value, type | types.ModuleType) and not any(value is other for other in found.values()):
+            if (
+                keeps
+                and not isinstance(value, type | types.ModuleType)
+                and not any(value is other for other in found.values())
+            ):
                 found.setdefault(name, value)
     modules = {name: value for name, value in found.items() if isinstance(value, nn.Module)}
     taken: set[int] = set()
