@@ -294,18 +294,18 @@ def load(objects: Mapping[str, Any], saved: bytes) -> None:
         value.load_state_dict(found["states"][name])
         for place, attributes in found["rest"].get(name, {}).items():
             part = value.get_submodule(place)
-            for key, tensor in attributes.items():
-                setattr(part, key, tensor)
+            for key, kept in attributes.items():
+                (part._buffers if key in part._buffers else vars(part))[key] = kept
     torch.set_rng_state(found["torch"])
     random.setstate(found["python"])
 
 
-def _rest(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors that a module changes but leaves out of its state dict, by submodule."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _rest(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the tensors and numbers that a module keeps, but leaves out of its state dict, by submodule."""
+    found: dict[str, dict[str, Any]] = {}
     for place, part in module.named_modules():
         loose = {key: part._buffers[key] for key in part._non_persistent_buffers_set}
-        loose |= {key: value for key, value in vars(part).items() if isinstance(value, Tensor)}
+        loose |= {key: value for key, value in vars(part).items() if isinstance(value, Tensor | int | float)}
         if loose:
             found[place] = loose
     return found
