@@ -86,3 +86,38 @@ def test_a_frozen_module_that_the_step_does_not_call_is_noticed():
     teacher = copy.deepcopy(model).requires_grad_(False)
     with pytest.warns(UserWarning, match="frozen"):
         recipe.backward(lambda: (model(X)[1] - teacher(X)[1]).square().mean())
+
+
+class Queued(nn.Module):
+    """Keeps its embeddings in a queue that its forward reads, as lightly's SwaV with a queue does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.queue = nn.Module()
+        self.queue.register_buffer("bank", torch.zeros(24, 8))
+        self.queue.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x):
+        z = self.body(x)
+        with torch.no_grad():
+            place = int(self.queue.place)
+            self.queue.bank[place : place + len(z)] = z
+            self.queue.place[0] = (place + len(z)) % len(self.queue.bank)
+        return z, self.queue.bank.clone()
+
+
+@pytest.mark.xfail(strict=True, reason="what the forward reads has a view, although no width cuts it")
+@pytest.mark.parametrize("told", [False, True])
+def test_a_queue_that_the_models_own_forward_reads_changes_once_per_step(told):
+    model = converted(Queued())
+    assert all(not column.cuts for column in model.queue._slim.columns)
+    recipe = SlimRecipe(model, once=[model.queue] if told else [])
+    for step in (1, 2):
+        before, full = model.queue.bank.clone(), model(X)[0].detach()
+        model.queue.bank.copy_(before)
+        model.queue.place[0] = 8 * (step - 1)
+        recipe.backward(lambda: model(X)[0].square().mean())
+        before[8 * (step - 1) : 8 * step] = full
+        assert int(model.queue.place) == 8 * step % 24
+        assert torch.equal(model.queue.bank, before)
