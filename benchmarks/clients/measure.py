@@ -76,6 +76,8 @@ def tried(stage: Callable[[], None]) -> str:
 def check_equal(plain: Run, slim: Run) -> None:
     """Nobody switches the converted model: it does what the plain one does, to the last bit."""
     for step, (expected, found) in enumerate(zip(plain.losses, slim.losses, strict=True)):
+        if not math.isfinite(expected):
+            raise WrongError(f"step {step}: the plain program's own loss is {expected}")
         if not _same(expected, found):
             raise WrongError(f"step {step}: loss {found}, plain {expected}")
     for name, moment in (("first step", "first"), ("last step", "end")):
