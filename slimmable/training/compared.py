@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,32 +15,62 @@ from slimmable._nested import named_tensors
 from slimmable.errors import UsageError
 from slimmable.losses import nt_xent_logits
 from slimmable.losses.distillation import DistillationKind
+from slimmable.training.once import entry, replaced
 
 
-@contextmanager
-def calls_of(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
-    """Collect the calls of `model` in the block, with their outputs; for a `ModuleList` those of its modules."""
-    calls: list[tuple[nn.Module, Any]] = []
+class Calls:
+    """Notes what calls of a model return while a block runs; of a `ModuleList` those of the module called last."""
 
-    def collect(module: nn.Module, args: Any, output: Any) -> None:
-        calls.append((module, output))
+    def __init__(self, model: nn.Module) -> None:
+        self._calls: list[tuple[nn.Module, Any]] = []
+        self._entries = {part: entry(part) for part in _callable_parts(model)}
+        # the same functions in every step, so that a compiler that has seen them need not compile again
+        self._noting = {part: self._noted(part, getattr(part, name)) for part, name in self._entries.items()}
 
-    with ExitStack() as stack:
-        for part in _callable_parts(model):
-            stack.callback(part.register_forward_hook(collect).remove)
-        yield calls
+    def _noted(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                self._calls.append((part, output))
+            return output
+
+        return noted
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note the calls in a block."""
+        self._calls.clear()
+        with replaced([(part, name, self._noting[part]) for part, name in self._entries.items()]):
+            yield
+
+    def outputs(self) -> list[Tensor] | None:
+        """Return the tensors that can learn, and forget the calls; None if there were none."""
+        calls, self._calls = self._calls, []
+        return (
+            [each for part, output in calls if part is calls[-1][0] for each in _learnable(output)] if calls else None
+        )
 
 
-def compared(calls: Sequence[tuple[nn.Module, Any]], kind: DistillationKind) -> Sequence[Tensor]:
-    """Return what distillation of this kind compares, from the calls of the module that was called last.
+def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:
+    """Return what distillation of this kind compares, for each width; features that get thinner are left out.
 
-    Raises: UsageError: if no output has a gradient and at least two axes, or `kind` needs to know the right class.
+    Raises: UsageError: if nothing is left, or `kind` needs to know the right class.
     """
-    found = [tensor for module, output in calls if module is calls[-1][0] for tensor in _learnable(output)]
+    if len({len(tensors) for tensors in outputs.values()}) > 1:
+        counts = ", ".join(f"{len(tensors)} at width {width}" for width, tensors in outputs.items())
+        raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
+    same = [
+        place for place, found in enumerate(zip(*outputs.values(), strict=True)) if len({t.shape for t in found}) == 1
+    ]
+    return {width: _comparable([tensors[place] for place in same], kind) for width, tensors in outputs.items()}
+
+
+def _comparable(found: Sequence[Tensor], kind: DistillationKind) -> list[Tensor]:
     if not found:
         raise UsageError(
             "SlimRecipe: distillation finds nothing to compare in what the model returned, which should be scores or "
-            "embeddings of shape (batch, ...); return (loss, teach) from the closure"
+            "embeddings of shape (batch, ...), of one size at all widths; return (loss, teach) from the closure"
         )
     two_views = len(found) == 2 and found[0].shape == found[1].shape and found[0].ndim == 2
     if two_views and kind not in ("embedding", "mse"):

@@ -21,8 +21,8 @@ from slimmable._distributed import average_gradients
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.training.compared import calls_of, compared
-from slimmable.training.once import Once, Replay, unswitched
+from slimmable.training.compared import Calls, compared
+from slimmable.training.once import Once, Replay, SameDraws, shared_by_widths
 from slimmable.training.optimizers import OptimizerCheck
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
@@ -111,6 +111,7 @@ class SlimRecipe:
         self.distillations: dict[float, Tensor] = {}
         self._step: _Step | None = None
         self._loop: weakref.ref[Generator[float, None, None]] | None = None
+        self._calls: Calls | None = None
         self._optimizers = OptimizerCheck(model)
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class SlimRecipe:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
-        return {**self.__dict__, "_step": None, "_loop": None}
+        return {**self.__dict__, "_step": None, "_loop": None, "_calls": None}
 
     def backward(
         self,
@@ -275,7 +276,7 @@ class SlimRecipe:
         step = self._step
         if step is None:
             raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
-        with step.once.changes([part for module in modules for part in unswitched(module)], step.first):
+        with step.once.changes([part for module in modules for part in shared_by_widths(module)], step.first):
             yield
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -358,39 +359,37 @@ class SlimRecipe:
         """Yield the `_part` of each width of one step, then count the step."""
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
+        distill = None if self.progress < self.slow_start else self.distill
         teachers = [*self._frozen, *_modules("frozen", frozen)]
         replayed = {part: None for module in teachers for part in module.modules()}
         changing = [*self._once, *_modules("once", once)]
-        given = {part: None for module in changing for part in unswitched(module) if part not in replayed}
-        own = [part for part in unswitched(self.model) if part not in replayed and part not in given]
-        replay, state_of_replayed = Replay(), Once(from_before=False)
+        given = {part: None for module in changing for part in shared_by_widths(module) if part not in replayed}
+        own = [part for part in shared_by_widths(self.model) if part not in replayed and part not in given]
+        replay, draws, state_of_replayed = Replay(), SameDraws(self.model), Once(from_before=False)
         state_of_given, state_of_own = Once(), Once(only_buffers=True)
-        for _ in self.widths(self.progress, self.steps_done):
+        self._calls = self._calls or Calls(self.model)
+        outputs: dict[float, Sequence[Tensor]] = {}
+        for width in self.widths(self.progress, self.steps_done):
             with (
                 state_of_replayed.changes(replayed, self.first),
                 state_of_given.changes(given, self.first),
                 state_of_own.changes(own, self.first),
-                replay.run(replayed, self.first),
-                self._calls() as calls,
+                draws.run(self.first),
+                replay.run(teachers, self.first),
+                self._calls.noted(),
             ):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
-            if calls and teach is None and self.distill is not None:
+            returned = self._calls.outputs()
+            if returned is not None and teach is None and distill is not None and self._step is not None:
                 with torch.set_grad_enabled(not self.first):
-                    teach = compared(calls, self.distill.kind)
+                    *wider, teach = compared({**outputs, width: returned}, distill.kind).values()
+                self._step.teachers = dict(zip(outputs, wider, strict=True))
+                outputs[width] = [tensor.detach() for tensor in returned]
             part, excess = self._part(loss, teach)
-            del result, loss, teach, calls  # otherwise the graph stays alive while the next width runs
+            del result, loss, teach, returned  # otherwise the graph stays alive while the next width runs
             yield part, excess
         self.steps_done += 1
-
-    @contextmanager
-    def _calls(self) -> Iterator[list[tuple[nn.Module, Any]]]:
-        """Collect the model's calls if distillation compares something in this step."""
-        if self.distill is None or self._step is None or self._step.slow:
-            yield []
-            return
-        with calls_of(self.model) as calls:
-            yield calls
 
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
@@ -415,7 +414,7 @@ class _Step:
     width: float = math.nan
     done: bool = False  # whether this width has had its loss
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
-    once: Once = field(default_factory=Once)
+    once: Once = field(default_factory=Once)  # for the method of this name
 
     @property
     def first(self) -> bool:
@@ -426,8 +425,8 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     """Return the outputs by which the active width teaches or learns, one tensor per view or direction."""
     if teach is None:
         raise UsageError(
-            f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}; call the model itself in the "
-            "closure of `backward`, or give (loss, teach)"
+            f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}; a closure must "
+            "call the model that the recipe has, compiled or not, or return (loss, teach)"
         )
     if not step.first and not step.teachers:
         raise UsageError(
