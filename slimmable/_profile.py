@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
-from slimmable._tables import html_table
+from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
 from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.errors import UsageError
@@ -82,10 +81,7 @@ class Profile:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, with the fields of `Row` as its header."""
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in fields(Row)])
-            writer.writerows(astuple(row) for row in self.rows)
+        Path(path).write_text(csv_text([field.name for field in fields(Row)], map(asdict, self.rows)))
 
 
 def profile(

@@ -185,7 +185,7 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channel groups of a model and what they size; pure data, shared by copies of the model.
+    """The channel groups of a model and what they size; pure data.
 
     Units are numbered across all groups; the number after the last one stands for whatever stays full.
 
@@ -210,9 +210,6 @@ class Channels:
     ordered: tuple[bool, ...]
     products: Sequence[tuple[int, tuple[Ids, ...]]]
     sizes: Mapping[TensorName, tuple[int, ...]]
-
-    def __deepcopy__(self, memo: Any) -> Channels:
-        return self
 
     @property
     def units(self) -> tuple[int, ...]:

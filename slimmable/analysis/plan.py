@@ -73,7 +73,15 @@ class Plan:
     universal: bool = False
 
     def __str__(self) -> str:
-        return _table(self)
+        lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, self.widths)):<32}  axes"]
+        for number, group in enumerate(self.groups):
+            lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
+        if self.pins:
+            lines.append("kept at full width:")
+        lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in self.pins]
+        lines.append("outputs:")
+        lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(self)]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -267,18 +275,6 @@ class Plan:
             kept_units(units, max((width_of[path] for path in paths), default=1.0), self.round_to)
             for units, paths in zip(self.channels.units, self.channels.makers, strict=True)
         )
-
-
-def _table(plan: Plan) -> str:
-    lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, plan.widths)):<32}  axes"]
-    for number, group in enumerate(plan.groups):
-        lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
-    if plan.pins:
-        lines.append("kept at full width:")
-    lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in plan.pins]
-    lines.append("outputs:")
-    lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(plan)]
-    return "\n".join(lines)
 
 
 def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:

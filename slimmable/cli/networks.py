@@ -30,12 +30,16 @@ def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.M
 
 def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
     """Return the method of `config` around `backbone`, which is converted together with its head; see `new_method`."""
-    features = _count_features(config, backbone, channels)
+    example = torch.zeros(2, channels, config.image_size, config.image_size)
+    output = output_for(example, backbone, config.model)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
+    features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
+    backbone.train()
 
     def encoder(projector: nn.Module) -> nn.Module:
-        example = _example(config, channels)
         if config.gate_budget is None:
             return _slimmed(config, methods.Encoder(backbone, projector), example)
         slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
@@ -74,24 +78,11 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method."""
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
-    return _slimmed(config, backbone, _example(config, channels))
+    return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
     return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
-
-
-def _example(config: PretrainConfig, channels: int) -> Tensor:
-    return torch.zeros(2, channels, config.image_size, config.image_size)
-
-
-def _count_features(config: PretrainConfig, backbone: nn.Module, channels: int) -> int:
-    """Return how many features the backbone outputs for an image."""
-    features = output_for(_example(config, channels), backbone, config.model)
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
-    backbone.train()
-    return features.shape[1]
 
 
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:

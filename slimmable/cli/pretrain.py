@@ -15,7 +15,7 @@ import torch
 from slimmable._distributed import any_process, is_first, wait_for_all
 from slimmable.cli.config import PretrainConfig, RunOptions
 from slimmable.cli.data import Images, load_images
-from slimmable.cli.evaluation import Watch, calibrate, evaluate_run
+from slimmable.cli.evaluation import Watch, calibrate, report_run, rows_of_run
 from slimmable.cli.extras import require, say
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
@@ -162,7 +162,8 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
-    say(evaluate_run(config, folder, backbone, images, workers=options.workers or 0))
+    rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
+    say(report_run(config, folder, rows, images))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:

@@ -50,11 +50,6 @@ def _trace_any_batch(model: nn.Module, images: Tensor) -> ExportedProgram | None
     return program if right else None
 
 
-def takes_any_batch(program: ExportedProgram) -> bool:
-    """Return whether `program` runs on any number of images."""
-    return bool(program.range_constraints)
-
-
 def save_pt2(program: ExportedProgram, path: Path) -> Program:
     """Write `program` for `torch.export.load`, and return it as loaded from the file."""
     file = io.BytesIO()

@@ -64,11 +64,9 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         name, arguments = recipe["timm"], recipe["arguments"]
         known = isinstance(name, str) and timm.is_model(name) and ":" not in name
         if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
-            raise CheckpointError(f"{name!r} with {arguments!r} is not a recipe for a timm model")
+            raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
         return model
-    except CheckpointError:
-        raise
     except Exception as error:  # timm's constructors raise errors of all kinds
         raise CheckpointError(f"timm cannot make the model {recipe!r} ({error})") from error
 
@@ -131,15 +129,11 @@ def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
     """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them."""
     modules = dict(model.named_modules())
     for path, name, value in given:
-        own = vars(modules[path]).get(name, ...) if path in modules else ...
-        if own is None:
-            continue
-        if not _is_number(own):
-            place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} is a number or a list of numbers in the file, but not in this network")
-        new = _like(own, value)
-        if new != own:
-            modules[path].__dict__[name] = new
+        own = vars(modules[path]).get(name, "missing") if path in modules else "missing"
+        if own is not None:
+            new = _like(own, value, f"{path}.{name}".lstrip("."))
+            if new != own:
+                modules[path].__dict__[name] = new
 
 
 def _is_number(value: object) -> bool:
@@ -148,11 +142,11 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float, bool)
 
 
-def _like(own: Any, value: Any) -> Any:
-    """Return a value from a file with the types of the model's own value."""
+def _like(own: Any, value: Any, place: str) -> Any:
+    """Return a value from a file with the types of the model's own value at this place."""
     if isinstance(own, (tuple, list)) and isinstance(value, list) and len(own) == len(value):
-        parts = [_like(*pair) for pair in zip(own, value, strict=True)]
+        parts = [_like(*pair, place) for pair in zip(own, value, strict=True)]
         return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
     if type(own) in (int, float, bool) and type(value) in (int, float, bool):
         return type(own)(value)
-    raise CheckpointError(f"the file has {value!r} where the model has {own!r}")
+    raise CheckpointError(f"{place} is {value!r} in the file, but {own!r} in this network")

@@ -137,18 +137,26 @@ def _hidden(model: nn.Module) -> dict[str, Tensor]:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
+    metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
+    try:
+        return dict(json.loads(metadata["model"])), tensors
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read; it is damaged ({error})") from error
+
+
+def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and tensors of a safetensors file; refuse it if its metadata do not name this format."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{path} was not written by slimmable.save")
-            data = json.loads(metadata["model"])
-            return dict(data), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != form:
+                raise CheckpointError(f"{path} was not written by {made_by}")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
 
 

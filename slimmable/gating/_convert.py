@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimmable._addons import AddOn
+from slimmable._addons import ADDONS, AddOn
 from slimmable._checks import check_module, check_positive
-from slimmable._convert import Skip, copy_of
+from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
 from slimmable._width import set_width, width_of
@@ -25,7 +25,7 @@ from slimmable.gating._find import SKIPPED, gate_plan
 from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, GateHook, LayerGates, NoGates, gates_in, has_gates
 from slimmable.gating._passes import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan, PlannedGate, decode_inputs
-from slimmable.view.state import Column, WidthState, state_of
+from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -173,12 +173,10 @@ def _layer_gates(
     made = LayerGates(planned.name, planned.axis, plan.widths, gates, readers)
     converted = state_of(model)
     if converted is not None:
-        state: WidthState = made._slim
-        state.plan, state.path = plan, f"{planned.maker}.{_child(planned)}"
+        know(made, plan, f"{planned.maker}.{_child(planned)}")
         for registered in converted.columns[len(plan.columns) :]:  # widths without gates, which run dense
-            state.add(Column(registered.width))
-        for column, known in zip(state.columns, converted.columns, strict=True):
-            column.counts = known.counts
+            made._slim.add(Column(registered.width))
+            made._slim.columns[-1].counts = registered.counts
     return made
 
 
@@ -287,7 +285,7 @@ def _channel_gates(model: nn.Module) -> list[ChannelGate]:
     return found
 
 
-ADDON = AddOn(
+ADDONS["gating"] = AddOn(
     refusal="has gates, which are made for its widths; remove them with slimmable.gating.ungate",
     present=has_gates,
     detach=ungate,

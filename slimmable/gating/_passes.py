@@ -32,6 +32,7 @@ class PassNorm(SwitchableNorm):
 
     active_pass: Active[Pass]
     gated: nn.ModuleList
+    _lists = ("narrow", "gated")
 
     @staticmethod
     def of(norm: nn.Module, widths: int) -> PassNorm:
@@ -70,30 +71,12 @@ class PassNorm(SwitchableNorm):
 
     module_at = norm_at
 
-    def norms(self) -> Iterator[nn.Module]:
-        """Yield the norms of all widths and of both passes."""
-        yield from super().norms()
-        yield from inner_modules(self, "gated").values()
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the gated pass's norms last."""
-        memo = set() if memo is None else memo
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-        yield from self.gated.named_modules(memo, f"{prefix}.gated" if prefix else "gated", remove_duplicate)
-
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Save the gated pass's norms under `gated`."""
-        found = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return self.gated.state_dict(destination=found, prefix=f"{prefix}gated.", keep_vars=keep_vars)
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
-        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{prefix}gated.")}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
-        state_dict.update(own or self._from_dense(state_dict, prefix))
+        if not any(key.startswith(f"{prefix}gated.") for key in state_dict):
+            state_dict.update(self._from_dense(state_dict, prefix))
 
     def _from_dense(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
         """Return the dense pass's entries for the gated pass; narrow norms without an entry use the full norm's."""

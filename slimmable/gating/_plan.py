@@ -89,9 +89,8 @@ class GatePlan:
     def least_share(self) -> float:
         """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width."""
         counts = self.plan.channels.units
-        closed = {gate.group: torch.zeros(1, gate.units, dtype=torch.float64) for gate in self.gates}
-        left = self.macs.total(closed, counts) + sum(gate.macs for gate in self.gates)
-        return float(left / self.macs.total({}, counts))
+        left = self.macs.without(self.gates, counts) + sum(gate.macs for gate in self.gates)
+        return left / self.macs.without((), counts)
 
     def __str__(self) -> str:
         lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
@@ -134,7 +133,7 @@ class _Axis:
 
 
 class LayerMacs:
-    """Multiply-adds of each layer for images of one size and any masks; pure data, which copies of a model share.
+    """Multiply-adds of each layer for images of one size and any masks; pure data.
 
     Args:
         products: module path, multiply-adds of all images, and the axes that they are proportional to.
@@ -156,9 +155,6 @@ class LayerMacs:
         for path, macs, axes in products:
             each = [known.setdefault(ids.tobytes(), _Axis.of(ids, grouping)) for ids in axes]
             self._products.append((path, macs // math.prod(axis.length for axis in each), each))
-
-    def __deepcopy__(self, memo: Any) -> LayerMacs:
-        return self
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Any]:
         """Return module path -> multiply-adds per image: a number, or shape (images,) where they depend on gates.
@@ -182,15 +178,9 @@ class LayerMacs:
         """Return the sum of `by_layer` over all layers."""
         return sum(self.by_layer(masks, counts).values())
 
-    def savings(self) -> dict[int, float]:
-        """Return group -> the multiply-adds per image saved by closing all of its units."""
-        found: dict[int, float] = {}
-        for _, unit, axes in self._products:
-            whole = unit * math.prod(axis.length for axis in axes)
-            for group in {group for axis in axes for group in axis.groups}:
-                left = unit * math.prod(axis.length - int(np.sum(axis.groups.get(group, 0))) for axis in axes)
-                found[group] = found.get(group, 0.0) + (whole - left) / self.images
-        return found
+    def without(self, gates: Sequence[PlannedGate], counts: Sequence[int]) -> float:
+        """Return the sum over all layers with all units of some gates closed."""
+        return float(self.total({gate.group: torch.zeros(1, gate.units).double() for gate in gates}, counts))
 
 
 def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from slimmable.rules._operation import Operation
-from slimmable.rules._register import register_rule
+from slimmable.rules._operation import Operation, register_rule
 
 ORDER = "the order of the units matters"
 NEIGHBOURS = "neighbouring units are mixed"

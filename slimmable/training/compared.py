@@ -22,6 +22,7 @@ class Calls:
     """Notes what calls of a model return while a block runs; of a `ModuleList` those of the module called last."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self._calls: list[tuple[nn.Module, Any]] = []
         self._entries = {part: entry(part) for part in _callable_parts(model)}
         # the same functions in every step, so that a compiler that has seen them need not compile again

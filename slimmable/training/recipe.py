@@ -367,7 +367,8 @@ class SlimRecipe:
         own = [part for part in shared_by_widths(self.model) if part not in replayed and part not in given]
         replay, draws, state_of_replayed = Replay(), SameDraws(self.model), Once(from_before=False)
         state_of_given, state_of_own = Once(), Once(only_buffers=True)
-        self._calls = self._calls or Calls(self.model)
+        if self._calls is None or self._calls.model is not self.model:
+            self._calls = Calls(self.model)
         outputs: dict[float, Sequence[Tensor]] = {}
         for width in self.widths(self.progress, self.steps_done):
             with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias, cast
@@ -12,13 +13,14 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from slimmable._modules import empty_cache, unannounced
-from slimmable._other_tools import Watched
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import put, take
 from slimmable.view.state import WidthState, state_of
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
+_COUNTERS = ("ptflops", "thop", "torchinfo")
+_INSTEAD = "give it slimmable.extract(model, width), the plain network of one width"
 
 
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
@@ -112,8 +114,11 @@ def _at_full(module: nn.Module) -> Iterator[None]:
         state.active = active
 
 
-class _Viewed(Watched):
-    """The common base of all generated classes, placed before the module's own class."""
+class _Viewed(nn.Module):
+    """The common base of all generated classes, placed before the module's own class.
+
+    It also notices tools that would be silently wrong on a converted model, which has no single width.
+    """
 
     _slim: WidthState
     _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
@@ -158,6 +163,45 @@ class _Viewed(Watched):
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
             return reduced
         return (_rebuild, (*self._slim_view, *reduced[1][1:]), *reduced[2:])
+
+    # -- what tools that count, quantise or script layers are told
+    def apply(self, fn: Any) -> Any:
+        """Apply a function to every module; refuse those of tools that know layers by their exact class."""
+        counter = _counter(fn)
+        if counter:
+            raise ConversionError(
+                f"{counter} knows layers by their exact class, so it would miss those of a converted model; {_INSTEAD}"
+            )
+        return super().apply(fn)
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """Register a hook; warn if it counts what a layer holds."""
+        counter = _counter(hook)
+        if counter:
+            warnings.warn(
+                f"{counter} counts the parameters that a converted model holds, those of all widths; {_INSTEAD}",
+                stacklevel=2,
+            )
+        return super().register_forward_pre_hook(hook, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ConversionError(f"torch.jit.script cannot read the class of a converted layer; {_INSTEAD}")
+
+    def _refuse_qconfig(self, value: object = None) -> None:
+        raise ConversionError(f"torch.ao.quantization does not know the classes of converted layers; {_INSTEAD}")
+
+    def _read_qconfig(self) -> object:
+        if "qconfig" not in self.__dict__:  # it may be there from before the conversion
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    qconfig = property(_read_qconfig, _refuse_qconfig, _refuse_qconfig)
+
+
+def _counter(function: Any) -> str | None:
+    module = getattr(getattr(function, "func", function), "__module__", None) or ""  # `func` of a partial
+    package = module.partition(".")[0]
+    return package if package in _COUNTERS else None
 
 
 class _ViewedWithBuffers(_Viewed):

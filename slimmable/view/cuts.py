@@ -70,21 +70,10 @@ def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tens
 
 def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Tensor) -> Tensor:
     """Return a copy of a tensor in which `part` replaces what a cut keeps."""
-
-    def fill(whole: Tensor, picks: Sequence[tuple[int, str]]) -> None:
-        if not picks:
-            whole.copy_(part)
-            return
-        (axis, buffer), *others = picks
-        indices = cast(Tensor, buffers[buffer])
-        picked = whole.index_select(axis, indices)
-        fill(picked, others)
-        whole.index_copy_(axis, indices, picked)
-
     with torch.no_grad():
-        whole = tensor.to(part.dtype, copy=True)
-        fill(whole[cut.block] if cut.block else whole, cut.picks)
-    return whole
+        whole = tensor.to(part.dtype).flatten().clone()
+        places = take(torch.arange(len(whole), device=whole.device).view(tensor.shape), cut, buffers)
+        return whole.index_copy_(0, places.flatten(), part.to(whole.device).flatten()).view(tensor.shape)
 
 
 def _block(tensor: Tensor, cut: Cut) -> Tensor:

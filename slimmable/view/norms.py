@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
-from slimmable.view.state import Column, Counts
+from slimmable.view.state import Column, Counts, slim_state
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
@@ -67,6 +67,7 @@ class SwitchableNorm(SwitchableContainer):
 
     full: nn.Module
     narrow: NarrowNorms
+    _lists: ClassVar[tuple[str, ...]] = ("narrow",)  # names of the lists of all norms but the full one
 
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
@@ -131,7 +132,7 @@ class SwitchableNorm(SwitchableContainer):
         norm = self.norm_at(index)
         if not _shares(norm):
             return norm
-        parts = narrow_tensors(norm, 0)
+        parts = narrow_tensors(norm, slim_state(norm).active)
         twin = twin_of(norm, type(norm))
         remove_view(twin)
         full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
@@ -158,7 +159,8 @@ class SwitchableNorm(SwitchableContainer):
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths and of an active guest."""
         yield self.full
-        yield from self._modules.get("narrow") or ()  # type: ignore[misc]
+        for name in self._lists:
+            yield from self._modules.get(name) or ()  # type: ignore[misc]
         yield from filter(None, [self._modules.get("guest")])
 
     def __getattr__(self, name: str) -> Any:
@@ -194,13 +196,17 @@ class SwitchableNorm(SwitchableContainer):
         if self not in memo:
             memo.add(self)
             yield prefix, self
-        yield from self.narrow.named_modules(memo, f"{prefix}.narrow" if prefix else "narrow", remove_duplicate)
+        for name in self._lists:
+            path = f"{prefix}.{name}" if prefix else name
+            yield from getattr(self, name).named_modules(memo, path, remove_duplicate)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Save the full norm under the container's own name, the narrower ones under `narrow`."""
+        """Save the full norm under the container's own name, the others under the names of their lists."""
         found: Any = self.full.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         found._metadata[f"{prefix}full"] = found._metadata[prefix[:-1]]
-        return self.narrow.state_dict(destination=found, prefix=f"{prefix}narrow.", keep_vars=keep_vars)
+        for name in self._lists:
+            found = getattr(self, name).state_dict(destination=found, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        return found
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
@@ -212,7 +218,7 @@ class SwitchableNorm(SwitchableContainer):
                 if key in mine and mine[key].shape == tensor.shape:
                     state_dict.update(self._for_narrow(f"{prefix}narrow.", key, mine[key]))
         for key, value in mine.items():
-            if not key.startswith("narrow."):
+            if not key.startswith(tuple(f"{name}." for name in self._lists)):
                 del state_dict[prefix + key]
                 state_dict[f"{prefix}full.{key}"] = value
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))

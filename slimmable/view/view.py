@@ -54,7 +54,7 @@ def install_view(
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
         values: name of a plain attribute -> its value at each width.
         sizes: the same for attributes that always read as at full width, such as `in_features`, from which other code
-            sizes its heads; only `narrow_values`, and so extracted networks, have their narrow values.
+            sizes its heads; only extracted networks have their narrow values.
         caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
             has its own; assigning one empties those of the others.
 
@@ -126,8 +126,9 @@ class GuestColumn(Column):
         kept: Mapping[str, Sequence[Kept]],
         values: Mapping[str, object],
     ) -> None:
+        super().__init__(width)
         self.buffers: dict[str, tuple[int, ...]] = {}
-        super().__init__(width, _cuts(module, kept, self.buffers), values)
+        self.cuts, self.values = _cuts(module, kept, self.buffers), dict(values)
         self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
@@ -155,23 +156,10 @@ class GuestColumn(Column):
             delattr(module, buffer)
 
 
-def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]:
-    """Return the slices that the module has at a column or column index; they share its memory where possible.
-
-    A guest column must be the active one.
-    """
-    found = {name: (_full_tensor(module, name), cut) for name, cut in _column(module, column).cuts.items()}
+def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
+    """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
+    found = {name: (_full_tensor(module, name), cut) for name, cut in column.cuts.items()}
     return {name: take(tensor, cut, module._buffers) for name, (tensor, cut) in found.items() if tensor is not None}
-
-
-def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
-    """Return the plain attributes that the module has at a column or column index."""
-    found = _column(module, column)
-    return found.values | found.sizes
-
-
-def _column(module: nn.Module, column: int | Column) -> Column:
-    return slim_state(module).columns[column] if isinstance(column, int) else column
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:

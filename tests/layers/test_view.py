@@ -18,7 +18,6 @@ from slimmable.view.view import (
     install_view,
     is_slim,
     narrow_tensors,
-    narrow_values,
     original_class,
     remove_view,
     state_of,
@@ -193,10 +192,11 @@ def test_remove_view_is_the_inverse():
 
 def test_narrow_parts_for_extraction():
     module = scaled()
-    tensors = narrow_tensors(module, 2)
+    column = state_of(module).columns[2]
+    tensors = narrow_tensors(module, column)
     assert set(tensors) == {"weight", "gain", "offset"}
     assert torch.equal(tensors["offset"], module.offset[[0, 4]])
-    assert narrow_values(module, 2) == {"rows": 2, "shape": (2, 2)}
+    assert column.values | column.sizes == {"rows": 2, "shape": (2, 2)}
     assert state_of(module).index == 0
 
 
@@ -206,7 +206,8 @@ def test_sizes_are_for_extraction_only():
     install_view(linear, WIDTHS, {"weight": cuts}, {}, {"in_features": (4, 2, 1)})
     set_width(linear, 0.5)
     assert linear.in_features == 4
-    assert narrow_values(linear, 1) == {"in_features": 2}
+    column = state_of(linear).columns[1]
+    assert column.values | column.sizes == {"in_features": 2}
 
 
 def test_class_attribute_becomes_the_modules_own():

@@ -440,6 +440,15 @@ class Swapped(nn.Module):
         return x.transpose(1, 2)
 
 
+def test_the_recipes_model_may_be_wrapped_later():
+    model = network()
+    recipe = SlimRecipe(model, KL("embedding"))
+    recipe.backward(lambda: model(X).square().mean())
+    recipe.model = nn.Sequential(model)
+    recipe.backward(lambda: recipe.model(X).square().mean())
+    assert list(recipe.distillations) == list(WIDTHS[1:])
+
+
 def test_the_closures_own_teach_comes_first():
     model, taught = network(), []
 
