@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +50,9 @@ class Client:
         return (HERE / f"{self.name}.diff").read_text()
 
 
-def options(*arguments: Any, **more: Any) -> Callable[[Any], Any]:
-    """Return a stand-in that calls what was there with these arguments too: smaller images, a smaller network."""
-    return lambda original: functools.partial(original, *arguments, **more)
+def options(**options: Any) -> Callable[[Any], Any]:
+    """Return a stand-in that calls what was there, with these arguments whatever the program gives."""
+    return lambda original: lambda *args, **given: original(*args, **{**given, **options})
 
 
 def instead(replacement: Any) -> Callable[[Any], Any]:

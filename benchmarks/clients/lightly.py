@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torchvision
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.clients.client import Client, instead, options
@@ -28,24 +29,53 @@ def example(name: str, stand_ins: Mapping[str, Callable[[Any], Any]] | None = No
 
 small_vit = functools.partial(VisionTransformer, img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4)
 
+
+def small_torchvision_vit(pretrained: bool = False, image_size: int = 32, patch_size: int = 8) -> Any:
+    return torchvision.models.VisionTransformer(image_size, patch_size, 2, 4, 64, 128)
+
+
+MASKED = {
+    "timm.models.vision_transformer.vit_base_patch32_224": instead(small_vit),
+    "torchvision.models.vit_b_32": instead(small_torchvision_vit),
+    "lightly.transforms.MAETransform": options(input_size=32),
+    "lightly.transforms.mae_transform.MAETransform": options(input_size=32),
+}
+
+
 CLIENTS = [
     example("barlowtwins"),
     example("byol"),
     example("dcl"),
     example("densecl"),
+    example("directclr", extracts="model"),
     example("dino", SMALL_CROPS, extracts="model.student_backbone"),
     example("fastsiam"),
+    example("fda"),
+    example("frossl", SLOWER),
     example(
-        "mae",
+        "ijepa",
         {
-            "timm.models.vision_transformer.vit_base_patch32_224": instead(small_vit),
-            "lightly.transforms.MAETransform": options(input_size=32),
+            "torchvision.models.vit_b_32": instead(
+                functools.partial(small_torchvision_vit, image_size=224, patch_size=32)
+            )
         },
+        extracts="model.encoder",
+        images=(2, 3, 224, 224),
     ),
+    example("mae", MASKED),
     example("mmcr"),
     example("moco"),
+    example(
+        "msn",
+        {
+            "torchvision.models.VisionTransformer": options(image_size=32, patch_size=8, num_layers=2),
+            "lightly.transforms.msn_transform.MSNTransform": options(random_size=32, focal_size=32, focal_views=2),
+        },
+        extracts="model.anchor_backbone",
+    ),
     example("nnclr"),
     example("simclr"),
+    example("simmim", MASKED),
     example("simsiam"),
     example("smog"),
     example("swav", SMALL_CROPS | PRINTED),
