@@ -24,7 +24,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
-from slimmable.analysis.fake import FakeModel, layers_in_parts
+from slimmable.analysis.fake import FakeModel, layers_in_parts, swapped
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
@@ -134,21 +134,16 @@ def profile(
 
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameter elements that `model` uses at its active width."""
-    seen: set[int] = set()
-    total = 0
-    stack = list(shallow_modules(model))
-    while stack:
-        module = stack.pop()
-        state = state_of(module)
+    sizes: dict[int, int] = {}
+    used = list(shallow_modules(model))
+    for module in used:  # which grows
         if isinstance(module, SwitchableContainer):
-            if not module.idle:
-                stack += list(module.module_at(0 if state is None else state.index).modules())
+            used += [] if module.idle else module.module_at(module._slim.index).modules()
             continue
         for name, full in module._parameters.items():
-            if full is not None and id(full) not in seen:
-                seen.add(id(full))
-                total += getattr(module, name).numel()
-    return total
+            if full is not None:
+                sizes.setdefault(id(full), getattr(module, name).numel())
+    return sum(sizes.values())
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -181,11 +176,8 @@ class _Attention(TorchFunctionMode):
         if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
         counter = self.counter
-        counter.asleep = True
-        try:
+        with swapped([(vars(counter), "asleep", True)]):
             out = func(*args, **kwargs)
-        finally:
-            counter.asleep = False
         query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         scores = math.prod(out.shape[:-1]) * key.shape[-2]
         counter.flops += 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values

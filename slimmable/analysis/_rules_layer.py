@@ -13,8 +13,10 @@ from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids, spread
 
 
-def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """Label `first @ second`."""
+@rule_of("mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "_sparse_addmm")
+def product(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Matrix product, to which an addend may be added."""
+    *addends, first, second = args
     a, b = ctx.axes(first), ctx.axes(second)
     weights = "weights" in (ctx.origin(first), ctx.origin(second))
     ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
@@ -27,23 +29,11 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
         origin = "weights"
     elif weights:
         ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
-    if bias is not None:
+    for bias in addends if kwargs.get("beta") != 0 else ():
         for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
             if bias.shape[-i] != 1:
                 result[-i] = ctx.merge(result[-i], ids)
     ctx.label(out, result, origin)
-
-
-@rule_of("mm", "bmm", "mv", "dot", "vdot")
-def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Matrix product."""
-    _product(ctx, args[0], args[1], out)
-
-
-@rule_of("addmm", "baddbmm", "addmv", "_sparse_addmm")
-def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Matrix product with an addend."""
-    _product(ctx, args[1], args[2], out, None if kwargs.get("beta") == 0 else args[0])
 
 
 @rule_of("convolution", "_convolution")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import extract_tb
@@ -121,11 +121,8 @@ class _Calls(TorchFunctionMode):
         return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.operations.asleep = True
-        try:
+        with swapped([(vars(self.operations), "asleep", True)]):
             out = func(*args, **kwargs)
-        finally:
-            self.operations.asleep = False
         self.context.at("scaled_dot_product_attention", self.operations.fake.running)
         names = ("query", "key", "value")
         _rules_layer.attention(self.context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
@@ -154,9 +151,14 @@ def trace(
         context.at("branch", fake.running)
         context.pin_all(sources, "code depends on its numbers")
 
-    fake.on_replay, fake.on_branch = pin_inputs, pin_sources
+    def note_call(path: str, args: Any, out: Any) -> None:
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        axes = [] if source is None else context.axes(source)
+        result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
+
+    fake.on_replay, fake.on_branch, fake.on_call = pin_inputs, pin_sources, note_call
     read: set[tuple[str, str]] = set()
-    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
+    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
@@ -164,7 +166,7 @@ def trace(
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = fake.on_branch = None
+            fake.on_replay = fake.on_branch = fake.on_call = None
             for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
@@ -177,21 +179,6 @@ def trace(
     wanted = "full" if skip("", fake.model) else outputs
     result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
     return result
-
-
-@contextmanager
-def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
-    """Record what each module is called with and what it returns."""
-
-    def note(path: str, args: Any, out: Any) -> None:
-        source = args[0] if args and isinstance(args[0], Tensor) else None
-        axes = [] if source is None else result.context.axes(source)
-        result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
-
-    with ExitStack() as hooks:
-        for path, module in fake.model.named_modules():
-            hooks.enter_context(module.register_forward_hook(lambda _, args, out, path=path: note(path, args, out)))
-        yield
 
 
 @contextmanager

@@ -67,13 +67,8 @@ def features_in(
     return {name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(shares).mean())
 
 
-def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
-    """Calibrate the gates to the run's budget, in place, on some training images; return the cost they reach."""
-    assert config.gate_budget is not None
-    return calibrate_gates(backbone, _calibration_images(config, images), config.gate_budget)
-
-
-def _calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
+def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
+    """Return the training images that set the gates of a run, in batches."""
     return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
 
 
@@ -100,7 +95,7 @@ def rows_of_run(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         if config.gate_budget is not None:
-            calibrate(config, untrained, images)
+            calibrate_gates(untrained, calibration_images(config, images), config.gate_budget)
         for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
     if config.gate_budget is None:
@@ -124,7 +119,7 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
     """
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
-    some = _calibration_images(config, images)
+    some = calibration_images(config, images)
     networks = {DENSE: extract(backbone, 1.0)}
     for budget in sorted({*_BUDGETS, config.gate_budget}, reverse=True):
         try:

@@ -24,7 +24,7 @@ from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli import programs
-from slimmable.cli.extras import require
+from slimmable.cli.extras import explained, require
 from slimmable.cli.networks import check_name, make_timm, output_for
 from slimmable.cli.report import Row, read_report
 from slimmable.cli.run import CONFIG, load_exactly, read_config, trained_backbone
@@ -169,25 +169,16 @@ def _pretrained(
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
         raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
-    try:
+    advice = "; download them elsewhere, and give the file with --checkpoint"
+    with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
         return make_timm(name, {**settings, "pretrained": True}, image_size)
-    except SlimmableError:
-        raise
-    except Exception as error:  # the libraries that download files raise many kinds of errors
-        raise UsageError(
-            f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}: {error}); "
-            "download them elsewhere, and give the file with --checkpoint"
-        ) from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    try:
+    with explained(f"{path} is not a file of weights"):
         tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # unpickling fails in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a file of weights ({reason})") from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
     return tensors

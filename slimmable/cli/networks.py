@@ -14,6 +14,7 @@ import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import slimify
 from slimmable.cli.config import PretrainConfig
+from slimmable.cli.extras import explained
 from slimmable.errors import ConversionError, UsageError
 from slimmable.gating import gate
 
@@ -86,14 +87,11 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.
 
 
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
-    """Return the output of `model` in eval mode, or raise UsageError if it does not accept images of this size."""
-    try:
-        with torch.no_grad():
-            return model.eval()(images)
-    except Exception as error:  # models raise many kinds of errors on a wrong size
-        size = " x ".join(map(str, images.shape[2:]))
-        advice = "choose another --image-size"
-        raise UsageError(f"{name} does not accept images of {size} pixels ({error}); {advice}") from error
+    """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
+    size = " x ".join(map(str, images.shape[2:]))
+    what = f"{name} does not accept images of {size} pixels"
+    with torch.no_grad(), explained(what, "; choose another --image-size"):
+        return model.eval()(images)
 
 
 def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:

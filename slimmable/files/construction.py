@@ -10,18 +10,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
-from slimmable.files.state_dicts import differences, fits_inside, full_state_dict
-from slimmable.view.norms import SwitchableNorm
-from slimmable.view.view import original_class
+from slimmable.files.state_dicts import differences, fits_inside
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 _NUMBERS = (int, float, bool, str)
 
 
-def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the timm architecture of `model` and the arguments that make it, or None if it is not timm's.
+def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
+
+    If it may be `narrow`, they make one of which it may be a sub-network.
 
     A network that surgery has changed from what timm makes has no recipe either; a warning says so.
 
@@ -42,7 +41,7 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
             if arguments is not None:
                 raise
             continue
-        if _fits(model, plain, plan):
+        if _fits(model, plain, narrow):
             return recipe
     if arguments is not None:
         raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
@@ -92,34 +91,26 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
         yield dict(known[:count])
 
 
-def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
-    """Tell whether `plain` is the full network of `model`, or one that `model` may be a sub-network of."""
+def _fits(model: nn.Module, plain: nn.Module, narrow: bool) -> bool:
+    """Tell whether `plain` is the same network, or one that `model` may be a sub-network of."""
     if _classes(model) != _classes(plain):
         return False
-    own, full = full_state_dict(model, keep_vars=True), plain.state_dict(keep_vars=True)
-    if plan is not None:
+    own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
+    if not narrow:
         return not differences(full, own)
     return own.keys() == full.keys() and all(fits_inside(own[name].shape, full[name].shape) for name in full)
 
 
 def _classes(model: nn.Module) -> dict[str, type]:
-    """Return the class of every plain module by path; BatchNorms count as one class, since converters swap them."""
-    classes = {path: original_class(module) for path, module in _plain_modules(model)}
-    return {path: _BatchNorm if issubclass(kind, _BatchNorm) else kind for path, kind in classes.items()}
-
-
-def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the plain network, with their paths."""
-    norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    ours = {id(module) for norm in norms for module in (norm, *norm.narrow.modules())}
-    yield from ((path, module) for path, module in model.named_modules() if id(module) not in ours)
+    """Return the class of every module by path; BatchNorms count as one class, since converters swap them."""
+    return {path: _BatchNorm if isinstance(each, _BatchNorm) else type(each) for path, each in model.named_modules()}
 
 
 def attributes_of(model: nn.Module) -> list[list[Any]]:
     """Return module path, name and full value of attributes that are numbers or nested tuples or lists of them."""
     return [
         [path, name, value]
-        for path, module in _plain_modules(model)
+        for path, module in model.named_modules()
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and _is_number(value)
     ]

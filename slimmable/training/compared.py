@@ -19,12 +19,15 @@ from slimmable.training.once import entry, replaced
 
 
 class Calls:
-    """Notes what calls of a model return while a block runs; of a `ModuleList` those of the module called last."""
+    """Notes what calls of a model, and of the modules directly in it, return while a block runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._calls: list[tuple[nn.Module, Any]] = []
-        self._entries = {part: entry(part) for part in _callable_parts(model)}
+        self._outer = _callable_parts(model)
+        plain = [part for part in self._outer if entry(part) == "forward" and "_orig_mod" not in part._modules]
+        inner = [each for part in plain for child in part.children() for each in _callable_parts(child)]
+        self._entries = {part: entry(part) for part in (*self._outer, *inner)}
         # the same functions in every step, so that a compiler that has seen them need not compile again
         self._noting = {part: self._noted(part, getattr(part, name)) for part, name in self._entries.items()}
 
@@ -46,11 +49,17 @@ class Calls:
             yield
 
     def outputs(self) -> list[Tensor] | None:
-        """Return the tensors that can learn, and forget the calls; None if there were none."""
-        calls, self._calls = self._calls, []
-        return (
-            [each for part, output in calls if part is calls[-1][0] for each in _learnable(output)] if calls else None
-        )
+        """Return what the model returned that can learn, and forget the calls; None if there were none.
+
+        Of several models, and of what is in one that returns its loss, the one that was called last counts.
+        """
+        found = [(part, _learnable(output)) for part, output in self._calls]
+        self._calls.clear()
+        outer = [call for call in found if call[1] and call[0] in self._outer]
+        inner = [call for call in found if call[1]]
+        for calls in filter(None, (outer, inner)):
+            return [tensor for part, tensors in calls if part is calls[-1][0] for tensor in tensors]
+        return [] if found else None
 
 
 def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:

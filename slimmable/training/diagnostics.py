@@ -199,17 +199,16 @@ class Block:
     """The part of a parameter that one width reads; `cut` is None for the whole."""
 
     cut: Cut | None
-    buffers: Mapping[str, Tensor | None]
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the block of a tensor of the parameter's shape."""
-        return tensor if self.cut is None else take(tensor, self.cut, self.buffers)
+        return tensor if self.cut is None else take(tensor, self.cut)
 
     def spread(self, part: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape with `part` in the block and zeros around it."""
         if self.cut is None:
             return part
-        return put(part.new_zeros(()).expand(self.cut.full), self.cut, self.buffers, part)
+        return put(part.new_zeros(()).expand(self.cut.full), self.cut, part)
 
 
 @dataclass(frozen=True)
@@ -249,12 +248,12 @@ def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | 
 def _block(module: nn.Module, name: str, column: Column | None) -> Block:
     """Return the block of a parameter that a module's column reads (None for a module without widths)."""
     if column is None:
-        return Block(None, {})
+        return Block(None)
     if not isinstance(module, SwitchableNorm):
-        return Block(column.cuts.get(name), module._buffers)
+        return Block(column.cuts.get(name))
     norm = module.norm_at(column.index)
     state = state_of(norm)  # the norms of narrow widths have a view of the full one's gain and bias
-    return Block(None if state is None else state.columns[0].cuts.get(name), norm._buffers)
+    return Block(None if state is None else state.columns[0].cuts.get(name))
 
 
 def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:

@@ -143,8 +143,9 @@ class SlimRecipe:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
                 see `loss`. With `distill` and without `teach`, distillation compares what the calls of the model
                 returned: scores or embeddings of shape (..., classes), feature maps or score maps of shape
-                (batch, classes, height, width), and the entry `logits` of a dict. If these are two matrices of one
-                shape, the embeddings of two views, kinds that compare logits get their `nt_xent_logits`.
+                (batch, classes, height, width), and the entry `logits` of a dict; for a model that returns its loss,
+                what the last module directly in it returned. If these are two matrices of one shape, the embeddings of
+                two views, kinds that compare logits get their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
@@ -305,7 +306,7 @@ class SlimRecipe:
                 f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else loss
+            shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else f"{loss!r:.80}"
             raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
         step.done = True
         self.losses[step.width] = loss.detach()
