@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 import slimmable
@@ -229,8 +230,8 @@ def _seeded(seed: int) -> Iterator[None]:
 def names(folder: str) -> dict[str, Any]:
     """Return what the running program calls what it saves or trains: anything with a state dict, by its name.
 
-    Functions of the program that are running are searched from the outermost in. Modules that share tensors with a
-    larger one, such as a backbone outside of its model, are left out.
+    Functions of the program that are running are searched from the outermost in. Of modules that have parts in
+    common, such as a model and its backbone, the one that is trained is taken.
     """
     frames: list[FrameType] = []
     frame: FrameType | None = sys._getframe()
@@ -248,10 +249,17 @@ def names(folder: str) -> dict[str, Any]:
                 and not any(value is other for other in found.values())
             ):
                 found.setdefault(name, value)
+    groups = [group for value in found.values() if isinstance(value, Optimizer) for group in value.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
     modules = {name: value for name, value in found.items() if isinstance(value, nn.Module)}
+
+    def rank(name: str) -> tuple[int, int]:  # what is trained first, with as little else as possible
+        own = {id(parameter) for parameter in modules[name].parameters()}
+        return -len(own & trained), len(own - trained)
+
     taken: set[int] = set()
-    for name, module in sorted(modules.items(), key=lambda pair: -len(list(pair[1].modules()))):
-        parts = {id(part) for part in module.modules()}
+    for name in sorted(modules, key=rank):
+        parts = {id(part) for part in modules[name].modules()}
         if parts & taken:
             del found[name]
         taken |= parts
