@@ -11,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.clients.client import Client, instead, options
 
+COPIED = "`slimify` in the constructor, before the momentum encoder is copied"
+LATER = "a list of the student's modules for the recipe, since others are made after `slimify`"
 SMALL_CROPS = {
     "lightly.transforms.swav_transform.SwaVTransform": options(crop_sizes=(32, 32)),
     "lightly.transforms.dino_transform.DINOTransform": options(global_crop_size=32, local_crop_size=32),
@@ -30,8 +32,8 @@ def example(name: str, stand_ins: Mapping[str, Callable[[Any], Any]] | None = No
 small_vit = functools.partial(VisionTransformer, img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4)
 
 
-def small_torchvision_vit(pretrained: bool = False, image_size: int = 32, patch_size: int = 8) -> Any:
-    return torchvision.models.VisionTransformer(image_size, patch_size, 2, 4, 64, 128)
+def small_torchvision_vit(pretrained: bool = False, images: int = 32, patch: int = 8, size: int = 64) -> Any:
+    return torchvision.models.VisionTransformer(images, patch, 2, 4, size, 128)
 
 
 MASKED = {
@@ -44,11 +46,11 @@ MASKED = {
 
 CLIENTS = [
     example("barlowtwins"),
-    example("byol"),
+    example("byol", needs=COPIED),
     example("dcl"),
-    example("densecl"),
+    example("densecl", needs="the pool, which the forward runs, made before `slimify`"),
     example("directclr", extracts="model"),
-    example("dino", SMALL_CROPS, extracts="model.student_backbone"),
+    example("dino", SMALL_CROPS, extracts="model.student_backbone", needs=f"{COPIED}; {LATER}"),
     example("fastsiam"),
     example("fda"),
     example("frossl", SLOWER),
@@ -56,15 +58,16 @@ CLIENTS = [
         "ijepa",
         {
             "torchvision.models.vit_b_32": instead(
-                functools.partial(small_torchvision_vit, image_size=224, patch_size=32)
+                functools.partial(small_torchvision_vit, images=224, patch=32, size=768)
             )
         },
         extracts="model.encoder",
         images=(2, 3, 224, 224),
+        needs="its momentum is a generator, which no checkpoint holds, in the plain program either",
     ),
     example("mae", MASKED),
-    example("mmcr"),
-    example("moco"),
+    example("mmcr", needs=COPIED),
+    example("moco", needs=COPIED),
     example(
         "msn",
         {
@@ -72,15 +75,20 @@ CLIENTS = [
             "lightly.transforms.msn_transform.MSNTransform": options(random_size=32, focal_size=32, focal_views=2),
         },
         extracts="model.anchor_backbone",
+        needs=COPIED,
     ),
     example("nnclr"),
     example("simclr"),
     example("simmim", MASKED),
     example("simsiam"),
-    example("smog"),
-    example("swav", SMALL_CROPS | PRINTED),
-    example("swav_queue", SMALL_CROPS | PRINTED),
-    example("tico"),
+    example("smog", needs=f"{COPIED}; {LATER}"),
+    example("swav", SMALL_CROPS | PRINTED, needs="`skip`, to keep the prototypes and the embedding whole"),
+    example(
+        "swav_queue",
+        SMALL_CROPS | PRINTED,
+        needs="its forward normalises the prototypes, so every width does it again: the difference is rounding",
+    ),
+    example("tico", needs=COPIED),
     example("vicreg", SLOWER),
     example(
         "vicregl",

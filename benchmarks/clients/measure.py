@@ -100,7 +100,8 @@ def check_widths(plain: Run, slim: Run) -> None:
     if not _same(plain.losses[0], slim.losses[0]):
         raise WrongError(f"the first loss of the widest is {slim.losses[0]}, plain {plain.losses[0]}")
     if different := _different(plain.first, slim.first):
-        raise WrongError(f"changes more than once a step: {_some(different)}")
+        error = max(_relative(slim.first.get(key), plain.first[key]) for key in different)
+        raise WrongError(f"changes more than once a step: {_some(different)}, by up to {error:.0e}")
     trained = _different(plain.begin, plain.end, plain.begin.keys() & plain.end.keys())
     still = [key for key in trained if key in slim.begin and not _differs(slim.begin[key], slim.end[key])]
     narrow = [key for key in slim.end if ".narrow." in key and key.endswith((".weight", ".bias"))]
@@ -174,5 +175,9 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def _relative(a: Any, b: Any) -> float:
+    """Return how far `a` is from `b`, relative to `b`, or infinity if they cannot be compared."""
+    if a is None or isinstance(a, Tensor) != isinstance(b, Tensor) or getattr(a, "shape", 0) != getattr(b, "shape", 0):
+        return math.inf
+    a, b = (torch.as_tensor(each, dtype=torch.float64) for each in (a, b))
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
