@@ -6,18 +6,12 @@ The programs are not part of timm's package. SLIMMABLE_TIMM_CHECKOUT names a che
 from __future__ import annotations
 
 import copy
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
