@@ -218,7 +218,7 @@ class SwitchableNorm(SwitchableContainer):
                 state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
         for name, first in self._lists.items():
             if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
-                for index, norm in enumerate(self._modules[name], first):  # type: ignore[arg-type, var-annotated]
+                for index, norm in enumerate(getattr(self, name), first):
                     state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
 
