@@ -105,15 +105,12 @@ class OptimizerCheck:
         self._model = model
         self._updated: set[int] = set()  # ids of parameters
         self._hook: Any = None
-        self._done = False
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_hook": None}
+        return {**self.__dict__, "_hook": None, "_updated": set()}
 
     def before_gradients(self) -> None:
         """Begin to look or, once an optimizer has stepped, say what the optimizers lack."""
-        if self._done:
-            return
         if self._hook is None:
             own = weakref.ref(self)
 
@@ -125,9 +122,9 @@ class OptimizerCheck:
             self._hook = register_optimizer_step_pre_hook(look)
             weakref.finalize(self, self._hook.remove)
         elif self._updated:
-            self._done = True
             self._hook.remove()
-            held = {name: id(parameter) in self._updated for name, parameter in self._model.named_parameters()}
+            updated, self._updated = self._updated, set()
+            held = {name: id(parameter) in updated for name, parameter in self._model.named_parameters()}
             full = {name: re.sub(r"\bnarrow\.\d+\.", "", name) for name in held}  # the name in the full norm
             missing = [name for name in held if not held[name] and held.get(full[name])]
             if missing:
