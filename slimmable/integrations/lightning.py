@@ -58,7 +58,7 @@ class SlimCallback(Callback):
         self.recipe = recipe
         self._counts = recipe.steps is None
         self._replaced = ExitStack()  # what is replaced while the module trains
-        self._parts: Iterator[tuple[Tensor | None, Any]] = iter(())  # of the widths that are still to run
+        self._parts: Iterator[Tensor] = iter(())  # of the widths that are still to run
         self._part: Tensor | None = None  # of the width that has run, with its graph
         self._loss = torch.zeros(())  # what Lightning gets: the widest's own loss, without the graph
 
@@ -122,7 +122,7 @@ class SlimCallback(Callback):
                 outputs.append(output)
             return entries["loss"] if entries.get("teach") is None else (entries["loss"], entries["teach"])
 
-        self._parts = self.recipe._parts(closure, (), [module])
+        self._parts = self.recipe.parts(closure, once=[module])
         self._run_next(module)
         self._loss = self.recipe.losses[1.0].clone().requires_grad_()
         return {**outputs[0], "loss": self._loss} if isinstance(outputs[0], Mapping) else self._loss
@@ -137,7 +137,7 @@ class SlimCallback(Callback):
         """Run the next width as Lightning runs `training_step`."""
         self._part = None  # its graph is done with
         with module.trainer.precision_plugin.train_step_context():
-            self._part, _ = next(self._parts, (None, None))
+            self._part = next(self._parts, None)
 
     def _optimizer_step(self, module: Any, step: Callable[..., None], *args: Any) -> None:
         """Let DistributedDataParallel, which expects one backward pass, average once after the last."""
