@@ -147,7 +147,7 @@ def test_solo_learns_queue_takes_each_key_once_and_momentum_follows(tmp_path):
         keep(keys),
     )
     before, keys = fresh.queue.clone(), []
-    fresh.momentum_projector.register_forward_hook(lambda module, args, output: keys.append(output))
+    fresh.momentum_projector[0].register_forward_hook(lambda module, args, output: keys.append(output))
     callback = slimmable.integrations.lightning.SlimCallback(recipe)
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     found["Trainer"](max_steps=1, callbacks=[callback], **options).fit(fresh, found["loader"])
