@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
 
+from slimmable._distributed import in_group
 from slimmable._widths import check_widths
 from slimmable.view.state import WidthState
 
@@ -43,9 +46,40 @@ class SwitchableContainer(nn.Module):
         """Return the module of the width with this index, or a copy if it shares tensors with others."""
         return self.module_at(index)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module of the active width."""
+        return self.linked(self.module_at(self._slim.index)(*args, **kwargs))
+
+    def linked(self, output: Any) -> Any:
+        """Return `output`; with a process group, its graph then has the idle modules' parameters too, unused.
+
+        DistributedDataParallel waits for the gradient of every parameter. That of an idle one counts as zero there, and
+        stays None without it.
+        """
+        if in_group() and torch.is_grad_enabled() and isinstance(output, Tensor):
+            return _Linked.apply(output, *self.parameters())
+        return output
+
     def extra_repr(self) -> str:
         """Return the widths and the active one."""
         return f"widths={self.widths}, width={self.width}"
+
+
+class _Linked(Function):
+    """The identity, whose backward reaches further tensors without a gradient for them."""
+
+    @staticmethod
+    def forward(output: Tensor, *idle: Tensor) -> Tensor:
+        return output.detach()  # not a view for autograd, so it may be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.idle = len(inputs) - 1
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.idle
 
 
 def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:
