@@ -185,7 +185,7 @@ class OnlineDistillation(nn.Module):
     >>> distill = OnlineDistillation()
     >>> distill
     OnlineDistillation(kind='kl', teacher_temperature=5.0, student_temperature=5.0, teachers='widest', weight=0.5)
-    >>> distill(torch.zeros(2, 4), torch.zeros(2, 4))  # 25 log 4
+    >>> distill(torch.zeros(2, 4), torch.zeros(2, 4))  # 25 log 4, its floor
     tensor(34.6574)
     """
 
@@ -214,6 +214,29 @@ class OnlineDistillation(nn.Module):
 
     def forward(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: int | Tensor = 0) -> Tensor:
         """Return the loss of `student`; `target` is the column of the right class, which only `dkd` needs."""
+        return torch.stack([self._compare(student, teacher, target) for teacher in self._chosen(teachers)]).mean()
+
+    @torch.no_grad()
+    def floor(self, teachers: Tensor | Sequence[Tensor]) -> Tensor:
+        """Return the loss of a student that agrees with each of its teachers, which has no gradient.
+
+        A cross-entropy is then the teacher's entropy, not zero; without this floor it is a divergence. The other kinds
+        are zero anyway.
+
+        >>> teacher = torch.zeros(2, 4)
+        >>> distill = OnlineDistillation()
+        >>> distill(teacher, teacher) - distill.floor(teacher)
+        tensor(0.)
+        """
+        chosen = [at_least_float32(teacher) for teacher in self._chosen(teachers)]
+        if self.kind not in ("kl", "embedding"):
+            return chosen[0].new_zeros(())
+        logits = chosen if self.kind == "kl" else [unit_vectors(teacher) for teacher in chosen]
+        temperatures = self.teacher_temperature, self.student_temperature
+        agreeing = self.student_temperature / self.teacher_temperature
+        return torch.stack([soft_cross_entropy(agreeing * each, each, *temperatures) for each in logits]).mean()
+
+    def _chosen(self, teachers: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if isinstance(teachers, Tensor):
             teachers = [teachers]
         elif not isinstance(teachers, Iterable):
@@ -221,8 +244,7 @@ class OnlineDistillation(nn.Module):
         several = list(teachers)
         if not several:
             raise UsageError("OnlineDistillation: there is no teacher; give the output of at least one wider width")
-        chosen = several[:1] if self.teachers == "widest" else several
-        return torch.stack([self._compare(student, teacher, target) for teacher in chosen]).mean()
+        return several[:1] if self.teachers == "widest" else several
 
     def _compare(self, student: Tensor, teacher: Tensor, target: int | Tensor) -> Tensor:
         if self.kind == "kl":

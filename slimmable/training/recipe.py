@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._checks import check_count, check_fraction, number_or_nan
+from slimmable._distributed import average_gradients
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
+from slimmable.training.compared import calls_of, compared
+from slimmable.training.once import Once, Replay, unswitched
+from slimmable.training.optimizers import OptimizerCheck
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
+Teach: TypeAlias = "Tensor | Sequence[Tensor]"
+Loss: TypeAlias = "Tensor | tuple[Tensor, Teach]"
+Backward: TypeAlias = "Callable[[Tensor], object]"
+P = ParamSpec("P")
 
 
 class SlimRecipe:
     """Slow start, online distillation and loss re-weighting (SlimCLR, Zhao et al. 2024) around one training step.
 
-    Looping over `widths` switches the model to one width after another. At each, `loss` returns that width's part of
-    the step's loss, and the loop body calls `backward` on it. The gradients add up to those of the summed loss, while
-    only one graph is alive at a time. Put several models that switch together, such as an encoder and a predictor, into
-    one `nn.ModuleList`.
+    `backward` takes the place of a step's forward and backward passes. It runs them at one width after another, the
+    widest first. The gradients add up to those of the summed loss, while only one graph is alive at a time. For full
+    control, loop over `widths` and give each width's loss to `loss`. Put several models that switch together, such as
+    an encoder and a predictor, into one `nn.ModuleList`.
 
     Args:
         model: anything that `set_width` takes.
@@ -38,22 +50,33 @@ class SlimRecipe:
             This is the sandwich rule for universal models (Yu and Huang, Universally Slimmable Networks, ICCV 2019,
             section 3.1; they draw 2), and `loss_weights` must be a mode. With 0 the model's own widths run.
         seed: seed of the draws; processes that train together need the same one.
+        steps: how often the whole training will call `backward` or `total`; needed there for a slow start.
+        frozen: modules without gradient that the step calls, such as a momentum encoder or a teacher. They run at the
+            widest width only, and narrower widths get the same outputs.
+        once: modules whose state the step changes, such as a criterion with a queue. It changes once per step; see the
+            method of this name. In `backward` and `total` the model's own buffers are treated alike, such as a queue,
+            but not BatchNorm statistics and others that belong to a width.
+        backward: function to call with each width's loss instead of `Tensor.backward`, such as `accelerator.backward`
+            or `lambda loss: scaler.scale(loss).backward()`.
+
+    Attributes:
+        losses: width -> its own loss in the last step, detached.
+        distillations: width -> its distillation in the last step, detached, as a divergence: zero where student and
+            teacher agree. The loss that is trained differs from that by a constant, see `OnlineDistillation.floor`.
+        steps_done: how many steps `backward` and `total` have run.
 
     Raises: UsageError or WidthError: if an argument is invalid.
 
     >>> from slimmable.layers import SlimLinear
-    >>> from slimmable._width import width_of
     >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
-    >>> recipe = SlimRecipe(model, slow_start=0.5)
+    >>> recipe = SlimRecipe(model, slow_start=0.5, steps=2)
     >>> recipe
     SlimRecipe(widths=(1.0, 0.5), distill=None, loss_weights=(1.5, 1.0), slow_start=0.5, random_widths=0)
-    >>> [width for width in recipe.widths(progress=0.1)], [width for width in recipe.widths(progress=0.9)]
-    ([1.0], [1.0, 0.5])
-    >>> for width in recipe.widths(progress=0.9):
-    ...     loss = recipe.loss(model(torch.ones(2, 4)).square().mean())
-    ...     loss.backward()
-    >>> width_of(model)
-    1.0
+    >>> for step in range(2):
+    ...     loss = recipe.backward(lambda: model(torch.ones(2, 4)).square().mean())
+    ...     bool(loss == recipe.losses[1.0]), list(recipe.losses)
+    (True, [1.0])
+    (True, [1.0, 0.5])
     """
 
     def __init__(
@@ -64,6 +87,11 @@ class SlimRecipe:
         slow_start: float = 0.0,
         random_widths: int = 0,
         seed: int = 0,
+        *,
+        steps: int | None = None,
+        frozen: Iterable[nn.Module] = (),
+        once: Iterable[nn.Module] = (),
+        backward: Backward | None = None,
     ) -> None:
         if distill is not None and not (callable(distill) and hasattr(distill, "teachers")):
             raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
@@ -74,8 +102,16 @@ class SlimRecipe:
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
         check_fraction("SlimRecipe", slow_start=slow_start)
         self.slow_start = float(slow_start)
+        if steps is not None:
+            check_count("SlimRecipe", steps=steps)
+        self.steps, self.steps_done = steps, 0
+        self._frozen, self._once = _modules("frozen", frozen), _modules("once", once)
+        self._backward = backward
+        self.losses: dict[float, Tensor] = {}
+        self.distillations: dict[float, Tensor] = {}
         self._step: _Step | None = None
         self._loop: weakref.ref[Generator[float, None, None]] | None = None
+        self._optimizers = OptimizerCheck(model)
 
     def __repr__(self) -> str:
         weights = tuple(self.loss_weights.values()) if self._mode is None else self._mode
@@ -88,19 +124,107 @@ class SlimRecipe:
         """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
         return {**self.__dict__, "_step": None, "_loop": None}
 
+    def backward(
+        self,
+        closure: Callable[[], Loss],
+        *,
+        frozen: Iterable[nn.Module] = (),
+        once: Iterable[nn.Module] = (),
+        backward: Backward | None = None,
+    ) -> Tensor:
+        """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
+
+        The closure runs once per width, and each width's graph is gone before the next one runs. If the model is
+        wrapped in DistributedDataParallel, the gradients are averaged once, after the last width (or not, under its
+        `no_sync`).
+
+        Args:
+            closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
+                see `loss`. With `distill` and without `teach`, distillation compares what the calls of the model
+                returned: scores or embeddings of shape (..., classes), feature maps or score maps of shape
+                (batch, classes, height, width), and the entry `logits` of a dict. If these are two matrices of one
+                shape, the embeddings of two views, kinds that compare logits get their `nt_xent_logits`.
+            frozen, once, backward: as for the class; modules add to those given there.
+
+        Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
+            Otherwise as `loss`.
+        """
+        run_backward = backward or self._backward or Tensor.backward
+        with self._one_reduction():
+            for part, _ in self._parts(closure, frozen, once):
+                run_backward(part)
+        return self.losses[1.0]
+
+    def total(
+        self, closure: Callable[[], Loss], *, frozen: Iterable[nn.Module] = (), once: Iterable[nn.Module] = ()
+    ) -> Tensor:
+        """Return the weighted sum of all widths' losses, for code that calls `backward` itself.
+
+        All widths' graphs are alive until then: for the widths 1, 0.75, 0.5 and 0.25 about 2.5 times the activations
+        that `backward` needs. Arguments and errors are those of `backward`.
+
+        >>> from slimmable.layers import SlimLinear
+        >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+        >>> recipe = SlimRecipe(model, loss_weights="ones")
+        >>> total = recipe.total(lambda: model(torch.ones(2, 4)).square().mean())
+        >>> bool(total.isclose(sum(recipe.losses.values())))
+        True
+        """
+        parts = [part - excess for part, excess in self._parts(closure, frozen, once)]
+        return torch.stack(parts).sum()
+
+    def step(self, function: Callable[P, Loss]) -> Callable[P, Tensor]:
+        """Decorate a function that returns a loss, so that calling it is `backward` on it, with its arguments.
+
+        >>> from slimmable.layers import SlimLinear
+        >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+        >>> @SlimRecipe(model).step
+        ... def training_step(x):
+        ...     return model(x).square().mean()
+        >>> training_step(torch.ones(2, 4)).requires_grad
+        False
+        """
+
+        @wraps(function)
+        def stepped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            return self.backward(partial(function, *args, **kwargs))
+
+        return stepped
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training that `backward` and `total` have done, in [0, 1]; 1 without a number of `steps`."""
+        return 1.0 if self.steps is None else min(1.0, self.steps_done / self.steps)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how far `backward` and `total` have got, for a checkpoint."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the recipe of a `state_dict` had got.
+
+        Raises: DataError: if it is not such a state.
+        """
+        done = state.get("steps_done") if isinstance(state, Mapping) and len(state) == 1 else None
+        if type(done) is not int or done < 0:
+            raise DataError(f"SlimRecipe.load_state_dict: expected {{'steps_done': a count}}, got {state!r}")
+        self.steps_done = done
+
     @property
     def first(self) -> bool:
         """Whether the loop is at the widest width: the place for what must happen once per step.
 
-        Compute a momentum encoder's keys here. Add them to a queue only after the loop: narrower widths must not meet
-        the keys of their own batch among the negatives. For criteria that change when called, see `once`.
+        In a loop over `widths`, compute a momentum encoder's keys here. Add them to a queue only after the loop:
+        narrower widths must not meet the keys of their own batch among the negatives. For criteria that change when
+        called, see `once`.
         """
         return self._step is not None and self._step.first
 
     def widths(self, progress: float, step: int | None = None) -> Iterator[float]:
         """Switch the model to each width of this step in turn, from the widest down, and yield it.
 
-        When the loop ends, even by `break` or an exception, the width is 1.0 again.
+        When the loop ends, even by `break` or an exception, the width is 1.0 again. At each width, give the loss to
+        `loss`, and call `backward` on the result.
 
         Args:
             progress: fraction of the training done, in [0, 1].
@@ -108,8 +232,17 @@ class SlimRecipe:
                 from a checkpoint draws the same ones; otherwise they depend on the draws before.
 
         Raises: UsageError: if `progress` is not in [0, 1].
+
+        >>> from slimmable import SlimLinear, width_of
+        >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+        >>> recipe = SlimRecipe(model)
+        >>> for width in recipe.widths(progress=0.9):
+        ...     recipe.loss(model(torch.ones(2, 4)).square().mean()).backward()
+        >>> width, width_of(model)
+        (0.5, 1.0)
         """
         check_fraction("SlimRecipe", progress=progress)
+        self._optimizers.before_gradients()
         previous = self._loop() if self._loop is not None else None
         if previous is not None:  # a loop that was left early and is still referenced
             previous.close()
@@ -123,9 +256,10 @@ class SlimRecipe:
     def once(self, *modules: nn.Module) -> Iterator[None]:
         """Let `modules` change once per step, although the block runs once per width.
 
-        This is for criteria that change their own buffers when called, such as a queue or a centre. Every width's block
-        starts with the buffers as they were before the widest width's block, and only the widest width's change is
-        kept.
+        This is for criteria that change when called: a queue, a centre, prototypes, a counter. It covers buffers,
+        parameters without gradient, and attributes that are numbers, tensors, arrays or containers of these. Every
+        width's block starts with them as they were before the widest width's block, and only the widest width's change
+        is kept.
 
         Raises: UsageError: if called outside the loop, or at a narrower width but not at the widest.
 
@@ -141,21 +275,8 @@ class SlimRecipe:
         step = self._step
         if step is None:
             raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
-        stores = {id(m): m._buffers for module in modules for m in module.modules()}
-        if step.first:
-            step.buffers.update({key: _copies(store) for key, store in stores.items()})
+        with step.once.changes([part for module in modules for part in unswitched(module)], step.first):
             yield
-            return
-        if not stores.keys() <= step.buffers.keys():
-            raise UsageError(f"SlimRecipe.once: at width {step.width}, but not used at the widest width of this step")
-        after = {key: dict(store) for key, store in stores.items()}
-        for key, store in stores.items():
-            store.update(_copies(step.buffers[key]))
-        try:
-            yield
-        finally:
-            for key, store in stores.items():
-                store.update(after[key])
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Return the active width's part of the step's loss; call it once per width, then `backward` on the result.
@@ -164,11 +285,15 @@ class SlimRecipe:
             loss: the method's own loss at this width, a scalar.
             teach: logits or embeddings that distillation compares between widths, shape (batch, classes). Of several
                 tensors, such as the two directions of MoCo v3, each is compared with its counterpart, and the losses
-                are added. Ignored without `distill` and during the slow start.
+                are added. Not needed without `distill` and during the slow start.
 
         Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
             DataError: if `loss` is not a scalar, or `teach` is not one or several tensors.
         """
+        return self._part(loss, teach)[0]
+
+    def _part(self, loss: Tensor, teach: Teach | None) -> tuple[Tensor, Tensor | float]:
+        """Return the result of `loss`, and how much it is above that of distillation as a divergence."""
         step = self._step
         if step is None:
             raise UsageError(
@@ -182,19 +307,26 @@ class SlimRecipe:
             shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else loss
             raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
         step.done = True
+        self.losses[step.width] = loss.detach()
+        if teach is not None and self.distill is None:
+            warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=3)
         if step.slow:
-            return slim_term(loss)
+            return slim_term(loss), 0.0
         weight = step.loss_weights[step.width]
         if self.distill is None:
-            return slim_term(loss, weight=weight)
+            return slim_term(loss, weight=weight), 0.0
         views = _views(step, teach)
         distillation = None
+        excess: Tensor | float = 0.0
         if not step.first:
-            taught = zip(views, *step.teachers.values(), strict=True)
-            distillation = torch.stack([self.distill(view, teachers) for view, *teachers in taught]).sum()
+            taught = [(view, teachers) for view, *teachers in zip(views, *step.teachers.values(), strict=True)]
+            distillation = torch.stack([self.distill(view, teachers) for view, teachers in taught]).sum()
+            floor = torch.stack([self.distill.floor(teachers) for _, teachers in taught]).sum()
+            self.distillations[step.width] = distillation.detach() - floor
+            excess = weight * self.distill.weight * floor
         if step.first or self.distill.teachers == "all wider":
             step.teachers[step.width] = [view.detach() for view in views]
-        return slim_term(loss, distillation, weight, self.distill.weight)
+        return slim_term(loss, distillation, weight, self.distill.weight), excess
 
     def _run(self, slow: bool) -> Generator[float, None, None]:
         weights = self.loss_weights
@@ -203,15 +335,74 @@ class SlimRecipe:
             drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
             weights = _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), self._mode)
         step = self._step = _Step(slow, weights)
+        self.losses, self.distillations = {}, {}
         try:
             for width in list(step.loss_weights)[: 1 if slow else None]:
                 set_width(self.model, width)
                 step.width, step.done = width, False
                 yield width
+                if not step.done:
+                    warnings.warn(
+                        f"SlimRecipe: width {width} ran without recipe.loss, so its loss was neither weighted nor "
+                        "distilled; call it once per width",
+                        stacklevel=2,
+                    )
         finally:
             if self._step is step:
                 self._step = None
             set_width(self.model, 1.0)
+
+    def _parts(
+        self, closure: Callable[[], Loss], frozen: Iterable[nn.Module], once: Iterable[nn.Module]
+    ) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """Yield the `_part` of each width of one step, then count the step."""
+        if self.slow_start and self.steps is None:
+            raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
+        teachers = [*self._frozen, *_modules("frozen", frozen)]
+        replayed = {part: None for module in teachers for part in module.modules()}
+        changing = [*self._once, *_modules("once", once)]
+        given = {part: None for module in changing for part in unswitched(module) if part not in replayed}
+        own = [part for part in unswitched(self.model) if part not in replayed and part not in given]
+        replay, state_of_replayed = Replay(), Once(from_before=False)
+        state_of_given, state_of_own = Once(), Once(only_buffers=True)
+        for _ in self.widths(self.progress, self.steps_done):
+            with (
+                state_of_replayed.changes(replayed, self.first),
+                state_of_given.changes(given, self.first),
+                state_of_own.changes(own, self.first),
+                replay.run(replayed, self.first),
+                self._calls() as calls,
+            ):
+                result = closure()
+            loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
+            if calls and teach is None and self.distill is not None:
+                teach = compared(calls, self.distill.kind)
+            part, excess = self._part(loss, teach)
+            del result, loss, teach, calls  # otherwise the graph stays alive while the next width runs
+            yield part, excess
+        self.steps_done += 1
+
+    @contextmanager
+    def _calls(self) -> Iterator[list[tuple[nn.Module, Any]]]:
+        """Collect the model's calls if distillation compares something in this step."""
+        if self.distill is None or self._step is None or self._step.slow:
+            yield []
+            return
+        with calls_of(self.model) as calls:
+            yield calls
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
+        wrapped = [part for part in self.model.modules() if isinstance(part, DistributedDataParallel)]
+        synced = [part for part in wrapped if part.require_backward_grad_sync]
+        with ExitStack() as stack:
+            for part in synced:
+                stack.enter_context(part.no_sync())
+            yield
+        for part in synced:
+            average_gradients(part)
+            part.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
 
 
 @dataclass
@@ -223,7 +414,7 @@ class _Step:
     width: float = math.nan
     done: bool = False  # whether this width has had its loss
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
-    buffers: dict[int, dict[str, Tensor | None]] = field(default_factory=dict)  # by module, from before the step
+    once: Once = field(default_factory=Once)
 
     @property
     def first(self) -> bool:
@@ -233,7 +424,10 @@ class _Step:
 def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     """Return the outputs by which the active width teaches or learns, one tensor per view or direction."""
     if teach is None:
-        raise UsageError(f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}")
+        raise UsageError(
+            f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}; call the model itself in the "
+            "closure of `backward`, or give (loss, teach)"
+        )
     if not step.first and not step.teachers:
         raise UsageError(
             f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
@@ -250,8 +444,12 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     return views
 
 
-def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
+def _modules(name: str, given: Any) -> list[nn.Module]:
+    modules = list(given) if not isinstance(given, nn.Module) or isinstance(given, nn.ModuleList) else [given]
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise UsageError(f"SlimRecipe: {name} must be a list of modules, got {module!r}")
+    return modules
 
 
 def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: int) -> str:
