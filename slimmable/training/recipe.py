@@ -376,7 +376,8 @@ class SlimRecipe:
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
             if calls and teach is None and self.distill is not None:
-                teach = compared(calls, self.distill.kind)
+                with torch.set_grad_enabled(not self.first):
+                    teach = compared(calls, self.distill.kind)
             part, excess = self._part(loss, teach)
             del result, loss, teach, calls  # otherwise the graph stays alive while the next width runs
             yield part, excess

@@ -204,6 +204,64 @@ def test_moco_v3_step(case):
         close(torch.zeros_like(gradient) if given is None else given, gradient)
 
 
+def terms_through_backward(recipe, progress, closure, **modules):
+    """The same by `SlimRecipe.backward`, which knows the progress by its own count of steps."""
+    terms = []
+    recipe.steps, recipe.steps_done = 4, round(4 * progress)
+    loss = recipe.backward(closure, backward=lambda term: (terms.append(term), term.backward()), **modules)
+    assert loss == recipe.losses[1.0]
+    return terms
+
+
+@cases_of("mocov2")
+def test_moco_v2_step_through_backward(case):
+    """The key encoder moves inside the closure, and the queue is the criterion's, as in published programs."""
+    model, (x_query, x_key) = network("mocov2")
+    moco = MoCo(model, proj_dim=16, queue_size=case["K"], momentum=case["moco_m"]).double()
+    moco.key_encoder.network = scaled_copy(model)
+    moco.queue.copy_(STEPS["queue0"])
+
+    def closure():
+        query, keys = model(x_query), moco.keys(model, x_key)
+        logits = losses.moco_logits(query, keys, moco.queue.clone())
+        moco.enqueue(keys)
+        return losses.contrastive_cross_entropy(logits, case["T"]), logits
+
+    terms = terms_through_backward(*recipe_of(case, model), closure, frozen=[moco.key_encoder], once=[moco])
+    assert_published(case, terms, model, moco.key_encoder.network)
+    close(moco.queue, STEPS[f"{case['name']}/queue_after"])
+    assert moco.position == case["ptr"]
+
+
+@cases_of("simclr")
+def test_simclr_step_through_backward_teaches_the_similarities_of_both_views(case):
+    model, (x0, x1) = network("simclr")
+    recipe, progress = recipe_of(case, model)
+    terms = terms_through_backward(recipe, progress, lambda: losses.nt_xent(model(x0), model(x1), case["T"]))
+    assert_published(case, terms, model)
+
+
+@cases_of("mocov3")
+def test_moco_v3_step_through_backward(case):
+    base, (x0, x1) = network("mocov3")
+    top = predictor().double()
+    top.load_state_dict(ours(STEPS, "predictor/"))
+    key = scaled_copy(base)
+    momentum = 1 - (1 - case["init_m"]) * (1 + math.cos(math.pi * case["epoch"] / case["E"])) / 2
+
+    def closure():
+        q0, q1 = top(base(x0)), top(base(x1))
+        with torch.no_grad():
+            for own, other in zip(key.parameters(), base.parameters(), strict=True):
+                own.lerp_(other, 1 - momentum)
+            k0, k1 = key(x0), key(x1)
+        logits = [losses.moco_v3_logits(q, k, case["T"]) for q, k in ((q0, k1), (q1, k0))]
+        return losses.moco_v3_loss(q0, k1, case["T"]) + losses.moco_v3_loss(q1, k0, case["T"]), logits
+
+    recipe, progress = recipe_of(case, nn.ModuleList([base, top]))
+    assert_published(case, terms_through_backward(recipe, progress, closure, frozen=[key]), base, key)
+
+
 def assert_published_step(case, method, losses_of_step, key=None):
     """After `Method.step`: gradients, statistics and momentum encoder are the published ones."""
     name = case["name"]
