@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._distributed import in_group
 from slimmable._widths import check_widths
@@ -18,6 +19,7 @@ class SwitchableContainer(nn.Module):
     """One real module per width; see `SwitchableNorm` and `SwitchableProbe`."""
 
     _slim: WidthState
+    _static_graph = False  # of the DistributedDataParallel around it
 
     def __init__(self, widths: Iterable[float]) -> None:
         super().__init__()
@@ -56,9 +58,14 @@ class SwitchableContainer(nn.Module):
         DistributedDataParallel waits for the gradient of every parameter. That of an idle one counts as zero there, and
         stays None without it.
         """
-        if in_group() and torch.is_grad_enabled() and isinstance(output, Tensor):
-            return _Linked.apply(output, *self.parameters())
-        return output
+        if not in_group() or not isinstance(output, Tensor):
+            return output
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if wrapper is not None:  # None in the forwards that checkpointing repeats
+            self._static_graph = wrapper.static_graph
+        if not torch.is_grad_enabled():
+            return output
+        return _Linked.apply(output, self._static_graph, *self.parameters())
 
     def extra_repr(self) -> str:
         """Return the widths and the active one."""
@@ -66,20 +73,25 @@ class SwitchableContainer(nn.Module):
 
 
 class _Linked(Function):
-    """The identity, whose backward reaches further tensors without a gradient for them."""
+    """The identity, whose backward reaches further tensors without a gradient for them.
+
+    Or with zeros: what has no gradient in its first step, a static graph never reduces.
+    """
 
     @staticmethod
-    def forward(output: Tensor, *idle: Tensor) -> Tensor:
+    def forward(output: Tensor, zeros: bool, *idle: Tensor) -> Tensor:
         return output.detach()  # not a view for autograd, so it may be changed in place
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.idle = len(inputs) - 1
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, zeros, *idle = inputs
+        ctx.count = len(idle)
+        ctx.save_for_backward(*idle if zeros else ())
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grad, *[None] * ctx.idle
+        return grad, None, *([torch.zeros_like(idle) for idle in ctx.saved_tensors] or [None] * ctx.count)
 
 
 def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:
