@@ -60,7 +60,7 @@ class SwitchableContainer(nn.Module):
         """
         if not in_group() or not isinstance(output, Tensor):
             return output
-        wrapper = DistributedDataParallel._get_active_ddp_module()
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if wrapper is not None:  # None in the forwards that checkpointing repeats
             self._static_graph = wrapper.static_graph
         if not torch.is_grad_enabled():
@@ -91,7 +91,8 @@ class _Linked(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grad, None, *([torch.zeros_like(idle) for idle in ctx.saved_tensors] or [None] * ctx.count)
+        missing: list[Tensor | None] = [None] * ctx.count
+        return grad, None, *([torch.zeros_like(idle) for idle in ctx.saved_tensors] or missing)
 
 
 def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:
