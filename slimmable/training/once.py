@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -18,7 +19,6 @@ from torch.utils._pytree import tree_map
 from slimmable._nested import map_tensors, output_tensors
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.state import is_slim
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's own attributes, such as the hooks
 _CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
@@ -67,6 +67,28 @@ class Once:
                 for added in _state(store).keys() - state.keys():
                     del store[added]
                 store.update(state)
+
+
+class Draws:
+    """Lets every width draw the random numbers of the widest, as if only that had run: masks, permutations, views."""
+
+    def __init__(self) -> None:
+        self._before = _random_states()
+
+    @contextmanager
+    def same(self, widest: bool) -> Iterator[None]:
+        """Run a block, of the widest width or of a narrower one."""
+        if widest:
+            yield
+            return
+        after = _random_states()
+        for restore, state in self._before:
+            restore(state)
+        try:
+            yield
+        finally:
+            for restore, state in after:
+                restore(state)
 
 
 class Replay:
@@ -139,11 +161,11 @@ def _entries(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
 
 
 def unswitched(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of `model` whose state does not belong to a width."""
+    """Yield the modules of `model` whose state does not belong to a width; not BatchNorms, which are per width."""
     pending = [model]
     while pending:
         module = pending.pop()
-        if not is_slim(module) and not isinstance(module, DistributedDataParallel):
+        if not isinstance(module, (SwitchableContainer, DistributedDataParallel)):
             yield module
         if not isinstance(module, SwitchableContainer):
             pending.extend(module.children())
@@ -175,3 +197,18 @@ def _copied_leaf(value: Any) -> Any:
     if isinstance(value, Tensor) and not value.requires_grad:
         return value.clone()
     return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+
+
+def _random_states() -> list[tuple[Callable[[Any], object], Any]]:
+    """Return what sets each generator that torch, numpy and Python draw from by default, and its state."""
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (np.random.set_state, np.random.get_state()),  # noqa: NPY002  what others draw from
+        (random.setstate, random.getstate()),
+    ]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        device = torch.get_device_module(accelerator)
+        if not hasattr(device, "is_initialized") or device.is_initialized():
+            states.append((device.set_rng_state, device.get_rng_state()))
+    return states

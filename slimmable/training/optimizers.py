@@ -59,6 +59,11 @@ class OptimizerCheck:
         ids = {id(parameter) for parameter in held}
         if not ids.isdisjoint(map(id, self._model.parameters())):
             self._updated |= ids
+            if all(parameter.grad is None for parameter in self._model.parameters()):
+                raise UsageError(
+                    f"SlimRecipe: this {type(optimizer).__name__} trains nothing: the model has no gradients when it "
+                    "steps; call zero_grad before recipe.backward, not after it"
+                )
         elif all(parameter.grad is None for parameter in held):
             raise UsageError(
                 f"SlimRecipe: this {type(optimizer).__name__} trains nothing: none of its parameters is the model's or "

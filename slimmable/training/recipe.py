@@ -7,7 +7,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
@@ -22,7 +22,7 @@ from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.training.compared import calls_of, compared
-from slimmable.training.once import Once, Replay, unswitched
+from slimmable.training.once import Draws, Once, Replay, unswitched
 from slimmable.training.optimizers import OptimizerCheck
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
@@ -134,16 +134,18 @@ class SlimRecipe:
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
-        The closure runs once per width, and each width's graph is gone before the next one runs. If the model is
-        wrapped in DistributedDataParallel, the gradients are averaged once, after the last width (or not, under its
-        `no_sync`).
+        The closure runs once per width, and each width's graph is gone before the next one runs. All widths draw the
+        random numbers of the widest, such as masks and permutations, and the next step goes on behind these. Set
+        gradients to zero before, not after. If the model is wrapped in DistributedDataParallel, the gradients are
+        averaged once, after the last width (or not, under its `no_sync`).
 
         Args:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
                 see `loss`. With `distill` and without `teach`, distillation compares what the calls of the model
-                returned: scores or embeddings of shape (..., classes), feature maps or score maps of shape
-                (batch, classes, height, width), and the entry `logits` of a dict. If these are two matrices of one
-                shape, the embeddings of two views, kinds that compare logits get their `nt_xent_logits`.
+                returned (if that is the loss, the calls of its last part, such as a projector): scores or embeddings of
+                shape (..., classes), feature maps or score maps of shape (batch, classes, height, width), and the entry
+                `logits` of a dict. If these are two matrices of one shape, the embeddings of two views, kinds that
+                compare logits get their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
@@ -152,7 +154,8 @@ class SlimRecipe:
         run_backward = backward or self._backward or Tensor.backward
         with self._one_reduction():
             for part, _ in self._parts(closure, frozen, once):
-                run_backward(part)
+                with _without_autocast(part.device.type):  # in which the whole step may be
+                    run_backward(part)
         return self.losses[1.0]
 
     def total(
@@ -364,10 +367,11 @@ class SlimRecipe:
         changing = [*self._once, *_modules("once", once)]
         given = {part: None for module in changing for part in unswitched(module) if part not in replayed}
         own = [part for part in unswitched(self.model) if part not in replayed and part not in given]
-        replay, state_of_replayed = Replay(), Once(from_before=False)
+        draws, replay, state_of_replayed = Draws(), Replay(), Once(from_before=False)
         state_of_given, state_of_own = Once(), Once(only_buffers=True)
         for _ in self.widths(self.progress, self.steps_done):
             with (
+                draws.same(self.first),
                 state_of_replayed.changes(replayed, self.first),
                 state_of_given.changes(given, self.first),
                 state_of_own.changes(own, self.first),
@@ -412,6 +416,10 @@ class _Step:
     @property
     def first(self) -> bool:
         return self.width == 1.0
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
