@@ -18,7 +18,7 @@ from typing import TypeAlias
 from slimmable._atomic import fill_aside
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.extras import require
-from slimmable.cli.report import MARKERS, UNTRAINED, Row, in_percent, points_of, read_rows, title_of
+from slimmable.cli.report import MARKERS, UNTRAINED, Row, read_rows, title_of
 from slimmable.cli.run import read_config
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 
@@ -86,7 +86,7 @@ def _markdown(reports: Reports, probes: Sequence[str]) -> str:
     ]
     for run, rows in reports.items():
         for row in rows:
-            shares = " | ".join(in_percent(row, probe) for probe in probes)
+            shares = " | ".join(f"{100 * row.shares[probe]:.1f}" if probe in row.shares else "" for probe in probes)
             lines.append(f"| {run} | {_network(row)} | {row.macs:,} | {shares} |")
     return "\n".join([*lines, "", "Accuracy on held-out images in %.", ""])
 
@@ -113,9 +113,10 @@ def _plot(reports: Reports, probes: Sequence[str], path: Path) -> None:
     for axes, probe in zip(panels, probes, strict=True):
         for number, (run, rows) in enumerate(reports.items()):
             for kind in dict.fromkeys(row.kind for row in rows if probe in row.shares):
-                points = points_of(rows, kind, probe)
+                own = [row for row in rows if row.kind == kind and probe in row.shares]
+                points = [row.macs / 1e6 for row in own], [100 * row.shares[probe] for row in own]
                 label = f"{run}, {kind}" if kind else run
-                axes.plot(*zip(*points, strict=True), marker=MARKERS.get(kind, "o"), color=f"C{number}", label=label)
+                axes.plot(*points, marker=MARKERS.get(kind, "o"), color=f"C{number}", label=label)
         axes.set_xlabel("million multiply-accumulates per image")
         axes.set_ylabel(f"{title_of(probe)}: accuracy on held-out images (%)")
         axes.grid(alpha=0.3)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from torch import nn
 from torch.utils.data import Subset
 
+from slimmable import at_width, widths_of
 from slimmable.cli.data import ImageSet
+from slimmable.cli.evaluation import features_in
 from slimmable.cli.loader import Plain, Views
 
 
@@ -34,3 +39,10 @@ def first_of(images: ImageSet, size: int, most: int) -> Subset[torch.Tensor]:
     """Return the first `most` images, of one size."""
     plain = Plain(images, size)
     return Subset(plain, range(min(most, len(plain))))
+
+
+def features_at_widths(backbone: nn.Module, images: Plain) -> dict[float, torch.Tensor]:
+    """Return the features at each width."""
+    return features_in({width: partial(at_width, backbone, width) for width in widths_of(backbone)}, backbone, images)[
+        0
+    ]

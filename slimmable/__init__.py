@@ -7,8 +7,8 @@
 >>> model[0].weight.shape
 torch.Size([8, 8])
 
-The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `gating`, `rules` and
-`errors`.
+The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `integrations`, `gating`,
+`rules` and `errors`.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimmable import errors as errors
     from slimmable import evaluation as evaluation
     from slimmable import gating as gating
+    from slimmable import integrations as integrations
     from slimmable import layers as layers
     from slimmable import losses as losses
     from slimmable import methods as methods
@@ -34,7 +35,7 @@ __all__ = [
     "width_of", "widths_of",
 ]  # fmt: skip
 
-_SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "rules", "training")
+_SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")
 
 
 def __getattr__(name: str) -> Any:

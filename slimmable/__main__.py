@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from slimmable.cli.commands import parse
+from slimmable.cli.commands import parse, run
 from slimmable.errors import SlimmableError
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     command, given = parse(arguments)
     try:
-        return command.run(given)
+        return run(command, given)
     except SlimmableError as error:
         print(f"slimmable {arguments[0]}: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 _MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that registers it
-_offered: dict[str, AddOn] = {}
+ADDONS: dict[str, AddOn] = {}  # those whose modules have been imported
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,14 @@ class AddOn:
     restore: Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
-def offer(name: str, addon: AddOn) -> None:
-    """Register an add-on."""
-    _offered[name] = addon
-
-
 def addons_of(model: nn.Module) -> dict[str, AddOn]:
     """Return the add-ons that a model has, by name."""
-    return {name: addon for name, addon in _offered.items() if addon.present(model)}
+    return {name: addon for name, addon in ADDONS.items() if addon.present(model)}
 
 
 def detach_all(model: nn.Module) -> nn.Module:
     """Remove all add-ons from a model, in place, and return it."""
-    for addon in _offered.values():
+    for addon in ADDONS.values():
         model = addon.detach(model)
     return model
 
@@ -57,5 +52,5 @@ def restore_all(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     for name, module in _MODULES.items():
         if name in data:
             import_module(module)
-            model = _offered[name].restore(model, data[name])
+            model = ADDONS[name].restore(model, data[name])
     return model

@@ -31,7 +31,7 @@ from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.state import WidthState, forget, is_slim, slim_state, state_of
-from slimmable.view.view import install_view, narrow_tensors, narrow_values, remove_view
+from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 M = TypeVar("M", bound=nn.Module)
@@ -173,38 +173,32 @@ def extract(model: M, width: Setting) -> M:
     )
     """
     with at_width(model, width):
-        return _extract_active(model)
-
-
-def _extract_active(model: M) -> M:
-    memo: dict[int, Any] = {}
-    slim = []
-    for module in shallow_modules(model):
-        state = state_of(module)
-        if state is None:
-            continue
-        if isinstance(module, SwitchableContainer):
-            memo[id(module)] = copy_of(module.own_at(state.index), memo)
-            continue
-        slim.append(module)
-        _refuse_derived(module, state)
-        for name, part in narrow_tensors(module, state.active).items():
-            full = {**module._parameters, **module._buffers, **module.__dict__}[name]
-            if id(full) not in memo:
-                own = _laid_out_as(full, part)
-                memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
-    small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
-    for module in slim:
-        twin = memo[id(module)]
-        if is_slim(twin):  # not if the class copies itself through its constructor
-            remove_view(twin)
-        twin.__dict__.update(narrow_values(module, module.__dict__["_slim"].active))
-    for module in small.modules():
-        module.__dict__.pop("_slim_root", None)
-    small = cast(M, detach_all(small))
-    follow_layers(model, small)
-    follow_configs(model, small)
-    return small
+        memo: dict[int, Any] = {}
+        slim = []
+        for module in shallow_modules(model):
+            state = state_of(module)
+            if state is None:
+                continue
+            if isinstance(module, SwitchableContainer):
+                memo[id(module)] = copy_of(module.own_at(state.index), memo)
+                continue
+            slim.append((module, state.active))
+            _refuse_derived(module, state)
+            for name, part in narrow_tensors(module, state.active).items():
+                full = {**module._parameters, **module._buffers, **module.__dict__}[name]
+                if id(full) not in memo:
+                    own = _laid_out_as(full, part)
+                    memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
+        small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
+        for module, active in slim:
+            twin = memo[id(module)]
+            if is_slim(twin):  # not if the class copies itself through its constructor
+                remove_view(twin)
+            twin.__dict__.update(active.values)
+        small = cast(M, detach_all(small))
+        follow_layers(model, small)
+        follow_configs(model, small)
+        return small
 
 
 def _refuse_derived(module: nn.Module, state: WidthState) -> None:
@@ -285,7 +279,7 @@ def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
 def plan_of(model: nn.Module) -> Plan | None:
     """Return the plan of a model that `slimify` has returned, or None for any other, such as a part of one."""
     state = state_of(model)
-    return None if state is None or "_slim_root" not in model.__dict__ else state.plan
+    return None if state is None or state.path else state.plan
 
 
 def _current_plan(
@@ -322,7 +316,6 @@ def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
     norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     replace_modules(model, {id(norm): norm.to_norm() for norm in norms.values()})
     for module in model.modules():
-        module.__dict__.pop("_slim_root", None)
         if is_slim(module) and not isinstance(module, SwitchableContainer):
             remove_view(module)
     return norms
@@ -348,15 +341,13 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 kept = [axes[0] for axes in per_width]
                 norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
-                _know(norm, found, path)
+                know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
-            install_view(module, found.widths, cut, values, None, caches)
-            _know(module, found, path)
-    root = replace_modules(model, norms)
-    root.__dict__["_slim_root"] = True
-    return root
+            install_view(module, found.widths, cut, values, caches)
+            know(module, found, path)
+    return replace_modules(model, norms)
 
 
 def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
@@ -368,7 +359,7 @@ def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: Switchable
     return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)
 
 
-def _know(module: nn.Module, found: Plan, path: str) -> None:
+def know(module: nn.Module, found: Plan, path: str) -> None:
     """Record the plan, and the module's path in it, in the module's state."""
     state = slim_state(module)
     state.plan, state.path = found, path
@@ -389,5 +380,5 @@ def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
     """Return a deep copy; tensors that a forward has left in attributes lose their autograd history."""
     memo = {} if memo is None else memo
     for key, value in left_behind(model).items():
-        memo.setdefault(key, value.detach().clone())
+        memo.setdefault(key, value.clone())
     return copy.deepcopy(model, memo)

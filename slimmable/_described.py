@@ -89,7 +89,7 @@ def read_by_forward(module: nn.Module) -> set[str]:
         return found
     attributes = () if state.plan is None else state.plan.channels.attributes
     planned = {name for path, name in attributes if path == state.path}
-    return {*found, *planned, *state.active.values, *state.active.sizes}
+    return {*found, *planned, *state.active.values}
 
 
 @cache
@@ -168,11 +168,7 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
     """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
 
     What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
-    class makes a network with the tensors and integers of the extracted one.
-
-    Args:
-        model: the converted model.
-        small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
+    class makes a network with the tensors and integers of the extracted one. Args: as `follow_layers`.
     """
     done: tuple[str, ...] = ()
     for path, narrow in small.named_modules():
@@ -220,7 +216,7 @@ def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
         warnings.warn(
             f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
             "from_pretrained would refuse its weights, so save it with slimmable.save",
-            stacklevel=5,
+            stacklevel=4,
         )
         return
     _update(narrow, tree_unflatten([found.get(i, value) for i, (_, value) in enumerate(leaves)], shape))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
-from slimmable._tables import html_table
+from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
-from slimmable.analysis.fake import FakeModel, layers_in_parts
+from slimmable.analysis.fake import FakeModel, layers_in_parts, swapped
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
@@ -82,10 +81,7 @@ class Profile:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, with the fields of `Row` as its header."""
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in fields(Row)])
-            writer.writerows(astuple(row) for row in self.rows)
+        Path(path).write_text(csv_text([field.name for field in fields(Row)], map(asdict, self.rows)))
 
 
 def profile(
@@ -138,21 +134,16 @@ def profile(
 
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameter elements that `model` uses at its active width."""
-    seen: set[int] = set()
-    total = 0
-    stack = list(shallow_modules(model))
-    while stack:
-        module = stack.pop()
-        state = state_of(module)
+    sizes: dict[int, int] = {}
+    used = list(shallow_modules(model))
+    for module in used:  # which grows
         if isinstance(module, SwitchableContainer):
-            if not module.idle:
-                stack += list(module.module_at(0 if state is None else state.index).modules())
+            used += [] if module.idle else module.module_at(module._slim.index).modules()
             continue
         for name, full in module._parameters.items():
-            if full is not None and id(full) not in seen:
-                seen.add(id(full))
-                total += getattr(module, name).numel()
-    return total
+            if full is not None:
+                sizes.setdefault(id(full), getattr(module, name).numel())
+    return sum(sizes.values())
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -185,11 +176,8 @@ class _Attention(TorchFunctionMode):
         if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
         counter = self.counter
-        counter.asleep = True
-        try:
+        with swapped([(vars(counter), "asleep", True)]):
             out = func(*args, **kwargs)
-        finally:
-            counter.asleep = False
         query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         scores = math.prod(out.shape[:-1]) * key.shape[-2]
         counter.flops += 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values

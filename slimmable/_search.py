@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -103,7 +103,10 @@ def search(
             best = max(tried, key=lambda found: (found.score, -getattr(found, of)))
             current = plan.sub_network(best.counts)
             path.append(best)
-            bar(getattr(best, of) / getattr(path[0], of), best.score)
+            if bar is not None:
+                share = getattr(best, of) / getattr(path[0], of)
+                bar.set_postfix_str(f"at {share:.3f}, score {best.score:.4g}", refresh=False)
+                bar.update()
     return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
 
 
@@ -155,20 +158,12 @@ def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[Sub
     return list(found.values()) or [plan.columns[-1]]  # groups that can only shrink together
 
 
-@contextmanager
-def _bar(show: bool, what: str) -> Iterator[Callable[[float, float], None]]:
-    """Yield a function that shows the share of the cost and the score reached, on a terminal with tqdm."""
+def _bar(show: bool, what: str) -> AbstractContextManager[Any]:
+    """Return a progress bar, or nothing where there is no terminal or no tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
         show = False
     if not show or not sys.stderr.isatty():
-        yield lambda share, score: None
-        return
-    with tqdm(desc=f"search: {what}", unit="round", dynamic_ncols=True) as bar:
-
-        def shown(share: float, score: float) -> None:
-            bar.set_postfix_str(f"at {share:.3f}, score {score:.4g}", refresh=False)
-            bar.update()
-
-        yield shown
+        return nullcontext()
+    return tqdm(desc=f"search: {what}", unit="round", dynamic_ncols=True)  # type: ignore[no-any-return]

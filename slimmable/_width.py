@@ -173,7 +173,7 @@ def places_of(model: nn.Module) -> Places:
                 continue
         elif converted and (attributes["_parameters"] or attributes["_buffers"]):
             strangers.add(id(module))
-        converted = converted or state is not None or attributes.get("_slim_root", False)
+        converted = converted or state is not None
         children = attributes["_modules"]
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])

@@ -15,12 +15,13 @@ from typing import Any
 import timm.layers
 import torch
 import torch.distributed as dist
-from torch import nn
+from benchmarks.clients.client import Client, instead
+from benchmarks.clients.programs import Images
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from benchmarks.clients.client import Client, instead
-from benchmarks.clients.programs import Images
+sys.modules.setdefault("timm.models.layers.helpers", timm.layers)  # where moco-v3 finds it in timm 0.4
 
 SIZES = {224: 32, 96: 16}  # of crops: in the program, here
 LAUNCH = ("--multiprocessing-distributed", "--world-size", "1", "--rank", "0")
@@ -59,6 +60,18 @@ def only(*layers: int, block: type[Bottleneck] | type[BasicBlock] = BasicBlock, 
     return instead(functools.partial(ResNet, block, list(layers), **options))
 
 
+def small_vit(original: type[VisionTransformer]) -> type[VisionTransformer]:
+    """Return the class as moco-v3 knows it from timm 0.4, for small images and with two blocks."""
+
+    class Small(original):  # type: ignore[misc, valid-type]
+        num_tokens = 1
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "img_size": 32, "depth": 2})
+
+    return Small
+
+
 def contiguous(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return `Tensor.t` with a result that `view` takes, as moco's `accuracy` expects of older torch."""
     return lambda tensor: original(tensor).contiguous()
@@ -86,6 +99,7 @@ STAND_INS: dict[str, Callable[[Any], Any]] = {
     "torch.cuda.amp.autocast": instead(lambda enabled=True: torch.amp.autocast("cpu", torch.bfloat16, enabled)),
     "torch.distributed.init_process_group": one_process,
     "torch.distributed.barrier": instead(nothing),
+    "torch.hub.list": instead(lambda repository: []),
     "torch.multiprocessing.spawn": instead(lambda worker, args=(), nprocs=1: worker(0, *args)),
     "torch.nn.parallel.distributed.DistributedDataParallel._passing_sync_batchnorm_handle": instead(nothing),
     "torch.nn.parallel.distributed.DistributedDataParallel.__init__": without_device,
@@ -104,7 +118,7 @@ def program(
     stand_ins: Mapping[str, Callable[[Any], Any]] | None = None,
     **more: Any,
 ) -> Client:
-    """Return the client for a file of facebookresearch; of one file with several networks, `name` ends in the network."""
+    """Return the client for a file below `facebookresearch`."""
     return Client(
         f"facebook/{name}",
         f"facebookresearch/{file}",
@@ -115,11 +129,11 @@ def program(
     )
 
 
+BATCH = ("-b", "4")
+RESNET = (*BATCH, "-a", "resnet18")
 MOCO_V3 = ("images", "--moco-dim", "16", "--moco-mlp-dim", "64", "--moco-m-cos", "--warmup-epochs", "1", *LAUNCH)
-OLD_TIMM: dict[str, Callable[[Any], Any]] = {
-    "timm.models.vision_transformer.VisionTransformer.__init__": lambda original: functools.partialmethod(
-        original, img_size=32, depth=2
-    ),
+SMALL_VIT: dict[str, Callable[[Any], Any]] = {
+    "timm.models.vision_transformer.VisionTransformer": small_vit,
 }
 DINO = ("--out_dim", "64", "--batch_size_per_gpu", "4", "--local_crops_number", "2", "--warmup_epochs", "1")
 
@@ -140,15 +154,22 @@ CLIENTS = [
     program(
         "moco",
         "moco/main_moco.py",
-        ("images", "-a", "resnet18", "-b", "4", "--moco-k", "16", "--moco-dim", "16", "--mlp", "--aug-plus", "--cos", *LAUNCH),
+        ("images", *RESNET, "--moco-k", "16", "--moco-dim", "16", "--mlp", "--aug-plus", "--cos", *LAUNCH),
         stand_ins={"torch.Tensor.t": contiguous},
         extracts="model.module.encoder_q",
     ),
-    program("moco-v3", "moco-v3/main_moco.py", (*MOCO_V3, "-a", "resnet18", "-b", "4"), extracts="model.module.base_encoder"),
+    program("moco-v3", "moco-v3/main_moco.py", (*MOCO_V3, *RESNET), extracts="model.module.base_encoder"),
+    program(
+        "moco-v3-vit",
+        "moco-v3/main_moco.py",
+        (*MOCO_V3, *BATCH, "-a", "vit_small", "--optimizer", "adamw", "--lr", "0.01", "--stop-grad-conv1"),
+        stand_ins=SMALL_VIT,
+        extracts="model.module.base_encoder",
+    ),
     program(
         "simsiam",
         "simsiam/main_simsiam.py",
-        ("images", "-a", "resnet18", "-b", "4", "--dim", "64", "--pred-dim", "16", "--fix-pred-lr", *LAUNCH),
+        ("images", *RESNET, "--dim", "64", "--pred-dim", "16", "--fix-pred-lr", *LAUNCH),
         extracts="model.module.encoder",
     ),
     program("dino", "dino/main_dino.py", (*DINO, "--arch", "vit_tiny", "--patch_size", "8"), extracts="student.module"),

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 import slimmable
 from benchmarks.measuring import markdown
 from slimmable import SlimmableError
-from slimmable.cli.programs import TOLERANCE, Program, difference, save_onnx, save_pt2, takes_any_batch, trace
+from slimmable.cli.programs import TOLERANCE, Program, difference, save_onnx, save_pt2, trace
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def examine(model: nn.Module, images: torch.Tensor) -> Row:
         program = trace(model, images[:2])
     except SlimmableError as error:
         return row | {"error": str(error)}
-    row["batch"] = "any" if takes_any_batch(program) else "1"
+    row["batch"] = "any" if program.range_constraints else "1"
     savers: dict[str, Callable[[ExportedProgram, Path], Program]] = {"pt2": save_pt2, "onnx": save_onnx}
     for kind, save in savers.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ def with_tables(page: str) -> str:
 def table(command: str) -> Iterator[str]:
     """Yield the lines of the table of a command, or of one table per group of its options."""
     start = "| option | means |\n|---|---|"
-    for options in COMMANDS[command].options:
+    for options in COMMANDS[command]:
         for place, each in enumerate(fields(options)):
             if each.metadata["group"]:
                 yield f"\n*{each.metadata['group'].capitalize()}*\n\n{start}"

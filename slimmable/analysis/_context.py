@@ -1,4 +1,4 @@
-"""The state of a trace, which the rules of operations read and change, and tables of such rules."""
+"""The state of a trace, which the rules of operations read and change, and the table of these rules."""
 
 from __future__ import annotations
 
@@ -229,20 +229,21 @@ class Context:
 Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
 
 
-class Rules(dict[str, Rule]):
-    """Rules by the name of the ATen operation; a rule is called after its operation has run, and labels the output."""
+RULES: dict[str, Rule] = {}
+"""By the name of the ATen operation; a rule is called after its operation has run, and labels the output."""
 
-    def of(self, *names: str) -> Callable[[Rule], Rule]:
-        """Make the decorated function the rule of these operations."""
 
-        def add(rule: Rule) -> Rule:
-            for name in names:
-                if name in self:
-                    raise ValueError(f"operation {name} has two rules")
-                self[name] = rule
-            return rule
+def rule_of(*names: str) -> Callable[[Rule], Rule]:
+    """Make the decorated function the rule of these operations."""
 
-        return add
+    def add(rule: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"operation {name} has two rules")
+            RULES[name] = rule
+        return rule
+
+    return add
 
 
 def dim_of(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, axes: int, default: int = 0) -> int:

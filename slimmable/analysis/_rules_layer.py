@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from slimmable.analysis._context import Context, Rules, tensors
+from slimmable.analysis._context import Context, rule_of, tensors
 from slimmable.analysis._rules_pointwise import Args, Kwargs
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids, spread
 
-RULES = Rules()
 
-
-def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """Label `first @ second`."""
+@rule_of("mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "_sparse_addmm")
+def product(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Matrix product, to which an addend may be added."""
+    *addends, first, second = args
     a, b = ctx.axes(first), ctx.axes(second)
     weights = "weights" in (ctx.origin(first), ctx.origin(second))
     ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
@@ -29,26 +29,14 @@ def _product(ctx: Context, first: Tensor, second: Tensor, out: Tensor, bias: Ten
         origin = "weights"
     elif weights:
         ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
-    if bias is not None:
+    for bias in addends if kwargs.get("beta") != 0 else ():
         for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
             if bias.shape[-i] != 1:
                 result[-i] = ctx.merge(result[-i], ids)
     ctx.label(out, result, origin)
 
 
-@RULES.of("mm", "bmm", "mv", "dot", "vdot")
-def matmul(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Matrix product."""
-    _product(ctx, args[0], args[1], out)
-
-
-@RULES.of("addmm", "baddbmm", "addmv", "_sparse_addmm")
-def addmm(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Matrix product with an addend."""
-    _product(ctx, args[1], args[2], out, None if kwargs.get("beta") == 0 else args[0])
-
-
-@RULES.of("convolution", "_convolution")
+@rule_of("convolution", "_convolution")
 def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A convolution is slimmed within each of its groups; a depthwise one loses whole groups."""
     source, weight, bias, groups = args[0], args[1], args[2], int(args[8])
@@ -123,7 +111,7 @@ def _grouped(
     return outer
 
 
-@RULES.of("embedding")
+@rule_of("embedding")
 def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A table of vectors makes their units; which rows are read depends on the data."""
     rows, units = ctx.axes(args[0])
@@ -132,7 +120,7 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, [*ctx.axes(args[1]), units], "made")
 
 
-@RULES.of(
+@rule_of(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
     "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update", "native_batch_norm_legit",
 )  # fmt: skip
@@ -146,7 +134,7 @@ def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
-@RULES.of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
+@rule_of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
 def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """The last axes shrink with weight and bias."""
     axes = ctx.axes(args[0])
@@ -164,7 +152,7 @@ def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None
             ctx.constrain(size, ctx.axes(source)[-i], int(source.shape[-i]))
 
 
-@RULES.of("native_group_norm")
+@rule_of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Channels are (groups, n): whole groups go if every width keeps a whole number of them, else units of each."""
     source, groups = args[0], int(args[6])
@@ -181,7 +169,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     ctx.label(tensors(out)[0], axes, ctx.origin(source))
 
 
-@RULES.of("_weight_norm_interface", "_weight_norm")
+@rule_of("_weight_norm_interface", "_weight_norm")
 def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """A weight given by direction and length, which has one value per slice along one axis."""
     direction, length = args[0], args[1]

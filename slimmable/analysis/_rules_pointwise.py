@@ -9,14 +9,12 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable.analysis._context import Context, Rules, tensors
+from slimmable.analysis._context import Context, rule_of, tensors
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]
-
-RULES = Rules()
 
 
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
@@ -57,7 +55,7 @@ def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str |
     return "made" if origins == {"made"} or (ctx.operation == "add" and "made" in origins) else None
 
 
-@RULES.of(
+@rule_of(
     "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
     "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
@@ -91,7 +89,7 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(result, joined[::-1], origin)
 
 
-@RULES.of("_softmax", "_log_softmax", "_safe_softmax")
+@rule_of("_softmax", "_log_softmax", "_safe_softmax")
 def softmax(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The units of an axis meet, and keep their labels."""
     axes = ctx.axes(args[0])
@@ -102,7 +100,7 @@ def softmax(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 _NUMBERING = {"max", "min", "median", "nanmedian", "mode", "kthvalue", "topk"}  # their second result holds indices
 
 
-@RULES.of(
+@rule_of(
     "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
     "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum", "aminmax", "median", "nanmedian",
     "mode", "kthvalue", "topk",
@@ -134,7 +132,7 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     return None
 
 
-@RULES.of("constant_pad_nd")
+@rule_of("constant_pad_nd")
 def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Padding adds units before and after those of an axis, and is always kept."""
     axes = ctx.axes(args[0])
@@ -154,7 +152,7 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@RULES.of(
+@rule_of(
     "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
     "scalar_tensor", "new_empty_strided", "empty_strided", "empty_permuted", "randint", "randperm", "linspace",
     "logspace", "eye", "arange",

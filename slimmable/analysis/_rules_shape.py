@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from slimmable.analysis._context import Context, Rules, dim_of, tensors
+from slimmable.analysis._context import Context, dim_of, rule_of
 from slimmable.analysis._rules_pointwise import Args, Kwargs, unknown
 from slimmable.analysis.labels import Ids, spread
-
-RULES = Rules()
 
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -50,7 +48,7 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
     return sizes
 
 
-@RULES.of("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+@rule_of("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
 def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Fold and split blocks of axes."""
     source = args[0]
@@ -71,7 +69,7 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return None
 
 
-@RULES.of("permute", "transpose", "t", "numpy_T", "movedim")
+@rule_of("permute", "transpose", "t", "numpy_T", "movedim")
 def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Reorder axes."""
     axes = ctx.axes(args[0])
@@ -85,7 +83,7 @@ def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@RULES.of("unsqueeze", "squeeze")
+@rule_of("unsqueeze", "squeeze")
 def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Add or remove axes of size 1."""
     axes = ctx.axes(args[0])
@@ -98,7 +96,7 @@ def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@RULES.of("expand", "repeat")
+@rule_of("expand", "repeat")
 def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Repeat along an axis: a single unit becomes any number of them, several are tiled."""
     source = args[0]
@@ -118,7 +116,7 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, "constant" if constant else ctx.origin(source))
 
 
-@RULES.of("cat")
+@rule_of("cat")
 def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Join along an axis; pieces without labels keep their size."""
     pieces = [piece for piece in args[0] if piece.ndim == out.ndim]
@@ -150,7 +148,7 @@ def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
     return origins.pop() if len(origins) == 1 else None if origins else "constant"
 
 
-@RULES.of("stack")
+@rule_of("stack")
 def stack(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Join along a new axis."""
     dim = dim_of(args, kwargs, 1, out.ndim)
@@ -158,7 +156,7 @@ def stack(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, [*axes[:dim], None, *axes[dim:]], _common_origin(ctx, args[0]))
 
 
-@RULES.of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
+@rule_of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
 def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> None:
     """Cut along an axis: equal pieces shrink alike, unequal ones each by its own size."""
     source = args[0]
@@ -188,7 +186,7 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
         ctx.label(piece, [labels if i == dim else other for i, other in enumerate(axes)], ctx.origin(source))
 
 
-@RULES.of("glu")
+@rule_of("glu")
 def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The second half of an axis gates the first."""
     axes = ctx.axes(args[0])
@@ -200,17 +198,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@RULES.of("unbind", "select")
-def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Take single units of an axis, which then cannot shrink."""
-    dim = dim_of(args, kwargs, 1, args[0].ndim)
-    axes = ctx.axes(args[0])
-    ctx.pin(axes[dim], "single units are picked")
-    for result in tensors(out):
-        ctx.label(result, axes[:dim] + axes[dim + 1 :], ctx.origin(args[0]))
-
-
-@RULES.of("slice", "narrow")
+@rule_of("slice", "narrow")
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Take a range of an axis; if it is labelled, the ends of the range must follow the units before them."""
     source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
@@ -252,7 +240,7 @@ def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any,
     return None, None
 
 
-@RULES.of("as_strided", "resize", "set")
+@rule_of("as_strided", "resize", "set")
 def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A change of memory layout alone keeps the labels."""
     if out.shape != args[0].shape or ctx.call.name == "as_strided":
@@ -260,7 +248,7 @@ def as_strided(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return ctx.label(out, ctx.axes(args[0]), ctx.origin(args[0]))
 
 
-@RULES.of("index_select", "gather")
+@rule_of("index_select", "gather")
 def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Read units of an axis at indices: one list of them, or one for each place."""
     source, chosen, each = args[0], args[2], ctx.operation == "gather"
@@ -278,7 +266,7 @@ def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     ctx.label(out, axes, ctx.origin(source))
 
 
-@RULES.of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "channel_shuffle", "native_channel_shuffle")
+@rule_of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Turn each input channel into a block of output channels, or the reverse, or shuffle them."""
     axes = ctx.axes(args[0])

@@ -105,21 +105,18 @@ class Requirements:
         for _ in range(_STEPS):
             if not failures:
                 break
-            best = None
+            tried = []
             for group in self.grouping.groups_in(failures[0].axes()):
                 units = self.grouping.units[group]
                 for count in (counts[group] + delta for delta in (1, -1, 2, -2)):
-                    if not 1 <= count <= units or abs(count - start[group]) > max(1, units // 8):
-                        continue
-                    before, counts[group] = counts[group], count
-                    found = self.fit(counts)
-                    counts[group] = before
-                    if len(found[1]) < len(failures) and (best is None or len(found[1]) < len(best[1][1])):
-                        best = (group, count), found
-            if best is None:
+                    if 1 <= count <= units and abs(count - start[group]) <= max(1, units // 8):
+                        changed = counts.copy()
+                        changed[group] = count
+                        tried.append((changed, *self.fit(changed)))
+            best = min(tried, key=lambda each: len(each[2]), default=(counts, values, failures))
+            if len(best[2]) >= len(failures):
                 break
-            (group, count), (values, failures) = best
-            counts[group] = count
+            counts[:], values, failures = best
         return values, failures
 
 
@@ -185,7 +182,7 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channel groups of a model and what they size; pure data, shared by copies of the model.
+    """The channel groups of a model and what they size; pure data.
 
     Units are numbered across all groups; the number after the last one stands for whatever stays full.
 
@@ -210,9 +207,6 @@ class Channels:
     ordered: tuple[bool, ...]
     products: Sequence[tuple[int, tuple[Ids, ...]]]
     sizes: Mapping[TensorName, tuple[int, ...]]
-
-    def __deepcopy__(self, memo: Any) -> Channels:
-        return self
 
     @property
     def units(self) -> tuple[int, ...]:

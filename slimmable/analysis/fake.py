@@ -33,6 +33,7 @@ class FakeModel:
 
     on_replay: Callable[[str, Any], None] | None = None
     on_branch: Callable[[Sequence[Tensor]], None] | None = None  # gets what the numbers that code asks for come from
+    on_call: Callable[[str, Any, Any], None] | None = None  # gets the path, arguments and output of what has run
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class FakeModel:
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._where: Any = self.mode  # the context of a forward
-        memo = {key: value.detach() for key, value in left_behind(model).items()}
+        memo: dict[int, Any] = left_behind(model)
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in memo:
@@ -59,11 +60,16 @@ class FakeModel:
         self._stack = stack = [""]  # the modules that are running
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(lambda module, args, path=path: stack.append(path))
-            module.register_forward_hook(lambda module, args, output: stack.__delitem__(-1))
+            module.register_forward_hook(lambda module, args, output, path=path: self._left(path, args, output))
             # a forward may call `to`, which fakes do not support
             module.__dict__["_apply"] = lambda *_, own=module: own
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
+
+    def _left(self, path: str, args: Any, output: Any) -> None:
+        self._stack.pop()
+        if self.on_call is not None:
+            self.on_call(path, args, output)
 
     def _fake_weight(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.is_leaf:
@@ -195,14 +201,14 @@ def layers_in_parts() -> Iterator[None]:
             torch.backends.mkldnn.set_flags(_enabled=fused)  # type: ignore[no-untyped-call]
 
 
-def left_behind(model: nn.Module) -> dict[int, Tensor]:
-    """Return by `id` the tensors with autograd history in attributes, which `deepcopy` refuses."""
-    found: dict[int, Tensor] = {}
+def left_behind(model: nn.Module) -> dict[int, Any]:
+    """Return by `id`, without its history, each tensor in attributes that has one, which `deepcopy` refuses."""
+    found: dict[int, Any] = {}
     for module in model.modules():
         columns = getattr(module.__dict__.get("_slim"), "columns", ())
         for value in tree_leaves((module.__dict__, [column.caches for column in columns])):
             if isinstance(value, Tensor) and not value.is_leaf:
-                found[id(value)] = value
+                found[id(value)] = value.detach()
     return found
 
 
@@ -210,8 +216,7 @@ def recorded_outputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], paths: Sequence[str]
 ) -> dict[str, list[Any]]:
     """Run a copy of the model on real values; return the outputs of each call of the modules at `paths`."""
-    memo: dict[int, Any] = {key: value.detach() for key, value in left_behind(model).items()}
-    twin = copy.deepcopy(model, memo).eval()
+    twin = copy.deepcopy(model, left_behind(model)).eval()
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))

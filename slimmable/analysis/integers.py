@@ -27,13 +27,13 @@ class Expression:
     kind: str  # "constant" | "attribute" | "size" | a name in OPERATIONS
     value: Any  # the int | the Attribute | the Ids | the operands
 
-    def attributes(self) -> Iterator[Attribute]:
-        """Yield the attributes that the expression reads."""
-        return self._leaves("attribute")
-
-    def sizes(self) -> Iterator[Ids]:
-        """Yield the labels of the axes whose sizes the expression reads."""
-        return self._leaves("size")
+    def leaves(self, kind: str) -> Iterator[Any]:
+        """Yield what the expression reads: attributes, or the labels of axes whose "size" it reads."""
+        if self.kind in OPERATIONS:
+            for operand in self.value:
+                yield from operand.leaves(kind)
+        elif self.kind == kind:
+            yield self.value
 
     def evaluate(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
         """Return the value, given the values of attributes and a function that counts the kept units of an axis."""
@@ -44,13 +44,6 @@ class Expression:
         if self.kind == "size":
             return count(self.value)
         return OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value))
-
-    def _leaves(self, kind: str) -> Iterator[Any]:
-        if self.kind in OPERATIONS:
-            for operand in self.value:
-                yield from operand._leaves(kind)
-        elif self.kind == kind:
-            yield self.value
 
     def __str__(self) -> str:
         if self.kind == "attribute":
@@ -156,12 +149,12 @@ class Constraint:
 
     def attributes(self) -> list[Attribute]:
         """Return the attributes that the constraint reads."""
-        return [key for side in self._sides() for key in side.attributes()]
+        return [key for side in self._sides() for key in side.leaves("attribute")]
 
     def axes(self) -> list[Ids]:
         """Return the labels of the axes whose sizes the constraint involves."""
         own = [] if self.ids is None else [self.ids]
-        return own + [ids for side in self._sides() for ids in side.sizes()]
+        return own + [ids for side in self._sides() for ids in side.leaves("size")]
 
     def holds(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> bool:
         """Tell whether the constraint holds, given the same as `Expression.evaluate`."""

@@ -46,11 +46,17 @@ def make_plan(
     """
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
+
+    def stays(path: str, module: nn.Module) -> bool | str:
+        """Return why a module is pinned, or whether it is skipped."""
+        return next((why for outer, why in pinned.items() if is_inside(path, outer)), "") or skip(path, module)
+
     while True:
         fake = FakeModel(model, args, kwargs, replayed)
         try:
             plan = Plan(widths, round_to=round_to, universal=universal)
-            failed = _fill_and_try(fake, _also(skip, pinned), outputs, plan)
+            found = best_trace(fake, widths, stays, round_to, outputs)
+            failed = first_failure(fake, filled_plan(fake, *found, plan))
         except TraceError as error:
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
@@ -68,7 +74,7 @@ def make_plan(
             continue
         if failed is None:
             made = fake.made
-            del fake  # and with it, all that may hold tensors of its runs
+            del fake, found  # and with them, all that may hold tensors of the runs
             sweep(made)
             return plan
         path, reason = failed
@@ -94,12 +100,6 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def _fill_and_try(fake: FakeModel, skip: Skip, outputs: Outputs, plan: Plan) -> tuple[str, Exception] | None:
-    """Fill an empty plan, and return which module fails when narrow, and why, if one does."""
-    found = best_trace(fake, plan.widths, skip, plan.round_to, outputs)
-    return first_failure(fake, filled_plan(fake, *found, plan))
-
-
 def _has_tensors(plan: Plan, path: str) -> bool:
     return any(is_inside(owner, path) for owner, _ in plan.channels.tensors)
 
@@ -109,15 +109,6 @@ def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
     parts = path.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts) if path else 0)]
     return next((name for name in above if skip(name, model.get_submodule(name))), None)
-
-
-def _also(skip: Skip, pinned: Mapping[str, str]) -> Skip:
-    """Return `skip` extended by modules that are pinned for a reason."""
-
-    def reason(path: str) -> str | None:
-        return next((why for outer, why in pinned.items() if is_inside(path, outer)), None)
-
-    return lambda path, module: reason(path) or skip(path, module)
 
 
 def best_trace(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._modules import is_under
-from slimmable._tables import html_table
+from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, kept_units, width_index
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 from slimmable.errors import WidthError
@@ -73,7 +73,15 @@ class Plan:
     universal: bool = False
 
     def __str__(self) -> str:
-        return _table(self)
+        lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, self.widths)):<32}  axes"]
+        for number, group in enumerate(self.groups):
+            lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
+        if self.pins:
+            lines.append("kept at full width:")
+        lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in self.pins]
+        lines.append("outputs:")
+        lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(self)]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -269,18 +277,6 @@ class Plan:
         )
 
 
-def _table(plan: Plan) -> str:
-    lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, plan.widths)):<32}  axes"]
-    for number, group in enumerate(plan.groups):
-        lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
-    if plan.pins:
-        lines.append("kept at full width:")
-    lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in plan.pins]
-    lines.append("outputs:")
-    lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(plan)]
-    return "\n".join(lines)
-
-
 def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
     """Return the name of each output, its full shape and that at the narrowest width, "slim" or "full", and why."""
     rows = []
@@ -293,8 +289,7 @@ def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
 
 def _shown(group: Group) -> str:
     """Return the first axes of a group as text."""
-    names = [_axis(axis) for axis in group.members]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return listed([_axis(axis) for axis in group.members], most=3)
 
 
 def _axis(axis: AxisName) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import extract_tb
@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._known_numbers import written
 from slimmable._modules import size_axes, tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
-from slimmable.analysis import _rules_layer, _rules_pointwise, _rules_shape
+from slimmable.analysis import _rules_layer, _rules_pointwise
+from slimmable.analysis import _rules_shape as _rules_shape
+from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call, Rule
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
@@ -30,7 +32,6 @@ from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
 from slimmable.errors import RuleError, TraceError
 
-RULES = {**_rules_pointwise.RULES, **_rules_shape.RULES, **_rules_layer.RULES}
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full; a string is the reason
 
 
@@ -40,7 +41,7 @@ class ModuleCall:
 
     source: Tensor | None
     axes: list[Ids | None]
-    out: Any = None
+    out: Any
 
 
 @dataclass
@@ -55,17 +56,6 @@ class Trace:
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
 
-def name_of(operation: torch._ops.OpOverload) -> str:
-    """Return the name of an operation, for an in-place one that of its counterpart."""
-    return str(operation._schema.name).removeprefix("aten::").rstrip("_")
-
-
-def rule_of(operation: torch._ops.OpOverload) -> Rule:
-    """Return the rule of an operation: its own, that of pointwise operations, or the one that pins all inputs."""
-    pointwise = torch.Tag.pointwise in operation.tags
-    return RULES.get(name_of(operation)) or (_rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown)
-
-
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of every ATen operation."""
 
@@ -78,12 +68,15 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if not self.asleep and func.namespace != "prim":
             results = out if tensors(out) else written(func._schema, args, kwargs)
-            self.context.at(name_of(func), self.fake.running)
+            name = func._schema.name.removeprefix("aten::").rstrip("_")  # in place, that of its counterpart
+            self.context.at(name, self.fake.running)
             if self.context.numbered:
                 self.context.use(tensors((args, kwargs)))
             if tensors(results):
                 self.context.schema = func._schema
-                self._apply(rule_of(func), args, kwargs, results)
+                pointwise = torch.Tag.pointwise in func.tags
+                other = _rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown
+                self._apply(RULES.get(name, other), args, kwargs, results)
         return out
 
     def _apply(self, rule: Rule, args: Any, kwargs: Any, results: Any) -> None:
@@ -128,11 +121,8 @@ class _Calls(TorchFunctionMode):
         return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.operations.asleep = True
-        try:
+        with swapped([(vars(self.operations), "asleep", True)]):
             out = func(*args, **kwargs)
-        finally:
-            self.operations.asleep = False
         self.context.at("scaled_dot_product_attention", self.operations.fake.running)
         names = ("query", "key", "value")
         _rules_layer.attention(self.context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
@@ -161,9 +151,14 @@ def trace(
         context.at("branch", fake.running)
         context.pin_all(sources, "code depends on its numbers")
 
-    fake.on_replay, fake.on_branch = pin_inputs, pin_sources
+    def note_call(path: str, args: Any, out: Any) -> None:
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        axes = [] if source is None else context.axes(source)
+        result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
+
+    fake.on_replay, fake.on_branch, fake.on_call = pin_inputs, pin_sources, note_call
     read: set[tuple[str, str]] = set()
-    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read), _noted_calls(fake, result):
+    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
@@ -171,7 +166,7 @@ def trace(
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = fake.on_branch = None
+            fake.on_replay = fake.on_branch = fake.on_call = None
             for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
                 tensor.__dict__.pop("slim_axes", None)
                 tensor.__dict__.pop("slim_origin", None)
@@ -184,25 +179,6 @@ def trace(
     wanted = "full" if skip("", fake.model) else outputs
     result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
     return result
-
-
-@contextmanager
-def _noted_calls(fake: FakeModel, result: Trace) -> Iterator[None]:
-    """Record what each module is called with and what it returns."""
-
-    def before(path: str, args: Any) -> None:
-        source = args[0] if args and isinstance(args[0], Tensor) else None
-        axes = [] if source is None else result.context.axes(source)
-        result.calls.setdefault(path, []).append(ModuleCall(source, axes))
-
-    def after(path: str, out: Any) -> None:
-        result.calls[path][-1].out = out
-
-    with ExitStack() as hooks:
-        for path, module in fake.model.named_modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
-            hooks.enter_context(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)))
-        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The commands of the program `slimmable`: their options, the parser, and what each command does.
+"""The commands of the program `slimmable`: dataclasses of their options that can run, and the parser.
 
 Only the commands import torch, which keeps `--help` fast.
 """
@@ -9,10 +9,10 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import slimmable
 from slimmable._widths import check_widths
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 ALL = "all"
-_T = TypeVar("_T")
 
 
 def _width(text: str) -> float | str:
@@ -55,8 +54,28 @@ def _widths(group: str = "") -> Any:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """The options of `evaluate`."""
+class Pretrain(RunOptions):
+    """Pre-train a slimmable network, evaluate every width, and fill the run folder."""
+
+    def _run(self, **given: Any) -> int:
+        if "widths" in given:
+            given["widths"] = _checked(given["widths"])
+        from slimmable._distributed import process_group
+        from slimmable.cli.pretrain import pretrain as run
+        from slimmable.cli.run import read_config
+
+        if self.resume:
+            config = read_config(self.output)
+            config.check_same(with_preset(given, self.preset))
+        else:
+            config = configure(given, self.preset)
+        with process_group(_find_device(self.device)) as device:
+            return run(config, replace(self, workers=_count_workers(self.workers)), device)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate the final weights of a run again, and replace its report."""
 
     run: Path = option(help="folder of a pre-training run", metavar="RUN")
     probes: tuple[str, ...] = option(
@@ -67,10 +86,23 @@ class EvaluateOptions:
     workers: int | None = workers_option()
     device: str | None = device_option()
 
+    def _run(self) -> int:
+        from slimmable.cli.data import load_images
+        from slimmable.cli.evaluation import report_run, rows_of_run
+        from slimmable.cli.run import read_config, trained_backbone
+
+        config = read_config(self.run)
+        images = load_images(config)
+        backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
+        probes: list[Any] = list(dict.fromkeys(self.probes))
+        rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
+        say(report_run(config, self.run, rows, images))
+        return 0
+
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """The options of `export`."""
+class Export:
+    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
 
     model: str = option(
         help="a timm model, a file written by slimmable.save, or the folder of a pre-training run",
@@ -98,136 +130,83 @@ class ExportOptions:
     )
     image_size: int | None = _image_size()
 
+    def _run(self) -> int:
+        if self.pretrained and self.checkpoint is not None:
+            raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
+        from slimmable.cli.export import export as write
+        from slimmable.cli.export import file_source, kind_of, run_source, timm_source
+
+        kind = kind_of(self.model)
+        if kind == "timm":
+            known = _checked(self.widths)
+            for asked in self.width:
+                if asked != ALL and asked not in known:
+                    raise WidthError(
+                        f"--width {asked} is not one of --widths {known}; add it there to export {self.model}"
+                    )
+            source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
+            folder = self.output or Path("runs/export", self.model)
+        else:
+            names = ("widths", "checkpoint", "pretrained", "num_classes", *(("image_size",) if kind == "run" else ()))
+            settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
+            if settled:
+                what = "the folder of a run" if kind == "run" else "a saved model"
+                raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+            path = Path(self.model)
+            source = run_source(path) if kind == "run" else file_source(path, self.image_size)
+            folder = self.output or (path if kind == "run" else Path("runs/export", path.stem))
+        widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
+        for file in write(source, widths, self.format, folder):
+            note = "" if file.any_batch else "; it takes one image per call"
+            size = f"{file.size / 1e6:.2f} MB"
+            say(f"wrote {folder / file.name} ({size}), off by {file.off:.0e} of the largest output{note}")
+        say(f"wrote {folder / 'README.md'}, the model card")
+        return 0
+
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The options of `plan`."""
+class Plan:
+    """Print what would be slimmed in a timm model, and what stays full and why."""
 
     name: str = option(help="a timm model", metavar="NAME")
     image_size: int | None = _image_size()
     widths: tuple[float, ...] | None = _widths()
 
+    def _run(self) -> int:
+        from slimmable._convert import plan as make_plan
+
+        model, example = _timm_model(self)
+        say(str(make_plan(model, _checked(self.widths), example_inputs=example)))
+        return 0
+
 
 @dataclass(frozen=True)
-class ProfileOptions(ModelOptions):
-    """The options of `profile`."""
+class Profile(Plan):
+    """Print parameters, MACs, activations and latency of a timm model per width."""
 
     csv: Path | None = option(None, "also write the table as CSV", metavar="FILE")
 
+    def _run(self) -> int:
+        from slimmable._atomic import write_aside
+        from slimmable._convert import slimify
+        from slimmable._profile import profile as measure
 
-@dataclass(frozen=True)
-class Command:
-    """A command: a line of help, the dataclasses of its options, and the function that takes the given options."""
-
-    help: str
-    options: tuple[type, ...]
-    run: Callable[[dict[str, Any]], int]
-
-
-def pretrain(given: dict[str, Any]) -> int:
-    """Pre-train, evaluate, and fill the run folder."""
-    own = _take(RunOptions, given)
-    if "widths" in given:
-        given["widths"] = _checked(given["widths"])
-    from slimmable._distributed import process_group
-    from slimmable.cli.pretrain import pretrain as run
-    from slimmable.cli.run import read_config
-
-    if own.resume:
-        config = read_config(own.output)
-        config.check_same(with_preset(given, own.preset))
-    else:
-        config = configure(given, own.preset)
-    with process_group(_find_device(own.device)) as device:
-        return run(config, replace(own, workers=_count_workers(own.workers)), device)
+        model, example = _timm_model(self)
+        table = measure(slimify(model, _checked(self.widths), example_inputs=example), tuple(example.shape[1:]))
+        say(str(table))
+        if self.csv is not None:
+            write_aside(self.csv, table.to_csv)
+        return 0
 
 
-def evaluate(given: dict[str, Any]) -> int:
-    """Evaluate the final weights of a run again and replace its report."""
-    own = _take(EvaluateOptions, given)
-    from slimmable.cli.data import load_images
-    from slimmable.cli.evaluation import evaluate_run
-    from slimmable.cli.run import read_config, trained_backbone
-
-    config = read_config(own.run)
-    images = load_images(config)
-    backbone = trained_backbone(config, own.run, images.channels, images.digest).to(_find_device(own.device))
-    probes: list[Any] = list(dict.fromkeys(own.probes))
-    say(evaluate_run(config, own.run, backbone, images, probes, _count_workers(own.workers)))
-    return 0
-
-
-def export(given: dict[str, Any]) -> int:
-    """Write widths of a timm model, a saved model or a run as files for other programs, plus a model card."""
-    settled: list[str] = [name for name in ("widths", "checkpoint", "pretrained", "num_classes") if name in given]
-    own = _take(ExportOptions, given)
-    if own.pretrained and own.checkpoint is not None:
-        raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
-    from slimmable.cli.export import export as write
-    from slimmable.cli.source import file_source, kind_of, run_source, timm_source
-
-    kind = kind_of(own.model)
-    if kind == "timm":
-        known = _checked(own.widths)
-        for asked in own.width:
-            if asked != ALL and asked not in known:
-                raise WidthError(f"--width {asked} is not one of --widths {known}; add it there to export {own.model}")
-        source = timm_source(own.model, known, own.checkpoint, own.pretrained, own.num_classes, own.image_size)
-        folder = own.output or Path("runs/export", own.model)
-    else:
-        if kind == "run" and own.image_size is not None:
-            settled.append("image_size")
-        if settled:
-            what = "the folder of a run" if kind == "run" else "a saved model"
-            names = ", ".join(map(flag, settled))
-            raise UsageError(f"{own.model} is {what}, which already determines {names}; leave it out")
-        path = Path(own.model)
-        source = run_source(path) if kind == "run" else file_source(path, own.image_size)
-        folder = own.output or (path if kind == "run" else Path("runs/export", path.stem))
-    widths = source.widths if ALL in own.width else [asked for asked in own.width if not isinstance(asked, str)]
-    for file in write(source, widths, own.format, folder):
-        note = "" if file.any_batch else "; it takes one image per call"
-        say(f"wrote {folder / file.name} ({file.size / 1e6:.2f} MB), off by {file.off:.0e} of the largest output{note}")
-    say(f"wrote {folder / 'README.md'}, the model card")
-    return 0
-
-
-def profile(given: dict[str, Any]) -> int:
-    """Print the cost of each width of a timm model."""
-    own = _take(ProfileOptions, given)
-    from slimmable._atomic import write_aside
-    from slimmable._convert import slimify
-    from slimmable._profile import profile as measure
-
-    model, example = _timm_model(own)
-    table = measure(slimify(model, _checked(own.widths), example_inputs=example), tuple(example.shape[1:]))
-    say(str(table))
-    if own.csv is not None:
-        write_aside(own.csv, table.to_csv)
-    return 0
-
-
-def plan(given: dict[str, Any]) -> int:
-    """Print which parts of a timm model would be slimmed."""
-    own = _take(ModelOptions, given)
-    from slimmable._convert import plan as make_plan
-
-    model, example = _timm_model(own)
-    say(str(make_plan(model, _checked(own.widths), example_inputs=example)))
-    return 0
-
-
-COMMANDS = {
-    "pretrain": Command(
-        "pre-train a slimmable network and evaluate every width", (PretrainConfig, RunOptions), pretrain
-    ),
-    "evaluate": Command("evaluate the network of a run again", (EvaluateOptions,), evaluate),
-    "export": Command("write widths of a model as files for other programs", (ExportOptions,), export),
-    "profile": Command(
-        "parameters, MACs, activations and latency of a timm model per width", (ProfileOptions,), profile
-    ),
-    "plan": Command("what would be slimmed in a timm model, and what stays full and why", (ModelOptions,), plan),
+COMMANDS: dict[str, tuple[type, ...]] = {
+    "pretrain": (PretrainConfig, Pretrain),
+    "evaluate": (Evaluate,),
+    "export": (Export,),
+    "profile": (Profile,),
+    "plan": (Plan,),
 }
+"""The dataclasses of the options of each command; the last one runs it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -244,14 +223,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"slimmable {slimmable.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
-        for options in command.options:
+    for name, classes in COMMANDS.items():
+        text = classes[-1].__doc__
+        own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for options in classes:
             add_options(own, options)
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Return the command and the given options of a command line.
 
     Exits as argparse does: with 0 after `--help` and `--version`, and with 2 and a message on an error. An empty
@@ -270,9 +250,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, dict[str, Any]]:
         parser.error(f"{' '.join(unknown)} is not a command")
     if unknown:
         typed = unknown[0].partition("=")[0]
-        known = ["--help", *(flag(each.name) for options in COMMANDS[name].options for each in fields(options))]
+        known = ["--help", *(flag(each.name) for options in COMMANDS[name] for each in fields(options))]
         parser.exit(2, f"slimmable {name}: there is no option {typed}{_suggestion(typed, known)}\n")
-    return COMMANDS[name], given
+    return name, given
 
 
 def _suggestion(typed: str, known: Iterable[str]) -> str:
@@ -280,12 +260,13 @@ def _suggestion(typed: str, known: Iterable[str]) -> str:
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def _take(options: type[_T], given: dict[str, Any]) -> _T:
-    """Move the options of a dataclass from `given` to a checked instance of it."""
-    names = [each.name for each in fields(options)]  # type: ignore[arg-type]
-    taken = options(**{name: given.pop(name) for name in names if name in given})
-    check(taken)
-    return taken
+def run(name: str, given: dict[str, Any]) -> int:
+    """Check the given options, run the command of this name, and return its exit code."""
+    *_, command = COMMANDS[name]
+    own = command(**{each.name: given.pop(each.name) for each in fields(command) if each.name in given})
+    check(own)
+    code: int = own._run(**given)
+    return code
 
 
 def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
@@ -296,7 +277,7 @@ def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
         raise WidthError(f"--widths: {error}") from error
 
 
-def _timm_model(options: ModelOptions) -> tuple[torch.nn.Module, torch.Tensor]:
+def _timm_model(options: Plan) -> tuple[torch.nn.Module, torch.Tensor]:
     """Return a timm model and a batch of two zero images for it."""
     import torch
 

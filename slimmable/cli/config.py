@@ -1,4 +1,4 @@
-"""Settings of a pre-training run: the options that its result depends on, and published values as presets.
+"""Settings of a pre-training run: the options that its result depends on, and published values (`presets.yaml`).
 
 Importing this module does not import torch, which keeps `--help` fast.
 """
@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from slimmable._widths import check_widths
 from slimmable.cli.options import FRACTION, NOT_NEGATIVE, POSITIVE, Range, at_least, check, fits, flag, option
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 
 DIGITS = "digits"
-FOLDER_IMAGE_SIZE = 64  # pixels; photographs show more detail than digits
 
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
@@ -41,9 +42,7 @@ class PretrainConfig:
         metavar="NAME",
     )
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
-    image_size: int = option(
-        24, "height and width in pixels", within=at_least(8), shown=f"24; for a folder {FOLDER_IMAGE_SIZE}"
-    )
+    image_size: int = option(24, "height and width in pixels", within=at_least(8), shown="24; for a folder 64")
     augmentation: str = option(
         "digits", "whose augmentations to use", choices=AUGMENTATIONS, shown="digits; for a folder the method's own"
     )
@@ -140,13 +139,11 @@ class PretrainConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> PretrainConfig:
+    def from_json(cls, path: Path) -> PretrainConfig:
         """Read settings that `to_json` wrote to `path`, or raise CheckpointError if names or types are wrong."""
         try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise TypeError(f"expected an object, found {type(values).__name__}")
-        except (ValueError, TypeError) as error:
+            values = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
         differing = {each.name for each in fields(cls)} ^ set(values)
         if differing:
@@ -205,55 +202,8 @@ class RunOptions:
 
 Settings = dict[str, Any]
 
-_SMALL_IMAGES: dict[str, Settings] = {  # where a method departs from the defaults above
-    "mocov3": {"temperature": 1.0},
-    "vicreg": {"proj_hidden_dim": 256, "proj_dim": 256},
-    "supervised": {"slow_start": 0.0, "loss_weights": "ones"},
-}
-_AUGMENTATIONS = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}  # other methods use byol's
-_MIN_CROP_SCALES = {"mocov2": 0.2, "mocov3": 0.2}
-
-_IMAGENET: Settings = {"image_size": 224, "model": "resnet50", "opt": "sgd", "warmup_epochs": 10.0, "slow_start": 0.5}
-_LARS: Settings = _IMAGENET | {"opt": "lars", "weight_decay": 1e-6}
-_MOCOV2: Settings = {
-    "method": "mocov2",
-    "weight_decay": 1e-4,
-    "proj_hidden_dim": 2048,
-    "proj_dim": 128,
-    "temperature": 0.2,
-} | {"queue_size": 65536, "ema_momentum": 0.999, "key_parts": 8}
-_MOCOV3: Settings = {"method": "mocov3", "epochs": 300, "proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.99}
-_SIMCLR: Settings = {"method": "simclr", "epochs": 100, "proj_hidden_dim": 2048, "proj_dim": 128, "temperature": 0.1}
-
-# Each learning rate is for the batch size next to it. Where published code and paper differ, these follow the paper.
-# Left out: the floor of VICReg's learning rate (a thousandth of its peak; here 0), and the colour noise of Yu et al.
-# (PCA lighting).
-PRESETS: dict[str, Settings] = {
-    # Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, and its published scripts
-    "slimclr-mocov2-imagenet": _IMAGENET | _MOCOV2 | {"epochs": 200, "batch_size": 1024, "lr": 0.2},
-    "slimclr-mocov3-imagenet": _LARS
-    | _MOCOV3
-    | {"batch_size": 1024, "lr": 1.2, "lr_after_slow_start": 3.2, "temperature": 1.0},
-    "slimclr-simclr-imagenet": _LARS | _SIMCLR | {"batch_size": 1024, "lr": 2.4},
-    # the methods' own settings, at several widths
-    "mocov2-imagenet": _IMAGENET | _MOCOV2 | {"epochs": 800, "batch_size": 256, "lr": 0.03, "warmup_epochs": 0.0},
-    "mocov3-imagenet": _LARS | _MOCOV3 | {"batch_size": 4096, "lr": 4.8, "temperature": 1.0},
-    "mocov3-vit-imagenet": _IMAGENET
-    | _MOCOV3
-    | {"model": "vit_small_patch16_224", "opt": "adamw", "batch_size": 4096, "lr": 2.4e-3, "warmup_epochs": 40.0}
-    | {"weight_decay": 0.1, "min_crop_scale": 0.08, "temperature": 0.2},
-    "simclr-imagenet": _LARS | _SIMCLR | {"batch_size": 4096, "lr": 4.8, "weight_decay": 1e-4},
-    "byol-imagenet": _LARS
-    | {"method": "byol", "epochs": 1000, "batch_size": 4096, "lr": 3.2, "weight_decay": 1.5e-6}
-    | {"proj_hidden_dim": 4096, "proj_dim": 256, "ema_momentum": 0.996},
-    "vicreg-imagenet": _LARS
-    | {"method": "vicreg", "epochs": 1000, "batch_size": 2048, "lr": 1.6}
-    | {"proj_hidden_dim": 8192, "proj_dim": 8192},
-    # the supervised slimmable network that Zhao et al. compare with (Yu et al. 2019: no distillation)
-    "supervised-imagenet": _IMAGENET
-    | {"method": "supervised", "epochs": 100, "batch_size": 512, "lr": 0.2, "weight_decay": 1e-4}
-    | {"warmup_epochs": 5.0, "slow_start": 0.0, "distill": "none", "loss_weights": "ones"},
-}
+_PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
+PRESETS: dict[str, Settings] = _PUBLISHED["presets"]
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
@@ -269,21 +219,12 @@ def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
 
 
 def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainConfig:
-    """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images.
-
-    >>> configure({"epochs": 100}, "slimclr-mocov2-imagenet").queue_size
-    65536
-    """
+    """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images."""
     values = with_preset(given, preset)
     method = values.get("method", PretrainConfig.method)
-    defaults = _SMALL_IMAGES.get(method, {}) if preset is None else {}
+    defaults: Settings = {} if preset is not None else _PUBLISHED["small images"].get(method, {})
     if preset is not None or values.get("data", DIGITS) != DIGITS:
-        defaults = {
-            "image_size": FOLDER_IMAGE_SIZE,
-            "augmentation": _AUGMENTATIONS.get(method, "byol"),
-            "min_crop_scale": _MIN_CROP_SCALES.get(method, 0.08),
-            **defaults,
-        }
+        defaults = {**_PUBLISHED["photographs"].get(method, {}), **defaults}
     if values.get("gate_budget") is not None:
         defaults = {"widths": (1.0,), **defaults}
     return PretrainConfig(**{**defaults, **values})

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable.cli.config import DIGITS, PretrainConfig
@@ -67,10 +68,6 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     different handwritten digits.
 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
-
-    >>> images = cluttered_digits(train=20, test=10)
-    >>> images.train.shape, images.test.shape, images.train.dtype
-    (torch.Size([20, 1, 24, 24]), torch.Size([10, 1, 24, 24]), torch.uint8)
     """
     if size < _SMALLEST_CANVAS:
         raise DataError(
@@ -90,8 +87,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         canvas = _draw(digits, chosen, source, size, generator)
         parts.append((canvas.mul(255).round().to(torch.uint8), labels[chosen]))
     (train_images, train_labels), (test_images, test_labels) = parts
-    classes = tuple(str(digit) for digit in range(10))
-    return Images(train_images, train_labels, test_images, test_labels, classes, channels=1, handwriting=True)
+    return Images(train_images, train_labels, test_images, test_labels, tuple("0123456789"), 1, handwriting=True)
 
 
 def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -205,9 +201,8 @@ def _decode(path: str) -> Tensor | str:
     """Return the image, or the reason why it cannot be read."""
     try:
         with Image.open(path) as file:
-            picture = _eight_bits(file).convert("RGB")
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return data.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+            picture: Tensor = pil_to_tensor(_eight_bits(file).convert("RGB"))
+        return picture.contiguous()
     except Exception as error:  # decoders raise many kinds of errors on broken files
         return str(error) or type(error).__name__
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
-from slimmable._width import at_width, widths_of
+from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images
 from slimmable.cli.loader import Plain, batches_of, some_of
@@ -27,90 +27,49 @@ from slimmable.cli.training import Training
 from slimmable.errors import UsageError
 from slimmable.evaluation import evaluate_features, knn_accuracy
 from slimmable.evaluation.evaluate import ProbeName, narrowest_first
-from slimmable.gating import calibrate_gates, extract_gated, gated
+from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training
 
-Key = TypeVar("Key")
+Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
 
 
-def features_at_widths(backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0) -> dict[float, Tensor]:
-    """Return the features at each width in eval mode, of shape (images, features), float32, on the CPU."""
-    settings = {width: partial(at_width, backbone, width) for width in widths_of(backbone)}
-    return features_in(settings, backbone, images, workers)
+def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
+    """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass."""
+    if config.gate_budget is None:
+        return {width: partial(at_width, backbone, width) for width in widths}
+    return {DENSE: nullcontext, GATED: partial(gated, backbone)}
 
 
 @torch.no_grad()
 def features_in(
-    settings: Mapping[Key, Callable[[], AbstractContextManager[Any]]],
-    backbone: nn.Module,
-    images: Plain | Subset[Tensor],
-    workers: int = 0,
-) -> dict[Key, Tensor]:
-    """Return the features in the context that each of `settings` makes, in the form of `features_at_widths`."""
+    passes: Passes, backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+) -> tuple[dict[Any, Tensor], float]:
+    """Return the features in each of `passes`, and the cost of the gated one, NaN if none is.
+
+    Features are computed in eval mode, and have shape (images, features), float32, on the CPU. The cost is the mean
+    over the images of the multiply-adds, gates included, as a share of those of the dense network.
+    """
     device = next(backbone.parameters()).device
-    parts: dict[Key, list[Tensor]] = {name: [] for name in settings}
+    parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
+    shares = [torch.zeros(0)]
     with in_eval_mode(backbone):
         for batch in batches_of(images, workers=workers):
             scaled = batch.to(device)
-            for name, setting in settings.items():
-                with setting():
+            for name, enter in passes.items():
+                with enter() as run:
                     parts[name].append(backbone(scaled).float().cpu())
-    return {name: torch.cat(found) for name, found in parts.items()}
+                if isinstance(run, GatedPass):
+                    shares.append(run.share().cpu())
+    return {name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(shares).mean())
 
 
-def features_of_passes(
-    backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the features of the dense and the gated pass, and for each image the cost of the latter.
-
-    The cost is the multiply-adds of the gated pass, gates included, over those of the dense one, of shape (images,).
-    """
-    shares: list[Tensor] = []
-
-    @contextmanager
-    def counted() -> Iterator[None]:
-        with gated(backbone) as run:
-            yield
-        shares.append(run.share().cpu())
-
-    with _untrained_gates_allowed():
-        found = features_in({DENSE: nullcontext, GATED: counted}, backbone, images, workers)
-    return found, torch.cat(shares)
-
-
-@contextmanager
-def _untrained_gates_allowed() -> Iterator[None]:
-    """Suppress the warning about untrained gates, which a report compares with trained ones."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
-        yield
-
-
-def calibrate(config: PretrainConfig, backbone: nn.Module, images: Images) -> float:
-    """Calibrate the gates to the run's budget, in place, on some training images; return the cost they reach."""
-    assert config.gate_budget is not None
-    with _untrained_gates_allowed():
-        return calibrate_gates(backbone, _calibration_images(config, images), config.gate_budget)
-
-
-def _calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
+def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
+    """Return the training images that set the gates of a run, in batches."""
     return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
-
-
-def evaluate_run(
-    config: PretrainConfig,
-    folder: Path,
-    backbone: nn.Module,
-    images: Images,
-    probes: Sequence[ProbeName] = PROBES,
-    workers: int = 0,
-) -> str:
-    """Evaluate the networks of a run, write the report, and return the table as Markdown."""
-    return report_run(config, folder, rows_of_run(config, backbone, images, probes, workers), images)
 
 
 def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images) -> str:
@@ -132,20 +91,21 @@ def rows_of_run(
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
+    shares, cost = prober.measure(backbone, _passes(config, backbone, config.widths))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
+        if config.gate_budget is not None:
+            calibrate_gates(untrained, calibration_images(config, images), config.gate_budget)
+        for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
+            shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
     if config.gate_budget is None:
-        trained, before = prober.of_widths(backbone), prober.of_widths(untrained, UNTRAINED)
         costs = profile(backbone, prober.size, repeats=0).rows
-        return [Row(row.width, row.parameters, row.macs, trained[row.width] | before[row.width]) for row in costs]
-    dense, *static = plain_networks(config, backbone, images).items()
-    shares, cost = prober.of_passes(backbone)
-    shares |= {name: prober.of_plain(network) for name, network in static}
-    calibrate(config, untrained, images)
-    for name, found in prober.of_passes(untrained, UNTRAINED)[0].items():
-        shares[name] |= found
+        return [Row(row.width, row.parameters, row.macs, shares[row.width]) for row in costs]
     rows = []
-    for name, network in (dense, *static):
+    for name, network in plain_networks(config, backbone, images).items():
         own = profile(network, prober.size, repeats=0).rows[0]
-        rows.append(Row(1.0, own.parameters, own.macs, shares[name], name))
+        found = shares.get(name) or prober.measure(network, {1.0: nullcontext})[0][1.0]
+        rows.append(Row(1.0, own.parameters, own.macs, found, name))
     with gated(backbone):
         parameters = parameter_count(backbone)
     macs = round(cost * rows[0].macs)
@@ -159,7 +119,7 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
     """
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
-    some = _calibration_images(config, images)
+    some = calibration_images(config, images)
     networks = {DENSE: extract(backbone, 1.0)}
     for budget in sorted({*_BUDGETS, config.gate_budget}, reverse=True):
         try:
@@ -170,40 +130,30 @@ def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) 
 
 
 class _Prober:
-    """Accuracy of every probe for networks on the images of a run; the probes' names can get a prefix."""
+    """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
-    def __init__(self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int) -> None:
-        self.images, self.probes, self.workers = images, probes, workers
-        self.train, self.test = (Plain(part, config.image_size) for part in (images.train, images.test))
-        self.size = (images.channels, config.image_size, config.image_size)
+    def __init__(
+        self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
+    ) -> None:
+        self.probes, self.workers = probes, workers
+        size = config.image_size
+        self.size = (images.channels, size, size)
+        self.train, self.test = some_of(Plain(images.train, size), most), Plain(images.test, size)
+        self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
-    def of_widths(self, network: nn.Module, prefix: str = "") -> dict[float, dict[str, float]]:
-        """Measure every width of a converted network."""
-        known, asked = (
-            narrowest_first(network, features_at_widths(network, part, self.workers))
-            for part in (self.train, self.test)
-        )
-        return self._accuracies(known, asked, prefix)
-
-    def of_passes(self, network: nn.Module, prefix: str = "") -> tuple[dict[str, dict[str, float]], float]:
-        """Measure the dense and the gated pass; also return the mean cost of the latter over the former."""
-        known, _ = features_of_passes(network, self.train, self.workers)
-        asked, costs = features_of_passes(network, self.test, self.workers)
-        found = {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]}, prefix)[1.0] for name in known}
-        return found, float(costs.mean())
-
-    def of_plain(self, network: nn.Module) -> dict[str, float]:
-        """Measure a plain network."""
-        parts = (self.train, self.test)
-        known, asked = (features_in({1.0: nullcontext}, network, part, self.workers) for part in parts)
-        return self._accuracies(known, asked, "")[1.0]
+    def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], float]:
+        """Return pass -> probe -> accuracy, the widths of a network probed together, and the cost as `features_in`."""
+        known, _ = features_in(passes, network, self.train, self.workers)
+        asked, cost = features_in(passes, network, self.test, self.workers)
+        if 1.0 in passes:
+            return self._accuracies(narrowest_first(network, known), narrowest_first(network, asked)), cost
+        return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, cost
 
     def _accuracies(
-        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor], prefix: str
+        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]
     ) -> dict[float, dict[str, float]]:
-        labels, held_out = self.images.train_labels, self.images.test_labels
-        found = evaluate_features(known, labels, asked, held_out, probes=self.probes)
-        return {width: {prefix + probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
+        return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 
 
 class Watch:
@@ -215,6 +165,7 @@ class Watch:
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
         self.training = training
         config = training.config
+        self.prober = _Prober(config, training.images, ("knn",), training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         passes = ["knn/dense", "knn/gated", "gated_share"]
@@ -222,28 +173,21 @@ class Watch:
         self.loggers = [CsvLog(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
-        """Evaluate, log the numbers, and return them as a line of text."""
-        found = self._evaluate()
-        for logger in self.loggers:
-            logger.log(self.training.step, found)
-            logger.flush()
-        shares = {name[4:].lstrip("w"): 100 * share for name, share in found.items() if name.startswith("knn/")}
-        costs = f"  ({found['gated_share']:.2f} of the multiply-adds)" if "gated_share" in found else ""
-        return "kNN accuracy in %  " + "  ".join(f"{name}: {share:.1f}" for name, share in shares.items()) + costs
+        """Evaluate, log the numbers, and return them as a line of text.
 
-    def _evaluate(self) -> dict[str, float]:
-        """Return the numbers of a row by column; gates decide without noise, at the thresholds used in training."""
-        config, images, backbone = self.training.config, self.training.images, self.training.method.backbone
-        train = some_of(Plain(images.train, config.image_size), _VOTERS)
-        test = Plain(images.test, config.image_size)
-        costs = {}
-        if config.gate_budget is None:
-            settings = {f"w{width:g}": partial(at_width, backbone, width) for width in self.widths}
-            known, asked = (features_in(settings, backbone, part, self.training.workers) for part in (train, test))
-        else:
-            known, _ = features_of_passes(backbone, train, self.training.workers)
-            asked, shares = features_of_passes(backbone, test, self.training.workers)
-            costs["gated_share"] = float(shares.mean())
-        labels = images.train_labels[train.indices], images.test_labels
-        found = {f"knn/{name}": knn_accuracy(known[name], labels[0], asked[name], labels[1]) for name in known}
-        return found | costs
+        Gates decide without noise, at the thresholds used in training.
+        """
+        config, backbone = self.training.config, self.training.method.backbone
+        found, cost = self.prober.measure(backbone, _passes(config, backbone, self.widths))
+        shares = {name if name in (DENSE, GATED) else f"w{name:g}": each["knn"] for name, each in found.items()}
+        values = {f"knn/{name}": share for name, share in shares.items()}
+        text = "kNN accuracy in %  " + "  ".join(
+            f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items()
+        )
+        if config.gate_budget is not None:
+            values["gated_share"] = cost
+            text += f"  ({cost:.2f} of the multiply-adds)"
+        for logger in self.loggers:
+            logger.log(self.training.step, values)
+            logger.flush()
+        return text

@@ -1,26 +1,52 @@
-"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card."""
+"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card.
+
+The model is a timm model by name, a saved model, or the folder of a pre-training run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+import jinja2
 import timm
 import torch
+from torch import Tensor, nn
 
 import slimmable
 from slimmable._atomic import fill_aside
-from slimmable._convert import extract
-from slimmable._profile import Row, profile
+from slimmable._convert import extract, slimify
+from slimmable._profile import Profile, profile
+from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli import programs
-from slimmable.cli.extras import require
-from slimmable.cli.source import Source
-from slimmable.errors import SlimmableError
-from slimmable.files.model import load, save
+from slimmable.cli.extras import explained, require
+from slimmable.cli.networks import check_name, make_timm, output_for
+from slimmable.cli.report import Row, read_report
+from slimmable.cli.run import CONFIG, load_exactly, read_config, trained_backbone
+from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.files.construction import build
+from slimmable.files.model import load, read, save
+from slimmable.view.state import is_slim
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export."""
+
+    name: str  # of the architecture
+    model: nn.Module  # converted, in evaluation mode
+    widths: tuple[float, ...]
+    image: tuple[int, int, int]  # channels, height and width
+    arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
+    weights: str  # their origin, in words
+    values: str  # scaling of the pixels, in words
+    base: str | None = None  # the model on the Hugging Face Hub that the weights come from
+    accuracy: Mapping[float, Row] = field(default_factory=dict)  # measurements by width
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,134 @@ class File:
     size: int  # in bytes
     off: float  # largest difference from the model's outputs, relative to the largest output
     any_batch: bool  # whether it takes any number of images, or only one per call
+
+
+def kind_of(model: str) -> Literal["run", "file", "timm"]:
+    """Return whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model."""
+    path = Path(model)
+    if (path / CONFIG).exists():
+        return "run"
+    if path.is_file():
+        return "file"
+    try:
+        check_name(model)
+    except UsageError as error:
+        found = f"is a folder without {CONFIG}, not a run" if path.is_dir() else "is neither a folder nor a file"
+        raise UsageError(f"{model} {found}, and not a model either: {error}") from error
+    return "timm"
+
+
+def run_source(run: Path) -> Source:
+    """Return the backbone of the run in `run` with its final weights."""
+    config = read_config(run)
+    channels = 3 if config.is_folder else 1
+    with torch.device("meta"):
+        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
+    data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
+    labels = "with" if config.method == "supervised" else "without"
+    return Source(
+        name=config.model,
+        model=trained_backbone(config, run, channels),
+        widths=config.widths,
+        image=(channels, config.image_size, config.image_size),
+        arguments=arguments,
+        weights=f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}.",
+        values="in [0, 1]",
+        accuracy=read_report(run),
+    )
+
+
+def file_source(path: Path, image_size: int | None = None) -> Source:
+    """Return the converted timm model that `slimmable.save` wrote to `path`, for images of its own size by default."""
+    recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
+    if recipe is None:
+        raise CheckpointError(
+            f"{path} holds a network that timm cannot make; load it in Python, and give torch.export what "
+            "slimmable.extract returns"
+        )
+    model = load(path)
+    if not is_slim(model):
+        raise CheckpointError(f"{path} holds a single narrow network; load it with slimmable.load, and export that")
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    channels, *size = known["input_size"]
+    channels = recipe["arguments"].get("in_chans", channels)
+    size = [image_size] * 2 if image_size is not None else recipe["arguments"].get("img_size", size)
+    height, width = size if isinstance(size, list) else (size, size)
+    with torch.device("meta"):
+        output_for(torch.zeros(2, channels, height, width), build(recipe), f"the model in {path}")
+    return Source(
+        name=recipe["timm"],
+        model=model,
+        widths=widths_of(model),
+        image=(channels, height, width),
+        arguments=recipe["arguments"],
+        weights=f"`{path.name}`.",
+        values=_values(known),
+    )
+
+
+def timm_source(
+    name: str,
+    widths: Sequence[float],
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> Source:
+    """Return the timm model `name`, converted to `widths`, with weights from a file, from timm, or random ones."""
+    settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+    torch.manual_seed(0)
+    model, used = (_pretrained if pretrained else make_timm)(name, settings, image_size)
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    channels, height, width = known["input_size"]
+    image = (channels, image_size or height, image_size or width)
+    weights = "Random: this is an architecture, not a trained network."
+    if pretrained:
+        weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
+    tensors: dict[str, Tensor] = {}
+    if checkpoint is not None:
+        weights, tensors = f"`{checkpoint.name}`.", _read_weights(checkpoint)
+    slimmed = any(".narrow." in key for key in tensors)
+    if checkpoint is not None and not slimmed:
+        load_exactly(model, tensors, str(checkpoint))
+    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
+    if checkpoint is not None and slimmed:
+        load_exactly(model, tensors, str(checkpoint))
+    return Source(
+        name=name,
+        model=model,
+        widths=tuple(widths),
+        image=image,
+        arguments={key: value for key, value in used.items() if key != "pretrained"},
+        weights=weights,
+        values=_values(known),
+        base=known.get("hf_hub_id") if pretrained else None,
+    )
+
+
+def _pretrained(
+    name: str, settings: Mapping[str, object], image_size: int | None
+) -> tuple[nn.Module, dict[str, object]]:
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.has_weights:
+        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
+    advice = "; download them elsewhere, and give the file with --checkpoint"
+    with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
+        return make_timm(name, {**settings, "pretrained": True}, image_size)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    with explained(f"{path} is not a file of weights"):
+        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
+    return tensors
+
+
+def _values(known: Mapping[str, Any]) -> str:
+    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
@@ -52,7 +206,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
         for width in chosen:
             files.extend(_write(source, width, tuple(dict.fromkeys(formats)), folder))
         costs = profile(source.model, example_inputs=torch.zeros(1, *source.image), repeats=0)
-        (folder / "README.md").write_text(model_card(source, costs.rows, files))
+        (folder / "README.md").write_text(model_card(source, costs, files))
 
     fill_aside(output, write)
     return files
@@ -72,7 +226,7 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
             written: programs.Program = load(path)
         else:
             written = (programs.save_pt2 if kind == "pt2" else programs.save_onnx)(program, path)
-            any_batch = programs.takes_any_batch(program)
+            any_batch = bool(program.range_constraints)  # its number of images has a range
         off = programs.difference(model, written, images[:1], *([images] if any_batch else []))
         if not off <= programs.TOLERANCE:
             raise SlimmableError(
@@ -84,79 +238,33 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
     return files
 
 
-def model_card(source: Source, costs: Sequence[Row], files: Sequence[File]) -> str:
+def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
     """Return the model card as Markdown; whoever publishes the files must add the licence."""
+    text = Path(__file__).with_name("card.md.jinja").read_text()
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     classes = int(getattr(source.model, "num_classes", 0))
-    task = "image-classification" if classes else "image-feature-extraction"
-    channels, height, width = source.image
-    front = [f"pipeline_tag: {task}", "library_name: timm", "# license: add yours before publishing"]
-    front += [] if source.base is None else [f"base_model: {source.base}"]
     made_by = source.name
     if source.arguments is not None:
         given = (f'"{source.name}"', *(f"{key}={value!r}" for key, value in source.arguments.items()))
         made_by = f"timm.create_model({', '.join(given)})"
-    widths = [f"{file_width:g}" for file_width in dict.fromkeys(file.width for file in files)]
-    lines = [
-        *("---", "tags:", *(f"- {tag}" for tag in (task, "timm", "slimmable")), *front, "---"),
-        *(f"# Model card for {source.name} at width{'s' * (len(widths) > 1)} {', '.join(widths)}", ""),
-        "One set of weights runs at several widths: at width 0.5 every layer uses half of its channels. The files here",
-        "hold one width each, with only the weights of that width.",
-        *("", "## Model Details"),
-        f"- **Model Type:** {f'Image classification, {classes} classes' if classes else 'Feature backbone'}",
-        f"- **Image size:** {height} x {width}, {channels} channels, values {source.values}",
-        f"- **Full network:** `{made_by}`",
-        f"- **Weights:** {source.weights}",
-        f"- **Made with:** slimmable {slimmable.__version__}, timm {timm.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        *("", "## Model Stats", "", *_costs(source, costs)),
-        *("", "## Files", "", *_files(files)),
-        *("", "## Model Usage", *_usage(source, files)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _costs(source: Source, costs: Sequence[Row]) -> Iterator[str]:
-    """Yield a table of all widths, including those not exported, with accuracies if they were measured."""
-    reports = [source.accuracy[row.width].shares for row in costs if row.width in source.accuracy]
-    measured = len(reports) == len(costs) and all({"knn", "linear"} <= set(shares) for shares in reports)
-    yield "| width | parameters | MACs | activations |" + (" kNN, % | linear probe, % |" if measured else "")
-    yield "|---:|---:|---:|---:|" + ("---:|---:|" if measured else "")
-    for row in costs:
-        line = f"| {row.width:g} | {row.parameters:,} | {row.macs:,} | {row.activations:,} |"
-        if measured:
-            shares = source.accuracy[row.width].shares
-            line += f" {100 * shares['knn']:.1f} | {100 * shares['linear']:.1f} |"
-        yield line
-    yield ""
-    yield "MACs: multiply-adds of convolutions and matrix products for one image. Activations: numbers they output."
-    if measured:
-        yield "kNN and linear probe: accuracy of classifiers on the features of held-out images."
-
-
-def _files(files: Sequence[File]) -> Iterator[str]:
-    yield "| file | width | bytes | off by | images per call |"
-    yield "|---|---:|---:|---:|---|"
-    for file in files:
-        images = "any" if file.any_batch else "one"
-        yield f"| {file.name} | {file.width:g} | {file.size:,} | {file.off:.1e} | {images} |"
-    yield ""
-    yield "Off by: largest difference from the outputs of the exported model, relative to the largest output, in"
-    yield "float32, on random images."
-
-
-def _usage(source: Source, files: Sequence[File]) -> Iterator[str]:
-    """Yield Python examples for one file of each format."""
-    shape = ", ".join(map(str, (1, *source.image)))
-    names = {Path(file.name).suffix: file.name for file in reversed(files)}
-    if ".pt2" in names:
-        yield from ("", "With torch alone:", "", "```python", "import torch", "")
-        yield f'program = torch.export.load("{names[".pt2"]}").module()'
-        yield from (f"output = program(torch.rand({shape}))", "```")
-    if ".onnx" in names:
-        yield from ("", "In onnxruntime:", "", "```python", "import numpy", "import onnxruntime", "")
-        yield f'session = onnxruntime.InferenceSession("{names[".onnx"]}")'
-        yield f'(output,) = session.run(None, {{"{programs.INPUT}": numpy.zeros(({shape}), numpy.float32)}})'
-        yield "```"
-    if ".safetensors" in names:
-        yield from ("", "As a timm model, for further training:", "", "```python", "import slimmable", "")
-        yield from (f'small = slimmable.load("{names[".safetensors"]}")', "```")
+    card: str = template.render(
+        source=source,
+        costs=costs.rows,
+        files=files,
+        classes=classes,
+        task="image-classification" if classes else "image-feature-extraction",
+        widths=[f"{width:g}" for width in dict.fromkeys(file.width for file in files)],
+        made_by=made_by,
+        slimmable=slimmable,
+        timm=timm,
+        torch=torch,
+        python=platform.python_version(),
+        measured=all(
+            row.width in source.accuracy and {"knn", "linear"} <= set(source.accuracy[row.width].shares)
+            for row in costs.rows
+        ),
+        example={Path(file.name).suffix[1:]: file.name for file in reversed(files)},  # one file of each format
+        shape=", ".join(map(str, (1, *source.image))),
+        input=programs.INPUT,
+    )
+    return card

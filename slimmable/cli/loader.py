@@ -18,11 +18,7 @@ Key = tuple[int, int]
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed for torch; different numbers give different seeds.
-
-    >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
-    (True, False)
-    """
+    """Return a seed for torch; different numbers give different seeds."""
     return hash(numbers) % 2**63  # Python hashes integers alike in every process
 
 
@@ -91,32 +87,27 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, resized to one size, uint8."""
+    """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
-        self.images, self.size = images, size
-        self.transform = plain_view(size)
+        self.images = images
+        self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
         """Return one image of shape (channels, size, size)."""
-        image = self.images[index]
-        return image if image.shape[-2:] == (self.size, self.size) else self.transform(image)
+        return self.transform(self.images[index])  # type: ignore[no-any-return]
 
     def stacked(self) -> Tensor:
         """Return all images, shape (images, channels, size, size)."""
         return torch.stack([self[index] for index in range(len(self))])
 
 
-def some_of(images: Plain, most: int) -> Subset[Tensor]:
-    """Return up to `most` of the images, evenly spaced, because a folder is ordered by class.
-
-    >>> some_of(Plain(torch.zeros(10, 1, 8, 8), 8), most=4).indices
-    [0, 2, 5, 7]
-    """
-    count = min(most, len(images))
+def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
+    """Return up to `most` of the images, or all, evenly spaced, because a folder is ordered by class."""
+    count = len(images) if most is None else min(most, len(images))
     return Subset(images, [place * len(images) // count for place in range(count)])
 
 
@@ -133,19 +124,12 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
     2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits" (for
     handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
     image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
-
-    >>> first, second = make_views("byol", 28, min_crop_scale=0.2, mirror=True)
-    >>> first(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
-    torch.Size([3, 28, 28])
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
 
     def view(*changes: nn.Module) -> nn.Module:
         flip = [v2.RandomHorizontalFlip()] if mirror else []
         return v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])  # type: ignore[no-any-return]
-
-    def colours(*strength: float) -> list[nn.Module]:
-        return [v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)]
 
     def blur(share: float) -> nn.Module:
         kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
@@ -156,20 +140,10 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         light = v2.ColorJitter(brightness=0.4, contrast=0.4)
         softer = v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5)
         return [view(turn, crop, light, softer)] * 2
-    if name == "mocov2":
-        return [view(crop, *colours(0.4, 0.4, 0.4, 0.1), blur(0.5))] * 2
-    if name == "simclr":
-        return [view(crop, *colours(0.8, 0.8, 0.8, 0.2), blur(0.5))] * 2
+    if name == "supervised":
+        return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
+    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
+    first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
     if name == "byol":
-        jitter = colours(0.4, 0.4, 0.2, 0.1)
-        return [view(crop, *jitter, blur(1.0)), view(crop, *jitter, blur(0.1), v2.RandomSolarize(128, p=0.2))]
-    return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
-
-
-def plain_view(size: int) -> nn.Module:
-    """Return the transform for evaluation: resize the shorter side to `size` and crop the centre, uint8 to uint8.
-
-    >>> plain_view(28)(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape
-    torch.Size([3, 28, 28])
-    """
-    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])  # type: ignore[no-any-return]
+        return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
+    return [view(*first, blur(0.5))] * 2

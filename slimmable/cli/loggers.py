@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +53,8 @@ class TensorBoard(Logger):
     """TensorBoard's event files in a folder."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        make: Any = require_logger("tensorboard").SummaryWriter
-        self.writer = make(str(folder), purge_step=done + 1 if done else None)
+        purge = done + 1 if done else None
+        self.writer: Any = require_logger("tensorboard").SummaryWriter(str(folder), purge_step=purge)
 
     def log(self, step: int, values: Values) -> None:
         """Add a point to the curve of each name."""
@@ -71,10 +70,9 @@ class WandB(Logger):
     """A run of Weights & Biases, whose id follows from the folder, so resuming finds it again."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        init: Any = require_logger("wandb").init
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
-        self.run = init(project="slimmable", resume="allow", **known)
+        self.run: Any = require_logger("wandb").init(project="slimmable", resume="allow", **known)
 
     def log(self, step: int, values: Values) -> None:
         """Send the metrics of one step."""
@@ -121,30 +119,26 @@ class Progress:
     def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
         self.steps, self.done, self.steps_per_epoch = steps, done, steps_per_epoch
         self.start, self.first = time.monotonic(), done
-        self.bar: Any = None
+        bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
+        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            bar = require("tqdm", "tqdm").tqdm
-            self.bar = bar(total=self.steps, initial=self.done, unit="step", dynamic_ncols=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        say(text) if self.bar is None else self.bar.write(text)
+        say(text) if self.bar.disable else self.bar.write(text)
 
     def advance(self, losses: dict[float, float]) -> None:
         """Count one step and show its loss at each width."""
         self.done += 1
         shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
-        if self.bar is not None:
-            self.bar.update()
-            self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
-        elif self.done % self.steps_per_epoch == 0:
+        self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
+        self.bar.update()
+        if self.bar.disable and self.done % self.steps_per_epoch == 0:
             epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
             left = (time.monotonic() - self.start) / (self.done - self.first) * (self.steps - self.done)
             say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")

@@ -14,6 +14,7 @@ import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import slimify
 from slimmable.cli.config import PretrainConfig
+from slimmable.cli.extras import explained
 from slimmable.errors import ConversionError, UsageError
 from slimmable.gating import gate
 
@@ -30,12 +31,16 @@ def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.M
 
 def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
     """Return the method of `config` around `backbone`, which is converted together with its head; see `new_method`."""
-    features = _count_features(config, backbone, channels)
+    example = torch.zeros(2, channels, config.image_size, config.image_size)
+    output = output_for(example, backbone, config.model)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
+    features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
+    backbone.train()
 
     def encoder(projector: nn.Module) -> nn.Module:
-        example = _example(config, channels)
         if config.gate_budget is None:
             return _slimmed(config, methods.Encoder(backbone, projector), example)
         slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
@@ -74,35 +79,18 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method."""
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
-    return _slimmed(config, backbone, _example(config, channels))
+    return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
     return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
 
 
-def _example(config: PretrainConfig, channels: int) -> Tensor:
-    return torch.zeros(2, channels, config.image_size, config.image_size)
-
-
-def _count_features(config: PretrainConfig, backbone: nn.Module, channels: int) -> int:
-    """Return how many features the backbone outputs for an image."""
-    features = output_for(_example(config, channels), backbone, config.model)
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
-    backbone.train()
-    return features.shape[1]
-
-
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
-    """Return the output of `model` in eval mode, or raise UsageError if it does not accept images of this size."""
-    try:
-        with torch.no_grad():
-            return model.eval()(images)
-    except Exception as error:  # models raise many kinds of errors on a wrong size
-        size = " x ".join(map(str, images.shape[2:]))
-        advice = "choose another --image-size"
-        raise UsageError(f"{name} does not accept images of {size} pixels ({error}); {advice}") from error
+    """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
+    size = " x ".join(map(str, images.shape[2:]))
+    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", "; choose another --image-size"):
+        return model.eval()(images)
 
 
 def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:

@@ -46,14 +46,10 @@ def option(
 ) -> Any:
     """Return a dataclass field that is an option of a command.
 
-    Args:
-        default: a field without one is a positional argument, or with `required=True` a required option.
-        help: what the option does.
-        choices: the values it accepts, one or several depending on the field's type.
-        within: the numbers it accepts, besides None if the field's type allows it.
-        group: the heading above this option and those after it.
-        shown: the default in words, where its value does not say enough.
-        parsing: further arguments for `ArgumentParser.add_argument`.
+    Without a default it is a positional argument, or with `required=True` a required option. It accepts `choices`, one
+    or several depending on the field's type, or numbers `within` a range, and None if the type allows it. `group` is
+    the heading above this option and those after it, `shown` the default in words, where its value does not say enough,
+    and `parsing` holds further arguments for `ArgumentParser.add_argument`.
     """
     known = {"help": help, "choices": choices, "within": within, "group": group, "shown": shown, "parsing": parsing}
     return field(default=default, metadata=known)

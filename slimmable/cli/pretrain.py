@@ -15,7 +15,7 @@ import torch
 from slimmable._distributed import any_process, is_first, wait_for_all
 from slimmable.cli.config import PretrainConfig, RunOptions
 from slimmable.cli.data import Images, load_images
-from slimmable.cli.evaluation import Watch, calibrate, evaluate_run
+from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
 from slimmable.cli.extras import require, say
 from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
@@ -24,7 +24,7 @@ from slimmable.cli.report import plot_imbalance
 from slimmable.cli.run import CHECKPOINT, MODEL, load_checkpoint, refuse_existing, save_networks, start_folder
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, UsageError
-from slimmable.gating import gate_plan
+from slimmable.gating import calibrate_gates, gate_plan
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
@@ -155,14 +155,15 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
         calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
-        reached = calibrate(config, backbone, images)
+        reached = calibrate_gates(backbone, calibration_images(config, images), config.gate_budget)
         say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
     if not save_networks(folder, config, backbone, images.channels):
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
-    say(evaluate_run(config, folder, backbone, images, workers=options.workers or 0))
+    rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
+    say(report_run(config, folder, rows, images))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:

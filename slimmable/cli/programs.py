@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimmable._nested import output_tensors
-from slimmable.cli.extras import require
+from slimmable.cli.extras import explained, require
 from slimmable.errors import SlimmableError
 
 INPUT, OUTPUT = "images", "output"
@@ -31,28 +31,19 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
 
     It is traced with `images`, of shape (2, channels, height, width).
     """
-    with torch.no_grad(), _quiet(), _explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
-        program = _trace_any_batch(model, images) or torch.export.export(model, (images[:1],))
+    with torch.no_grad(), _quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
+        try:
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+            right = difference(model, program.module(), images[:1]) <= TOLERANCE
+        except Exception:  # the forward depends on the number of images; torch.export raises many kinds of errors
+            right = False
+        if not right:
+            program = torch.export.export(model, (images[:1],))
     program.example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)
     return program
-
-
-def _trace_any_batch(model: nn.Module, images: Tensor) -> ExportedProgram | None:
-    """Return the program for any number of images, or None if the forward depends on their number."""
-    try:
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
-        right = difference(model, program.module(), images[:1]) <= TOLERANCE
-    except Exception:  # torch.export raises many kinds of errors
-        return None
-    return program if right else None
-
-
-def takes_any_batch(program: ExportedProgram) -> bool:
-    """Return whether `program` runs on any number of images."""
-    return bool(program.range_constraints)
 
 
 def save_pt2(program: ExportedProgram, path: Path) -> Program:
@@ -68,7 +59,7 @@ def save_onnx(program: ExportedProgram, path: Path) -> Program:
     """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
     *_, runtime = (require(name, name, extra="onnx") for name in ONNX_PACKAGES)
     # without gradients, as in tracing: with them, attention has another memory layout
-    with torch.no_grad(), _quiet(), _explained("torch.onnx cannot translate the model"):
+    with torch.no_grad(), _quiet(), explained("torch.onnx cannot translate the model"):
         try:
             written = _translate(program)
         except Exception:  # it supports only one form of attention; decomposed, it is matrix products
@@ -79,7 +70,7 @@ def save_onnx(program: ExportedProgram, path: Path) -> Program:
     written.save(path)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
-    with _explained("onnxruntime does not load the written program"):
+    with explained("onnxruntime does not load the written program"):
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(array) for array in session.run(None, {INPUT: images.numpy()})]
 
@@ -97,7 +88,7 @@ def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
     found = []
     for images in batches:
         expected = output_tensors(model(images))
-        with _explained("the written program does not run"):
+        with explained("the written program does not run"):
             outputs = output_tensors(program(images))
         if [output.shape for output in outputs] != [output.shape for output in expected]:
             raise SlimmableError(f"the outputs of the written program have shapes other than {type(model).__name__}'s")
@@ -106,19 +97,6 @@ def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
             for out, got in zip(expected, outputs, strict=True)
         ]
     return float(torch.stack(found).max())  # NaN if any is
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Raise an error of any kind, as torch and onnxruntime raise, as one that says `what` and the original cause."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        first = (str(cause).strip() or "no message").splitlines()[0][:300]
-        raise SlimmableError(f"{what} ({type(cause).__name__}: {first})") from error
 
 
 @contextmanager

@@ -46,12 +46,7 @@ class Row:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV text, accuracies with four digits.
-
-    >>> print(to_csv([Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})]).strip())
-    width,parameters,macs,knn,untrained_knn
-    0.5,1000,20000,0.7500,0.1000
-    """
+    """Return the rows as CSV text, accuracies with four digits."""
     named = ["network"] if rows[0].network else []
     columns = [*named, "width", "parameters", "macs", *rows[0].shares]
     cells = [vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows]
@@ -85,21 +80,12 @@ def _row(cells: dict[str, str]) -> Row:
 
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
-    """Return the rows as a Markdown table, followed by a line of explanation.
-
-    >>> print(to_markdown([Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})], pixels_knn=0.5))
-    | width | parameters | MACs | kNN | untrained kNN |
-    |---:|---:|---:|---:|---:|
-    | 0.5 | 1,000 | 20,000 | 75.0 | 10.0 |
-    <BLANKLINE>
-    Accuracy on held-out images in %; "untrained" is the same network before training. kNN on raw pixels: 50.0.
-    <BLANKLINE>
-    """
+    """Return the rows as a Markdown table, followed by a line of explanation."""
     titles = [title_of(name) for name in rows[0].shares]
     first = "network" if rows[0].network else "width"
     lines = [f"| {first} | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
     for row in rows:
-        shares = " | ".join(in_percent(row, name) for name in rows[0].shares)
+        shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in rows[0].shares)
         lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
     return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
@@ -113,41 +99,28 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
         style = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
         colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
         for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
-            points = points_of(rows, kind, name)
-            label = ", ".join(part for part in (title_of(name, ", untrained"), kind) if part)
-            axes.plot(*zip(*points, strict=True), marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
+            own = [row for row in rows if row.kind == kind and name in row.shares]
+            points = [row.macs / 1e6 for row in own], [100 * row.shares[name] for row in own]
+            label = ", ".join(part for part in (title_of(name), kind) if part)
+            axes.plot(*points, marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in rows:
         if row.kind == STATIC:  # too close together for labels
             continue
         best = 100 * max(row.shares.values())
         axes.annotate(row.name, (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
-    axes.set_xlabel("million multiply-accumulates per image")
-    axes.set_ylabel("accuracy on held-out images (%)")
-    axes.set_title(title)
-    axes.set_ylim(0, 100)
+    labels = {"xlabel": "million multiply-accumulates per image", "ylabel": "accuracy on held-out images (%)"}
+    axes.set(**labels, title=title, ylim=(0, 100))
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write_aside(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
-def points_of(rows: Sequence[Row], kind: str, name: str) -> list[tuple[float, float]]:
-    """Return the points of a plot for the rows of one kind: million multiply-adds and accuracy in %."""
-    return [(row.macs / 1e6, 100 * row.shares[name]) for row in rows if row.kind == kind and name in row.shares]
-
-
-def in_percent(row: Row, name: str) -> str:
-    """Return an accuracy of the row as a table cell, empty if it was not measured."""
-    return f"{100 * row.shares[name]:.1f}" if name in row.shares else ""
-
-
-def title_of(name: str, suffix: str = "") -> str:
-    """Return the title of an accuracy: "untrained kNN" in tables, and with the suffix ", untrained" in plots."""
+def title_of(name: str) -> str:
+    """Return the title of an accuracy, such as "untrained kNN"."""
     title = TITLES[name.removeprefix(UNTRAINED)]
-    if not name.startswith(UNTRAINED):
-        return title
-    return f"{title}{suffix}" if suffix else f"untrained {title}"
+    return f"untrained {title}" if name.startswith(UNTRAINED) else title
 
 
 def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:
@@ -167,13 +140,6 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     at `path` is replaced only when the new one is complete.
 
     Raises: DataError: if there are no rows, or they have no ratios.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "imbalance.png"
-    >>> names = ("grad_ratio/w0.5", "rest_ratio/w0.5", "grad_cosine/w1.0_w0.5")
-    >>> plot_imbalance([{"step": step, **dict.fromkeys(names, 0.5)} for step in (0, 50)], path)
-    >>> path.read_bytes()[1:4]
-    b'PNG'
     """
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
     if not widths:
@@ -191,17 +157,14 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
         ratios.plot(steps, [row[f"grad_ratio/w{width}"] for row in rows], ":", color=colour)
         cosines.plot(steps, [row[f"grad_cosine/w1.0_w{width}"] for row in rows], color=colour, label=f"width {width}")
     ratios.axhline(1, color="grey", linewidth=1)
-    ratios.set_yscale("log")
+    ratios.set(yscale="log", xlabel="step", ylabel="ratio of gradient norms")
     ratios.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ratios.yaxis.set_major_formatter("{x:g}")
     ratios.yaxis.set_minor_locator(ticker.NullLocator())
-    ratios.set_ylabel("ratio of gradient norms")
+    ratios.grid(alpha=0.3)
     cosines.axhline(0, color="grey", linewidth=1)
-    cosines.set_ylim(-1, 1)
-    cosines.set_ylabel("cosine with the full width's gradient")
-    for axes in (ratios, cosines):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
+    cosines.set(ylim=(-1, 1), xlabel="step", ylabel="cosine with the full width's gradient")
+    cosines.grid(alpha=0.3)
     cosines.legend(loc="lower right", frameon=False)
     figure.suptitle(title)
     write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from slimmable._convert import extract
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import converted_backbone, new_method
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.model import save
+from slimmable.files.model import read_tensors, save
 from slimmable.files.state_dicts import differences
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -50,11 +49,9 @@ def start_folder(folder: Path, config: PretrainConfig) -> None:
 def read_config(folder: Path) -> PretrainConfig:
     """Return the configuration of the run in `folder`, or raise CheckpointError if there is none."""
     path = folder / CONFIG
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder} is not the folder of a pre-training run: {path} cannot be read") from error
-    return PretrainConfig.from_json(text, path)
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
+    return PretrainConfig.from_json(path)
 
 
 @dataclass(frozen=True)
@@ -88,17 +85,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read what `save_checkpoint` wrote, or raise CheckpointError if that is missing, damaged or something else."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a mapping
-        if metadata.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} is not a checkpoint of a pre-training run")
-        step = int(metadata["step"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, step, metadata.get("images"))
+    return Checkpoint(tensors, training, int(metadata["step"]), metadata.get("images"))
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

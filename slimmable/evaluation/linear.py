@@ -100,13 +100,8 @@ def train_probe(
     scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
     probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
     linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
-
-    def scores(rows: Tensor) -> dict[float, Tensor]:
-        return {width: linears[width](part[rows]) for width, part in scaled.items()}
-
-    for index, linear in enumerate(linears.values()):
-        probe.linears[index] = linear
-    _minimise(probe, scores, labels, epochs, batch_size, learning_rate, seed)
+    probe.linears = nn.ModuleList(linears.values())
+    _minimise(probe, linears, scaled, labels, epochs, batch_size, learning_rate, seed)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
@@ -164,14 +159,11 @@ def train_slimmable_probe(
     linear = zero_linear(full, classes, labels.device)
     scaled = {width: norm.norm_at(index)(features[width].float()) for index, width in enumerate(widths)}
 
-    def scores(rows: Tensor) -> dict[float, Tensor]:
-        return {
-            width: F.linear(part[rows], linear.weight[:, : part.shape[1]], linear.bias)
-            for width, part in scaled.items()
-        }
+    def classify(part: Tensor) -> Tensor:
+        return F.linear(part, linear.weight[:, : part.shape[1]], linear.bias)
 
-    _minimise(linear, scores, labels, epochs, batch_size, learning_rate, seed)
-    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {}, {"in_features": kept})
+    _minimise(linear, dict.fromkeys(scaled, classify), scaled, labels, epochs, batch_size, learning_rate, seed)
+    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
 
@@ -200,14 +192,15 @@ def _classes(where: str, features: Mapping[float, Tensor], labels: Tensor, num_c
 
 def _minimise(
     probe: nn.Module,
-    scores: Callable[[Tensor], dict[float, Tensor]],
+    classifiers: Mapping[float, Callable[[Tensor], Tensor]],
+    features: Mapping[float, Tensor],
     labels: Tensor,
     epochs: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Minimise `probe_loss` of `scores`, a function of row numbers, over the parameters of `probe`."""
+    """Minimise `probe_loss` of the widths' classifiers over the parameters of `probe`."""
     optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
@@ -216,7 +209,8 @@ def _minimise(
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for rows in torch.split(order, batch_size):
             optimizer.zero_grad()
-            probe_loss(scores(rows), labels[rows]).backward()  # type: ignore[no-untyped-call]
+            scores = {width: classify(features[width][rows]) for width, classify in classifiers.items()}
+            probe_loss(scores, labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 

@@ -10,18 +10,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError
-from slimmable.files.state_dicts import differences, fits_inside, full_state_dict
-from slimmable.view.norms import SwitchableNorm
-from slimmable.view.view import original_class
+from slimmable.files.state_dicts import differences, fits_inside
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-_NUMBERS = (int, float, bool, str)
 
 
-def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the timm architecture of `model` and the arguments that make it, or None if it is not timm's.
+def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
+
+    If it may be `narrow`, they make one of which it may be a sub-network.
 
     A network that surgery has changed from what timm makes has no recipe either; a warning says so.
 
@@ -42,7 +40,7 @@ def fitting_recipe(model: nn.Module, plan: Plan | None, arguments: Mapping[str, 
             if arguments is not None:
                 raise
             continue
-        if _fits(model, plain, plan):
+        if _fits(model, plain, narrow):
             return recipe
     if arguments is not None:
         raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
@@ -64,11 +62,9 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         name, arguments = recipe["timm"], recipe["arguments"]
         known = isinstance(name, str) and timm.is_model(name) and ":" not in name
         if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
-            raise CheckpointError(f"{name!r} with {arguments!r} is not a recipe for a timm model")
+            raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
         return model
-    except CheckpointError:
-        raise
     except Exception as error:  # timm's constructors raise errors of all kinds
         raise CheckpointError(f"timm cannot make the model {recipe!r} ({error})") from error
 
@@ -76,7 +72,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, _NUMBERS)
+    return value is None or isinstance(value, (int, float, bool, str))
 
 
 def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -94,34 +90,26 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
         yield dict(known[:count])
 
 
-def _fits(model: nn.Module, plain: nn.Module, plan: Plan | None) -> bool:
-    """Tell whether `plain` is the full network of `model`, or one that `model` may be a sub-network of."""
+def _fits(model: nn.Module, plain: nn.Module, narrow: bool) -> bool:
+    """Tell whether `plain` is the same network, or one that `model` may be a sub-network of."""
     if _classes(model) != _classes(plain):
         return False
-    own, full = full_state_dict(model, keep_vars=True), plain.state_dict(keep_vars=True)
-    if plan is not None:
+    own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
+    if not narrow:
         return not differences(full, own)
     return own.keys() == full.keys() and all(fits_inside(own[name].shape, full[name].shape) for name in full)
 
 
 def _classes(model: nn.Module) -> dict[str, type]:
-    """Return the class of every plain module by path; BatchNorms count as one class, since converters swap them."""
-    classes = {path: original_class(module) for path, module in _plain_modules(model)}
-    return {path: _BatchNorm if issubclass(kind, _BatchNorm) else kind for path, kind in classes.items()}
-
-
-def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the plain network, with their paths."""
-    norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    ours = {id(module) for norm in norms for module in (norm, *norm.narrow.modules())}
-    yield from ((path, module) for path, module in model.named_modules() if id(module) not in ours)
+    """Return the class of every module by path; BatchNorms count as one class, since converters swap them."""
+    return {path: _BatchNorm if isinstance(each, _BatchNorm) else type(each) for path, each in model.named_modules()}
 
 
 def attributes_of(model: nn.Module) -> list[list[Any]]:
     """Return module path, name and full value of attributes that are numbers or nested tuples or lists of them."""
     return [
         [path, name, value]
-        for path, module in _plain_modules(model)
+        for path, module in model.named_modules()
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and _is_number(value)
     ]
@@ -131,15 +119,11 @@ def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
     """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them."""
     modules = dict(model.named_modules())
     for path, name, value in given:
-        own = vars(modules[path]).get(name, ...) if path in modules else ...
-        if own is None:
-            continue
-        if not _is_number(own):
-            place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} is a number or a list of numbers in the file, but not in this network")
-        new = _like(own, value)
-        if new != own:
-            modules[path].__dict__[name] = new
+        own = vars(modules[path]).get(name, "missing") if path in modules else "missing"
+        if own is not None:
+            new = _like(own, value, f"{path}.{name}".lstrip("."))
+            if new != own:
+                modules[path].__dict__[name] = new
 
 
 def _is_number(value: object) -> bool:
@@ -148,11 +132,11 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float, bool)
 
 
-def _like(own: Any, value: Any) -> Any:
-    """Return a value from a file with the types of the model's own value."""
+def _like(own: Any, value: Any, place: str) -> Any:
+    """Return a value from a file with the types of the model's own value at this place."""
     if isinstance(own, (tuple, list)) and isinstance(value, list) and len(own) == len(value):
-        parts = [_like(*pair) for pair in zip(own, value, strict=True)]
+        parts = [_like(*pair, place) for pair in zip(own, value, strict=True)]
         return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
     if type(own) in (int, float, bool) and type(value) in (int, float, bool):
         return type(own)(value)
-    raise CheckpointError(f"the file has {value!r} where the model has {own!r}")
+    raise CheckpointError(f"{place} is {value!r} in the file, but {own!r} in this network")

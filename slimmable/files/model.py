@@ -20,7 +20,7 @@ from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes
 from slimmable.files.plan_json import decode, encode
-from slimmable.files.state_dicts import differences, fits_inside
+from slimmable.files.state_dicts import differences, fits_inside, full_network
 from slimmable.view.state import is_slim, slim_state
 
 _FORMAT = "slimmable 1"
@@ -58,11 +58,12 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     bare, described = model, {}
     for name, addon in addons_of(model).items():
         bare, described[name] = addon.describe(bare)
-    plan = _plan_to_save(bare)
-    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(bare).items()}
+    plan, full = _plan_to_save(bare), full_network(bare)
+    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(full).items()}
     tensors = plain_copies(model.state_dict() | hidden)
-    data: dict[str, Any] = {**described, "class": type(model).__name__, "recipe": fitting_recipe(bare, plan, arguments)}
-    data["attributes"] = attributes_of(bare)
+    recipe = fitting_recipe(full, plan is None, arguments)
+    data: dict[str, Any] = {**described, "class": type(model).__name__, "recipe": recipe}
+    data["attributes"] = attributes_of(full)
     if plan is not None:
         data["plan"], units = encode(plan)
         data["registered"] = [column.width for column in slim_state(bare).columns[len(plan.widths) :]]
@@ -129,26 +130,33 @@ def _plan_to_save(model: nn.Module) -> Plan | None:
 
 
 def _hidden(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that are not in the state dict."""
+    """Return the buffers of a plain network that are not in the state dict."""
     saved = model.state_dict(keep_vars=True)
-    own = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-    return {name: buffer for name, buffer in own.items() if not name.rpartition(".")[2].startswith("_slim")}
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
+    metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
+    try:
+        return dict(json.loads(metadata["model"])), tensors
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read; it is damaged ({error})") from error
+
+
+def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and tensors of a safetensors file; refuse it if its metadata do not name this format."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{path} was not written by slimmable.save")
-            data = json.loads(metadata["model"])
-            return dict(data), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != form:
+                raise CheckpointError(f"{path} was not written by {made_by}")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
 
 

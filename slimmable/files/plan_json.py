@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,31 +22,38 @@ Units = NDArray[np.int64]
 def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
     """Return a plan as JSON data, and the units of all its axes in one array."""
     channels = plan.channels
-    axes = _Axes()
+    arrays: dict[int, tuple[int, Ids]] = {}  # number and units of each axis, by the id of the array
+
+    def write(part: Any) -> Any:
+        """Write what JSON does not know: an axis as its number, an expression and other dataclasses as lists."""
+        if isinstance(part, np.ndarray):
+            return arrays.setdefault(id(part), (len(arrays), part))[0]
+        if isinstance(part, Expression):
+            return [part.kind, *(part.value if isinstance(part.value, tuple) else [part.value])]
+        return list(vars(part).values())
+
     data = {
-        "widths": list(plan.widths),
+        "widths": plan.widths,
         "round_to": plan.round_to,
         "universal": plan.universal,
-        "counts": [list(column.counts) for column in plan.columns],
+        "counts": [column.counts for column in plan.columns],
         "pins": [[*pin.axis, pin.size, pin.reason] for pin in plan.pins],
         "caches": [[path, name] for path, at in plan.caches.items() for name in at],
-        "units": list(channels.units),
-        "tensors": [[*key, axes.numbers(ids)] for key, ids in channels.tensors.items()],
-        "constraints": [
-            [_write(c.expression, axes), axes.number(c.ids), c.full, c.where, c.other and _write(c.other, axes)]
-            for c in channels.needed.constraints
-        ],
-        "attributes": [[*key[:2], list(key[2]), value] for key, value in channels.needed.attributes.items()],
+        "units": channels.units,
+        "tensors": [[*key, ids] for key, ids in channels.tensors.items()],
+        "constraints": channels.needed.constraints,
+        "attributes": [[*key, value] for key, value in channels.needed.attributes.items()],
         "originals": [[*key, _write_value(value)] for key, value in channels.attributes.items()],
-        "scales": [[path, name, axes.number(ids)] for path, name, ids in channels.scales],
-        "outputs": [[o.name, list(o.shape), axes.numbers(o.units), o.why] for o in channels.outputs],
-        "makers": [list(paths) for paths in channels.makers],
-        "ordered": list(channels.ordered),
-        "products": [[macs, axes.numbers(ids)] for macs, ids in channels.products],
-        "sizes": [[*key, list(shape)] for key, shape in channels.sizes.items()],
+        "scales": channels.scales,
+        "outputs": channels.outputs,
+        "makers": channels.makers,
+        "ordered": channels.ordered,
+        "products": channels.products,
+        "sizes": [[*key, shape] for key, shape in channels.sizes.items()],
     }
-    data["lengths"] = [len(ids) for ids in axes.found]
-    return data, np.concatenate([*axes.found, np.zeros(0, np.int64)])
+    written: dict[str, Any] = json.loads(json.dumps(data, default=write))
+    units = [ids for _, ids in arrays.values()]
+    return {**written, "lengths": [len(ids) for ids in units]}, np.concatenate([*units, np.zeros(0, np.int64)])
 
 
 def decode(data: dict[str, Any], units: Units) -> Plan:
@@ -68,50 +76,45 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
         return tuple(None if number is None else axis(number) for number in numbers)
 
-    def read(parts: list[Any]) -> Expression:
+    leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
+
+    def expression(parts: list[Any]) -> Expression:
         kind, *rest = parts
-        if kind == "constant":
-            return Expression(kind, int(rest[0]))
-        if kind == "attribute":
-            return Expression(kind, _attribute(*rest))
-        if kind == "size":
-            return Expression(kind, axis(rest[0]))
+        if kind in leaves:
+            return Expression(kind, leaves[kind](*rest))
         if kind not in OPERATIONS:
             raise CheckpointError(f"it has an unknown operation {kind!r}")
-        return Expression(kind, tuple(map(read, rest)))
+        return Expression(kind, tuple(map(expression, rest)))
+
+    def rows(name: str, *kinds: Callable[[Any], Any]) -> list[Any]:
+        return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in data[name]]
 
     constraints = [
-        Constraint(read(expression), axes([ids])[0], int(full), str(where), None if other is None else read(other))
-        for expression, ids, full, where, other in data["constraints"]
+        Constraint(expression(own), axes([ids])[0], int(full), str(where), None if other is None else expression(other))
+        for own, ids, full, where, other in data["constraints"]
     ]
     attributes = {_attribute(path, name, position): int(value) for path, name, position, value in data["attributes"]}
     plan = Plan(
         check_widths(data["widths"]),
         caches={},
-        pins=[
-            Pin((str(path), str(name), int(i)), int(size), str(reason)) for path, name, i, size, reason in data["pins"]
-        ],
+        pins=[Pin(row[:3], *row[3:]) for row in rows("pins", str, str, int, int, str)],
         round_to=int(data["round_to"]),
         universal=bool(data["universal"]),
     )
-    for path, name in data["caches"]:
-        plan.caches.setdefault(str(path), {})[str(name)] = None
+    for path, name in rows("caches", str, str):
+        plan.caches.setdefault(path, {})[name] = None
     plan.channels = Channels(
         Requirements(grouping, constraints, attributes),
-        {(str(path), str(name)): axes(numbers) for path, name, numbers in data["tensors"]},
-        {(str(path), str(name)): _read_value(value) for path, name, value in data["originals"]},
-        [(str(path), str(name), axis(number)) for path, name, number in data["scales"]],
-        [
-            Output(str(name), tuple(map(int, shape)), axes(numbers), str(why))
-            for name, shape, numbers, why in data["outputs"]
-        ],
+        {(path, name): units_of for path, name, units_of in rows("tensors", str, str, axes)},
+        {(path, name): value for path, name, value in rows("originals", str, str, _read_value)},
+        rows("scales", str, str, axis),
+        [Output(*row) for row in rows("outputs", str, _numbers, axes, str)],
         tuple(tuple(map(str, paths)) for paths in data["makers"]),
         tuple(map(bool, data["ordered"])),
         [(int(macs), tuple(map(axis, numbers))) for macs, numbers in data["products"]],
-        {(str(path), str(name)): tuple(map(int, shape)) for path, name, shape in data["sizes"]},
+        {(path, name): shape for path, name, shape in rows("sizes", str, str, _numbers)},
     )
-    for counts in data["counts"]:
-        plan.columns.append(_column(plan, counts))
+    plan.columns += [_column(plan, counts) for counts in data["counts"]]
     if plan.columns and plan.columns[0].counts != sizes:
         raise CheckpointError("its full width is not the full network")
     if len(plan.columns) != len(plan.widths):
@@ -129,38 +132,12 @@ def _column(plan: Plan, counts: list[int]) -> SubNetwork:
     return plan.channels.sub_network(kept, values)
 
 
-class _Axes:
-    """Numbers the distinct arrays of units."""
-
-    def __init__(self) -> None:
-        self.found: list[Ids] = []
-        self._known: dict[int, int] = {}
-
-    def number(self, ids: Ids | None) -> int | None:
-        if ids is None:
-            return None
-        if id(ids) not in self._known:
-            self._known[id(ids)] = len(self.found)
-            self.found.append(ids)
-        return self._known[id(ids)]
-
-    def numbers(self, axes: Sequence[Ids | None]) -> list[int | None]:
-        return [self.number(ids) for ids in axes]
-
-
-def _write(expression: Expression, axes: _Axes) -> list[Any]:
-    if expression.kind == "constant":
-        return ["constant", expression.value]
-    if expression.kind == "attribute":
-        path, name, position = expression.value
-        return ["attribute", path, name, list(position)]
-    if expression.kind == "size":
-        return ["size", axes.number(expression.value)]
-    return [expression.kind, *(_write(part, axes) for part in expression.value)]
-
-
 def _attribute(path: str, name: str, position: list[int]) -> Attribute:
     return str(path), str(name), tuple(map(_natural, position))
+
+
+def _numbers(values: list[Any]) -> tuple[int, ...]:
+    return tuple(map(int, values))
 
 
 def _natural(number: int) -> int:

@@ -120,7 +120,17 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     """Return the name of the checkpoint for messages, and its state dict."""
     source, data = "the checkpoint", checkpoint
     if isinstance(checkpoint, (str, os.PathLike)):
-        source, data = str(checkpoint), _load(Path(checkpoint))
+        source = str(checkpoint)
+        if not Path(source).is_file():
+            raise CheckpointError(f"there is no file {source}")
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                data = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
+            raise CheckpointError(
+                f"{source} cannot be read; it is damaged, not a torch checkpoint, or holds objects that could run "
+                "programs. If you trust it, pass load_slimclr what torch.load(path, weights_only=False) returns"
+            ) from error
     elif not isinstance(checkpoint, Mapping):
         raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
     if isinstance(data, Mapping):
@@ -131,16 +141,3 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     if other or not all(isinstance(name, str) for name in data):
         raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
     return source, data
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
-        raise CheckpointError(
-            f"{path} cannot be read; it is damaged, not a torch checkpoint, or holds objects that could run programs. "
-            "If you trust it, pass load_slimclr what torch.load(path, weights_only=False) returns"
-        ) from error

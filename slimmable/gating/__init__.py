@@ -1,7 +1,6 @@
 """Gates that open and close channels for each image: a dense and a gated network in one set of weights."""
 
-from slimmable._addons import offer
-from slimmable.gating._convert import ADDON, gate, gate_parameters, ungate
+from slimmable.gating._convert import gate, gate_parameters, ungate
 from slimmable.gating._find import gate_plan
 from slimmable.gating._gates import ChannelGate, LayerGates, hard_mask, has_gates
 from slimmable.gating._losses import GateBudget, annealed, bound_loss, budget_loss, open_fractions
@@ -14,5 +13,3 @@ __all__ = [
     "budget_loss", "calibrate_gates", "dense", "extract_gated", "gate", "gate_activity", "gate_parameters", "gate_plan",
     "gated", "hard_mask", "has_gates", "open_fractions", "ungate",
 ]  # fmt: skip
-
-offer("gating", ADDON)

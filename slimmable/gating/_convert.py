@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimmable._addons import AddOn
+from slimmable._addons import ADDONS, AddOn
 from slimmable._checks import check_module, check_positive
-from slimmable._convert import Skip, copy_of
+from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
+from slimmable._tables import listed
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.gating._find import SKIPPED, gate_plan
 from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, GateHook, LayerGates, NoGates, gates_in, has_gates
 from slimmable.gating._passes import PassNorm
 from slimmable.gating._plan import PLAN, GatePlan, PlannedGate, decode_inputs
-from slimmable.view.state import Column, WidthState, state_of
+from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)
 
 _PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")  # of a state dict's name
-_SHOWN = 4
 
 
 def gate(
@@ -173,12 +173,10 @@ def _layer_gates(
     made = LayerGates(planned.name, planned.axis, plan.widths, gates, readers)
     converted = state_of(model)
     if converted is not None:
-        state: WidthState = made._slim
-        state.plan, state.path = plan, f"{planned.maker}.{_child(planned)}"
+        know(made, plan, f"{planned.maker}.{_child(planned)}")
         for registered in converted.columns[len(plan.columns) :]:  # widths without gates, which run dense
-            state.add(Column(registered.width))
-        for column, known in zip(state.columns, converted.columns, strict=True):
-            column.counts = known.counts
+            made._slim.add(Column(registered.width))
+            made._slim.columns[-1].counts = registered.counts
     return made
 
 
@@ -199,7 +197,7 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
         "not in the model": _parts(name for name in given if name not in own),
         "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
     }
-    lines = [f"  {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
+    lines = [f"  {kind}: {listed(found, most=4)}" for kind, found in kinds.items() if found]
     if lines:
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
         advice = (
@@ -216,11 +214,6 @@ def _gates(names: Iterable[str]) -> list[str]:
 def _parts(names: Iterable[str]) -> list[str]:
     """Return the gates and norms that tensors belong to, each once."""
     return list(dict.fromkeys(found.group() for name in names if (found := _PART.match(name))))
-
-
-def _listed(found: list[str]) -> str:
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -287,7 +280,7 @@ def _channel_gates(model: nn.Module) -> list[ChannelGate]:
     return found
 
 
-ADDON = AddOn(
+ADDONS["gating"] = AddOn(
     refusal="has gates, which are made for its widths; remove them with slimmable.gating.ungate",
     present=has_gates,
     detach=ungate,

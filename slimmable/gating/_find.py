@@ -64,14 +64,15 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         except _RefusedError as error:
             refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
     macs = finder.layer_macs(possible, images)
-    savings = macs.savings()
+    full = plan.channels.units
     order = {path: number for number, path in enumerate(trace.calls)}
     gates: list[PlannedGate] = []
     for gate in sorted(possible, key=lambda gate: order[gate.maker]):
-        if gate.macs < savings[gate.group]:
+        saved = macs.without((), full) - macs.without([gate], full)
+        if gate.macs < saved:
             gates.append(replace(gate, number=sum(other.maker == gate.maker for other in gates)))
         else:
-            reason = f"a gate would cost more multiply-adds than the {savings[gate.group]:.0f} that it could save"
+            reason = f"a gate would cost more multiply-adds than the {saved:.0f} that it could save"
             refused.append(Refused(gate.maker, gate.units, reason))
     return GatePlan(tuple(gates), tuple(refused), plan, macs, encode_inputs(args, kwargs))
 

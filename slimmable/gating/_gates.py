@@ -14,6 +14,7 @@ from slimmable._checks import check_positive
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
+from slimmable.view.cuts import Indices
 from slimmable.view.recompute import Active, in_backward
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
@@ -141,11 +142,6 @@ class Pass(Enum):
     DENSE = 0
     GATED = 1
 
-    @property
-    def index(self) -> int:
-        """The index that `Active` needs: not -1, so a recomputed forward can return to this pass."""
-        return self.value
-
 
 @dataclass(frozen=True, eq=False)
 class Decision:
@@ -189,15 +185,12 @@ class LayerGates(SwitchableContainer):
         self.active_pass = Active(Pass.DENSE)
         self.decision = Active(_UNDECIDED)
         self.record: list[Decision] | None = None
-        self._indices = {
-            f"units_{number}_{index}": tuple(units)
+        self._units = {  # unit -1 is always open, and the first of the mask
+            (number, index): Indices([unit + 1 for unit in units])
             for number, (_, per_width) in enumerate(readers)
             for index, units in enumerate(per_width)
             if list(units) != list(range(len(units)))
         }
-        device = next((parameter.device for parameter in self.at.parameters()), None)
-        for buffer, units in self._indices.items():
-            self.register_buffer(buffer, torch.tensor(units, device=device), persistent=False)
 
     def module_at(self, index: int) -> nn.Module:
         """Return the gate of the width with this index; raise `UsageError` if it has none."""
@@ -244,21 +237,12 @@ class LayerGates(SwitchableContainer):
                 f"a layer reads the output of {self.name}, but its gate has {found}; in a gated pass run the whole "
                 "model"
             )
-        units = self._buffers.get(f"units_{number}_{self._slim.index}")
-        if units is not None:  # unit -1 is always open
-            mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units + 1)
+        units = self._units.get((number, self._slim.index))
+        if units is not None:
+            mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))
         shape = [1] * source.ndim
         shape[0], shape[self.reader_axes[number]] = mask.shape
         return source * mask.to(source.dtype).view(shape)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> LayerGates:
-        """Refill the index buffers after moves that lose their contents, such as `to_empty`."""
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, units in self._indices.items():
-            buffer = self._buffers[name]
-            if buffer is not None and not buffer.is_meta:
-                self._buffers[name] = torch.tensor(units, device=buffer.device)
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a running forward."""

@@ -18,7 +18,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._width import at_width
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
-from slimmable.errors import DataError, UsageError, WidthError
+from slimmable.errors import DataError, UsageError
 from slimmable.gating._convert import ungate
 from slimmable.gating._gates import ChannelGate
 from slimmable.gating._losses import check_budget
@@ -221,16 +221,13 @@ def extract_gated(
     if keep is None:
         kept = _within(found, activity, budget or 0.0, steps)
     else:
-        shares = {group: float(np.mean(own >= keep)) for group, own in activity.items()}
-        kept = {group: kept_units(len(own), shares[group], steps[group]) for group, own in activity.items()}
+        kept = {
+            group: kept_units(len(own), float(np.mean(own >= keep)), steps[group]) for group, own in activity.items()
+        }
     orders = {group: np.argsort(-own, kind="stable") for group, own in activity.items()}
     permute(twin, found.plan, [orders.get(group, np.arange(units)) for group, units in enumerate(channels.units)])
     slim = apply_plan(twin, found.plan)
-    counts = tuple(kept.get(group, units) for group, units in enumerate(channels.units))
-    try:
-        found.plan.sub_network(counts)
-    except WidthError:  # the counts of some groups are incompatible
-        counts = found.plan.near(counts).counts
+    counts = found.plan.near(tuple(kept.get(group, units) for group, units in enumerate(channels.units))).counts
     if recalibrate:
         calibrate_bn(slim, loader, [counts])
     return cast(M, extract(slim, counts))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, kept_of, kept_units
-from slimmable.errors import ConversionError
-from slimmable.layers._kept import kept_at
+from slimmable.errors import ConversionError, WidthError
 from slimmable.view.state import is_slim
 from slimmable.view.view import install_view, remove_view
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+Layer = TypeVar("Layer", bound="SlimLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
+_Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
 class SlimLayer(nn.Module):
@@ -33,7 +31,7 @@ class SlimLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def _from_torch(cls, module: nn.Module, widths: Iterable[float], **options: bool) -> Self:
+    def _from_torch(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: bool) -> Layer:
         """Return the slimmable twin of a plain layer: it shares the Parameters and keeps the training flag.
 
         Raises: ConversionError: unless the layer is exactly of torch's class, whose forward the twin uses.
@@ -104,16 +102,8 @@ class SlimLinear(SlimLayer, nn.Linear):
     ) -> None:
         rows = kept_at(widths, self.out_features, slim=slim_out, overlap=overlap)
         columns = kept_at(widths, self.in_features, slim=slim_in, overlap=overlap)
-        install_view(
-            self,
-            widths,
-            {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]},
-            {},
-            {
-                "in_features": [kept_of(self.in_features, kept) for kept in columns],
-                "out_features": [kept_of(self.out_features, kept) for kept in rows],
-            },
-        )
+        cuts: _Cuts = {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]}
+        install_view(self, widths, cuts, {})
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
@@ -168,19 +158,9 @@ class _SlimConv(SlimLayer, _ConvNd):
             rows = kept_at(widths, out_size, self.groups, slim=slim_out, overlap=overlap)
             columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
         rest: tuple[Kept, ...] = (None,) * len(self.kernel_size)
-        install_view(
-            self,
-            widths,
-            {
-                "weight": [(row, column, *rest) for row, column in zip(rows, columns, strict=True)],
-                "bias": [(row,) for row in rows],
-            },
-            {"groups": groups} if len(set(groups)) > 1 else {},
-            {
-                "in_channels": [kept_of(in_size, kept) * count for kept, count in zip(columns, groups, strict=True)],
-                "out_channels": [kept_of(self.out_channels, row) for row in rows],
-            },
-        )
+        weight = [(row, column, *rest) for row, column in zip(rows, columns, strict=True)]
+        cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
+        install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
 
 
 class SlimConv1d(_SlimConv, nn.Conv1d):
@@ -372,7 +352,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
             kept = kept_at(widths, size, self.num_groups)
             counts = [kept_of(self.num_channels, each) for each in kept]
         cuts = [(each,) for each in kept]
-        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups}, {"num_channels": counts})
+        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
 
     @classmethod
     def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> SlimGroupNorm:
@@ -382,3 +362,39 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     def to_groupnorm(self) -> nn.GroupNorm:
         """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
         return self._to_torch(nn.GroupNorm)
+
+
+# -- the units of an axis that each width keeps
+def disjoint_units(units: int, widths: Sequence[float]) -> list[range]:
+    """Return disjoint ranges for the narrower widths, the first one for the narrowest.
+
+    Raises: WidthError: if the narrower widths together need more units than there are.
+
+    >>> disjoint_units(16, (1.0, 0.75, 0.25))
+    [range(0, 16), range(4, 16), range(0, 4)]
+    """
+    counts = [kept_units(units, width) for width in widths]
+    if sum(widths[1:]) > 1 + 1e-9 or sum(counts[1:]) > units:
+        raise WidthError(
+            f"overlap=False needs disjoint units for the narrower widths, but those of {tuple(widths)} keep "
+            f"{counts[1:]} of {units} units; choose narrower widths with a sum of at most 1"
+        )
+    ends = [sum(counts[index:]) for index in range(1, len(counts))]
+    return [range(units), *(range(end - count, end) for end, count in zip(ends, counts[1:], strict=True))]
+
+
+def kept_at(
+    widths: Sequence[float], size: int, groups: int = 1, *, slim: bool = True, overlap: bool = True
+) -> list[Kept]:
+    """Return what each width keeps of an axis of groups of `size` units, the same of each: everything unless `slim`.
+
+    >>> kept_at((1.0, 0.67), 3, groups=2)
+    [None, (0, 1, 3, 4)]
+    """
+    if not slim:
+        return [None] * len(widths)
+    ranges = [range(kept_units(size, width)) for width in widths] if overlap else disjoint_units(size, widths)
+    return [
+        None if len(kept) == size else tuple(group * size + unit for group in range(groups) for unit in kept)
+        for kept in ranges
+    ]

@@ -5,7 +5,6 @@
 """
 
 from slimmable.rules import _torch as _torch
-from slimmable.rules._operation import Operation
-from slimmable.rules._register import register_rule
+from slimmable.rules._operation import Operation, register_rule
 
 __all__ = ["Operation", "register_rule"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 from slimmable._nested import map_tensors, output_tensors
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
+from slimmable.view.state import is_slim
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's own attributes, such as the hooks
 _CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
@@ -49,17 +51,19 @@ class Once:
         """
         stores: list[dict[str, Any]] = []
         for module in modules:
-            stores += [module._buffers] if self.only_buffers else [module._buffers, module._parameters, vars(module)]
+            stores.append(module._buffers)
+            if not self.only_buffers:
+                stores += [module._parameters] if is_slim(module) else [module._parameters, vars(module)]
         if widest:
             if self.from_before:
-                self._before = {id(store): _copies(store) for store in stores} | self._before
+                self._before = {id(store): _copied(_state(store)) for store in stores} | self._before
             yield
             return
         if self.from_before and not {id(store) for store in stores} <= self._before.keys():
             raise UsageError("SlimRecipe.once: used at a narrower width, but not used at the widest width of this step")
         after = [(store, _state(store)) for store in stores]
-        for store in stores:
-            store.update(_copied(self._before[id(store)]) if self.from_before else _copies(store))
+        for store, state in after:
+            store.update(_copied(self._before[id(store)] if self.from_before else state))
         try:
             yield
         finally:
@@ -69,28 +73,6 @@ class Once:
                 store.update(state)
 
 
-class Draws:
-    """Lets every width draw the random numbers of the widest, as if only that had run: masks, permutations, views."""
-
-    def __init__(self) -> None:
-        self._before = _random_states()
-
-    @contextmanager
-    def same(self, widest: bool) -> Iterator[None]:
-        """Run a block, of the widest width or of a narrower one."""
-        if widest:
-            yield
-            return
-        after = _random_states()
-        for restore, state in self._before:
-            restore(state)
-        try:
-            yield
-        finally:
-            for restore, state in after:
-                restore(state)
-
-
 class Replay:
     """Runs modules without gradient at the widest width only; narrower widths get the same outputs again.
 
@@ -98,29 +80,31 @@ class Replay:
     """
 
     def __init__(self) -> None:
-        self._outputs: dict[int, list[Any]] = defaultdict(list)  # by module, in the order of the calls
+        self._outputs: dict[nn.Module, list[Any]] = defaultdict(list)  # in the order of the calls
         self._busy = False
 
     @contextmanager
-    def run(self, modules: Iterable[nn.Module], widest: bool) -> Iterator[None]:
+    def run(self, modules: Sequence[nn.Module], widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one.
 
         Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
         """
-        entries = [(part, name, vars(part).get(name)) for part, name in _entries(modules)]
-        for part, name, _ in entries:
+        calls: list[tuple[nn.Module, str, Any]] = []
+        for part in _uncompiled(modules):
+            name = entry(part)
             if widest:
-                vars(part)[name] = partial(self._record, part, getattr(part, name))
+                calls.append((part, name, partial(self._record, part, getattr(part, name))))
             else:
-                vars(part)[name] = partial(self._repeat, part, iter(self._outputs[id(part)]))
-        try:
+                calls.append((part, name, partial(self._repeat, part, iter(self._outputs[part]))))
+        with replaced(calls):
             yield
-        finally:
-            for part, name, own in entries:
-                if own is None:
-                    del vars(part)[name]
-                else:
-                    vars(part)[name] = own
+        for module in modules:
+            if widest and not any(part in self._outputs for part in _uncompiled([module])):
+                warnings.warn(
+                    f"SlimRecipe: the step did not call frozen {type(module).__name__}; if the program has made a new "
+                    "one, give that to `backward`",
+                    stacklevel=2,
+                )
 
     def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._busy:  # a part of a module that is being recorded
@@ -135,7 +119,7 @@ class Replay:
                 f"SlimRecipe: frozen {type(module).__name__} returned a tensor with a gradient, which depends on "
                 "the width; freeze only what has none in parameters and inputs, such as a momentum encoder or a teacher"
             )
-        self._outputs[id(module)].append(map_tensors(Tensor.clone, output))
+        self._outputs[module].append(map_tensors(Tensor.clone, output))
         return output
 
     def _repeat(self, module: nn.Module, outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,29 +130,87 @@ class Replay:
         )
 
 
-def _entries(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield modules and those in them, but not what is inside a compiled one, with the name of what a call runs."""
+class SameDraws:
+    """Lets narrower widths draw the random numbers of the widest; afterwards, the program goes on as after the widest.
+
+    So all widths see the same masks and crops that a step draws, and a program's random numbers stay what they were.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+        self._devices = sorted(devices, key=str)
+
+    @contextmanager
+    def run(self, widest: bool) -> Iterator[None]:
+        """Run a block of the widest width, or of a narrower one."""
+        states = self._current()
+        if widest:
+            self._states = states
+            yield
+            return
+        self._set(self._states)
+        try:
+            yield
+        finally:
+            self._set(states)
+
+    def _current(self) -> list[Any]:
+        own = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002  what others draw from
+        return [*own, *map(torch.cuda.get_rng_state, self._devices)]
+
+    def _set(self, states: Sequence[Any]) -> None:
+        python, numpy, of_cpu, *of_gpus = states
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(of_cpu)
+        for device, state in zip(self._devices, of_gpus, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+def shared_by_widths(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of `model` whose state does not belong to a width, as that of a switchable norm does."""
+    for module in _walk([model], lambda module: not isinstance(module, SwitchableContainer)):
+        if not isinstance(module, (SwitchableContainer, DistributedDataParallel)):
+            yield module
+
+
+def entry(module: nn.Module) -> str:
+    """Return the name of the attribute that a call of `module` runs."""
+    return "_compiled_call_impl" if "_compiled_call_impl" in vars(module) else "forward"
+
+
+@contextmanager
+def replaced(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Set attributes of modules, past `nn.Module.__setattr__`, while a block runs."""
+    before = [(module, name, vars(module).get(name)) for module, name, _ in attributes]
+    for module, name, value in attributes:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for module, name, own in before:
+            if own is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = own
+
+
+def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield modules and those in them, but not what is inside a compiled one."""
+    return _walk(modules, lambda module: entry(module) == "forward" and "_orig_mod" not in module._modules)
+
+
+def _walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """Yield each of `modules`, and each module in one that `enters` accepts, once."""
     seen: set[nn.Module] = set()
     pending = list(modules)
     while pending:
         module = pending.pop()
         if module not in seen:
             seen.add(module)
-            compiled = "_compiled_call_impl" if "_compiled_call_impl" in vars(module) else None
-            yield module, compiled or "forward"
-            if compiled is None and "_orig_mod" not in module._modules:
-                pending.extend(module.children())
-
-
-def unswitched(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of `model` whose state does not belong to a width; not BatchNorms, which are per width."""
-    pending = [model]
-    while pending:
-        module = pending.pop()
-        if not isinstance(module, (SwitchableContainer, DistributedDataParallel)):
             yield module
-        if not isinstance(module, SwitchableContainer):
-            pending.extend(module.children())
+            if enters(module):
+                pending.extend(module.children())
 
 
 def _state(store: dict[str, Any]) -> dict[str, Any]:
@@ -181,34 +223,15 @@ def _state(store: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copies(store: dict[str, Any]) -> dict[str, Any]:
-    return _copied(_state(store))
-
-
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """Return copies of tensors, arrays and containers; other objects themselves."""
-    copies: dict[str, Any] = tree_map(_copied_leaf, state)
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            return nn.Parameter(value.detach().clone(), requires_grad=False)
+        if isinstance(value, Tensor) and not value.requires_grad:
+            return value.clone()
+        return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+
+    copies: dict[str, Any] = tree_map(copied, state)
     return copies
-
-
-def _copied_leaf(value: Any) -> Any:
-    if isinstance(value, nn.Parameter) and not value.requires_grad:
-        return nn.Parameter(value.detach().clone(), requires_grad=False)
-    if isinstance(value, Tensor) and not value.requires_grad:
-        return value.clone()
-    return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
-
-
-def _random_states() -> list[tuple[Callable[[Any], object], Any]]:
-    """Return what sets each generator that torch, numpy and Python draw from by default, and its state."""
-    states: list[tuple[Callable[[Any], object], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (np.random.set_state, np.random.get_state()),  # noqa: NPY002  what others draw from
-        (random.setstate, random.getstate()),
-    ]
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None:
-        device = torch.get_device_module(accelerator)
-        if not hasattr(device, "is_initialized") or device.is_initialized():
-            states.append((device.set_rng_state, device.get_rng_state()))
-    return states

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -21,9 +20,8 @@ from slimmable._distributed import average_gradients
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.training.compared import calls_of, compared
-from slimmable.training.once import Draws, Once, Replay, unswitched
-from slimmable.training.optimizers import OptimizerCheck
+from slimmable.training.once import Once, Replay, SameDraws, shared_by_widths
+from slimmable.training.watch import Calls, OptimizerCheck, compared
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Teach: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -110,7 +108,7 @@ class SlimRecipe:
         self.losses: dict[float, Tensor] = {}
         self.distillations: dict[float, Tensor] = {}
         self._step: _Step | None = None
-        self._loop: weakref.ref[Generator[float, None, None]] | None = None
+        self._calls: Calls | None = None
         self._optimizers = OptimizerCheck(model)
 
     def __repr__(self) -> str:
@@ -122,7 +120,7 @@ class SlimRecipe:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
-        return {**self.__dict__, "_step": None, "_loop": None}
+        return {**self.__dict__, "_step": None, "_calls": None}
 
     def backward(
         self,
@@ -134,18 +132,17 @@ class SlimRecipe:
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
-        The closure runs once per width, and each width's graph is gone before the next one runs. All widths draw the
-        random numbers of the widest, such as masks and permutations, and the next step goes on behind these. Set
-        gradients to zero before, not after. If the model is wrapped in DistributedDataParallel, the gradients are
-        averaged once, after the last width (or not, under its `no_sync`).
+        The closure runs once per width, and each width's graph is gone before the next one runs. Set gradients to zero
+        before, not after. If the model is wrapped in DistributedDataParallel, the gradients are averaged once, after
+        the last width (or not, under its `no_sync`).
 
         Args:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
                 see `loss`. With `distill` and without `teach`, distillation compares what the calls of the model
-                returned (if that is the loss, the calls of its last part, such as a projector): scores or embeddings of
-                shape (..., classes), feature maps or score maps of shape (batch, classes, height, width), and the entry
-                `logits` of a dict. If these are two matrices of one shape, the embeddings of two views, kinds that
-                compare logits get their `nt_xent_logits`.
+                returned: scores or embeddings of shape (..., classes), feature maps or score maps of shape
+                (batch, classes, height, width), and the entry `logits` of a dict; for a model that returns its loss,
+                what the last module directly in it returned. If these are two matrices of one shape, the embeddings of
+                two views, kinds that compare logits get their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
@@ -246,14 +243,9 @@ class SlimRecipe:
         """
         check_fraction("SlimRecipe", progress=progress)
         self._optimizers.before_gradients()
-        previous = self._loop() if self._loop is not None else None
-        if previous is not None:  # a loop that was left early and is still referenced
-            previous.close()
         if step is not None:
             self._random.seed(f"{self._seed} {step}")
-        loop = self._run(slow=progress < self.slow_start)
-        self._loop = weakref.ref(loop)
-        return loop
+        return self._run(slow=progress < self.slow_start)
 
     @contextmanager
     def once(self, *modules: nn.Module) -> Iterator[None]:
@@ -278,7 +270,7 @@ class SlimRecipe:
         step = self._step
         if step is None:
             raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
-        with step.once.changes([part for module in modules for part in unswitched(module)], step.first):
+        with step.once.changes([part for module in modules for part in shared_by_widths(module)], step.first):
             yield
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -307,16 +299,14 @@ class SlimRecipe:
                 f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else loss
+            shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else f"{loss!r:.80}"
             raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
         step.done = True
         self.losses[step.width] = loss.detach()
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=3)
-        if step.slow:
-            return slim_term(loss), 0.0
-        weight = step.loss_weights[step.width]
-        if self.distill is None:
+        weight = 1.0 if step.slow else step.loss_weights[step.width]
+        if step.slow or self.distill is None:
             return slim_term(loss, weight=weight), 0.0
         views = _views(step, teach)
         distillation = None
@@ -331,7 +321,7 @@ class SlimRecipe:
             step.teachers[step.width] = [view.detach() for view in views]
         return slim_term(loss, distillation, weight, self.distill.weight), excess
 
-    def _run(self, slow: bool) -> Generator[float, None, None]:
+    def _run(self, slow: bool) -> Iterator[float]:
         weights = self.loss_weights
         if self._mode is not None:
             widest, *_, narrowest = weights
@@ -344,6 +334,8 @@ class SlimRecipe:
                 set_width(self.model, width)
                 step.width, step.done = width, False
                 yield width
+                if self._step is not step:  # this loop was left early, and another one has begun
+                    return
                 if not step.done:
                     warnings.warn(
                         f"SlimRecipe: width {width} ran without recipe.loss, so its loss was neither weighted nor "
@@ -353,7 +345,7 @@ class SlimRecipe:
         finally:
             if self._step is step:
                 self._step = None
-            set_width(self.model, 1.0)
+                set_width(self.model, 1.0)
 
     def _parts(
         self, closure: Callable[[], Loss], frozen: Iterable[nn.Module], once: Iterable[nn.Module]
@@ -365,33 +357,39 @@ class SlimRecipe:
         teachers = [*self._frozen, *_modules("frozen", frozen)]
         replayed = {part: None for module in teachers for part in module.modules()}
         changing = [*self._once, *_modules("once", once)]
-        given = {part: None for module in changing for part in unswitched(module) if part not in replayed}
-        own = [part for part in unswitched(self.model) if part not in replayed and part not in given]
-        draws, replay, state_of_replayed = Draws(), Replay(), Once(from_before=False)
+        given = {part: None for module in changing for part in shared_by_widths(module) if part not in replayed}
+        own = [part for part in shared_by_widths(self.model) if part not in replayed and part not in given]
+        replay, draws, state_of_replayed = Replay(), SameDraws(self.model), Once(from_before=False)
         state_of_given, state_of_own = Once(), Once(only_buffers=True)
-        for _ in self.widths(self.progress, self.steps_done):
+        if self._calls is None or self._calls.model is not self.model:
+            self._calls = Calls(self.model)
+        outputs: dict[float, Sequence[Tensor]] = {}
+        for width in self.widths(self.progress, self.steps_done):
             with (
-                draws.same(self.first),
                 state_of_replayed.changes(replayed, self.first),
                 state_of_given.changes(given, self.first),
                 state_of_own.changes(own, self.first),
+                draws.run(self.first),
                 replay.run(teachers, self.first),
-                calls_of(self.model) as calls,
+                self._calls.noted(),
             ):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
-            if calls and teach is None and distill is not None:
+            returned = self._calls.outputs()
+            if returned is not None and teach is None and distill is not None and self._step is not None:
                 with torch.set_grad_enabled(not self.first):
-                    teach = compared(calls, distill.kind)
+                    *wider, teach = compared({**outputs, width: returned}, distill.kind).values()
+                self._step.teachers = dict(zip(outputs, wider, strict=True))
+                outputs[width] = [tensor.detach() for tensor in returned]
             part, excess = self._part(loss, teach)
-            del result, loss, teach, calls  # otherwise the graph stays alive while the next width runs
+            del result, loss, teach, returned  # otherwise the graph stays alive while the next width runs
             yield part, excess
         self.steps_done += 1
 
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
         """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
-        wrapped = [part for part in self.model.modules() if isinstance(part, DistributedDataParallel)]
+        wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
         synced = [part for part in wrapped if part.require_backward_grad_sync]
         with ExitStack() as stack:
             for part in synced:
@@ -411,7 +409,7 @@ class _Step:
     width: float = math.nan
     done: bool = False  # whether this width has had its loss
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
-    once: Once = field(default_factory=Once)
+    once: Once = field(default_factory=Once)  # for the method of this name
 
     @property
     def first(self) -> bool:
@@ -472,24 +470,22 @@ def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: 
 def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[float, float]:
     """Return width -> loss weight, from the widest down."""
     if isinstance(loss_weights, str):
-        return dict(zip(widths, width_weights(widths, loss_weights), strict=True))
-    if isinstance(loss_weights, Mapping):
+        loss_weights = width_weights(widths, loss_weights)
+    elif isinstance(loss_weights, Mapping):
         if set(loss_weights) != set(widths):
             raise WidthError(
                 f"SlimRecipe: loss_weights are for widths {sorted(loss_weights)}, the model has {sorted(widths)}"
             )
-        given = {width: loss_weights[width] for width in widths}
+        loss_weights = [loss_weights[width] for width in widths]
     elif not hasattr(loss_weights, "__len__"):
         raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict of numbers, got {loss_weights!r}")
-    elif len(loss_weights) != len(widths):
+    if len(loss_weights) != len(widths):
         raise WidthError(
             f"SlimRecipe: {len(loss_weights)} loss weights {tuple(loss_weights)} for the {len(widths)} widths {widths}"
         )
-    else:
-        given = dict(zip(widths, loss_weights, strict=True))
-    for width, weight in given.items():
+    for width, weight in zip(widths, loss_weights, strict=True):
         if not 0 <= number_or_nan(weight) < math.inf:
             raise WidthError(
                 f"SlimRecipe: the loss weight of width {width} must be a finite number of at least 0, got {weight!r}"
             )
-    return {width: float(weight) for width, weight in given.items()}
+    return dict(zip(widths, map(float, loss_weights), strict=True))

@@ -2,88 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import mul
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from slimmable._widths import Kept
-from slimmable.errors import ConversionError, WidthError
+from slimmable.errors import ConversionError
 
-_INDEX_PREFIX = "_slim_kept"
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _is_tracing = torch._C._is_tracing  # by torch.jit
 
 
+class Indices:
+    """Units along an axis, as a tensor on each device that asks for them."""
+
+    def __init__(self, units: Sequence[int]) -> None:
+        self.units = tuple(units)
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return them as a tensor on a device, which is made only once."""
+        if device not in self._tensors:
+            if is_compiling():
+                return torch.tensor(self.units, device=device)
+            with torch.inference_mode(False), _disable_current_modes():  # it is used outside of these, too
+                self._tensors[device] = torch.tensor(self.units, device=device)
+        return self._tensors[device]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Indices, (self.units,)
+
+
 class Cut(NamedTuple):
-    """How to slice a tensor of shape `full`: a block, empty for the whole, then selection by index buffers, by axis."""
+    """How to slice a tensor of shape `full`: a block, empty for the whole, then selection by indices, by axis."""
 
     full: tuple[int, ...]
     block: tuple[slice, ...]
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
-    picks: tuple[tuple[int, str], ...]
+    picks: tuple[tuple[int, Indices], ...]
 
 
-def make_cut(shape: Sequence[int], kept: Sequence[Kept], what: str, buffers: dict[str, tuple[int, ...]]) -> Cut | None:
-    """Turn the units kept along each axis into a block and index buffers, or into None for the whole tensor.
+def make_cut(tensor: Tensor, kept: Sequence[Kept], what: str) -> Cut | None:
+    """Turn the units kept along each axis into a block and indices, or into None for the whole tensor.
 
-    The index buffers that it needs are added to `buffers`; `what` is the tensor's name, for errors.
-
-    Raises: ConversionError: if an axis has too few units.
+    Raises: ConversionError: if an axis has too few units; `what` is the tensor's name.
     """
+    shape = tuple(tensor.shape)
     block: list[slice] = []
-    picks: list[tuple[int, str]] = []
+    picks: list[tuple[int, Indices]] = []
     for axis, (size, keep) in enumerate(zip(shape, kept, strict=True)):
         first, last = (0, size if keep is None else keep) if not isinstance(keep, tuple) else (keep[0], keep[-1] + 1)
         if last > size:
             raise ConversionError(f"{what}: axis {axis} has size {size}, cannot keep {keep}")
         if isinstance(keep, tuple) and last - first != len(keep):
-            name = f"{_INDEX_PREFIX}{hash(keep) % 2**64:x}"  # equal indices share a name, whatever they cut
-            buffers[name] = keep
-            picks.append((axis, name))
+            picks.append((axis, Indices(keep)))
+            picks[-1][1].on(tensor.device)
             first, last = 0, size
         block.append(slice(first, last))
     sizes = tuple(part.stop - part.start for part in block)
     starts = tuple(part.start for part in block)
-    if sizes == tuple(shape) and not picks:
+    if sizes == shape and not picks:
         return None
-    block = block if sizes != tuple(shape) else []
-    return Cut(tuple(shape), tuple(block), starts if any(starts) else (), sizes, tuple(picks))
+    block = block if sizes != shape else []
+    return Cut(shape, tuple(block), starts if any(starts) else (), sizes, tuple(picks))
 
 
-def take(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None]) -> Tensor:
-    """Return the part of a tensor that a cut keeps, with the indices in `buffers`."""
+def take(tensor: Tensor, cut: Cut) -> Tensor:
+    """Return the part of a tensor that a cut keeps."""
     if cut.block:
         tensor = _block(tensor, cut)
-    for axis, buffer in cut.picks:
-        if buffer not in buffers:
-            raise WidthError(
-                "a switch removed a sub-network that the model had not kept; call backward before the next switch"
-            )
-        tensor = tensor.index_select(axis, cast(Tensor, buffers[buffer]))
+    for axis, picked in cut.picks:
+        tensor = tensor.index_select(axis, picked.on(tensor.device))
     return tensor
 
 
-def put(tensor: Tensor, cut: Cut, buffers: Mapping[str, Tensor | None], part: Tensor) -> Tensor:
+def put(tensor: Tensor, cut: Cut, part: Tensor) -> Tensor:
     """Return a copy of a tensor in which `part` replaces what a cut keeps."""
-
-    def fill(whole: Tensor, picks: Sequence[tuple[int, str]]) -> None:
-        if not picks:
-            whole.copy_(part)
-            return
-        (axis, buffer), *others = picks
-        indices = cast(Tensor, buffers[buffer])
-        picked = whole.index_select(axis, indices)
-        fill(picked, others)
-        whole.index_copy_(axis, indices, picked)
-
     with torch.no_grad():
         whole = tensor.to(part.dtype, copy=True)
-        fill(whole[cut.block] if cut.block else whole, cut.picks)
+        block = whole[cut.block] if cut.block else whole
+        places = [torch.arange(size, device=whole.device) for size in block.shape]
+        for axis, picked in cut.picks:
+            places[axis] = picked.on(whole.device)
+        block[torch.meshgrid(*places, indexing="ij") if cut.picks else ...] = part.to(whole.device)
     return whole
 
 
@@ -99,8 +106,4 @@ def _block(tensor: Tensor, cut: Cut) -> Tensor:
 
 def take_channels(tensor: Tensor, kept: Kept) -> Tensor:
     """Return the part of a tensor that is kept along its first axis."""
-    if kept is None:
-        return tensor
-    if isinstance(kept, int):
-        return tensor[:kept]
-    return tensor.index_select(0, torch.tensor(kept, device=tensor.device))
+    return tensor if kept is None else tensor[list(kept) if isinstance(kept, tuple) else slice(kept)]

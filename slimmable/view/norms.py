@@ -6,8 +6,8 @@ The narrow ones are cut copies of the full norm, which may share its gain and bi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
-from slimmable.view.state import Column, Counts
+from slimmable.view.state import Column, Counts, slim_state
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
@@ -67,6 +67,7 @@ class SwitchableNorm(SwitchableContainer):
 
     full: nn.Module
     narrow: NarrowNorms
+    _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
@@ -131,7 +132,7 @@ class SwitchableNorm(SwitchableContainer):
         norm = self.norm_at(index)
         if not _shares(norm):
             return norm
-        parts = narrow_tensors(norm, 0)
+        parts = narrow_tensors(norm, slim_state(norm).active)
         twin = twin_of(norm, type(norm))
         remove_view(twin)
         full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
@@ -158,7 +159,8 @@ class SwitchableNorm(SwitchableContainer):
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths and of an active guest."""
         yield self.full
-        yield from self._modules.get("narrow") or ()  # type: ignore[misc]
+        for name in self._lists:
+            yield from self._modules.get(name) or ()  # type: ignore[misc]
         yield from filter(None, [self._modules.get("guest")])
 
     def __getattr__(self, name: str) -> Any:
@@ -194,38 +196,45 @@ class SwitchableNorm(SwitchableContainer):
         if self not in memo:
             memo.add(self)
             yield prefix, self
-        yield from self.narrow.named_modules(memo, f"{prefix}.narrow" if prefix else "narrow", remove_duplicate)
+        for name in self._lists:
+            path = f"{prefix}.{name}" if prefix else name
+            yield from getattr(self, name).named_modules(memo, path, remove_duplicate)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Save the full norm under the container's own name, the narrower ones under `narrow`."""
+        """Save the full norm under the container's own name, the others under the names of their lists."""
         found: Any = self.full.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         found._metadata[f"{prefix}full"] = found._metadata[prefix[:-1]]
-        return self.narrow.state_dict(destination=found, prefix=f"{prefix}narrow.", keep_vars=keep_vars)
+        for name in self._lists:
+            found = getattr(self, name).state_dict(destination=found, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        return found
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
         """Rename entries as torch's loading of the children expects; `_report_plain_names` undoes this in reports."""
-        mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not any(key.startswith("narrow.") for key in mine):
-            for key, tensor in self.full.state_dict(keep_vars=True).items():
-                if key in mine and mine[key].shape == tensor.shape:
-                    state_dict.update(self._for_narrow(f"{prefix}narrow.", key, mine[key]))
-        for key, value in mine.items():
-            if not key.startswith("narrow."):
-                del state_dict[prefix + key]
-                state_dict[f"{prefix}full.{key}"] = value
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.partition(".")[0] not in self._lists:
+                state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
+        for name, first in self._lists.items():
+            if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+                for index, norm in enumerate(getattr(self, name), first):
+                    state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
 
-    def _for_narrow(self, prefix: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Cut a tensor of the full norm for each narrower one."""
-        own = [norm.state_dict(keep_vars=True) for norm in self.narrow]
-        shapes = [tensors[key].shape if key in tensors else None for tensors in own]  # they lack what they share
-        return {
-            f"{prefix}{position}.{key}": take_channels(tensor, None if shape == tensor.shape else kept).clone()
-            for position, (shape, kept) in enumerate(zip(shapes, self._kept[1:], strict=True))
-            if shape is not None
-        }
+    def _filled(
+        self, norm: nn.Module, index: int, given: Mapping[str, Tensor], prefix: str, name: str
+    ) -> dict[str, Tensor]:
+        """Return entries for a norm that has none: the dense pass's at this width, or else parts of the full norm's."""
+        dense = f"{prefix}narrow.{index - 1}." if index else f"{prefix}full."
+        full = self.full.state_dict(keep_vars=True)
+        found = {}
+        for key, own in norm.state_dict(keep_vars=True).items():
+            tensor = given.get(f"{dense}{key}", given.get(f"{prefix}full.{key}"))
+            if tensor is not None and tensor.shape in (own.shape, full[key].shape):
+                kept = None if tensor.shape == own.shape else self._kept[index]
+                found[f"{prefix}{name}{key}"] = take_channels(tensor, kept).clone()
+        return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
@@ -311,11 +320,7 @@ def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
         for name in _CHANNEL_COUNTS:
             if getattr(module, name, None) == channels:
                 setattr(module, name, kept_of(channels, kept))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.shape[:1] == (channels,):
-                cut = take_channels(parameter.detach(), kept).clone()
-                module._parameters[name] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.shape[:1] == (channels,):
-                module._buffers[name] = take_channels(buffer, kept).clone()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.shape[:1] == (channels,):
+                tensor.data = take_channels(tensor.data, kept).clone()
     return norm

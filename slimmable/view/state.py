@@ -7,7 +7,6 @@ results that the forward keeps for later calls.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 from torch import nn
@@ -31,23 +30,15 @@ class Column:
         counts: units that the sub-network keeps of each group of the plan, if the module has one.
         cuts: name of a tensor -> the part of it that is used; a tensor without an entry is used whole.
         values: name of a plain attribute -> its value.
-        sizes: the same for attributes that keep their full value until extraction.
         caches: name of an attribute in which the forward keeps results -> its contents.
     """
 
-    def __init__(
-        self,
-        width: float | Counts,
-        cuts: Mapping[str, Cut] | None = None,
-        values: Mapping[str, object] | None = None,
-        sizes: Mapping[str, object] | None = None,
-    ) -> None:
+    def __init__(self, width: float | Counts) -> None:
         self.width = width
         self.index = -1
         self.counts: Counts | None = None
-        self.cuts = dict(cuts or {})
-        self.values = dict(values or {})
-        self.sizes = dict(sizes or {})
+        self.cuts: dict[str, Cut] = {}
+        self.values: dict[str, object] = {}
         self.caches: dict[str, object] = {}
 
     def enter(self, module: nn.Module) -> None:
@@ -66,7 +57,8 @@ class Column:
 class WidthState(Active[Column]):
     """The columns of one module, the full width first, and the active one.
 
-    `plan` is the plan of the conversion that made them, None for a module built by hand, and `path` the place in it.
+    `plan` is the plan of the conversion that made them, None for a module built by hand, and `path` the place in it, ""
+    for the model that was converted.
     """
 
     def __init__(self, widths: tuple[float, ...]) -> None:
@@ -74,7 +66,6 @@ class WidthState(Active[Column]):
         for width in widths:
             self.add(Column(width))
         super().__init__(self.columns[0])
-        self.index_buffers: dict[str, tuple[int, ...]] = {}
         self.blanks: dict[str, object] = {}
         self.plan: Any = None
         self.path = ""

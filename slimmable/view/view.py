@@ -8,18 +8,25 @@ dicts and weight averages look for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeAlias, cast
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy
 
-from slimmable._modules import empty_cache
+from slimmable._modules import empty_cache, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view._classes import add_properties
-from slimmable.view.cuts import Cut, make_cut, take
+from slimmable.view.cuts import Cut, make_cut, put, take
 from slimmable.view.state import Column, Counts, WidthState, is_slim, slim_state, state_of
+
+_Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
+_getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
+_COUNTERS = ("ptflops", "thop", "torchinfo")
+_INSTEAD = "give it slimmable.extract(model, width), the plain network of one width"
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -41,7 +48,6 @@ def install_view(
     widths: tuple[float, ...],
     tensors: Mapping[str, Sequence[Sequence[Kept]]],
     values: Mapping[str, Sequence[object]],
-    sizes: Mapping[str, Sequence[object]] | None = None,
     caches: Mapping[str, object] | None = None,
 ) -> None:
     """Let `module` run at several widths, in place, starting at the full width.
@@ -52,9 +58,8 @@ def install_view(
         module: any module; its children are not affected.
         widths: from the widest, 1.0, to the narrowest.
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
-        values: name of a plain attribute -> its value at each width.
-        sizes: the same for attributes that always read as at full width, such as `in_features`, from which other code
-            sizes its heads; only `narrow_values`, and so extracted networks, have their narrow values.
+        values: name of a plain attribute -> its value at each width; `in_features` and the like, from which other code
+            sizes its heads, are better left at full width.
         caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
             has its own; assigning one empties those of the others.
 
@@ -70,7 +75,7 @@ def install_view(
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
-    for what in (tensors, values, sizes or {}):
+    for what in (tensors, values):
         for name, per_width in what.items():
             if len(per_width) != len(widths):
                 raise ConversionError(
@@ -78,16 +83,14 @@ def install_view(
                 )
     for index, column in enumerate(state.columns):
         kept = {name: per_width[index] for name, per_width in tensors.items()}
-        column.cuts = _cuts(module, kept, state.index_buffers)
+        column.cuts = _cuts(module, kept)
         column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
-        column.sizes = {name: per_width_values[index] for name, per_width_values in (sizes or {}).items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
-    _register(module, state.index_buffers, tensors)
     module.__dict__["_slim"] = state
     for name, full in state.columns[0].values.items():
         module.__dict__.setdefault(name, full)
-    add_properties(module, tensors, values, state.blanks)
+    _add_properties(module, tensors, values, state.blanks)
 
 
 def remove_view(module: nn.Module) -> None:
@@ -102,8 +105,6 @@ def remove_view(module: nn.Module) -> None:
     state.active.leave(module)
     del module.__dict__["_slim"]
     module.__dict__.update(state.blanks)
-    for buffer in state.index_buffers:
-        delattr(module, buffer)
 
 
 def _without_view(kind: type) -> type:
@@ -117,61 +118,26 @@ def _without_view(kind: type) -> type:
 
 
 class GuestColumn(Column):
-    """A guest of a module with a view, with its own index buffers, and properties for what was never cut before."""
+    """A guest of a module with a view, with properties for what was never cut before."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        width: float | Counts,
-        kept: Mapping[str, Sequence[Kept]],
-        values: Mapping[str, object],
+        self, module: nn.Module, width: float | Counts, kept: Mapping[str, Sequence[Kept]], values: Mapping[str, object]
     ) -> None:
-        self.buffers: dict[str, tuple[int, ...]] = {}
-        super().__init__(width, _cuts(module, kept, self.buffers), values)
+        super().__init__(width)
+        self.cuts, self.values = _cuts(module, kept), dict(values)
         self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
-        """Register the index buffers and add the properties."""
-        if self.index == -1:
-            _register(module, self.buffers, self.cuts)
-            add_properties(module, self.cuts, self.values)
+        """Add the properties."""
+        _add_properties(module, self.cuts, self.values)
 
-    def leave(self, module: nn.Module) -> None:
-        """Remove the index buffers that the module does not keep."""
-        for buffer in self.buffers.keys() - slim_state(module).index_buffers.keys():
-            delattr(module, buffer)
-
-    def keep(self, module: nn.Module) -> None:
-        """Add the index buffers to those that the module keeps."""
-        self.enter(module)
-        kept = slim_state(module).index_buffers
-        self.buffers = {name: indices for name, indices in self.buffers.items() if name not in kept}
-        kept.update(self.buffers)
-
-    def drop(self, module: nn.Module) -> None:
-        """Remove the index buffers that `keep` added."""
-        for buffer in self.buffers:
-            del slim_state(module).index_buffers[buffer]
-            delattr(module, buffer)
+    keep = enter
 
 
-def narrow_tensors(module: nn.Module, column: int | Column) -> dict[str, Tensor]:
-    """Return the slices that the module has at a column or column index; they share its memory where possible.
-
-    A guest column must be the active one.
-    """
-    found = {name: (_full_tensor(module, name), cut) for name, cut in _column(module, column).cuts.items()}
-    return {name: take(tensor, cut, module._buffers) for name, (tensor, cut) in found.items() if tensor is not None}
-
-
-def narrow_values(module: nn.Module, column: int | Column) -> dict[str, object]:
-    """Return the plain attributes that the module has at a column or column index."""
-    found = _column(module, column)
-    return found.values | found.sizes
-
-
-def _column(module: nn.Module, column: int | Column) -> Column:
-    return slim_state(module).columns[column] if isinstance(column, int) else column
+def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
+    """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
+    found = {name: (_full_tensor(module, name), cut) for name, cut in column.cuts.items()}
+    return {name: take(tensor, cut) for name, (tensor, cut) in found.items() if tensor is not None}
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -182,19 +148,237 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
     raise ConversionError(f"{type(module).__name__} has no tensor {name!r}")
 
 
-def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]], buffers: dict[str, tuple[int, ...]]) -> dict[str, Cut]:
-    """Return the cuts of the tensors that are not kept whole, and add the index buffers that they need."""
+def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
+    """Return the cuts of the tensors that are not kept whole."""
     found = {}
     for name, axes in kept.items():
         tensor = _full_tensor(module, name)
-        cut = None if tensor is None else make_cut(tensor.shape, axes, f"{type(module).__name__}.{name}", buffers)
+        cut = None if tensor is None else make_cut(tensor, axes, f"{type(module).__name__}.{name}")
         if cut is not None:
             found[name] = cut
     return found
 
 
-def _register(module: nn.Module, buffers: Mapping[str, tuple[int, ...]], tensors: Iterable[str]) -> None:
-    device = next((tensor.device for name in tensors if (tensor := _full_tensor(module, name)) is not None), None)
-    for buffer, kept in buffers.items():
-        if buffer not in module._buffers:
-            module.register_buffer(buffer, torch.tensor(kept, device=device), persistent=False)
+# -- the generated classes, whose properties return what the active column holds
+def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
+    place = ".".join(filter(None, (module.__dict__["_slim"].path, name)))
+    return ConversionError(
+        f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion; "
+        "call slimmable.slimify on the model again"
+    )
+
+
+def _missing(module: nn.Module, name: str) -> AttributeError:
+    return AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+
+def _set_plain(module: nn.Module, name: str, value: object) -> None:
+    """Store an attribute that is neither a Parameter nor a registered buffer."""
+    module.__dict__[name] = value
+
+
+def _delete_plain(module: nn.Module, name: str) -> None:
+    if name not in module.__dict__:
+        raise _missing(module, name)
+    del module.__dict__[name]
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: Any) -> Tensor | Proxy | None:
+        parameters = self._parameters
+        if name in parameters:
+            if not is_compiling() and nn.Module.__getattr__ is not _getattr:
+                recorded: Any = nn.Module.__getattr__(self, name)
+                if isinstance(recorded, Proxy):  # whose graph takes the tensor from this property when it is done
+                    return recorded
+            tensor = parameters[name]
+        elif name in self._buffers:
+            tensor = self._buffers[name]
+        elif name in self._slim_lent:
+            tensor = self._slim_lent[name]
+        elif name in self.__dict__:
+            tensor = self.__dict__[name]
+        else:
+            raise _missing(self, name)
+        cut = self._slim.active.cuts.get(name)
+        if cut is None or tensor is None:
+            return cast("Tensor | None", tensor)
+        if tensor.shape != cut.full:
+            raise _changed(self, name, tensor)
+        return take(tensor, cut)
+
+    return property(get, lambda self, value: _set_plain(self, name, value), lambda self: _delete_plain(self, name))
+
+
+def _value_property(name: str) -> property:
+    def get(self: Any) -> object:
+        if name not in self.__dict__:
+            raise _missing(self, name)
+        values = self._slim.active.values
+        # `self.__dict__` only as a last resort, since torch.compile cannot read it up to torch 2.11
+        value: object = values[name] if name in values else self.__dict__[name]
+        return value
+
+    def put(self: Any, value: object) -> None:
+        _set_plain(self, name, value)
+        state = state_of(self)
+        if state is not None and name in state.columns[0].values:
+            state.columns[0].values[name] = value
+
+    return property(get, put, lambda self: _delete_plain(self, name))
+
+
+def _cache_property(name: str) -> property:
+    def get(self: Any) -> object:
+        return self._slim.active.caches[name]
+
+    def put(self: Any, value: object) -> None:
+        state = self._slim
+        for column in state.columns:
+            column.caches[name] = empty_cache(state.blanks[name])
+        state.active.caches[name] = value
+
+    return property(get, put)
+
+
+@contextmanager
+def _at_full(module: nn.Module) -> Iterator[None]:
+    state: WidthState = module.__dict__["_slim"]
+    active, state.active = state.active, state.columns[0]
+    try:
+        yield
+    finally:
+        state.active = active
+
+
+class _Viewed(nn.Module):
+    """The common base of all generated classes, placed before the module's own class.
+
+    It also notices tools that would be silently wrong on a converted model, which has no single width.
+    """
+
+    _slim: WidthState
+    _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
+    _slim_lent: Mapping[str, Tensor | None] = {}  # parameters of another module, part of which this one reads
+
+    def extra_repr(self) -> str:
+        """Return the settings at full width, then the widths and the active one."""
+        with _at_full(self):
+            full = super().extra_repr()
+        width = f"widths={self._slim.widths}, width={self._slim.active.width}"
+        return f"{full}, {width}" if full else width
+
+    def __repr__(self) -> str:
+        if self._slim_view[0].__repr__ is nn.Module.__repr__:
+            return super().__repr__()
+        with _at_full(self):  # a class with its own `__repr__`, which may not use `extra_repr`
+            return super().__repr__()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a tensor of the active width in place of the full one, such as a narrow weight quantised."""
+        cut = self._slim.active.cuts.get(name) if "_slim" in self.__dict__ else None
+        if cut is not None and param is not None and param.shape != cut.full:
+            raise ConversionError(
+                f"{type(self).__name__}.{name} has shape {tuple(cut.full)}, and cannot become {tuple(param.shape)} "
+                "at a narrow width; change it at width 1.0, or in slimmable.extract(model, width)"
+            )
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy through the original class, since the generated one cannot be imported."""
+        with _at_full(self):  # recurrent layers refresh their list of weights here
+            reduced = super().__reduce_ex__(max(2, int(protocol)))
+        if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
+            return reduced
+        return (_rebuild, (*self._slim_view, *reduced[1][1:]), *reduced[2:])
+
+    # -- what tools that count, quantise or script layers are told
+    def apply(self, fn: Any) -> Any:
+        """Apply a function to every module; refuse those of tools that know layers by their exact class."""
+        counter = _counter(fn)
+        if counter:
+            raise ConversionError(
+                f"{counter} knows layers by their exact class, so it would miss those of a converted model; {_INSTEAD}"
+            )
+        return super().apply(fn)
+
+    def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
+        """Register a hook; warn if it counts what a layer holds."""
+        counter = _counter(hook)
+        if counter:
+            warnings.warn(
+                f"{counter} counts the parameters that a converted model holds, those of all widths; {_INSTEAD}",
+                stacklevel=2,
+            )
+        return super().register_forward_pre_hook(hook, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ConversionError(f"torch.jit.script cannot read the class of a converted layer; {_INSTEAD}")
+
+    def _refuse_qconfig(self, value: object = None) -> None:
+        raise ConversionError(f"torch.ao.quantization does not know the classes of converted layers; {_INSTEAD}")
+
+    def _read_qconfig(self) -> object:
+        if "qconfig" not in self.__dict__:  # it may be there from before the conversion
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    qconfig = property(_read_qconfig, _refuse_qconfig, _refuse_qconfig)
+
+
+def _counter(function: Any) -> str | None:
+    module = getattr(getattr(function, "func", function), "__module__", None) or ""  # `func` of a partial
+    package = module.partition(".")[0]
+    return package if package in _COUNTERS else None
+
+
+class _ViewedWithBuffers(_Viewed):
+    """Lets a forward that assigns a buffer at a narrow width change only the part that the width uses."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        state = state_of(self)
+        cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
+        full = None if cut is None else self._buffers.get(name)
+        if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
+            if value.shape != take(full, cut).shape:
+                raise _changed(self, name, value)
+            value = put(full, cut, value.detach())
+        super().__setattr__(name, value)
+
+
+def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
+    viewed = _viewed_class(base, names)
+    return viewed.__new__(viewed, *args)
+
+
+def _add_properties(
+    module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
+) -> None:
+    """Make these names of a module return what its active width has, in addition to those that already do."""
+    base, known = getattr(type(module), "_slim_view", (type(module), ((), (), (), ())))
+    new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
+    names = tuple(tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True))
+    if any(names):
+        module.__class__ = _viewed_class(base, names)
+
+
+_viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
+
+
+def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
+    """Return the subclass of `base` with properties for these names; each class is made only once."""
+    if (base, names) not in _viewed_classes:
+        tensors, values, caches, buffers = names
+        body: dict[str, Any] = {
+            "_slim_base": base,
+            "_slim_view": (base, names),
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        body.update({name: _tensor_property(name) for name in tensors})
+        body.update({name: _value_property(name) for name in values})
+        body.update({name: _cache_property(name) for name in caches})
+        mixin = _ViewedWithBuffers if buffers else _Viewed
+        _viewed_classes[base, names] = unannounced(base, body, mixin)
+    return _viewed_classes[base, names]

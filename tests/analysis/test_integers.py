@@ -64,7 +64,7 @@ def test_a_size_follows_the_kept_units():
     size = TracedInt(8, Expression("size", ids))
     double = 2 * size + 1
     assert double.expression.evaluate({}, lambda found: 3 if found is ids else 0) == 7
-    assert next(double.expression.sizes()) is ids
+    assert next(double.expression.leaves("size")) is ids
     assert str(double.expression) == "add(mul(2, size(8)), 1)"
 
 

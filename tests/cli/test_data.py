@@ -22,6 +22,7 @@ from slimmable.errors import DataError
 def test_digits_are_the_same_for_the_same_seed(train, test, size, seed):
     images, again = (cluttered_digits(train, test, size, seed) for _ in range(2))
     assert images.train.shape == (train, 1, size, size)
+    assert images.train.dtype == torch.uint8
     assert images.test.shape == (test, 1, size, size)
     assert torch.equal(images.train, again.train)
     assert torch.equal(images.test, again.test)

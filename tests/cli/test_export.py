@@ -14,8 +14,7 @@ from torch import nn
 
 import slimmable
 from slimmable.__main__ import main
-from slimmable.cli.export import export
-from slimmable.cli.source import Source
+from slimmable.cli.export import Source, export
 from tests.convert import oracles
 
 NAME, WIDTHS = "test_resnet", (1.0, 0.5, 0.25)

@@ -59,6 +59,18 @@ def test_markdown_has_a_line_per_width(given_rows, pixels):
     assert f"raw pixels: {100 * pixels:.1f}" in lines[-1]
 
 
+def test_what_a_row_looks_like():
+    row = Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})
+    assert to_csv([row]) == "width,parameters,macs,knn,untrained_knn\n0.5,1000,20000,0.7500,0.1000\n"
+    assert to_markdown([row], pixels_knn=0.5).splitlines() == [
+        "| width | parameters | MACs | kNN | untrained kNN |",
+        "|---:|---:|---:|---:|---:|",
+        "| 0.5 | 1,000 | 20,000 | 75.0 | 10.0 |",
+        "",
+        'Accuracy on held-out images in %; "untrained" is the same network before training. kNN on raw pixels: 50.0.',
+    ]
+
+
 DENSE = Row(1.0, 50, 900, {"knn": 0.75, "linear": 0.5, "untrained_knn": 0.25}, "dense")
 GATED = Row(1.0, 60, 300, {"knn": 0.5, "linear": 0.25, "untrained_knn": 0.125}, "gated 0.3")
 STATIC = Row(1.0, 20, 280, {"knn": 0.5, "linear": 0.125}, "static 0.3")

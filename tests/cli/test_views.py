@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from slimmable import SlimmableError
 from slimmable.cli.config import AUGMENTATIONS
-from slimmable.cli.loader import Plain, Steps, Views, batches_of, load, make_views, plain_view, some_of
+from slimmable.cli.loader import Plain, Steps, Views, batches_of, load, make_views, seed_of, some_of
 
 
 @given(
@@ -68,7 +68,14 @@ def test_byol_solarises_the_second_view_only():
 
 def test_a_plain_view_is_the_centre():
     image = torch.arange(30, dtype=torch.uint8).expand(3, 10, 30)
-    assert torch.equal(plain_view(10)(image), image[:, :, 10:20])
+    assert torch.equal(Plain([image], 10)[0], image[:, :, 10:20])
+    assert Plain([image], 5)[0].shape == (3, 5, 5)
+
+
+def test_seeds_depend_on_the_numbers_and_their_order():
+    numbers = [(first, second) for first in range(50) for second in range(50)]
+    assert len({seed_of(*pair) for pair in numbers}) == len(numbers)
+    assert [seed_of(*pair) for pair in numbers] == [seed_of(*pair) for pair in numbers]
 
 
 def views_of(count, transforms=(lambda image: image.float() + torch.rand(()),)):

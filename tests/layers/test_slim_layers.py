@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from slimmable._convert import extract
 from slimmable._width import set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
-from slimmable.layers._kept import disjoint_units
-from slimmable.view.view import narrow_values, original_class
+from slimmable.layers._slim import disjoint_units
+from slimmable.view.view import original_class
 
 SLIM_CONV = {1: SlimConv1d, 2: SlimConv2d, 3: SlimConv3d}
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -113,7 +114,7 @@ def test_conv_equals_conv_of_the_slices(rank, ins, outs, widths, bias, slim_in, 
     set_width(slim, width)
     x = torch.randn(2, len(columns), *[6] * rank, **F64)
     assert_same_with_gradients(slim, plain, x, (rows, columns))
-    assert narrow_values(slim, widths.index(width))["in_channels"] == len(columns)
+    assert extract(slim, width).in_channels == len(columns)
     assert (slim.in_channels, slim.out_channels) == (ins, outs)
 
 
@@ -142,7 +143,7 @@ def test_depthwise_conv_keeps_the_first_groups(channels, multiplier, widths, dat
     set_width(slim, width)
     assert slim.groups == kept
     assert_same_with_gradients(slim, plain, torch.randn(2, kept, 4, 4, **F64), (rows, torch.arange(1)))
-    assert narrow_values(slim, widths.index(width))["out_channels"] == len(rows)
+    assert extract(slim, width).out_channels == len(rows)
 
 
 @quick
@@ -223,14 +224,14 @@ def test_groupnorm_keeps_whole_groups_where_it_can(groups, size, widths, whole):
     with torch.no_grad():
         slim.weight.normal_()
         slim.bias.normal_()
-    for index, width in enumerate(widths):
+    for width in widths:
         kept_groups, rows = groupnorm_case(groups, size, width, whole)
         plain = take(slim, nn.GroupNorm(kept_groups, len(rows), **F64), (rows,))
         set_width(slim, width)
         slim.zero_grad()
         assert_same_with_gradients(slim, plain, torch.randn(2, len(rows), 5, **F64), (rows,))
-        sizes = {"num_groups": slim.num_groups} | narrow_values(slim, index)
-        assert sizes == {"num_groups": kept_groups, "num_channels": len(rows)}
+        small = extract(slim, width)
+        assert (small.num_groups, small.num_channels) == (kept_groups, len(rows))
 
 
 @pytest.mark.parametrize("name", layers())

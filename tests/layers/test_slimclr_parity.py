@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimmable._width import set_width, width_of, widths_of
 from slimmable.errors import WidthError
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm1d, SwitchableBatchNorm2d, SwitchableProbe
-from slimmable.layers._kept import disjoint_units
+from slimmable.layers._slim import disjoint_units
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TENSORS = load_file(GOLDEN / "slimclr_resnet.safetensors")

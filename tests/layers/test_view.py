@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from slimmable._convert import extract
 from slimmable._width import set_width
 from slimmable.errors import ConversionError
 from slimmable.view.view import (
     install_view,
     is_slim,
     narrow_tensors,
-    narrow_values,
     original_class,
     remove_view,
     state_of,
@@ -124,7 +124,7 @@ def test_contiguous_indices_are_slices_that_share_memory():
     assert not [name for name, _ in module.named_buffers() if name.startswith("_slim")]
 
 
-def test_index_buffers_follow_moves_that_drop_contents():
+def test_indices_outlive_moves_that_drop_contents():
     module = scaled()
     module.to("meta").to_empty(device="cpu")
     module.load_state_dict(Scaled().state_dict())
@@ -193,20 +193,21 @@ def test_remove_view_is_the_inverse():
 
 def test_narrow_parts_for_extraction():
     module = scaled()
-    tensors = narrow_tensors(module, 2)
+    column = state_of(module).columns[2]
+    tensors = narrow_tensors(module, column)
     assert set(tensors) == {"weight", "gain", "offset"}
     assert torch.equal(tensors["offset"], module.offset[[0, 4]])
-    assert narrow_values(module, 2) == {"rows": 2, "shape": (2, 2)}
+    assert column.values == {"rows": 2, "shape": (2, 2)}
     assert state_of(module).index == 0
 
 
 def test_sizes_are_for_extraction_only():
     linear = nn.Linear(4, 4)
     cuts = [(None, None), (None, 2), (None, 1)]
-    install_view(linear, WIDTHS, {"weight": cuts}, {}, {"in_features": (4, 2, 1)})
+    install_view(linear, WIDTHS, {"weight": cuts}, {})
     set_width(linear, 0.5)
     assert linear.in_features == 4
-    assert narrow_values(linear, 1) == {"in_features": 2}
+    assert extract(linear, 0.5).in_features == 2
 
 
 def test_class_attribute_becomes_the_modules_own():

@@ -24,7 +24,7 @@ def net(root: bool = False) -> nn.Sequential:
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), SlimLinear(8, 5, widths=WIDTHS, slim_out=False)),
     )
     if root:
-        model.__dict__["_slim_root"] = True
+        install_view(model, WIDTHS, {}, {})
     return model
 
 

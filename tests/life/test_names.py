@@ -3,12 +3,13 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import slimmable
 
-SUBMODULES = ("errors", "evaluation", "gating", "layers", "losses", "methods", "rules", "training")
+SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")
 
 
 def test_the_top_level_names_are_these():
@@ -23,13 +24,28 @@ def test_the_top_level_names_are_these():
     assert all(callable(getattr(slimmable, name)) for name in slimmable.__all__)
 
 
-@pytest.mark.parametrize("name", SUBMODULES)
+@pytest.mark.parametrize("name", sorted({*SUBMODULES} - {"integrations"}))
 def test_submodules_say_what_they_offer(name):
     module = importlib.import_module(f"slimmable.{name}")
     assert getattr(slimmable, name) is module
     assert sorted(module.__all__) == sorted(set(module.__all__))
     for own in module.__all__:
         assert getattr(module, own).__doc__, f"slimmable.{name}.{own} has no docstring"
+
+
+def test_the_integrations_are_those_of_the_folder_and_import_no_framework_by_themselves():
+    integrations = importlib.import_module("slimmable.integrations")
+    folder = Path(integrations.__file__).parent
+    assert {path.stem for path in folder.glob("[!_]*.py")} <= set(integrations.__all__)
+    code = """
+import sys, slimmable
+slimmable.integrations
+loaded = {name.partition(".")[0] for name in sys.modules} & {"timm", "transformers", "accelerate", "lightning"}
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match=r"module 'slimmable.integrations' has no attribute 'keras'"):
+        integrations.keras  # noqa: B018
 
 
 def test_a_name_that_there_is_not():

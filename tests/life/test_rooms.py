@@ -37,3 +37,4 @@ def test_imports_go_one_way():
     assert "analysis" not in edges["view"]
     assert not {"view", "layers"} & edges["analysis"]
     assert not {"gating", "methods", "cli"} & edges["_convert"]
+    assert "integrations" not in set().union(*edges.values())
