@@ -131,6 +131,8 @@ def program(
 
 BATCH = ("-b", "4")
 RESNET = (*BATCH, "-a", "resnet18")
+ZERO_GRAD = "`zero_grad`, between loss and `backward` in the program, moves up"
+TEACHER = f"{ZERO_GRAD}; the teacher is converted too, since it takes the student's state dict"
 MOCO_V3 = ("images", "--moco-dim", "16", "--moco-mlp-dim", "64", "--moco-m-cos", "--warmup-epochs", "1", *LAUNCH)
 SMALL_VIT: dict[str, Callable[[Any], Any]] = {
     "timm.models.vision_transformer.VisionTransformer": small_vit,
@@ -157,26 +159,38 @@ CLIENTS = [
         ("images", *RESNET, "--moco-k", "16", "--moco-dim", "16", "--mlp", "--aug-plus", "--cos", *LAUNCH),
         stand_ins={"torch.Tensor.t": contiguous},
         extracts="model.module.encoder_q",
+        needs=f"{ZERO_GRAD}; the accuracy that it prints needs the logits of the widest",
     ),
-    program("moco-v3", "moco-v3/main_moco.py", (*MOCO_V3, *RESNET), extracts="model.module.base_encoder"),
+    program(
+        "moco-v3", "moco-v3/main_moco.py", (*MOCO_V3, *RESNET), extracts="model.module.base_encoder", needs=ZERO_GRAD
+    ),
     program(
         "moco-v3-vit",
         "moco-v3/main_moco.py",
         (*MOCO_V3, *BATCH, "-a", "vit_small", "--optimizer", "adamw", "--lr", "0.01", "--stop-grad-conv1"),
         stand_ins=SMALL_VIT,
         extracts="model.module.base_encoder",
+        needs=ZERO_GRAD,
     ),
     program(
         "simsiam",
         "simsiam/main_simsiam.py",
         ("images", *RESNET, "--dim", "64", "--pred-dim", "16", "--fix-pred-lr", *LAUNCH),
         extracts="model.module.encoder",
+        needs=f"{ZERO_GRAD}; a loss of four outputs becomes a function",
     ),
-    program("dino", "dino/main_dino.py", (*DINO, "--arch", "vit_tiny", "--patch_size", "8"), extracts="student.module"),
+    program(
+        "dino",
+        "dino/main_dino.py",
+        (*DINO, "--arch", "vit_tiny", "--patch_size", "8"),
+        extracts="student.module",
+        needs=TEACHER,
+    ),
     program(
         "dino-resnet",
         "dino/main_dino.py",
         (*DINO, "--arch", "resnet18", "--optimizer", "lars", "--use_bn_in_head", "true"),
         extracts="student.module",
+        needs=TEACHER,
     ),
 ]
