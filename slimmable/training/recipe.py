@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
@@ -132,9 +132,9 @@ class SlimRecipe:
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
-        The closure runs once per width, and each width's graph is gone before the next one runs. If the model is
-        wrapped in DistributedDataParallel, the gradients are averaged once, after the last width (or not, under its
-        `no_sync`).
+        The closure runs once per width, and each width's graph is gone before the next one runs. Set gradients to zero
+        before, not after. If the model is wrapped in DistributedDataParallel, the gradients are averaged once, after
+        the last width (or not, under its `no_sync`).
 
         Args:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
@@ -151,7 +151,8 @@ class SlimRecipe:
         run_backward = backward or self._backward or Tensor.backward
         with self._one_reduction():
             for part in self.parts(closure, frozen=frozen, once=once):
-                run_backward(part)
+                with _without_autocast(part.device.type):  # in which the whole step may be
+                    run_backward(part)
         return self.losses[1.0]
 
     def total(
@@ -414,6 +415,10 @@ class _Step:
     @property
     def first(self) -> bool:
         return self.width == 1.0
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
