@@ -194,7 +194,7 @@ def extract(model: M, width: Setting) -> M:
             twin = memo[id(module)]
             if is_slim(twin):  # not if the class copies itself through its constructor
                 remove_view(twin)
-            twin.__dict__.update(active.values | active.sizes)
+            twin.__dict__.update(active.values)
         small = cast(M, detach_all(small))
         follow_layers(model, small)
         follow_configs(model, small)
@@ -345,7 +345,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
             values, caches = found.values.get(path, {}), found.caches.get(path)
-            install_view(module, found.widths, cut, values, None, caches)
+            install_view(module, found.widths, cut, values, caches)
             know(module, found, path)
     return replace_modules(model, norms)
 

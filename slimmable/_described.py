@@ -89,7 +89,7 @@ def read_by_forward(module: nn.Module) -> set[str]:
         return found
     attributes = () if state.plan is None else state.plan.channels.attributes
     planned = {name for path, name in attributes if path == state.path}
-    return {*found, *planned, *state.active.values, *state.active.sizes}
+    return {*found, *planned, *state.active.values}
 
 
 @cache
@@ -168,11 +168,7 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
     """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
 
     What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
-    class makes a network with the tensors and integers of the extracted one.
-
-    Args:
-        model: the converted model.
-        small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
+    class makes a network with the tensors and integers of the extracted one. Args: as `follow_layers`.
     """
     done: tuple[str, ...] = ()
     for path, narrow in small.named_modules():

@@ -1,4 +1,4 @@
-"""Tables as HTML for notebooks, and as CSV."""
+"""Tables as HTML for notebooks and as CSV, and lists of names in messages."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def listed(names: Sequence[str], most: int | None = None) -> str:
+    """Return the first names, separated by commas, and how many more there are; `most` is None for all of them."""
+    more = 0 if most is None else len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _row(tag: str, cells: Iterable[object]) -> str:

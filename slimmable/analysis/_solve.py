@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from operator import itemgetter
@@ -58,16 +59,15 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
             return solution
         disagreed += [ids for failure in failures.values() for ids in failure.axes()]
         failure = next(iter(failures.values()))
-        start = labels.snapshot()
         mended = []
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
-            labels.restore(start)
-            if mend(labels, failure):
-                size = _count(labels, widths, round_to).parameters(trace)
-                mended.append((size, labels.snapshot()))
+            tried = copy.deepcopy(labels)
+            if mend(tried, failure):
+                mended.append((_count(tried, widths, round_to).parameters(trace), tried))
         coupled.add(id(failure.constraint))
-        labels.restore(min(mended, key=itemgetter(0), default=(0, start))[1])
-        if not mended:  # nothing in it can shrink: it does not depend on the width
+        if mended:
+            labels = context.labels = min(mended, key=itemgetter(0))[1]
+        else:  # nothing in it can shrink: it does not depend on the width
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
 
@@ -109,7 +109,9 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
     constraints = [pack.constraint(constraint) for constraint in trace.context.constraints]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
     scales = list(_scales(model, trace, pack))
-    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *_nested(model)])
+    # torch's encoders may skip padding by nested tensors, which need an even number of heads
+    nested = [(path, NESTED) for path, module in model.named_modules() if vars(module).get(NESTED) is True]
+    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *nested])
     makers: list[set[str]] = [set() for _ in solution.roots]
     for path, ids in trace.context.producers:
         for group in solution.grouping.groups_in([ids]):
@@ -122,7 +124,7 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
         [_output(output, trace.context.labels, pack) for output in trace.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(trace.context.labels.ordered(roots).any()) for roots in solution.roots),
-        _summed((macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products),
+        [(macs, tuple(map(pack.ids, axes))) for macs, axes, _ in trace.context.products],
         {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
 
@@ -136,21 +138,6 @@ def _output(output: Output, labels: Labels, pack: _Packing) -> Output:
         why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
         why = why or "no units that could get thinner reach it"
     return replace(output, units=units, why=why)
-
-
-def _nested(model: nn.Module) -> list[tuple[str, str]]:
-    """Find torch's encoders that skip padding by nested tensors, which needs an even number of heads."""
-    encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
-    return [(path, NESTED) for path, encoder in encoders if encoder.__dict__.get(NESTED) is True]
-
-
-def _summed(products: Iterable[tuple[int, tuple[Ids, ...]]]) -> list[tuple[int, tuple[Ids, ...]]]:
-    """Add up the multiply-adds of equal axes."""
-    found: dict[tuple[int, ...], tuple[int, tuple[Ids, ...]]] = {}
-    for macs, axes in products:
-        key = tuple(map(id, axes))
-        found[key] = (found.get(key, (0, ()))[0] + macs, axes)
-    return list(found.values())
 
 
 def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:

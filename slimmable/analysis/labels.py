@@ -7,7 +7,6 @@ merged ids is a *class*: one unit of the network, shared by several axes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +39,9 @@ class Labels:
     def fresh(self, units: int) -> Ids:
         """Return `units` new ids."""
         start, self._count = self._count, self._count + units
-        room = len(self._parent)
-        if self._count > room:
-            more = max(room, self._count - room)
-            self._parent = np.concatenate([self._parent, np.arange(room, room + more)])
-            self._marks = np.concatenate([self._marks, np.zeros(more, np.uint8)])
+        while self._count > len(self._parent):
+            self._parent = np.concatenate([self._parent, len(self._parent) + np.arange(len(self._parent))])
+            self._marks = np.concatenate([self._marks, np.zeros_like(self._marks)])
         return np.arange(start, self._count)
 
     def find(self, ids: Ids) -> Ids:
@@ -119,15 +116,6 @@ class Labels:
         shared = self.shared_with(ids)
         reasons = (reason for pinned, reason in self.reasons if shared(pinned))
         return next(reasons, "merged with an axis that stays full")
-
-    def snapshot(self) -> tuple[Any, ...]:
-        """Return what `restore` needs to undo later merges and pins."""
-        return self._parent.copy(), self._marks.copy(), list(self.reasons)
-
-    def restore(self, snapshot: tuple[Any, ...]) -> None:
-        """Go back to a snapshot."""
-        parent, marks, reasons = snapshot
-        self._parent, self._marks, self.reasons = parent.copy(), marks.copy(), list(reasons)
 
     def groups(self) -> list[Ids]:
         """Return the channel groups: one array per group, with the roots of its classes in order.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimmable._modules import is_under
-from slimmable._tables import html_table
+from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, kept_units, width_index
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 from slimmable.errors import WidthError
@@ -289,8 +289,7 @@ def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
 
 def _shown(group: Group) -> str:
     """Return the first axes of a group as text."""
-    names = [_axis(axis) for axis in group.members]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return listed([_axis(axis) for axis in group.members], most=3)
 
 
 def _axis(axis: AxisName) -> str:

@@ -163,7 +163,7 @@ def train_slimmable_probe(
         return F.linear(part, linear.weight[:, : part.shape[1]], linear.bias)
 
     _minimise(linear, dict.fromkeys(scaled, classify), scaled, labels, epochs, batch_size, learning_rate, seed)
-    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {}, {"in_features": kept})
+    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slimmable._checks import check_module
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
+from slimmable._tables import listed
 from slimmable.view.container import SwitchableContainer
 
 
@@ -68,14 +69,9 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], mos
             if name in given and given[name].shape != tensor.shape
         ],
     }
-    return "".join(f"\n  {kind}: {_listed(names, most)}" for kind, names in kinds.items() if names)
+    return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
 
 
 def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
     """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
     return len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True))
-
-
-def _listed(names: Sequence[str], most: int | None) -> str:
-    more = 0 if most is None else len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

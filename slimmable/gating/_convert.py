@@ -19,6 +19,7 @@ from slimmable._checks import check_module, check_positive
 from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
+from slimmable._tables import listed
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.gating._find import SKIPPED, gate_plan
@@ -30,7 +31,6 @@ from slimmable.view.state import Column, state_of
 M = TypeVar("M", bound=nn.Module)
 
 _PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")  # of a state dict's name
-_SHOWN = 4
 
 
 def gate(
@@ -197,7 +197,7 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
         "not in the model": _parts(name for name in given if name not in own),
         "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
     }
-    lines = [f"  {kind}: {_listed(found)}" for kind, found in kinds.items() if found]
+    lines = [f"  {kind}: {listed(found, most=4)}" for kind, found in kinds.items() if found]
     if lines:
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
         advice = (
@@ -214,11 +214,6 @@ def _gates(names: Iterable[str]) -> list[str]:
 def _parts(names: Iterable[str]) -> list[str]:
     """Return the gates and norms that tensors belong to, each once."""
     return list(dict.fromkeys(found.group() for name in names if (found := _PART.match(name))))
-
-
-def _listed(found: list[str]) -> str:
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

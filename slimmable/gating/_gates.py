@@ -142,11 +142,6 @@ class Pass(Enum):
     DENSE = 0
     GATED = 1
 
-    @property
-    def index(self) -> int:
-        """The index that `Active` needs: not -1, so a recomputed forward can return to this pass."""
-        return self.value
-
 
 @dataclass(frozen=True, eq=False)
 class Decision:

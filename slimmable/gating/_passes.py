@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from slimmable.gating._find import macs_for
 from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
 from slimmable.view.container import inner_modules
-from slimmable.view.cuts import take_channels
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.recompute import Active
 
@@ -32,7 +31,7 @@ class PassNorm(SwitchableNorm):
 
     active_pass: Active[Pass]
     gated: nn.ModuleList
-    _lists = ("narrow", "gated")
+    _lists: ClassVar[dict[str, int]] = {"narrow": 1, "gated": 0}
 
     @staticmethod
     def of(norm: nn.Module, widths: int) -> PassNorm:
@@ -70,25 +69,6 @@ class PassNorm(SwitchableNorm):
         return self.of_gated_pass(index)
 
     module_at = norm_at
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
-        if not any(key.startswith(f"{prefix}gated.") for key in state_dict):
-            state_dict.update(self._from_dense(state_dict, prefix))
-
-    def _from_dense(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-        """Return the dense pass's entries for the gated pass; narrow norms without an entry use the full norm's."""
-        found = {}
-        for index, norm in enumerate(self.gated):
-            dense = f"{prefix}full." if index == 0 else f"{prefix}narrow.{index - 1}."
-            for key, tensor in norm.state_dict(keep_vars=True).items():
-                given = state_dict.get(f"{dense}{key}", state_dict.get(f"{prefix}full.{key}"))
-                if given is not None:
-                    part = given if given.shape == tensor.shape else take_channels(given, self._kept[index])
-                    found[f"{prefix}gated.{index}.{key}"] = part.clone()
-        return found
 
 
 class GatedPass:
@@ -143,12 +123,9 @@ class GatedPass:
         layers = macs.by_layer(by_group, counts)
         for gates in self._records:
             own = gates.module_at(self._width_index())
-            layers[f"{gates.name}.{GATE}"] = own.macs if isinstance(own, ChannelGate) else 0
-        any_mask = next(iter(masks.values()))
-        return {
-            path: cost if isinstance(cost, Tensor) else any_mask.new_full(any_mask.shape[:1], cost)
-            for path, cost in layers.items()
-        }
+            cost = own.macs if isinstance(own, ChannelGate) else 0
+            layers[f"{gates.name}.{GATE}"] = masks[gates.name].new_full((len(masks[gates.name]),), cost)
+        return layers
 
     def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Return the multiply-adds of each image, including the gates: shape (images,), float64.

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from slimmable._inputs import MOST, Arguments, is_index
@@ -102,36 +101,6 @@ class GatePlan:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, eq=False)
-class _Axis:
-    """An axis: the number of positions that are always open (`full`), and for each group how often each unit occurs."""
-
-    length: int
-    full: int
-    groups: Mapping[int, NDArray[np.int64]]
-
-    @staticmethod
-    def of(ids: Ids, grouping: Grouping) -> _Axis:
-        """Count the units on an axis, given as units of the channel plan."""
-        group_of = grouping.group_of[ids]
-        groups = {int(group): grouping.rank[ids[group_of == group]] for group in np.unique(group_of) if group >= 0}
-        times = {group: np.bincount(ranks, minlength=grouping.units[group]) for group, ranks in groups.items()}
-        return _Axis(len(ids), int((group_of < 0).sum()), times)
-
-    def open(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> Any:
-        """Return how many positions are open: a number, or one per image, shape (images,)."""
-        total: Any = self.full
-        for group, times in self.groups.items():
-            times = times[: counts[group]]
-            if group not in masks:
-                total = total + int(times.sum())
-            elif (times == times[0]).all():
-                total = total + int(times[0]) * masks[group].sum(1)
-            else:
-                total = total + masks[group] @ torch.as_tensor(times, device=masks[group].device).to(masks[group])
-        return total
-
-
 class LayerMacs:
     """Multiply-adds of each layer for images of one size and any masks; pure data.
 
@@ -149,28 +118,32 @@ class LayerMacs:
         images: int,
         positions: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.images, self.positions = images, dict(positions)
-        known: dict[bytes, _Axis] = {}
-        self._products = []
-        for path, macs, axes in products:
-            each = [known.setdefault(ids.tobytes(), _Axis.of(ids, grouping)) for ids in axes]
-            self._products.append((path, macs // math.prod(axis.length for axis in each), each))
+        self.images, self.positions, self._grouping = images, dict(positions), grouping
+        units, axes = len(grouping.group_of), {ids.tobytes(): ids for _, _, each in products for ids in each}
+        number = {key: index for index, key in enumerate(axes)}
+        times = [np.bincount(ids, minlength=units) for ids in axes.values()]  # how often each unit is on each axis
+        self._times = torch.tensor(np.array(times)).view(len(axes), units)
+        self._products = [
+            (path, macs // math.prod(map(len, each)), [number[ids.tobytes()] for ids in each])
+            for path, macs, each in products
+        ]
 
-    def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Any]:
-        """Return module path -> multiply-adds per image: a number, or shape (images,) where they depend on gates.
+    def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
+        """Return module path -> multiply-adds of each image, or of any image if there are no masks: shape (images,).
 
         Args:
-            masks: group -> zeros and ones, shape (images, kept units); missing groups are open.
+            masks: group -> zeros and ones, float64, shape (images, kept units); missing groups are open.
             counts: how many units of each group the width keeps.
         """
-        opened: dict[int, Any] = {}
-        found: dict[str, Any] = {}
+        like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
+        open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]
+        kept = self._grouping.mask(np.array([*counts, 1]), np.arange(self._times.shape[1]))
+        opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self._times[:, kept].T.to(like)
+        found: dict[str, Tensor] = {}
         for path, unit, axes in self._products:
-            macs: Any = unit
+            macs = like.new_full((len(like),), unit)
             for axis in axes:
-                if id(axis) not in opened:
-                    opened[id(axis)] = axis.open(masks, counts)
-                macs = macs * opened[id(axis)]
+                macs = macs * opened[:, axis]
             found[path] = found.get(path, 0) + macs
         return {path: macs / self.images for path, macs in found.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -15,9 +15,7 @@ from slimmable.errors import ConversionError, WidthError
 from slimmable.view.state import is_slim
 from slimmable.view.view import install_view, remove_view
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+Layer = TypeVar("Layer", bound="SlimLayer")
 Plain = TypeVar("Plain", bound=nn.Module)
 _Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
@@ -33,7 +31,7 @@ class SlimLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def _from_torch(cls, module: nn.Module, widths: Iterable[float], **options: bool) -> Self:
+    def _from_torch(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: bool) -> Layer:
         """Return the slimmable twin of a plain layer: it shares the Parameters and keeps the training flag.
 
         Raises: ConversionError: unless the layer is exactly of torch's class, whose forward the twin uses.

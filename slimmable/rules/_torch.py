@@ -33,8 +33,8 @@ def _one_by_one(operations: str, why: str = "", *special: int | str, also: str =
         first = next(iter(op.tensors))
         axes: list[int] = []
         for each in special:
-            number = each if isinstance(each, int) else op[each] if each in op else range(op[first].ndim)
-            axes += [number] if isinstance(number, int) else number
+            number = each if isinstance(each, int) else op[each]
+            axes += [number] if isinstance(number, int) else number or range(op[first].ndim)  # none given: all
         for name in (first, also) if also else (first,):
             for axis in axes if op[name].ndim else ():
                 op.pins(name, axis, why)
@@ -51,9 +51,11 @@ _one_by_one("bucketize view_as_real fake_quantize_per_tensor_affine_cachemask")
 _one_by_one("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine")
 _one_by_one("view_as_complex", "is the real and imaginary part", -1)
 _one_by_one("cumsum cumprod logcumsumexp", ORDER, "dim")
-_one_by_one("flip rot90", ORDER, "dims")
+_one_by_one("flip rot90 roll", ORDER, "dims")
 _one_by_one("tril triu", ORDER, -1, -2)
 _one_by_one("cummax cummin", "units are ranked", "dim")
+_one_by_one("sort", "its units are sorted", "dim")
+_one_by_one("unbind select", "single units are picked", "dim")
 _one_by_one("diagonal", "a diagonal is taken", "dim1", "dim2")
 _one_by_one("unfold", "is cut into windows", "dimension")
 _one_by_one("linalg_cross", "is a space", "dim", also="other")
@@ -74,15 +76,6 @@ _one_by_one("fractional_max_pool2d", NEIGHBOURS, -2, -1)
 _one_by_one("upsample_trilinear3d _adaptive_avg_pool3d fractional_max_pool3d", NEIGHBOURS, -3, -2, -1)
 _one_by_one("max_unpool2d", NEIGHBOURS, -2, -1, also="indices")
 _one_by_one("max_unpool3d", NEIGHBOURS, -3, -2, -1, also="indices")
-
-
-@register_rule("aten::roll")
-def roll(op: Operation) -> None:
-    """Units are moved along axes, or along all of them as one."""
-    if op["dims"]:
-        op.keeps("self", *op["dims"])
-    for axis in op["dims"] or range(op["self"].ndim):
-        op.pins("self", axis, ORDER)
 
 
 @_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")
@@ -206,14 +199,6 @@ def loss(op: Operation) -> None:
             else:
                 op.same("self", axis, name, axis)
                 op.mixes(name, axis)
-
-
-@register_rule("aten::sort")
-def sort(op: Operation) -> None:
-    """Units along an axis are put in order, after which it is not known which is which."""
-    op.pins("self", op["dim"], "its units are sorted")
-    for output in range(2):
-        op.keeps("self", output=output)
 
 
 def grouped_mm(op: Operation) -> None:

@@ -121,8 +121,8 @@ class GradientDiagnostics:
             before = self._before.get(shared.name)
             if own is not None:
                 block = shared.blocks[width]
-                part = at_least_float32(block.of(gradient.detach()))
-                part = part.clone() if before is None else part - at_least_float32(block.of(before))
+                part = at_least_float32(take(gradient.detach(), block))
+                part = part.clone() if before is None else part - at_least_float32(take(before, block))
                 own[shared.name] = own[shared.name] + part if shared.name in own else part
             self._before[shared.name] = gradient.detach().clone()
         self._called = True
@@ -195,29 +195,12 @@ class GradientDiagnostics:
 
 
 @dataclass(frozen=True)
-class Block:
-    """The part of a parameter that one width reads; `cut` is None for the whole."""
-
-    cut: Cut | None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return the block of a tensor of the parameter's shape."""
-        return tensor if self.cut is None else take(tensor, self.cut)
-
-    def spread(self, part: Tensor) -> Tensor:
-        """Return a tensor of the parameter's shape with `part` in the block and zeros around it."""
-        if self.cut is None:
-            return part
-        return put(part.new_zeros(()).expand(self.cut.full), self.cut, part)
-
-
-@dataclass(frozen=True)
 class SharedParameter:
-    """A parameter that all widths share."""
+    """A parameter that all widths share, and the block of it that each width reads."""
 
     name: str
     parameter: nn.Parameter
-    blocks: Mapping[float, Block]
+    blocks: Mapping[float, Cut]
 
 
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
@@ -229,12 +212,12 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedP
     places = places_of(model)
     columns = {width: columns_of(places, width) for width in widths}
     column_of = {id(place[0]): {w: columns[w][index] for w in widths} for index, place in enumerate(places)}
-    found: dict[int, dict[float, Block]] = {}
+    found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
         at = column_of.get(id(module), {})
         for name, parameter in _parameters_at_all_widths(module).items():
             if parameter is not None:
-                found.setdefault(id(parameter), {w: _block(module, name, at.get(w)) for w in widths})
+                found.setdefault(id(parameter), {w: _block(module, name, parameter, at.get(w)) for w in widths})
     named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in found]
     return [SharedParameter(name, parameter, found[id(parameter)]) for name, parameter in named]
 
@@ -245,15 +228,13 @@ def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | 
     return {} if isinstance(module, SwitchableContainer) else module._parameters
 
 
-def _block(module: nn.Module, name: str, column: Column | None) -> Block:
+def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | None) -> Cut:
     """Return the block of a parameter that a module's column reads (None for a module without widths)."""
-    if column is None:
-        return Block(None)
-    if not isinstance(module, SwitchableNorm):
-        return Block(column.cuts.get(name))
-    norm = module.norm_at(column.index)
-    state = state_of(norm)  # the norms of narrow widths have a view of the full one's gain and bias
-    return Block(None if state is None else state.columns[0].cuts.get(name))
+    if column is not None and isinstance(module, SwitchableNorm):
+        state = state_of(module.norm_at(column.index))  # narrow norms have a view of the full one's gain and bias
+        column = None if state is None else state.columns[0]
+    cut = None if column is None else column.cuts.get(name)
+    return cut or Cut(tuple(parameter.shape), (), (), (), ())
 
 
 def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:
@@ -263,15 +244,16 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
     `product` (of two widths' own gradients), and `first` and `second` (squares of the two in what both widths read).
     A width's own gradient has the shape of its block.
     """
-    total = at_least_float32(gradient)
-    sums = {("total", width, width): _square(block.of(total)) for width, block in shared.blocks.items()}
+    blocks, total = shared.blocks, at_least_float32(gradient)
+    sums = {("total", width, width): _square(take(total, block)) for width, block in blocks.items()}
     sums |= {("own", width, width): _square(part) for width, part in own.items()}
-    spread = {width: shared.blocks[width].spread(part) for width, part in own.items()}
+    zeros = total.new_zeros(()).expand(total.shape)
+    spread = {width: put(zeros, blocks[width], part) for width, part in own.items()}
     for first, second in combinations(own, 2):
-        part = shared.blocks[second].of(spread[first])
+        part = take(spread[first], blocks[second])
         sums["product", first, second] = _product(part, own[second])
         sums["first", first, second] = _square(part)
-        sums["second", first, second] = _square(shared.blocks[first].of(spread[second]))
+        sums["second", first, second] = _square(take(spread[second], blocks[first]))
     return dict(zip(sums, torch.stack(list(sums.values())).cpu().double(), strict=True))
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -21,9 +20,8 @@ from slimmable._distributed import average_gradients
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.training.compared import Calls, compared
 from slimmable.training.once import Once, Replay, SameDraws, shared_by_widths
-from slimmable.training.optimizers import OptimizerCheck
+from slimmable.training.watch import Calls, OptimizerCheck, compared
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Teach: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -110,7 +108,6 @@ class SlimRecipe:
         self.losses: dict[float, Tensor] = {}
         self.distillations: dict[float, Tensor] = {}
         self._step: _Step | None = None
-        self._loop: weakref.ref[Generator[float, None, None]] | None = None
         self._calls: Calls | None = None
         self._optimizers = OptimizerCheck(model)
 
@@ -123,7 +120,7 @@ class SlimRecipe:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
-        return {**self.__dict__, "_step": None, "_loop": None, "_calls": None}
+        return {**self.__dict__, "_step": None, "_calls": None}
 
     def backward(
         self,
@@ -245,14 +242,9 @@ class SlimRecipe:
         """
         check_fraction("SlimRecipe", progress=progress)
         self._optimizers.before_gradients()
-        previous = self._loop() if self._loop is not None else None
-        if previous is not None:  # a loop that was left early and is still referenced
-            previous.close()
         if step is not None:
             self._random.seed(f"{self._seed} {step}")
-        loop = self._run(slow=progress < self.slow_start)
-        self._loop = weakref.ref(loop)
-        return loop
+        return self._run(slow=progress < self.slow_start)
 
     @contextmanager
     def once(self, *modules: nn.Module) -> Iterator[None]:
@@ -312,10 +304,8 @@ class SlimRecipe:
         self.losses[step.width] = loss.detach()
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=3)
-        if step.slow:
-            return slim_term(loss), 0.0
-        weight = step.loss_weights[step.width]
-        if self.distill is None:
+        weight = 1.0 if step.slow else step.loss_weights[step.width]
+        if step.slow or self.distill is None:
             return slim_term(loss, weight=weight), 0.0
         views = _views(step, teach)
         distillation = None
@@ -330,7 +320,7 @@ class SlimRecipe:
             step.teachers[step.width] = [view.detach() for view in views]
         return slim_term(loss, distillation, weight, self.distill.weight), excess
 
-    def _run(self, slow: bool) -> Generator[float, None, None]:
+    def _run(self, slow: bool) -> Iterator[float]:
         weights = self.loss_weights
         if self._mode is not None:
             widest, *_, narrowest = weights
@@ -343,6 +333,8 @@ class SlimRecipe:
                 set_width(self.model, width)
                 step.width, step.done = width, False
                 yield width
+                if self._step is not step:  # this loop was left early, and another one has begun
+                    return
                 if not step.done:
                     warnings.warn(
                         f"SlimRecipe: width {width} ran without recipe.loss, so its loss was neither weighted nor "
@@ -352,7 +344,7 @@ class SlimRecipe:
         finally:
             if self._step is step:
                 self._step = None
-            set_width(self.model, 1.0)
+                set_width(self.model, 1.0)
 
     def _parts(
         self, closure: Callable[[], Loss], frozen: Iterable[nn.Module], once: Iterable[nn.Module]
@@ -396,7 +388,7 @@ class SlimRecipe:
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
         """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
-        wrapped = [part for part in self.model.modules() if isinstance(part, DistributedDataParallel)]
+        wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
         synced = [part for part in wrapped if part.require_backward_grad_sync]
         with ExitStack() as stack:
             for part in synced:
@@ -473,24 +465,22 @@ def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: 
 def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[float, float]:
     """Return width -> loss weight, from the widest down."""
     if isinstance(loss_weights, str):
-        return dict(zip(widths, width_weights(widths, loss_weights), strict=True))
-    if isinstance(loss_weights, Mapping):
+        loss_weights = width_weights(widths, loss_weights)
+    elif isinstance(loss_weights, Mapping):
         if set(loss_weights) != set(widths):
             raise WidthError(
                 f"SlimRecipe: loss_weights are for widths {sorted(loss_weights)}, the model has {sorted(widths)}"
             )
-        given = {width: loss_weights[width] for width in widths}
+        loss_weights = [loss_weights[width] for width in widths]
     elif not hasattr(loss_weights, "__len__"):
         raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict of numbers, got {loss_weights!r}")
-    elif len(loss_weights) != len(widths):
+    if len(loss_weights) != len(widths):
         raise WidthError(
             f"SlimRecipe: {len(loss_weights)} loss weights {tuple(loss_weights)} for the {len(widths)} widths {widths}"
         )
-    else:
-        given = dict(zip(widths, loss_weights, strict=True))
-    for width, weight in given.items():
+    for width, weight in zip(widths, loss_weights, strict=True):
         if not 0 <= number_or_nan(weight) < math.inf:
             raise WidthError(
                 f"SlimRecipe: the loss weight of width {width} must be a finite number of at least 0, got {weight!r}"
             )
-    return {width: float(weight) for width, weight in given.items()}
+    return dict(zip(widths, map(float, loss_weights), strict=True))

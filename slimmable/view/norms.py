@@ -6,7 +6,7 @@ The narrow ones are cut copies of the full norm, which may share its gain and bi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class SwitchableNorm(SwitchableContainer):
 
     full: nn.Module
     narrow: NarrowNorms
-    _lists: ClassVar[tuple[str, ...]] = ("narrow",)  # names of the lists of all norms but the full one
+    _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
@@ -212,26 +212,29 @@ class SwitchableNorm(SwitchableContainer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
         """Rename entries as torch's loading of the children expects; `_report_plain_names` undoes this in reports."""
-        mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not any(key.startswith("narrow.") for key in mine):
-            for key, tensor in self.full.state_dict(keep_vars=True).items():
-                if key in mine and mine[key].shape == tensor.shape:
-                    state_dict.update(self._for_narrow(f"{prefix}narrow.", key, mine[key]))
-        for key, value in mine.items():
-            if not key.startswith(tuple(f"{name}." for name in self._lists)):
-                del state_dict[prefix + key]
-                state_dict[f"{prefix}full.{key}"] = value
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.partition(".")[0] not in self._lists:
+                state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
+        for name, first in self._lists.items():
+            if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+                for index, norm in enumerate(getattr(self, name), first):
+                    state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
 
-    def _for_narrow(self, prefix: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Cut a tensor of the full norm for each narrower one."""
-        own = [norm.state_dict(keep_vars=True) for norm in self.narrow]
-        shapes = [tensors[key].shape if key in tensors else None for tensors in own]  # they lack what they share
-        return {
-            f"{prefix}{position}.{key}": take_channels(tensor, None if shape == tensor.shape else kept).clone()
-            for position, (shape, kept) in enumerate(zip(shapes, self._kept[1:], strict=True))
-            if shape is not None
-        }
+    def _filled(
+        self, norm: nn.Module, index: int, given: Mapping[str, Tensor], prefix: str, name: str
+    ) -> dict[str, Tensor]:
+        """Return entries for a norm that has none: the dense pass's at this width, or else parts of the full norm's."""
+        dense = f"{prefix}narrow.{index - 1}." if index else f"{prefix}full."
+        full = self.full.state_dict(keep_vars=True)
+        found = {}
+        for key, own in norm.state_dict(keep_vars=True).items():
+            tensor = given.get(f"{dense}{key}", given.get(f"{prefix}full.{key}"))
+            if tensor is not None and tensor.shape in (own.shape, full[key].shape):
+                kept = None if tensor.shape == own.shape else self._kept[index]
+                found[f"{prefix}{name}{key}"] = take_channels(tensor, kept).clone()
+        return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"

@@ -24,7 +24,7 @@ C = TypeVar("C")
 
 
 class Active(Generic[C]):
-    """The active column and its history; `C` has an `index`, -1 for a guest, which cannot be activated again later."""
+    """The active column and its history; one with the `index` -1 is a guest, which cannot be activated again later."""
 
     def __init__(self, column: C) -> None:
         self._now = column
@@ -50,7 +50,7 @@ class Active(Generic[C]):
         if self._again is not None and self._again[0] == number:
             return self._again[1]
         found = next((column() for since, column in reversed(self._switches) if since <= number), None)
-        if found is self._now or (found is not None and found.index != -1):  # type: ignore[attr-defined]
+        if found is self._now or (found is not None and getattr(found, "index", 0) != -1):
             return found
         raise WidthError(
             f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back, or was at a "

@@ -30,7 +30,6 @@ class Column:
         counts: units that the sub-network keeps of each group of the plan, if the module has one.
         cuts: name of a tensor -> the part of it that is used; a tensor without an entry is used whole.
         values: name of a plain attribute -> its value.
-        sizes: the same for attributes that keep their full value until extraction.
         caches: name of an attribute in which the forward keeps results -> its contents.
     """
 
@@ -40,7 +39,6 @@ class Column:
         self.counts: Counts | None = None
         self.cuts: dict[str, Cut] = {}
         self.values: dict[str, object] = {}
-        self.sizes: dict[str, object] = {}
         self.caches: dict[str, object] = {}
 
     def enter(self, module: nn.Module) -> None:

@@ -48,7 +48,6 @@ def install_view(
     widths: tuple[float, ...],
     tensors: Mapping[str, Sequence[Sequence[Kept]]],
     values: Mapping[str, Sequence[object]],
-    sizes: Mapping[str, Sequence[object]] | None = None,
     caches: Mapping[str, object] | None = None,
 ) -> None:
     """Let `module` run at several widths, in place, starting at the full width.
@@ -59,9 +58,8 @@ def install_view(
         module: any module; its children are not affected.
         widths: from the widest, 1.0, to the narrowest.
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
-        values: name of a plain attribute -> its value at each width.
-        sizes: the same for attributes that always read as at full width, such as `in_features`, from which other code
-            sizes its heads; only extracted networks have their narrow values.
+        values: name of a plain attribute -> its value at each width; `in_features` and the like, from which other code
+            sizes its heads, are better left at full width.
         caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
             has its own; assigning one empties those of the others.
 
@@ -77,7 +75,7 @@ def install_view(
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
-    for what in (tensors, values, sizes or {}):
+    for what in (tensors, values):
         for name, per_width in what.items():
             if len(per_width) != len(widths):
                 raise ConversionError(
@@ -87,7 +85,6 @@ def install_view(
         kept = {name: per_width[index] for name, per_width in tensors.items()}
         column.cuts = _cuts(module, kept)
         column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
-        column.sizes = {name: per_width_values[index] for name, per_width_values in (sizes or {}).items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
     module.__dict__["_slim"] = state
@@ -124,11 +121,7 @@ class GuestColumn(Column):
     """A guest of a module with a view, with properties for what was never cut before."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        width: float | Counts,
-        kept: Mapping[str, Sequence[Kept]],
-        values: Mapping[str, object],
+        self, module: nn.Module, width: float | Counts, kept: Mapping[str, Sequence[Kept]], values: Mapping[str, object]
     ) -> None:
         super().__init__(width)
         self.cuts, self.values = _cuts(module, kept), dict(values)
@@ -136,8 +129,7 @@ class GuestColumn(Column):
 
     def enter(self, module: nn.Module) -> None:
         """Add the properties."""
-        if self.index == -1:
-            _add_properties(module, self.cuts, self.values)
+        _add_properties(module, self.cuts, self.values)
 
     keep = enter
 

@@ -31,6 +31,7 @@ def converted(monkeypatch) -> list[tuple[nn.Module, Start]]:
         return model
 
     monkeypatch.setattr(slimmable, "slimify", noting)
+    monkeypatch.setattr(slimmable.integrations.solo, "slimify", noting)
     return found
 
 
@@ -54,7 +55,8 @@ def test_the_logits_that_moco_teaches_are_those_of_the_criterion_of_lightly():
     criterion = lightly_loss.NTXentLoss(memory_bank_size=(32, 8))
     query, key = torch.randn(4, 8), torch.randn(4, 8)
     negatives = criterion.memory_bank.bank.T.clone()  # as on the page
-    (line,) = {line.strip() for line in blocks("docs/how-to/lightly.md", "python")[2].splitlines() if "bank." in line}
+    page = "".join(blocks("docs/how-to/lightly.md", "python"))
+    (line,) = {line.strip() for line in page.splitlines() if "bank.T" in line}
     assert line == "negatives = criterion.memory_bank.bank.T.clone()"
     expected = contrastive_cross_entropy(moco_logits(query, key, negatives), criterion.temperature)
     torch.testing.assert_close(criterion(query, key), expected)
@@ -132,19 +134,24 @@ def test_the_task_of_timm_gives_the_loss_of_slimclr(tmp_path):
 def test_solo_learns_queue_takes_each_key_once_and_momentum_follows(tmp_path):
     needs("docs/how-to/solo-learn.md")
     found = run("\n".join(blocks("docs/how-to/solo-learn.md", "python")), tmp_path)
-    method, fresh = found["method"], found["SlimMoCo"](found["cfg"])
-    assert type(method) is found["SlimMoCo"]
+    method, fresh = found["method"], found["MoCoV2Plus"](found["cfg"])
     assert int(method.queue_ptr) == 2 * 2 * 16 % 64  # epochs, batches, images; the queue holds 64
     for online, momentum in method.momentum_pairs:
         assert [p.shape for p in online.parameters()] == [p.shape for p in momentum.parameters()]
         assert slimmable.width_of(momentum) == 1.0
-    seen: list[Tensor] = []
-    fresh.log = fresh.log_dict = lambda *args, **options: None
-    fresh.trainer = type("Trainer", (), {"estimated_stepping_batches": 4, "global_step": 0, "sanity_checking": False})()
+    seen: list[tuple[float, Tensor]] = []
     keep = fresh._dequeue_and_enqueue
-    fresh._dequeue_and_enqueue = lambda keys: (seen.append(fresh.queue.clone()), keep(keys))
-    before = fresh.queue.clone()
-    fresh.training_step([torch.arange(16), list(found["views"][:16].unbind(1)), torch.zeros(16).long()], 0)
-    assert len(seen) == 4
-    assert all(torch.equal(queue, before) for queue in seen)  # no width meets this step's keys
+    recipe = slimmable.integrations.solo.slim_recipe(fresh, example_inputs=torch.zeros(2, 3, 32, 32))
+    fresh._dequeue_and_enqueue = lambda keys: (
+        seen.append((slimmable.width_of(recipe.model), fresh.queue.clone())),
+        keep(keys),
+    )
+    before, keys = fresh.queue.clone(), []
+    fresh.momentum_projector.register_forward_hook(lambda module, args, output: keys.append(output))
+    callback = slimmable.integrations.lightning.SlimCallback(recipe)
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    found["Trainer"](max_steps=1, callbacks=[callback], **options).fit(fresh, found["loader"])
+    assert [width for width, _ in seen] == [1.0, 0.75, 0.5, 0.25]
+    assert all(torch.equal(queue, before) for _, queue in seen)  # no width meets this step's keys
     assert not torch.equal(fresh.queue, before)
+    assert len(keys) == 2  # of two views, at the widest width only

