@@ -333,14 +333,13 @@ class SlimRecipe:
             raise UsageError(
                 "SlimRecipe.loss: no loop is running; call it inside `for width in recipe.widths(progress):`"
             )
-        if step.done:
+        if step.width in self.losses:
             raise UsageError(
                 f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else f"{loss!r:.80}"
             raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
-        step.done = True
         self.losses[step.width] = loss.detach()
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=2)
@@ -371,11 +370,11 @@ class SlimRecipe:
         try:
             for width in list(step.loss_weights)[: 1 if slow else None]:
                 set_width(self.model, width)
-                step.width, step.done = width, False
+                step.width = width
                 yield width
                 if self._step is not step:  # this loop was left early, and another one has begun
                     return
-                if not step.done:
+                if width not in self.losses:
                     warnings.warn(
                         f"SlimRecipe: width {width} ran without recipe.loss, so its loss was neither weighted nor "
                         "distilled; call it once per width",
@@ -407,8 +406,7 @@ class _Step:
     slow: bool
     loss_weights: Mapping[float, float]  # of each width, from the widest down
     width: float = math.nan
-    done: bool = False  # whether this width has had its loss
-    excess: Tensor | float = 0.0  # of that loss over the one with distillation as a divergence
+    excess: Tensor | float = 0.0  # of this width's loss over the one with distillation as a divergence
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
     once: Once = field(default_factory=Once)  # for the method of this name
 
