@@ -20,9 +20,14 @@ from slimmable.errors import DataError, UsageError
 _BUCKET = 25 * 2**20  # about the bytes in one reduction, as in DistributedDataParallel
 
 
+def in_group() -> bool:
+    """Return whether there is a process group, if only of this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def alone() -> bool:
     """Return whether there is no process group, or this process is the only one in it."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    return not in_group() or dist.get_world_size() == 1
 
 
 def rank() -> int:

@@ -51,11 +51,11 @@ class GradientDiagnostics:
     | `own_ratio/w0.25` | norm of the gradient of `L_1.0` divided by that of `L_0.25` |
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
 
-    Norms are those of the unmodified gradients, so a `GradScaler` multiplies them by its scale; ratios and cosines do
-    not depend on a common scale. A width's own gradient is the change that its `backward` made to the summed gradients,
-    including their rounding: use float32 parameters, as mixed precision does, rather than half-precision ones. Random
-    widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of the
-    process, or of all if each `backward` averages; total gradients are those present at `after_step`.
+    Norms are those of the gradients as they are; for a `GradScaler`, give its scale to `after_step`. A width's own
+    gradient is the change that its `backward` made to the summed gradients, including their rounding: use float32
+    parameters, as mixed precision does, rather than half-precision ones. Random widths of a recipe count in `L`, but
+    have no columns. With several processes, own gradients are those of the process, or of all if each `backward`
+    averages; total gradients are those present at `after_step`.
 
     A sampled step needs about three times the memory of the gradients, other steps none.
 
@@ -125,17 +125,20 @@ class GradientDiagnostics:
             self._before[shared.name] = gradient.detach().clone()
         self._called = True
 
-    def after_step(self) -> None:
+    def after_step(self, scale: float = 1.0) -> None:
         """Count the step, and add its row if it is sampled; call it before the optimizer's update.
+
+        Args:
+            scale: the factor that all gradients still have, such as `scaler.get_scale()`; norms are divided by it.
 
         Raises: UsageError: if the step is sampled, but `after_backward` was not called or no shared parameter has a
             gradient.
         """
         if self.step % self.every == 0:
-            self._sample()
+            self._sample(scale)
         self.step += 1
 
-    def _sample(self) -> None:
+    def _sample(self, scale: float) -> None:
         if not self._called:
             raise UsageError(
                 f"GradientDiagnostics.after_step: step {self.step} is sampled, but after_backward was not called in "
@@ -151,8 +154,11 @@ class GradientDiagnostics:
                 "GradientDiagnostics.after_step: no shared parameter has a gradient; call it after the step's last "
                 "backward, and before the gradients are cleared"
             )
-        each = [values_of(s, self.widths) for s, shared in zip(sums, self._shared, strict=True) if _is_layer(shared)]
-        total = values_of(added(sums), self.widths)
+        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if _is_layer(shared)]
+        total, *each = (
+            {name: value / scale if "_norm/" in name else value for name, value in values_of(own, self.widths).items()}
+            for own in (added(sums), *layer_sums)
+        )
         layers = {name: torch.stack([values[name] for values in each]) for name in total} if each else {}
         row: dict[str, float] = {"step": self.step}
         for name, value in total.items():

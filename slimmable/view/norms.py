@@ -152,10 +152,6 @@ class SwitchableNorm(SwitchableContainer):
         same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
         return same and self.narrow.shared_affine == shared_affine
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the norm of the active width."""
-        return self.norm_at(self._slim.index)(*args, **kwargs)
-
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths and of an active guest."""
         yield self.full
