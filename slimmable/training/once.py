@@ -137,34 +137,32 @@ class SameDraws:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
         devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-        self._devices = sorted(devices, key=str)
+        self._generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+            (random.getstate, random.setstate),
+            (np.random.get_state, np.random.set_state),  # what others draw from
+            (torch.get_rng_state, torch.set_rng_state),
+            *((partial(get, device), partial(put, device=device)) for device in devices),
+        ]
 
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one."""
-        states = self._current()
+        states = [get() for get, _ in self._generators]
         if widest:
             self._states = states
             yield
             return
-        self._set(self._states)
+        self._put(self._states)
         try:
             yield
         finally:
-            self._set(states)
+            self._put(states)
 
-    def _current(self) -> list[Any]:
-        own = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002  what others draw from
-        return [*own, *map(torch.cuda.get_rng_state, self._devices)]
-
-    def _set(self, states: Sequence[Any]) -> None:
-        python, numpy, of_cpu, *of_gpus = states
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(of_cpu)
-        for device, state in zip(self._devices, of_gpus, strict=True):
-            torch.cuda.set_rng_state(state, device)
+    def _put(self, states: Sequence[Any]) -> None:
+        for (_, put), state in zip(self._generators, states, strict=True):
+            put(state)
 
 
 def shared_by_widths(model: nn.Module) -> Iterator[nn.Module]:
