@@ -123,7 +123,6 @@ class GradientDiagnostics:
                 part = part.clone() if before is None else part - at_least_float32(take(before, block))
                 own[shared.name] = own[shared.name] + part if shared.name in own else part
             self._before[shared.name] = gradient.detach().clone()
-        self._called = True
 
     def after_step(self, scale: float = 1.0) -> None:
         """Count the step, and add its row if it is sampled; call it before the optimizer's update.
@@ -139,7 +138,7 @@ class GradientDiagnostics:
         self.step += 1
 
     def _sample(self, scale: float) -> None:
-        if not self._called:
+        if not self._own:
             raise UsageError(
                 f"GradientDiagnostics.after_step: step {self.step} is sampled, but after_backward was not called in "
                 "it; call it after each width's backward"
@@ -172,7 +171,6 @@ class GradientDiagnostics:
         """Forget what was recorded since the last step; call it if a step fails and its gradients are cleared."""
         self._own: dict[float, dict[str, Tensor]] = {}  # width -> parameter -> its own gradient, in the width's block
         self._before: dict[str, Tensor] = {}  # parameter -> its gradient at the last call
-        self._called = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of the step and the rows and layers so far, for a checkpoint between two steps."""
