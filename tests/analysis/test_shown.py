@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import slimmable
+from slimmable._tables import html_table
 
 WIDTHS = (1.0, 0.5)
 
@@ -57,6 +58,11 @@ def test_every_conversion_of_timm_is_plain_data():
         data = slimmable.plan(timm.create_model("test_vit"), WIDTHS).to_dict()
     assert json.loads(json.dumps(data)) == data
     assert data["macs"][1] < data["macs"][0] / 2
+
+
+def test_cells_of_a_table_are_escaped():
+    expected = "<table><tr><th>width</th><th>MACs</th></tr><tr><td>0.5</td><td>&lt;10</td></tr></table>"
+    assert html_table(["width", "MACs"], [[0.5, "<10"]]) == expected
 
 
 def test_a_plan_is_a_table_in_a_notebook(plan):
