@@ -136,7 +136,7 @@ def test_class_and_print():
     module = scaled()
     assert isinstance(module, Scaled)
     assert type(module).__name__ == "Scaled"
-    assert original_class(module) is Scaled
+    assert type(module) is not original_class(module) is Scaled
     set_width(module, 0.5)
     assert repr(module) == "Scaled<6>"
     linear = nn.Linear(4, 4)

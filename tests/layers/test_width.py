@@ -9,11 +9,17 @@ import torch
 from torch import nn
 
 from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
+from slimmable._widths import check_widths, width_index
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm2d, SwitchableProbe
 from slimmable.view.view import install_view
 
 WIDTHS = (1.0, 0.5, 0.25)
+
+
+def test_widths_are_put_in_order_and_found():
+    assert check_widths([0.25, 1, 0.5]) == WIDTHS
+    assert [width_index(width, WIDTHS) for width in WIDTHS] == [0, 1, 2]
 
 
 def net(root: bool = False) -> nn.Sequential:
