@@ -1,7 +1,4 @@
-"""Measure how the widths' gradients interact: which one dominates the shared weights, and how well they agree.
-
-The gradients are compared by the block of each parameter that a width reads.
-"""
+"""Measure how the widths' gradients interact: which one dominates the shared weights, and how well they agree."""
 
 from __future__ import annotations
 
