@@ -90,7 +90,7 @@ class Training:
             progress,
             step=self.step,
             autocast=None if self.config.precision == "float32" else getattr(torch, self.config.precision),
-            backward=lambda loss: self.scaler.scale(loss).backward(),
+            backward=lambda loss: self.scaler.scale(loss).backward(),  # type: ignore[no-untyped-call]
             diagnostics=self.diagnostics,
             gates=self.gates,
         )
