@@ -35,7 +35,7 @@ class SlimCallback(Callback):
     that the step returns is what distillation compares. With manual optimization, the step itself calls
     `recipe.backward(closure, backward=self.manual_backward)`.
 
-    The Trainer knows the recipe's `steps` if it has none, and keeps its state in the checkpoint.
+    For a slow start, the Trainer knows the recipe's `steps` if it has none. Its state is in the checkpoint.
 
     Args:
         recipe: of the module or its networks, which are converted before `Trainer.fit`, best in `__init__`.
@@ -49,7 +49,7 @@ class SlimCallback(Callback):
     >>> module = BoringModel()
     >>> module.layer = SlimLinear(32, 2, widths=(1.0, 0.5), slim_out=False)
     >>> recipe = SlimRecipe(module)
-    >>> Trainer(accelerator="cpu", fast_dev_run=True, barebones=True, callbacks=[SlimCallback(recipe)]).fit(module)
+    >>> Trainer(accelerator="cpu", max_steps=1, barebones=True, callbacks=[SlimCallback(recipe)]).fit(module)
     >>> list(recipe.losses)
     [1.0, 0.5]
     """
@@ -58,7 +58,7 @@ class SlimCallback(Callback):
         self.recipe = recipe
         self._counts = recipe.steps is None
         self._replaced = ExitStack()  # what is replaced while the module trains
-        self._parts: Iterator[tuple[Tensor | None, Any]] = iter(())  # of the widths that are still to run
+        self._parts: Iterator[Tensor] = iter(())  # of the widths that are still to run
         self._part: Tensor | None = None  # of the width that has run, with its graph
         self._loss = torch.zeros(())  # what Lightning gets: the widest's own loss, without the graph
 
@@ -74,18 +74,15 @@ class SlimCallback(Callback):
         """Replace what the Trainer calls of the module by what runs all widths."""
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise UsageError("SlimCallback: training_step must take a batch, not a dataloader_iter")
-        steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-        if self._counts and 0 < steps < float("inf"):
-            self.recipe.steps = steps
+        if self._counts and self.recipe.slow_start:
+            steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+            self.recipe.steps = steps if 0 < steps < float("inf") else None
         if trainer.global_step == 0:  # not a resumed run
             self.recipe.steps_done = 0
-        replacements: dict[str, Callable[..., Any]] = {"log": self._log}
-        if pl_module.automatic_optimization:
-            replacements |= {"training_step": self._training_step, "backward": self._backward}
-            replacements |= {"optimizer_step": self._optimizer_step}
-        for name, replacement in replacements.items():
+        automatic = ("training_step", "backward", "optimizer_step") if pl_module.automatic_optimization else ()
+        for name in ("log", *automatic):
             original = getattr(pl_module, name)
-            new = wraps(original)(partial(replacement, pl_module, original))
+            new = wraps(original)(partial(getattr(self, f"_{name}"), pl_module, original))
             self._replaced.enter_context(replaced([(pl_module, name, new)]))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
@@ -95,12 +92,12 @@ class SlimCallback(Callback):
                 f"SlimCallback: {type(trainer.strategy).__name__} ran its own backward pass, which trains width 1.0; "
                 "return recipe.total(closure) from training_step instead, without this callback"
             )
-        with torch.no_grad():
-            while self._part is not None:
-                self._run_next(pl_module)
+        while self._part is not None:
+            self._run_next(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any, exception: BaseException | None = None) -> None:
-        """Leave the module as it was."""
+        """Leave the module as it was, at width 1.0."""
+        self._parts, self._part = iter(()), None
         self._replaced.close()
 
     on_exception = on_train_end
@@ -122,7 +119,7 @@ class SlimCallback(Callback):
                 outputs.append(output)
             return entries["loss"] if entries.get("teach") is None else (entries["loss"], entries["teach"])
 
-        self._parts = self.recipe._parts(closure, (), [module])
+        self._parts = self.recipe.parts(closure, once=[module])
         self._run_next(module)
         self._loss = self.recipe.losses[1.0].clone().requires_grad_()
         return {**outputs[0], "loss": self._loss} if isinstance(outputs[0], Mapping) else self._loss
@@ -137,7 +134,7 @@ class SlimCallback(Callback):
         """Run the next width as Lightning runs `training_step`."""
         self._part = None  # its graph is done with
         with module.trainer.precision_plugin.train_step_context():
-            self._part, _ = next(self._parts, (None, None))
+            self._part = next(self._parts, None)
 
     def _optimizer_step(self, module: Any, step: Callable[..., None], *args: Any) -> None:
         """Let DistributedDataParallel, which expects one backward pass, average once after the last."""

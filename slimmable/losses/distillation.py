@@ -116,11 +116,8 @@ def standardised_distillation(student: Tensor, teacher: Tensor, temperature: flo
     """
     student, teacher = _prepare("standardised_distillation", student, teacher)
     check_positive("standardised_distillation", temperature=temperature, scale=scale)
-    classes = student.shape[1:]
-    return temperature**2 * _divergence(
-        (F.layer_norm(student, classes) * scale / temperature).log_softmax(1),
-        (F.layer_norm(teacher, classes) * scale / temperature).log_softmax(1),
-    )
+    standard = (F.layer_norm(logits, logits.shape[1:]) for logits in (student, teacher))
+    return temperature**2 * _divergence(*((each * scale / temperature).log_softmax(1) for each in standard))
 
 
 def _prepare(where: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

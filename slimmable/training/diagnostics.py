@@ -110,17 +110,15 @@ class GradientDiagnostics:
         """
         if self.step % self.every:
             return
-        known = width in self.widths
-        if not known:
+        if width not in self.widths:
             columns_of(places_of(self.model), width)
-        own = self._own.setdefault(width, {}) if known else None
+        own = self._own.setdefault(width, {})
         for shared in self._shared:
             gradient = shared.parameter.grad
             if gradient is None:
                 continue
             before = self._before.get(shared.name)
-            if own is not None:
-                block = shared.blocks[width]
+            if (block := shared.blocks.get(width)) is not None:  # not a random width
                 part = at_least_float32(take(gradient.detach(), block))
                 part = part.clone() if before is None else part - at_least_float32(take(before, block))
                 own[shared.name] = own[shared.name] + part if shared.name in own else part

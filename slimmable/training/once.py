@@ -143,15 +143,28 @@ class SameDraws:
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one."""
+        states = self._current()
         if widest:
-            self._states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+            self._states = states
             yield
             return
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._states[0])
-            for device, state in zip(self._devices, self._states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+        self._set(self._states)
+        try:
             yield
+        finally:
+            self._set(states)
+
+    def _current(self) -> list[Any]:
+        own = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002  what others draw from
+        return [*own, *map(torch.cuda.get_rng_state, self._devices)]
+
+    def _set(self, states: Sequence[Any]) -> None:
+        python, numpy, of_cpu, *of_gpus = states
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(of_cpu)
+        for device, state in zip(self._devices, of_gpus, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 def shared_by_widths(model: nn.Module) -> Iterator[nn.Module]:

@@ -96,7 +96,7 @@ def _comparable(found: Sequence[Tensor], kind: DistillationKind) -> list[Tensor]
 
 
 class OptimizerCheck:
-    """Notices optimizers that were made before the conversion, and so lack parameters of the model.
+    """Notices optimizers that train nothing or not all: made before the conversion, or left without gradients.
 
     It looks at the parameters of every optimizer that steps between the first gradients and the next ones.
     """
@@ -142,6 +142,11 @@ class OptimizerCheck:
         ids = {id(parameter) for parameter in held}
         if not ids.isdisjoint(map(id, self._model.parameters())):
             self._updated |= ids
+            if all(parameter.grad is None for parameter in self._model.parameters()):
+                raise UsageError(
+                    f"SlimRecipe: the model has no gradients when {type(optimizer).__name__} steps; call zero_grad "
+                    "before recipe.backward, not after it"
+                )
         elif all(parameter.grad is None for parameter in held):
             raise UsageError(
                 f"SlimRecipe: this {type(optimizer).__name__} trains nothing: none of its parameters is the model's or "

@@ -50,6 +50,21 @@ def test_every_parameter_of_every_width_is_trained(page, tmp_path, converted):
         assert slimmable.width_of(model) == 1.0
 
 
+def test_a_model_that_returns_its_loss_trains_every_width_and_moves_its_momentum_encoder_once(tmp_path):
+    pytest.importorskip("torchvision")
+    (program,) = afters("docs/how-to/facebook.md")
+    found = run(program, tmp_path)
+    model, recipe = found["model"], found["recipe"]
+    assert list(recipe.losses) == [1.0, 0.75, 0.5, 0.25]
+    assert recipe.steps_done == 4
+    narrow = {name: p for name, p in model.encoder.named_parameters() if ".narrow." in name and name.endswith("weight")}
+    assert len(narrow) == 20 * 3
+    assert [name for name, parameter in narrow.items() if torch.equal(parameter, torch.ones_like(parameter))] == []
+    assert model.encoder.bn1.narrow[0].num_batches_tracked == model.momentum_encoder.bn1.full.num_batches_tracked == 8
+    assert model.momentum_encoder.bn1.narrow[0].num_batches_tracked == 0
+    assert all(slimmable.width_of(encoder) == 1.0 for encoder in (model.encoder, model.momentum_encoder))
+
+
 def test_the_logits_that_moco_teaches_are_those_of_the_criterion_of_lightly():
     lightly_loss = pytest.importorskip("lightly.loss")
     criterion = lightly_loss.NTXentLoss(memory_bank_size=(32, 8))
@@ -147,7 +162,7 @@ def test_solo_learns_queue_takes_each_key_once_and_momentum_follows(tmp_path):
         keep(keys),
     )
     before, keys = fresh.queue.clone(), []
-    fresh.momentum_projector.register_forward_hook(lambda module, args, output: keys.append(output))
+    fresh.momentum_projector[0].register_forward_hook(lambda module, args, output: keys.append(output))
     callback = slimmable.integrations.lightning.SlimCallback(recipe)
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     found["Trainer"](max_steps=1, callbacks=[callback], **options).fit(fresh, found["loader"])
