@@ -15,11 +15,12 @@ from typing import Any
 import timm.layers
 import torch
 import torch.distributed as dist
-from benchmarks.clients.client import Client, instead
-from benchmarks.clients.programs import Images
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from benchmarks.clients.client import Client, instead
+from benchmarks.clients.programs import Images
 
 sys.modules.setdefault("timm.models.layers.helpers", timm.layers)  # where moco-v3 finds it in timm 0.4
 
