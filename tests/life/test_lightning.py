@@ -413,6 +413,15 @@ def test_a_published_module_trains_at_all_widths(tmp_path, monkeypatch):
         torch.testing.assert_close(small(inputs, inputs), slim_losses[1].model(inputs, inputs))
 
 
+def test_a_recipe_elsewhere_does_not_mind_gradients_that_come_within_the_optimizer_s_step():
+    other = slimmable.layers.SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
+    recipe = slimmable.SlimRecipe(other)
+    recipe.backward(lambda: other(torch.ones(1, 4)).sum())
+    method = Plain(WIDTHS)
+    fit(method, slim(method), epochs=1)
+    assert recipe.steps_done == 1
+
+
 class InParallel(Plain):
     """Saves what two processes had and what the optimizer got."""
 
