@@ -48,7 +48,7 @@ CLIENTS = [
     example("barlowtwins"),
     example("byol", needs=COPIED),
     example("dcl"),
-    example("densecl", needs="the pool, which the forward runs, made before `slimify`"),
+    example("densecl", needs=f"{COPIED}; the pool, which the forward runs, made before that"),
     example("directclr", extracts="model"),
     example("dino", SMALL_CROPS, extracts="model.student_backbone", needs=f"{COPIED}; {LATER}"),
     example("fastsiam"),
