@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +16,60 @@ from slimmable.errors import CheckpointError
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, flush it to disk, and only then replace `path` with it.
+    """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`.
 
     Raises: CheckpointError: if it cannot be written; what was at `path` is still there.
-
-    >>> import tempfile
-    >>> target = Path(tempfile.mkdtemp()) / "note.txt"
-    >>> write_aside(target, lambda path: path.write_text("done"))
-    >>> target.read_text()
-    'done'
     """
     if not path.name:
         raise CheckpointError(f"{path} is a folder; pass the path of a file")
-    aside = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
     try:
-        mode = _touch(aside)
-        write(aside)
-        aside.chmod(mode)  # safetensors makes private files
-        _sync(aside)
-        os.replace(aside, path)
-        if os.name == "posix":
-            _sync(path.parent)
+        with _moved_up(path.parent) as aside:
+            write(aside / path.name)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             kept = "; the previous one is unharmed" if path.exists() else ""
             raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
         raise
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
-def fill_aside(folder: Path, fill: Callable[[Path], object]) -> list[Path]:
-    """Let `fill` make files in a temporary folder inside `folder`, move them up when all are done, return their paths.
+def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done.
 
     Raises: CheckpointError: if it cannot be written; what was in `folder` is still there, unless the system fails while
         the finished files are being moved.
-
-    >>> target = Path(tempfile.mkdtemp())
-    >>> [path.name for path in fill_aside(target, lambda inside: (inside / "note.txt").write_text("done"))]
-    ['note.txt']
     """
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as name:
-            aside = Path(name)
-            mode = _touch(aside / "mode")
-            (aside / "mode").unlink()
+        with _moved_up(folder) as aside:
             fill(aside)
-            files = sorted(aside.iterdir())
-            for file in files:
-                file.chmod(mode)
-                _sync(file)
-            paths = [file.replace(folder / file.name) for file in files]
-        if os.name == "posix":
-            _sync(folder)
         made = False
-        return paths
     except OSError as error:
         raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
     finally:
         if made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def _moved_up(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside `folder`; then flush its files to disk and move them into `folder`."""
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as name:
+        aside = Path(name)
+        empty = aside / "empty"
+        empty.touch()
+        mode = empty.stat().st_mode & 0o777  # the default for new files; safetensors makes private ones
+        empty.unlink()
+        yield aside
+        files = list(aside.iterdir())
+        for file in files:
+            file.chmod(mode)
+            _sync(file)
+        for file in files:
+            file.replace(folder / file.name)
+    if os.name == "posix":
+        _sync(folder)
 
 
 def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -94,12 +83,6 @@ def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
             raise CheckpointError(f"{name} is {kind}, not a plain tensor with values, and cannot be saved")
     plain = torch.contiguous_format
     return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in tensors.items()}
-
-
-def _touch(path: Path) -> int:
-    """Create an empty file and return its mode, the default for new files."""
-    path.touch()
-    return path.stat().st_mode & 0o777
 
 
 def _sync(path: Path) -> None:

@@ -20,9 +20,14 @@ from slimmable.errors import DataError, UsageError
 _BUCKET = 25 * 2**20  # about the bytes in one reduction, as in DistributedDataParallel
 
 
+def in_group() -> bool:
+    """Return whether there is a process group, if only of this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def alone() -> bool:
     """Return whether there is no process group, or this process is the only one in it."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    return not in_group() or dist.get_world_size() == 1
 
 
 def rank() -> int:
@@ -67,12 +72,24 @@ def any_process(value: bool, device: torch.device) -> bool:
     return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
 
 
-def from_all(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors of all processes in rank order, without gradient; shapes and types must agree."""
+def from_all(tensor: Tensor) -> Tensor:
+    """Return the tensors of all processes, stacked in rank order, without gradient; shapes and types must agree."""
     own = tensor.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own)
-    return parts
+    everyones = own.new_empty((dist.get_world_size(), *own.shape))
+    dist.all_gather(list(everyones.unbind()), own)
+    return everyones
+
+
+def from_all_alike(where: str, own: str, advice: str, device: torch.device, number: int = 0) -> list[int]:
+    """Return a number of each process; raise `DataError` in all unless `own`, which says what each has, is the same."""
+    digest = zlib.crc32(own.encode())
+    numbers, digests = from_all(torch.tensor([number, digest], device=device)).T.tolist()
+    if len(set(digests)) > 1:
+        all_own: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_own, own)
+        listed = "; ".join(f"process {rank}: {what}" for rank, what in enumerate(all_own))
+        raise DataError(f"{where}: the processes' tensors must be alike, but are {listed}; {advice}")
+    return cast("list[int]", numbers)
 
 
 def means_over_processes(*values: Tensor) -> list[float]:
@@ -146,7 +163,11 @@ def gather(tensor: Tensor) -> Tensor:
     """
     if alone():
         return tensor
-    _check_alike(tensor)
+    graph = ", with gradient" if tensor.requires_grad and torch.is_grad_enabled() else ""
+    own = f"{tuple(tensor.shape)} of {tensor.dtype}{graph}"
+    from_all_alike("gather", own, "use batches of one size (drop_last=True)", tensor.device)
+    if tensor.ndim == 0:
+        raise DataError("gather: a scalar has no dim 0 to join along; pass a tensor of shape (batch, ...)")
     return cast(Tensor, _Gather.apply(tensor))
 
 
@@ -155,7 +176,7 @@ class _Gather(Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return torch.cat(from_all(tensor))
+        return from_all(tensor).flatten(0, 1)
 
     @staticmethod
     @once_differentiable
@@ -163,19 +184,3 @@ class _Gather(Function):
         total = at_least_float32(grad).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.tensor_split(dist.get_world_size())[dist.get_rank()].to(grad.dtype)
-
-
-def _check_alike(tensor: Tensor) -> None:
-    """Raise `DataError` in all processes unless their tensors can be gathered."""
-    graph = tensor.requires_grad and torch.is_grad_enabled()
-    own = f"{tuple(tensor.shape)} of {tensor.dtype}{', with gradient' if graph else ''}"
-    digest = torch.tensor(zlib.crc32(own.encode()), device=tensor.device)
-    if len(set(torch.stack(from_all(digest)).tolist())) > 1:
-        all_own: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_own, own)
-        listed = "; ".join(f"process {number}: {what}" for number, what in enumerate(all_own))
-        raise DataError(
-            f"gather: the processes' tensors must be alike, but are {listed}; use batches of one size (drop_last=True)"
-        )
-    if tensor.ndim == 0:
-        raise DataError("gather: a scalar has no dim 0 to join along; pass a tensor of shape (batch, ...)")

@@ -14,26 +14,14 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def is_under(name: str, pattern: str) -> bool:
-    """Tell whether a module's name, or that of a module above it, matches an `fnmatch` pattern.
-
-    >>> is_under("layer1.0.conv1", "layer1*"), is_under("layer1.0.conv1", "layer1"), is_under("layer10", "layer1")
-    (True, True, False)
-    """
+    """Tell whether a module's name, or that of a module above it, matches an `fnmatch` pattern."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[: count + 1]), pattern) for count in range(len(parts)))
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put all of `model` into evaluation mode while the block runs, then restore each module's own mode.
-
-    >>> model = nn.Sequential(nn.Dropout().eval(), nn.Dropout())
-    >>> with in_eval_mode(model):
-    ...     [module.training for module in model.modules()]
-    [False, False, False]
-    >>> [module.training for module in model.modules()]
-    [True, False, True]
-    """
+    """Put all of `model` into evaluation mode while the block runs, then restore each module's own mode."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -47,12 +35,6 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters, buffers and plain attributes of a module itself that are tensors.
 
     Of the attributes only floating-point numbers count, such as a position table; integers are indices.
-
-    >>> import torch
-    >>> norm = nn.LayerNorm(2, bias=False)
-    >>> norm.table = torch.zeros(2)
-    >>> list(tensors_of(norm))
-    ['weight', 'table']
     """
     plain = {name: value for name, value in module.__dict__.items() if type(value) is Tensor}
     owned = {**module._parameters, **module._buffers}
@@ -128,11 +110,7 @@ def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:
 
 
 def size_axes(module: nn.Module) -> dict[str, int]:
-    """Return attribute -> axis of the weight; axis 1 of a convolution's is the attribute divided by `groups`.
-
-    >>> size_axes(nn.Conv2d(4, 8, 3))
-    {'out_channels': 0, 'in_channels': 1}
-    """
+    """Return attribute -> axis of the weight; axis 1 of a convolution's is the attribute divided by `groups`."""
     if isinstance(module, nn.Linear):
         return {"out_features": 0, "in_features": 1}
     if isinstance(module, nn.modules.conv._ConvNd):

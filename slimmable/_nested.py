@@ -22,12 +22,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
-    """Return the same tensors with names such as "1.features", joined from positions, keys and attribute names.
-
-    >>> import torch
-    >>> [name for name, _ in named_tensors((torch.zeros(1), {"features": [torch.zeros(1)]}))]
-    ['0', '1.features.0']
-    """
+    """Return the same tensors with names such as "1.features", joined from positions, keys and attribute names."""
     return list(_named(output, (), set()))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -274,13 +275,18 @@ def state(objects: Mapping[str, Any]) -> State:
             continue
         tensors = {**dict(module.named_buffers()), **module.state_dict()}
         found |= {f"{name}.{key}": value.detach().clone() for key, value in tensors.items()}
-        for place, part in module.named_modules():
+        for place, part in _own_parts(module):
             for key, value in vars(part).items():
                 if isinstance(value, Tensor) and value.grad_fn is None:
                     found[f"{name}.{place}.{key}"] = value.detach().clone()
                 elif isinstance(value, int | float) and not key.startswith("_slim"):
                     found[f"{name}.{place}.{key}"] = value
     return found
+
+
+def _own_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the program's own modules with their names; a wrapper keeps notes of its own between processes."""
+    return ((name, part) for name, part in module.named_modules() if not isinstance(part, DistributedDataParallel))
 
 
 def checkpoint(objects: Mapping[str, Any]) -> bytes:
@@ -311,7 +317,7 @@ def load(objects: Mapping[str, Any], saved: bytes) -> None:
 def _rest(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the tensors and numbers that a module keeps, but leaves out of its state dict, by submodule."""
     found: dict[str, dict[str, Any]] = {}
-    for place, part in module.named_modules():
+    for place, part in _own_parts(module):
         loose = {key: part._buffers[key] for key in part._non_persistent_buffers_set}
         loose |= {key: value for key, value in vars(part).items() if isinstance(value, Tensor | int | float)}
         if loose:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.clients import lightly, records
+from benchmarks.clients import facebook, lightly, records
 from benchmarks.clients.measure import measure
 from benchmarks.measuring import environment
 from benchmarks.timm_zoo.guard import guarded
 
-CLIENTS = {client.name: client for client in lightly.CLIENTS}
+CLIENTS = {client.name: client for client in [*lightly.CLIENTS, *facebook.CLIENTS]}
 
 
 def main() -> None:

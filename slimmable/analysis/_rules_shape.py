@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from slimmable.analysis._context import Context, dim_of, rule_of, tensors
+from slimmable.analysis._context import Context, dim_of, rule_of
 from slimmable.analysis._rules_pointwise import Args, Kwargs, unknown
 from slimmable.analysis.labels import Ids, spread
 
@@ -196,16 +196,6 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         first, second = np.split(ids, 2)
         axes[dim] = ctx.merge(first, second)
     ctx.label(out, axes, ctx.origin(args[0]))
-
-
-@rule_of("unbind", "select")
-def pick(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Take single units of an axis, which then cannot shrink."""
-    dim = dim_of(args, kwargs, 1, args[0].ndim)
-    axes = ctx.axes(args[0])
-    ctx.pin(axes[dim], "single units are picked")
-    for result in tensors(out):
-        ctx.label(result, axes[:dim] + axes[dim + 1 :], ctx.origin(args[0]))
 
 
 @rule_of("slice", "narrow")

@@ -92,7 +92,11 @@ class PretrainConfig:
         shown="a twentieth of all",
     )
     weight_decay: float = option(0.05, "weight decay, not applied to norms and biases", within=NOT_NEGATIVE)
-    precision: str = option("float32", "bfloat16: mixed precision", choices=("float32", "bfloat16"))
+    precision: str = option(
+        "float32",
+        "bfloat16, float16: mixed precision; float16 scales the losses, and skips steps whose gradients overflow",
+        choices=("float32", "bfloat16", "float16"),
+    )
     seed: int = option(
         0,
         "seed of the weights, the order of the images and the views",

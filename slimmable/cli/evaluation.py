@@ -136,11 +136,9 @@ class _Prober:
         self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
     ) -> None:
         self.probes, self.workers = probes, workers
-        self.size = (images.channels, config.image_size, config.image_size)
-        self.train, self.test = (
-            some_of(Plain(images.train, config.image_size), most),
-            Plain(images.test, config.image_size),
-        )
+        size = config.image_size
+        self.size = (images.channels, size, size)
+        self.train, self.test = some_of(Plain(images.train, size), most), Plain(images.test, size)
         self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
     def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], float]:

@@ -89,8 +89,7 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
     """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
     size = " x ".join(map(str, images.shape[2:]))
-    what = f"{name} does not accept images of {size} pixels"
-    with torch.no_grad(), explained(what, "; choose another --image-size"):
+    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", "; choose another --image-size"):
         return model.eval()(images)
 
 

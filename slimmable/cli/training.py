@@ -16,7 +16,7 @@ from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images
 from slimmable.cli.loader import Steps, Views, load, make_views, seed_of
 from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from slimmable.errors import DivergedError, UsageError
+from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
 from slimmable.losses.distillation import DistillationKind
@@ -24,6 +24,7 @@ from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
 
 _GATE_ALPHA = 10.0  # over the whole training: 0.02 per epoch for 500 epochs (Krishna et al. 2023)
+_LEAST_SCALE = 2.0**-20  # of the losses in float16; where gradients overflow even then, scaling is not the matter
 _RANDOM_WIDTHS = 2  # per step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
 
 
@@ -64,6 +65,7 @@ class Training:
         if config.gate_budget is not None:
             self.gates = GateBudget(config.gate_budget, budget_weight=config.gate_loss_weight, alpha=_GATE_ALPHA)
         self.optimizer = make_optimizer(config, method.online)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         rising = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
         warm_up = round(rising * self.steps_per_epoch)
         if warm_up >= self.steps:
@@ -87,14 +89,16 @@ class Training:
             Batch(views, labels),
             progress,
             step=self.step,
-            autocast=torch.bfloat16 if self.config.precision == "bfloat16" else None,
+            autocast=None if self.config.precision == "float32" else getattr(torch, self.config.precision),
+            backward=lambda loss: self.scaler.scale(loss).backward(),  # type: ignore[no-untyped-call]
             diagnostics=self.diagnostics,
             gates=self.gates,
         )
         average_gradients(self.method)
         if self.diagnostics is not None:
-            self.diagnostics.after_step()
-        self.optimizer.step()
+            self.diagnostics.after_step(self.scaler.get_scale())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         return losses
 
@@ -119,7 +123,9 @@ class Training:
         self.schedule.step_update(self.step)
 
     def check_finite(self) -> None:
-        """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was."""
+        """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was, or none can change."""
+        if self.scaler.get_scale() < _LEAST_SCALE:
+            raise DivergedError(f"gradients are not finite, even of losses scaled by {self.scaler.get_scale():g}")
         for name, parameter in self.method.named_parameters():
             if not parameter.isfinite().all():
                 raise DivergedError(f"{name} is no longer finite")
@@ -128,6 +134,7 @@ class Training:
         """Return the tensors that resuming needs besides those of the encoder."""
         state = self.method.state_dict()
         own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
+        own |= {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
         return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
 
     def save(self, path: Path) -> None:
@@ -139,6 +146,10 @@ class Training:
         encoder = {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
         load_exactly(self.method, encoder | _under("method.", checkpoint.training), "the checkpoint")
         load_optimizer_tensors(self.optimizer, _under("optimizer.", checkpoint.training))
+        scaler = {name: tensor.item() for name, tensor in _under("scaler.", checkpoint.training).items()}
+        if scaler.keys() != self.scaler.state_dict().keys():
+            raise CheckpointError("the checkpoint lacks the state of the gradients' scaler")
+        self.scaler.load_state_dict(scaler)
         self.step = checkpoint.step
         self._batches = iter(())
 

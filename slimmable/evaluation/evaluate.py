@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._checks import check_classes, check_count, check_labelled, check_matrices, check_module, check_tensors
+from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
-from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
 from slimmable.evaluation.knn import knn_accuracy
 from slimmable.evaluation.linear import ridge_classifier, train_probe, train_slimmable_probe
-from slimmable.view.state import state_of
 
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
 
@@ -211,8 +210,7 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
 
     Features of a network without a plan of its own are returned unchanged.
     """
-    state = state_of(backbone)
-    plan: Plan | None = None if state is None or state.path else state.plan
+    plan = plan_of(backbone)
     ids = None if plan is None else plan.channels.outputs[0].units[1]
     if plan is None or ids is None:
         return features

@@ -14,7 +14,6 @@ from slimmable.errors import CheckpointError
 from slimmable.files.state_dicts import differences, fits_inside
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-_NUMBERS = (int, float, bool, str)
 
 
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -73,7 +72,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, _NUMBERS)
+    return value is None or isinstance(value, (int, float, bool, str))
 
 
 def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

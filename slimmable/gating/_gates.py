@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -229,7 +229,7 @@ class LayerGates(SwitchableContainer):
     def masked(self, source: Tensor, number: int) -> Tensor:
         """Return the input of a reader, given by its number, with closed units set to zero."""
         if self.idle:
-            return source
+            return cast(Tensor, self.linked(source))
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
@@ -242,7 +242,7 @@ class LayerGates(SwitchableContainer):
             mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))
         shape = [1] * source.ndim
         shape[0], shape[self.reader_axes[number]] = mask.shape
-        return source * mask.to(source.dtype).view(shape)
+        return cast(Tensor, self.linked(source * mask.to(source.dtype).view(shape)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a running forward."""

@@ -104,19 +104,16 @@ class _Program:
     recipe: SlimRecipe
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.width = options.slim_width
+        self.options, self.width = options, options.slim_width
         self.widths = check_widths({*options.slim_widths, self.width or 1.0})
-        self.distill, self.slow_start = options.slim_distill, options.slim_slow_start
 
     def install(self) -> None:
-        replaced: list[tuple[Any, str, Any]] = [(each, "create_model", self.create_model) for each in (timm, models)]
-        replaced += [(models, "load_checkpoint", self.load_checkpoint)]
-        replaced += [(scheduler, "create_scheduler_v2", self.create_scheduler)]
-        for name, task in vars(tasks).items():
-            if isinstance(task, type) and issubclass(task, tasks.TrainingTask) and task is not tasks.TrainingTask:
-                replaced += [(tasks, name, self.slim(task))]
-        for module, name, own in replaced:
-            setattr(module, name, own)
+        timm.create_model = models.create_model = self.create_model  # type: ignore[assignment]
+        models.load_checkpoint = self.load_checkpoint
+        scheduler.create_scheduler_v2 = self.create_scheduler  # type: ignore[attr-defined]
+        for name, task in dict(vars(tasks)).items():
+            if isinstance(task, type) and issubclass(task, tasks.TrainingTask) and name != "TrainingTask":
+                setattr(tasks, name, self.slim(task))
 
     def create_model(self, *args: Any, checkpoint_path: str = "", **options: Any) -> nn.Module:
         model = slimify(_create_model(*args, **options), self.widths, inplace=True)
@@ -126,8 +123,9 @@ class _Program:
                 return extract(model, self.width)
             slimify(model, self.widths, inplace=True)
         set_width(model, self.width or 1.0)
-        distill = OnlineDistillation("kl", 1.0, 1.0, weight=self.distill) if self.distill else None
-        self.recipe = SlimRecipe(model, distill, slow_start=self.slow_start)
+        weight = self.options.slim_distill
+        distill = OnlineDistillation("kl", 1.0, 1.0, weight=weight) if weight else None
+        self.recipe = SlimRecipe(model, distill, slow_start=self.options.slim_slow_start)
         return model
 
     def load_checkpoint(self, model: nn.Module, checkpoint_path: str, *args: Any, **options: Any) -> None:

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from slimmable._width import at_width
-from slimmable.errors import CheckpointError
 from slimmable.training import SlimRecipe
-
-__all__ = ["SlimTrainer"]
 
 
 class SlimTrainer(Trainer):
@@ -32,8 +29,7 @@ class SlimTrainer(Trainer):
     def __init__(self, *args: Any, recipe: SlimRecipe, eval_widths: tuple[float, ...] = (), **options: Any) -> None:
         super().__init__(*args, **options)
         self.recipe, self.eval_widths = recipe, eval_widths
-        self._sums: dict[str, Any] = defaultdict(float)
-        self._counts: dict[str, float] = defaultdict(float)
+        self._logged: dict[str, list[Tensor]] = defaultdict(list)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run the Trainer's step at each width, and return the loss of the widest."""
@@ -57,19 +53,18 @@ class SlimTrainer(Trainer):
             accelerator.backward(loss / scale, **held.pop()[1])
 
         loss = recipe.backward(closure, backward=backward) / scale
-        narrow = {f"loss/w{width:g}": own / scale for width, own in recipe.losses.items() if width != 1.0}
-        for name, value in [*narrow.items(), *((f"distillation/w{w:g}", d) for w, d in recipe.distillations.items())]:
-            self._sums[name] += value
-            self._counts[name] += 1 / batches if name in narrow else 1
+        for name, values in ("loss", recipe.losses), ("distillation", recipe.distillations):
+            for width in values.keys() & recipe.loss_weights.keys() - {1.0}:  # but not widths drawn for this step
+                value = values[width] * batches / scale if name == "loss" else values[width]
+                self._logged[f"{name}/w{width:g}"].append(value)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Log what the Trainer logs, and beside a `loss` the means of the narrower widths since the last one."""
-        if "loss" in logs and self._sums:
-            means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
-            logs |= zip(self._sums, self.accelerator.reduce(means, "mean").tolist(), strict=True)
-            self._sums.clear()
-            self._counts.clear()
+        if "loss" in logs and self._logged:
+            means = torch.stack([torch.stack(self._logged[name]).mean() for name in sorted(self._logged)])
+            logs |= zip(sorted(self._logged), self.accelerator.reduce(means, "mean").tolist(), strict=True)
+            self._logged.clear()
         super().log(logs, *args, **options)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -89,15 +84,3 @@ class SlimTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.model.__dict__.pop("save_pretrained", None)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint that lacks weights, with which the Trainer would go on."""
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
-        loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
-        lacking = [name for name, weight in weights.items() if id(weight) not in loaded]  # not tied ones
-        if lacking:
-            raise CheckpointError(
-                f"this checkpoint lacks {len(lacking)} weights of {type(self.model).__name__}, such as {lacking[0]}; "
-                "it is of a model that was not converted alike, or a plain Trainer has written it under other names"
-            )
-        super()._issue_warnings_after_load(load_result)

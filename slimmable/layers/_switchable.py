@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._widths import check_widths, kept_units
@@ -183,10 +183,6 @@ class SwitchableProbe(SwitchableContainer):
     def module_at(self, index: int) -> nn.Linear:
         """Return the classifier of the width with this index; 0 is the full width."""
         return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the scores from the classifier of the active width."""
-        return cast(Tensor, self.module_at(self._slim.index)(features))
 
     def __repr__(self) -> str:
         settings = f"in_features={self.in_features}, num_classes={self.num_classes}"

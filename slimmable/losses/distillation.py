@@ -116,11 +116,8 @@ def standardised_distillation(student: Tensor, teacher: Tensor, temperature: flo
     """
     student, teacher = _prepare("standardised_distillation", student, teacher)
     check_positive("standardised_distillation", temperature=temperature, scale=scale)
-    classes = student.shape[1:]
-    return temperature**2 * _divergence(
-        (F.layer_norm(student, classes) * scale / temperature).log_softmax(1),
-        (F.layer_norm(teacher, classes) * scale / temperature).log_softmax(1),
-    )
+    standard = (F.layer_norm(logits, logits.shape[1:]) for logits in (student, teacher))
+    return temperature**2 * _divergence(*((each * scale / temperature).log_softmax(1) for each in standard))
 
 
 def _prepare(where: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,8 +140,7 @@ def _split(logits: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(target, int):
         if not 0 <= target < classes:
             raise DataError(f"decoupled_distillation: target column {target} is not among the {classes} classes")
-        others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1) if target else logits[:, 1:]
-        return logits[:, target : target + 1], others
+        target = torch.full((batch,), target, device=logits.device)
     if not isinstance(target, Tensor):
         raise DataError(f"decoupled_distillation: target must be a column number or a tensor of them, got {target!r}")
     if target.shape != (batch,) or target.is_floating_point():
@@ -155,6 +151,15 @@ def _split(logits: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
     right = target.long()[:, None]
     columns = torch.arange(classes - 1, device=logits.device)
     return logits.gather(1, right), logits.gather(1, columns + (columns >= right))
+
+
+_COMPARE: dict[str, Callable[..., Tensor]] = {
+    "kl": soft_cross_entropy,
+    "embedding": embedding_cross_entropy,
+    "mse": squared_error,
+    "dkd": decoupled_distillation,
+    "atkd": standardised_distillation,
+}
 
 
 class OnlineDistillation(nn.Module):
@@ -214,7 +219,9 @@ class OnlineDistillation(nn.Module):
 
     def forward(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: int | Tensor = 0) -> Tensor:
         """Return the loss of `student`; `target` is the column of the right class, which only `dkd` needs."""
-        return torch.stack([self._compare(student, teacher, target) for teacher in self._chosen(teachers)]).mean()
+        more = {"kl": self._temperatures, "embedding": self._temperatures, "dkd": (target,)}.get(self.kind, ())
+        compare = _COMPARE[self.kind]
+        return torch.stack([compare(student, teacher, *more) for teacher in self._chosen(teachers)]).mean()
 
     @torch.no_grad()
     def floor(self, teachers: Tensor | Sequence[Tensor]) -> Tensor:
@@ -232,9 +239,8 @@ class OnlineDistillation(nn.Module):
         if self.kind not in ("kl", "embedding"):
             return chosen[0].new_zeros(())
         logits = chosen if self.kind == "kl" else [unit_vectors(teacher) for teacher in chosen]
-        temperatures = self.teacher_temperature, self.student_temperature
         agreeing = self.student_temperature / self.teacher_temperature
-        return torch.stack([soft_cross_entropy(agreeing * each, each, *temperatures) for each in logits]).mean()
+        return torch.stack([soft_cross_entropy(agreeing * each, each, *self._temperatures) for each in logits]).mean()
 
     def _chosen(self, teachers: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if isinstance(teachers, Tensor):
@@ -246,16 +252,9 @@ class OnlineDistillation(nn.Module):
             raise UsageError("OnlineDistillation: there is no teacher; give the output of at least one wider width")
         return several[:1] if self.teachers == "widest" else several
 
-    def _compare(self, student: Tensor, teacher: Tensor, target: int | Tensor) -> Tensor:
-        if self.kind == "kl":
-            return soft_cross_entropy(student, teacher, self.teacher_temperature, self.student_temperature)
-        if self.kind == "embedding":
-            return embedding_cross_entropy(student, teacher, self.teacher_temperature, self.student_temperature)
-        if self.kind == "mse":
-            return squared_error(student, teacher)
-        if self.kind == "dkd":
-            return decoupled_distillation(student, teacher, target)
-        return standardised_distillation(student, teacher)
+    @property
+    def _temperatures(self) -> tuple[float, float]:
+        return self.teacher_temperature, self.student_temperature
 
     def extra_repr(self) -> str:
         """Return the arguments of the constructor."""
@@ -263,29 +262,22 @@ class OnlineDistillation(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _widest_plus(widths: Sequence[float], extra: float) -> list[float]:
+def _widest_plus(widths: list[float], extra: float) -> list[float]:
     return [1 + extra if width == max(widths) else 1.0 for width in widths]
 
 
-def _narrower_sums(widths: Sequence[float]) -> list[float]:
-    sums = [1 + sum(other for other in widths if other < width) for width in widths]
-    return [len(widths) * value / sum(sums) for value in sums]
+def _with_mean_one(values: list[float]) -> list[float]:
+    return [len(values) * value / sum(values) for value in values]
 
 
-def _widest_plus_second(widths: Sequence[float]) -> list[float]:
-    if len(widths) < 2:
-        raise WidthError(f"mode 'widest_plus_second' needs at least two widths, got {list(widths)}")
-    return _widest_plus(widths, sorted(widths)[-2])
-
-
-_MODES: dict[str, Callable[[Sequence[float]], list[float]]] = {
+_MODES: dict[str, Callable[[list[float]], list[float]]] = {
     "ones": lambda widths: [1.0] * len(widths),
     "share": lambda widths: [width / sum(widths) for width in widths],
-    "width": lambda widths: list(widths),
-    "scaled_share": lambda widths: [len(widths) * width / sum(widths) for width in widths],
+    "width": lambda widths: widths,
+    "scaled_share": _with_mean_one,
     "widest_plus_rest": lambda widths: _widest_plus(widths, sum(widths) - max(widths)),
-    "narrower_sums": _narrower_sums,
-    "widest_plus_second": _widest_plus_second,
+    "narrower_sums": lambda widths: _with_mean_one([1 + sum(w for w in widths if w < width) for width in widths]),
+    "widest_plus_second": lambda widths: _widest_plus(widths, sorted(widths)[-2]),
 }
 
 
@@ -313,6 +305,8 @@ def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tu
     check_widths(widths)
     if not isinstance(mode, str) or mode not in _MODES:
         raise UsageError(f"unknown mode {mode!r} of width weights; choose one of {', '.join(_MODES)}")
+    if mode == "widest_plus_second" and len(widths) < 2:
+        raise WidthError(f"mode 'widest_plus_second' needs at least two widths, got {list(widths)}")
     return tuple(float(weight) for weight in _MODES[mode](list(widths)))
 
 

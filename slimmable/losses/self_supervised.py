@@ -89,14 +89,12 @@ def nt_xent_logits(z0: Tensor, z1: Tensor) -> Tensor:
     check_same_shape("nt_xent_logits", z0=z0, z1=z1)
     z0, z1 = unit_vectors(z0), unit_vectors(z1)
     across = matmul_without_autocast(z0, z1.T)
-    within = [_off_diagonal(matmul_without_autocast(z, z.T)) for z in (z0, z1)]
     positives = across.diagonal()[:, None]
-    return torch.cat(
-        [
-            torch.cat([positives, _off_diagonal(across), within[0]], dim=1),
-            torch.cat([positives, _off_diagonal(across.T), within[1]], dim=1),
-        ]
-    )
+    rows = [
+        torch.cat([positives, _off_diagonal(other), _off_diagonal(matmul_without_autocast(z, z.T))], dim=1)
+        for z, other in ((z0, across), (z1, across.T))
+    ]
+    return torch.cat(rows)
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +150,7 @@ class Method(nn.Module):
         *,
         step: int | None = None,
         autocast: torch.dtype | None = None,
+        backward: Callable[[Tensor], object] = Tensor.backward,
         diagnostics: GradientDiagnostics | None = None,
         gates: GateBudget | None = None,
     ) -> dict[float, float]:
@@ -164,16 +165,18 @@ class Method(nn.Module):
             batch: views, and labels for methods that use them.
             progress: fraction of the training done, in [0, 1].
             step: number of this step, see `SlimRecipe.widths`.
-            autocast: dtype for mixed precision, such as `torch.bfloat16`, or None. Losses are not scaled, as float16
-                would need.
+            autocast: dtype for mixed precision, such as `torch.bfloat16`, or None.
+            backward: function to call with each width's loss. float16 needs that of a `torch.amp.GradScaler`,
+                `lambda loss: scaler.scale(loss).backward()`, and `scaler.step(optimizer)` for the optimizer's step.
             diagnostics: records every `backward`; after an error, its records of this step are discarded.
             gates: if given, the first view goes through the gated network and the second through the dense one (Krishna
                 et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
                 the whole training. Otherwise gates are off.
 
         Raises:
-            DivergedError: if a loss is not finite; all gradients are then cleared. Losses are read once, after the last
-                `backward`, because reading a number makes the CPU wait for the GPU.
+            DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error, as
+                a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
+                makes the CPU wait for the GPU.
             UsageError: if the recipe belongs to another model, the batch has the wrong number of views, or `gates` is
                 given for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
             DataError: if a view is not a tensor, or the views have different numbers of images.
@@ -194,7 +197,7 @@ class Method(nn.Module):
                         loss = outcome.loss if gates is None or run is None else outcome.loss + gates(run, progress)
                         loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
                     found[width] = outcome.loss.detach(), loss.detach()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    backward(loss)
                 del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)

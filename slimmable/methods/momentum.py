@@ -70,7 +70,7 @@ class MoCoV2(Method):
 class _WithPredictor(Method):
     """A method with a predictor, and with a momentum encoder for both views whose momentum rises to 1."""
 
-    def __init__(self, encoder: nn.Module, predictor: nn.Module, momentum: float) -> None:
+    def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
         super().__init__(encoder)
         name = type(self).__name__
         check_module(f"{name}: predictor", predictor)
@@ -112,7 +112,7 @@ class MoCoV3(_WithPredictor):
     def __init__(
         self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.99, temperature: float = 1.0
     ) -> None:
-        super().__init__(encoder, predictor, momentum)
+        super().__init__(encoder, predictor, momentum=momentum)
         check_positive("MoCoV3", temperature=temperature)
         self.temperature = temperature
 
@@ -178,9 +178,6 @@ class BYOL(_WithPredictor):
     [1.0, 0.5]
     """
 
-    def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
-        super().__init__(encoder, predictor, momentum)
-
     @staticmethod
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the two-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
@@ -207,10 +204,6 @@ class BYOL(_WithPredictor):
 
 def _mlp(sizes: Sequence[int], last_norm: bool) -> nn.Sequential:
     """Return MoCo v3's head or predictor: linear layers without bias; the last BatchNorm has no gain or bias."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes[:-1]):
-        layers += hidden_layer(inputs, outputs, bias=False)
-    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=False))
-    if last_norm:
-        layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
-    return nn.Sequential(*layers)
+    hidden = [layer for inputs, outputs in pairwise(sizes[:-1]) for layer in hidden_layer(inputs, outputs, bias=False)]
+    norm = [nn.BatchNorm1d(sizes[-1], affine=False)] if last_norm else []
+    return nn.Sequential(*hidden, nn.Linear(sizes[-2], sizes[-1], bias=False), *norm)

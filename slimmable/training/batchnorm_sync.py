@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from slimmable._distributed import alone, from_all
+from slimmable._distributed import alone, from_all, from_all_alike
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError
 
@@ -88,7 +88,7 @@ def joined_batch_norm(
         values = at_least_float32(input)
         mean = _sums(values) / max(1, counts[dist.get_rank()])
         squares = _sums((values - _per_channel(mean, values)).square_())
-        means, all_squares = torch.stack(from_all(torch.stack([mean, squares]))).unbind(1)
+        means, all_squares = from_all(torch.stack([mean, squares])).unbind(1)
         mean, squares = merged_moments(counts, means, all_squares)
         total = sum(counts)
         for running, found in ((running_mean, mean), (running_var, squares / (total - 1))):
@@ -146,19 +146,10 @@ def _counts(input: Tensor) -> list[int]:
     if input.ndim < 2:
         raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
     channels = input.shape[1]
-    graph = input.requires_grad and torch.is_grad_enabled()
-    own = [input.numel() // max(1, channels), channels, input.dtype.itemsize, int(graph)]
-    everyones = torch.stack(from_all(torch.tensor(own, device=input.device))).tolist()
-    if any(other[1:] != everyones[0][1:] for other in everyones):
-        listed = "; ".join(
-            f"process {rank}: {other[1]} channels of {other[2]} bytes{', with gradient' if other[3] else ''}"
-            for rank, other in enumerate(everyones)
-        )
-        raise DataError(
-            f"synchronised_batchnorm: the processes' inputs must be alike, but are {listed}; "
-            "run the same layers at the same width in all processes"
-        )
-    counts = [other[0] for other in everyones]
+    graph = ", with gradient" if input.requires_grad and torch.is_grad_enabled() else ""
+    own = f"{channels} channels of {input.dtype.itemsize} bytes{graph}"
+    advice = "run the same layers at the same width in all processes"
+    counts = from_all_alike("synchronised_batchnorm", own, advice, input.device, input.numel() // max(1, channels))
     if sum(counts) < 2:
         raise DataError(
             f"synchronised_batchnorm: the joined batch has {sum(counts)} values per channel, expected more than 1"

@@ -113,31 +113,20 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
 
 @contextmanager
 def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Let the norms collect cumulative averages, starting from zero at each one's first call."""
+    """Let the norms collect cumulative averages; restore those that did not run, or all after an error."""
     momenta = [norm.momentum for norm in norms]
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    started: set[nn.Module] = set()
-
-    def start(norm: nn.Module, _: object) -> None:
-        if norm not in started:
-            started.add(norm)
-            assert isinstance(norm, _BatchNorm)
-            norm.reset_running_stats()
-
-    handles = [norm.register_forward_pre_hook(start) for norm in norms]
+    done = False
     try:
         with in_eval_mode(model):
             for norm in norms:
-                norm.training = True
-                norm.momentum = None
+                norm.reset_running_stats()
+                norm.training, norm.momentum = True, None
             yield
-    except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, buffer in norm.named_buffers(recurse=False):
-                buffer.copy_(buffers[name])
-        raise
+        done = True
     finally:
-        for handle in handles:
-            handle.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
+            if not (done and norm.num_batches_tracked):
+                for name, buffer in norm.named_buffers(recurse=False):
+                    buffer.copy_(buffers[name])

@@ -51,11 +51,11 @@ class GradientDiagnostics:
     | `own_ratio/w0.25` | norm of the gradient of `L_1.0` divided by that of `L_0.25` |
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
 
-    Norms are those of the unmodified gradients, so a `GradScaler` multiplies them by its scale; ratios and cosines do
-    not depend on a common scale. A width's own gradient is the change that its `backward` made to the summed gradients,
-    including their rounding: use float32 parameters, as mixed precision does, rather than half-precision ones. Random
-    widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of the
-    process, or of all if each `backward` averages; total gradients are those present at `after_step`.
+    Norms are those of the gradients as they are; for a `GradScaler`, give its scale to `after_step`. A width's own
+    gradient is the change that its `backward` made to the summed gradients, including their rounding: use float32
+    parameters, as mixed precision does, rather than half-precision ones. Random widths of a recipe count in `L`, but
+    have no columns. With several processes, own gradients are those of the process, or of all if each `backward`
+    averages; total gradients are those present at `after_step`.
 
     A sampled step needs about three times the memory of the gradients, other steps none.
 
@@ -110,34 +110,35 @@ class GradientDiagnostics:
         """
         if self.step % self.every:
             return
-        known = width in self.widths
-        if not known:
+        if width not in self.widths:
             columns_of(places_of(self.model), width)
-        own = self._own.setdefault(width, {}) if known else None
+        own = self._own.setdefault(width, {})
         for shared in self._shared:
             gradient = shared.parameter.grad
             if gradient is None:
                 continue
             before = self._before.get(shared.name)
-            if own is not None:
-                block = shared.blocks[width]
-                part = at_least_float32(block.of(gradient.detach()))
-                part = part.clone() if before is None else part - at_least_float32(block.of(before))
+            if (block := shared.blocks.get(width)) is not None:  # not a random width
+                part = at_least_float32(take(gradient.detach(), block))
+                part = part.clone() if before is None else part - at_least_float32(take(before, block))
                 own[shared.name] = own[shared.name] + part if shared.name in own else part
             self._before[shared.name] = gradient.detach().clone()
         self._called = True
 
-    def after_step(self) -> None:
+    def after_step(self, scale: float = 1.0) -> None:
         """Count the step, and add its row if it is sampled; call it before the optimizer's update.
+
+        Args:
+            scale: the factor that all gradients still have, such as `scaler.get_scale()`; norms are divided by it.
 
         Raises: UsageError: if the step is sampled, but `after_backward` was not called or no shared parameter has a
             gradient.
         """
         if self.step % self.every == 0:
-            self._sample()
+            self._sample(scale)
         self.step += 1
 
-    def _sample(self) -> None:
+    def _sample(self, scale: float) -> None:
         if not self._called:
             raise UsageError(
                 f"GradientDiagnostics.after_step: step {self.step} is sampled, but after_backward was not called in "
@@ -153,8 +154,11 @@ class GradientDiagnostics:
                 "GradientDiagnostics.after_step: no shared parameter has a gradient; call it after the step's last "
                 "backward, and before the gradients are cleared"
             )
-        each = [values_of(s, self.widths) for s, shared in zip(sums, self._shared, strict=True) if _is_layer(shared)]
-        total = values_of(added(sums), self.widths)
+        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if _is_layer(shared)]
+        total, *each = (
+            {name: value / scale if "_norm/" in name else value for name, value in values_of(own, self.widths).items()}
+            for own in (added(sums), *layer_sums)
+        )
         layers = {name: torch.stack([values[name] for values in each]) for name in total} if each else {}
         row: dict[str, float] = {"step": self.step}
         for name, value in total.items():
@@ -195,29 +199,12 @@ class GradientDiagnostics:
 
 
 @dataclass(frozen=True)
-class Block:
-    """The part of a parameter that one width reads; `cut` is None for the whole."""
-
-    cut: Cut | None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return the block of a tensor of the parameter's shape."""
-        return tensor if self.cut is None else take(tensor, self.cut)
-
-    def spread(self, part: Tensor) -> Tensor:
-        """Return a tensor of the parameter's shape with `part` in the block and zeros around it."""
-        if self.cut is None:
-            return part
-        return put(part.new_zeros(()).expand(self.cut.full), self.cut, part)
-
-
-@dataclass(frozen=True)
 class SharedParameter:
-    """A parameter that all widths share."""
+    """A parameter that all widths share, and the block of it that each width reads."""
 
     name: str
     parameter: nn.Parameter
-    blocks: Mapping[float, Block]
+    blocks: Mapping[float, Cut]
 
 
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
@@ -229,12 +216,12 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedP
     places = places_of(model)
     columns = {width: columns_of(places, width) for width in widths}
     column_of = {id(place[0]): {w: columns[w][index] for w in widths} for index, place in enumerate(places)}
-    found: dict[int, dict[float, Block]] = {}
+    found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
         at = column_of.get(id(module), {})
         for name, parameter in _parameters_at_all_widths(module).items():
             if parameter is not None:
-                found.setdefault(id(parameter), {w: _block(module, name, at.get(w)) for w in widths})
+                found.setdefault(id(parameter), {w: _block(module, name, parameter, at.get(w)) for w in widths})
     named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in found]
     return [SharedParameter(name, parameter, found[id(parameter)]) for name, parameter in named]
 
@@ -245,15 +232,13 @@ def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | 
     return {} if isinstance(module, SwitchableContainer) else module._parameters
 
 
-def _block(module: nn.Module, name: str, column: Column | None) -> Block:
+def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | None) -> Cut:
     """Return the block of a parameter that a module's column reads (None for a module without widths)."""
-    if column is None:
-        return Block(None)
-    if not isinstance(module, SwitchableNorm):
-        return Block(column.cuts.get(name))
-    norm = module.norm_at(column.index)
-    state = state_of(norm)  # the norms of narrow widths have a view of the full one's gain and bias
-    return Block(None if state is None else state.columns[0].cuts.get(name))
+    if column is not None and isinstance(module, SwitchableNorm):
+        state = state_of(module.norm_at(column.index))  # narrow norms have a view of the full one's gain and bias
+        column = None if state is None else state.columns[0]
+    cut = None if column is None else column.cuts.get(name)
+    return cut or Cut(tuple(parameter.shape), (), (), (), ())
 
 
 def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:
@@ -263,15 +248,16 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
     `product` (of two widths' own gradients), and `first` and `second` (squares of the two in what both widths read).
     A width's own gradient has the shape of its block.
     """
-    total = at_least_float32(gradient)
-    sums = {("total", width, width): _square(block.of(total)) for width, block in shared.blocks.items()}
+    blocks, total = shared.blocks, at_least_float32(gradient)
+    sums = {("total", width, width): _square(take(total, block)) for width, block in blocks.items()}
     sums |= {("own", width, width): _square(part) for width, part in own.items()}
-    spread = {width: shared.blocks[width].spread(part) for width, part in own.items()}
+    zeros = total.new_zeros(()).expand(total.shape)
+    spread = {width: put(zeros, blocks[width], part) for width, part in own.items()}
     for first, second in combinations(own, 2):
-        part = shared.blocks[second].of(spread[first])
+        part = take(spread[first], blocks[second])
         sums["product", first, second] = _product(part, own[second])
         sums["first", first, second] = _square(part)
-        sums["second", first, second] = _square(shared.blocks[first].of(spread[second]))
+        sums["second", first, second] = _square(take(spread[second], blocks[first]))
     return dict(zip(sums, torch.stack(list(sums.values())).cpu().double(), strict=True))
 
 

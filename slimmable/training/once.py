@@ -56,14 +56,14 @@ class Once:
                 stores += [module._parameters] if is_slim(module) else [module._parameters, vars(module)]
         if widest:
             if self.from_before:
-                self._before = {id(store): _copies(store) for store in stores} | self._before
+                self._before = {id(store): _copied(_state(store)) for store in stores} | self._before
             yield
             return
         if self.from_before and not {id(store) for store in stores} <= self._before.keys():
             raise UsageError("SlimRecipe.once: used at a narrower width, but not used at the widest width of this step")
         after = [(store, _state(store)) for store in stores]
-        for store in stores:
-            store.update(_copied(self._before[id(store)]) if self.from_before else _copies(store))
+        for store, state in after:
+            store.update(_copied(self._before[id(store)] if self.from_before else state))
         try:
             yield
         finally:
@@ -84,12 +84,11 @@ class Replay:
         self._busy = False
 
     @contextmanager
-    def run(self, modules: Iterable[nn.Module], widest: bool) -> Iterator[None]:
+    def run(self, modules: Sequence[nn.Module], widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one.
 
         Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
         """
-        modules = list(modules)
         calls: list[tuple[nn.Module, str, Any]] = []
         for part in _uncompiled(modules):
             name = entry(part)
@@ -144,26 +143,35 @@ class SameDraws:
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one."""
+        states = self._current()
         if widest:
-            self._states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+            self._states = states
             yield
             return
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._states[0])
-            for device, state in zip(self._devices, self._states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+        self._set(self._states)
+        try:
             yield
+        finally:
+            self._set(states)
+
+    def _current(self) -> list[Any]:
+        own = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002  what others draw from
+        return [*own, *map(torch.cuda.get_rng_state, self._devices)]
+
+    def _set(self, states: Sequence[Any]) -> None:
+        python, numpy, of_cpu, *of_gpus = states
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(of_cpu)
+        for device, state in zip(self._devices, of_gpus, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 def shared_by_widths(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of `model` whose state does not belong to a width, as that of a switchable norm does."""
-    pending = [model]
-    while pending:
-        module = pending.pop()
-        if not isinstance(module, SwitchableContainer):
-            if not isinstance(module, DistributedDataParallel):
-                yield module
-            pending.extend(module.children())
+    for module in _walk([model], lambda module: not isinstance(module, SwitchableContainer)):
+        if not isinstance(module, (SwitchableContainer, DistributedDataParallel)):
+            yield module
 
 
 def entry(module: nn.Module) -> str:
@@ -189,6 +197,11 @@ def replaced(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]
 
 def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield modules and those in them, but not what is inside a compiled one."""
+    return _walk(modules, lambda module: entry(module) == "forward" and "_orig_mod" not in module._modules)
+
+
+def _walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """Yield each of `modules`, and each module in one that `enters` accepts, once."""
     seen: set[nn.Module] = set()
     pending = list(modules)
     while pending:
@@ -196,7 +209,7 @@ def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
         if module not in seen:
             seen.add(module)
             yield module
-            if entry(module) == "forward" and "_orig_mod" not in module._modules:
+            if enters(module):
                 pending.extend(module.children())
 
 
@@ -210,19 +223,15 @@ def _state(store: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copies(store: dict[str, Any]) -> dict[str, Any]:
-    return _copied(_state(store))
-
-
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """Return copies of tensors, arrays and containers; other objects themselves."""
-    copies: dict[str, Any] = tree_map(_copied_leaf, state)
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            return nn.Parameter(value.detach().clone(), requires_grad=False)
+        if isinstance(value, Tensor) and not value.requires_grad:
+            return value.clone()
+        return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+
+    copies: dict[str, Any] = tree_map(copied, state)
     return copies
-
-
-def _copied_leaf(value: Any) -> Any:
-    if isinstance(value, nn.Parameter) and not value.requires_grad:
-        return nn.Parameter(value.detach().clone(), requires_grad=False)
-    if isinstance(value, Tensor) and not value.requires_grad:
-        return value.clone()
-    return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value

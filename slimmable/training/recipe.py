@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import random
 import warnings
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
@@ -21,9 +20,8 @@ from slimmable._distributed import average_gradients
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.training.compared import Calls, compared
 from slimmable.training.once import Once, Replay, SameDraws, shared_by_widths
-from slimmable.training.optimizers import OptimizerCheck
+from slimmable.training.watch import Calls, OptimizerCheck, compared
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Teach: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -110,7 +108,6 @@ class SlimRecipe:
         self.losses: dict[float, Tensor] = {}
         self.distillations: dict[float, Tensor] = {}
         self._step: _Step | None = None
-        self._loop: weakref.ref[Generator[float, None, None]] | None = None
         self._calls: Calls | None = None
         self._optimizers = OptimizerCheck(model)
 
@@ -123,7 +120,7 @@ class SlimRecipe:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
-        return {**self.__dict__, "_step": None, "_loop": None, "_calls": None}
+        return {**self.__dict__, "_step": None, "_calls": None}
 
     def backward(
         self,
@@ -135,9 +132,9 @@ class SlimRecipe:
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
-        The closure runs once per width, and each width's graph is gone before the next one runs. If the model is
-        wrapped in DistributedDataParallel, the gradients are averaged once, after the last width (or not, under its
-        `no_sync`).
+        The closure runs once per width, and each width's graph is gone before the next one runs. Set gradients to zero
+        before, not after. If the model is wrapped in DistributedDataParallel, the gradients are averaged once, after
+        the last width (or not, under its `no_sync`).
 
         Args:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
@@ -153,8 +150,9 @@ class SlimRecipe:
         """
         run_backward = backward or self._backward or Tensor.backward
         with self._one_reduction():
-            for part, _ in self._parts(closure, frozen, once):
-                run_backward(part)
+            for part in self.parts(closure, frozen=frozen, once=once):
+                with _without_autocast(part.device.type):  # in which the whole step may be
+                    run_backward(part)
         return self.losses[1.0]
 
     def total(
@@ -172,8 +170,51 @@ class SlimRecipe:
         >>> bool(total.isclose(sum(recipe.losses.values())))
         True
         """
-        parts = [part - excess for part, excess in self._parts(closure, frozen, once)]
-        return torch.stack(parts).sum()
+        parts = self.parts(closure, frozen=frozen, once=once)
+        return torch.stack([part - self._step.excess if self._step else part for part in parts]).sum()
+
+    def parts(
+        self, closure: Callable[[], Loss], *, frozen: Iterable[nn.Module] = (), once: Iterable[nn.Module] = ()
+    ) -> Iterator[Tensor]:
+        """Run the closure at one width after another, and yield each width's part of the loss; then count the step.
+
+        This is `backward` without its backward passes, for code that decides when these run. Each belongs before the
+        next width. Arguments and errors are those of `backward`.
+        """
+        if self.slow_start and self.steps is None:
+            raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
+        distill = None if self.progress < self.slow_start else self.distill
+        teachers = [*self._frozen, *_modules("frozen", frozen)]
+        replayed = {part: None for module in teachers for part in module.modules()}
+        changing = [*self._once, *_modules("once", once)]
+        given = {part: None for module in changing for part in shared_by_widths(module) if part not in replayed}
+        own = [part for part in shared_by_widths(self.model) if part not in replayed and part not in given]
+        replay, draws, state_of_replayed = Replay(), SameDraws(self.model), Once(from_before=False)
+        state_of_given, state_of_own = Once(), Once(only_buffers=True)
+        if self._calls is None or self._calls.model is not self.model:
+            self._calls = Calls(self.model)
+        outputs: dict[float, Sequence[Tensor]] = {}
+        for width in self.widths(self.progress, self.steps_done):
+            with (
+                state_of_replayed.changes(replayed, self.first),
+                state_of_given.changes(given, self.first),
+                state_of_own.changes(own, self.first),
+                draws.run(self.first),
+                replay.run(teachers, self.first),
+                self._calls.noted(),
+            ):
+                result = closure()
+            loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
+            returned = self._calls.outputs()
+            if returned is not None and teach is None and distill is not None and self._step is not None:
+                with torch.set_grad_enabled(not self.first):
+                    *wider, teach = compared({**outputs, width: returned}, distill.kind).values()
+                self._step.teachers = dict(zip(outputs, wider, strict=True))
+                outputs[width] = [tensor.detach() for tensor in returned]
+            part = self.loss(loss, teach)
+            del result, loss, teach, returned  # otherwise the graph stays alive while the next width runs
+            yield part
+        self.steps_done += 1
 
     def step(self, function: Callable[P, Loss]) -> Callable[P, Tensor]:
         """Decorate a function that returns a loss, so that calling it is `backward` on it, with its arguments.
@@ -245,14 +286,9 @@ class SlimRecipe:
         """
         check_fraction("SlimRecipe", progress=progress)
         self._optimizers.before_gradients()
-        previous = self._loop() if self._loop is not None else None
-        if previous is not None:  # a loop that was left early and is still referenced
-            previous.close()
         if step is not None:
             self._random.seed(f"{self._seed} {step}")
-        loop = self._run(slow=progress < self.slow_start)
-        self._loop = weakref.ref(loop)
-        return loop
+        return self._run(slow=progress < self.slow_start)
 
     @contextmanager
     def once(self, *modules: nn.Module) -> Iterator[None]:
@@ -292,45 +328,38 @@ class SlimRecipe:
         Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
             DataError: if `loss` is not a scalar, or `teach` is not one or several tensors.
         """
-        return self._part(loss, teach)[0]
-
-    def _part(self, loss: Tensor, teach: Teach | None) -> tuple[Tensor, Tensor | float]:
-        """Return the result of `loss`, and how much it is above that of distillation as a divergence."""
         step = self._step
         if step is None:
             raise UsageError(
                 "SlimRecipe.loss: no loop is running; call it inside `for width in recipe.widths(progress):`"
             )
-        if step.done:
+        if step.width in self.losses:
             raise UsageError(
                 f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else f"{loss!r:.80}"
             raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
-        step.done = True
         self.losses[step.width] = loss.detach()
         if teach is not None and self.distill is None:
-            warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=3)
-        if step.slow:
-            return slim_term(loss), 0.0
-        weight = step.loss_weights[step.width]
-        if self.distill is None:
-            return slim_term(loss, weight=weight), 0.0
+            warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=2)
+        step.excess = 0.0
+        weight = 1.0 if step.slow else step.loss_weights[step.width]
+        if step.slow or self.distill is None:
+            return slim_term(loss, weight=weight)
         views = _views(step, teach)
         distillation = None
-        excess: Tensor | float = 0.0
         if not step.first:
             taught = [(view, teachers) for view, *teachers in zip(views, *step.teachers.values(), strict=True)]
             distillation = torch.stack([self.distill(view, teachers) for view, teachers in taught]).sum()
             floor = torch.stack([self.distill.floor(teachers) for _, teachers in taught]).sum()
             self.distillations[step.width] = distillation.detach() - floor
-            excess = weight * self.distill.weight * floor
+            step.excess = weight * self.distill.weight * floor
         if step.first or self.distill.teachers == "all wider":
             step.teachers[step.width] = [view.detach() for view in views]
-        return slim_term(loss, distillation, weight, self.distill.weight), excess
+        return slim_term(loss, distillation, weight, self.distill.weight)
 
-    def _run(self, slow: bool) -> Generator[float, None, None]:
+    def _run(self, slow: bool) -> Iterator[float]:
         weights = self.loss_weights
         if self._mode is not None:
             widest, *_, narrowest = weights
@@ -341,9 +370,11 @@ class SlimRecipe:
         try:
             for width in list(step.loss_weights)[: 1 if slow else None]:
                 set_width(self.model, width)
-                step.width, step.done = width, False
+                step.width = width
                 yield width
-                if not step.done:
+                if self._step is not step:  # this loop was left early, and another one has begun
+                    return
+                if width not in self.losses:
                     warnings.warn(
                         f"SlimRecipe: width {width} ran without recipe.loss, so its loss was neither weighted nor "
                         "distilled; call it once per width",
@@ -352,51 +383,12 @@ class SlimRecipe:
         finally:
             if self._step is step:
                 self._step = None
-            set_width(self.model, 1.0)
-
-    def _parts(
-        self, closure: Callable[[], Loss], frozen: Iterable[nn.Module], once: Iterable[nn.Module]
-    ) -> Iterator[tuple[Tensor, Tensor | float]]:
-        """Yield the `_part` of each width of one step, then count the step."""
-        if self.slow_start and self.steps is None:
-            raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
-        distill = None if self.progress < self.slow_start else self.distill
-        teachers = [*self._frozen, *_modules("frozen", frozen)]
-        replayed = {part: None for module in teachers for part in module.modules()}
-        changing = [*self._once, *_modules("once", once)]
-        given = {part: None for module in changing for part in shared_by_widths(module) if part not in replayed}
-        own = [part for part in shared_by_widths(self.model) if part not in replayed and part not in given]
-        replay, draws, state_of_replayed = Replay(), SameDraws(self.model), Once(from_before=False)
-        state_of_given, state_of_own = Once(), Once(only_buffers=True)
-        if self._calls is None or self._calls.model is not self.model:
-            self._calls = Calls(self.model)
-        outputs: dict[float, Sequence[Tensor]] = {}
-        for width in self.widths(self.progress, self.steps_done):
-            with (
-                state_of_replayed.changes(replayed, self.first),
-                state_of_given.changes(given, self.first),
-                state_of_own.changes(own, self.first),
-                draws.run(self.first),
-                replay.run(teachers, self.first),
-                self._calls.noted(),
-            ):
-                result = closure()
-            loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
-            returned = self._calls.outputs()
-            if returned is not None and teach is None and distill is not None and self._step is not None:
-                with torch.set_grad_enabled(not self.first):
-                    *wider, teach = compared({**outputs, width: returned}, distill.kind).values()
-                self._step.teachers = dict(zip(outputs, wider, strict=True))
-                outputs[width] = [tensor.detach() for tensor in returned]
-            part, excess = self._part(loss, teach)
-            del result, loss, teach, returned  # otherwise the graph stays alive while the next width runs
-            yield part, excess
-        self.steps_done += 1
+                set_width(self.model, 1.0)
 
     @contextmanager
     def _one_reduction(self) -> Iterator[None]:
         """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
-        wrapped = [part for part in self.model.modules() if isinstance(part, DistributedDataParallel)]
+        wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
         synced = [part for part in wrapped if part.require_backward_grad_sync]
         with ExitStack() as stack:
             for part in synced:
@@ -414,13 +406,17 @@ class _Step:
     slow: bool
     loss_weights: Mapping[float, float]  # of each width, from the widest down
     width: float = math.nan
-    done: bool = False  # whether this width has had its loss
+    excess: Tensor | float = 0.0  # of this width's loss over the one with distillation as a divergence
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
     once: Once = field(default_factory=Once)  # for the method of this name
 
     @property
     def first(self) -> bool:
         return self.width == 1.0
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -473,24 +469,22 @@ def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: 
 def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[float, float]:
     """Return width -> loss weight, from the widest down."""
     if isinstance(loss_weights, str):
-        return dict(zip(widths, width_weights(widths, loss_weights), strict=True))
-    if isinstance(loss_weights, Mapping):
+        loss_weights = width_weights(widths, loss_weights)
+    elif isinstance(loss_weights, Mapping):
         if set(loss_weights) != set(widths):
             raise WidthError(
                 f"SlimRecipe: loss_weights are for widths {sorted(loss_weights)}, the model has {sorted(widths)}"
             )
-        given = {width: loss_weights[width] for width in widths}
+        loss_weights = [loss_weights[width] for width in widths]
     elif not hasattr(loss_weights, "__len__"):
         raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict of numbers, got {loss_weights!r}")
-    elif len(loss_weights) != len(widths):
+    if len(loss_weights) != len(widths):
         raise WidthError(
             f"SlimRecipe: {len(loss_weights)} loss weights {tuple(loss_weights)} for the {len(widths)} widths {widths}"
         )
-    else:
-        given = dict(zip(widths, loss_weights, strict=True))
-    for width, weight in given.items():
+    for width, weight in zip(widths, loss_weights, strict=True):
         if not 0 <= number_or_nan(weight) < math.inf:
             raise WidthError(
                 f"SlimRecipe: the loss weight of width {width} must be a finite number of at least 0, got {weight!r}"
             )
-    return {width: float(weight) for width, weight in given.items()}
+    return dict(zip(widths, map(float, loss_weights), strict=True))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.nn.parallel import DistributedDataParallel
 
+from slimmable._distributed import in_group
 from slimmable._widths import check_widths
 from slimmable.view.state import WidthState
 
@@ -15,6 +19,7 @@ class SwitchableContainer(nn.Module):
     """One real module per width; see `SwitchableNorm` and `SwitchableProbe`."""
 
     _slim: WidthState
+    _static_graph = False  # of the DistributedDataParallel around it
 
     def __init__(self, widths: Iterable[float]) -> None:
         super().__init__()
@@ -43,9 +48,51 @@ class SwitchableContainer(nn.Module):
         """Return the module of the width with this index, or a copy if it shares tensors with others."""
         return self.module_at(index)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module of the active width."""
+        return self.linked(self.module_at(self._slim.index)(*args, **kwargs))
+
+    def linked(self, output: Any) -> Any:
+        """Return `output`; with a process group, its graph then has the idle modules' parameters too, unused.
+
+        DistributedDataParallel waits for the gradient of every parameter. That of an idle one counts as zero there, and
+        stays None without it.
+        """
+        if not in_group() or not isinstance(output, Tensor):
+            return output
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if wrapper is not None:  # None in the forwards that checkpointing repeats
+            self._static_graph = wrapper.static_graph
+        if not torch.is_grad_enabled():
+            return output
+        return _Linked.apply(output, self._static_graph, *self.parameters())
+
     def extra_repr(self) -> str:
         """Return the widths and the active one."""
         return f"widths={self.widths}, width={self.width}"
+
+
+class _Linked(Function):
+    """The identity, whose backward reaches further tensors without a gradient for them.
+
+    Or with zeros: what has no gradient in its first step, a static graph never reduces.
+    """
+
+    @staticmethod
+    def forward(output: Tensor, zeros: bool, *idle: Tensor) -> Tensor:
+        return output.detach()  # not a view for autograd, so it may be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, zeros, *idle = inputs
+        ctx.count = len(idle)
+        ctx.save_for_backward(*idle if zeros else ())
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        missing: list[Tensor | None] = [None] * ctx.count
+        return grad, None, *([torch.zeros_like(idle) for idle in ctx.saved_tensors] or missing)
 
 
 def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:

@@ -24,6 +24,7 @@ class Indices:
     def __init__(self, units: Sequence[int]) -> None:
         self.units = tuple(units)
         self._tensors: dict[torch.device, Tensor] = {}
+        self.on(torch.device("cpu"))
 
     def on(self, device: torch.device) -> Tensor:
         """Return them as a tensor on a device, which is made only once."""
@@ -33,6 +34,9 @@ class Indices:
             with torch.inference_mode(False), _disable_current_modes():  # it is used outside of these, too
                 self._tensors[device] = torch.tensor(self.units, device=device)
         return self._tensors[device]
+
+    def __deepcopy__(self, memo: Any) -> Indices:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Indices, (self.units,)

@@ -152,10 +152,6 @@ class SwitchableNorm(SwitchableContainer):
         same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
         return same and self.narrow.shared_affine == shared_affine
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the norm of the active width."""
-        return self.norm_at(self._slim.index)(*args, **kwargs)
-
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths and of an active guest."""
         yield self.full
@@ -218,7 +214,7 @@ class SwitchableNorm(SwitchableContainer):
                 state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
         for name, first in self._lists.items():
             if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
-                for index, norm in enumerate(self._modules[name], first):  # type: ignore[arg-type, var-annotated]
+                for index, norm in enumerate(getattr(self, name), first):
                     state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
 

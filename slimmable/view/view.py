@@ -284,6 +284,16 @@ class _Viewed(nn.Module):
             )
         super().register_parameter(name, param)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Have the indices on the new device, too, which a compiled forward would otherwise make each time."""
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        own = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
+        for column in self._slim.columns if own else ():
+            for cut in column.cuts.values():
+                for _, picked in cut.picks:
+                    picked.on(own[0].device)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the original class, since the generated one cannot be imported."""
         with _at_full(self):  # recurrent layers refresh their list of weights here

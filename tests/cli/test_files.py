@@ -60,6 +60,7 @@ def test_a_file_has_the_mode_of_new_files(tmp_path):
     finally:
         os.umask(before)
     for path in (tmp_path / "note.txt", tmp_path / "notes" / "note.txt"):
+        assert path.read_text() == "done"
         assert path.stat().st_mode & 0o777 == 0o640
 
 

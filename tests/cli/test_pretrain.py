@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -213,6 +214,42 @@ def test_every_method_resumes_to_the_same_numbers(method, tiny, tmp_path, monkey
     resume = ["--resume", "--device", "cpu", "--workers", "0"]
     assert main(["pretrain", "--output", str(tmp_path / "run"), *resume]) == 0
     assert_same_results(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_a_run_in_float16_resumes_to_the_same_numbers_and_skips_what_overflows(opt, tiny, tmp_path, monkeypatch):
+    """The first steps overflow, so none of their gradients changes a weight; the scale is part of the checkpoint."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: scaler(device, 2.0**50, backoff_factor=2.0**-20, growth_interval=2, enabled=enabled),
+    )
+    options = [*tiny, "--precision", "float16", "--opt", opt, "--lr", "0.001"]
+    assert main(["pretrain", *options, "--output", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 130
+    stopped = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").training
+    assert 2.0 < stopped["scaler.scale"] < 2.0**50
+    assert stopped["scaler._growth_tracker"].dtype == torch.int64
+    resume = ["--resume", "--device", "cpu", "--workers", "0"]
+    assert main(["pretrain", "--output", str(tmp_path / "run"), *resume]) == 0
+    assert_same_results(tmp_path / "run", tmp_path / "whole")
+    whole, run = (load_checkpoint(tmp_path / name / "checkpoint.safetensors").training for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], run[name]) for name in whole)
+
+
+def test_gradients_that_overflow_at_any_scale_have_diverged(tiny, tmp_path, monkeypatch, capsys):
+    """They are NaN here; the scale falls step by step, from one near the least, and the run ends at a checkpoint."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**-18, enabled=enabled))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * math.inf))
+    assert main(["pretrain", *tiny, "--precision", "float16", "--output", str(tmp_path / "run")]) == 2
+    assert "gradients are not finite, even of losses scaled by" in capsys.readouterr().err
+
+
+backward = torch.Tensor.backward
 
 
 def test_evaluate_takes_every_probe(run, tmp_path, capsys):

@@ -31,6 +31,7 @@ def converted(monkeypatch) -> list[tuple[nn.Module, Start]]:
         return model
 
     monkeypatch.setattr(slimmable, "slimify", noting)
+    monkeypatch.setattr(slimmable.integrations.solo, "slimify", noting)
     return found
 
 
@@ -47,6 +48,21 @@ def test_every_parameter_of_every_width_is_trained(page, tmp_path, converted):
         assert all(parameter.isfinite().all() for parameter in now.values())
         assert len(slimmable.widths_of(model)) > 2
         assert slimmable.width_of(model) == 1.0
+
+
+def test_a_model_that_returns_its_loss_trains_every_width_and_moves_its_momentum_encoder_once(tmp_path):
+    pytest.importorskip("torchvision")
+    (program,) = afters("docs/how-to/facebook.md")
+    found = run(program, tmp_path)
+    model, recipe = found["model"], found["recipe"]
+    assert list(recipe.losses) == [1.0, 0.75, 0.5, 0.25]
+    assert recipe.steps_done == 4
+    narrow = {name: p for name, p in model.encoder.named_parameters() if ".narrow." in name and name.endswith("weight")}
+    assert len(narrow) == 20 * 3
+    assert [name for name, parameter in narrow.items() if torch.equal(parameter, torch.ones_like(parameter))] == []
+    assert model.encoder.bn1.narrow[0].num_batches_tracked == model.momentum_encoder.bn1.full.num_batches_tracked == 8
+    assert model.momentum_encoder.bn1.narrow[0].num_batches_tracked == 0
+    assert all(slimmable.width_of(encoder) == 1.0 for encoder in (model.encoder, model.momentum_encoder))
 
 
 def test_the_logits_that_moco_teaches_are_those_of_the_criterion_of_lightly():
@@ -122,9 +138,9 @@ def test_the_task_of_timm_gives_the_loss_of_slimclr(tmp_path):
     distill, widths = slimmable.OnlineDistillation("kl", 1.0, 1.0), (1.0, 0.75, 0.5, 0.25)
     scores = slimmable.run_widths(task.trainable_module, x)
     losses = [task.criterion(y, labels) for y in scores.values()]
-    taught = [distill(scores[width], scores[1.0]) for width in widths[1:]]
-    for progress, expected in (0.0, losses[0]), (1.0, slim_loss(losses, taught, (2.5, 1.0, 1.0, 1.0))):
-        task.progress = progress
+    taught = [distill(scores[width], scores[1.0]) - distill.floor(scores[1.0]) for width in widths[1:]]
+    for steps, expected in (0, losses[0]), (4, slim_loss(losses, taught, (2.5, 1.0, 1.0, 1.0))):
+        task.recipe.steps_done = steps
         result = task(x, labels)
         torch.testing.assert_close(result["loss"], expected)
         torch.testing.assert_close(result["output"], scores[1.0])
@@ -133,19 +149,24 @@ def test_the_task_of_timm_gives_the_loss_of_slimclr(tmp_path):
 def test_solo_learns_queue_takes_each_key_once_and_momentum_follows(tmp_path):
     needs("docs/how-to/solo-learn.md")
     found = run("\n".join(blocks("docs/how-to/solo-learn.md", "python")), tmp_path)
-    method, fresh = found["method"], found["SlimMoCo"](found["cfg"])
-    assert type(method) is found["SlimMoCo"]
+    method, fresh = found["method"], found["MoCoV2Plus"](found["cfg"])
     assert int(method.queue_ptr) == 2 * 2 * 16 % 64  # epochs, batches, images; the queue holds 64
     for online, momentum in method.momentum_pairs:
         assert [p.shape for p in online.parameters()] == [p.shape for p in momentum.parameters()]
         assert slimmable.width_of(momentum) == 1.0
-    seen: list[Tensor] = []
-    fresh.log = fresh.log_dict = lambda *args, **options: None
-    fresh.trainer = type("Trainer", (), {"estimated_stepping_batches": 4, "global_step": 0, "sanity_checking": False})()
+    seen: list[tuple[float, Tensor]] = []
     keep = fresh._dequeue_and_enqueue
-    fresh._dequeue_and_enqueue = lambda keys: (seen.append(fresh.queue.clone()), keep(keys))
-    before = fresh.queue.clone()
-    fresh.training_step([torch.arange(16), list(found["views"][:16].unbind(1)), torch.zeros(16).long()], 0)
-    assert len(seen) == 4
-    assert all(torch.equal(queue, before) for queue in seen)  # no width meets this step's keys
+    recipe = slimmable.integrations.solo.slim_recipe(fresh, example_inputs=torch.zeros(2, 3, 32, 32))
+    fresh._dequeue_and_enqueue = lambda keys: (
+        seen.append((slimmable.width_of(recipe.model), fresh.queue.clone())),
+        keep(keys),
+    )
+    before, keys = fresh.queue.clone(), []
+    fresh.momentum_projector[0].register_forward_hook(lambda module, args, output: keys.append(output))
+    callback = slimmable.integrations.lightning.SlimCallback(recipe)
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    found["Trainer"](max_steps=1, callbacks=[callback], **options).fit(fresh, found["loader"])
+    assert [width for width, _ in seen] == [1.0, 0.75, 0.5, 0.25]
+    assert all(torch.equal(queue, before) for _, queue in seen)  # no width meets this step's keys
     assert not torch.equal(fresh.queue, before)
+    assert len(keys) == 2  # of two views, at the widest width only

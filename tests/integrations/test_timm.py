@@ -6,12 +6,19 @@ The programs are not part of timm's package. SLIMMABLE_TIMM_CHECKOUT names a che
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -101,48 +108,166 @@ def test_a_checkpoint_restores_the_progress_and_refuses_other_widths():
     plain = timm.task.ClassificationTask(timm.create_model("test_resnet", num_classes=3), verbose=False)
     saved = plain.get_checkpoint_state()
     other.load_checkpoint_state(saved["state_dict"], saved.get("task_state"))
-    assert other.recipe.progress == 0.7
+    assert other.recipe.progress == 0.8  # one step later, as before
+
+
+class Step:
+    """Two steps of one process of two: its gradients, with nothing updated in between."""
+
+    def __init__(self, name: str, wrap: bool) -> None:
+        self.name, self.wrap = name, wrap
+
+    def __call__(self, rank: int) -> list[dict[str, Tensor]]:
+        model = converted(self.name).double()
+        recipe = slimmable.SlimRecipe(model, distillation(), slow_start=0.5, steps=2)
+        task = SlimTask(model, recipe=recipe, verbose=False)
+        if self.wrap:
+            task.prepare_distributed(device_ids=[torch.device("cpu")])  # as train.py does
+        steps = []
+        for seed in rank, rank + 2:
+            task.zero_grad(set_to_none=True)
+            x, labels = batch(seed, 160 if self.name == "test_vit" else 32)
+            task(x.double(), labels)["loss"].backward()
+            steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return steps
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_two_processes_average_the_gradients_of_all_widths_also_with_a_slow_start(name, tmp_path):
-    alone, size = [], 160 if name == "test_vit" else 32
-    for rank in range(2):  # each process's own gradients, step by step, from the same weights
-        task = two_step_task(name)
-        steps = gradients_of(task, [batch(rank, size), batch(rank + 2, size)])
-        alone.append(steps)
-    expected = [{key: (first[key] + second[key]) / 2 for key in first} for first, second in zip(*alone, strict=True)]
-    for steps in run_in_two(lambda_free(name, size), tmp_path):
-        for step, gradients in zip(expected, steps, strict=True):
-            assert step.keys() <= gradients.keys()
-            for key, gradient in step.items():
-                torch.testing.assert_close(gradients[key], gradient, rtol=1e-8, atol=1e-10, msg=key)
+    alone = [Step(name, wrap=False)(rank) for rank in range(2)]
+    for steps in run_in_two(Step(name, wrap=True), tmp_path):
+        for step, *own in zip(steps, *alone, strict=True):
+            for key in own[0]:
+                expected = (own[0][key] + own[1][key]) / 2
+                torch.testing.assert_close(step[key], expected, rtol=0, atol=1e-8, msg=key)
 
 
-def two_step_task(name: str) -> SlimTask:
-    model = converted(name).double()
-    recipe = slimmable.SlimRecipe(model, distillation(), slow_start=0.5, steps=2)
-    return SlimTask(model, recipe=recipe, verbose=False)
+PROGRAM = """
+import sys, torch
+from timm.models import create_model, load_checkpoint
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+
+torch.manual_seed(0)
+model = create_model("test_resnet", num_classes=3, checkpoint_path="")
+if sys.argv[1:2] == ["--checkpoint"]:
+    load_checkpoint(model, sys.argv[2])
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.save(model.eval()(x), "scores.pt")
+else:
+    task = ClassificationTask(model=model, verbose=False)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    create_scheduler_v2(optimizer, num_epochs=2, updates_per_epoch=2)
+    for step in range(4):
+        loss = task(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema(step=step + 1)
+    torch.save(task.get_checkpoint_state(), "saved.pt")
+"""
 
 
-def gradients_of(task: SlimTask, batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-    """The gradients of each step, with nothing updated in between."""
-    steps = []
-    model = timm.utils.unwrap_model(task.get_trainable_module())
-    for x, labels in batches:
-        task.zero_grad(set_to_none=True)
-        task(x.double(), labels)["loss"].backward()
-        steps.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
-    return steps
+def run(folder: Path, *command: Any, **environment: str) -> str:
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=given, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-class lambda_free:  # noqa: N801
-    """What a process does; an object, because functions in functions cannot be sent to processes."""
+def slim(folder: Path, *command: Any) -> str:
+    return run(folder, "-m", "slimmable.integrations.timm", *command)
 
-    def __init__(self, name: str, size: int) -> None:
-        self.name, self.size = name, size
 
-    def __call__(self, rank: int) -> list[dict[str, Tensor]]:
-        task = two_step_task(self.name)
-        task.prepare_distributed(device_ids=[torch.device("cpu")])  # as train.py does
-        return gradients_of(task, [batch(rank, self.size), batch(rank + 2, self.size)])
+def test_a_program_that_imports_from_timm_trains_all_widths_and_reads_one(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    slim(tmp_path, "program.py", "--slim-widths", "1", "0.5", "--slim-slow-start", "0.5")
+    saved = torch.load(tmp_path / "saved.pt")
+    assert saved["task_state"] == {"slimmable": {"widths": [1.0, 0.5], "recipe": {"steps_done": 4}}}
+    model, start = converted(), converted()
+    model.load_state_dict(saved["state_dict"])
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+    assert int(model.get_buffer("bn1.narrow.0.num_batches_tracked")) == 2  # of four steps
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for width, scores in slimmable.run_widths(model.eval(), images).items():
+        slim(tmp_path, "program.py", "--slim-width", width, "--checkpoint", "saved.pt")
+        torch.testing.assert_close(torch.load(tmp_path / "scores.pt"), scores)
+
+
+def test_the_command_says_what_it_expects(tmp_path):
+    command = [sys.executable, "-m", "slimmable.integrations.timm", "--slim-widths", "1", "0.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the first argument must be the path of timm's train.py or validate.py" in done.stderr
+    assert "--slim-slow-start" in slim(ROOT, "--slim-help")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder, numbers = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for place in range(24):
+        image = Image.fromarray(numbers.integers(256, size=(32, 32, 3), dtype=np.uint8))
+        path = folder / ("validation" if place % 3 == 2 else "train") / f"class{place % 2}" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return folder
+
+
+COMMON = shlex.split("--model test_resnet --num-classes 2 --input-size 3 32 32 -b 4 --device cpu -j 0 --no-prefetcher")
+TRAIN = [*COMMON, *shlex.split("--epochs 2 --warmup-epochs 0 --output . --lr 0.05")]
+
+
+def checkpoint(folder: Path, experiment: str) -> dict[str, Any]:
+    return torch.load(folder / experiment / "last.pth.tar", weights_only=False)
+
+
+@published
+def test_the_published_programs_train_resume_and_measure(photos, tmp_path):
+    train, data = CHECKOUT / "train.py", ["--data-dir", photos]
+    run(tmp_path, train, *data, *TRAIN, "--experiment", "plain", "--model-ema", "--mixup", "0.2")
+    slim(tmp_path, train, *data, *TRAIN, "--experiment", "one", "--model-ema", "--mixup", "0.2", "--slim-widths", "1")
+    plain, one = checkpoint(tmp_path, "plain"), checkpoint(tmp_path, "one")
+    for weights in "state_dict", "state_dict_ema":
+        assert plain[weights].keys() == one[weights].keys()
+        assert all(torch.equal(plain[weights][name], tensor) for name, tensor in one[weights].items())
+    assert (tmp_path / "plain" / "summary.csv").read_text() == (tmp_path / "one" / "summary.csv").read_text()
+
+    own = ["--slim-widths", "1", "0.5", "--slim-slow-start", "0.4"]
+    other = shlex.split("--model-ema --amp --amp-dtype bfloat16 --clip-grad 1 --grad-accum-steps 3 --mixup 0.2")
+    slim(tmp_path, train, *data, *TRAIN, *own, *other, "--experiment", "all")
+    saved = checkpoint(tmp_path, "all")
+    assert saved["task_state"]["slimmable"] == {"widths": [1.0, 0.5], "recipe": {"steps_done": 4}}
+    more = ["--experiment", "resumed", "--resume", tmp_path / "all" / "last.pth.tar", "--epochs", "3"]
+    slim(tmp_path, train, *data, *TRAIN, *own, *other, *more)
+    assert checkpoint(tmp_path, "resumed")["task_state"]["slimmable"]["recipe"] == {"steps_done": 6}
+
+    model = slimmable.slimify(timm.create_model("test_resnet", num_classes=2), WIDTHS)
+    model.load_state_dict(saved["state_dict"])
+    file = tmp_path / "all" / "last.pth.tar"
+    for width in WIDTHS:
+        printed = slim(tmp_path, CHECKOUT / "validate.py", *data, *COMMON, "--checkpoint", file, "--slim-width", width)
+        found = json.loads(printed.partition("--result")[2])
+        small = slimmable.extract(model, width)
+        assert found["param_count"] == round(sum(p.numel() for p in small.parameters()) / 1e6, 2)
+
+
+@published
+def test_the_published_inference_classifies_at_a_width(photos, tmp_path):
+    pytest.importorskip("pandas", reason="inference.py needs pandas")
+    own = ["--slim-widths", "1", "0.5", "--experiment", "all"]
+    slim(tmp_path, CHECKOUT / "train.py", "--data-dir", photos, *TRAIN, *own)
+    own = ["--slim-width", "0.5", "--checkpoint", tmp_path / "all" / "last.pth.tar"]
+    more = ["--data-dir", photos / "validation", "--results-dir", tmp_path, "--results-file", "found"]
+    slim(tmp_path, CHECKOUT / "inference.py", *COMMON[:-1], *own, *more)
+    assert (tmp_path / "found.csv").exists()
+
+
+@published
+def test_the_published_program_runs_in_two_processes_with_a_slow_start(photos, tmp_path):
+    program = ["-m", "slimmable.integrations.timm", CHECKOUT / "train.py", "--data-dir", photos, *TRAIN]
+    own = ["--slim-widths", "1", "0.5", "--slim-slow-start", "0.5", "--experiment", "two"]
+    run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *own)
+    assert checkpoint(tmp_path, "two")["task_state"]["slimmable"]["recipe"]["steps_done"] == 4

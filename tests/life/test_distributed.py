@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from slimmable import _distributed
 from slimmable.errors import UsageError
+from slimmable.layers import SwitchableProbe
 from slimmable.training import average_gradients
 from tests.two_processes import run_in_two
 
@@ -80,13 +82,41 @@ def averaged(model: nn.Module, x: Tensor, widths: tuple[float, ...]) -> None:
     average_gradients(model)
 
 
+def reduced_each_time(model: nn.Module, x: Tensor, widths: tuple[float, ...]) -> None:
+    """The plain loop, in which DDP averages the gradients so far after every backward."""
+    for width in widths:
+        with slimmable.at_width(model, width):
+            loss_of(model(x)).backward()
+
+
+def reduced_at_the_last(model: nn.Module, x: Tensor, widths: tuple[float, ...]) -> None:
+    """As plain programs accumulate gradients: all but the last backward under `no_sync`."""
+    for width in widths:
+        with slimmable.at_width(model, width), model.no_sync() if width != widths[-1] else contextlib.nullcontext():
+            loss_of(model(x)).backward()
+
+
 def all_in_ddp(model: nn.Module, **options: Any) -> nn.Module:
     return DistributedDataParallel(slimmable.AllWidths(model), **options)
 
 
-def ddp_of_several_forwards(model: nn.Module) -> nn.Module:
+def ddp_of_several_forwards(model: nn.Module, **options: Any) -> nn.Module:
     """Up to torch 2.11, the second forward would overwrite the statistics of norms that the first's backward reads."""
-    return DistributedDataParallel(model, broadcast_buffers=TORCH > (2, 11))
+    return DistributedDataParallel(model, broadcast_buffers=TORCH > (2, 11), **options)
+
+
+class Checkpointed(nn.Module):
+    """The network with its stages recomputed in the backward pass."""
+
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model.maxpool(self.model.act1(self.model.bn1(self.model.conv1(x))))
+        for stage in (self.model.layer1, self.model.layer2, self.model.layer3, self.model.layer4):
+            x = checkpoint(stage, x, use_reentrant=self.use_reentrant)
+        return self.model.forward_head(x)
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -101,11 +131,36 @@ def sharded_around_all(model: nn.Module) -> nn.Module:
 
 
 Wrap = Callable[[nn.Module], nn.Module]
-WAYS: dict[str, tuple[Wrap, Callable[[nn.Module, Tensor, tuple[float, ...]], None], bool]] = {
+Step = Callable[[nn.Module, Tensor, tuple[float, ...]], None]
+PLAIN_WRAPPERS: dict[str, Wrap] = {
+    "DDP": DistributedDataParallel,
+    "DDP with bucket views": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
+    "DDP that looks for unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    "DDP, static graph": lambda model: DistributedDataParallel(model, static_graph=True),
+    "DDP, checkpoints": lambda model: DistributedDataParallel(Checkpointed(model, use_reentrant=False)),
+    "DDP, reentrant checkpoints": lambda model: DistributedDataParallel(Checkpointed(model, use_reentrant=True)),
+}
+WAYS: dict[str, tuple[Wrap, Step, bool]] = {
     # name: wrapper, step, whether narrow widths wait for the end of the slow start
+    **{f"{name}, reduced each time": (wrap, reduced_each_time, True) for name, wrap in PLAIN_WRAPPERS.items()},
+    **{
+        f"{name}, reduced at the last": (wrap, reduced_at_the_last, True)
+        for name, wrap in PLAIN_WRAPPERS.items()
+        if name != "DDP, static graph"  # of any model, torch refuses to begin with no_sync
+    },
     "DDP of all widths": (all_in_ddp, summed, False),
     "DDP of all widths, static graph": (lambda model: all_in_ddp(model, static_graph=True), summed, False),
     "DDP, one forward a width, summed": (ddp_of_several_forwards, summed, False),
+    "DDP that looks for unused, one forward a width, summed": (
+        lambda model: ddp_of_several_forwards(model, find_unused_parameters=True),
+        summed,
+        False,
+    ),
+    "DDP, static graph, one forward a width, summed": (
+        lambda model: ddp_of_several_forwards(model, static_graph=True),
+        summed,
+        False,
+    ),
     "DDP, one backward a width": (DistributedDataParallel, averaged, True),
     "DDP with bucket views, one backward a width": (
         lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
@@ -155,6 +210,34 @@ def train_in_one_process(slow: bool) -> list[Gradients]:
     return found
 
 
+def unswitched(wrap: Wrap, model: nn.Module) -> dict[str, Tensor]:
+    """Three plain steps of a model that nobody switches: the losses, and the state dict after them."""
+    wrapped = wrap(model.float())
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=0.01)
+    losses = []
+    for number in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(wrapped(images(2 * number + dist.get_rank()).float()))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses)} | model.state_dict()
+
+
+def idle_parts() -> list[Gradients]:
+    """Two steps of a probe, and of the dense pass of a model with gates, at full width."""
+    probe = SwitchableProbe(4, 3, WIDTHS)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+    example = torch.zeros(2, 4)
+    slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=example)
+    gated = slimmable.gating.gate(slim, example_inputs=example)
+    for model in (probe, gated):
+        wrapped = DistributedDataParallel(model)
+        for _ in range(2):
+            wrapped(torch.ones(3, 4) + dist.get_rank()).square().mean().backward()
+    return [gradients_of(probe), gradients_of(gated)]
+
+
 def some_gradients_are_missing() -> Gradients:
     """`b` has a gradient in process 1 only, `c` in none; the types differ and every bucket is tiny."""
     rank = dist.get_rank()
@@ -179,6 +262,11 @@ def gathered() -> dict[str, Tensor]:
 def work(rank: int) -> dict[str, Any]:
     """What each process does: everything once, since starting a process is slow."""
     found: dict[str, Any] = {way: train(way, rank) for way in WAYS if SHARDS or "fully_shard" not in way}
+    plain = timm.create_model("test_resnet", num_classes=5).train()
+    plain.load_state_dict({name: tensor for name, tensor in network().state_dict().items() if "narrow" not in name})
+    found["plain"] = {name: unswitched(wrap, copy.deepcopy(plain)) for name, wrap in PLAIN_WRAPPERS.items()}
+    found["unswitched"] = {name: unswitched(wrap, network()) for name, wrap in PLAIN_WRAPPERS.items()}
+    found["idle parts"] = idle_parts()
     found["missing"] = some_gradients_are_missing()
     if not SHARDS:
         return found
@@ -204,10 +292,32 @@ def test_gradients_of_two_processes_are_those_of_one(way, processes, alone):
         for step, expected in zip(found[way], alone[WAYS[way][2]], strict=True):
             assert step.keys() == expected.keys()
             for name, gradient in expected.items():
-                if gradient is None:
+                if gradient is None and "reduced" in way:  # whether an idle norm's is missing or zero is DDP's affair
+                    assert step[name] is None or not step[name].any(), name
+                elif gradient is None:
                     assert step[name] is None, name
                 else:
                     torch.testing.assert_close(step[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("name", PLAIN_WRAPPERS)
+def test_a_model_that_nobody_switches_trains_as_the_plain_one_to_the_last_bit(name, processes):
+    for found in processes:
+        plain, converted = found["plain"][name], found["unswitched"][name]
+        assert len(converted) > len(plain)
+        assert all(torch.equal(converted[key], tensor) for key, tensor in plain.items())
+
+
+def test_probes_and_gates_may_be_idle_too(processes):
+    for ours, theirs in zip(*(found["idle parts"] for found in processes), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    probe, gated = processes[0]["idle parts"]
+    trained = [name for name, gradient in probe.items() if gradient.any()]
+    assert trained == ["linears.0.weight", "linears.0.bias"]
+    gates = [gradient for name, gradient in gated.items() if "channel_gate" in name]
+    assert gates
+    assert not any(gradient.any() for gradient in gates)
+    assert any(gradient.any() for gradient in gated.values())
 
 
 def test_a_gradient_that_one_process_lacks_counts_as_zero(processes):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 
 import pytest
 import torch
@@ -200,6 +202,54 @@ def test_mixed_precision_and_diagnostics():
     assert len(losses) == len(WIDTHS)
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in method.parameters())
     assert diagnostics.rows[0]["rest_ratio/w0.25"] > 0
+
+
+def test_steps_in_float16_with_a_scaler_are_those_of_the_plain_loop():
+    """At first the scale is so large that gradients overflow: the step is skipped, and nothing has diverged."""
+    torch.manual_seed(0)
+    ours = make("simclr").float()
+    theirs = copy.deepcopy(ours)
+    trained = []
+    for method in (ours, theirs):
+        scaler = torch.amp.GradScaler("cpu", 2.0**60, backoff_factor=2.0**-56)
+        optimizer = torch.optim.SGD(method.online.parameters(), lr=0.01, momentum=0.9)
+        recipe, diagnostics = recipe_of(method), GradientDiagnostics(method.online, every=1)
+        weights, infinite = [], []
+        for number in range(3):
+            batch = methods.Batch([view.float() for view in batch_of(method, number).views])
+            optimizer.zero_grad()
+            if method is ours:
+                scaled = lambda loss, scaler=scaler: scaler.scale(loss).backward()  # noqa: E731
+                found = method.step(
+                    recipe, batch, 0.8, autocast=torch.float16, backward=scaled, diagnostics=diagnostics
+                )
+                assert all(math.isfinite(loss) for loss in found.values())
+                diagnostics.after_step(scaler.get_scale())
+            else:
+                for _ in recipe.widths(0.8):
+                    with torch.autocast("cpu", torch.float16):
+                        outcome = method(batch)
+                        loss = recipe.loss(outcome.loss, outcome.logits)
+                    scaler.scale(loss).backward()
+            infinite.append(not all(p.grad.isfinite().all() for p in method.online.parameters()))
+            scaler.step(optimizer)
+            scaler.update()
+            weights.append([parameter.detach().clone() for parameter in method.parameters()])
+        assert infinite == [True, False, False]
+        trained.append(weights)
+        if method is ours:
+            norms = [parameter.grad.norm() for parameter in shared_layers(method)]
+            assert diagnostics.rows[-1]["grad_norm/w1.0"] == pytest.approx(float(torch.stack(norms).mean()), rel=1e-3)
+    for first, second in zip(*trained, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    changed = [not all(map(torch.equal, before, after)) for before, after in itertools.pairwise(trained[0])]
+    assert changed == [True, True]
+    assert all(map(torch.equal, trained[0][0], make("simclr").float().parameters()))
+
+
+def shared_layers(method: methods.Method) -> list[torch.Tensor]:
+    """The weights that all widths read, with two or more axes."""
+    return [parameter for parameter in method.online.parameters() if parameter.ndim > 1]
 
 
 def test_a_universal_network_draws_the_same_widths_in_the_same_step():

@@ -22,6 +22,7 @@ from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
 from slimmable.training.diagnostics import shared_parameters
+from slimmable.view.cuts import put, take
 from tests.layers.test_slimclr_parity import TENSORS, build
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -182,11 +183,11 @@ def test_blocks_are_what_extract_keeps(name, universal):
         assert universal or bool(switched) == (name == "test_resnet")
         for each in shared.values():
             block = each.blocks[width]
-            assert torch.equal(block.of(each.parameter), small[each.name])
-            spread = block.spread(torch.ones_like(small[each.name]))
+            assert torch.equal(take(each.parameter, block), small[each.name])
+            spread = put(torch.zeros_like(each.parameter), block, torch.ones_like(small[each.name]))
             assert spread.shape == each.parameter.shape
             assert spread.sum() == small[each.name].numel()
-            assert torch.equal(block.of(spread), torch.ones_like(small[each.name]))
+            assert torch.equal(take(spread, block), torch.ones_like(small[each.name]))
 
 
 def test_widths_without_overlap_have_no_direction_to_compare():

@@ -363,7 +363,7 @@ if os.environ.get("RANK", "0") == "0":
 
 
 def test_the_program_of_the_documentation_gives_the_same_with_two_processes(tmp_path):
-    _, program, _ = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    *_, program, _ = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     path = tmp_path / "program.py"
     path.write_text(f"import torch\ntorch.set_default_dtype(torch.float64)\n{program}{SAVE}")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

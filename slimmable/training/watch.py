@@ -1,7 +1,10 @@
-"""What distillation compares if a training step does not say: the outputs of the model's own calls."""
+"""What a recipe sees of the program around it: what calls of the model return, and which optimizers step."""
 
 from __future__ import annotations
 
+import re
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from slimmable._nested import named_tensors
 from slimmable.errors import UsageError
@@ -55,11 +59,10 @@ class Calls:
         """
         found = [(part, _learnable(output)) for part, output in self._calls]
         self._calls.clear()
-        outer = [call for call in found if call[1] and call[0] in self._outer]
         inner = [call for call in found if call[1]]
-        for calls in filter(None, (outer, inner)):
-            return [tensor for part, tensors in calls if part is calls[-1][0] for tensor in tensors]
-        return [] if found else None
+        outer = [call for call in inner if call[0] in self._outer]
+        calls = outer or inner or found
+        return [tensor for part, tensors in calls if part is calls[-1][0] for tensor in tensors] if calls else None
 
 
 def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:
@@ -70,10 +73,9 @@ def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) 
     if len({len(tensors) for tensors in outputs.values()}) > 1:
         counts = ", ".join(f"{len(tensors)} at width {width}" for width, tensors in outputs.items())
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
-    same = [
-        place for place, found in enumerate(zip(*outputs.values(), strict=True)) if len({t.shape for t in found}) == 1
-    ]
-    return {width: _comparable([tensors[place] for place in same], kind) for width, tensors in outputs.items()}
+    places = zip(*outputs.values(), strict=True)
+    same = [found for found in places if len({tensor.shape for tensor in found}) == 1]
+    return {width: _comparable([found[at] for found in same], kind) for at, width in enumerate(outputs)}
 
 
 def _comparable(found: Sequence[Tensor], kind: DistillationKind) -> list[Tensor]:
@@ -91,6 +93,65 @@ def _comparable(found: Sequence[Tensor], kind: DistillationKind) -> list[Tensor]
             "(loss, teach) from the closure"
         )
     return [(each.movedim(1, -1) if each.ndim == 4 else each).flatten(0, -2) for each in found]
+
+
+class OptimizerCheck:
+    """Notices optimizers that train nothing or not all: made before the conversion, or left without gradients.
+
+    It looks at the parameters of every optimizer that steps between the first gradients and the next ones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._updated: set[int] = set()  # ids of parameters
+        self._hook: Any = None
+        self._done = False
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_hook": None}
+
+    def before_gradients(self) -> None:
+        """Begin to look or, once an optimizer has stepped, say what the optimizers lack."""
+        if self._done:
+            return
+        if self._hook is None:
+            own = weakref.ref(self)
+
+            def look(optimizer: torch.optim.Optimizer, *step: Any) -> None:
+                check = own()
+                if check is not None:
+                    check._look(optimizer)
+
+            self._hook = register_optimizer_step_pre_hook(look)
+            weakref.finalize(self, self._hook.remove)
+        elif self._updated:
+            self._done = True
+            self._hook.remove()
+            held = {name: id(parameter) in self._updated for name, parameter in self._model.named_parameters()}
+            full = {name: re.sub(r"\bnarrow\.\d+\.", "", name) for name in held}  # the name in the full norm
+            missing = [name for name in held if not held[name] and held.get(full[name])]
+            if missing:
+                warnings.warn(
+                    f"SlimRecipe: no optimizer has the model's {missing[0]}, one of {len(missing)} of narrow "
+                    "norms, which do not learn; make the optimizer after slimmable.slimify",
+                    stacklevel=4,
+                )
+
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        ids = {id(parameter) for parameter in held}
+        if not ids.isdisjoint(map(id, self._model.parameters())):
+            self._updated |= ids
+            if all(parameter.grad is None for parameter in self._model.parameters()):
+                raise UsageError(
+                    f"SlimRecipe: the model has no gradients when {type(optimizer).__name__} steps; call zero_grad "
+                    "before recipe.backward, not after it"
+                )
+        elif all(parameter.grad is None for parameter in held):
+            raise UsageError(
+                f"SlimRecipe: this {type(optimizer).__name__} trains nothing: none of its parameters is the model's or "
+                "has a gradient; make it after slimmable.slimify, from the parameters of the converted model"
+            )
 
 
 def _callable_parts(model: nn.Module) -> list[nn.Module]:
