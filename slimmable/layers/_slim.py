@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from slimmable._modules import twin_of
@@ -52,7 +52,7 @@ class SlimLayer(nn.Module):
 
 
 class _SlimProduct(SlimLayer):
-    weight: nn.Parameter
+    weight: Tensor
 
     def _install(
         self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
