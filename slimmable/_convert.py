@@ -226,18 +226,12 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 
 # -- the steps of a conversion
 def _plan(
-    model: nn.Module,
-    given: Any,
-    widths: tuple[float, ...],
-    skip: Skip,
-    round_to: int,
-    universal: bool,
-    outputs: Outputs,
+    model: nn.Module, given: Any, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool, how: Outputs
 ) -> Plan:
     args, kwargs = example_of(model, given)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
-    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, outputs)
+    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, how)
 
 
 def plain(model: nn.Module) -> nn.Module:

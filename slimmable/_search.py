@@ -79,7 +79,12 @@ def search(
     >>> found
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
-    plan = _only_plan(model)
+    plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
+    if len(plans) != 1:
+        raise ConversionError(
+            f"{type(model).__name__} has {len(plans)} parts converted by slimmable.slimify; search needs exactly one"
+        )
+    plan: Plan = plans.popitem()[1]
     budgets = list(budget) if isinstance(budget, Iterable) else [budget]
     _check(plan, budgets, of, step)
     if calibrate is not None and iter(calibrate) is calibrate:
@@ -108,15 +113,6 @@ def search(
                 bar.set_postfix_str(f"at {share:.3f}, score {best.score:.4g}", refresh=False)
                 bar.update()
     return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
-
-
-def _only_plan(model: nn.Module) -> Plan:
-    plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
-    if len(plans) != 1:
-        raise ConversionError(
-            f"{type(model).__name__} has {len(plans)} parts converted by slimmable.slimify; search needs exactly one"
-        )
-    return plans.popitem()[1]  # type: ignore[no-any-return]
 
 
 def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
