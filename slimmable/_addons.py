@@ -18,21 +18,13 @@ ADDONS: dict[str, AddOn] = {}  # those whose modules have been imported
 
 @dataclass(frozen=True)
 class AddOn:
-    """The functions of one add-on.
+    """The functions of one add-on."""
 
-    Attributes:
-        refusal: why a model that has it cannot be converted, and how to remove it; follows "this ResNet".
-        present: whether a model has it.
-        detach: remove it from a model, if present, in place, and return the model.
-        describe: return a copy of a model without it, and JSON data for `restore`.
-        restore: add it to a model again, in place, as `describe` recorded it, and return the model.
-    """
-
-    refusal: str
-    present: Callable[[nn.Module], bool]
-    detach: Callable[[nn.Module], nn.Module]
-    describe: Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]
-    restore: Callable[[nn.Module, dict[str, Any]], nn.Module]
+    refusal: str  # why a model that has it cannot be converted, and how to remove it; follows "this ResNet"
+    present: Callable[[nn.Module], bool]  # whether a model has it
+    detach: Callable[[nn.Module], nn.Module]  # remove it from a model, if present, in place, and return the model
+    describe: Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]  # a copy without it, and JSON data for `restore`
+    restore: Callable[[nn.Module, dict[str, Any]], nn.Module]  # add it again, in place, as `describe` recorded it
 
 
 def addons_of(model: nn.Module) -> dict[str, AddOn]:

@@ -16,10 +16,7 @@ from slimmable.errors import CheckpointError
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`.
-
-    Raises: CheckpointError: if it cannot be written; what was at `path` is still there.
-    """
+    """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`."""
     if not path.name:
         raise CheckpointError(f"{path} is a folder; pass the path of a file")
     try:
@@ -73,10 +70,7 @@ def _moved_up(folder: Path) -> Iterator[Path]:
 
 
 def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copy the tensors of a state dict for a safetensors file: on the CPU, contiguous, no memory shared.
-
-    Raises: CheckpointError: if something is not a strided tensor, or is a meta tensor.
-    """
+    """Copy the strided tensors of a state dict for a safetensors file: on the CPU, contiguous, no memory shared."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"a tensor on {tensor.device}"

@@ -40,14 +40,10 @@ Edits: TypeAlias = "dict[int, int]"  # position of a configuration's leaf -> its
 
 
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
-    """Set the integers of an extracted network that describe its layers, in place.
+    """Set the integers of `small`, a network extracted from `model`, that describe its layers and no forward reads.
 
     An attribute follows if its name says that it counts channels, features or heads, and if all that has this size in
     the nearest layers, its module's own or those inside, shrinks alike. What contradicts itself stays.
-
-    Args:
-        model: the converted model.
-        small: the network extracted from it, with its narrow tensors and all integers that the forward reads.
     """
     pairs: list[Twins] = [(model, small)]
     for twins in pairs:  # which grows
@@ -168,7 +164,7 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
     """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
 
     What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
-    class makes a network with the tensors and integers of the extracted one. Args: as `follow_layers`.
+    class makes a network with the tensors and integers of the extracted one.
     """
     done: tuple[str, ...] = ()
     for path, narrow in small.named_modules():

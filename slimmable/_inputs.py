@@ -42,10 +42,7 @@ class Inputs:
 
 
 def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
-    """Return arguments for the forward of `model`: the example, or zeros of the size in timm's `pretrained_cfg`.
-
-    Raises: ConversionError: if there is neither, or if the forward does not take the example.
-    """
+    """Return arguments for the forward of `model`: the example, or zeros of the size in timm's `pretrained_cfg`."""
     if example_inputs is not None:
         if is_size(example_inputs) and example_inputs:
             sizes = ", ".join(map(str, example_inputs))

@@ -238,7 +238,7 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 
 def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
-    """Return the gates of a model; raise `UsageError`, starting with `where`, if there are none."""
+    """Return the gates of a model, of which there must be some."""
     check_module(where, model)
     gates = gates_in(model)
     if not gates:
