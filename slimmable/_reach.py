@@ -281,10 +281,7 @@ def _is_foreign(thing: Any) -> bool:
 
 # -- what is left where no name leads to
 def sweep(made: Sequence[weakref.ref[Tensor]]) -> None:
-    """Remove the tensors of finished runs that still exist from the caches that hold them.
-
-    Raises: ConversionError: if anything else holds one.
-    """
+    """Remove the tensors of finished runs from the caches that hold them; `ConversionError` if anything else does."""
     if any(ref() is not None for ref in made):
         gc.collect()
     left: list[Any] = [tensor for ref in made if (tensor := ref()) is not None]
