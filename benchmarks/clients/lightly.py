@@ -48,7 +48,7 @@ CLIENTS = [
     example("barlowtwins"),
     example("byol", needs=COPIED),
     example("dcl"),
-    example("densecl", needs="the pool, which the forward runs, made before `slimify`"),
+    example("densecl", needs=f"{COPIED}; the pool, which the forward runs, made before that"),
     example("directclr", extracts="model"),
     example("dino", SMALL_CROPS, extracts="model.student_backbone", needs=f"{COPIED}; {LATER}"),
     example("fastsiam"),
@@ -63,7 +63,8 @@ CLIENTS = [
         },
         extracts="model.encoder",
         images=(2, 3, 224, 224),
-        needs="its momentum is a generator, which no checkpoint holds, in the plain program either",
+        needs="`slimify` before the model gets a generator, which cannot be copied; no checkpoint holds how far that "
+        "is, in the plain program either",
     ),
     example("mae", MASKED),
     example("mmcr", needs=COPIED),

@@ -30,11 +30,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=10, help="GiB a program")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    done = (
-        set()
-        if arguments.again
-        else {record["name"] for record in records.read(arguments.out) if records.holds(record)}
-    )
+    earlier = [] if arguments.again else records.read(arguments.out)
+    done = {record["name"] for record in earlier if records.holds(record)}
     for name in CLIENTS:
         if name in done or not any(fnmatchcase(name, pattern) for pattern in arguments.only.split(",")):
             continue

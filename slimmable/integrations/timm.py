@@ -147,6 +147,8 @@ class _Program:
         def init(own: Any, *args: Any, **options: Any) -> None:
             if issubclass(task, tasks.FeatureDistillationTask):
                 raise UsageError("--kd-distill-type feature compares features, which get thinner; use logit")
+            if self.width is not None:
+                raise UsageError("--slim-width is for programs that read a checkpoint; --slim-widths are trained")
             SlimTaskMixin.__init__(own, *args, recipe=self.recipe, **options)
 
         return type(f"Slim{task.__name__}", (SlimTaskMixin, task), {"__init__": init})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from slimmable._nested import named_tensors
 from slimmable.errors import UsageError
@@ -119,7 +119,7 @@ class OptimizerCheck:
                 if check is not None:
                     check._look(optimizer)
 
-            self._hook = register_optimizer_step_pre_hook(look)
+            self._hook = register_optimizer_step_post_hook(look)
             weakref.finalize(self, self._hook.remove)
         elif self._updated:
             self._hook.remove()

@@ -203,6 +203,11 @@ def test_the_command_says_what_it_expects(tmp_path):
     assert done.returncode == 2
     assert "the first argument must be the path of timm's train.py or validate.py" in done.stderr
     assert "--slim-slow-start" in slim(ROOT, "--slim-help")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "slimmable.integrations.timm", "program.py", "--slim-width", "0.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "--slim-width is for programs that read a checkpoint" in done.stderr
 
 
 @pytest.fixture(scope="module")

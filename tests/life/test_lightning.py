@@ -413,16 +413,32 @@ def test_a_published_module_trains_at_all_widths(tmp_path, monkeypatch):
         torch.testing.assert_close(small(inputs, inputs), slim_losses[1].model(inputs, inputs))
 
 
+def test_a_recipe_elsewhere_does_not_mind_gradients_that_come_within_the_optimizer_s_step():
+    other = slimmable.layers.SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
+    recipe = slimmable.SlimRecipe(other)
+    recipe.backward(lambda: other(torch.ones(1, 4)).sum())
+    method = Plain(WIDTHS)
+    fit(method, slim(method), epochs=1)
+    assert recipe.steps_done == 1
+
+
 class InParallel(Plain):
     """Saves what two processes had and what the optimizer got."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, automatic: bool) -> None:
         super().__init__(WIDTHS)
-        self.folder = folder
+        self.folder, self.automatic_optimization = folder, automatic
+        self.recipe = slimmable.SlimRecipe(self.network)
 
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor | None:
         self.batch = batch
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        if self.automatic_optimization:
+            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        self.recipe.backward(
+            lambda: nn.functional.cross_entropy(self.network(batch[0]), batch[1]), backward=self.manual_backward
+        )
+        self.optimizers().step()
+        return None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = {name: parameter.grad for name, parameter in self.network.named_parameters()}
@@ -430,17 +446,15 @@ class InParallel(Plain):
 
 
 @pytest.mark.slow  # two processes that import lightning
-def test_the_callback_averages_the_gradients_of_two_processes(tmp_path):
-    method = InParallel(tmp_path)
-    callback = SlimCallback(slimmable.SlimRecipe(method.network))
-    run = trainer(
-        tmp_path, -1, max_steps=1, devices=2, strategy="ddp_spawn", enable_checkpointing=False, callbacks=[callback]
-    )
-    run.fit(method, loader())
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_callback_averages_the_gradients_of_two_processes(tmp_path, automatic):
+    method = InParallel(tmp_path, automatic)
+    options = {"devices": 2, "strategy": "ddp_spawn", "enable_checkpointing": False}
+    trainer(tmp_path, -1, max_steps=1, callbacks=[SlimCallback(method.recipe)], **options).fit(method, loader())
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     halves = []
     for x, labels, _ in saved:
-        network = InParallel(tmp_path).network.train()
+        network = InParallel(tmp_path, automatic).network.train()
         recipe = slimmable.SlimRecipe(network)
         recipe.backward(lambda network=network, x=x, y=labels: nn.functional.cross_entropy(network(x), y))
         halves.append({name: parameter.grad for name, parameter in network.named_parameters()})

@@ -116,3 +116,22 @@ def test_a_queue_that_the_models_own_forward_reads_changes_once_per_step(told):
         before[8 * (step - 1) : 8 * step] = full
         assert int(model.queue.place) == 8 * step % 24
         assert torch.equal(model.queue.bank, before)
+
+
+class Scheduled(nn.Module):
+    """Holds a generator, which cannot be copied, as lightly's I-JEPA does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.schedule = (0.1 * step for step in range(10))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.xfail(strict=True, reason="the trace and the conversion copy the whole model, also in place")
+def test_a_model_that_holds_what_cannot_be_copied_is_converted_in_place():
+    model = Scheduled()
+    assert slimmable.slimify(model, (1.0, 0.5), example_inputs=X, inplace=True) is model
+    assert next(model.schedule) == 0.0
