@@ -15,9 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.finetuning import finetune
-from slimmable.cli.data import load_images
+from slimmable.cli.data import Plain, load_images
 from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of_run
-from slimmable.cli.loader import Plain
 from slimmable.cli.report import UNTRAINED, Row
 from slimmable.cli.run import read_config, trained_backbone
 from slimmable.errors import SlimmableError, UsageError

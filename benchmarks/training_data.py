@@ -9,9 +9,8 @@ from torch import nn
 from torch.utils.data import Subset
 
 from slimmable import at_width, widths_of
-from slimmable.cli.data import ImageSet
+from slimmable.cli.data import ImageSet, Plain, Views
 from slimmable.cli.evaluation import features_in
-from slimmable.cli.loader import Plain, Views
 
 
 class Kept(Views):

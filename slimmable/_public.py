@@ -13,10 +13,10 @@ from slimmable._width import set_width as set_width
 from slimmable._width import width_of as width_of
 from slimmable._width import widths_of as widths_of
 from slimmable.errors import SlimmableError as SlimmableError
+from slimmable.files.construction import full_state_dict as full_state_dict
 from slimmable.files.model import load as load
 from slimmable.files.model import save as save
 from slimmable.files.slimclr import load_slimclr as load_slimclr
-from slimmable.files.state_dicts import full_state_dict as full_state_dict
 from slimmable.layers import SlimConv2d as SlimConv2d
 from slimmable.layers import SlimLinear as SlimLinear
 from slimmable.layers import SwitchableBatchNorm as SwitchableBatchNorm

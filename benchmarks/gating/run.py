@@ -25,8 +25,7 @@ from benchmarks.measuring import append_rows, read_rows
 from benchmarks.training_data import Kept, features_at_widths, few_of_each, first_of
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, load_images
-from slimmable.cli.loader import Plain, batches_of
+from slimmable.cli.data import Images, Plain, batches_of, load_images
 from slimmable.cli.networks import build_method
 from slimmable.cli.training import Training
 from slimmable.evaluation import evaluate_features

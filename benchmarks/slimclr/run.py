@@ -26,8 +26,7 @@ from benchmarks.measuring import append_rows, read_rows
 from benchmarks.training_data import Kept, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, load_images
-from slimmable.cli.loader import Plain
+from slimmable.cli.data import Images, Plain, load_images
 from slimmable.cli.networks import build_method
 from slimmable.cli.training import Training
 from slimmable.evaluation import evaluate_features

@@ -18,8 +18,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images
-from slimmable.cli.loader import Plain, batches_of, some_of
+from slimmable.cli.data import Images, Plain, batches_of, some_of
 from slimmable.cli.loggers import CsvLog, Logger
 from slimmable.cli.networks import new_method
 from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row, to_markdown, write_report

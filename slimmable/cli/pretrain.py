@@ -14,10 +14,9 @@ import torch
 
 from slimmable._distributed import any_process, is_first, wait_for_all
 from slimmable.cli.config import PretrainConfig, RunOptions
-from slimmable.cli.data import Images, load_images
+from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
 from slimmable.cli.extras import require, say
-from slimmable.cli.loader import Plain, batches_of, some_of
 from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
 from slimmable.cli.networks import new_method
 from slimmable.cli.report import plot_imbalance

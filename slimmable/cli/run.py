@@ -21,8 +21,8 @@ from slimmable._convert import extract
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.networks import converted_backbone, new_method
 from slimmable.errors import CheckpointError, UsageError
+from slimmable.files.construction import differences
 from slimmable.files.model import read_tensors, save
-from slimmable.files.state_dicts import differences
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"

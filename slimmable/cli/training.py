@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images
-from slimmable.cli.loader import Steps, Views, load, make_views, seed_of
+from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
 from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters

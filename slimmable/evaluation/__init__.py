@@ -1,7 +1,13 @@
 """Evaluate the features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
-from slimmable.evaluation.evaluate import Accuracies, accuracy_of, evaluate_features, evaluate_widths, features_of
-from slimmable.evaluation.knn import knn_accuracy
+from slimmable.evaluation.evaluate import (
+    Accuracies,
+    accuracy_of,
+    evaluate_features,
+    evaluate_widths,
+    features_of,
+    knn_accuracy,
+)
 from slimmable.evaluation.linear import probe_loss, ridge_classifier, train_probe, train_slimmable_probe
 
 __all__ = [

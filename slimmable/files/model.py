@@ -18,9 +18,16 @@ from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.files.construction import attributes_of, build, fitting_recipe, set_attributes
+from slimmable.files.construction import (
+    attributes_of,
+    build,
+    differences,
+    fits_inside,
+    fitting_recipe,
+    full_network,
+    set_attributes,
+)
 from slimmable.files.plan_json import decode, encode
-from slimmable.files.state_dicts import differences, fits_inside, full_network
 from slimmable.view.state import is_slim, slim_state
 
 _FORMAT = "slimmable 1"

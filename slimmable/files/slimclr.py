@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.state_dicts import differences
+from slimmable.files.construction import differences
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively

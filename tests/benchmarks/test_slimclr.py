@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.slimclr import run, table
 from benchmarks.training_data import Kept, few_of_each
-from slimmable.cli.loader import Views
+from slimmable.cli.data import Views
 
 ROOT = Path(__file__).parents[2]
 

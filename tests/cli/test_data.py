@@ -12,8 +12,7 @@ from PIL import Image
 from slimmable.__main__ import main
 from slimmable.cli import data
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import FolderImages, cluttered_digits, folder_images, load_images
-from slimmable.cli.loader import Plain, batches_of
+from slimmable.cli.data import FolderImages, Plain, batches_of, cluttered_digits, folder_images, load_images
 from slimmable.errors import DataError
 
 

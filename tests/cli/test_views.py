@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from slimmable import SlimmableError
 from slimmable.cli.config import AUGMENTATIONS
-from slimmable.cli.loader import Plain, Steps, Views, batches_of, load, make_views, seed_of, some_of
+from slimmable.cli.data import Plain, Steps, Views, batches_of, load, make_views, seed_of, some_of
 
 
 @given(
