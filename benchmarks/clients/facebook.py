@@ -172,6 +172,7 @@ CLIENTS = [
         stand_ins=SMALL_VIT,
         extracts="model.module.base_encoder",
         needs=ZERO_GRAD,
+        same_as="facebook/moco-v3",
     ),
     program(
         "simsiam",
