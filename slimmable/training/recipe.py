@@ -199,8 +199,8 @@ class SlimRecipe:
                 state_of_given.changes(given, self.first),
                 state_of_own.changes(own, self.first),
                 draws.run(self.first),
-                replay.run(teachers, self.first),
                 self._calls.noted(),
+                replay.run(teachers, self.first),
             ):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
@@ -389,7 +389,7 @@ class SlimRecipe:
     def _one_reduction(self) -> Iterator[None]:
         """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
         wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
-        synced = [part for part in wrapped if part.require_backward_grad_sync]
+        synced = [part for part in wrapped if part.require_backward_grad_sync and not part.static_graph]
         with ExitStack() as stack:
             for part in synced:
                 stack.enter_context(part.no_sync())

@@ -130,7 +130,6 @@ class Scheduled(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.xfail(strict=True, reason="the trace and the conversion copy the whole model, also in place")
 def test_a_model_that_holds_what_cannot_be_copied_is_converted_in_place():
     model = Scheduled()
     assert slimmable.slimify(model, (1.0, 0.5), example_inputs=X, inplace=True) is model
@@ -159,7 +158,6 @@ class WithTeacher(nn.Module):
         return self.student(x), self.teacher(x)
 
 
-@pytest.mark.xfail(strict=True, reason="the notes of calls replace the replay of a frozen module directly in the model")
 def test_a_frozen_module_in_the_model_is_replayed_whole():
     model = converted(WithTeacher())
     recipe, seen = SlimRecipe(model, frozen=[model.teacher]), []
