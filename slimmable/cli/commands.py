@@ -21,13 +21,17 @@ from slimmable.cli.config import (
     WIDTHS_HELP,
     PretrainConfig,
     RunOptions,
+    add_options,
+    at_least,
+    check,
     configure,
     device_option,
+    flag,
+    option,
     with_preset,
     workers_option,
 )
 from slimmable.cli.extras import say
-from slimmable.cli.options import add_options, at_least, check, flag, option
 from slimmable.errors import UsageError, WidthError
 
 if TYPE_CHECKING:
