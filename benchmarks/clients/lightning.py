@@ -42,7 +42,6 @@ CLIENTS = [
     example("nnclr", needs=BANK),
     example("simclr"),
     example("simsiam"),
-    example("vicreg"),
 ]
 
 
