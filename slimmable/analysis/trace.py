@@ -27,7 +27,7 @@ from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel, swapped
-from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
+from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
 from slimmable.errors import RuleError, TraceError
@@ -210,13 +210,11 @@ def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -
         module = model.get_submodule(path)
         axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
         context.at(f"reading {name}", path)
-        ids = axes[axis]
-        full = module._parameters["weight"].shape[axis]  # type: ignore[union-attr]
-        size = Expression("constant", full) if ids is None else Expression("size", ids)
+        size = size_of(axes[axis], module._parameters["weight"].shape[axis])  # type: ignore[union-attr]
         if axis and "groups" in module.__dict__:
             size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
         value = Expression("attribute", (path, name, ()))
-        context.constraints.append(Constraint(value, None, 0, context.where, size))
+        context.constraints.append(Constraint(value, size, context.where))
 
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
