@@ -22,7 +22,7 @@ from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise
 from slimmable.analysis import _rules_shape as _rules_shape
 from slimmable.analysis._context import RULES as RULES
-from slimmable.analysis._context import Call, Rule
+from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
@@ -76,17 +76,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.context.schema = func._schema
                 pointwise = torch.Tag.pointwise in func.tags
                 other = _rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown
-                self._apply(RULES.get(name, other), args, kwargs, results)
+                try:
+                    RULES.get(name, other)(self.context, args, kwargs, results)
+                except RuleError:
+                    raise
+                except Exception as error:  # a fault of ours, for which the model still converts
+                    fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
+                    _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
         return out
-
-    def _apply(self, rule: Rule, args: Any, kwargs: Any, results: Any) -> None:
-        try:
-            rule(self.context, args, kwargs, results)
-        except RuleError:
-            raise
-        except Exception as error:  # a fault of ours, for which the model still converts
-            fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
-            _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
 
 
 class _Calls(TorchFunctionMode):
