@@ -267,7 +267,6 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _made(model: nn.Module, plain: dict[str, Any]) -> nn.Module:
-    """Return the network that the model's class makes with a configuration, given as a dict."""
     kind: Any = type(model)
     config: Any = model.config
     made: nn.Module = kind(type(config).from_dict(plain)) if hasattr(config, "from_dict") else kind.from_config(plain)

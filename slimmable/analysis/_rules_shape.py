@@ -216,7 +216,6 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
 
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
-    """Return the ends as the caller passed them, or None."""
     if ctx.call.name == "narrow":
         values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
         return values["start"], values["start"] + values["length"]

@@ -138,7 +138,6 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
-    """Return the cuts of the tensors that are not kept whole."""
     found = {}
     for name, axes in kept.items():
         tensor = _full_tensor(module, name)
