@@ -11,7 +11,7 @@ from typing import Any
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.extras import require, say
+from slimmable.cli.config import require, say
 from slimmable.errors import CheckpointError
 
 Values = Mapping[str, float]

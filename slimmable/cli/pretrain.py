@@ -13,14 +13,20 @@ from types import FrameType
 import torch
 
 from slimmable._distributed import any_process, is_first, wait_for_all
-from slimmable.cli.config import PretrainConfig, RunOptions
+from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
-from slimmable.cli.extras import require, say
 from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
-from slimmable.cli.networks import new_method
 from slimmable.cli.report import plot_imbalance
-from slimmable.cli.run import CHECKPOINT, MODEL, load_checkpoint, refuse_existing, save_networks, start_folder
+from slimmable.cli.run import (
+    CHECKPOINT,
+    MODEL,
+    load_checkpoint,
+    new_method,
+    refuse_existing,
+    save_networks,
+    start_folder,
+)
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import calibrate_gates, gate_plan

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.extras import require
+from slimmable.cli.config import require
 from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED = "untrained_"

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from slimmable.__main__ import main
-from slimmable.cli.extras import MissingPackageError
+from slimmable.cli.config import MissingPackageError
 from slimmable.cli.loggers import make_loggers
 from slimmable.cli.pretrain import read_gradients
 from slimmable.errors import CheckpointError
