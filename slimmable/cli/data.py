@@ -87,12 +87,17 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     for source, count in ((order[~held_out], train), (order[held_out], test)):
         source = source[torch.randperm(len(source), generator=generator)]
         chosen = source[torch.arange(count) % len(source)]  # every digit equally often
-        others = source[torch.randint(len(source), (count,), generator=generator)]
-        clutter = _fragment(digits[others], generator)
-        canvas = torch.maximum(_place(digits[chosen], size, generator), _place(clutter, size, generator))
+        canvas = _draw(digits, chosen, source, size, generator)
         parts.append((canvas.mul(255).round().to(torch.uint8), labels[chosen]))
     (train_images, train_labels), (test_images, test_labels) = parts
     return Images(train_images, train_labels, test_images, test_labels, tuple("0123456789"), 1, handwriting=True)
+
+
+def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw `digits[chosen]` and a fragment of one of `digits[clutter]` on canvases of shape (images, 1, size, size)."""
+    others = clutter[torch.randint(len(clutter), (len(chosen),), generator=generator)]
+    fragments = _fragment(digits[others], generator)
+    return torch.maximum(_place(digits[chosen], size, generator), _place(fragments, size, generator))
 
 
 def _fragment(digits: Tensor, generator: torch.Generator) -> Tensor:

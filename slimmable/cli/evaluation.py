@@ -19,8 +19,7 @@ from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, some_of
-from slimmable.cli.loggers import CsvLog, Logger
-from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row, to_markdown, write_report
+from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, CsvLog, Logger, Row, to_markdown, write_report
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError

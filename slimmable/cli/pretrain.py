@@ -16,8 +16,7 @@ from slimmable._distributed import any_process, is_first, wait_for_all
 from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
-from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
-from slimmable.cli.report import plot_imbalance
+from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
 from slimmable.cli.run import (
     CHECKPOINT,
     MODEL,
@@ -173,7 +172,7 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     """Return the rows that `GradientDiagnostics.to_csv` wrote for the steps before `done`."""
-    rows = [{name: float(value) for name, value in row.items()} for row in read_rows(path, done - 1)]
+    rows = [{name: float(value) for name, value in row.items()} for row in logged_rows(path, done - 1)]
     return [row | {"step": int(row["step"])} for row in rows]
 
 

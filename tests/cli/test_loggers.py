@@ -8,8 +8,8 @@ import pytest
 
 from slimmable.__main__ import main
 from slimmable.cli.config import MissingPackageError
-from slimmable.cli.loggers import make_loggers
 from slimmable.cli.pretrain import read_gradients
+from slimmable.cli.report import make_loggers
 from slimmable.errors import CheckpointError
 
 
