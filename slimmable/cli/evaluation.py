@@ -111,10 +111,7 @@ def rows_of_run(
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
-    """Return the plain networks of a run by the names of their rows: of a gated run, the dense one and the static ones.
-
-    A static network keeps the most open channels within a budget; there is one for each budget that is within reach.
-    """
+    """Return the plain networks of a run by name: its widths, or if gated the dense one and static ones."""
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
     some = calibration_images(config, images)

@@ -37,10 +37,7 @@ _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal networ
 
 
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
-    """Train from scratch or from the last checkpoint, then evaluate; return the exit code.
-
-    All processes train; the first one also evaluates and writes.
-    """
+    """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
     if not options.resume:
         refuse_existing(folder)

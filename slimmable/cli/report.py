@@ -268,10 +268,7 @@ def make_loggers(
 
 
 class Progress:
-    """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block.
-
-    Of the run's `steps`, `done` are done before.
-    """
+    """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block."""
 
     def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
         self.steps, self.done, self.steps_per_epoch = steps, done, steps_per_epoch

@@ -39,10 +39,7 @@ _TRAINING = "training."
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
-    """Return the method of `config` around a converted network, with fresh weights drawn from the config's seed.
-
-    The network takes images of `channels` channels; supervised training tells `classes` classes apart.
-    """
+    """Return the method of `config` with weights from its seed; supervised training tells `classes` classes apart."""
     torch.manual_seed(config.seed)
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
     return build_method(config, backbone, channels, classes)
@@ -118,10 +115,7 @@ def timm_backbone(name: str, channels: int, image_size: int | None, **settings: 
 
 
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the timm model `name` and the settings that `timm.create_model` accepted.
-
-    Those include `image_size`, if given, for a model with a fixed image size.
-    """
+    """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
     sized: dict[str, Any] = dict(settings) if image_size is None else {**settings, "img_size": image_size}
     try:
@@ -243,10 +237,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
-    """Return the converted backbone of the run in `folder` with its final weights, in eval mode.
-
-    If `digest` is given, the run must have had the same images.
-    """
+    """Return the trained backbone of the run in `folder`, in eval mode; `digest` is that of its images, if known."""
     path = folder / CHECKPOINT
     checkpoint = load_checkpoint(path)
     if digest is not None:
