@@ -19,7 +19,7 @@ from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, some_of
-from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, CsvLog, Logger, Row, to_markdown, write_report
+from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, csv_log, to_markdown, write_report
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
@@ -165,7 +165,7 @@ class Watch:
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         passes = ["knn/dense", "knn/gated", "gated_share"]
         columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
-        self.loggers = [CsvLog(folder / "knn.csv", columns, training.step), *loggers]
+        self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as a line of text.

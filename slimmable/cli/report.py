@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,66 +174,47 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))
 
 
+@dataclass(frozen=True)
 class Logger:
-    """Writes the metrics of a step under flat names such as `train_loss/w0.5`."""
+    """Writes the metrics of a step under flat names such as `train_loss/w0.5`; `flush` empties its buffer."""
 
-    def log(self, step: int, values: Values) -> None:
-        """Write the metrics of one step."""
-        raise NotImplementedError
-
-    def flush(self) -> None:
-        """Write to disk what is still buffered; by default nothing is."""
+    log: Callable[[int, Values], object]
+    flush: Callable[[], object] = lambda: None
 
 
-class CsvLog(Logger):
-    """A file with a line for each logged step; a resumed run keeps the lines of the steps that are done."""
+def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
+    """Log to a file with a line for each step; a resumed run keeps the lines of the steps that are done."""
+    names = ("step", *columns)
+    kept = logged_rows(path, done)
+    if kept and tuple(kept[0]) != names:
+        raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
+    write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
+    file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
+    writer = csv.DictWriter(file, names, lineterminator="\n")
 
-    def __init__(self, path: Path, columns: Sequence[str], done: int) -> None:
-        names = ("step", *columns)
-        kept = logged_rows(path, done)
-        if kept and tuple(kept[0]) != names:
-            raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
-        write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
-        self.path = path
-        self.file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
-        self.writer = csv.DictWriter(self.file, names, lineterminator="\n")
-
-    def log(self, step: int, values: Values) -> None:
-        """Write a line; the cell of a width that did not run stays empty."""
-        try:
-            self.writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+    def log(step: int, values: Values) -> None:
+        try:  # the cell of a width that did not run stays empty
+            writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path} ({error})") from error
+            raise CheckpointError(f"cannot write {path} ({error})") from error
+
+    return Logger(log)
 
 
-class TensorBoard(Logger):
-    """TensorBoard's event files in a folder."""
-
-    def __init__(self, folder: Path, done: int) -> None:
-        purge = done + 1 if done else None
-        self.writer: Any = require_logger("tensorboard").SummaryWriter(str(folder), purge_step=purge)
-
-    def log(self, step: int, values: Values) -> None:
-        """Add a point to the curve of each name."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Write to disk what is still buffered."""
-        self.writer.flush()
+def tensorboard(folder: Path, done: int) -> Logger:
+    """Log to TensorBoard's event files in a folder, a curve for each name."""
+    writer: Any = require_logger("tensorboard").SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    return Logger(
+        lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()], writer.flush
+    )
 
 
-class WandB(Logger):
-    """A run of Weights & Biases, whose id follows from the folder, so resuming finds it again."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
-        self.run: Any = require_logger("wandb").init(project="slimmable", resume="allow", **known)
-
-    def log(self, step: int, values: Values) -> None:
-        """Send the metrics of one step."""
-        self.run.log(dict(values), step=step)
+def wandb(folder: Path, settings: Mapping[str, Any]) -> Logger:
+    """Log to a run of Weights & Biases, whose id follows from the folder, so resuming finds it again."""
+    own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
+    run: Any = require_logger("wandb").init(project="slimmable", resume="allow", **known)
+    return Logger(lambda step, values: run.log(dict(values), step=step))
 
 
 def require_logger(name: str) -> Any:
@@ -259,12 +240,9 @@ def make_loggers(
     folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Logger]:
     """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for."""
-    loggers: list[Logger] = []
-    if "tensorboard" in asked:
-        loggers.append(TensorBoard(folder / "tensorboard", done))
-    if "wandb" in asked:
-        loggers.append(WandB(folder, settings))
-    return [CsvLog(folder / "losses.csv", columns, done), *loggers]
+    loggers = [tensorboard(folder / "tensorboard", done)] if "tensorboard" in asked else []
+    loggers += [wandb(folder, settings)] if "wandb" in asked else []
+    return [csv_log(folder / "losses.csv", columns, done), *loggers]
 
 
 class Progress:
