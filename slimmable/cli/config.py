@@ -1,13 +1,15 @@
-"""Options as fields of dataclasses, the one source of the parser, the checks and the tables in the docs; their presets.
+"""What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages.
 
-Importing this module does not import torch, which keeps `--help` fast.
+Options are fields of dataclasses, the one source of the parser, the checks and the tables in the docs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from slimmable._widths import check_widths
-from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.errors import SlimmableError, UsageError
 
 DIGITS = "digits"
 
@@ -31,6 +33,41 @@ DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 WIDTHS_HELP = "fractions of the channels, in (0, 1], including 1"
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
+
+
+class MissingPackageError(SlimmableError, ImportError):
+    """A package that a command needs is not installed."""
+
+
+def require(module: str, package: str, extra: str | None = "cli") -> Any:
+    """Import and return `module`, or raise MissingPackageError that says how to install `package`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
+        raise MissingPackageError(
+            f"this command needs {package}, which cannot be imported ({error}). Install it with: {way}"
+        ) from error
+
+
+@contextmanager
+def explained(what: str, advice: str = "") -> Iterator[None]:
+    """Raise an error of any kind, as other packages raise, as one that says `what`, its first cause, and `advice`."""
+    try:
+        yield
+    except SlimmableError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).strip() or "no message").splitlines()[0][:300]
+        raise SlimmableError(f"{what} ({type(cause).__name__}: {first}){advice}") from error
+
+
+def say(text: str) -> None:
+    """Print a line immediately, even into a pipe."""
+    print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -251,23 +288,6 @@ class PretrainConfig:
     def to_json(self) -> str:
         """Return the settings as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, path: Path) -> PretrainConfig:
-        """Read settings that `to_json` wrote to `path`, or raise CheckpointError if names or types are wrong."""
-        try:
-            values = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
-        differing = {each.name for each in fields(cls)} ^ set(values)
-        if differing:
-            raise CheckpointError(
-                f"{path} was written by another version: {', '.join(sorted(differing))} missing or unknown"
-            )
-        for name, value in values.items():
-            if not fits(cls, name, value):
-                raise CheckpointError(f"{path}: {name} cannot be {value!r}")
-        return cls(**values)
 
     def check_same(self, given: Mapping[str, Any]) -> None:
         """Raise UsageError if values of `given` differ from these settings, which a resumed run must keep."""

@@ -31,10 +31,9 @@ from slimmable._nested import output_tensors
 from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli.extras import explained, require
-from slimmable.cli.networks import check_name, make_timm, output_for
+from slimmable.cli.config import explained, require
 from slimmable.cli.report import Row, read_report
-from slimmable.cli.run import CONFIG, load_exactly, read_config, trained_backbone
+from slimmable.cli.run import CONFIG, check_name, load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
@@ -147,13 +146,20 @@ def timm_source(
     """Return the timm model `name`, converted to `widths`, with weights from a file, from timm, or random ones."""
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
-    model, used = (_pretrained if pretrained else make_timm)(name, settings, image_size)
+    if pretrained:
+        own = timm.get_pretrained_cfg(name)
+        if own is None or not own.has_weights:
+            raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
+        weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
+        advice = "; download them elsewhere, and give the file with --checkpoint"
+        with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
+            model, used = make_timm(name, {**settings, "pretrained": True}, image_size)
+    else:
+        weights = "Random: this is an architecture, not a trained network."
+        model, used = make_timm(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
-    weights = "Random: this is an architecture, not a trained network."
-    if pretrained:
-        weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
     tensors: dict[str, Tensor] = {}
     if checkpoint is not None:
         weights, tensors = f"`{checkpoint.name}`.", _read_weights(checkpoint)
@@ -173,17 +179,6 @@ def timm_source(
         values=_values(known),
         base=known.get("hf_hub_id") if pretrained else None,
     )
-
-
-def _pretrained(
-    name: str, settings: Mapping[str, object], image_size: int | None
-) -> tuple[nn.Module, dict[str, object]]:
-    known = timm.get_pretrained_cfg(name)
-    if known is None or not known.has_weights:
-        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
-    advice = "; download them elsewhere, and give the file with --checkpoint"
-    with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
-        return make_timm(name, {**settings, "pretrained": True}, image_size)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
