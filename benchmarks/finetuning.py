@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from slimmable._checks import check_classes, check_labelled, check_module, check_not_negative
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation.evaluate import as_input, outputs_of
-from slimmable.evaluation.linear import check_training, zero_linear
+from slimmable.evaluation.evaluate import as_input, check_training, outputs_of, zero_linear
 from slimmable.view.state import is_slim
 
 

@@ -240,7 +240,7 @@ def plain(model: nn.Module) -> nn.Module:
         return model
     leaves = (leaf for module in model.modules() for leaf in tree_leaves(module.__dict__))
     shared = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (Tensor, WidthState))}  # `strip` only reads these
-    copied = detach_all(copy.deepcopy(model, shared))
+    copied = detach_all(copy.deepcopy(model, left_behind(model) | shared))
     strip(copied)
     return copied
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimmable.cli.commands import COMMANDS
-from slimmable.cli.options import flag, help_text
+from slimmable.cli.config import flag, help_text
 
 PAGE = Path(__file__).parents[1] / "reference" / "command-line.md"
 _TABLE = re.compile(r"(<!-- options of (\w+) -->\n).*?(<!-- end of options -->)", re.DOTALL)

@@ -21,13 +21,17 @@ from slimmable.cli.config import (
     WIDTHS_HELP,
     PretrainConfig,
     RunOptions,
+    add_options,
+    at_least,
+    check,
     configure,
     device_option,
+    flag,
+    option,
+    say,
     with_preset,
     workers_option,
 )
-from slimmable.cli.extras import say
-from slimmable.cli.options import add_options, at_least, check, flag, option
 from slimmable.errors import UsageError, WidthError
 
 if TYPE_CHECKING:
@@ -281,7 +285,7 @@ def _timm_model(options: Plan) -> tuple[torch.nn.Module, torch.Tensor]:
     """Return a timm model and a batch of two zero images for it."""
     import torch
 
-    from slimmable.cli.networks import timm_backbone
+    from slimmable.cli.run import timm_backbone
 
     model = timm_backbone(options.name, channels=3, image_size=options.image_size)
     channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index]

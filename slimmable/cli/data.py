@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
-from slimmable.cli.config import DIGITS, PretrainConfig
-from slimmable.cli.extras import require, say
+from slimmable.cli.config import DIGITS, PretrainConfig, require, say
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
@@ -30,7 +30,7 @@ _TEST_SHARE = 0.2
 _NAMED = 10  # broken files listed in one message
 _TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
 
-Files = Mapping[str, Sequence[Path]]
+Labelled = list[tuple[Path, int]]  # files, each with the number of its class
 
 
 class ImageSet(Protocol):
@@ -151,24 +151,24 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     """
     if not folder.is_dir():
         raise DataError(f"--data {folder}: there is no such folder")
-    held_out = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-    split = held_out is not None and (folder / "train").is_dir()
-    files = _classes(folder / "train" if split else folder)
-    given = {} if not split or held_out is None else _classes(held_out)
-    parts = [files, {name: given[name] for name in files if name in given}]
-    found = sum(len(paths) for part in parts for paths in part.values())
-    if found <= _TRIED:
+    held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()][:1]
+    split = [folder / "train", *held_out] if held_out and (folder / "train").is_dir() else [folder]
+    found = [_classes(root) for root in split]
+    classes = tuple(found[0])
+    parts = [[(path, at) for at, name in enumerate(classes) for path in part.get(name, [])] for part in found]
+    total = sum(map(len, parts))
+    if total <= _TRIED:
         parts = _readable(parts, say)
-    train, test = parts if split else _hold_out(parts[0], seed)
-    for part, images in (("train on", train), ("hold out", test)):
-        if not any(images.values()):
-            raise DataError(f"--data {folder}: no image left to {part}; {found} files were found there")
-    train_images, train_labels = _listed(train, files)
-    test_images, test_labels = _listed(test, files)
-    names = [[Path(path).relative_to(folder).as_posix() for path in part.paths] for part in (train_images, test_images)]
+    train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
+    for purpose, part in (("train on", train), ("hold out", test)):
+        if not part:
+            raise DataError(f"--data {folder}: no image left to {purpose}; {total} files were found there")
+    images = [FolderImages([path for path, _ in part]) for part in (train, test)]
+    labels = [torch.tensor([number for _, number in part]) for part in (train, test)]
+    names = [[path.relative_to(folder).as_posix() for path, _ in part] for part in (train, test)]
     hashed = hashlib.sha256(repr(names).encode()).hexdigest()
-    digest = f"{len(train_images)} and {len(test_images)} files, hash {hashed[:16]}"
-    return Images(train_images, train_labels, test_images, test_labels, tuple(files), digest=digest)
+    digest = f"{len(train)} and {len(test)} files, hash {hashed[:16]}"
+    return Images(images[0], labels[0], images[1], labels[1], classes, digest=digest)
 
 
 def _classes(root: Path) -> dict[str, list[Path]]:
@@ -187,9 +187,9 @@ def _classes(root: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[str, list[Path]]]:
+def _readable(parts: Sequence[Labelled], say: Callable[[str], None]) -> list[Labelled]:
     """Leave out and report the files that cannot be read."""
-    paths = [path for part in parts for listed in part.values() for path in listed]
+    paths = [path for part in parts for path, _ in part]
     with ThreadPoolExecutor() as pool:
         reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
         broken = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
@@ -197,7 +197,7 @@ def _readable(parts: Sequence[Files], say: Callable[[str], None]) -> list[dict[s
         listed = "".join(f"\n  {path} ({reason})" for path, reason in list(broken.items())[:_NAMED])
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         say(f"left out {len(broken)} files that cannot be read:{listed}{more}")
-    return [{name: [path for path in listed if path not in broken] for name, listed in part.items()} for part in parts]
+    return [[pair for pair in part if pair[0] not in broken] for part in parts]
 
 
 def _decode(path: str) -> Tensor | str:
@@ -219,22 +219,16 @@ def _eight_bits(picture: Any) -> Any:
     return picture
 
 
-def _hold_out(files: Files, seed: int) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+def _hold_out(files: Labelled, seed: int) -> tuple[Labelled, Labelled]:
     generator = torch.Generator().manual_seed(seed)
-    train: dict[str, list[Path]] = {}
-    test: dict[str, list[Path]] = {}
-    for name, paths in files.items():
-        order = torch.randperm(len(paths), generator=generator).tolist()
-        count = min(len(paths) - 1, max(1, round(_TEST_SHARE * len(paths)))) if paths else 0
-        test[name] = [paths[place] for place in sorted(order[:count])]
-        train[name] = [paths[place] for place in sorted(order[count:])]
+    train, test = Labelled(), Labelled()
+    for _, group in groupby(files, key=lambda pair: pair[1]):
+        own = list(group)
+        order = torch.randperm(len(own), generator=generator).tolist()
+        count = min(len(own) - 1, max(1, round(_TEST_SHARE * len(own))))
+        test += [own[place] for place in sorted(order[:count])]
+        train += [own[place] for place in sorted(order[count:])]
     return train, test
-
-
-def _listed(part: Files, classes: Files) -> tuple[FolderImages, Tensor]:
-    paths = [path for name in classes for path in part.get(name, [])]
-    labels = [number for number, name in enumerate(classes) for _ in part.get(name, [])]
-    return FolderImages(paths), torch.tensor(labels)
 
 
 Key = tuple[int, int]

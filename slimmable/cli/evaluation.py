@@ -19,9 +19,8 @@ from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, some_of
-from slimmable.cli.loggers import CsvLog, Logger
-from slimmable.cli.networks import new_method
-from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Row, to_markdown, write_report
+from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, csv_log, to_markdown, write_report
+from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
 from slimmable.evaluation import evaluate_features, knn_accuracy
@@ -112,10 +111,7 @@ def rows_of_run(
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
-    """Return the plain networks of a run by the names of their rows: of a gated run, the dense one and the static ones.
-
-    A static network keeps the most open channels within a budget; there is one for each budget that is within reach.
-    """
+    """Return the plain networks of a run by name: its widths, or if gated the dense one and static ones."""
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
     some = calibration_images(config, images)
@@ -169,7 +165,7 @@ class Watch:
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         passes = ["knn/dense", "knn/gated", "gated_share"]
         columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
-        self.loggers = [CsvLog(folder / "knn.csv", columns, training.step), *loggers]
+        self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as a line of text.

@@ -6,8 +6,12 @@ The model is a timm model by name, a saved model, or the folder of a pre-trainin
 from __future__ import annotations
 
 import importlib.util
+import io
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,22 +20,29 @@ import jinja2
 import timm
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import slimmable
 from slimmable._atomic import fill_aside
 from slimmable._convert import extract, slimify
+from slimmable._nested import output_tensors
 from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli import programs
-from slimmable.cli.extras import explained, require
-from slimmable.cli.networks import check_name, make_timm, output_for
+from slimmable.cli.config import explained, require
 from slimmable.cli.report import Row, read_report
-from slimmable.cli.run import CONFIG, load_exactly, read_config, trained_backbone
+from slimmable.cli.run import CONFIG, check_name, load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
+
+INPUT, OUTPUT = "images", "output"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-5  # of the largest output
+Program = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -135,13 +146,20 @@ def timm_source(
     """Return the timm model `name`, converted to `widths`, with weights from a file, from timm, or random ones."""
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
-    model, used = (_pretrained if pretrained else make_timm)(name, settings, image_size)
+    if pretrained:
+        own = timm.get_pretrained_cfg(name)
+        if own is None or not own.has_weights:
+            raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
+        weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
+        advice = "; download them elsewhere, and give the file with --checkpoint"
+        with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
+            model, used = make_timm(name, {**settings, "pretrained": True}, image_size)
+    else:
+        weights = "Random: this is an architecture, not a trained network."
+        model, used = make_timm(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
-    weights = "Random: this is an architecture, not a trained network."
-    if pretrained:
-        weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
     tensors: dict[str, Tensor] = {}
     if checkpoint is not None:
         weights, tensors = f"`{checkpoint.name}`.", _read_weights(checkpoint)
@@ -161,17 +179,6 @@ def timm_source(
         values=_values(known),
         base=known.get("hf_hub_id") if pretrained else None,
     )
-
-
-def _pretrained(
-    name: str, settings: Mapping[str, object], image_size: int | None
-) -> tuple[nn.Module, dict[str, object]]:
-    known = timm.get_pretrained_cfg(name)
-    if known is None or not known.has_weights:
-        raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
-    advice = "; download them elsewhere, and give the file with --checkpoint"
-    with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
-        return make_timm(name, {**settings, "pretrained": True}, image_size)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -198,7 +205,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
     if formats is None:
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
-    for package in programs.ONNX_PACKAGES if "onnx" in formats else ():
+    for package in ONNX_PACKAGES if "onnx" in formats else ():
         require(package, package, extra="onnx")
     files: list[File] = []
 
@@ -216,22 +223,22 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
     """Write one width in each format."""
     model = extract(source.model, width).eval()
     images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
-    program = programs.trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
+    program = trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
     files = []
     for kind in formats:
         path = folder / f"width-{width}.{kind}"
         any_batch = True
         if program is None or kind == "safetensors":
             save(model, path, arguments=source.arguments)
-            written: programs.Program = load(path)
+            written: Program = load(path)
         else:
-            written = (programs.save_pt2 if kind == "pt2" else programs.save_onnx)(program, path)
+            written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)
             any_batch = bool(program.range_constraints)  # its number of images has a range
-        off = programs.difference(model, written, images[:1], *([images] if any_batch else []))
-        if not off <= programs.TOLERANCE:
+        off = difference(model, written, images[:1], *([images] if any_batch else []))
+        if not off <= TOLERANCE:
             raise SlimmableError(
                 f"{path.name} differs from the model by {off:.1e} of the largest output "
-                f"(allowed: {programs.TOLERANCE:g}); no file was written"
+                f"(allowed: {TOLERANCE:g}); no file was written"
             )
         size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
         files.append(File(path.name, width, size, off, any_batch))
@@ -265,6 +272,92 @@ def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
         ),
         example={Path(file.name).suffix[1:]: file.name for file in reversed(files)},  # one file of each format
         shape=", ".join(map(str, (1, *source.image))),
-        input=programs.INPUT,
+        input=INPUT,
     )
     return card
+
+
+def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
+    """Return `model`, in evaluation mode, as a program for any number of images, or if that is impossible, for one.
+
+    It is traced with `images`, of shape (2, channels, height, width).
+    """
+    with torch.no_grad(), _quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
+        try:
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+            right = difference(model, program.module(), images[:1]) <= TOLERANCE
+        except Exception:  # the forward depends on the number of images; torch.export raises many kinds of errors
+            right = False
+        if not right:
+            program = torch.export.export(model, (images[:1],))
+    program.example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def save_pt2(program: ExportedProgram, path: Path) -> Program:
+    """Write `program` for `torch.export.load`, and return it as loaded from the file."""
+    file = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, file)
+        path.write_bytes(file.getbuffer())
+        return torch.export.load(path).module()
+
+
+def save_onnx(program: ExportedProgram, path: Path) -> Program:
+    """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
+    *_, runtime = (require(name, name, extra="onnx") for name in ONNX_PACKAGES)
+    # without gradients, as in tracing: with them, attention has another memory layout
+    with torch.no_grad(), _quiet(), explained("torch.onnx cannot translate the model"):
+        try:
+            written = _translate(program)
+        except Exception:  # it supports only one form of attention; decomposed, it is matrix products
+            with sdpa_kernel(SDPBackend.MATH):
+                written = _translate(program.run_decompositions())
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.clear()
+    written.save(path)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    with explained("onnxruntime does not load the written program"):
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(array) for array in session.run(None, {INPUT: images.numpy()})]
+
+
+def _translate(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    written = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
+    assert written is not None
+    return written
+
+
+@torch.no_grad()
+def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
+    """Return the largest difference between the outputs of both, of equal shapes, relative to the model's largest."""
+    found = []
+    for images in batches:
+        expected = output_tensors(model(images))
+        with explained("the written program does not run"):
+            outputs = output_tensors(program(images))
+        if [output.shape for output in outputs] != [output.shape for output in expected]:
+            raise SlimmableError(f"the outputs of the written program have shapes other than {type(model).__name__}'s")
+        found += [
+            (got - out).abs().max() / out.abs().max().clamp(min=1e-12)
+            for out, got in zip(expected, outputs, strict=True)
+        ]
+    return float(torch.stack(found).max())  # NaN if any is
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings and log messages, which are meant for developers of torch."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

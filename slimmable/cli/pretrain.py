@@ -13,14 +13,19 @@ from types import FrameType
 import torch
 
 from slimmable._distributed import any_process, is_first, wait_for_all
-from slimmable.cli.config import PretrainConfig, RunOptions
+from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
-from slimmable.cli.extras import require, say
-from slimmable.cli.loggers import Logger, Progress, make_loggers, read_rows, require_logger
-from slimmable.cli.networks import new_method
-from slimmable.cli.report import plot_imbalance
-from slimmable.cli.run import CHECKPOINT, MODEL, load_checkpoint, refuse_existing, save_networks, start_folder
+from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
+from slimmable.cli.run import (
+    CHECKPOINT,
+    MODEL,
+    load_checkpoint,
+    new_method,
+    refuse_existing,
+    save_networks,
+    start_folder,
+)
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import calibrate_gates, gate_plan
@@ -32,10 +37,7 @@ _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal networ
 
 
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
-    """Train from scratch or from the last checkpoint, then evaluate; return the exit code.
-
-    All processes train; the first one also evaluates and writes.
-    """
+    """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
     if not options.resume:
         refuse_existing(folder)
@@ -167,7 +169,7 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     """Return the rows that `GradientDiagnostics.to_csv` wrote for the steps before `done`."""
-    rows = [{name: float(value) for name, value in row.items()} for row in read_rows(path, done - 1)]
+    rows = [{name: float(value) for name, value in row.items()} for row in logged_rows(path, done - 1)]
     return [row | {"step": int(row["step"])} for row in rows]
 
 

@@ -1,15 +1,18 @@
-"""Report of a run: tables of results, and plots of accuracy against MACs and of the widths' gradients."""
+"""What a run tells: its progress, the metrics of its steps, tables of results, and plots."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.extras import require
+from slimmable.cli.config import require, say
 from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED = "untrained_"
@@ -17,6 +20,7 @@ TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "rid
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
+Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -168,3 +172,105 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     cosines.legend(loc="lower right", frameon=False)
     figure.suptitle(title)
     write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))
+
+
+@dataclass(frozen=True)
+class Logger:
+    """Writes the metrics of a step under flat names such as `train_loss/w0.5`; `flush` empties its buffer."""
+
+    log: Callable[[int, Values], object]
+    flush: Callable[[], object] = lambda: None
+
+
+def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
+    """Log to a file with a line for each step; a resumed run keeps the lines of the steps that are done."""
+    names = ("step", *columns)
+    kept = logged_rows(path, done)
+    if kept and tuple(kept[0]) != names:
+        raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
+    write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
+    file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+
+    def log(step: int, values: Values) -> None:
+        try:  # the cell of a width that did not run stays empty
+            writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path} ({error})") from error
+
+    return Logger(log)
+
+
+def tensorboard(folder: Path, done: int) -> Logger:
+    """Log to TensorBoard's event files in a folder, a curve for each name."""
+    writer: Any = require_logger("tensorboard").SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    return Logger(
+        lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()], writer.flush
+    )
+
+
+def wandb(folder: Path, settings: Mapping[str, Any]) -> Logger:
+    """Log to a run of Weights & Biases, whose id follows from the folder, so resuming finds it again."""
+    own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
+    run: Any = require_logger("wandb").init(project="slimmable", resume="allow", **known)
+    return Logger(lambda step, values: run.log(dict(values), step=step))
+
+
+def require_logger(name: str) -> Any:
+    """Import and return the module that the logger of this name needs; no extra of this package installs it."""
+    return require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name, extra=None)
+
+
+def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
+    """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file, strict=True) if int(row["step"]) <= last]
+        for row in rows:
+            [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); move it away, then resume") from error
+    return rows
+
+
+def make_loggers(
+    folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
+) -> list[Logger]:
+    """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for."""
+    loggers = [tensorboard(folder / "tensorboard", done)] if "tensorboard" in asked else []
+    loggers += [wandb(folder, settings)] if "wandb" in asked else []
+    return [csv_log(folder / "losses.csv", columns, done), *loggers]
+
+
+class Progress:
+    """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block."""
+
+    def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
+        self.steps, self.done, self.steps_per_epoch = steps, done, steps_per_epoch
+        self.start, self.first = time.monotonic(), done
+        bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
+        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def note(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        say(text) if self.bar.disable else self.bar.write(text)
+
+    def advance(self, losses: dict[float, float]) -> None:
+        """Count one step and show its loss at each width."""
+        self.done += 1
+        shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
+        self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
+        self.bar.update()
+        if self.bar.disable and self.done % self.steps_per_epoch == 0:
+            epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
+            left = (time.monotonic() - self.start) / (self.done - self.first) * (self.steps - self.done)
+            say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")

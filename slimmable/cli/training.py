@@ -28,10 +28,7 @@ _RANDOM_WIDTHS = 2  # per step of a universal model, besides the widest and the 
 
 
 class Training:
-    """A method with everything that its training steps need, and the number of steps done.
-
-    Each of several processes makes one with the same arguments.
-    """
+    """A method with all that its training steps need, and the number of steps done; every process makes the same."""
 
     def __init__(
         self, config: PretrainConfig, method: Method, images: Images, device: torch.device, workers: int = 0
@@ -129,16 +126,13 @@ class Training:
             if not parameter.isfinite().all():
                 raise DivergedError(f"{name} is no longer finite")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that resuming needs besides those of the encoder."""
+    def save(self, path: Path) -> None:
+        """Write the checkpoint that `resume` returns to."""
         state = self.method.state_dict()
         own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         own |= {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
-        return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-
-    def save(self, path: Path) -> None:
-        """Write the checkpoint that `resume` returns to."""
-        save_checkpoint(path, self.method.encoder, self.tensors(), self.step, self.images.digest)
+        own |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        save_checkpoint(path, self.method.encoder, own, self.step, self.images.digest)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Return to the state that `checkpoint` holds."""
@@ -154,10 +148,7 @@ class Training:
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
-    """Return timm's optimizer for `config`, without weight decay, and in LARS scaling, of norms and biases.
-
-    Gates have no weight decay either, and a learning rate of their own.
-    """
+    """Return timm's optimizer for `config`, without weight decay, and in LARS scaling, of norms, biases and gates."""
     names = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}  # timm's "sgd" is Nesterov's
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
     if config.opt == "adamw":

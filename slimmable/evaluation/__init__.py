@@ -7,8 +7,11 @@ from slimmable.evaluation.evaluate import (
     evaluate_widths,
     features_of,
     knn_accuracy,
+    probe_loss,
+    ridge_classifier,
+    train_probe,
+    train_slimmable_probe,
 )
-from slimmable.evaluation.linear import probe_loss, ridge_classifier, train_probe, train_slimmable_probe
 
 __all__ = [
     "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy", "probe_loss",

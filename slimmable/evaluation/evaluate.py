@@ -1,4 +1,4 @@
-"""Evaluation of frozen features at every width: kNN, linear probes and the ridge classifier."""
+"""Evaluation of frozen features at every width: kNN, linear classifiers by steps, and the ridge classifier."""
 
 from __future__ import annotations
 
@@ -11,24 +11,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from slimmable._checks import (
     check_classes,
     check_count,
+    check_features,
     check_labelled,
     check_matrices,
     check_module,
+    check_not_negative,
     check_positive,
     check_tensors,
+    number_or_nan,
 )
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
+from slimmable._numerics import at_least_float32
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation.linear import ridge_classifier, train_probe, train_slimmable_probe
+from slimmable.layers import SwitchableNorm, SwitchableProbe
+from slimmable.losses import soft_cross_entropy
+from slimmable.view.view import install_view
 
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
+
+_CHUNK = 1024  # images whose neighbours are found together
+_NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
+_NO_EPS = 1e-30  # too small to change a variance from `_moments`; torch 2.11 does not allow 0
 
 
 @dataclass(frozen=True)
@@ -229,9 +240,6 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
     return {width: part[:, order[width].to(part.device)] for width, part in features.items()}
 
 
-_CHUNK = 1024
-
-
 @torch.no_grad()
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.1
@@ -270,3 +278,249 @@ def knn_accuracy(
         votes.scatter_add_(1, train_labels[nearest].long(), ((cosines - cosines[:, :1]) / temperature).exp())
         right += int((votes.argmax(1) == labels).sum())
     return right / len(test_labels)
+
+
+def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
+    """Return the loss of a switchable probe, a scalar in nats (SlimCLR, Zhao et al. 2024, linear evaluation).
+
+    It is the widest width's cross-entropy with the labels, plus for every narrower width the mean of its cross-entropy
+    with the labels and that with the widest's class probabilities, detached.
+
+    Args:
+        scores: width -> class scores of shape (batch, classes), including width 1.0.
+        labels: class numbers, shape (batch,).
+
+    Raises: DataError: if scores and labels do not match. WidthError: if the full width is missing.
+
+    >>> even = torch.zeros(3, 4)
+    >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
+    tensor(2.7726)
+    """
+    check_widths(scores)
+    check_matrices("probe_loss at width 1.0", scores=scores[1.0])
+    check_tensors("probe_loss", labels=labels)
+    if labels.shape != scores[1.0].shape[:1] or labels.is_floating_point():
+        raise DataError(
+            f"probe_loss: labels have shape {tuple(labels.shape)} and type {labels.dtype}, expected class numbers for "
+            f"scores of shape {tuple(scores[1.0].shape)}"
+        )
+    scores = {width: at_least_float32(part) for width, part in scores.items()}
+    widest = scores[1.0]
+    total = F.cross_entropy(widest, labels)
+    for width, narrow in scores.items():
+        if width != 1.0:
+            total = total + (F.cross_entropy(narrow, labels) + soft_cross_entropy(narrow, widest, 1.0, 1.0)) / 2
+    return total
+
+
+def train_probe(
+    features: Mapping[float, Tensor],
+    labels: Tensor,
+    *,
+    num_classes: int | None = None,
+    epochs: int = 90,
+    batch_size: int = 256,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> SwitchableProbe:
+    """Train one linear classifier per width on frozen features, all of them in the same steps.
+
+    Uses SGD with momentum 0.9, no weight decay, and a cosine schedule. The features are scaled to zero mean and unit
+    variance for training; the scales are then folded into the classifiers, which take the unscaled features.
+
+    Args:
+        features: width -> features of shape (images, features of this width), including width 1.0.
+        labels: class numbers, shape (images,), on the device of the features.
+        num_classes: number of classes; by default one more than the largest label.
+        epochs, batch_size: length of the training, and images per step.
+        learning_rate: initial learning rate.
+        seed: seed of the order of the images.
+
+    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing. UsageError: if
+        `epochs`, `batch_size` or `learning_rate` is out of range.
+
+    >>> from slimmable import at_width
+    >>> wide = torch.cat([torch.eye(4)] * 8)
+    >>> probe = train_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
+    >>> probe(wide).argmax(1)[:4]
+    tensor([0, 1, 2, 3])
+    """
+    check_training("train_probe", epochs, batch_size, learning_rate)
+    classes = _classes("train_probe", features, labels, num_classes)
+    moments = {width: _moments(features[width]) for width in check_widths(features)}
+    scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
+    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
+    linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
+    probe.linears = nn.ModuleList(linears.values())
+    _minimise(probe, linears, scaled, labels, epochs, batch_size, learning_rate, seed)
+    with torch.no_grad():
+        for width, (mean, deviation) in moments.items():
+            linears[width].weight.div_(deviation)
+            linears[width].bias.sub_(linears[width].weight @ mean)
+    return probe
+
+
+def train_slimmable_probe(
+    features: Mapping[float, Tensor],
+    labels: Tensor,
+    *,
+    num_classes: int | None = None,
+    epochs: int = 90,
+    batch_size: int = 256,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Train one linear classifier for all widths, whose first columns serve the narrow widths; for comparison.
+
+    In linear regression, such a classifier is optimal at every width only if the features of a narrow width are
+    orthogonal to the others over the images (SlimCLR, Zhao et al. 2024, theory), so `train_probe` trains one classifier
+    per width. Arguments, loss, steps and the scaling of the features are as in `train_probe`; only weights and bias are
+    shared. The widths have different scales, which cannot be folded into shared weights, so a BatchNorm per width in
+    front applies them.
+
+    The features of a narrow width must be the first ones of the full width. `slimify` ensures this unless the features
+    are concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. It does not
+    apply to layers made with `overlap=False`.
+
+    Returns: BatchNorm and classifier, which switch widths together and take the unscaled features. They are in eval
+        mode and must stay in it.
+
+    Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
+
+    >>> from slimmable import at_width
+    >>> wide = torch.cat([torch.eye(4)] * 8)
+    >>> probe = train_slimmable_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
+    >>> with at_width(probe, 0.5):
+    ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
+    (tensor([0, 1]), torch.Size([4, 2]))
+    """
+    check_training("train_slimmable_probe", epochs, batch_size, learning_rate)
+    classes = _classes("train_slimmable_probe", features, labels, num_classes)
+    widths = check_widths(features)
+    full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
+    if max(kept) > full:
+        raise DataError(
+            f"train_slimmable_probe: {kept} features at widths {widths}; none may have more than the full width"
+        )
+    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
+    for index, width in enumerate(widths):
+        mean, deviation = _moments(features[width])
+        norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
+    norm.eval()
+    linear = zero_linear(full, classes, labels.device)
+    scaled = {width: norm.norm_at(index)(features[width].float()) for index, width in enumerate(widths)}
+
+    def classify(part: Tensor) -> Tensor:
+        return F.linear(part, linear.weight[:, : part.shape[1]], linear.bias)
+
+    _minimise(linear, dict.fromkeys(scaled, classify), scaled, labels, epochs, batch_size, learning_rate, seed)
+    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
+    return nn.Sequential(norm, linear).eval()
+
+
+def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
+    """Return a linear layer of zeros, without drawing random numbers."""
+    linear: nn.Linear = skip_init(nn.Linear, features, classes, device=device)  # type: ignore[no-untyped-call]
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def check_training(where: str, epochs: int, batch_size: int, learning_rate: float) -> None:
+    """Raise `UsageError` unless all numbers are in range."""
+    check_count(where, least=0, epochs=epochs)
+    check_count(where, batch_size=batch_size)
+    check_not_negative(where, learning_rate=learning_rate)
+
+
+def _classes(where: str, features: Mapping[float, Tensor], labels: Tensor, num_classes: int | None) -> int:
+    """Check the features of every width; return the number of classes."""
+    return max(
+        check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
+        for width in check_widths(features)
+    )
+
+
+def _minimise(
+    probe: nn.Module,
+    classifiers: Mapping[float, Callable[[Tensor], Tensor]],
+    features: Mapping[float, Tensor],
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Minimise `probe_loss` of the widths' classifiers over the parameters of `probe`."""
+    optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        for rows in torch.split(order, batch_size):
+            optimizer.zero_grad()
+            scores = {width: classify(features[width][rows]) for width, classify in classifiers.items()}
+            probe_loss(scores, labels[rows]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and standard deviation of each feature."""
+    return features.float().mean(0), features.float().std(0, correction=0).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def ridge_classifier(
+    features: Tensor, labels: Tensor, *, num_classes: int | None = None, penalty: float = 0.1
+) -> nn.Linear:
+    """Return the ridge classifier: least squared error to one-hot labels plus a penalty on the weights.
+
+    It minimises `mean over images of |W x + b - onehot|^2 + penalty v |W|^2` in closed form, in float64 (Hoerl and
+    Kennard, *Ridge Regression*, 1970). `v` is the mean variance of the features, and `b` is not penalised, so neither
+    scaling all features nor shifting any of them changes a prediction, and one penalty suits any features. With one-hot
+    labels the scores estimate the class probabilities and sum to 1; targets of 1 and -1, as in scikit-learn's
+    `RidgeClassifier`, would give `2 score - 1` and the same predictions.
+
+    Unlike `train_probe` it has no steps to tune, and the widths of a network do not teach each other: call it for the
+    features of each width. It solves for as many unknowns as there are features, or images if there are fewer.
+
+    Args:
+        features: unscaled features, shape (images, features).
+        labels: class numbers, shape (images,).
+        num_classes: number of classes; by default one more than the largest label. A class without images gets the
+            score 0 everywhere.
+        penalty: at least 1e-9. The fewer the images, the larger it should be.
+
+    Returns: a classifier on the device of the features, float64 if they are and float32 otherwise.
+
+    Raises: DataError: if labels and features do not match or are not finite. UsageError: if `penalty` is too small.
+
+    >>> corners = torch.eye(3).repeat(4, 1)
+    >>> classifier = ridge_classifier(100 * corners + 7, torch.arange(3).repeat(4))
+    >>> classifier(100 * corners + 7).argmax(1)[:3]
+    tensor([0, 1, 2])
+    """
+    if not 1e-9 <= number_or_nan(penalty) < math.inf:
+        raise UsageError(f"ridge_classifier: penalty must be a finite number of at least 1e-9, got {penalty!r}")
+    classes = check_features("ridge_classifier: features", features, labels, num_classes)
+    device = torch.device("cpu") if features.device.type == "mps" else features.device  # mps has no float64
+    x, y = features.to(device, torch.float64), F.one_hot(labels.to(device).long(), classes).double()
+    if not x.isfinite().all():
+        raise DataError("ridge_classifier: features hold nan or infinity")
+    mean, frequencies, size = x.mean(0), y.mean(0), x.square().mean()
+    x, y = x - mean, y - frequencies
+    ridge = penalty * len(x) * torch.maximum(x.square().mean(), _NOISE * size).clamp(min=torch.finfo(x.dtype).tiny)
+    weight = _solve(x.T @ x, x.T @ y, ridge) if len(x) >= x.shape[1] else x.T @ _solve(x @ x.T, y, ridge)
+    bias = frequencies - mean @ weight
+    exact = features.dtype if features.dtype == torch.float64 else torch.float32
+    classifier = nn.Linear(x.shape[1], classes, device=features.device, dtype=exact)
+    classifier.weight.copy_(weight.T)
+    classifier.bias.copy_(bias)
+    return classifier
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+    """Solve `(gram + ridge I) s = right` for a `gram` without negative eigenvalues; changes `gram`."""
+    gram.diagonal().add_(ridge)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -57,7 +56,8 @@ def synchronised_batchnorm() -> Iterator[None]:
 
 def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor]:
     """Return a batch norm with the arguments of `original` that joins the batches in training mode."""
-    joined = _eager()
+    # hidden from the compiler; here and not at the top, because this loads it
+    joined: Callable[..., Tensor] = torch.compiler.disable(joined_batch_norm)  # type: ignore[no-untyped-call]
 
     def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(names.split(), args, strict=False)) | kwargs
@@ -65,12 +65,6 @@ def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor
         return joined(**given) if given.pop("training", False) else original(*args, **kwargs)
 
     return batch_norm
-
-
-@functools.cache
-def _eager() -> Callable[..., Tensor]:
-    """Return `joined_batch_norm` hidden from the compiler; made only when needed, as this loads the compiler."""
-    return cast(Callable[..., Tensor], torch.compiler.disable(joined_batch_norm))  # type: ignore[no-untyped-call]
 
 
 def joined_batch_norm(

@@ -91,7 +91,7 @@ class GradientDiagnostics:
                 "GradientDiagnostics: the parameters are sharded, so their blocks lie in several processes; give a "
                 "model that is not"
             )
-        self.layer_names = tuple(shared.name for shared in self._shared if _is_layer(shared))
+        self.layer_names = tuple(shared.name for shared in self._shared if shared.parameter.ndim > 1)
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.layers: list[dict[str, Tensor]] = []
@@ -150,7 +150,7 @@ class GradientDiagnostics:
                 "GradientDiagnostics.after_step: no shared parameter has a gradient; call it after the step's last "
                 "backward, and before the gradients are cleared"
             )
-        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if _is_layer(shared)]
+        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if shared.name in self.layer_names]
         total, *each = (
             {name: value / scale if "_norm/" in name else value for name, value in values_of(own, self.widths).items()}
             for own in (added(sums), *layer_sums)
@@ -289,7 +289,3 @@ def _square(tensor: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of products, in float64 where the device has it, to subtract the squares of a part exactly."""
     return (a * b).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)
-
-
-def _is_layer(shared: SharedParameter) -> bool:
-    return shared.parameter.ndim > 1

@@ -79,7 +79,7 @@ def test_a_model_without_anything_to_gate(tmp_path, capsys, monkeypatch):
         first = (nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         return nn.Sequential(*first, nn.Linear(8, 4))
 
-    monkeypatch.setattr("slimmable.cli.networks.timm_backbone", plain)
+    monkeypatch.setattr("slimmable.cli.run.timm_backbone", plain)
     options = ("--model", "vgg11", *VICREG, "--gate-budget", "0.3", "--num-images", "64")
     message = refused(capsys, "pretrain", *options, "--output", str(tmp_path / "run"))
     assert "--gate-budget needs a --model that can be gated: nothing in this Sequential can be gated" in message

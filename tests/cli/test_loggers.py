@@ -7,9 +7,9 @@ import types
 import pytest
 
 from slimmable.__main__ import main
-from slimmable.cli.extras import MissingPackageError
-from slimmable.cli.loggers import make_loggers
+from slimmable.cli.config import MissingPackageError
 from slimmable.cli.pretrain import read_gradients
+from slimmable.cli.report import make_loggers
 from slimmable.errors import CheckpointError
 
 
@@ -86,12 +86,11 @@ def test_gradients_that_were_changed_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
-    class Full:
-        def writerow(self, row):
-            raise OSError(28, "No space left on device")
+    def full(writer, row):
+        raise OSError(28, "No space left on device")
 
     (log,) = make_loggers(tmp_path, ["train_loss/w1"], 0, (), {})
-    log.writer = Full()
+    monkeypatch.setattr(csv.DictWriter, "writerow", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*losses.csv .*No space left"):
         log.log(1, {"train_loss/w1": 0.5})
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import slimmable
 from slimmable.__main__ import main
 from slimmable.cli.commands import COMMANDS, make_parser
-from slimmable.cli.config import DISTILLATIONS, PretrainConfig
-from slimmable.cli.options import flag
+from slimmable.cli.config import DISTILLATIONS, PretrainConfig, flag
 from slimmable.errors import UsageError
 from slimmable.losses.distillation import DistillationKind
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from slimmable.cli.config import DISTILLATIONS, METHODS, PRESETS, PretrainConfig, configure, with_preset
 from slimmable.cli.data import load_images
-from slimmable.cli.networks import new_method
+from slimmable.cli.run import new_method
 from slimmable.cli.training import Training, make_optimizer
 from slimmable.errors import UsageError
 from slimmable.losses import OnlineDistillation

@@ -175,7 +175,7 @@ def test_timm_model_with_dropout_resumes_to_the_same_numbers(tiny, tmp_path, mon
     """A vision transformer with a fixed image size; its random depth draws from the same seeded numbers."""
     options = ("--model", "test_vit", "--image-size", "32", *tiny)
     make = small_network_with_dropout
-    monkeypatch.setattr("slimmable.cli.networks.timm_backbone", make)
+    monkeypatch.setattr("slimmable.cli.run.timm_backbone", make)
     assert main(["pretrain", *options, "--output", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(5, patch)

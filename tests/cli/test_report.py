@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimmable.cli.loggers import Progress
 from slimmable.cli.report import (
     TITLES,
     UNTRAINED,
+    Progress,
     Row,
     plot,
     read_report,
