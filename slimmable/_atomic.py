@@ -30,11 +30,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done.
-
-    Raises: CheckpointError: if it cannot be written; what was in `folder` is still there, unless the system fails while
-        the finished files are being moved.
-    """
+    """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

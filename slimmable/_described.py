@@ -270,7 +270,6 @@ def _made(model: nn.Module, plain: dict[str, Any]) -> nn.Module:
 
 
 def _update(model: Any, plain: dict[str, Any]) -> None:
-    """Change the configuration that a model and its modules share."""
     if not hasattr(model.config, "from_dict"):
         model.register_to_config(**plain)
         return

@@ -256,7 +256,6 @@ def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
 
 
 def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `gate`, with the dtype and device of the model."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     args, kwargs = decode_inputs(data["example"], like)
     skipped = set(map(str, data["skipped"]))

@@ -106,8 +106,6 @@ class LayerMacs:
 
     Args:
         products: module path, multiply-adds of all images, and the axes that they are proportional to.
-        grouping: grouping of the units on these axes.
-        images: number of images.
         positions: path of a layer with gates -> shape of its input without its image and channel axes.
     """
 

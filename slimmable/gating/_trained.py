@@ -113,7 +113,6 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
 
 
 def _set_to_budget(share_at: Callable[[float], float], budget: float) -> float:
-    """Bisect the thresholds until the share is close to the budget; end at the closest."""
     least, most = share_at(math.inf), share_at(-math.inf)
     if not least <= budget <= most:
         raise UsageError(

@@ -358,11 +358,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
 
 # -- the units of an axis that each width keeps
 def disjoint_units(units: int, widths: Sequence[float]) -> list[range]:
-    """Return disjoint ranges for the narrower widths, the first one for the narrowest.
-
-    >>> disjoint_units(16, (1.0, 0.75, 0.25))
-    [range(0, 16), range(4, 16), range(0, 4)]
-    """
+    """Return disjoint ranges for the narrower widths, the first one for the narrowest."""
     counts = [kept_units(units, width) for width in widths]
     if sum(widths[1:]) > 1 + 1e-9 or sum(counts[1:]) > units:
         raise WidthError(
