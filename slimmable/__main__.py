@@ -1,7 +1,5 @@
 """Entry point of the program `slimmable`, also run by `python -m slimmable`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Each add-on registers itself when its module is imported, so the core need not know which ones exist.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +11,7 @@ from typing import Any
 from torch import nn
 
 _MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that registers it
-ADDONS: dict[str, AddOn] = {}  # those whose modules have been imported
+ADDONS: "dict[str, AddOn]" = {}  # those whose modules have been imported
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Atomic writes: no interruption, full disk or other writer destroys what was there before."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping

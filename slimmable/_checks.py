@@ -3,8 +3,6 @@
 `where` is the public function or class that checks, for the message; its arguments are passed by name.
 """
 
-from __future__ import annotations
-
 import math
 from numbers import Integral, Real
 

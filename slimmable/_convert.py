@@ -1,7 +1,5 @@
 """Conversion of a model to a slimmable one (`slimify`, `plan`), and extraction of the plain network of one width."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import warnings

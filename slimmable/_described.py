@@ -3,8 +3,6 @@
 The integers that the forward reads are in the plan. These are the others, which only other methods and code read.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import re
@@ -173,7 +171,7 @@ def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
     leaves, shape = tree_flatten_with_path(_plain(narrow.config))
     known, wanted = _facts(full), _facts(narrow)
 
-    def build(edits: Edits) -> Facts | None:
+    def build(edits: Edits) -> "Facts | None":
         edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
         try:
             with torch.device("meta"), warnings.catch_warnings():

@@ -1,7 +1,5 @@
 """Distributed training: this process and the others, gathered tensors, averaged gradients."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections import Counter

@@ -1,7 +1,5 @@
 """Example inputs that a model is analysed on: the caller's, or zeros of the input size that timm names."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers of fake tensors, where they depend only on constants, buffers and inputs, so that code may branch on them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Modules of any class: match names, replace modules, switch modes for a while, copy, subclass unnoticed, sizes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Tensors nested inside the arguments and outputs of a forward."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Numerics in at least float32, also under autocast: type promotion, unit vectors, matrix products."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The cost of each width: parameters, multiply-adds, activations, latency."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """What a forward can reach, such as attributes, globals and caches, and how all of it stays as it was."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import gc

@@ -1,7 +1,5 @@
 """Greedy search for sub-networks within a budget, with a width of its own for each channel group."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence

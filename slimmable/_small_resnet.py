@@ -1,7 +1,5 @@
 """A small ResNet for small images, in timm's registry, created, saved and loaded like any timm model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from timm.models import register_model, resnet

@@ -1,7 +1,5 @@
 """Tables as HTML for notebooks and as CSV, and lists of names in messages."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence

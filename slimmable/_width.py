@@ -3,8 +3,6 @@
 A module has one column per width (`slimmable.view.state.Column`); switching makes one of them active.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real

@@ -1,7 +1,5 @@
 """Widths: check a list of them, find one in it, count the units that one keeps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

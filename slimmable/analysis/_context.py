@@ -1,7 +1,5 @@
 """The state of a trace, which the rules of operations read and change, and the table of these rules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

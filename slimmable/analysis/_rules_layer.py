@@ -1,7 +1,5 @@
 """Rules of operations that mix channels by weights, and of normalizations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rules of operations that treat channels one by one or as a whole, or create tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rules of operations that move, fold, split, join or index axes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

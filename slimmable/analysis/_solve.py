@@ -1,7 +1,5 @@
 """The solution of a trace: channel groups from its labels, and how many units each keeps at every width."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -129,7 +127,7 @@ def channels_of(model: nn.Module, trace: Trace, solution: Solution) -> Channels:
     )
 
 
-def _output(output: Output, labels: Labels, pack: _Packing) -> Output:
+def _output(output: Output, labels: Labels, pack: "_Packing") -> Output:
     """Return an output with the units of its axes, and the reason if it stays full."""
     units, why = pack.axes(output.units), output.why
     made = [ids for ids in output.units if ids is not None and labels.produced(ids).any()]
@@ -140,7 +138,7 @@ def _output(output: Output, labels: Labels, pack: _Packing) -> Output:
     return replace(output, units=units, why=why)
 
 
-def _scales(model: nn.Module, trace: Trace, pack: _Packing) -> Iterator[tuple[str, str, Ids]]:
+def _scales(model: nn.Module, trace: Trace, pack: "_Packing") -> Iterator[tuple[str, str, Ids]]:
     """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
 
     Attention kernels derive the scale from the size that they see; a scale stored as an attribute must agree.

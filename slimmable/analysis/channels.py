@@ -1,7 +1,5 @@
 """Channel groups of a model, the constraints on how many units each keeps, and the resulting sub-networks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

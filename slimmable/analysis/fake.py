@@ -1,7 +1,5 @@
 """Fake models, whose forward runs on shapes alone."""
 
-from __future__ import annotations
-
 import copy
 import io
 import logging

@@ -1,7 +1,5 @@
 """Importance of units: rank those of each channel group, and permute them while the network computes the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ While a model is traced, its integer attributes and the labelled sizes of its te
 expression over attributes and sizes, which arithmetic extends.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,7 +64,7 @@ class TracedInt(int):
     on_equal: Callable[[Expression, Expression], None] | None
     hashed = False  # whether one was, since `depends_on_trace` has last asked
 
-    def __new__(cls, value: int, expression: Expression, on_equal: Any = None) -> TracedInt:
+    def __new__(cls, value: int, expression: Expression, on_equal: Any = None) -> "TracedInt":
         """Make the integer `value`."""
         self = super().__new__(cls, value)
         self.expression, self.on_equal = expression, on_equal

@@ -4,8 +4,6 @@ Every axis of every parameter starts with a fresh id per unit; running the model
 merged ids is a *class*: one unit of the network, shared by several axes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Making a plan: trace, solve, try second choices where the first look bad, check that every width runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

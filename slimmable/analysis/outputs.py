@@ -1,7 +1,5 @@
 """Outputs: which keep their size (class scores, images, embeddings), and which get thinner (features)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 

@@ -1,7 +1,5 @@
 """The plan of a conversion: what each width keeps of each parameter axis, and the integers that depend on it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,7 +135,7 @@ class Plan:
             ],
         }
 
-    def __deepcopy__(self, memo: Any) -> Plan:
+    def __deepcopy__(self, memo: Any) -> "Plan":
         return self
 
     def __getstate__(self) -> dict[str, Any]:

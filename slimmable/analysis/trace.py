@@ -1,7 +1,5 @@
 """The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -3,8 +3,6 @@
 Only the commands import torch, which keeps `--help` fast.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os
@@ -281,7 +279,7 @@ def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
         raise WidthError(f"--widths: {error}") from error
 
 
-def _timm_model(options: Plan) -> tuple[torch.nn.Module, torch.Tensor]:
+def _timm_model(options: Plan) -> "tuple[torch.nn.Module, torch.Tensor]":
     """Return a timm model and a batch of two zero images for it."""
     import torch
 
@@ -292,7 +290,7 @@ def _timm_model(options: Plan) -> tuple[torch.nn.Module, torch.Tensor]:
     return model, torch.zeros(2, channels, options.image_size or height, options.image_size or width)
 
 
-def _find_device(name: str | None) -> torch.device:
+def _find_device(name: str | None) -> "torch.device":
     """Return the device of this name; by default cuda if available, otherwise the CPU."""
     import torch
 

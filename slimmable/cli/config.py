@@ -3,8 +3,6 @@
 Options are fields of dataclasses, the one source of the parser, the checks and the tables in the docs.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Images to train and evaluate on: cluttered digits, or a folder with one folder per class."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import signal

@@ -1,7 +1,5 @@
 """Evaluation of the networks of a run: features in one pass over the images, then probes on the features."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

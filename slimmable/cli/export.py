@@ -3,8 +3,6 @@
 The model is a timm model by name, a saved model, or the folder of a pre-training run.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import logging

@@ -1,7 +1,5 @@
 """`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Iterator

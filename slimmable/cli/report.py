@@ -1,7 +1,5 @@
 """What a run tells: its progress, the metrics of its steps, tables of results, and plots."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import time
@@ -254,7 +252,7 @@ class Progress:
         bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
         self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,8 +6,6 @@ encoder, queue, optimizer), it is a state dict of the converted network. It stor
 seeds its own random numbers.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

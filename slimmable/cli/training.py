@@ -1,7 +1,5 @@
 """Training steps of a run, each of which seeds its own random numbers, so a run can resume after any step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast

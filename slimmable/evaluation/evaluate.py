@@ -1,7 +1,5 @@
 """Evaluation of frozen features at every width: kNN, linear classifiers by steps, and the ridge classifier."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Recipes of timm models, as far as they can be read off them, and the plain numbers that modules hold."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Files of models, slimmable or plain: safetensors whose metadata say how to rebuild the model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

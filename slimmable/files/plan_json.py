@@ -1,7 +1,5 @@
 """Plans as JSON data for files, with one array for the units of all axes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints of the published SlimCLR code, loaded as slimmable timm networks."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -3,8 +3,6 @@
 Files store the arguments of `gate`, and loading calls `gate` with them again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Find where gates can go: trace a plain model once, and examine each of its channel groups."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Gates: decide from a layer's input which units an image needs, and mask the inputs of the layers that read them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum

@@ -1,7 +1,5 @@
 """The dense and the gated pass of a model, their BatchNorms, a gated pass's decisions and cost, and losses on both."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -36,7 +34,7 @@ class PassNorm(SwitchableNorm):
     _lists: ClassVar[dict[str, int]] = {"narrow": 1, "gated": 0}
 
     @staticmethod
-    def of(norm: nn.Module, widths: int) -> PassNorm:
+    def of(norm: nn.Module, widths: int) -> "PassNorm":
         """Give a norm, switchable or not, norms for the gated pass, which start as copies.
 
         Only the first `widths` widths get them; those that `calibrate_bn` added run dense. A switchable norm is changed

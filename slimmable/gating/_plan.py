@@ -1,7 +1,5 @@
 """Gate plans as pure data: which groups of units have a gate, which have none, and what gated passes cost."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,10 +77,10 @@ class GatePlan:
     gates: tuple[PlannedGate, ...]
     refused: tuple[Refused, ...]
     plan: Plan
-    macs: LayerMacs
+    macs: "LayerMacs"
     example: list[Any]
 
-    def __deepcopy__(self, memo: Any) -> GatePlan:
+    def __deepcopy__(self, memo: Any) -> "GatePlan":
         return self
 
     def least_share(self) -> float:

@@ -1,7 +1,5 @@
 """Use trained gates: measure how often they open, set their threshold to meet a budget, extract a static network."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """A LightningModule at all widths: a callback for the Trainer; the module stays as it is."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack

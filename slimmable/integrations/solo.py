@@ -1,7 +1,5 @@
 """Methods of solo-learn at all widths; the Trainer's part is `slimmable.integrations.lightning`."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from typing import Any

@@ -6,8 +6,6 @@ The programs stay as they are; their options and these stand in any order behind
     python -m slimmable.integrations.timm validate.py --slim-width 0.5 --model resnet18 --checkpoint last.pth.tar ...
 """
 
-from __future__ import annotations
-
 import argparse
 import runpy
 import sys

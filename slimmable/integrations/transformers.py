@@ -1,7 +1,5 @@
 """All widths in the Trainer of transformers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Slimmable layers: torch's linear layer, convolutions, LayerNorm and GroupNorm with slices of their weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -119,7 +117,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
         self._install(check_widths(widths), slim_in, slim_out, overlap)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
+    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> "SlimLinear":
         """Return the slimmable twin of `linear`; as `SlimConv2d.from_conv2d`."""
         return cls._from_torch(linear, widths, **options)
 
@@ -165,7 +163,7 @@ class SlimConv1d(_SlimConv, nn.Conv1d):
     _slim_plain = nn.Conv1d
 
     @classmethod
-    def from_conv1d(cls, conv: nn.Conv1d, widths: Iterable[float], **options: bool) -> SlimConv1d:
+    def from_conv1d(cls, conv: nn.Conv1d, widths: Iterable[float], **options: bool) -> "SlimConv1d":
         """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
         return cls._from_torch(conv, widths, **options)
 
@@ -206,7 +204,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     _slim_plain = nn.Conv2d
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> SlimConv2d:
+    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> "SlimConv2d":
         """Return the slimmable twin of `conv`: it shares the Parameters and keeps the training flag.
 
         `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
@@ -232,7 +230,7 @@ class SlimConv3d(_SlimConv, nn.Conv3d):
     _slim_plain = nn.Conv3d
 
     @classmethod
-    def from_conv3d(cls, conv: nn.Conv3d, widths: Iterable[float], **options: bool) -> SlimConv3d:
+    def from_conv3d(cls, conv: nn.Conv3d, widths: Iterable[float], **options: bool) -> "SlimConv3d":
         """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
         return cls._from_torch(conv, widths, **options)
 
@@ -285,7 +283,7 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         install_view(self, widths, {"weight": cuts, "bias": cuts}, {"normalized_shape": shapes})
 
     @classmethod
-    def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> SlimLayerNorm:
+    def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> "SlimLayerNorm":
         """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`, without options."""
         return cls._from_torch(norm, widths)
 
@@ -347,7 +345,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
 
     @classmethod
-    def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> SlimGroupNorm:
+    def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> "SlimGroupNorm":
         """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`, without options."""
         return cls._from_torch(norm, widths)
 

@@ -1,7 +1,5 @@
 """Switchable layers: batch norms with the constructors of torch's, and a linear probe of one classifier per width."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -155,7 +153,7 @@ class SwitchableProbe(SwitchableContainer):
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> SwitchableProbe:
+    def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> "SwitchableProbe":
         """Return a probe with `linear` itself for the full width and cut copies of it for the narrower ones.
 
         Raises:

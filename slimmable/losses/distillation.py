@@ -4,8 +4,6 @@ The functions of distillation take a student's and a teacher's output, both of s
 scalar. No gradient flows into the teacher.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 

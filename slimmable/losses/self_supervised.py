@@ -4,8 +4,6 @@ All `*_logits` functions put the positive pair in column 0 and the negatives in 
 unit length, so raw and normalised ones give the same value, and compute half-precision input in float32.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

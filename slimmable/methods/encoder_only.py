@@ -1,7 +1,5 @@
 """Methods that train the encoder alone: SimCLR, VICReg and supervised training."""
 
-from __future__ import annotations
-
 import math
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The base of all methods: encoder, batch, and a training step that runs one width after another."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Methods whose targets come from a momentum encoder: MoCo v2, MoCo v3 and BYOL."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Rules by the names of their operations, and what a rule is given: a call, and verbs for the units on its axes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 

@@ -1,7 +1,5 @@
 """Synchronised batch norm as a context manager: statistics of all processes' batches together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Measure how the widths' gradients interact: which one dominates the shared weights, and how well they agree."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

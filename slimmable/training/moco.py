@@ -1,7 +1,5 @@
 """Momentum encoders, their schedule, and MoCo's key queue, for a network that runs at several widths."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

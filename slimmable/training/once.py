@@ -1,7 +1,5 @@
 """What happens once per step, although a step runs once per width: changes of state, and forwards without gradient."""
 
-from __future__ import annotations
-
 import copy
 import random
 import warnings

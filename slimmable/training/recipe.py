@@ -1,7 +1,5 @@
 """SlimCLR's training step for an existing loop: which widths run, and the loss of each."""
 
-from __future__ import annotations
-
 import math
 import random
 import warnings
@@ -89,7 +87,7 @@ class SlimRecipe:
         steps: int | None = None,
         frozen: Iterable[nn.Module] = (),
         once: Iterable[nn.Module] = (),
-        backward: Backward | None = None,
+        backward: "Backward | None" = None,
     ) -> None:
         if distill is not None and not (callable(distill) and hasattr(distill, "teachers")):
             raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
@@ -128,7 +126,7 @@ class SlimRecipe:
         *,
         frozen: Iterable[nn.Module] = (),
         once: Iterable[nn.Module] = (),
-        backward: Backward | None = None,
+        backward: "Backward | None" = None,
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 

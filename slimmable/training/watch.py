@@ -1,7 +1,5 @@
 """What a recipe sees of the program around it: what calls of the model return, and which optimizers step."""
 
-from __future__ import annotations
-
 import re
 import warnings
 import weakref

@@ -1,7 +1,5 @@
 """Switchable containers, which hold one real module per width and run that of the active width."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Cuts: the part of a full tensor that a width keeps, and how to take it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import mul
 from typing import Any, NamedTuple
@@ -35,7 +33,7 @@ class Indices:
                 self._tensors[device] = torch.tensor(self.units, device=device)
         return self._tensors[device]
 
-    def __deepcopy__(self, memo: Any) -> Indices:
+    def __deepcopy__(self, memo: Any) -> "Indices":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -5,8 +5,6 @@ nodes in the order of creation. So the number of the node that the backward pass
 repeated, and its column is that of the last switch before this number.
 """
 
-from __future__ import annotations
-
 import weakref
 from typing import Any, Generic, TypeVar
 

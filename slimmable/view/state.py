@@ -4,8 +4,6 @@ Its rows are what depends on the width: the part of each tensor that is used, pl
 results that the forward keeps for later calls.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any, TypeAlias, cast
 
@@ -33,7 +31,7 @@ class Column:
         caches: name of an attribute in which the forward keeps results -> its contents.
     """
 
-    def __init__(self, width: float | Counts) -> None:
+    def __init__(self, width: "float | Counts") -> None:
         self.width = width
         self.index = -1
         self.counts: Counts | None = None
