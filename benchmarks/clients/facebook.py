@@ -15,7 +15,6 @@ from typing import Any
 import timm.layers
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -59,18 +58,6 @@ def cuda_in_programs(original: Callable[[], bool]) -> Callable[[], bool]:
 def only(*layers: int, block: type[Bottleneck] | type[BasicBlock] = BasicBlock, **options: Any) -> Any:
     """Replace a ResNet by one with fewer blocks."""
     return instead(functools.partial(ResNet, block, list(layers), **options))
-
-
-def small_vit(original: type[VisionTransformer]) -> type[VisionTransformer]:
-    """Return the class as moco-v3 knows it from timm 0.4, for small images and with two blocks."""
-
-    class Small(original):  # type: ignore[misc, valid-type]
-        num_tokens = 1
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**{**options, "img_size": 32, "depth": 2})
-
-    return Small
 
 
 def contiguous(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,9 +122,6 @@ RESNET = (*BATCH, "-a", "resnet18")
 ZERO_GRAD = "`zero_grad`, between loss and `backward` in the program, moves up"
 TEACHER = f"{ZERO_GRAD}; the teacher is converted too, since it takes the student's state dict"
 MOCO_V3 = ("images", "--moco-dim", "16", "--moco-mlp-dim", "64", "--moco-m-cos", "--warmup-epochs", "1", *LAUNCH)
-SMALL_VIT: dict[str, Callable[[Any], Any]] = {
-    "timm.models.vision_transformer.VisionTransformer": small_vit,
-}
 DINO = ("--out_dim", "64", "--batch_size_per_gpu", "4", "--local_crops_number", "2", "--warmup_epochs", "1")
 
 CLIENTS = [
@@ -166,15 +150,6 @@ CLIENTS = [
         "moco-v3", "moco-v3/main_moco.py", (*MOCO_V3, *RESNET), extracts="model.module.base_encoder", needs=ZERO_GRAD
     ),
     program(
-        "moco-v3-vit",
-        "moco-v3/main_moco.py",
-        (*MOCO_V3, *BATCH, "-a", "vit_small", "--optimizer", "adamw", "--lr", "0.01", "--stop-grad-conv1"),
-        stand_ins=SMALL_VIT,
-        extracts="model.module.base_encoder",
-        needs=ZERO_GRAD,
-        same_as="facebook/moco-v3",
-    ),
-    program(
         "simsiam",
         "simsiam/main_simsiam.py",
         ("images", *RESNET, "--dim", "64", "--pred-dim", "16", "--fix-pred-lr", *LAUNCH),
@@ -185,13 +160,6 @@ CLIENTS = [
         "dino",
         "dino/main_dino.py",
         (*DINO, "--arch", "vit_tiny", "--patch_size", "8"),
-        extracts="student.module.backbone",
-        needs=TEACHER,
-    ),
-    program(
-        "dino-resnet",
-        "dino/main_dino.py",
-        (*DINO, "--arch", "resnet18", "--optimizer", "lars", "--use_bn_in_head", "true"),
         extracts="student.module.backbone",
         needs=TEACHER,
     ),

@@ -63,8 +63,7 @@ CLIENTS = [
         },
         extracts="model.encoder",
         images=(2, 3, 224, 224),
-        needs="`slimify` before the model gets a generator, which cannot be copied; no checkpoint holds how far that "
-        "is, in the plain program either",
+        needs="no checkpoint holds how far its generator of momenta has got, in the plain program either",
     ),
     example("mae", MASKED),
     example("mmcr", needs=COPIED),
