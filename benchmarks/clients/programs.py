@@ -68,9 +68,10 @@ def run(
         keep_at: the epoch before which a checkpoint is made.
         resume: an epoch and the run whose checkpoint is loaded before it; the epochs before it have no batches.
     """
-    torch.use_deterministic_algorithms(True)  # what torch.empty holds too
     _seed(0)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True)  # what torch.empty holds too
         place = Path(name).resolve() / "program"
         shutil.copytree((checkouts / client.source).parent, place, ignore=shutil.ignore_patterns(".git"))
         for file, text in texts.items():

@@ -20,7 +20,8 @@ from torch import nn
 
 import slimmable
 from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
-from benchmarks.training_step.run import DIMENSION, MODELS, WIDTHS, contrastive
+from benchmarks.training_step.run import DIMENSION, MODELS, WIDTHS
+from slimmable.losses import nt_xent
 from slimmable.training import GradientDiagnostics
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ def step_of(model: nn.Module, batch: int, size: int, every: int | None) -> Calla
     def step() -> None:
         optimizer.zero_grad()
         for width in recipe.widths(1.0):
-            recipe.loss(contrastive(model, *views)[0]).backward()
+            recipe.loss(nt_xent(*map(model, views))).backward()
             if diagnostics is not None:
                 diagnostics.after_backward(width)
         if diagnostics is not None:

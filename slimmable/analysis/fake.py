@@ -187,7 +187,8 @@ def swapped(new: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
 def layers_in_parts() -> Iterator[None]:
     """Let an LSTM or TransformerEncoder run as separate matrix products, not as one fused operation.
 
-    Modes also see what torch's Python functions, such as `multi_head_attention_forward`, call inside.
+    Modes also see what torch's Python functions, such as `multi_head_attention_forward`, call inside. Deterministic
+    algorithms are off, which take interpolation apart.
     """
     functions = vars(torch.nn.functional)
     with PROCESS:
@@ -195,10 +196,16 @@ def layers_in_parts() -> Iterator[None]:
         fused = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
+        exact, warns = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(False)
         try:
             with swapped([(functions, name, lambda *_: False) for name in overridden]):
                 yield
         finally:
+            torch.use_deterministic_algorithms(exact, warn_only=warns)
             torch.backends.mha.set_fastpath_enabled(fast)
             torch.backends.mkldnn.set_flags(_enabled=fused)  # type: ignore[no-untyped-call]
 

@@ -172,3 +172,28 @@ def test_a_dict_that_makes_what_it_returns_is_only_asked_by_the_forward():
     with slimmable.at_width(slim, 0.5):
         assert slim.first.weight.shape == (8, 4)
     assert dict(FACTORIES.items()) == held
+
+
+class Enlarges(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x):
+        return self.last(functional.interpolate(self.first(x), scale_factor=2, mode="bilinear"))
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_a_plan_does_not_depend_on_deterministic_algorithms(warn_only):
+    """Everywhere but on CPUs, they take interpolation apart into indexing."""
+    x, model = torch.rand(2, 3, 8, 8, device="meta"), Enlarges().to("meta")
+    expected = slimmable.plan(model, WIDTHS, example_inputs=x)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        found = slimmable.plan(model, WIDTHS, example_inputs=x)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert str(found) == str(expected)
+    assert 2 * expected.columns[1].macs == expected.columns[0].macs
