@@ -30,6 +30,7 @@ MODELS = ("resnet18", "resnet50", "vit_tiny_patch16_224")
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DIMENSION = 128
 GOALS = {"time": 1.03, "saved": 1.05}
+TOGETHER = ("recipe.total, distilling", "one summed backward")  # the latter in results from before `total`
 
 
 def plain_step(models: Iterable[nn.Module], views: tuple[Tensor, Tensor]) -> Callable[[], None]:
@@ -93,7 +94,7 @@ def measure(name: str, seconds: float, batch: int, size: int, least: int) -> lis
 
 def missed(row: dict[str, Any]) -> bool:
     """Tell whether a way misses the goal in time; `recipe.total` is there to compare with."""
-    return bool("total" not in row["way"] and row["ratio"] > row["goals"]["time"])
+    return bool(row["way"] not in TOGETHER and row["ratio"] > row["goals"]["time"])
 
 
 def table(folder: Path) -> str:
