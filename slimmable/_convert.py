@@ -17,7 +17,7 @@ from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_module
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
-from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error
+from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
 from slimmable._width import at_width, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
@@ -358,9 +358,7 @@ def know(module: nn.Module, found: Plan, path: str) -> None:
 
 def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield every module once, except those inside containers."""
-    containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
-    hidden = {id(inner) for module in containers for child in module.children() for inner in child.modules()}
-    yield from (module for module in model.modules() if id(module) not in hidden)
+    return walk([model], lambda module: not isinstance(module, SwitchableContainer))
 
 
 def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:

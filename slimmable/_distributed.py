@@ -4,13 +4,14 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
@@ -140,6 +141,23 @@ def average_gradients(model: nn.Module) -> None:
         flat /= dist.get_world_size()
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
+
+
+@contextmanager
+def averaged_once(model: nn.Module) -> Iterator[None]:
+    """Average the gradients of each DistributedDataParallel in `model` once, after the block, not in its backwards.
+
+    One that is under its `no_sync`, or has a static graph, is left alone.
+    """
+    wrapped = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
+    synced = [part for part in wrapped if part.require_backward_grad_sync and not part.static_graph]
+    with ExitStack() as stack:
+        for part in synced:
+            stack.enter_context(part.no_sync())
+        yield
+    for part in synced:
+        average_gradients(part)
+        part.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
 
 
 def gather(tensor: Tensor) -> Tensor:

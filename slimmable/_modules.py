@@ -1,7 +1,7 @@
 """Modules of any class: match names, replace modules, switch modes for a while, copy, subclass unnoticed, sizes."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
+_ABSENT = object()
 
 
 def is_under(name: str, pattern: str) -> bool:
@@ -27,6 +28,40 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+@contextmanager
+def swapped(new: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Put values into dicts, each given as a dict, a key and the value, while the block runs."""
+    before = [(store, name, store.get(name, _ABSENT)) for store, name, _ in new]
+    try:
+        for store, name, value in new:
+            store[name] = value
+        yield
+    finally:
+        for store, name, value in before:
+            if value is _ABSENT:
+                store.pop(name, None)
+            else:
+                store[name] = value
+
+
+def walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """Yield each of `modules`, and each module in one that `enters` accepts, once, in the order of `nn.Module.modules`.
+
+    >>> net = nn.Sequential(nn.Sequential(nn.ReLU()), nn.Tanh())
+    >>> [type(module).__name__ for module in walk([net], lambda module: module is net)]
+    ['Sequential', 'Sequential', 'Tanh']
+    """
+    seen: set[nn.Module] = set()
+    pending = list(modules)[::-1]
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            if enters(module):
+                pending += list(module.children())[::-1]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

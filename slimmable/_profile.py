@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._checks import check_count, check_module
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
-from slimmable._modules import in_eval_mode
+from slimmable._modules import in_eval_mode, swapped
 from slimmable._nested import output_tensors
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
-from slimmable.analysis.fake import FakeModel, layers_in_parts, swapped
+from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of

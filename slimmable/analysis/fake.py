@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import is_index
 from slimmable._known_numbers import KnownNumbers, ReadInMemory, fits, know
+from slimmable._modules import swapped
 from slimmable._nested import map_tensors, output_tensors, tensors
 from slimmable._reach import PROCESS, Reach
 from slimmable.analysis.integers import depends_on_trace
@@ -168,19 +169,6 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
         if tuple(shape) != tuple(normal):
             raise RuntimeError(f"a norm over {tuple(shape)} got an input of shape {tuple(source.shape)}")
     return torch.empty_like(source), source.new_empty(0), source.new_empty(0)
-
-
-@contextmanager
-def swapped(new: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """Put values into dicts, each given as a dict, a key that it has and the value, while the block runs."""
-    before = [(store, name, store[name]) for store, name, _ in new]
-    try:
-        for store, name, value in new:
-            store[name] = value
-        yield
-    finally:
-        for store, name, value in before:
-            store[name] = value
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimmable._modules import output_axis
+from slimmable._modules import output_axis, swapped
 from slimmable._nested import output_tensors
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
 from slimmable.analysis._solve import Solution, channels_of, solve
 from slimmable.analysis.channels import SubNetwork
-from slimmable.analysis.fake import FakeModel, recorded_outputs, swapped
+from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, is_inside
 from slimmable.analysis.plan import Pin, Plan

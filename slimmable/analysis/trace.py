@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._known_numbers import written
-from slimmable._modules import size_axes, tensors_of, unannounced
+from slimmable._modules import size_axes, swapped, tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise
 from slimmable.analysis import _rules_shape as _rules_shape
@@ -24,7 +24,7 @@ from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
-from slimmable.analysis.fake import FakeModel, swapped
+from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from slimmable._distributed import averaged_once
+from slimmable._modules import swapped
 from slimmable._width import width_of
 from slimmable.errors import UsageError
-from slimmable.training import SlimRecipe, average_gradients
-from slimmable.training.once import replaced
+from slimmable.training import SlimRecipe
 
 try:
     from lightning.pytorch import Callback
@@ -81,7 +81,7 @@ class SlimCallback(Callback):
         for name in ("log", *automatic):
             original = getattr(pl_module, name)
             new = wraps(original)(partial(getattr(self, f"_{name}"), pl_module, original))
-            self._replaced.enter_context(replaced([(pl_module, name, new)]))
+            self._replaced.enter_context(swapped([(vars(pl_module), name, new)]))
         if not automatic:
             vars(self.recipe)["backward"] = partial(self._averaged, trainer.model, self.recipe.backward)
             self._replaced.callback(vars(self.recipe).pop, "backward")
@@ -141,12 +141,7 @@ class SlimCallback(Callback):
         *rest, closure = args
         step(*rest, partial(self._averaged, module.trainer.model, closure))
 
-    def _averaged(self, wrapped: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _averaged(self, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let DistributedDataParallel, which expects one backward pass, average once after the last."""
-        if not isinstance(wrapped, DistributedDataParallel):
+        with averaged_once(model):
             return run(*args, **kwargs)
-        with wrapped.no_sync():
-            result = run(*args, **kwargs)
-        average_gradients(wrapped)
-        wrapped.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
-        return result

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+from slimmable._convert import shallow_modules
+from slimmable._modules import swapped, walk
 from slimmable._nested import map_tensors, output_tensors
 from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
@@ -87,14 +89,14 @@ class Replay:
 
         Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
         """
-        calls: list[tuple[nn.Module, str, Any]] = []
+        calls: list[tuple[dict[str, Any], str, Any]] = []
         for part in _uncompiled(modules):
             name = entry(part)
             if widest:
-                calls.append((part, name, partial(self._record, part, getattr(part, name))))
+                calls.append((vars(part), name, partial(self._record, part, getattr(part, name))))
             else:
-                calls.append((part, name, partial(self._repeat, part, iter(self._outputs[part]))))
-        with replaced(calls):
+                calls.append((vars(part), name, partial(self._repeat, part, iter(self._outputs[part]))))
+        with swapped(calls):
             yield
         for module in modules:
             if widest and not any(part in self._outputs for part in _uncompiled([module])):
@@ -136,7 +138,8 @@ class SameDraws:
 
     def __init__(self, model: nn.Module) -> None:
         get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-        devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+        parameters = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        devices = {tensor.device for tensor in parameters if tensor.device.type == "cuda"}
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
             (random.getstate, random.setstate),
             (np.random.get_state, np.random.set_state),  # what others draw from
@@ -165,7 +168,7 @@ class SameDraws:
 
 def shared_by_widths(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of `model` whose state does not belong to a width, as that of a switchable norm does."""
-    for module in _walk([model], lambda module: not isinstance(module, SwitchableContainer)):
+    for module in shallow_modules(model):
         if not isinstance(module, (SwitchableContainer, DistributedDataParallel)):
             yield module
 
@@ -175,38 +178,9 @@ def entry(module: nn.Module) -> str:
     return "_compiled_call_impl" if "_compiled_call_impl" in vars(module) else "forward"
 
 
-@contextmanager
-def replaced(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Set attributes of modules, past `nn.Module.__setattr__`, while a block runs."""
-    before = [(module, name, vars(module).get(name)) for module, name, _ in attributes]
-    for module, name, value in attributes:
-        vars(module)[name] = value
-    try:
-        yield
-    finally:
-        for module, name, own in before:
-            if own is None:
-                del vars(module)[name]
-            else:
-                vars(module)[name] = own
-
-
 def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield modules and those in them, but not what is inside a compiled one."""
-    return _walk(modules, lambda module: entry(module) == "forward" and "_orig_mod" not in module._modules)
-
-
-def _walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Yield each of `modules`, and each module in one that `enters` accepts, once."""
-    seen: set[nn.Module] = set()
-    pending = list(modules)
-    while pending:
-        module = pending.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            if enters(module):
-                pending.extend(module.children())
+    return walk(modules, lambda module: entry(module) == "forward" and "_orig_mod" not in module._modules)
 
 
 def _state(store: dict[str, Any]) -> dict[str, Any]:
@@ -229,5 +203,5 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
             return value.clone()
         return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
 
-    copies: dict[str, Any] = tree_map(copied, state)
+    copies: dict[str, Any] = tree_map(copied, state) if state else {}  # most modules have none
     return copies

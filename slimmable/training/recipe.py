@@ -4,17 +4,16 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._checks import check_count, check_fraction, number_or_nan
-from slimmable._distributed import average_gradients
+from slimmable._distributed import averaged_once
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
@@ -147,7 +146,7 @@ class SlimRecipe:
             Otherwise as `loss`.
         """
         run_backward = backward or self._backward or Tensor.backward
-        with self._one_reduction():
+        with averaged_once(self.model):
             for part in self.parts(closure, frozen=frozen, once=once):
                 with _without_autocast(part.device.type):  # in which the whole step may be
                     run_backward(part)
@@ -382,19 +381,6 @@ class SlimRecipe:
             if self._step is step:
                 self._step = None
                 set_width(self.model, 1.0)
-
-    @contextmanager
-    def _one_reduction(self) -> Iterator[None]:
-        """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
-        wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
-        synced = [part for part in wrapped if part.require_backward_grad_sync and not part.static_graph]
-        with ExitStack() as stack:
-            for part in synced:
-                stack.enter_context(part.no_sync())
-            yield
-        for part in synced:
-            average_gradients(part)
-            part.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
 
 
 @dataclass

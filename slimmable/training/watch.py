@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from slimmable._modules import swapped
 from slimmable._nested import named_tensors
 from slimmable.errors import UsageError
 from slimmable.losses import nt_xent_logits
 from slimmable.losses.distillation import DistillationKind
-from slimmable.training.once import entry, replaced
+from slimmable.training.once import entry
 
 
 class Calls:
@@ -47,7 +48,7 @@ class Calls:
     def noted(self) -> Iterator[None]:
         """Note the calls in a block."""
         self._calls.clear()
-        with replaced([(part, name, self._noting[part]) for part, name in self._entries.items()]):
+        with swapped([(vars(part), name, self._noting[part]) for part, name in self._entries.items()]):
             yield
 
     def outputs(self) -> list[Tensor] | None:
