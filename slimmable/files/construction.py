@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -37,15 +38,9 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
         return None
     for candidate in [arguments] if arguments is not None else _candidates(model, config):
         recipe = {"timm": name, "arguments": dict(candidate)}
-        try:
-            with torch.device("meta"):
-                plain = build(recipe)
-        except CheckpointError:
-            if arguments is not None:
-                raise
-            continue
-        if _fits(model, plain, narrow):
-            return recipe
+        with nullcontext() if arguments is not None else suppress(CheckpointError), torch.device("meta"):
+            if _fits(model, build(recipe), narrow):
+                return recipe
     if arguments is not None:
         raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
     warnings.warn(
