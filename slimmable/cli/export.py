@@ -278,10 +278,7 @@ def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """Return `model`, in evaluation mode, as a program for any number of images, or if that is impossible, for one.
-
-    It is traced with `images`, of shape (2, channels, height, width).
-    """
+    """Return `model`, in evaluation mode, as a program for any number of images like these two, or else for one."""
     with torch.no_grad(), _quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
         try:
             program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))

@@ -24,9 +24,8 @@ _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
 
-    If it may be `narrow`, they make one of which it may be a sub-network.
-
-    A network that surgery has changed from what timm makes has no recipe either; a warning says so.
+    If it may be `narrow`, they make one of which it may be a sub-network. A network that surgery has changed from what
+    timm makes has no recipe either; a warning says so.
 
     Raises: CheckpointError: if arguments are given but make another model.
     """
