@@ -106,10 +106,7 @@ def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
 
 
 def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
-    """Return the number of classes; if `num_classes` is None, one more than the largest label.
-
-    Raises: DataError: if the labels are not class numbers starting at 0. UsageError: if `num_classes` is not a count.
-    """
+    """Return the number of classes: `num_classes`, which all labels must be below, or one more than the largest."""
     check_tensors(where, labels=labels)
     if num_classes is not None:
         check_count(where, num_classes=num_classes)
@@ -123,10 +120,7 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
 
 
 def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None) -> int:
-    """Return the number of classes, like `check_classes`.
-
-    Raises: DataError: also unless the features are a real matrix with one row per label.
-    """
+    """Return the number of classes, like `check_classes`; the features must be a real matrix, one row per label."""
     check_tensors(where, features=features, labels=labels)
     if features.is_complex():
         raise DataError(f"{where} are {features.dtype}, expected real numbers")

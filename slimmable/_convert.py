@@ -246,16 +246,13 @@ def plain(model: nn.Module) -> nn.Module:
         return model
     leaves = (leaf for module in model.modules() for leaf in tree_leaves(module.__dict__))
     shared = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (Tensor, WidthState))}  # `strip` only reads these
-    copied = detach_all(copy.deepcopy(model, shared))
+    copied = detach_all(copy.deepcopy(model, left_behind(model) | shared))
     strip(copied)
     return copied
 
 
 def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
-    """Turn `skip` into a function of path and module.
-
-    Raises: ConversionError: if it is neither a function of two arguments nor patterns that each match a module.
-    """
+    """Turn `skip`, a function of two arguments or patterns that each match a module, into such a function."""
     if callable(skip) and not isinstance(skip, type):
         try:
             inspect.signature(skip).bind("", model)
@@ -369,10 +366,8 @@ def know(module: nn.Module, found: Plan, path: str) -> None:
 
 def shallow_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield every module once, except those inside containers."""
-    hidden: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, SwitchableContainer):
-            hidden.update(id(inner) for child in module.children() for inner in child.modules())
+    containers = [module for module in model.modules() if isinstance(module, SwitchableContainer)]
+    hidden = {id(inner) for module in containers for child in module.children() for inner in child.modules()}
     yield from (module for module in model.modules() if id(module) not in hidden)
 
 

@@ -113,11 +113,7 @@ def _children(twins: Twins) -> dict[str, Twins]:
 
 
 def counts_channels(name: str) -> bool:
-    """Tell whether an attribute's name says that it counts channels, features or heads.
-
-    >>> counts_channels("in_chs"), counts_channels("hidden_size"), counts_channels("num_hidden_layers")
-    (True, True, False)
-    """
+    """Tell whether an attribute's name says that it counts channels, features or heads."""
     words = [word.rstrip("0123456789") for word in name.lower().split("_")]
     return any(map(_SAY_CHANNELS.fullmatch, words)) and not any(map(_SAY_OTHERS.fullmatch, words))
 
@@ -271,7 +267,6 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _made(model: nn.Module, plain: dict[str, Any]) -> nn.Module:
-    """Return the network that the model's class makes with a configuration, given as a dict."""
     kind: Any = type(model)
     config: Any = model.config
     made: nn.Module = kind(type(config).from_dict(plain)) if hasattr(config, "from_dict") else kind.from_config(plain)

@@ -81,7 +81,6 @@ def _arguments(example: Any) -> Arguments:
 
 
 def _taken(model: nn.Module, arguments: Arguments) -> Arguments:
-    """Return the arguments after checking them against the signature of the forward."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # compiled code has no signature

@@ -144,7 +144,6 @@ def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
 
 
 def _sources(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors that the numbers of a known one come from."""
     return getattr(tensor, "slim_sources", None) or [tensor]
 
 

@@ -64,11 +64,9 @@ class Profile:
         return "\n".join(map(" ".join, lines))
 
     def _repr_html_(self) -> str:
-        """Return the table as HTML for notebooks."""
         return html_table(*self._cells())
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and the rows of the table as text."""
         rows = []
         for row in self.rows:
             latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"

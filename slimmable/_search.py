@@ -159,7 +159,6 @@ def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[Sub
 
 
 def _bar(show: bool, what: str) -> AbstractContextManager[Any]:
-    """Return a progress bar, or nothing where there is no terminal or no tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -147,12 +147,7 @@ class AllWidths(nn.Module):
 
 # -- the steps of a switch, also used by training, search and files
 def places_of(model: nn.Module) -> Places:
-    """Collect the modules that have widths, in one walk, and refuse a converted model that has gained layers.
-
-    Raises:
-        ConversionError: if no module has widths, or if layers were added after the conversion.
-        UsageError: if `model` is not a module.
-    """
+    """Collect the modules that have widths, in one walk; refuse a model without any, or that has gained layers."""
     given: Any = model
     if not isinstance(given, nn.Module):
         check_module("switching widths", given)
@@ -193,25 +188,17 @@ def places_of(model: nn.Module) -> Places:
 
 
 def columns_of(places: Places, setting: Setting) -> list[Column]:
-    """Return each module's column for a setting, or a new guest column if it has none; change nothing.
-
-    Raises: WidthError: if a part of the model does not have this width or sub-network.
-    """
+    """Return each module's column for a setting, or a new guest column if it has none; change nothing."""
     given: Any = setting
     if not isinstance(given, (Mapping, tuple, list, Real)):
         raise WidthError(
             f"{setting!r} is not a width, a dict of widths by layer or a tuple of one count per channel group"
         )
-    if not isinstance(setting, (Mapping, tuple, list, bool)):
-        found: dict[tuple[object, ...], int] = {}
-        for _, state in places:
-            if state.widths not in found:
-                if setting not in state.widths:
-                    break
-                found[state.widths] = state.widths.index(float(setting))
-        else:
-            return [state.columns[found[state.widths]] for _, state in places]
-    return [_column(module, state, setting) for module, state in places]
+    number: Any = None if isinstance(given, (Mapping, tuple, list, bool)) else given
+    return [
+        state.columns[state.widths.index(number)] if number in state.widths else _column(module, state, setting)
+        for module, state in places
+    ]
 
 
 def switch(places: Places, columns: Iterable[Column]) -> None:
@@ -228,12 +215,7 @@ def switch(places: Places, columns: Iterable[Column]) -> None:
 
 @contextmanager
 def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
-    """Add widths and sub-networks to the model for good, which keeps their statistics.
-
-    If one of them, or the block, fails, none is added.
-
-    Raises: as `places_of` and `columns_of`.
-    """
+    """Add widths and sub-networks to the model for good, which keeps their statistics; none if the block fails."""
     places = places_of(model)
     before = [(state.active, len(state.columns)) for _, state in places]
     guests = [active.width for active, _ in before if active.index == -1]
@@ -262,8 +244,6 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
                 "widths by layer and channel counts are for models that slimmable.slimify has converted"
             )
         return state.columns[width_index(number, _widths(state))]
-    if number in state.widths and not isinstance(number, bool):
-        return state.columns[state.widths.index(number)]
     try:
         found = plan.sub_network(setting)
     except WidthError:

@@ -15,10 +15,7 @@ Kept: TypeAlias = "int | tuple[int, ...] | None"
 
 
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
-    """Return `widths` as floats from the widest to the narrowest.
-
-    Raises: WidthError: if there are none, one is not a number in (0, 1] or appears twice, or 1.0 is missing.
-    """
+    """Return `widths`, distinct numbers in (0, 1] with 1.0 among them, as floats from the widest to the narrowest."""
     if isinstance(widths, (str, bytes)) or not isinstance(widths, Iterable):
         raise WidthError(f"widths must be a sequence of numbers such as (1.0, 0.5, 0.25), got {widths!r}")
     given: list[Any] = list(widths)
@@ -41,10 +38,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
 
 
 def width_index(width: float, widths: Sequence[float]) -> int:
-    """Return the position of `width` in `widths`.
-
-    Raises: WidthError: if it is not among them; the message names the nearest.
-    """
+    """Return the position of `width` in `widths`; if it is not among them, the `WidthError` names the nearest."""
     asked: Any = width
     if isinstance(asked, bool) or not isinstance(asked, Real) or math.isnan(asked):
         raise WidthError(f"width {width!r} is not a number; this model's widths are {tuple(widths)}")

@@ -29,6 +29,7 @@ class Client:
         extracts: the part of the model that is extracted, by its path from the name in the program, such as
             "model.backbone".
         needs: what the program still needs beyond the three lines, and why; a sentence for the table.
+        same_as: name of a client of the same program, with other arguments, whose diff is taken.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Client:
     images: tuple[int, ...] = (4, 3, 32, 32)
     extracts: str = "model.backbone"
     needs: str = ""
+    same_as: str = ""
 
     @property
     def file(self) -> str:
@@ -47,7 +49,7 @@ class Client:
     @property
     def diff(self) -> str:
         """The lines to change, as hunks; see `difference`."""
-        return (HERE / f"{self.name}.diff").read_text()
+        return (HERE / f"{self.same_as or self.name}.diff").read_text()
 
 
 def options(**options: Any) -> Callable[[Any], Any]:

@@ -172,6 +172,7 @@ CLIENTS = [
         stand_ins=SMALL_VIT,
         extracts="model.module.base_encoder",
         needs=ZERO_GRAD,
+        same_as="facebook/moco-v3",
     ),
     program(
         "simsiam",
@@ -184,14 +185,14 @@ CLIENTS = [
         "dino",
         "dino/main_dino.py",
         (*DINO, "--arch", "vit_tiny", "--patch_size", "8"),
-        extracts="student.module",
+        extracts="student.module.backbone",
         needs=TEACHER,
     ),
     program(
         "dino-resnet",
         "dino/main_dino.py",
         (*DINO, "--arch", "resnet18", "--optimizer", "lars", "--use_bn_in_head", "true"),
-        extracts="student.module",
+        extracts="student.module.backbone",
         needs=TEACHER,
     ),
 ]

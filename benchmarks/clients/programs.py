@@ -277,6 +277,8 @@ def state(objects: Mapping[str, Any]) -> State:
         found |= {f"{name}.{key}": value.detach().clone() for key, value in tensors.items()}
         for place, part in _own_parts(module):
             for key, value in vars(part).items():
+                if f"{key}_g" in part._parameters:  # computed anew in each forward, by weight_norm
+                    continue
                 if isinstance(value, Tensor) and value.grad_fn is None:
                     found[f"{name}.{place}.{key}"] = value.detach().clone()
                 elif isinstance(value, int | float) and not key.startswith("_slim"):

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from slimmable._nested import tensors as tensors
-from slimmable.analysis.integers import Constraint, Expression, TracedInt
+from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Axes, Ids, Labels, pattern
 
 
@@ -167,13 +167,13 @@ class Context:
     def constrain(self, size: Any, ids: Ids | None, full: int) -> None:
         """Require a size argument to follow the axis that it sizes."""
         if isinstance(size, TracedInt):
-            self.constraints.append(Constraint(size.expression, ids, full, self.where))
+            self.constraints.append(Constraint(size.expression, size_of(ids, full), self.where))
         elif ids is not None:
             self.pin(ids, f"the size {size} is a constant")
 
     def on_equal(self, first: Expression, second: Expression) -> None:
         """Note that the model's code found two integers equal."""
-        self.constraints.append(Constraint(first, None, 0, self.where, second))
+        self.constraints.append(Constraint(first, second, self.where))
 
     def size(self, tensor: Tensor, axis: int) -> int:
         """Return the size of an axis, as a `TracedInt` if the axis is labelled."""

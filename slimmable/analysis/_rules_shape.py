@@ -116,13 +116,18 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, "constant" if constant else ctx.origin(source))
 
 
-@rule_of("cat")
-def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Join along an axis; pieces without labels keep their size."""
-    pieces = [piece for piece in args[0] if piece.ndim == out.ndim]
+@rule_of("cat", "stack")
+def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+    """Join along an axis, or along a new one; pieces without labels keep their size."""
+    stacked = ctx.operation == "stack"
+    pieces = [piece for piece in args[0] if stacked or piece.ndim == out.ndim]
     dim = dim_of(args, kwargs, 1, out.ndim)
-    axes = _joined(ctx, pieces, skip=dim)
-    along = [ctx.axes(piece)[dim] for piece in pieces]
+    rows = [ctx.axes(piece) for piece in pieces]
+    along = [] if stacked else [row.pop(dim) for row in rows]
+    axes = rows[0]
+    for row in rows[1:]:
+        axes = [ctx.merge(first, second) for first, second in zip(axes, row, strict=True)]
+    axes.insert(dim, None)
     if any(ids is not None for ids in along):
         for i, piece in enumerate(pieces):
             if along[i] is None:
@@ -132,28 +137,11 @@ def cat(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, _common_origin(ctx, pieces))
 
 
-def _joined(ctx: Context, pieces: Sequence[Tensor], skip: int | None = None) -> list[Ids | None]:
-    axes = ctx.axes(pieces[0])
-    for piece in pieces[1:]:
-        for i, ids in enumerate(ctx.axes(piece)):
-            if i != skip:
-                axes[i] = ctx.merge(axes[i], ids)
-    return axes
-
-
 def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
     if all(ctx.origin(piece) == "weights" for piece in pieces):
         return "weights"
     origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)}
     return origins.pop() if len(origins) == 1 else None if origins else "constant"
-
-
-@rule_of("stack")
-def stack(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Join along a new axis."""
-    dim = dim_of(args, kwargs, 1, out.ndim)
-    axes = _joined(ctx, args[0])
-    ctx.label(out, [*axes[:dim], None, *axes[dim:]], _common_origin(ctx, args[0]))
 
 
 @rule_of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
@@ -228,7 +216,6 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
 
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
-    """Return the ends as the caller passed them, or None."""
     if ctx.call.name == "narrow":
         values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
         return values["start"], values["start"] + values["length"]

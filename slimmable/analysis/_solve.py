@@ -176,12 +176,8 @@ class _Packing:
         return tuple(None if ids is None else self.ids(ids) for ids in axes)
 
     def constraint(self, constraint: Constraint) -> Constraint:
-        return replace(
-            constraint,
-            expression=self._expression(constraint.expression),
-            ids=None if constraint.ids is None else self.ids(constraint.ids),
-            other=None if constraint.other is None else self._expression(constraint.other),
-        )
+        own, required = map(self._expression, (constraint.expression, constraint.required))
+        return Constraint(own, required, constraint.where)
 
     def _expression(self, expression: Expression) -> Expression:
         if expression.kind == "size":

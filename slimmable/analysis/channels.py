@@ -122,29 +122,29 @@ class Requirements:
 
 def _value(asking: list[Constraint], key: Attribute, full: int, values: Values, count: Count) -> tuple[int, Constraint]:
     """Return the value of an attribute with which most of its constraints hold, and the first that asked for it."""
-    found: dict[int, tuple[int, Constraint]] = {}  # value -> number of constraints that hold, the first to ask for it
+
+    def held(value: int) -> int:
+        return sum(each.holds({**values, key: value}, count) for each in asking)
+
+    first_to_ask: dict[int, Constraint] = {}
     for constraint in asking:
-        value = _fitting(constraint, key, full, values, count)
-        if value not in found:
-            held = sum(each.holds({**values, key: value}, count) for each in asking)
-            found[value] = held, constraint
-            if held == len(asking):
-                break
-    best = max(found, key=lambda value: found[value][0])
-    return best, found[best][1]
+        first_to_ask.setdefault(_fitting(constraint, key, full, values, count), constraint)
+    best = max(first_to_ask, key=held)
+    return best, first_to_ask[best]
 
 
 def _fitting(constraint: Constraint, key: Attribute, full: int, values: Values, count: Count) -> int:
     """Return the value of the one unknown attribute with which a constraint holds, or its full value if none does."""
-    if constraint.expression.kind == "attribute" and constraint.other is None:
-        return constraint.required(values, count)
+    required = constraint.required
+    if constraint.expression.kind == "attribute" and required.kind in ("constant", "size"):
+        return required.evaluate(values, count)
 
     def fits(value: int) -> bool:
         return constraint.holds({**values, key: value}, count)
 
     if fits(full):
         return full
-    ratio = count(constraint.ids) / len(constraint.ids) if constraint.ids is not None else 1.0
+    ratio = count(required.value) / len(required.value) if required.kind == "size" else 1.0
     near = sorted(range(1, full), key=lambda value: abs(value - full * ratio))
     return next((value for value in near if fits(value)), full)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,6 +24,7 @@ from slimmable._nested import map_tensors, output_tensors, tensors
 from slimmable._reach import PROCESS, Reach
 from slimmable.analysis.integers import depends_on_trace
 
+_NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(threading.RLock()))
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
 
 
@@ -202,13 +206,15 @@ def layers_in_parts() -> Iterator[None]:
 
 
 def left_behind(model: nn.Module) -> dict[int, Any]:
-    """Return by `id`, without its history, each tensor in attributes that has one, which `deepcopy` refuses."""
+    """Return by `id` what `deepcopy` refuses: tensors with a history, without it, and what runs or is open."""
     found: dict[int, Any] = {}
     for module in model.modules():
         columns = getattr(module.__dict__.get("_slim"), "columns", ())
         for value in tree_leaves((module.__dict__, [column.caches for column in columns])):
             if isinstance(value, Tensor) and not value.is_leaf:
                 found[id(value)] = value.detach()
+            elif isinstance(value, _NOT_COPIED):
+                found[id(value)] = value
     return found
 
 

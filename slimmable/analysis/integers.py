@@ -85,38 +85,30 @@ class TracedInt(int):
         TracedInt.hashed = True
         return int.__hash__(self)
 
-    def __neg__(self) -> TracedInt:
-        return self._computed("neg", self)
-
-    def __abs__(self) -> TracedInt:
-        return self._computed("abs", self)
-
     def __divmod__(self, other: int) -> tuple[int, int]:
         return self // other, self % other
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
-    def _computed(self, name: str, *operands: int) -> TracedInt:
+
+def _operator(name: str, order: int = 1) -> Callable[..., Any]:
+    """Return a method that computes an operation; with `order` -1, in its reflected form."""
+
+    def apply(self: TracedInt, *other: Any) -> Any:
+        operands = (self, *other)[::order]
+        if not all(isinstance(each, int) for each in operands):
+            return NotImplemented
         expression = Expression(name, tuple(map(express, operands)))
         return TracedInt(OPERATIONS[name](*map(int, operands)), expression, self.on_equal)
 
-
-def _add_operator(name: str) -> None:
-    """Give `TracedInt` a binary operator, such as `+`, and its reflected form."""
-
-    def forward(self: TracedInt, other: Any) -> Any:
-        return self._computed(name, self, other) if isinstance(other, int) else NotImplemented
-
-    def reflected(self: TracedInt, other: Any) -> Any:
-        return self._computed(name, other, self) if isinstance(other, int) else NotImplemented
-
-    setattr(TracedInt, f"__{name}__", forward)
-    setattr(TracedInt, f"__r{name}__", reflected)
+    return apply
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    _add_operator(_name)
+for _name in OPERATIONS:
+    setattr(TracedInt, f"__{_name}__", _operator(_name))
+    if _name not in ("neg", "abs"):
+        setattr(TracedInt, f"__r{_name}__", _operator(_name, -1))
 
 
 def depends_on_trace(key: object) -> bool:
@@ -134,40 +126,30 @@ def express(value: int) -> Expression:
     return value.expression if isinstance(value, TracedInt) else Expression("constant", int(value))
 
 
+def size_of(ids: Ids | None, full: int) -> Expression:
+    """Return the expression of an axis's size, a constant if it has no labels."""
+    return Expression("constant", full) if ids is None else Expression("size", ids)
+
+
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """The condition that `expression` equals the kept units of the axis `ids`, or `full` if that is None.
-
-    With `other`, it must equal that expression instead, because the model's code found the two equal.
-    """
+    """The condition that `expression` equals `required`: the size of an axis, or what the model's code found equal."""
 
     expression: Expression
-    ids: Ids | None
-    full: int
+    required: Expression
     where: str
-    other: Expression | None = None
 
     def attributes(self) -> list[Attribute]:
         """Return the attributes that the constraint reads."""
-        return [key for side in self._sides() for key in side.leaves("attribute")]
+        return [*self.expression.leaves("attribute"), *self.required.leaves("attribute")]
 
     def axes(self) -> list[Ids]:
         """Return the labels of the axes whose sizes the constraint involves."""
-        own = [] if self.ids is None else [self.ids]
-        return own + [ids for side in self._sides() for ids in side.leaves("size")]
+        return [*self.required.leaves("size"), *self.expression.leaves("size")]
 
     def holds(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> bool:
         """Tell whether the constraint holds, given the same as `Expression.evaluate`."""
         try:
-            return self.expression.evaluate(attributes, count) == self.required(attributes, count)
+            return self.expression.evaluate(attributes, count) == self.required.evaluate(attributes, count)
         except ZeroDivisionError:
             return False
-
-    def required(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
-        """Return what `expression` must equal."""
-        if self.other is not None:
-            return self.other.evaluate(attributes, count)
-        return self.full if self.ids is None else count(self.ids)
-
-    def _sides(self) -> list[Expression]:
-        return [self.expression] if self.other is None else [self.expression, self.other]

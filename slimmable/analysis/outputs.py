@@ -47,9 +47,11 @@ def label_outputs(
         shared = labels.shared_with(ids)
         makers = {path for path, other in context.producers if shared(other)}
         sized = [path for path, count in classes.items() if count == len(ids)]
-        if any(_within(maker, path) for path in sized for maker in makers):  # SqueezeNet rectifies its scores
+        if any(
+            not path or is_inside(maker, path) for path in sized for maker in makers
+        ):  # SqueezeNet rectifies its scores
             return ""
-        if any(all(_within(maker, backbone) for maker in makers) for backbone in backbones):
+        if any(not path or all(is_inside(maker, path) for maker in makers) for path in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
             if np.isin(labels.find(ids), roots).any():
@@ -75,7 +77,6 @@ def label_outputs(
 
 
 def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]:
-    """Return what becomes of each output."""
     given = {"*": wanted} if isinstance(wanted, str) else wanted
     positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
     kinds = ["auto"] * len(names)
@@ -99,11 +100,6 @@ def _roots(context: Context, axes: Sequence[Ids]) -> Ids:
 def is_inside(path: str, outer: str) -> bool:
     """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
     return path == outer or path.startswith(f"{outer}.")
-
-
-def _within(path: str, outer: str) -> bool:
-    """Tell the same, but as the outer one, the root contains everything."""
-    return not outer or is_inside(path, outer)
 
 
 def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:

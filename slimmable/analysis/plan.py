@@ -288,7 +288,6 @@ def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
 
 
 def _shown(group: Group) -> str:
-    """Return the first axes of a group as text."""
     return listed([_axis(axis) for axis in group.members], most=3)
 
 

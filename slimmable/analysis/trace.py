@@ -22,12 +22,12 @@ from slimmable._nested import named_tensors, output_tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise
 from slimmable.analysis import _rules_shape as _rules_shape
 from slimmable.analysis._context import RULES as RULES
-from slimmable.analysis._context import Call, Rule
+from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel, swapped
-from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt
+from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
 from slimmable.errors import RuleError, TraceError
@@ -76,17 +76,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.context.schema = func._schema
                 pointwise = torch.Tag.pointwise in func.tags
                 other = _rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown
-                self._apply(RULES.get(name, other), args, kwargs, results)
+                try:
+                    RULES.get(name, other)(self.context, args, kwargs, results)
+                except RuleError:
+                    raise
+                except Exception as error:  # a fault of ours, for which the model still converts
+                    fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
+                    _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
         return out
-
-    def _apply(self, rule: Rule, args: Any, kwargs: Any, results: Any) -> None:
-        try:
-            rule(self.context, args, kwargs, results)
-        except RuleError:
-            raise
-        except Exception as error:  # a fault of ours, for which the model still converts
-            fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
-            _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
 
 
 class _Calls(TorchFunctionMode):
@@ -210,13 +207,11 @@ def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -
         module = model.get_submodule(path)
         axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
         context.at(f"reading {name}", path)
-        ids = axes[axis]
-        full = module._parameters["weight"].shape[axis]  # type: ignore[union-attr]
-        size = Expression("constant", full) if ids is None else Expression("size", ids)
+        size = size_of(axes[axis], module._parameters["weight"].shape[axis])  # type: ignore[union-attr]
         if axis and "groups" in module.__dict__:
             size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
         value = Expression("attribute", (path, name, ()))
-        context.constraints.append(Constraint(value, None, 0, context.where, size))
+        context.constraints.append(Constraint(value, size, context.where))
 
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slimmable._widths import check_widths
 from slimmable.analysis.channels import Channels, Grouping, Output, Requirements, SubNetwork
-from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression
+from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression, size_of
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.errors import CheckpointError
@@ -41,7 +41,8 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
         "caches": [[path, name] for path, at in plan.caches.items() for name in at],
         "units": channels.units,
         "tensors": [[*key, ids] for key, ids in channels.tensors.items()],
-        "constraints": channels.needed.constraints,
+        # between them, as in files of earlier versions, the axis or number that `expression` equals
+        "constraints": [[each.expression, None, 0, each.where, each.required] for each in channels.needed.constraints],
         "attributes": [[*key, value] for key, value in channels.needed.attributes.items()],
         "originals": [[*key, _write_value(value)] for key, value in channels.attributes.items()],
         "scales": channels.scales,
@@ -90,7 +91,7 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
         return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in data[name]]
 
     constraints = [
-        Constraint(expression(own), axes([ids])[0], int(full), str(where), None if other is None else expression(other))
+        Constraint(expression(own), expression(other) if other else size_of(axes([ids])[0], int(full)), str(where))
         for own, ids, full, where, other in data["constraints"]
     ]
     attributes = {_attribute(path, name, position): int(value) for path, name, position, value in data["attributes"]}

@@ -3,8 +3,17 @@
 from slimmable.gating._convert import gate, gate_parameters, ungate
 from slimmable.gating._find import gate_plan
 from slimmable.gating._gates import ChannelGate, LayerGates, hard_mask, has_gates
-from slimmable.gating._losses import GateBudget, annealed, bound_loss, budget_loss, open_fractions
-from slimmable.gating._passes import GatedPass, PassNorm, dense, gated
+from slimmable.gating._passes import (
+    GateBudget,
+    GatedPass,
+    PassNorm,
+    annealed,
+    bound_loss,
+    budget_loss,
+    dense,
+    gated,
+    open_fractions,
+)
 from slimmable.gating._plan import GatePlan
 from slimmable.gating._trained import calibrate_gates, extract_gated, gate_activity
 

@@ -187,13 +187,13 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
     checkpoint is.
     """
     given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and _PART.match(name)}
-    if not _gates(given):
+    if not _parts(given, only_gates=True):
         return
     tensors = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     own = {name: tensor for name, tensor in tensors.items() if _PART.match(name)}
     shapes = {name: (tuple(getattr(given[name], "shape", ())), tuple(own[name].shape)) for name in own if name in given}
     kinds = {
-        "missing": _parts(name for name in _gates(own) if name not in given),
+        "missing": _parts((name for name in own if name not in given), only_gates=True),
         "not in the model": _parts(name for name in given if name not in own),
         "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
     }
@@ -207,13 +207,10 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
         raise CheckpointError("\n".join([first, *lines, advice]))
 
 
-def _gates(names: Iterable[str]) -> list[str]:
-    return [name for name in names if (found := _PART.match(name)) and found["gate"]]
-
-
-def _parts(names: Iterable[str]) -> list[str]:
+def _parts(names: Iterable[str], only_gates: bool = False) -> list[str]:
     """Return the gates and norms that tensors belong to, each once."""
-    return list(dict.fromkeys(found.group() for name in names if (found := _PART.match(name))))
+    found = filter(None, map(_PART.match, names))
+    return list(dict.fromkeys(part.group() for part in found if part["gate"] or not only_gates))
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -249,10 +246,7 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
-    """Gate a model in place from the data of `_describe`, and return it; the gates have random weights.
-
-    Raises: an error of any type if the data belongs to another model or is malformed.
-    """
+    """Gate a model in place from the data of `_describe`, and return it; the gates have random weights."""
     norms, bias = bool(data["separate_norms"]), bool(data["bias"])
     gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
     for made, (temperature, open_at_zero) in zip(_channel_gates(model), data["settings"], strict=True):

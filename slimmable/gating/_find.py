@@ -103,8 +103,6 @@ class _RefusedError(Exception):
 
 
 class _Finder:
-    """Finds gates for the channel groups of a plan, from a trace of the same model."""
-
     def __init__(self, trace: Trace, plan: Plan) -> None:
         context, channels = trace.context, plan.channels
         self.trace, self.plan, self.labels, self.grouping = trace, plan, context.labels, channels.needed.grouping
@@ -165,7 +163,6 @@ class _Finder:
         return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
 
     def _units_on(self, ids: Ids) -> Ids:
-        """Return the units of the plan on an axis of the trace."""
         units: Ids = self._units[self.labels.find(ids)]
         return units
 

@@ -162,10 +162,7 @@ def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def decode_inputs(data: list[Any], like: Tensor) -> Arguments:
-    """Return the arguments that `encode_inputs` was given; tensors get the device of `like`, floating ones its dtype.
-
-    Raises: CheckpointError: if they held other objects. An error of any type if the data is malformed.
-    """
+    """Return the arguments that `encode_inputs` was given: on the device of `like`, floating tensors in its dtype."""
     args, kwargs = _decode(data, like)
     if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
         raise CheckpointError("its example does not hold the arguments of a forward")

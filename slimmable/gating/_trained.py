@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeAlias, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,14 +21,11 @@ from slimmable.analysis.importance import permute
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._convert import ungate
 from slimmable.gating._gates import ChannelGate
-from slimmable.gating._losses import check_budget
-from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
+from slimmable.gating._passes import GatedPass, PassNorm, check_budget, gated, gates_of
 from slimmable.gating._plan import PLAN, GatePlan
 from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 
 M = TypeVar("M", bound=nn.Module)
-Activity: TypeAlias = "Mapping[int, NDArray[np.float64]]"
-"""Group -> the fraction of images for which each of its units is open."""
 Taken = TypeVar("Taken")
 
 _HALVINGS = 40
@@ -56,15 +53,14 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
     >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
     1
     """
-    opened = _over_batches("gate_activity", model, loader, _opened)
+
+    def opened_by(run: GatedPass) -> tuple[dict[str, Tensor], int]:
+        masks = run.masks()
+        return {name: mask.double().sum(0) for name, mask in masks.items()}, len(next(iter(masks.values())))
+
+    opened = _over_batches("gate_activity", model, loader, opened_by)
     images = sum(count for _, count in opened)
     return {name: torch.stack([each[name] for each, _ in opened]).sum(0) / images for name in opened[0][0]}
-
-
-def _opened(run: GatedPass) -> tuple[dict[str, Tensor], int]:
-    """Return the number of images for which each unit is open, and the number of images."""
-    masks = run.masks()
-    return {name: mask.double().sum(0) for name, mask in masks.items()}, len(next(iter(masks.values())))
 
 
 @torch.no_grad()
@@ -217,12 +213,13 @@ def extract_gated(
     strip(ungate(twin))
     channels = found.plan.channels
     activity = {gate.group: opened[gate.name].cpu().numpy() for gate in found.gates if not channels.ordered[gate.group]}
-    steps = _steps(found, round_to)
+    read = {gate.group: min((each.units >= 0).sum() for each in gate.readers) // gate.units for gate in found.gates}
+    steps = {group: round_to // math.gcd(round_to, int(per_unit)) for group, per_unit in read.items()}
     if keep is None:
         kept = _within(found, activity, budget or 0.0, steps)
     else:
         kept = {
-            group: kept_units(len(own), float(np.mean(own >= keep)), steps[group]) for group, own in activity.items()
+            group: kept_units(len(own), np.mean(own >= keep).item(), steps[group]) for group, own in activity.items()
         }
     orders = {group: np.argsort(-own, kind="stable") for group, own in activity.items()}
     permute(twin, found.plan, [orders.get(group, np.arange(units)) for group, units in enumerate(channels.units)])
@@ -233,15 +230,9 @@ def extract_gated(
     return cast(M, extract(slim, counts))
 
 
-def _steps(found: GatePlan, round_to: int) -> dict[int, int]:
-    """Return group -> the smallest number of units whose channels are a multiple of `round_to`."""
-    channels = {
-        gate.group: min((reader.units >= 0).sum() for reader in gate.readers) // gate.units for gate in found.gates
-    }
-    return {group: round_to // math.gcd(round_to, int(each)) for group, each in channels.items()}
-
-
-def _within(found: GatePlan, activity: Activity, budget: float, steps: Mapping[int, int]) -> dict[int, int]:
+def _within(
+    found: GatePlan, activity: Mapping[int, NDArray[np.float64]], budget: float, steps: Mapping[int, int]
+) -> dict[int, int]:
     """Return group -> how many units to keep: the most often open ones, as many as the budget allows."""
     full = found.plan.channels.units
     group_of = np.concatenate([np.full(len(own), group) for group, own in activity.items()])

@@ -47,7 +47,7 @@ class SlimCallback(Callback):
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> from slimmable.layers import SlimLinear
     >>> module = BoringModel()
-    >>> module.layer = SlimLinear(32, 2, widths=(1.0, 0.5), slim_out=False)
+    >>> module.layer = SlimLinear(32, 2, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(module)
     >>> Trainer(accelerator="cpu", max_steps=1, barebones=True, callbacks=[SlimCallback(recipe)]).fit(module)
     >>> list(recipe.losses)
@@ -84,6 +84,9 @@ class SlimCallback(Callback):
             original = getattr(pl_module, name)
             new = wraps(original)(partial(getattr(self, f"_{name}"), pl_module, original))
             self._replaced.enter_context(replaced([(pl_module, name, new)]))
+        if not automatic:
+            vars(self.recipe)["backward"] = partial(self._averaged, trainer.model, self.recipe.backward)
+            self._replaced.callback(vars(self.recipe).pop, "backward")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Run the narrower widths if no backward pass did, as when `StochasticWeightAveraging` updates norms."""
@@ -137,15 +140,15 @@ class SlimCallback(Callback):
             self._part = next(self._parts, None)
 
     def _optimizer_step(self, module: Any, step: Callable[..., None], *args: Any) -> None:
-        """Let DistributedDataParallel, which expects one backward pass, average once after the last."""
         *rest, closure = args
-        wrapped = module.trainer.model
+        step(*rest, partial(self._averaged, module.trainer.model, closure))
 
-        def averaged() -> Any:
-            with wrapped.no_sync():
-                result = closure()
-            average_gradients(wrapped)
-            wrapped.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
-            return result
-
-        step(*rest, averaged if isinstance(wrapped, DistributedDataParallel) else closure)
+    def _averaged(self, wrapped: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let DistributedDataParallel, which expects one backward pass, average once after the last."""
+        if not isinstance(wrapped, DistributedDataParallel):
+            return run(*args, **kwargs)
+        with wrapped.no_sync():
+            result = run(*args, **kwargs)
+        average_gradients(wrapped)
+        wrapped.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
+        return result

@@ -27,15 +27,11 @@ class SlimLayer(nn.Module):
     """The class of torch that it is made from and converted back to."""
 
     def _install(self, widths: tuple[float, ...], *args: Any, **options: Any) -> None:
-        """Give the layer its view."""
         raise NotImplementedError
 
     @classmethod
     def _from_torch(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: bool) -> Layer:
-        """Return the slimmable twin of a plain layer: it shares the Parameters and keeps the training flag.
-
-        Raises: ConversionError: unless the layer is exactly of torch's class, whose forward the twin uses.
-        """
+        """Return the slimmable twin of a layer of exactly torch's class: it shares Parameters and training flag."""
         if type(module) is not cls._slim_plain:
             raise ConversionError(
                 f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {type(module).__name__}, "
@@ -55,7 +51,32 @@ class SlimLayer(nn.Module):
         return twin
 
 
-class SlimLinear(SlimLayer, nn.Linear):
+class _SlimProduct(SlimLayer):
+    weight: nn.Parameter
+
+    def _install(
+        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
+    ) -> None:
+        rows: list[Kept]
+        (outs, in_size, *kernel), count = self.weight.shape, getattr(self, "groups", 1)
+        out_size, groups = outs // count, [count] * len(widths)
+        if in_size == 1 and count > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
+            kept_groups = kept_at(widths, count, overlap=overlap)
+            groups = [kept_of(count, kept) for kept in kept_groups]
+            rows = [
+                tuple(range(kept[0] * out_size, (kept[-1] + 1) * out_size)) if isinstance(kept, tuple) else None
+                for kept in kept_groups
+            ]
+            columns = kept_at(widths, 1)
+        else:
+            rows = kept_at(widths, out_size, count, slim=slim_out, overlap=overlap)
+            columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
+        weight = [(row, column, *(None for _ in kernel)) for row, column in zip(rows, columns, strict=True)]
+        cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
+        install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
+
+
+class SlimLinear(_SlimProduct, nn.Linear):
     """`nn.Linear` that runs with part of its features: at width `w`, with the first `round(w * features)`.
 
     Names in the state dict are torch's; `in_features` and `out_features` are the full ones at every width.
@@ -97,14 +118,6 @@ class SlimLinear(SlimLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._install(check_widths(widths), slim_in, slim_out, overlap)
 
-    def _install(
-        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
-    ) -> None:
-        rows = kept_at(widths, self.out_features, slim=slim_out, overlap=overlap)
-        columns = kept_at(widths, self.in_features, slim=slim_in, overlap=overlap)
-        cuts: _Cuts = {"weight": list(zip(rows, columns, strict=True)), "bias": [(row,) for row in rows]}
-        install_view(self, widths, cuts, {})
-
     @classmethod
     def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> SlimLinear:
         """Return the slimmable twin of `linear`; as `SlimConv2d.from_conv2d`."""
@@ -115,7 +128,7 @@ class SlimLinear(SlimLayer, nn.Linear):
         return self._to_torch(nn.Linear)
 
 
-class _SlimConv(SlimLayer, _ConvNd):
+class _SlimConv(_SlimProduct, _ConvNd):
     """The common base; see `SlimConv2d`."""
 
     def __init__(
@@ -140,27 +153,6 @@ class _SlimConv(SlimLayer, _ConvNd):
         settings: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *settings)  # type: ignore[arg-type]
         self._install(check_widths(widths), slim_in, slim_out, overlap)
-
-    def _install(
-        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
-    ) -> None:
-        in_size, out_size = self.in_channels // self.groups, self.out_channels // self.groups
-        groups = [self.groups] * len(widths)
-        if in_size == 1 and self.groups > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
-            kept_groups = kept_at(widths, self.groups, overlap=overlap)
-            groups = [kept_of(self.groups, kept) for kept in kept_groups]
-            rows: list[Kept] = [
-                tuple(range(kept[0] * out_size, (kept[-1] + 1) * out_size)) if isinstance(kept, tuple) else None
-                for kept in kept_groups
-            ]
-            columns = kept_at(widths, 1)
-        else:
-            rows = kept_at(widths, out_size, self.groups, slim=slim_out, overlap=overlap)
-            columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
-        rest: tuple[Kept, ...] = (None,) * len(self.kernel_size)
-        weight = [(row, column, *rest) for row, column in zip(rows, columns, strict=True)]
-        cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
-        install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
 
 
 class SlimConv1d(_SlimConv, nn.Conv1d):
@@ -367,8 +359,6 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
 # -- the units of an axis that each width keeps
 def disjoint_units(units: int, widths: Sequence[float]) -> list[range]:
     """Return disjoint ranges for the narrower widths, the first one for the narrowest.
-
-    Raises: WidthError: if the narrower widths together need more units than there are.
 
     >>> disjoint_units(16, (1.0, 0.75, 0.25))
     [range(0, 16), range(4, 16), range(0, 4)]

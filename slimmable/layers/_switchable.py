@@ -17,8 +17,6 @@ Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
 
 
 class _SwitchableBatchNorm(SwitchableNorm):
-    """The common base; see `SwitchableBatchNorm2d`."""
-
     _torch_class: ClassVar[type[_BatchNorm]]
 
     def __init__(

@@ -214,7 +214,6 @@ class Method(nn.Module):
         return losses
 
     def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
-        """Check the arguments of a step before anything changes."""
         where = f"{type(self).__name__}.step"
         if not isinstance(recipe, SlimRecipe):
             raise UsageError(f"{where}: recipe must be a SlimRecipe(method.online, ...), got {type(recipe).__name__}")

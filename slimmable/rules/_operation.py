@@ -120,7 +120,6 @@ class Operation:
             self._context.constrain(self[number] if passed is None else passed, given[1], given[0])
 
     def _passed(self, name: str) -> bool:
-        """Tell whether there is a tensor of this name."""
         if name not in self.tensors and "[" not in name and self[name] is not None:
             raise TypeError(f"argument {name!r} is no tensor, but {self[name]!r}")
         return name in self.tensors

@@ -12,8 +12,6 @@ NEIGHBOURS = "neighbouring units are mixed"
 
 
 def _rule_of(operations: str) -> Callable[[Callable[[Operation], Any]], Any]:
-    """Register a rule of several operations of torch."""
-
     def register(rule: Callable[[Operation], Any]) -> Any:
         for operation in operations.split():
             register_rule(f"aten::{operation}", rule)

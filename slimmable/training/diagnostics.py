@@ -150,7 +150,7 @@ class GradientDiagnostics:
                 "GradientDiagnostics.after_step: no shared parameter has a gradient; call it after the step's last "
                 "backward, and before the gradients are cleared"
             )
-        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if shared.parameter.ndim > 1]
+        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if shared.name in self.layer_names]
         total, *each = (
             {name: value / scale if "_norm/" in name else value for name, value in values_of(own, self.widths).items()}
             for own in (added(sums), *layer_sums)

@@ -183,7 +183,6 @@ class SlimRecipe:
         """
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
-        distill = None if self.progress < self.slow_start else self.distill
         teachers = [*self._frozen, *_modules("frozen", frozen)]
         replayed = {part: None for module in teachers for part in module.modules()}
         changing = [*self._once, *_modules("once", once)]
@@ -200,16 +199,17 @@ class SlimRecipe:
                 state_of_given.changes(given, self.first),
                 state_of_own.changes(own, self.first),
                 draws.run(self.first),
-                replay.run(teachers, self.first),
                 self._calls.noted(),
+                replay.run(teachers, self.first),
             ):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
             returned = self._calls.outputs()
-            if returned is not None and teach is None and distill is not None and self._step is not None:
+            step = self._step
+            if returned is not None and teach is None and step is not None and step.distill is not None:
                 with torch.set_grad_enabled(not self.first):
-                    *wider, teach = compared({**outputs, width: returned}, distill.kind).values()
-                self._step.teachers = dict(zip(outputs, wider, strict=True))
+                    *wider, teach = compared({**outputs, width: returned}, step.distill.kind).values()
+                step.teachers = dict(zip(outputs, wider, strict=True))
                 outputs[width] = [tensor.detach() for tensor in returned]
             part = self.loss(loss, teach)
             del result, loss, teach, returned  # otherwise the graph stays alive while the next width runs
@@ -344,20 +344,20 @@ class SlimRecipe:
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=2)
         step.excess = 0.0
-        weight = 1.0 if step.slow else step.loss_weights[step.width]
-        if step.slow or self.distill is None:
+        weight = step.loss_weights[step.width]
+        if step.distill is None:
             return slim_term(loss, weight=weight)
         views = _views(step, teach)
         distillation = None
         if not step.first:
             taught = [(view, teachers) for view, *teachers in zip(views, *step.teachers.values(), strict=True)]
-            distillation = torch.stack([self.distill(view, teachers) for view, teachers in taught]).sum()
-            floor = torch.stack([self.distill.floor(teachers) for _, teachers in taught]).sum()
+            distillation = torch.stack([step.distill(view, teachers) for view, teachers in taught]).sum()
+            floor = torch.stack([step.distill.floor(teachers) for _, teachers in taught]).sum()
             self.distillations[step.width] = distillation.detach() - floor
-            step.excess = weight * self.distill.weight * floor
-        if step.first or self.distill.teachers == "all wider":
+            step.excess = weight * step.distill.weight * floor
+        if step.first or step.distill.teachers == "all wider":
             step.teachers[step.width] = [view.detach() for view in views]
-        return slim_term(loss, distillation, weight, self.distill.weight)
+        return slim_term(loss, distillation, weight, step.distill.weight)
 
     def _run(self, slow: bool) -> Iterator[float]:
         weights = self.loss_weights
@@ -365,10 +365,10 @@ class SlimRecipe:
             widest, *_, narrowest = weights
             drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
             weights = _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), self._mode)
-        step = self._step = _Step(slow, weights)
+        step = self._step = _Step(None, {1.0: 1.0}) if slow else _Step(self.distill, weights)
         self.losses, self.distillations = {}, {}
         try:
-            for width in list(step.loss_weights)[: 1 if slow else None]:
+            for width in step.loss_weights:
                 set_width(self.model, width)
                 step.width = width
                 yield width
@@ -389,7 +389,7 @@ class SlimRecipe:
     def _one_reduction(self) -> Iterator[None]:
         """Average the gradients of parts wrapped in DistributedDataParallel once, after the block."""
         wrapped = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
-        synced = [part for part in wrapped if part.require_backward_grad_sync]
+        synced = [part for part in wrapped if part.require_backward_grad_sync and not part.static_graph]
         with ExitStack() as stack:
             for part in synced:
                 stack.enter_context(part.no_sync())
@@ -403,7 +403,7 @@ class SlimRecipe:
 class _Step:
     """The state of one step's loop, and the outputs that teach."""
 
-    slow: bool
+    distill: OnlineDistillation | None  # None during the slow start
     loss_weights: Mapping[float, float]  # of each width, from the widest down
     width: float = math.nan
     excess: Tensor | float = 0.0  # of this width's loss over the one with distillation as a divergence

@@ -290,7 +290,6 @@ def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], kept: Kept) ->
 
 
 def _shares(norm: nn.Module) -> bool:
-    """Tell whether a norm reads the gain and bias of another."""
     return "_slim_lent" in norm.__dict__
 
 

@@ -42,10 +42,7 @@ class Active(Generic[C]):
     @property
     def active(self) -> C:
         """The active column; in a repeated forward, that of the first run, unless the repeated one has switched."""
-        if is_compiling() or _task() == -1:
-            return self._now
-        number = _number_of_node()
-        if number is None:
+        if is_compiling() or _task() == -1 or (number := _number_of_node()) is None:
             return self._now
         if self._again is not None and self._again[0] == number:
             return self._again[1]
@@ -61,12 +58,10 @@ class Active(Generic[C]):
     def active(self, column: C) -> None:
         if is_compiling():
             self._now = column
-            return
-        number = None if _task() == -1 else _number_of_node()
-        if number is not None:
+        elif _task() != -1 and (number := _number_of_node()) is not None:
             self._again = (number, column)
-            return
-        self.switch(column, _next_number())
+        else:
+            self.switch(column, _next_number())
 
     def switch(self, column: C, following: int) -> None:
         """Set `active`, given the number from `next_node`; faster for many modules at a time."""

@@ -60,12 +60,6 @@ def install_view(
 
     Raises:
         ConversionError: if the module already has a view, or a tensor does not exist or is too small.
-
-    >>> linear = nn.Linear(4, 4, bias=False)
-    >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {"in_features": (4, 2)})
-    >>> linear._slim.active = linear._slim.columns[1]
-    >>> linear.weight.shape, linear
-    (torch.Size([4, 2]), Linear(in_features=4, out_features=4, bias=False, widths=(1.0, 0.5), width=0.5))
     """
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
@@ -144,7 +138,6 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
-    """Return the cuts of the tensors that are not kept whole."""
     found = {}
     for name, axes in kept.items():
         tensor = _full_tensor(module, name)

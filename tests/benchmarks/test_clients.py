@@ -1,5 +1,6 @@
 """The benchmark of published programs: it counts what changes, says yes where all holds, and sees what does not."""
 
+import importlib
 import sys
 
 import pytest
@@ -148,15 +149,26 @@ def test_a_hunk_that_fits_nowhere_or_twice_is_refused():
 
 
 def test_every_client_has_a_diff_that_converts_and_trains():
-    assert sorted(str(path.relative_to(client.HERE).with_suffix("")) for path in client.HERE.rglob("*.diff")) == sorted(
-        run.CLIENTS
-    )
+    found = set(client.HERE.rglob("*.diff")) - set((client.HERE / "lightning").glob("*.diff"))  # below
+    kept = {path.read_text() for path in found}
+    assert kept == {each.diff for each in run.CLIENTS.values()}
     for each in run.CLIENTS.values():
         added = difference.side(each.diff.replace(difference.SEPARATOR, ""), "+")
         for call in ("import slimmable", "slimmable.slimify(", "slimmable.SlimRecipe(", "recipe.backward("):
             assert call in added, each.name
         hunks = each.diff.split(difference.SEPARATOR)
         assert not any("slimmable.slimify(" in hunk and not difference.converts(hunk) for hunk in hunks), each.name
+
+
+def test_every_client_with_a_trainer_has_a_diff_that_converts_and_trains():
+    pytest.importorskip("pytorch_lightning")
+    clients = importlib.import_module("benchmarks.clients.lightning").CLIENTS
+    found = sorted(f"lightning/{path.stem}" for path in (client.HERE / "lightning").glob("*.diff"))
+    assert found == [each.name for each in clients]
+    for each in clients:
+        added = difference.side(each.diff.replace(difference.SEPARATOR, ""), "+")
+        for call in ("import slimmable", "slimmable.slimify(", "slimmable.SlimRecipe(", "SlimCallback(recipe)"):
+            assert call in added, each.name
 
 
 def test_the_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

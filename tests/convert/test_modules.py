@@ -1,9 +1,10 @@
-"""Small helpers for modules of any class."""
+"""Small helpers for modules of any class and their attributes."""
 
 import pytest
 import torch
 from torch import nn
 
+from slimmable._described import counts_channels
 from slimmable._modules import in_eval_mode, is_under, size_axes, tensors_of
 
 
@@ -38,3 +39,8 @@ def test_tensors_of_a_module_are_those_with_channels():
 )
 def test_sizes_are_axes_of_the_weight(module, axes):
     assert size_axes(module) == axes
+
+
+@pytest.mark.parametrize(("name", "counts"), [("in_chs", True), ("hidden_size", True), ("num_hidden_layers", False)])
+def test_names_say_what_is_counted(name, counts):
+    assert counts_channels(name) == counts

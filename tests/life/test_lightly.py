@@ -160,13 +160,13 @@ def test_once_belongs_into_the_loop_and_into_every_width_of_it():
 class Published(nn.Module):
     """A model of an example, with its copies; `step` is what an example does between its update and `backward`."""
 
-    def __init__(self, convert, **parts):
+    def __init__(self, convert, copies=0, **parts):
         super().__init__()
         self.backbone = backbone()
         for name, part in parts.items():
             setattr(self, name, part)
         convert(self)
-        self.frozen = [self.copied(module) for module in self.children()]
+        self.frozen = [self.copied(module) for module in list(self.children())[:copies]]
         for module in self.frozen:
             deactivate_requires_grad(module)
         self.once = []
@@ -180,7 +180,7 @@ class Published(nn.Module):
         return copy.deepcopy(module)
 
     def forward_momentum(self, x):
-        for part in self.frozen[:2]:
+        for part in self.frozen:
             x = part(x)
         return x.detach()
 
@@ -194,7 +194,7 @@ class Predicting(Published):
 
 
 def moco(convert):
-    model = Published(convert, head=heads.MoCoProjectionHead(FEATURES, 64, 16))
+    model = Published(convert, 2, head=heads.MoCoProjectionHead(FEATURES, 64, 16))
     criterion = NTXentLoss(memory_bank_size=(32, 16))
     model.once = [criterion]
     return model, lambda: criterion(model(VIEWS[0]), model.forward_momentum(VIEWS[1]))
@@ -202,18 +202,18 @@ def moco(convert):
 
 def byol(convert):
     head, prediction = heads.BYOLProjectionHead(FEATURES, 64, 16), heads.BYOLPredictionHead(16, 64, 16)
-    model, criterion = Published(convert, head=head, prediction=prediction), NegativeCosineSimilarity()
+    model, criterion = Published(convert, 2, head=head, prediction=prediction), NegativeCosineSimilarity()
     return model, lambda: criterion(model(VIEWS[0]), model.forward_momentum(VIEWS[1]))
 
 
 def tico(convert):
-    model, criterion = Published(convert, head=heads.TiCoProjectionHead(FEATURES, 64, 16)), TiCoLoss()
+    model, criterion = Published(convert, 2, head=heads.TiCoProjectionHead(FEATURES, 64, 16)), TiCoLoss()
     model.once = [criterion]
     return model, lambda: criterion(model(VIEWS[0]), model.forward_momentum(VIEWS[1]))
 
 
 def mmcr(convert):
-    model, criterion = Published(convert, head=heads.MMCRProjectionHead(FEATURES, 64, 16)), MMCRLoss()
+    model, criterion = Published(convert, 2, head=heads.MMCRProjectionHead(FEATURES, 64, 16)), MMCRLoss()
 
     def step():
         online = torch.stack([model(view) for view in VIEWS], dim=1)
@@ -230,7 +230,7 @@ def dino(convert):
     def dino_head():
         return heads.DINOProjectionHead(FEATURES, 64, 32, 48, norm_last_layer=False)
 
-    model, criterion = DINO(convert, head=dino_head()), DINOLoss(output_dim=48, warmup_teacher_temp_epochs=5)
+    model, criterion = DINO(convert, 2, head=dino_head()), DINOLoss(output_dim=48, warmup_teacher_temp_epochs=5)
     model.once = [criterion]
     return model, lambda: criterion([model.forward_momentum(v) for v in VIEWS[:2]], [model(v) for v in VIEWS], epoch=0)
 
@@ -263,7 +263,7 @@ def nnclr(convert):
 
 def smog(convert):
     parts = heads.SMoGProjectionHead(FEATURES, 64, 16), heads.SMoGPredictionHead(16, 64, 16)
-    model = Predicting(convert, projection=parts[0], prediction=parts[1])
+    model = Predicting(convert, 2, projection=parts[0], prediction=parts[1])
     prototypes = heads.SMoGPrototypes(torch.rand(12, 16), beta=0.99)
     memory_bank = NNMemoryBankModule(size=(32, 16))
     model.once = [prototypes, memory_bank]

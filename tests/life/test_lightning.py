@@ -327,7 +327,7 @@ def test_a_plain_checkpoint_gives_its_weights_only(tmp_path):
 def test_stochastic_weight_averaging_computes_the_statistics_of_every_width():
     method = Plain(WIDTHS)
     callback = slim(method, slow_start=0.1)
-    fit(method, callback, StochasticWeightAveraging(1e-9, swa_epoch_start=1))
+    fit(method, callback, StochasticWeightAveraging(1e-9, swa_epoch_start=1, annealing_epochs=1))
     assert callback.recipe.progress == 1.0
     expected = copy.deepcopy(method.network).train()
     norms = [module for module in expected.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -378,7 +378,7 @@ def test_what_cannot_be_trained_is_refused():
         fit(method, slim(method))
     method = Plain(WIDTHS)
     with pytest.raises(UsageError, match="OwnBackward ran its own backward pass"):
-        fit(method, slim(method), strategy=OwnBackward())
+        fit(method, slim(method), strategy=OwnBackward(), accumulate_grad_batches=2)
     assert "training_step" not in vars(method)
 
 
@@ -414,7 +414,7 @@ def test_a_published_module_trains_at_all_widths(tmp_path, monkeypatch):
 
 
 def test_a_recipe_elsewhere_does_not_mind_gradients_that_come_within_the_optimizer_s_step():
-    other = slimmable.layers.SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
+    other = slimmable.layers.SlimLinear(4, 2, widths=(1.0, 0.5), slim_in=False)
     recipe = slimmable.SlimRecipe(other)
     recipe.backward(lambda: other(torch.ones(1, 4)).sum())
     method = Plain(WIDTHS)

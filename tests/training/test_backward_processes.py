@@ -80,7 +80,7 @@ def unwrapped(both: nn.ModuleList) -> Modules:
     return Modules(*both, new_recipe(both))
 
 
-Wrap = Callable[[nn.ModuleList], Modules]
+Wrap = Callable[..., Modules]
 WRAPS: dict[str, Wrap] = {
     "recipe of the wrapper": recipe_of_the_wrapper,
     "recipe of the wrapper, looks for unused": functools.partial(recipe_of_the_wrapper, find_unused_parameters=True),
@@ -140,7 +140,8 @@ def unreduced(modules: Modules):
 def train(wrap: Wrap, way: str, parts: str) -> list[dict[str, Any]]:
     """Take the steps; return the losses, gradients and buffers of each."""
     both = copy.deepcopy(converted())
-    modules = wrap(both)
+    several_forwards = way == "total" and wrap is not sharded and TORCH <= (2, 11)  # which then forbids broadcasts
+    modules = wrap(both, **({"broadcast_buffers": False} if several_forwards else {}))
     optimizer = torch.optim.SGD(both.parameters(), lr=0.05)
     found = []
     for number in range(STEPS):
