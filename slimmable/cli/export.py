@@ -199,8 +199,6 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
     The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
-
-    Raises: SlimmableError: if the model cannot be written in a format, or a file's outputs differ from the model's.
     """
     chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
     if formats is None:
