@@ -152,7 +152,7 @@ class _Prober:
 
 
 class Watch:
-    """Log of the kNN accuracy of every network of a run in `knn.csv` and in `loggers`, without effect on the training."""
+    """Log of the kNN accuracy of a run's networks in `knn.csv` and in `loggers`, without effect on the training."""
 
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
         self.training = training
