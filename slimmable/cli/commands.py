@@ -234,11 +234,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the command and the given options of a command line.
-
-    Exits as argparse does: with 0 after `--help` and `--version`, and with 2 and a message on an error. An empty
-    command line prints the help and exits with 2.
-    """
+    """Return the command and the given options of a command line; exit as argparse does, for an empty one with 2."""
     parser = make_parser()
     if not argv:
         parser.print_help(sys.stderr)

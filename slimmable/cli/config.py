@@ -79,6 +79,7 @@ class Range:
 POSITIVE = Range("positive", lambda value: 0 < value < inf)
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < inf)
 FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31)
 
 
 def at_least(least: int) -> Range:
@@ -242,11 +243,7 @@ class PretrainConfig:
         "bfloat16, float16: mixed precision; float16 scales the losses, and skips steps whose gradients overflow",
         choices=("float32", "bfloat16", "float16"),
     )
-    seed: int = option(
-        0,
-        "seed of the weights, the order of the images and the views",
-        within=Range("in [0, 2**31)", lambda value: 0 <= value < 2**31),
-    )
+    seed: int = option(0, "seed of the weights, the order of the images and the views", within=SEED)
 
     def __post_init__(self) -> None:
         from slimmable.losses import width_weights

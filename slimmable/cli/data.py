@@ -279,13 +279,8 @@ class Steps(Sampler[list[Key]]):
             skipped = 0
 
 
-def load(views: Views, steps: Steps, workers: int, pinned: bool = False) -> Iterator[list[Tensor]]:
-    """Yield the views of each step, each of shape (batch, channels, size, size), followed by the labels."""
-    return _read(views, workers, batch_sampler=steps, pin_memory=pinned)
-
-
-def _read(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
-    """Yield batches, with errors of the worker processes as errors of this package."""
+def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
+    """Yield batches as a DataLoader with these settings does, but errors of its processes as this package's."""
     try:
         yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_interrupts, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
@@ -328,7 +323,7 @@ def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
 
 def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
     """Yield the images in order, as floats in [0, 1]."""
-    for batch in _read(images, workers, batch_size=batch_size):
+    for batch in load(images, workers, batch_size=batch_size):
         yield batch.float() / 255
 
 

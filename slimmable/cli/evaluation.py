@@ -150,10 +150,7 @@ class _Prober:
 
 
 class Watch:
-    """Log of the kNN accuracy of every network of a run in `knn.csv` and in `loggers`, without effect on the training.
-
-    Rows in the file of steps that the training has not done are dropped.
-    """
+    """Log of the kNN accuracy of a run's networks in `knn.csv` and in `loggers`, without effect on the training."""
 
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
         self.training = training
@@ -166,17 +163,13 @@ class Watch:
         self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
-        """Evaluate, log the numbers, and return them as a line of text.
-
-        Gates decide without noise, at the thresholds used in training.
-        """
+        """Evaluate, log the numbers, and return them as text; gates decide without noise, at training's thresholds."""
         config, backbone = self.training.config, self.training.method.backbone
         found, cost = self.prober.measure(backbone, _passes(config, backbone, self.widths))
         shares = {name if name in (DENSE, GATED) else f"w{name:g}": each["knn"] for name, each in found.items()}
         values = {f"knn/{name}": share for name, share in shares.items()}
-        text = "kNN accuracy in %  " + "  ".join(
-            f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items()
-        )
+        shown = "  ".join(f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items())
+        text = f"kNN accuracy in %  {shown}"
         if config.gate_budget is not None:
             values["gated_share"] = cost
             text += f"  ({cost:.2f} of the multiply-adds)"

@@ -197,8 +197,6 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
     The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
-
-    Raises: SlimmableError: if the model cannot be written in a format, or a file's outputs differ from the model's.
     """
     chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
     if formats is None:
@@ -276,10 +274,7 @@ def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """Return `model`, in evaluation mode, as a program for any number of images, or if that is impossible, for one.
-
-    It is traced with `images`, of shape (2, channels, height, width).
-    """
+    """Return `model`, in evaluation mode, as a program for any number of images like these two, or else for one."""
     with torch.no_grad(), _quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
         try:
             program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))

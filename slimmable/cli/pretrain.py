@@ -1,5 +1,6 @@
 """`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,15 +16,7 @@ from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
-from slimmable.cli.run import (
-    CHECKPOINT,
-    MODEL,
-    load_checkpoint,
-    new_method,
-    refuse_existing,
-    save_networks,
-    start_folder,
-)
+from slimmable.cli.run import CHECKPOINT, MODEL, load_checkpoint, new_method, save_networks, start_folder
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, UsageError
 from slimmable.gating import calibrate_gates, gate_plan
@@ -38,7 +31,10 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
     if not options.resume:
-        refuse_existing(folder)
+        if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(
+                f"{folder} exists; add --resume to continue that run, or choose another folder with --output"
+            )
         wait_for_all()
     for name in options.log:
         require_logger(name)

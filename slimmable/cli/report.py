@@ -106,9 +106,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
             label = ", ".join(part for part in (title_of(name), kind) if part)
             axes.plot(*points, marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
-    for row in rows:
-        if row.kind == STATIC:  # too close together for labels
-            continue
+    for row in (row for row in rows if row.kind != STATIC):  # those are too close together for labels
         best = 100 * max(row.shares.values())
         axes.annotate(row.name, (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
     labels = {"xlabel": "million multiply-accumulates per image", "ylabel": "accuracy on held-out images (%)"}

@@ -8,7 +8,6 @@ seeds its own random numbers.
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -133,12 +132,6 @@ def check_name(name: str) -> None:
         similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists the names."
         raise UsageError(f"timm has no model {name!r}. {hint}")
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise UsageError if a new run would overwrite something in `folder`."""
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists; add --resume to continue that run, or choose another folder with --output")
 
 
 def start_folder(folder: Path, config: PretrainConfig) -> None:

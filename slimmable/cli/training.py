@@ -106,7 +106,8 @@ class Training:
         if batch is None:  # the first step, or the first one after resuming
             count, config = len(self.views.images), self.config
             steps = Steps(count, config.batch_size, config.epochs, self.step, config.seed, rank(), world_size())
-            self._batches = load(self.views, steps, self.workers, pinned=self.device.type == "cuda")
+            pinned = self.device.type == "cuda"
+            self._batches = load(self.views, self.workers, batch_sampler=steps, pin_memory=pinned)
             batch = next(self._batches)
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
 

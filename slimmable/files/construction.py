@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
 
-    If it may be `narrow`, they make one of which it may be a sub-network.
-
-    A network that surgery has changed from what timm makes has no recipe either; a warning says so.
+    If it may be `narrow`, they make one of which it may be a sub-network. A network that surgery has changed from what
+    timm makes has no recipe either; a warning says so.
 
     Raises: CheckpointError: if arguments are given but make another model.
     """
@@ -35,15 +35,9 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
         return None
     for candidate in [arguments] if arguments is not None else _candidates(model, config):
         recipe = {"timm": name, "arguments": dict(candidate)}
-        try:
-            with torch.device("meta"):
-                plain = build(recipe)
-        except CheckpointError:
-            if arguments is not None:
-                raise
-            continue
-        if _fits(model, plain, narrow):
-            return recipe
+        with nullcontext() if arguments is not None else suppress(CheckpointError), torch.device("meta"):
+            if _fits(model, build(recipe), narrow):
+                return recipe
     if arguments is not None:
         raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
     warnings.warn(

@@ -110,9 +110,9 @@ def test_shares_of_processes_and_the_rest_after_a_break_are_parts_of_the_whole(p
 def test_views_depend_on_seed_epoch_and_image_only(workers):
     steps = Steps(count=12, batch_size=4, epochs=2, start=0, seed=1)
     torch.manual_seed(5)
-    whole = list(load(views_of(12), steps, workers=0))
+    whole = list(load(views_of(12), 0, batch_sampler=steps))
     torch.manual_seed(6)
-    rest = list(load(views_of(12), Steps(12, 4, 2, start=4, seed=1), workers=workers))
+    rest = list(load(views_of(12), workers, batch_sampler=Steps(12, 4, 2, start=4, seed=1)))
     assert len(rest) == 2
     for ours, theirs in zip(whole[4:], rest, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -128,7 +128,7 @@ def after_a_signal(number):
         time.sleep(0.01)
         return image.float()
 
-    return load(views_of(4, (transform,)), Steps(4, 2, 1, 0, seed=0), workers=1)
+    return load(views_of(4, (transform,)), 1, batch_sampler=Steps(4, 2, 1, 0, seed=0))
 
 
 def test_an_interrupt_does_not_reach_the_workers():
