@@ -39,10 +39,6 @@ def make_plan(
     """Trace `model`, which has no views, and return its plan.
 
     An error tells, if it is to `advise`, whether skipping the module that fails would help.
-
-    Raises:
-        TraceError: if the model's forward fails on fake tensors.
-        ConversionError: if `outputs` names one that the model does not have.
     """
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}

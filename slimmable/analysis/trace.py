@@ -129,12 +129,7 @@ class _Calls(TorchFunctionMode):
 def trace(
     fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs = "auto"
 ) -> Trace:
-    """Run `fake` once and return the labels of all parameters, buffers and outputs.
-
-    Raises:
-        TraceError: if the forward fails; the message names the operation and the module and suggests what to do.
-        ConversionError: if `outputs` names one that the model does not have.
-    """
+    """Run `fake` once and return the labels of all parameters, buffers and outputs."""
     context = Context(widths, choices)
     result = Trace(context)
     _label_tensors(fake.model, result, skip)

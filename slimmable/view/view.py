@@ -70,12 +70,11 @@ def install_view(
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
-    for what in (tensors, values):
-        for name, per_width in what.items():
-            if len(per_width) != len(widths):
-                raise ConversionError(
-                    f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
-                )
+    for name, per_width in (*tensors.items(), *values.items()):
+        if len(per_width) != len(widths):
+            raise ConversionError(
+                f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
+            )
     for index, column in enumerate(state.columns):
         kept = {name: per_width[index] for name, per_width in tensors.items()}
         column.cuts = _cuts(module, kept)
