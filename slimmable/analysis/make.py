@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimmable._modules import output_axis
+from slimmable._modules import size_axes
 from slimmable._nested import output_tensors
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
@@ -102,9 +102,8 @@ def _has_tensors(plan: Plan, path: str) -> bool:
 
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
     """Return the path of the outermost skipped module that contains the one at `path`, or None."""
-    parts = path.split(".")
-    above = [".".join(parts[: i + 1]) for i in range(len(parts) if path else 0)]
-    return next((name for name in above if skip(name, model.get_submodule(name))), None)
+    above = ((name, module) for name, module in model.named_modules() if name and is_inside(path, name))
+    return next((name for name, module in above if skip(name, module)), None)
 
 
 def best_trace(
@@ -160,7 +159,8 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
             if ids is None:
                 continue
             groups = grouping.groups_in([ids])
-            layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
+            sizes = {name for name, own in size_axes(fake.model.get_submodule(path)).items() if own == axis}
+            layers = name == "weight" and not sizes.isdisjoint(("out_features", "out_channels", "embedding_dim"))
             if groups and max(grouping.units[group] for group in groups) == 1 < len(ids):
                 plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
             elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():

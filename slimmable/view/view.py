@@ -58,9 +58,6 @@ def install_view(
         caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
             has its own; assigning one empties those of the others.
 
-    Raises:
-        ConversionError: if the module already has a view, or a tensor does not exist or is too small.
-
     >>> linear = nn.Linear(4, 4, bias=False)
     >>> install_view(linear, (1.0, 0.5), {"weight": [(None, None), (None, 2)]}, {"in_features": (4, 2)})
     >>> linear._slim.active = linear._slim.columns[1]
@@ -76,8 +73,7 @@ def install_view(
                 f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
             )
     for index, column in enumerate(state.columns):
-        kept = {name: per_width[index] for name, per_width in tensors.items()}
-        column.cuts = _cuts(module, kept)
+        column.cuts = _cuts(module, {name: per_width[index] for name, per_width in tensors.items()})
         column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
@@ -88,10 +84,7 @@ def install_view(
 
 
 def remove_view(module: nn.Module) -> None:
-    """Undo `install_view`: restore the original class, full tensors and full values.
-
-    Raises: ConversionError: if the module has no view.
-    """
+    """Undo `install_view`: restore the original class, full tensors and full values."""
     state = state_of(module)
     if state is None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
