@@ -41,10 +41,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
 
 
 def width_index(width: float, widths: Sequence[float]) -> int:
-    """Return the position of `width` in `widths`.
-
-    Raises: WidthError: if it is not among them; the message names the nearest.
-    """
+    """Return the position of `width` in `widths`; if it is not among them, the error names the nearest."""
     asked: Any = width
     if isinstance(asked, bool) or not isinstance(asked, Real) or math.isnan(asked):
         raise WidthError(f"width {width!r} is not a number; this model's widths are {tuple(widths)}")

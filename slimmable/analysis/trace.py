@@ -97,7 +97,10 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
-            return self._size(args, kwargs)
+            dims = args[1:] or tuple(kwargs.values())
+            if dims and dims[0] is not None:
+                return self.context.size(args[0], int(dims[0]))
+            return torch.Size([self.context.size(args[0], axis) for axis in range(args[0].ndim)])
         if name == "numel":
             return math.prod(self.context.size(args[0], axis) for axis in range(args[0].ndim))
         if name == "scaled_dot_product_attention":
@@ -110,12 +113,6 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.context.call = Call()
-
-    def _size(self, args: Any, kwargs: Any) -> Any:
-        tensor, dims = args[0], args[1:] or tuple(kwargs.values())
-        if dims and dims[0] is not None:
-            return self.context.size(tensor, int(dims[0]))
-        return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         with swapped([(vars(self.operations), "asleep", True)]):
