@@ -74,10 +74,10 @@ def make_plan(
             sweep(made)
             return plan
         path, reason = failed
-        while path and (path in pinned or not _has_tensors(plan, path)):
+        while path in pinned or not any(is_inside(owner, path) for owner, _ in plan.channels.tensors):
+            if not path:
+                raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
             path = path.rpartition(".")[0]  # the failure comes from the modules inside
-        if path in pinned or not _has_tensors(plan, path):
-            raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
         line = str(reason).partition("\n")[0]
         pinned[path] = f"fails when narrow ({line[:100]})"
 
@@ -94,10 +94,6 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
         if not plan.channels.units:
             return f"To skip {path!r} would leave nothing that gets narrower."
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
-
-
-def _has_tensors(plan: Plan, path: str) -> bool:
-    return any(is_inside(owner, path) for owner, _ in plan.channels.tensors)
 
 
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
