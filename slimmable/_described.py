@@ -167,8 +167,9 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
             _follow_config(model.get_submodule(path), narrow)
 
 
-def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
-    leaves, shape = tree_flatten_with_path(_plain(narrow.config))
+def _follow_config(full: nn.Module, narrow: Any) -> None:
+    kind, config = type(narrow), narrow.config
+    leaves, shape = tree_flatten_with_path(_plain(config))
     known, wanted = _facts(full), _facts(narrow)
 
     def build(edits: Edits) -> "Facts | None":
@@ -176,7 +177,8 @@ def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _facts(_made(narrow, edited))
+                nested = hasattr(config, "from_dict")  # in a class of its own, not diffusers' frozen dict
+                return _facts(kind(type(config).from_dict(edited)) if nested else kind.from_config(edited))
         except Exception:  # constructors raise errors of all kinds
             return None
 
@@ -186,10 +188,9 @@ def _follow_config(full: nn.Module, narrow: nn.Module) -> None:
 
     before = build({}) or {}
     tensors = {key for key, fact in known.items() if isinstance(fact, torch.Size) and key in wanted}
-    if all(known[key] == wanted[key] for key in tensors):
+    unlike = before and any(before.get(key) != known[key] for key in tensors)  # the full network, too
+    if unlike or all(known[key] == wanted[key] for key in tensors):
         return
-    if before and any(before.get(key) != known[key] for key in tensors):
-        return  # it does not describe the full network either
     read = {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
     keys = [
         key
@@ -258,13 +259,6 @@ def _facts(model: nn.Module) -> Facts:
 
 def _plain(config: Any) -> dict[str, Any]:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
-
-
-def _made(model: nn.Module, plain: dict[str, Any]) -> nn.Module:
-    kind: Any = type(model)
-    config: Any = model.config
-    made: nn.Module = kind(type(config).from_dict(plain)) if hasattr(config, "from_dict") else kind.from_config(plain)
-    return made
 
 
 def _update(model: Any, plain: dict[str, Any]) -> None:

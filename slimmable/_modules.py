@@ -153,9 +153,3 @@ def size_axes(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.Bilinear):
         return {"out_features": 0, "in1_features": 1, "in2_features": 2}
     return {"num_channels": 0} if isinstance(module, nn.GroupNorm) else {}
-
-
-def output_axis(module: nn.Module) -> int | None:
-    """Return the axis of a torch layer's weight along which its outputs are, or None for other modules."""
-    made = ("out_features", "out_channels", "embedding_dim")
-    return next((axis for name, axis in size_axes(module).items() if name in made), None)

@@ -91,7 +91,6 @@ class _Kept:
     place: _Place
     key: Any
     value: Any
-    again: bool = False
 
     def hide(self) -> None:
         blank: Any = [] if isinstance(self.value, list) else None
@@ -99,8 +98,8 @@ class _Kept:
             blank = (None,) * len(self.value)
         self.place.put(self.key, blank if self.place.space else _MISSING)
 
-    def look(self) -> None:
-        self.again = any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.place.entries().get(self.key)))
+    def is_made_again(self) -> bool:
+        return any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.place.entries().get(self.key)))
 
 
 class Reach:
@@ -116,7 +115,7 @@ class Reach:
 
     def __init__(self, model: nn.Module) -> None:
         self.caches: dict[str, dict[str, Any]] = {}
-        self._model, self._hidden = model, list[_Kept]()
+        self._model, self._hidden, self._missing = model, list[_Kept](), list[_Kept]()
         self._places: dict[int, _Place] = {}
         self._memos: dict[int, Any] = {}
         self._names, self._spaces, self._met = set(_CALLED), list[Any](), set[int]()
@@ -189,8 +188,7 @@ class Reach:
                 modules = [(path, self._places[id(module)]) for path, module in self._model.named_modules()]
                 blank = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
                 yield
-                for kept in self._hidden:
-                    kept.look()
+                self._missing = [kept for kept in self._hidden if not kept.is_made_again()]
                 self.caches = {}
                 for path, at in modules:
                     now = at.entries()
@@ -220,7 +218,7 @@ class Reach:
         That is what the last forward has not made again, or, if it has `failed` in this module, what is most likely
         missing.
         """
-        shown = [kept for kept in self._hidden if not kept.again]
+        shown = self._missing
         if failed is not None:
             near = [kept for kept in self._hidden if kept.key in vars(failed)]
             shown = near or [kept for kept in self._hidden if kept.place.space] or self._hidden

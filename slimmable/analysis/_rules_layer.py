@@ -74,9 +74,8 @@ def _grouped(
 ) -> Ids | None:
     each_in, each_out = channels // groups, made // groups
     if transposed:
-        inner, outer = w[0], spread(w[1], groups, 1) if w[1] is not None else None
-        x = ctx.merge(x, inner)
-        inner_each = None
+        x, inner_each = ctx.merge(x, w[0]), None
+        outer = None if w[1] is None else spread(w[1], groups, 1)
     else:
         inner_each, outer = w[1], w[0]
     given = ctx.call.argument(6, "groups")

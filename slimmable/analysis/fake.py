@@ -130,10 +130,9 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays: dict[str, int] = {}
         quietly = swapped([(vars(_LOGGER), "disabled", True)])
-        parts: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), quietly]
+        around: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), quietly, self._where, values]
         with ExitStack() as stack:
-            inside = (self._where, values, ReadInMemory(), torch.no_grad(), _Shortcuts(self.made), *modes)
-            for mode in (*parts, *inside):
+            for mode in (*around, ReadInMemory(), torch.no_grad(), _Shortcuts(self.made), *modes):
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
 

@@ -110,10 +110,7 @@ for _name in OPERATIONS:
 
 
 def depends_on_trace(key: object) -> bool:
-    """Tell whether a key of a cache contains a traced integer, which equals others of another expression.
-
-    Raises: TypeError: if it has no hash.
-    """
+    """Tell whether a key of a cache contains a traced integer, which equals others of another expression."""
     TracedInt.hashed = False
     hash(key)
     return TracedInt.hashed

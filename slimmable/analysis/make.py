@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimmable._modules import output_axis, swapped
+from slimmable._modules import size_axes, swapped
 from slimmable._nested import output_tensors
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
@@ -37,10 +37,6 @@ def make_plan(
     """Trace `model`, which has no views, and return its plan.
 
     An error tells, if it is to `advise`, whether skipping the module that fails would help.
-
-    Raises:
-        TraceError: if the model's forward fails on fake tensors.
-        ConversionError: if `outputs` names one that the model does not have.
     """
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
@@ -76,10 +72,10 @@ def make_plan(
             sweep(made)
             return plan
         path, reason = failed
-        while path and (path in pinned or not _has_tensors(plan, path)):
+        while path in pinned or not any(is_inside(owner, path) for owner, _ in plan.channels.tensors):
+            if not path:
+                raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
             path = path.rpartition(".")[0]  # the failure comes from the modules inside
-        if path in pinned or not _has_tensors(plan, path):
-            raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
         line = str(reason).partition("\n")[0]
         pinned[path] = f"fails when narrow ({line[:100]})"
 
@@ -98,15 +94,10 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def _has_tensors(plan: Plan, path: str) -> bool:
-    return any(is_inside(owner, path) for owner, _ in plan.channels.tensors)
-
-
 def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
     """Return the path of the outermost skipped module that contains the one at `path`, or None."""
-    parts = path.split(".")
-    above = [".".join(parts[: i + 1]) for i in range(len(parts) if path else 0)]
-    return next((name for name in above if skip(name, model.get_submodule(name))), None)
+    above = ((name, module) for name, module in model.named_modules() if name and is_inside(path, name))
+    return next((name for name, module in above if skip(name, module)), None)
 
 
 def best_trace(
@@ -162,7 +153,8 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
             if ids is None:
                 continue
             groups = grouping.groups_in([ids])
-            layers = name == "weight" and axis == output_axis(fake.model.get_submodule(path))
+            sizes = {name for name, own in size_axes(fake.model.get_submodule(path)).items() if own == axis}
+            layers = name == "weight" and not sizes.isdisjoint(("out_features", "out_channels", "embedding_dim"))
             if groups and max(grouping.units[group] for group in groups) == 1 < len(ids):
                 plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
             elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():

@@ -71,9 +71,7 @@ class Plan:
     universal: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{'group':>5}  {'units':>6}  {'kept at ' + ', '.join(map(str, self.widths)):<32}  axes"]
-        for number, group in enumerate(self.groups):
-            lines.append(f"{number:>5}  {group.units:>6}  {', '.join(map(str, group.kept)):<32}  {_shown(group)}")
+        lines = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
         if self.pins:
             lines.append("kept at full width:")
         lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in self.pins]
@@ -85,13 +83,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """Return the plan as HTML tables for notebooks."""
-        kept = ", ".join(map(str, self.widths))
-        groups = [
-            [number, group.units, ", ".join(map(str, group.kept)), _shown(group)]
-            for number, group in enumerate(self.groups)
-        ]
+        header, *groups = _groups(self)
         pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
-        html = html_table(["group", "units", f"kept at {kept}", "axes"], groups)
+        html = html_table(header, groups)
         html += html_table(["kept at full width", "units", "reason"], pins) if pins else ""
         return html + html_table(["output", "shape", "kind", "reason"], _outputs(self))
 
@@ -275,6 +269,15 @@ class Plan:
         )
 
 
+def _groups(plan: Plan) -> list[list[Any]]:
+    """Return, below a header, the number of each group, its units, those kept, and its first axes."""
+    rows: list[list[Any]] = [["group", "units", f"kept at {', '.join(map(str, plan.widths))}", "axes"]]
+    for number, group in enumerate(plan.groups):
+        axes = listed([_axis(axis) for axis in group.members], most=3)
+        rows.append([number, group.units, ", ".join(map(str, group.kept)), axes])
+    return rows
+
+
 def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
     """Return the name of each output, its full shape and that at the narrowest width, "slim" or "full", and why."""
     rows = []
@@ -283,10 +286,6 @@ def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
         shapes = f"{output.shape}, {narrow} at {plan.widths[-1]}" if slim else str(output.shape)
         rows.append((output.name, shapes, "slim" if slim else "full", output.why))
     return rows
-
-
-def _shown(group: Group) -> str:
-    return listed([_axis(axis) for axis in group.members], most=3)
 
 
 def _axis(axis: AxisName) -> str:

@@ -95,7 +95,10 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
-            return self._size(args, kwargs)
+            dims = args[1:] or tuple(kwargs.values())
+            if dims and dims[0] is not None:
+                return self.context.size(args[0], int(dims[0]))
+            return torch.Size([self.context.size(args[0], axis) for axis in range(args[0].ndim)])
         if name == "numel":
             return math.prod(self.context.size(args[0], axis) for axis in range(args[0].ndim))
         if name == "scaled_dot_product_attention":
@@ -109,12 +112,6 @@ class _Calls(TorchFunctionMode):
         finally:
             self.context.call = Call()
 
-    def _size(self, args: Any, kwargs: Any) -> Any:
-        tensor, dims = args[0], args[1:] or tuple(kwargs.values())
-        if dims and dims[0] is not None:
-            return self.context.size(tensor, int(dims[0]))
-        return torch.Size([self.context.size(tensor, axis) for axis in range(tensor.ndim)])
-
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         with swapped([(vars(self.operations), "asleep", True)]):
             out = func(*args, **kwargs)
@@ -127,12 +124,7 @@ class _Calls(TorchFunctionMode):
 def trace(
     fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs = "auto"
 ) -> Trace:
-    """Run `fake` once and return the labels of all parameters, buffers and outputs.
-
-    Raises:
-        TraceError: if the forward fails; the message names the operation and the module and suggests what to do.
-        ConversionError: if `outputs` names one that the model does not have.
-    """
+    """Run `fake` once and return the labels of all parameters, buffers and outputs."""
     context = Context(widths, choices)
     result = Trace(context)
     _label_tensors(fake.model, result, skip)

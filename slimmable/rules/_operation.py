@@ -56,7 +56,7 @@ class Operation:
     def same(self, first: str, axis: int, second: str, other: int) -> None:
         """Say that two axes hold the same units, such as batches, heads or channels that meet one by one."""
         mine, yours = self._axis(first, axis), self._axis(second, other)
-        if mine is not None and yours is not None and 1 not in (mine[0], yours[0]):
+        if 1 not in (mine[0], yours[0]):
             _check(mine[0], yours[0], f"axis {axis} of {first!r}", f"axis {other} of {second!r}")
             self._context.merge(mine[1], yours[1])
 
@@ -64,7 +64,7 @@ class Operation:
         """Say that an axis becomes axis `to` of an output; all that moves to one axis there is the same units."""
         given, axes, result = self._axis(name, axis), self._axes[output], self.outputs[output]
         to = _number(to, result, f"output {output}")
-        if given is None or given[0] == 1:
+        if given[0] == 1:
             return
         _check(given[0], int(result.shape[to]), f"axis {axis} of {name!r}", f"axis {to} of output {output}")
         axes[to] = self._context.merge(axes[to], given[1]) if to in axes else given[1]
@@ -80,9 +80,8 @@ class Operation:
 
     def makes(self, weight: str, axis: int, to: int, output: int = 0) -> None:
         """Say that an axis of a weight makes the units on axis `to` of an output, as the channels of a convolution."""
-        given = self._axis(weight, axis)
-        if given is not None and self._context.origin(self.tensors[weight]) == "weights":
-            self._context.produce(given[1])
+        if self._passed(weight) and self._context.origin(self.tensors[weight]) == "weights":
+            self._context.produce(self._axis(weight, axis)[1])
             self._made = True
         self.moves(weight, axis, to, output)
 
@@ -93,20 +92,18 @@ class Operation:
         axis and each element of the output: for a convolution the size of its kernel.
         """
         mine, yours = self._axis(first, axis), self._axis(second, other)
-        if mine is not None and yours is not None:
+        if self._passed(first) and self._passed(second):
             _check(mine[0], yours[0], f"axis {axis} of {first!r}", f"axis {other} of {second!r}")
             self._context.contract(self.tensors[first], mine[1], self.tensors[second], yours[1])
             self._products.append((times * mine[0], mine[1]))
 
     def mixes(self, name: str, axis: int) -> None:
         """Say that the units along an axis are put together without weights, all alike, as by a mean or a softmax."""
-        given = self._axis(name, axis)
-        self._context.meet(None if given is None else given[1])
+        self._context.meet(self._axis(name, axis)[1])
 
     def pins(self, name: str, axis: int, why: str) -> None:
         """Keep an axis at full width, for a reason that the plan gives, such as "the order of the units matters"."""
-        given = self._axis(name, axis)
-        self._context.pin(None if given is None else given[1], why)
+        self._context.pin(self._axis(name, axis)[1], why)
 
     def sizes(self, number: str, name: str, axis: int) -> None:
         """Say that the integer argument `number` counts the units on an axis, as `num_heads` does.
@@ -114,7 +111,7 @@ class Operation:
         It follows the width if it comes from an attribute of a module or the shape of a tensor; a constant pins.
         """
         given, passed = self._axis(name, axis), self._context.call.argument(self._order.index(number), number)
-        if given is not None:
+        if self._passed(name):
             self._context.constrain(self[number] if passed is None else passed, given[1], given[0])
 
     def _passed(self, name: str) -> bool:
@@ -122,10 +119,10 @@ class Operation:
             raise TypeError(f"argument {name!r} is no tensor, but {self[name]!r}")
         return name in self.tensors
 
-    def _axis(self, name: str, axis: int) -> tuple[int, Ids | None] | None:
-        """Return size and labels of an axis, or None if there is no such tensor; note that the rule mentions it."""
+    def _axis(self, name: str, axis: int) -> tuple[int, Ids | None]:
+        """Return size and labels of an axis, 1 and none if there is no such tensor; note that the rule mentions it."""
         if not self._passed(name):
-            return None
+            return 1, None
         tensor = self.tensors[name]
         number = _number(axis, tensor, repr(name))
         self._mentioned.add((name, number))

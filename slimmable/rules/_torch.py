@@ -76,25 +76,20 @@ _one_by_one("max_unpool2d", NEIGHBOURS, -2, -1, also="indices")
 _one_by_one("max_unpool3d", NEIGHBOURS, -3, -2, -1, also="indices")
 
 
-@_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")
-def fake_quantize_per_channel(op: Operation) -> None:
-    """Numbers are rounded to steps of a size for each unit of an axis."""
-    for output in range(len(op.outputs)):
-        op.keeps("self", output=output)
-    op.same("self", op["axis"], "scale", 0)
-    op.same("self", op["axis"], "zero_point", 0)
-
-
 @register_rule("aten::_fused_moving_avg_obs_fq_helper")
-def observe_and_fake_quantize(op: Operation) -> None:
-    """The same, after the range of the numbers was noted, for all of them or for each unit of an axis."""
+@_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")
+def fake_quantize(op: Operation) -> None:
+    """Numbers are rounded to steps of a size for each unit of an axis; the fused way, only if asked to."""
     for output in range(len(op.outputs)):
         op.keeps("self", output=output)
-    if op["per_row_fake_quant"] and not op["running_min"].numel():
-        op.pins("self", op["ch_axis"], "its observer has seen nothing yet; run the model once before it is converted")
-    elif op["per_row_fake_quant"]:
+    fused = "running_min" in op
+    axis = op["ch_axis" if fused else "axis"]
+    if fused and op["per_row_fake_quant"] and not op["running_min"].numel():
+        op.pins("self", axis, "its observer has seen nothing yet; run the model once before it is converted")
+    elif not fused or op["per_row_fake_quant"]:
         for name in ("running_min", "running_max", "scale", "zero_point"):
-            op.same("self", op["ch_axis"], name, 0)
+            if name in op:
+                op.same("self", axis, name, 0)
 
 
 @_rule_of("scatter scatter_add scatter_reduce")

@@ -64,15 +64,13 @@ def install_view(
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
-    for what in (tensors, values):
-        for name, per_width in what.items():
-            if len(per_width) != len(widths):
-                raise ConversionError(
-                    f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
-                )
+    for name, per_width in (*tensors.items(), *values.items()):
+        if len(per_width) != len(widths):
+            raise ConversionError(
+                f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
+            )
     for index, column in enumerate(state.columns):
-        kept = {name: per_width[index] for name, per_width in tensors.items()}
-        column.cuts = _cuts(module, kept)
+        column.cuts = _cuts(module, {name: per_width[index] for name, per_width in tensors.items()})
         column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
@@ -83,10 +81,7 @@ def install_view(
 
 
 def remove_view(module: nn.Module) -> None:
-    """Undo `install_view`: restore the original class, full tensors and full values.
-
-    Raises: ConversionError: if the module has no view.
-    """
+    """Undo `install_view`: restore the original class, full tensors and full values."""
     state = state_of(module)
     if state is None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
