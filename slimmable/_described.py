@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
 from slimmable._modules import size_axes, tensors_of
-from slimmable._reach import names_in
+from slimmable._reach import PROCESS, names_in
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
 
@@ -175,7 +175,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     def build(edits: Edits) -> "Facts | None":
         edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with PROCESS, torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 nested = hasattr(config, "from_dict")  # in a class of its own, not diffusers' frozen dict
                 return _facts(kind(type(config).from_dict(edited)) if nested else kind.from_config(edited))

@@ -17,8 +17,8 @@ from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
-from slimmable.view.recompute import next_node
-from slimmable.view.state import Column, WidthState, activate, forget
+from slimmable.view.recompute import switch, switched
+from slimmable.view.state import Column, WidthState, forget
 from slimmable.view.view import GuestColumn
 
 Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
@@ -68,12 +68,8 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     1.0
     """
     places = places_of(model)
-    before = [state.active for _, state in places]
-    switch(places, columns_of(places, width))
-    try:
+    with switched(places, columns_of(places, width)):
         yield
-    finally:
-        switch(places, before)
 
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
@@ -199,18 +195,6 @@ def columns_of(places: Places, setting: Setting) -> list[Column]:
     ]
 
 
-def switch(places: Places, columns: Iterable[Column]) -> None:
-    """Make each module's column the active one."""
-    following = next_node()
-    for (module, state), column in zip(places, columns, strict=True):
-        if column.index == -1 or state.now.index == -1:
-            activate(module, column)
-        elif following is None:
-            state.active = column
-        else:
-            state.switch(column, following)
-
-
 @contextmanager
 def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
     """Add widths and sub-networks to the model for good, which keeps their statistics; none if the block fails."""
@@ -248,7 +232,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
         if number is not None and not plan.universal:
             width_index(number, _widths(state))  # its message names all widths, including those registered later
         raise
-    for column in (*state.columns, state.active):
+    for column in (*state.columns, state.now):
         if column.counts == found.counts:
             return column
     width = found.counts if number is None else float(number)

@@ -218,6 +218,6 @@ def recorded_outputs(
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), Reach(twin).untouched(depends_on_trace):
+    with PROCESS, torch.no_grad(), torch.random.fork_rng(devices=[]), Reach(twin).untouched(depends_on_trace):
         twin(*args, **kwargs)
     return found

@@ -148,9 +148,10 @@ class Decision:
     mask: Tensor | None  # of shape (images, units); None before the gate has decided
     positions: tuple[int, ...]  # shape of the layer's input without its image and channel axes
     index: int  # of the width
+    record: "list[Decision] | None"  # of those in the same `gated` block
 
 
-_UNDECIDED = Decision(None, (), 0)
+_UNDECIDED = Decision(None, (), 0, None)
 
 
 class LayerGates(SwitchableContainer):
@@ -182,7 +183,6 @@ class LayerGates(SwitchableContainer):
         self.reader_axes = tuple(axis for axis, _ in readers)
         self.active_pass = Active(Pass.DENSE)
         self.decision = Active(_UNDECIDED)
-        self.record: list[Decision] | None = None
         self._units = {  # unit -1 is always open, and the first of the mask
             (number, index): Indices([unit + 1 for unit in units])
             for number, (_, per_width) in enumerate(readers)
@@ -209,20 +209,17 @@ class LayerGates(SwitchableContainer):
         """Return a placeholder that `ungate` removes, since extracted networks have no gates."""
         return NoGates()
 
-    def record_in(self, record: list[Decision] | None) -> None:
-        """Append future decisions to a list, and forget the last one."""
-        self.record, self.decision.active = record, _UNDECIDED
-
     def decide(self, source: Tensor) -> None:
         """Decide from the layer's input, and keep the mask for the layers that read its units."""
         if self.idle:
             return
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
-        decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index)
+        record = self.decision.active.record
+        decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
         self.decision.active = decision
-        if self.record is not None and not in_backward():
-            self.record.append(decision)
+        if record is not None and not in_backward():
+            record.append(decision)
 
     def masked(self, source: Tensor, number: int) -> Tensor:
         """Return the input of a reader, given by its number, with closed units set to zero."""
@@ -244,7 +241,7 @@ class LayerGates(SwitchableContainer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a running forward."""
-        return {**self.__dict__, "decision": Active(_UNDECIDED), "record": None}
+        return {**self.__dict__, "decision": Active(_UNDECIDED)}
 
 
 class NoGates(nn.Identity):

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, cast
 
 import torch
@@ -18,7 +18,7 @@ from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pas
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
 from slimmable.view.container import inner_modules
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.recompute import Active
+from slimmable.view.recompute import Active, switched
 
 
 class PassNorm(SwitchableNorm):
@@ -206,15 +206,9 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
             name = type(model).__name__
             warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
     run = GatedPass(model, gates)
-    before = [each.record for each in gates]
-    for each in gates:
-        each.record_in(run._records[each])
-    try:
-        with _during(Pass.GATED, model):
-            yield run
-    finally:
-        for each, record in zip(gates, before, strict=True):
-            each.record_in(record)
+    undecided = [Decision(None, (), 0, record) for record in run._records.values()]
+    with _during(Pass.GATED, model), switched([(None, each.decision) for each in gates], undecided):
+        yield run
 
 
 @contextmanager
@@ -244,17 +238,9 @@ def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
     return gates
 
 
-@contextmanager
-def _during(wanted: Pass, model: nn.Module) -> Iterator[None]:
-    states = [module.active_pass for module in model.modules() if isinstance(module, (LayerGates, PassNorm))]
-    before = [state.active for state in states]
-    for state in states:
-        state.active = wanted
-    try:
-        yield
-    finally:
-        for state, pass_before in zip(states, before, strict=True):
-            state.active = pass_before
+def _during(wanted: Pass, model: nn.Module) -> AbstractContextManager[None]:
+    passes = [(None, each.active_pass) for each in model.modules() if isinstance(each, (LayerGates, PassNorm))]
+    return switched(passes, [wanted] * len(passes))
 
 
 # -- the losses that keep a gated network to its budget

@@ -12,7 +12,10 @@ from torch.autograd.function import Function, once_differentiable
 
 from slimmable._distributed import alone, from_all, from_all_alike
 from slimmable._numerics import at_least_float32
+from slimmable._reach import PROCESS
 from slimmable.errors import DataError
+
+_originals: list[Any] = []  # torch's functions, once for each block that is open in any thread
 
 
 @contextmanager
@@ -42,14 +45,20 @@ def synchronised_batchnorm() -> Iterator[None]:
     if alone():
         yield
         return
-    functional, native = F.batch_norm, torch.batch_norm
-    # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
-    F.batch_norm = _joined(functional, "input running_mean running_var weight bias training momentum eps")
-    torch.batch_norm = _joined(native, "input weight bias running_mean running_var training momentum eps cudnn_enabled")
+    with PROCESS:
+        functional, native = _originals[0] if _originals else (F.batch_norm, torch.batch_norm)
+        _originals.append((functional, native))
+        # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
+        F.batch_norm = _joined(functional, "input running_mean running_var weight bias training momentum eps")
+        names = "input weight bias running_mean running_var training momentum eps cudnn_enabled"
+        torch.batch_norm = _joined(native, names)
     try:
         yield
     finally:
-        F.batch_norm, torch.batch_norm = functional, native
+        with PROCESS:
+            _originals.pop()
+            if not _originals:
+                F.batch_norm, torch.batch_norm = functional, native
 
 
 def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor]:

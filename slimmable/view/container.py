@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._distributed import in_group
 from slimmable._widths import check_widths
-from slimmable.view.state import WidthState
+from slimmable.view.state import WidthState, with_own_state
 
 
 class SwitchableContainer(nn.Module):
@@ -64,6 +64,10 @@ class SwitchableContainer(nn.Module):
         if not torch.is_grad_enabled():
             return output
         return _Linked.apply(output, self._static_graph, *self.parameters())
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Give a replica, which runs in another thread, what is active here."""
+        return with_own_state(super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the widths and the active one."""

@@ -168,9 +168,11 @@ class SwitchableNorm(SwitchableContainer):
         return getattr(self.norm_at(self._slim.index), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "full":
+        if name.startswith("_") or "_is_replica" in self.__dict__:  # of DataParallel, which fills it in
+            super().__setattr__(name, value)
+        elif name == "full":
             self.add_module(name, value)
-        elif name in self.__dict__ or name in self._modules or name.startswith("_") or not hasattr(self.full, name):
+        elif name in self.__dict__ or name in self._modules or not hasattr(self.full, name):
             super().__setattr__(name, value)
         elif isinstance(value, Tensor):
             setattr(self.norm_at(self._slim.index), name, value)

@@ -1,12 +1,23 @@
-"""The active column; when gradient checkpointing repeats a forward, the column of its first run.
+"""What is active in a module: for each user of it, and for a forward that gradient checkpointing repeats.
 
-Checkpointing repeats a forward inside the backward pass, when the model may have been switched. Autograd numbers its
-nodes in the order of creation. So the number of the node that the backward pass is at tells which forward is being
-repeated, and its column is that of the last switch before this number.
+A user is a thread or an asyncio task, or a block in it. That of the running code is in a context variable. So a task,
+and what `asyncio.to_thread` runs, follows the user that has started it until it switches itself. A new thread has no
+user, and for it counts the last switch outside of blocks.
+
+Checkpointing repeats a forward inside the backward pass, when the model may have been switched. Autograd numbers the
+nodes of each thread in the order of creation. So the number of the node that the backward pass is at tells which
+forward is repeated, if it was noted for each thread from which node on what was active. It does not tell the thread:
+where that matters, an error is raised.
 """
 
+import asyncio
+import sys
+import threading
 import weakref
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch.compiler import is_compiling
@@ -14,67 +25,199 @@ from torch.compiler import is_compiling
 from slimmable.errors import WidthError
 
 _REMEMBERED = 64
+_LOCK = threading.RLock()  # held while anything is switched
+_NEVER: Any = (None, None, None)
 
 _task = torch._C._current_graph_task_id  # -1 outside of a backward pass
-_next_number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+_next_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 C = TypeVar("C")
+Places: TypeAlias = "Sequence[tuple[Any, Active[Any]]]"  # modules, and what is switched in them
+
+
+class _Mark:
+    """Stands for a thread or a user, also after its end."""
+
+
+class _Thread(threading.local):
+    """The running thread, and what was last seen there: the user and the last switch of all, from which node on."""
+
+    def __init__(self) -> None:
+        self.mark, self.seen, self.since, self.sure = _Mark(), _NEVER, 0, True
+
+
+class _User:
+    """A thread, task or block: what it has, and the user that it follows in everything else."""
+
+    def __init__(self, follows: "_User | None", who: object, is_block: bool = False) -> None:
+        self.mark, self.follows, self.who, self.is_block, self.left = _Mark(), follows, who, is_block, False
+        self.has: MutableMapping[Active[Any], Any] = {} if is_block else weakref.WeakKeyDictionary()
+
+    def line(self) -> "Iterator[_User]":
+        """Yield the user and those that it follows, without the blocks that its thread or task has left."""
+        user: _User | None = self
+        while user is not None:
+            if not user.left or user.who is not _who():
+                yield user
+            user = user.follows
+
+
+_here = _Thread()
+_nobody = _User(None, None)
+_user: ContextVar[_User] = ContextVar("slimmable_user", default=_nobody)
+_current = _user.get
+_blocks: list[_User] = []  # those that are open
+_owners: weakref.WeakSet[_User] = weakref.WeakSet()  # threads and tasks that have switched
+_switches = 0
+_differ = False  # whether users have different things active in the same module
 
 
 class Active(Generic[C]):
-    """The active column and its history; one with the `index` -1 is a guest, which cannot be activated again later."""
+    """What is active, for each user; what has the `index` -1 is a guest, which cannot be activated again later."""
 
-    def __init__(self, column: C) -> None:
-        self._now = column
-        self._switches = [(-1, weakref.ref(column))]  # number of the next node, the column active from there on
-        self._again: tuple[int, C] | None = None  # node, the column that its repeated forward switched to
+    def __init__(self, value: C) -> None:
+        self._base = value  # of those who have nothing of their own
+        self.now = self._shown = value  # after the last switch of all; compiled code reads and sets only the first
+        self._last: tuple[_Mark, _Mark, C] = _NEVER  # user and thread that have read last, and what they got
+        self._unread: tuple[_Mark, int] | None = None  # thread and next node of a switch that nobody has read since
+        # what forwards read: the thread, from which node on, whether surely not at the one before, and what
+        self._history: list[tuple[_Mark, int, bool, weakref.ref[Any]]] = []
+        self._forgotten: set[weakref.ref[_Mark]] = set()  # threads of which there was more
+        self._again: dict[_Mark, tuple[tuple[int, int], C]] = {}  # thread -> node, what its repeated forward has set
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the history, since another process numbers its nodes afresh."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_switches", "_again")}
+        """Leave out users and history; what is active for the running user is so for all users of a copy."""
+        own = {name: value for name, value in self.__dict__.items() if name not in vars(Active(None))}
+        return own | {"now": self._found()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        Active.__init__(self, state.pop("now"))
         self.__dict__.update(state)
-        Active.__init__(self, self._now)
 
     @property
     def active(self) -> C:
-        """The active column; in a repeated forward, that of the first run, unless the repeated one has switched."""
-        if is_compiling() or _task() == -1 or (number := _number_of_node()) is None:
-            return self._now
-        if self._again is not None and self._again[0] == number:
-            return self._again[1]
-        found = next((column() for since, column in reversed(self._switches) if since <= number), None)
-        if found is self._now or (found is not None and getattr(found, "index", 0) != -1):
-            return found
-        raise WidthError(
-            f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back, or was at a "
-            "width that the model has only while it is active; call backward earlier, such as once per width"
-        )
+        """What is active; in a repeated forward, what was in its first run, unless the repeated one has switched.
+
+        Raises: WidthError: if that is not known, or if only other users have switched, and differ.
+        """
+        if is_compiling():
+            return _find(self) if _differ else self.now
+        if _task() != -1 and (node := _node()) is not None:
+            again = self._again.get(_here.mark)
+            return again[1] if again is not None and again[0] == node else self._of_first_run(node[1])
+        user, thread, value = self._last
+        return value if _current().mark is user and _here.mark is thread else _find(self)
 
     @active.setter
-    def active(self, column: C) -> None:
-        if is_compiling():
-            self._now = column
-        elif _task() != -1 and (number := _number_of_node()) is not None:
-            self._again = (number, column)
-        else:
-            self.switch(column, _next_number())
+    def active(self, value: C) -> None:
+        switch([(None, self)], [value])
 
-    def switch(self, column: C, following: int) -> None:
-        """Set `active`, given the number from `next_node`; faster for many modules at a time."""
-        self._now, self._again = column, None
-        switches = self._switches
-        if switches[-1][0] == following:  # no node was made since the last switch
-            switches.pop()
-        if not switches or switches[-1][1]() is not column:
-            switches.append((following, weakref.ref(column)))
-            del switches[:-_REMEMBERED]
+    def _found(self) -> C:
+        """Find what is active for the running user, and note it for the running thread."""
+        with _LOCK:
+            user = _current()
+            if self.now is not self._shown:  # compiled code has switched
+                _put([(None, self)], [self.now])
+            own = [each.has[self] for each in user.line() if self in each.has]
+            value: C = own[0] if own else self._base
+            if not own and any(other is not value for other in _others(user, self)):
+                raise WidthError(
+                    "another thread or task has this model at a width of its own; call slimmable.at_width or set_width "
+                    "in this one too, or give it a copy of the model"
+                )
+            self._refuse_gone(value)
+            self._note(user, value)
+            self._last = user.mark, _here.mark, value
+            return value
 
-    @property
-    def now(self) -> C:
-        """The column of the last switch: `active`, except in a repeated forward."""
-        return self._now
+    def _note(self, user: _User, value: C) -> None:
+        if _here.seen != (user.mark, _switches):
+            _here.seen, _here.since, _here.sure = (user.mark, _switches), _next_number(), torch.is_grad_enabled()
+        since, sure = _here.since, _here.sure
+        if self._unread is not None and self._unread[0] is _here.mark and value is self.now:
+            since, sure = self._unread[1], True
+        self._unread = None
+        self._again.pop(_here.mark, None)
+        last = next((noted for noted in reversed(self._history) if noted[0] is _here.mark), None)
+        if last is not None and last[3]() is value:
+            return
+        if last is not None and last[1] == since:  # no node was made since
+            self._history.remove(last)
+        self._history.append((_here.mark, since, sure, weakref.ref(value)))
+        self._forgotten.update(weakref.ref(thread) for thread, *_ in self._history[:-_REMEMBERED])
+        del self._history[:-_REMEMBERED]
+
+    def _of_first_run(self, number: int) -> C:
+        found: list[Any] = []
+        known: set[_Mark | None] = {None}
+        for thread, since, sure, noted in reversed(tuple(self._history)):
+            if thread not in known and since <= number + (not sure):
+                found.append(noted())
+                if since <= number:
+                    known.add(thread)
+        if None in found or not known.issuperset(thread() for thread in self._forgotten):
+            raise WidthError(
+                f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back; "
+                "call backward earlier, such as once per width"
+            )
+        if any(value is not found[0] for value in found):
+            raise WidthError(
+                "gradient checkpointing repeats a forward, but forwards of several threads or tasks, at different "
+                "widths, could be the one; give each thread or task a copy of the model"
+            )
+        value: C = found[0] if found else self._found()
+        self._refuse_gone(value)
+        return value
+
+    def _refuse_gone(self, value: C) -> None:
+        if _is_guest(value) and value is not self.now:
+            raise WidthError(
+                "a forward runs or is repeated at a width that the model has only while it is active, but it was "
+                "switched since; call backward earlier, or keep the width with calibrate_bn"
+            )
+
+
+def switch(places: Places, values: Iterable[Any]) -> None:
+    """Activate something in each of several modules, for the running user, or in a repeated forward for that alone."""
+    if is_compiling():
+        for (_, active), value in zip(places, values, strict=True):
+            active.now, active._last = value, _NEVER
+    elif _task() != -1 and (node := _node()) is not None:
+        for (_, active), value in zip(places, values, strict=True):
+            active._again[_here.mark] = node, value
+    else:
+        _put(places, values)
+
+
+@contextmanager
+def switched(places: Places, values: Iterable[Any]) -> Iterator[None]:
+    """Activate something in each of several modules while the block runs, for those who run in it."""
+    if is_compiling() or (_task() != -1 and _node() is not None):
+        before = [active.active for _, active in places]
+        switch(places, values)
+        try:
+            yield
+        finally:
+            switch(places, before)
+        return
+    with _LOCK:
+        outer = _own_user()
+        block = _User(outer, outer.who, is_block=True)
+        _put(places, values, block)
+        _blocks.append(block)
+        _user.set(block)
+        _settle()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            block.left = True
+            _blocks.remove(block)
+            _own_user()
+            for module, active in places:
+                still = (each.has[active] for each in reversed(_blocks) if active in each.has)
+                _show(module, active, next(still, active._base))
+            _settle()
 
 
 def in_backward() -> bool:
@@ -82,11 +225,90 @@ def in_backward() -> bool:
     return not is_compiling() and _task() != -1
 
 
-def next_node() -> int | None:
-    """Return the number of autograd's next node; None in a backward pass and while compiling."""
-    return None if is_compiling() or _task() != -1 else int(_next_number())
-
-
-def _number_of_node() -> int | None:
+def _node() -> tuple[int, int] | None:
+    """Return the backward pass and the number of the node that it is at."""
     node = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
+    return None if node is None else (_task(), node._sequence_nr())
+
+
+# -- users
+def _who() -> object:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop is running
+        task = None
+    return _here.mark if task is None else weakref.ref(task)
+
+
+def _own_user() -> _User:
+    """Return the user of the running thread or task, or its innermost block; make one if it only follows another."""
+    user, who = _current(), _who()
+    while user.left and user.who is who and user.follows is not None:
+        user = user.follows
+    if user.who is not who:
+        user = _User(user, who)
+        _owners.add(user)
+    _user.set(user)
+    return user
+
+
+def _others(user: _User, active: Active[C]) -> "Iterator[C]":
+    """Yield what is active for users that this one does not follow."""
+    line = list(user.line())
+    return (other.has[active] for other in (*_blocks, *_owners) if other not in line and active in other.has)
+
+
+def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> None:
+    """Give something to a new block, or to the innermost block that has the same, or else to the thread or task."""
+    with _LOCK:
+        user = _own_user()
+        pairs = [(module, active, value) for (module, active), value in zip(places, values, strict=True)]
+        for _, active, value in pairs:
+            if (_is_guest(value) or _is_guest(active.now)) and any(True for _ in _others(user, active)):
+                raise WidthError(
+                    "another thread or task runs this model, which can be in use at a width that it does not have of "
+                    "its own by one only; keep the width with calibrate_bn, or use a copy of the model"
+                )
+        root = next(each for each in user.line() if not each.is_block)
+        blocks = [each for each in user.line() if each.is_block]
+        for module, active, value in pairs:
+            block = new or next((each for each in blocks if active in each.has), None)
+            if block is None:
+                active._base = value
+            (root if block is None or block.who is not root.who else block).has[active] = value
+            _show(module, active, value)
+        _settle()
+
+
+def _show(module: Any, active: Active[Any], value: Any) -> None:
+    if active.now is not value and (_is_guest(active.now) or _is_guest(value)):
+        active.now.leave(module)
+        value.enter(module)
+    active.now = active._shown = value
+    active._last, active._unread = _NEVER, (_here.mark, _next_number())
+
+
+def _is_guest(value: Any) -> bool:
+    return getattr(value, "index", 0) == -1
+
+
+def _settle() -> None:
+    """Count a switch, and find out whether compiled code may run."""
+    global _switches, _differ, _find
+    _switches += 1
+    _differ = len(_owners) > 1 and _users_differ()
+    if _differ and "torch._dynamo" in sys.modules:
+        _find = torch.compiler.disable(Active._found)  # type: ignore[no-untyped-call]
+
+
+def _users_differ() -> bool:
+    found: dict[Active[Any], tuple[Any, object]] = {}
+    for user in (*reversed(_blocks), *_owners):
+        for active, value in user.has.items():
+            other, who = found.setdefault(active, (value, user.who))
+            if other is not value and who is not user.who:
+                return True
+    return False
+
+
+_find: Callable[[Any], Any] = Active._found  # which is not compiled

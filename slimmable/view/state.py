@@ -4,13 +4,14 @@ Its rows are what depends on the width: the part of each tensor that is used, pl
 results that the forward keeps for later calls.
 """
 
+import copy
 import operator
 from typing import Any, TypeAlias, cast
 
 from torch import nn
 
 from slimmable.view.cuts import Cut
-from slimmable.view.recompute import Active
+from slimmable.view.recompute import Active, switch
 
 Counts: TypeAlias = "tuple[int, ...]"
 """A sub-network, as the number of units that it keeps of each channel group of a plan."""
@@ -83,22 +84,19 @@ class WidthState(Active[Column]):
         self.widths: tuple[float | Counts, ...] = tuple(column.width for column in self.columns)
 
 
-def activate(module: nn.Module, column: Column) -> None:
-    """Switch a module to one of its own columns or to a guest."""
-    state = slim_state(module)
-    if state.active is not column:
-        state.active.leave(module)
-        column.enter(module)
-        state.active = column
-
-
 def forget(module: nn.Module, own: int) -> None:
     """Switch a module to its full width and remove all but its first `own` columns."""
     state = slim_state(module)
-    activate(module, state.columns[0])
+    switch([(module, state)], state.columns[:1])
     while len(state.columns) > own:
         state.columns.pop().drop(module)
     state._list_widths()
+
+
+def with_own_state(replica: nn.Module) -> nn.Module:
+    """Give a shallow copy of a module a copy of the width state."""
+    replica.__dict__["_slim"] = copy.copy(replica.__dict__["_slim"])
+    return replica
 
 
 def slim_state(module: nn.Module) -> WidthState:

@@ -9,8 +9,8 @@ dicts and weight averages look for them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from slimmable._modules import empty_cache, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import Cut, make_cut, put, take
-from slimmable.view.state import Column, Counts, WidthState, is_slim, slim_state, state_of
+from slimmable.view.recompute import switched
+from slimmable.view.state import Column, Counts, WidthState, is_slim, slim_state, state_of, with_own_state
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
@@ -224,14 +225,9 @@ def _cache_property(name: str) -> property:
     return property(get, put)
 
 
-@contextmanager
-def _at_full(module: nn.Module) -> Iterator[None]:
-    state: WidthState = module.__dict__["_slim"]
-    active, state.active = state.active, state.columns[0]
-    try:
-        yield
-    finally:
-        state.active = active
+def _at_full(module: nn.Module) -> AbstractContextManager[None]:
+    state = slim_state(module)
+    return switched([(module, state)], state.columns[:1])
 
 
 class _Viewed(nn.Module):
@@ -266,6 +262,10 @@ class _Viewed(nn.Module):
                 "at a narrow width; change it at width 1.0, or in slimmable.extract(model, width)"
             )
         super().register_parameter(name, param)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Give a replica, which runs in another thread, what is active here."""
+        return with_own_state(super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Have the indices on the new device, too, which a compiled forward would otherwise make each time."""

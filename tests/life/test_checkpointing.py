@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from typing import Any
+
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -131,3 +139,135 @@ def test_a_forward_too_many_switches_ago_is_refused():
             slim(x)
     with pytest.raises(slimmable.errors.WidthError, match="call backward earlier"):
         loss.backward()
+
+
+# -- threads and tasks
+class Threads:
+    """Threads that run one function at a time; each has its own numbers of autograd's nodes."""
+
+    def __init__(self, count: int) -> None:
+        self.pools = [ThreadPoolExecutor(1) for _ in range(count)]
+
+    def __call__(self, number: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in a thread; the last number is this one."""
+        if number == len(self.pools):
+            return function(*args)
+        return self.pools[number].submit(function, *args).result()
+
+
+@pytest.fixture(scope="module")
+def threads():
+    found = Threads(2)
+    yield found
+    for pool in found.pools:
+        pool.shutdown()
+
+
+def plain_gradient(width: float, x: Tensor, blocks: Sequence[int]) -> Tensor:
+    slim, _ = small(None)
+    own = x.detach().requires_grad_()
+    with slimmable.at_width(slim, width):
+        run_blocks(slim, own, blocks).backward()
+    return own.grad
+
+
+def run_blocks(model: nn.Module, x: Tensor, blocks: Sequence[int]) -> Tensor:
+    for block in blocks:
+        run, reentrant = model.blocks[block], model.use_reentrant
+        x = x + (run(x) if reentrant is None else checkpoint(run, x, use_reentrant=reentrant))
+    return x.square().sum()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["same", "forward in another", "backward in another"])
+def test_a_forward_is_repeated_as_it_was_wherever_it_ran(threads, where, reentrant):
+    slim, x = small(reentrant)
+    for _ in range(50):
+        (x * 2).sum()
+    slimmable.set_width(slim, 0.5)
+    loss = threads(0 if where == "forward in another" else 2, run_blocks, slim, x, (0, 1))
+    slimmable.set_width(slim, 1.0)
+    threads(0 if where == "backward in another" else 2, loss.backward)
+    torch.testing.assert_close(x.grad, plain_gradient(0.5, x, (0, 1)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_forwards_that_only_their_threads_tell_apart_are_refused(reentrant):
+    slim, x = small(reentrant)
+    losses = []
+    for width in (0.5, 0.25):
+        slimmable.set_width(slim, width)
+        with ThreadPoolExecutor(1) as pool:
+            losses.append(pool.submit(run_blocks, slim, x, (0, 1)).result())
+    for loss in losses:
+        with pytest.raises(slimmable.errors.WidthError, match="forwards of several threads or tasks"):
+            loss.backward()
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("switch"), st.integers(0, 2), st.sampled_from(WIDTHS)),
+    st.tuples(st.just("block"), st.integers(0, 2), st.sampled_from(WIDTHS)),
+    st.tuples(st.just("forward"), st.integers(0, 2), st.sampled_from([None, True, False])),
+    st.tuples(st.just("evaluate"), st.integers(0, 2), st.none()),
+    st.tuples(st.just("backward"), st.integers(0, 2), st.integers(0, 3)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ACTIONS, min_size=4, max_size=16), st.lists(st.integers(0, 1), min_size=1, max_size=3))
+def test_any_program_of_several_threads_has_the_gradients_without_checkpointing_or_is_refused(threads, program, blocks):
+    slim, x = small(None)
+    losses: list[tuple[Tensor, Tensor, float]] = []
+
+    def forward(reentrant: bool | None, width: float | None) -> None:
+        own = x.detach().requires_grad_()
+        with slimmable.at_width(slim, width) if width else nullcontext():
+            slim.use_reentrant = reentrant
+            losses.append((run_blocks(slim, own, blocks), own, slimmable.width_of(slim)))
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            slim(x)
+
+    def backward(number: int) -> None:
+        loss, own, width = losses.pop(number % len(losses))
+        loss.backward()
+        torch.testing.assert_close(own.grad, gradients[width], msg=f"{program} {blocks}")
+
+    gradients = {width: plain_gradient(width, x, blocks) for width in WIDTHS}
+    steps = {
+        "switch": lambda width: slimmable.set_width(slim, width),
+        "block": lambda width: forward(False, width),
+        "forward": lambda reentrant: forward(reentrant, None),
+        "evaluate": lambda _: evaluate(),
+        "backward": lambda number: backward(number) if losses else None,
+    }
+    for action, thread, argument in [*program, *(("backward", thread, 0) for thread in (2, 0, 1))]:
+        with suppress(slimmable.errors.WidthError):
+            threads(thread, steps[action], argument)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(WIDTHS), st.booleans(), st.integers(0, 2)), min_size=2, max_size=3))
+def test_tasks_that_take_turns_have_the_gradients_without_checkpointing_or_are_refused(tasks):
+    slim, x = small(None)
+
+    async def work(width: float, reentrant: bool, turns: int) -> None:
+        own = x.detach().requires_grad_()
+        with slimmable.at_width(slim, width):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            slim.use_reentrant = reentrant
+            loss = run_blocks(slim, own, (0, 1))
+            await asyncio.sleep(0)
+            try:
+                loss.backward()
+            except slimmable.errors.WidthError:
+                return
+        torch.testing.assert_close(own.grad, plain_gradient(width, x, (0, 1)))
+
+    async def main() -> None:
+        await asyncio.gather(*(work(*task) for task in tasks))
+
+    asyncio.run(main())
+    assert slimmable.width_of(slim) == 1.0
