@@ -47,7 +47,8 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise CheckpointError(f"cannot create the run folder {folder}, or write into it ({error})") from error
+        what = "create the run folder" if new else "write into the folder"
+        raise CheckpointError(f"cannot {what} {folder} ({error})") from error
     with file:
         try:
             _take(file.fileno())
