@@ -20,6 +20,7 @@ from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.construction import (
     HIDDEN,
     differences,
+    filled,
     fitting_recipe,
     full_network,
     hidden_buffers,
@@ -159,7 +160,8 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     if differing:
         raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
     network = copy_of(
-        plain, {id(tensor): _filled(tensor, given[name]) for name, tensor in own.items() if name in given}
+        plain,
+        {id(tensor): filled(tensor, given[name], given[name].dtype) for name, tensor in own.items() if name in given},
     )
     take_over(network, free)
     if "plan" in data:
@@ -186,14 +188,6 @@ def _written_with(data: dict[str, Any]) -> str:
     other = [f"{name} {number}" for name, number in data["versions"].items() if _versions().get(name) != number]
     here = [f"{name} {number}" for name, number in _versions().items() if data["versions"].get(name) != number]
     return f"\n  written with {', '.join(other)}, here {', '.join(here)}" if other or here else ""
-
-
-def _filled(like: Tensor, given: Tensor) -> Tensor:
-    """Return a copy of a file's tensor in the place of the network's own; on the CPU if that has no memory."""
-    device = "cpu" if like.is_meta else like.device
-    alike = like.detach() if like.shape == given.shape else given
-    new = torch.empty_like(alike, dtype=given.dtype, device=device).copy_(given)
-    return nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
 
 
 def _check(network: nn.Module, plan: Plan) -> None:
