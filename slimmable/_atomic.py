@@ -22,14 +22,14 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             write(aside / path.name)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            kept = "; the previous one is unharmed" if path.exists() else ""
+            kept = "; the previous one is unharmed" if os.path.exists(path) else ""
             raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
         raise
 
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
-    made = not folder.exists()
+    made = not os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
