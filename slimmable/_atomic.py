@@ -2,13 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from slimmable.errors import CheckpointError
 
@@ -61,16 +57,6 @@ def _moved_up(folder: Path) -> Iterator[Path]:
             file.replace(folder / file.name)
     if os.name == "posix":
         _sync(folder)
-
-
-def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copy the strided tensors of a state dict for a safetensors file: on the CPU, contiguous, no memory shared."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
-            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"a tensor on {tensor.device}"
-            raise CheckpointError(f"{name} is {kind}, not a plain tensor with values, and cannot be saved")
-    plain = torch.contiguous_format
-    return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in tensors.items()}
 
 
 def _sync(path: Path) -> None:

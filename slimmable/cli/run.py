@@ -16,18 +16,18 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
-from slimmable._atomic import plain_copies, write_aside
+from slimmable._atomic import write_aside
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed
 from slimmable.cli.config import PretrainConfig, explained, fits, read_text, shown
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.construction import differences
-from slimmable.files.model import read_tensors, save
+from slimmable.files.model import save
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -199,9 +199,9 @@ def save_checkpoint(
     path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
 ) -> None:
     """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
-    tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
+    tensors = network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()}
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
-    write_aside(path, lambda aside: save_file(tensors, aside, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

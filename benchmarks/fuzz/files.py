@@ -1,0 +1,2 @@
+"""Readers of models: `slimmable.load` and `slimmable.load_slimclr`."""
+READERS = {}
