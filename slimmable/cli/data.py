@@ -23,10 +23,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from slimmable._distributed import is_first
 from slimmable._tables import listed
 from slimmable.cli.config import DIGITS, PretrainConfig, require, say, shown
+from slimmable.cli.faults import GO_ON, check_memory, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
-_MOST_DRAWN = 250_000_000  # pixels of digits, which are all in memory
+_DRAWN = 16  # bytes per pixel while digits are drawn: two coordinates and twice a value
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
@@ -75,16 +76,14 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     (Mnih et al., *Recurrent Models of Visual Attention*, 2014, section 4). Training and held-out images are made from
     different handwritten digits.
 
-    Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter, or all need too much memory.
+    Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
-    if train * size**2 > _MOST_DRAWN:
-        raise DataError(
-            f"--num-images {train} of --image-size {size} are more than {_MOST_DRAWN:,} pixels; choose fewer or smaller"
-        )
     if size < _SMALLEST_CANVAS:
         raise DataError(
             f"digits cannot be drawn on a canvas of {size} pixels; use --image-size {_SMALLEST_CANVAS} or more"
         )
+    pixels = (train + test) * size**2
+    check_memory(f"drawing {train + test} digits of {size} x {size} pixels", _DRAWN * pixels)
     handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
     digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
     labels = torch.from_numpy(handwriting.target).long()
@@ -146,8 +145,7 @@ class FolderImages:
         """Decode one file, or raise DataError if it cannot be read."""
         found = _decode(self.paths[index])
         if isinstance(found, str):
-            path = shown(self.paths[index])
-            raise DataError(f"{path} cannot be read ({found}); replace it, then continue with --resume")
+            raise DataError(f"{shown(self.paths[index])} cannot be read ({found}); replace it, then {GO_ON}")
         return found
 
 
@@ -326,18 +324,21 @@ class Steps(Sampler[list[Key]]):
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
     """Yield batches as a DataLoader with these settings does, but errors of its processes as this package's."""
     try:
-        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_interrupts, **settings)
+        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_terminal, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (MemoryError, OSError, RuntimeError) as error:
+        fault = explained_fault(error)
+        if fault is None:
             raise
-        raise SlimmableError(f"a process that reads images ended ({error}); continue with --resume") from error
+        raise SlimmableError(f"{fault}; {GO_ON}") from error
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_terminal(worker: int) -> None:
+    """Leave Ctrl-C and the end of the terminal, which reach all its processes, to the process that trains."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Plain(Dataset[Tensor]):

@@ -73,11 +73,14 @@ def read_rows(folder: Path) -> list[Row]:
         raise CheckpointError(f"{path} is not the report of a run ({error}); move it away") from error
 
 
-def _read_table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, none without a file; errors are those of reading, csv's or ValueError."""
+def _read_table(path: Path, whole_lines: bool = False) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none without a file; a last line that a full disk cut short may be left out."""
     if not os.path.lexists(path):
         return []
-    return list(csv.DictReader(io.StringIO(read_text(path, _MOST_BYTES), newline=""), strict=True))
+    text = read_text(path, _MOST_BYTES)
+    if whole_lines:
+        text = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
 
 
 def _row(cells: dict[str, str]) -> Row:
@@ -199,12 +202,14 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
     if kept and tuple(kept[0]) != names:
         raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
     write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
-    file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
-    writer = csv.DictWriter(file, names, lineterminator="\n")
+    file = path.open("ab", buffering=0)  # line by line, so none is written in part, or again when the file is closed
 
     def log(step: int, values: Values) -> None:
+        row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
         try:  # the cell of a width that did not run stays empty
-            writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+            line = csv_text(names, [row]).partition("\n")[2].encode()
+            if file.write(line) < len(line):
+                raise OSError("No space left on device")
         except OSError as error:
             raise CheckpointError(f"cannot write {path} ({error})") from error
 
@@ -235,7 +240,7 @@ def require_logger(name: str) -> Any:
 def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
     try:
-        rows = [row for row in _read_table(path) if int(row["step"]) <= last]
+        rows = [row for row in _read_table(path, whole_lines=True) if int(row["step"]) <= last]
         for row in rows:
             [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
         if any(earlier >= later for earlier, later in pairwise([-1, *(int(row["step"]) for row in rows)])):
