@@ -28,7 +28,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
-    made = not folder.exists()
+    made = not os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
