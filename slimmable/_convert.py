@@ -53,7 +53,8 @@ def slimify(
 
     One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`. Each
     width has its own BatchNorms. Parameters keep their names and full sizes, and the full width computes exactly what
-    it did before.
+    it did before. If `model` is converted, its widths that stay keep their BatchNorms, and a new one starts from those
+    of the nearest wider one; a warning names what no longer fits.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
