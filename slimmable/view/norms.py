@@ -303,9 +303,10 @@ class GuestNorm(Column):
         self.norm = None
 
     def drop(self, module: nn.Module) -> None:
-        """Remove the norm that `keep` appended."""
+        """Take back the norm that `keep` appended."""
         container = cast(SwitchableNorm, module)
         container.__dict__["_kept"] = container._kept[:-1]
+        self.norm = container.narrow[-1]
         del container.narrow[-1]
 
 

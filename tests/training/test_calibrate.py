@@ -212,6 +212,24 @@ def test_after_an_error_no_width_is_new(loader, widths, error, active):
     assert torch.equal(model(example), output)
 
 
+@pytest.mark.parametrize("widths", [[0.6], [0.75], [0.6, 0.1], [1.0]])
+def test_a_width_that_is_not_the_models_own_keeps_its_statistics_until_another_is_set(widths):
+    model, x = small_network(universal=True)
+    set_width(model, 0.6)
+    model.train()(x)
+    norm, learned = model[1].norm_at(-1), str(model[1].norm_at(-1).state_dict())
+    set_width(model, 0.6)
+    with pytest.raises((DataError, WidthError)):
+        calibrate_bn(model, [x * torch.nan], widths)
+    with at_width(model, 0.6):
+        assert str(model[1].norm_at(-1).state_dict()) == learned
+    assert model[1].norm_at(-1) is norm
+    assert width_of(model) == 0.6
+    calibrate_bn(model, [x], widths=[0.6])  # which it can still become
+    assert model[1].norm_at(3) is norm
+    assert str(norm.state_dict()) != learned
+
+
 def test_a_model_that_was_never_converted():
     with pytest.raises(ConversionError):
         calibrate_bn(nn.BatchNorm1d(3), batches(4))
