@@ -107,7 +107,8 @@ def average_gradients(model: nn.Module) -> None:
     A step of `SlimRecipe` runs one backward pass per width, each without the parameters of other widths, whereas
     DistributedDataParallel expects a single pass that uses every parameter: run the loop under its `no_sync`, then call
     this. A gradient that only some processes have counts as zero in the others; one that is None in all stays None.
-    Without a process group, or with one process, nothing happens.
+    Call it before the `unscale_` of a `GradScaler`, so that all processes find what is infinite in one and skip the
+    step. Without a process group, or with one process, nothing happens.
 
     Args:
         model: wrapped in DistributedDataParallel or not; all processes must have started from the same weights.
