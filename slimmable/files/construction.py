@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slimmable._checks import check_module
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
+from slimmable._sharded import of_whole
 from slimmable._tables import listed
 from slimmable.errors import CheckpointError
 from slimmable.view.container import SwitchableContainer
@@ -43,7 +44,7 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
     warnings.warn(
         f"timm.create_model({name!r}) makes a network unlike this one, so load(path, model=...) will need the plain "
         "network; if arguments make it, pass them, as in save(..., arguments={'num_classes': 10})",
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 
@@ -138,10 +139,12 @@ def _like(own: Any, value: Any, place: str) -> Any:
     raise CheckpointError(f"{place} is {value!r} in the file, but {own!r} in this network")
 
 
+@of_whole
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
     It has no narrower norms and no gates, whatever the active width. That of a model without widths is its own.
+    All processes must call this for a model that `fully_shard` has split over them.
 
     Args:
         model: a converted or gated model, a part or wrapper of one, a model built by hand, or a plain model.

@@ -13,6 +13,7 @@ from slimmable._addons import addons_of, restore_all
 from slimmable._atomic import plain_copies, write_aside
 from slimmable._checks import check_module
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
+from slimmable._sharded import of_whole
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
@@ -33,11 +34,13 @@ _UNITS = "slimmable/units"
 _HIDDEN = "slimmable/buffer/"
 
 
+@of_whole
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
     The file is a safetensors file, with numbers and names as JSON; nothing in it is ever executed. It holds all widths,
     including those that `calibrate_bn` added, and gates, but no optimizer state, hooks or active width.
+    All processes must call this for a model that `fully_shard` has split over them, each with the same path.
 
     Args:
         model: a converted or gated model, or a plain network, such as one from `extract`.
