@@ -12,6 +12,9 @@ from torch import Tensor
 
 from slimmable.errors import CheckpointError
 
+PARTIAL = ".partial-"
+"""How the names of temporary folders begin; only a killed process leaves one."""
+
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`."""
@@ -46,7 +49,7 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
 @contextmanager
 def _moved_up(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder inside `folder`; then flush its files to disk and move them into `folder`."""
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True) as name:
         aside = Path(name)
         empty = aside / "empty"
         empty.touch()

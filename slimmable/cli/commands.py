@@ -91,14 +91,16 @@ class Evaluate:
     def _run(self) -> int:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
+        from slimmable.cli.lock import locked
         from slimmable.cli.run import read_config, trained_backbone
 
         config = read_config(self.run)
-        images = load_images(config)
-        backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
-        probes: list[Any] = list(dict.fromkeys(self.probes))
-        rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
-        say(report_run(config, self.run, rows, images))
+        with locked(self.run):
+            images = load_images(config)
+            backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
+            probes: list[Any] = list(dict.fromkeys(self.probes))
+            rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
+            say(report_run(config, self.run, rows, images))
         return 0
 
 
@@ -137,6 +139,7 @@ class Export:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
         from slimmable.cli.export import export as write
         from slimmable.cli.export import file_source, kind_of, run_source, timm_source
+        from slimmable.cli.lock import locked
 
         kind = kind_of(self.model)
         if kind == "timm":
@@ -158,7 +161,9 @@ class Export:
             source = run_source(path) if kind == "run" else file_source(path, self.image_size)
             folder = self.output or (path if kind == "run" else Path("runs/export", path.stem))
         widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
-        for file in write(source, widths, self.format, folder):
+        with locked(folder):
+            files = write(source, widths, self.format, folder)
+        for file in files:
             note = "" if file.any_batch else "; it takes one image per call"
             size = f"{file.size / 1e6:.2f} MB"
             say(f"wrote {folder / file.name} ({size}), off by {file.off:.0e} of the largest output{note}")

@@ -20,9 +20,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable.cli.config import DIGITS, PretrainConfig, require, say
+from slimmable.cli.faults import GO_ON, check_memory, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
+_DRAWN = 16  # bytes per pixel while digits are drawn: two coordinates and twice a value
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_SHARE = 0.2
 _NAMED = 10  # broken files listed in one message
@@ -74,6 +76,8 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         raise DataError(
             f"digits cannot be drawn on a canvas of {size} pixels; use --image-size {_SMALLEST_CANVAS} or more"
         )
+    pixels = (train + test) * size**2
+    check_memory(f"drawing {train + test} digits of {size} x {size} pixels", _DRAWN * pixels)
     handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
     digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
     labels = torch.from_numpy(handwriting.target).long()
@@ -135,7 +139,7 @@ class FolderImages:
         """Decode one file, or raise DataError if it cannot be read."""
         found = _decode(self.paths[index])
         if isinstance(found, str):
-            raise DataError(f"{self.paths[index]} cannot be read ({found}); replace it, then continue with --resume")
+            raise DataError(f"{self.paths[index]} cannot be read ({found}); replace it, then {GO_ON}")
         return found
 
 
@@ -282,18 +286,21 @@ class Steps(Sampler[list[Key]]):
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
     """Yield batches as a DataLoader with these settings does, but errors of its processes as this package's."""
     try:
-        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_interrupts, **settings)
+        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_terminal, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (MemoryError, OSError, RuntimeError) as error:
+        fault = explained_fault(error)
+        if fault is None:
             raise
-        raise SlimmableError(f"a process that reads images ended ({error}); continue with --resume") from error
+        raise SlimmableError(f"{fault}; {GO_ON}") from error
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_terminal(worker: int) -> None:
+    """Leave Ctrl-C and the end of the terminal, which reach all its processes, to the process that trains."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Plain(Dataset[Tensor]):

@@ -186,7 +186,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
-    return tensors
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _values(known: Mapping[str, Any]) -> str:

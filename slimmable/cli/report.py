@@ -185,12 +185,14 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
     if kept and tuple(kept[0]) != names:
         raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
     write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
-    file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
-    writer = csv.DictWriter(file, names, lineterminator="\n")
+    file = path.open("ab", buffering=0)  # line by line, so none is written in part, or again when the file is closed
 
     def log(step: int, values: Values) -> None:
+        row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
         try:  # the cell of a width that did not run stays empty
-            writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+            line = csv_text(names, [row]).partition("\n")[2].encode()
+            if file.write(line) < len(line):
+                raise OSError("No space left on device")
         except OSError as error:
             raise CheckpointError(f"cannot write {path} ({error})") from error
 
@@ -223,8 +225,8 @@ def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file, strict=True) if int(row["step"]) <= last]
+        whole = path.read_text().split("\n")[:-1]  # without a last line that a full disk cut short
+        rows = [row for row in csv.DictReader(whole, strict=True) if int(row["step"]) <= last]
         for row in rows:
             [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:

@@ -6,8 +6,10 @@ encoder, queue, optimizer), it is a state dict of the converted network. It stor
 seeds its own random numbers.
 """
 
+import copy
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +24,7 @@ import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._atomic import plain_copies, write_aside
 from slimmable._convert import extract, slimify
+from slimmable._tables import listed
 from slimmable.cli.config import PretrainConfig, explained, fits
 from slimmable.errors import CheckpointError, ConversionError, UsageError
 from slimmable.files.construction import differences
@@ -33,6 +36,7 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
+_NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "square_avg")
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
@@ -134,15 +138,6 @@ def check_name(name: str) -> None:
         raise UsageError(f"timm has no model {name!r}. {hint}")
 
 
-def start_folder(folder: Path, config: PretrainConfig) -> None:
-    """Create the run folder with its configuration, or raise CheckpointError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot create the run folder {folder} ({error})") from error
-    write_aside(folder / CONFIG, lambda path: path.write_text(config.to_json()))
-
-
 def read_config(folder: Path) -> PretrainConfig:
     """Return the configuration of the run in `folder`, or raise CheckpointError if there is none, or names differ."""
     path = folder / CONFIG
@@ -195,36 +190,87 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
+    step = metadata.get("step", "")
+    if not re.fullmatch("[0-9]{1,18}", step):
+        raise CheckpointError(f"{path} is damaged: the number of steps done is {step[:40]!r}")
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, int(metadata["step"]), metadata.get("images"))
+    return Checkpoint(tensors, training, int(step), metadata.get("images"))
+
+
+def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError unless the tensors have the expected names, shapes and types, and possible values."""
+    found = differences(expected, given, most=10)
+    if found:
+        raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
+    kinds = {
+        "of another type": [
+            f"{name} {given[name].dtype}, expected {tensor.dtype}"
+            for name, tensor in expected.items()
+            if given[name].dtype != tensor.dtype
+        ],
+        "infinite or NaN": [name for name, tensor in given.items() if not tensor.isfinite().all()],
+        "negative": [n for n, t in given.items() if n.rpartition(".")[2] in _NEVER_NEGATIVE and bool((t < 0).any())],
+    }
+    found = "".join(f"\n  {kind}: {listed(names, 10)}" for kind, names in kinds.items() if names)
+    if found:
+        raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Load `tensors` into `module`, or change nothing and raise CheckpointError with the differences."""
-    found = differences(module.state_dict(), tensors, most=10)
-    if found:
-        raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
+    check_alike(module.state_dict(), tensors, what)
     module.load_state_dict(dict(tensors))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<index of the parameter>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    named = {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
-    return {name: torch.as_tensor(value) for name, value in named.items() if value is not None}
+    """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
+    return {
+        f"{parameter}.{name}": torch.as_tensor(value)
+        for parameter, tensor in _parameters_of(optimizer).items()
+        for name, value in optimizer.state.get(tensor, {}).items()
+        if value is not None
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned; the schedule sets the learning rates."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    steps: Mapping[str, int] | None = None,
+    skipped: bool = False,
+) -> None:
+    """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
+
+    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes. If
+    `steps` is given, it has the parameters with state, and how many steps they took, of which some may be `skipped`.
+    """
+    parameters, what = _parameters_of(optimizer), "the optimizer's state in the checkpoint"
+    asked = {key.rpartition(".")[0] for key in tensors} if steps is None else steps
+    example = copy.deepcopy(optimizer)
+    example.state.clear()
+    for name, parameter in _parameters_of(example).items():
+        parameter.grad = torch.zeros_like(parameter) if name in asked else None
+    example.step()
+    check_alike(optimizer_tensors(example), tensors, what)
+    for name, count in (steps or {}).items():
+        done = tensors.get(f"{name}.step")
+        most = min(count, 2**24)  # where a float32 stops to count
+        if done is not None and not (done <= most if skipped else done == most):
+            raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
     state: dict[int, dict[str, Tensor]] = {}
+    numbers = {name: number for number, name in enumerate(parameters)}
     for key, tensor in tensors.items():
-        number, name = key.split(".", 1)
-        parameter = parameters[int(number)]
-        if tensor.shape == parameter.shape:  # fused optimizers need the memory layout of the parameter
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(number), {})[name] = tensor
+        owner, _, name = key.rpartition(".")
+        if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
+            tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(numbers[owner], {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the parameters in their order, by the optimizer's names for them, or else by number."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    return dict(zip(names or map(str, range(len(parameters))), parameters, strict=True))
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
@@ -233,8 +279,8 @@ def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest
     checkpoint = load_checkpoint(path)
     if digest is not None:
         checkpoint.check_images(config.data, digest)
-    classes = len(checkpoint.network.get("projector.bias", (0,)))  # only supervised training has a classifier
-    method = new_method(config, channels, classes)
+    scores = checkpoint.network.get("projector.bias", torch.empty(0))
+    method = new_method(config, channels, scores.numel())  # only supervised training has a classifier
     load_exactly(method.encoder, checkpoint.network, str(path))
     return method.backbone.eval()
 
