@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from slimmable.errors import SlimmableError
+
 _PAUSE = 0.5  # seconds between two signs of life of a process
 _SILENCE = 20.0  # seconds without one after which a process is lost
 _ALARM = 4.0  # the same when communication has failed
@@ -71,7 +73,8 @@ class _Signs:
         self._thread.join(_ALARM)
         with suppress(RuntimeError):  # the store is in another process
             if error is not None:
-                reason = str(error).partition("\n")[0] or type(error).__name__
+                text, kind = str(error).partition("\n")[0], type(error).__name__
+                reason = text if isinstance(error, SlimmableError) else f"{kind} {text}".strip()
                 self._store.compare_set("lost", "", f"process {self._own} failed: {reason}")
             self._store.set(self._own, _LEFT)
 
