@@ -18,6 +18,7 @@ from slimmable._checks import check_module
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
+from slimmable._sharded import of_whole, refuse_shards
 from slimmable._tables import listed
 from slimmable._width import at_width, registered, widths_of
 from slimmable._widths import Kept, check_widths
@@ -94,6 +95,7 @@ def slimify(
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
     check_module("slimify", model)
+    refuse_shards("slimify", model)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     asked = check_widths(widths), skip, round_to, universal, outputs
@@ -150,6 +152,7 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_module("plan", model)
+    refuse_shards("plan", model)
     own = plan_of(model)
     if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
         widths, round_to, universal = own.widths, own.round_to, own.universal
@@ -157,10 +160,12 @@ def plan(
     return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
 
+@of_whole
 def extract(model: M, width: Setting) -> M:
     """Return the plain network of one width: the original classes, with its own memory.
 
-    `width` may be anything that `set_width` takes.
+    `width` may be anything that `set_width` takes. All processes must call this for a model that `fully_shard` has
+    split over them; each gets the whole network.
 
     Raises:
         ConversionError: if `model` has no slimmable part.

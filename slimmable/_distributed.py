@@ -1,6 +1,5 @@
 """Distributed training: this process and the others, gathered tensors, averaged gradients."""
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -37,22 +36,6 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
     return 1 if alone() else dist.get_world_size()
-
-
-@contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if any, and yield the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
 
 
 def is_first() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slimmable._addons import addons_of, described, restore_all
 from slimmable._checks import check_module
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
+from slimmable._sharded import of_whole
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
@@ -37,11 +38,13 @@ _UNITS = "slimmable/units"
 _MOST_WIDTHS = 256  # of a model with few tensors
 
 
+@of_whole
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
     The file is a safetensors file, with numbers and names as JSON; nothing in it is ever executed. It holds all widths,
     including those that `calibrate_bn` added, and gates, but no optimizer state, hooks or active width.
+    All processes must call this for a model that `fully_shard` has split over them, each with the same path.
 
     Args:
         model: a converted or gated model, or a plain network, such as one from `extract`.

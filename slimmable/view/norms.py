@@ -230,6 +230,10 @@ class SwitchableNorm(SwitchableContainer):
             path = f"{prefix}.{name}" if prefix else name
             yield from getattr(self, name).named_modules(memo, path, remove_duplicate)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tell `torch.distributed.checkpoint`, which walks by attributes, where names leave out `full`."""
+        return dict.fromkeys([*self.full._parameters, *self.full._buffers, *self.full._modules], "full")
+
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Save the full norm under the container's own name, the others under the names of their lists."""
         found: Any = self.full.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
