@@ -1,15 +1,16 @@
-"""Do the tests see a fault? Changes the package's code in one place at a time, and counts the changes that no test notices.
+"""Do the tests see a fault? Changes one place of the package at a time, and counts the changes that no test notices.
 
-    python -m benchmarks.mutation cover tests/losses slimmable/losses    # which tests run which lines; as often as needed
+    python -m benchmarks.mutation cover tests/losses slimmable/losses    # which tests run which lines; again for others
     python -m benchmarks.mutation run                                    # goes on where it stopped
     python -m benchmarks.mutation run --again                            # those once more that no test noticed
     python -m benchmarks.mutation show                                   # the unnoticed ones that nobody explained
-    python -m benchmarks.mutation try slimmable/losses/distillation.py   # every line of a file; keeps nothing
+    python -m benchmarks.mutation try slimmable/losses --every 1         # every line; nothing is kept
 
-The changes are drawn by a seed, over all lines of the files (`mutants`), with the operators of `mutmut`. Each is made in
-a copy of the working tree, in a process forked from one that has torch and pytest loaded, and shown to the tests that run
-the changed lines, up to `--seconds` of them (`covering`). A test that fails, or takes much longer, has noticed it.
-`results/equivalent.csv` explains by hand the changes that change nothing. Needs `mutmut`, `libcst` and `pytest-cov`.
+The changes are drawn by a seed, over all lines of the files, mostly by the operators of `mutmut` (see `mutants`). Each
+is made in a copy of the working tree, in a process forked from one that has torch and pytest loaded, and shown to those
+tests that run the changed lines, up to `--seconds` of them (see `covering`). A test that fails, or takes much longer,
+has noticed it. `results/equivalent.csv` explains by hand the changes that change nothing. Needs `mutmut`, `libcst` and
+`pytest-cov`.
 """
 
 import argparse
@@ -124,10 +125,10 @@ def tried(mutants: Sequence[Mutant], seconds: float) -> Iterator[Row]:
             if tests:
                 with changed(folder / mutant.path, mutant.code):
                     state, test = run_tests(folder, tests, limit)
-            yield {
-                **dict(zip(FIELDS, mutant.key, strict=False)), "operator": mutant.operator, "state": state, "line": str(mutant.lines.start),
-                "tests": str(len(tests)), "seconds": f"{time.monotonic() - start:.1f}", "noticed_by": test,
-            }  # fmt: skip
+            seconds_taken = f"{time.monotonic() - start:.1f}"
+            line = str(mutant.lines.start)
+            values = (*mutant.key, mutant.operator, state, line, str(len(tests)), seconds_taken, test)
+            yield dict(zip(FIELDS, values, strict=True))
 
 
 def read(path: Path) -> dict[tuple[str, ...], Row]:
@@ -160,7 +161,11 @@ def run(mutants: Sequence[Mutant], seconds: float, again: bool) -> None:
         results[tuple(row[field] for field in FIELDS[:4])] = row
         write(path, list(results.values()))
         print(f"{number} of {len(open_)}: {row['file']}:{row['line']} {row['state']} {row['seconds']} s", flush=True)
-    kept = [results[mutant.key] for mutant in mutants if mutant.key in results]  # what the code no longer has is gone
+    files, keys = {mutant.path for mutant in mutants}, {mutant.key for mutant in mutants}
+    kept = [
+        row for key, row in results.items() if key in keys or row["file"] not in files
+    ]  # the code no longer has others
+    kept.sort(key=lambda row: (row["file"], int(row["line"])))
     write(path, kept)
     from benchmarks.measuring import environment, markdown, origin  # imports the package, which no fork may have
 
@@ -214,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(sample(ROOT, parsed.files, parsed.every, parsed.seed), parsed.seconds, parsed.again)
     else:
         for row in tried(sample(ROOT, parsed.files, parsed.every, parsed.seed), parsed.seconds):
-            print(f"{row['state']} {row['file']}:{row['line']} {row['noticed_by']}\n- {row['before']}\n+ {row['after']}")
+            print(
+                f"{row['state']} {row['file']}:{row['line']} {row['noticed_by']}\n- {row['before']}\n+ {row['after']}"
+            )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ NAME = "SLIMMABLE_MUTATION_TIMES"  # the environment variable with the path of t
 
 ELSEWHERE = {  # files that tests run in processes of their own, where nothing is recorded
     "slimmable/training/batchnorm_sync.py": ("tests/training/test_processes.py",),
+    "slimmable/view/container.py": ("tests/life/test_distributed.py",),
 }
 
 
@@ -84,7 +85,9 @@ class Covering:
         by_line = self.tests_of_lines(mutant.path)
         everywhere = range(1, max(by_line, default=0) + 1)
         spans = (mutant.lines, mutant.scope, everywhere)
-        fitting = next(filter(None, ({test for line in span for test in by_line.get(line, ())} for span in spans)), set())
+        fitting = next(
+            filter(None, ({test for line in span for test in by_line.get(line, ())} for span in spans)), set()
+        )
         room = mutant.path.split("/")[1].removesuffix(".py")
 
         def costs(test: str) -> float:

@@ -57,7 +57,9 @@ def test_a_mutant_is_the_same_when_lines_move(root):
 
 
 def test_a_test_that_looks_notices(root):
-    (root / "test_shelf.py").write_text("from shelf import doubled\n\ndef test_doubled():\n    assert doubled(2) == 4\n")
+    (root / "test_shelf.py").write_text(
+        "from shelf import doubled\n\ndef test_doubled():\n    assert doubled(2) == 4\n"
+    )
     (root / "test_blind.py").write_text("from shelf import doubled\n\ndef test_doubled():\n    doubled(2)\n")
     assert run_tests(root, ["test_shelf.py"], 60) == ("unnoticed", "")
     with changed(root / "shelf.py", CODE.replace("(number, number)", "(number, 1)")):
