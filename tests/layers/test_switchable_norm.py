@@ -281,6 +281,22 @@ def test_alias_and_errors():
         SwitchableNorm(nn.LayerNorm(8), WIDTHS, KEPT)
     with pytest.raises(ConversionError, match="2 entries"):
         SwitchableNorm(nn.BatchNorm2d(8), WIDTHS, KEPT[:2])
+    with pytest.raises(AttributeError, match="no attribute 'momentum'"):  # before its constructor
+        _ = SwitchableBatchNorm.__new__(SwitchableBatchNorm).momentum
+
+
+def test_a_norm_in_two_places_is_listed_as_torch_lists_modules():
+    norm = SwitchableBatchNorm(8, widths=WIDTHS)
+    both = nn.ModuleList([norm, norm])
+    places = [path for path, module in both.named_modules() if module is norm]
+    assert places == ["0"]
+    places = [path for path, module in both.named_modules(remove_duplicate=False) if module is norm]
+    assert places == ["0", "1"]
+
+
+def test_a_norm_that_borrows_its_gain_has_one_width():
+    shared = SwitchableNorm(nn.BatchNorm2d(8), WIDTHS, KEPT, shared_affine=True)
+    assert repr(shared.norm_at(1)).endswith("widths=(1.0,), width=1.0)")
 
 
 class Stop(Function):
