@@ -18,16 +18,18 @@ from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
 SHOWN = ("__repr__", "extra_repr", "__str__", "__dir__")  # functions that only make text for people
+TEXT = m.FormattedString() | m.ConcatenatedString() | m.SimpleString(m.MatchIfTrue(lambda text: " " in text))
 NO_FAULT = (
-    m.Annotation()
+    TEXT
+    | m.Assign(value=TEXT)
+    | m.Annotation()
     | m.Decorator()
     | m.Import()
     | m.ImportFrom()
     | m.Raise()
+    | m.Arg(keyword=m.Name("strict"))
     | m.Assert()
-    | m.FormattedString()
-    | m.Expr(m.SimpleString() | m.ConcatenatedString())
-    | m.SimpleString(m.MatchIfTrue(lambda text: " " in text))
+    | m.Expr(m.SimpleString())
     | m.FunctionDef(m.OneOf(*(m.Name(name) for name in SHOWN)))
     | m.FunctionDef(decorators=[m.ZeroOrMore(), m.Decorator(m.Name("overload")), m.ZeroOrMore()])
     | m.If(m.Name("TYPE_CHECKING"))

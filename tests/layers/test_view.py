@@ -246,6 +246,16 @@ def test_assignment_reaches_the_full_width():
     assert not hasattr(module, "rows")
     with pytest.raises(AttributeError, match="rows"):
         del module.rows
+    del module.offset
+    with pytest.raises(AttributeError, match="offset"):
+        del module.offset
+
+
+def test_an_assigned_value_stays_when_the_view_goes():
+    module = scaled()
+    module.rows = 5
+    remove_view(module)
+    assert module.rows == 5
 
 
 def test_functional_call_slices_the_given_tensors():
