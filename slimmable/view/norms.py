@@ -224,7 +224,8 @@ class SwitchableNorm(SwitchableContainer):
         memo = set() if memo is None else memo
         yield from self.full.named_modules(memo, prefix, remove_duplicate)
         if self not in memo:
-            memo.add(self)
+            if remove_duplicate:
+                memo.add(self)
             yield prefix, self
         for name in self._lists:
             path = f"{prefix}.{name}" if prefix else name

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from timm.layers import convert_sync_batchnorm as timm_convert_sync_batchnorm
 from torch import nn
+from torch.autograd.function import Function
 from torch.func import functional_call
 
 from slimmable._width import at_width, set_width, width_of
@@ -22,6 +23,7 @@ from slimmable.layers import (
     SwitchableBatchNorm3d,
     SwitchableNorm,
 )
+from slimmable.view.container import _Linked
 
 WIDTHS = (1.0, 0.5, 0.25)
 KEPT = (None, 4, (1, 6))
@@ -305,3 +307,41 @@ def test_alias_and_errors():
         SwitchableNorm(nn.LayerNorm(8), WIDTHS, KEPT)
     with pytest.raises(ConversionError, match="2 entries"):
         SwitchableNorm(nn.BatchNorm2d(8), WIDTHS, KEPT[:2])
+    with pytest.raises(AttributeError, match="no attribute 'momentum'"):  # before its constructor
+        _ = SwitchableBatchNorm.__new__(SwitchableBatchNorm).momentum
+
+
+def test_a_norm_in_two_places_is_listed_as_torch_lists_modules():
+    norm = SwitchableBatchNorm(8, widths=WIDTHS)
+    both = nn.ModuleList([norm, norm])
+    places = [path for path, module in both.named_modules() if module is norm]
+    assert places == ["0"]
+    places = [path for path, module in both.named_modules(remove_duplicate=False) if module is norm]
+    assert places == ["0", "1"]
+
+
+def test_a_norm_that_borrows_its_gain_has_one_width():
+    shared = SwitchableNorm(nn.BatchNorm2d(8), WIDTHS, KEPT, shared_affine=True)
+    assert repr(shared.norm_at(1)).endswith("widths=(1.0,), width=1.0)")
+
+
+class Stop(Function):
+    """Gives no gradient back, which is something else than zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_link_to_idle_parameters_makes_no_gradient_of_none(zeros):
+    x, idle = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(3))
+    Stop.apply(_Linked.apply(x, zeros, idle)).sum().backward()
+    assert x.grad is None
+    _Linked.apply(x, zeros, idle).sum().backward()
+    assert x.grad.tolist() == [1, 1]
+    assert idle.grad is None if not zeros else idle.grad.tolist() == [0, 0, 0]
