@@ -61,6 +61,19 @@ def check_module(where: str, model: object) -> None:
             raise UsageError(f"{where}: {name} has no size yet; run the model once first")
 
 
+def check_whole(where: str, model: nn.Module) -> None:
+    """Raise `UsageError` unless `model` is a module as for `check_module`, not split over processes."""
+    check_module(where, model)
+    for module in model.modules():
+        split = any(hasattr(parameter, "placements") for parameter in module._parameters.values())
+        joined = "_fsdp_wrapped_module" in module._modules
+        if split or joined or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise UsageError(
+                f"{where}: this {type(model).__name__} is split over processes; do this before fully_shard, or in a model "
+                "that is not split, with the full state dict of this one (StateDictOptions(full_state_dict=True))"
+            )
+
+
 def check_tensors(where: str, **tensors: object) -> None:
     """Raise `DataError` unless all of `tensors` are tensors."""
     for name, tensor in tensors.items():

@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
-from slimmable._checks import check_module
+from slimmable._checks import check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
-from slimmable._sharded import of_whole, refuse_shards
 from slimmable._tables import listed
 from slimmable._width import at_width, registered, widths_of
 from slimmable._widths import Kept, check_widths
@@ -94,8 +93,7 @@ def slimify(
     ...     print(slim[0].weight.shape, slim(torch.zeros(2, 3, 8, 8)).shape)
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
-    check_module("slimify", model)
-    refuse_shards("slimify", model)
+    check_whole("slimify", model)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     asked = check_widths(widths), skip, round_to, universal, outputs
@@ -151,8 +149,7 @@ def plan(
     outputs:
       output: (2, 2), full: class scores, an image or an embedding
     """
-    check_module("plan", model)
-    refuse_shards("plan", model)
+    check_whole("plan", model)
     own = plan_of(model)
     if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
         widths, round_to, universal = own.widths, own.round_to, own.universal
@@ -160,15 +157,14 @@ def plan(
     return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
 
-@of_whole
 def extract(model: M, width: Setting) -> M:
     """Return the plain network of one width: the original classes, with its own memory.
 
-    `width` may be anything that `set_width` takes. All processes must call this for a model that `fully_shard` has
-    split over them; each gets the whole network.
+    `width` may be anything that `set_width` takes.
 
     Raises:
         ConversionError: if `model` has no slimmable part.
+        UsageError: if `fully_shard` has split it over processes.
         WidthError: if it does not have this width.
 
     >>> net = slimify(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
@@ -178,6 +174,7 @@ def extract(model: M, width: Setting) -> M:
       (1): Linear(in_features=4, out_features=2, bias=True)
     )
     """
+    check_whole("extract", model)
     with at_width(model, width):
         memo: dict[int, Any] = {}
         slim = []

@@ -229,7 +229,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
         warnings.warn(
             f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
             "from_pretrained would refuse its weights, so save it with slimmable.save",
-            stacklevel=5,
+            stacklevel=4,
         )
         return
     _update(narrow, tree_unflatten([found.get(i, value) for i, (_, value) in enumerate(leaves)], shape))

@@ -14,7 +14,6 @@ from torch.nn.modules import module as torch_module
 from slimmable._checks import check_module
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
-from slimmable._sharded import of_whole
 from slimmable._tables import listed
 from slimmable.errors import CheckpointError
 from slimmable.files.description import Row, compare, describe, unlike_numbers
@@ -50,7 +49,7 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
     warnings.warn(
         f"timm.create_model({name!r}) makes a network unlike this one, so load(path, model=...) will need the plain "
         "network; if arguments make it, pass them, as in save(..., arguments={'num_classes': 10})",
-        stacklevel=4,
+        stacklevel=3,
     )
     return None
 
@@ -173,12 +172,10 @@ def _numbers_of(dtype: torch.dtype) -> object:
     return (dtype.is_complex, True) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
-@of_whole
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
     It has no narrower norms and no gates, whatever the active width. That of a model without widths is its own.
-    All processes must call this for a model that `fully_shard` has split over them.
 
     Args:
         model: a converted or gated model, a part or wrapper of one, a model built by hand, or a plain model.

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._addons import addons_of, described, restore_all
-from slimmable._checks import check_module
+from slimmable._checks import check_module, check_whole
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
-from slimmable._sharded import of_whole
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
@@ -38,13 +37,11 @@ _UNITS = "slimmable/units"
 _MOST_WIDTHS = 256  # of a model with few tensors
 
 
-@of_whole
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
     The file is a safetensors file, with numbers and names as JSON; nothing in it is ever executed. It holds all widths,
     including those that `calibrate_bn` added, and gates, but no optimizer state, hooks or active width.
-    All processes must call this for a model that `fully_shard` has split over them, each with the same path.
 
     Args:
         model: a converted or gated model, or a plain network, such as one from `extract`.
@@ -62,7 +59,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     >>> slimmable.widths_of(slimmable.load(path))
     (1.0, 0.5)
     """
-    check_module("save", model)
+    check_whole("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, added = model, {}

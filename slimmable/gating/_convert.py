@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from slimmable._addons import ADDONS, AddOn
-from slimmable._checks import check_module, check_positive
+from slimmable._checks import check_module, check_positive, check_whole
 from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
-from slimmable._sharded import refuse_shards
 from slimmable._tables import listed
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
@@ -84,8 +83,7 @@ def gate(
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
     """
-    check_module("gate", model)
-    refuse_shards("gate", model)
+    check_whole("gate", model)
     if gates_in(model):
         raise UsageError(f"this {type(model).__name__} already has gates; remove them with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
