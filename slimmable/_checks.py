@@ -69,8 +69,8 @@ def check_whole(where: str, model: nn.Module) -> None:
         joined = "_fsdp_wrapped_module" in module._modules
         if split or joined or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             raise UsageError(
-                f"{where}: this {type(model).__name__} is split over processes; do this before fully_shard, or in a model "
-                "that is not split, with the full state dict of this one (StateDictOptions(full_state_dict=True))"
+                f"{where}: this {type(model).__name__} is split over processes; do this before fully_shard, or in a "
+                "model that is not split, with the full state dict of this one (StateDictOptions(full_state_dict=True))"
             )
 
 
