@@ -357,10 +357,9 @@ def _inherit(model: nn.Module, before: Mapping[str, SwitchableNorm], moved: Mapp
         except WidthError:
             lost[width] = list(before)
     for path, norm in before.items():
-        axes = (moved[path, name, 0] for name in ("weight", "running_mean") if (path, name, 0) in moved)
         heir = model.get_submodule(path)
-        widths = heir.inherit(norm, next(axes, None)) if isinstance(heir, SwitchableNorm) else norm.widths[1:]
-        for width in widths:
+        order = moved.get((path, "weight", 0), moved.get((path, "running_mean", 0)))
+        for width in heir.inherit(norm, order) if isinstance(heir, SwitchableNorm) else norm.widths[1:]:
             lost.setdefault(width, []).append(path)
     if lost:
         listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())

@@ -158,30 +158,24 @@ class SwitchableNorm(SwitchableContainer):
         A width that keeps its channels keeps its norm. Any other starts from the nearest wider one's norm and, for the
         channels that it had, from its own. `moved` holds where each channel was before, None if that is where it is.
         """
+        own = {name: vars(self)[name] for name in ("_slim", "_kept", "_modules")}
         self.__class__ = type(before)
-        self.__dict__.update(
-            {name: v for name, v in vars(before).items() if name not in ("_slim", "_kept", "_modules")}
-        )
-        channels, shared, shared_before = (
-            _channels_of(self.full),
-            self.narrow.shared_affine,
-            before.narrow.shared_affine,
-        )
-        own_affine = getattr(self.full, "affine", False) and not shared_before
-        before_at = dict(zip(before._slim.widths, before._kept, strict=True))
-        units_before = {width: _units(kept, channels) for width, kept in before_at.items()}
-        norms = {width: before.norm_at(index) for index, width in enumerate(units_before)}
+        self.__dict__.update(vars(before) | own)
+        channels = cast(int, self.full.num_features)
+        norms = {width: before.norm_at(index) for index, width in enumerate(before._slim.widths)}
+        had = {width: _units(kept, channels) for width, kept in zip(norms, before._kept, strict=True)}
+        shared, shared_before = self.narrow.shared_affine, before.narrow.shared_affine
+        loses_affine = shared and not shared_before and self.full.affine
         lost = []
         for place, (width, kept) in enumerate(zip(self._slim.widths[1:], self._kept[1:], strict=True)):
             units = [unit if moved is None else int(moved[unit]) for unit in _units(kept, channels)]
-            had = units_before.get(width, units)
-            if width in norms and (units, shared) == (had, shared_before):
+            if (units, shared) == (had.get(width), shared_before):
                 self.narrow[place] = norms[width]
                 continue
             wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
             for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
-                _take_over(self.narrow[place], units, norms[source], units_before[source])
-            if set(units) != set(had) or (width in norms and shared and own_affine):
+                _take_over(self.narrow[place], units, norms[source], had[source])
+            if width in norms and (loses_affine or set(units) != set(had[width])):
                 lost.append(width)
         self.train(self.full.training)
         return lost
@@ -370,17 +364,6 @@ def _copy_of_norm(norm: nn.Module) -> nn.Module:
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
-def _channels_of(full: nn.Module) -> int:
-    counts = [getattr(full, name, None) for name in _CHANNEL_COUNTS]
-    channels = next((count for count in counts if isinstance(count, int)), None)
-    if channels is None:
-        raise ConversionError(
-            f"{type(full).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
-            "only norms that do can be switched"
-        )
-    return channels
-
-
 def _units(kept: Kept, channels: int) -> list[int]:
     return list(kept if isinstance(kept, tuple) else range(kept_of(channels, kept)))
 
@@ -390,13 +373,12 @@ def _take_over(norm: nn.Module, units: list[int], source: nn.Module, theirs: lis
     places = {unit: place for place, unit in enumerate(theirs)}
     into = [place for place, unit in enumerate(units) if unit in places]
     out_of = [places[units[place]] for place in into]
-    mine, given = norm.state_dict(keep_vars=True), source.state_dict()
+    mine, given = norm.state_dict(), source.state_dict()
     for name in mine.keys() & given.keys():
-        own, tensor = mine[name].data, given[name].to(mine[name])
-        if own.shape[:1] == (len(units),) and tensor.shape[:1] == (len(theirs),):
-            own[into] = tensor[out_of]
+        if mine[name].shape[:1] == (len(units),) and given[name].shape[:1] == (len(theirs),):
+            mine[name][into] = given[name][out_of].to(mine[name])
         else:
-            own.copy_(tensor)
+            mine[name].copy_(given[name])
 
 
 @torch.inference_mode(False)  # it is used outside of that, too
@@ -405,7 +387,13 @@ def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
     norm = _copy_of_norm(full)
     if kept is None:
         return norm
-    channels = _channels_of(full)
+    counts = [getattr(full, name, None) for name in _CHANNEL_COUNTS]
+    channels = next((count for count in counts if isinstance(count, int)), None)
+    if channels is None:
+        raise ConversionError(
+            f"{type(full).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
+            "only norms that do can be switched"
+        )
     for module in norm.modules():
         for name in _CHANNEL_COUNTS:
             if getattr(module, name, None) == channels:

@@ -261,6 +261,22 @@ def test_settings_are_copied():
     assert apart.full is not full
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize("shared_affine", [False, True])
+@pytest.mark.parametrize("kept", [KEPT, (None, None, 8)])
+def test_no_width_shares_memory_with_another(kept, shared_affine, kind):
+    norm = SwitchableNorm(random_norm(kind), WIDTHS, kept, shared_affine=shared_affine)
+    tensors = list(norm.state_dict(keep_vars=True).values())
+    assert len(tensors) == 11 if shared_affine else 15
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)  # no part of anything larger
+    before = {name: tensor.clone() for name, tensor in norm.full.state_dict().items()}
+    for index in (1, 2):
+        with at_width(norm, WIDTHS[index]):
+            norm(torch.randn(3, norm.num_features, 5, 5))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.full.state_dict().items())
+
+
 def test_copies_are_independent():
     norm = switched()
     set_width(norm, 0.5)
