@@ -488,3 +488,58 @@ def test_units_along_which_a_norm_takes_statistics_have_no_gate(norm):
     found = gate_plan(Tokens(), example_inputs=torch.zeros(2, 9, 6))
     assert not found.gates
     assert [(maker, "norm in norm" in reason) for maker, _, reason in found.refused] == [("first", True)]
+
+
+class Between(nn.Module):
+    """Linear layers with a function between them, on whose units' independence a gate depends."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 16)
+        self.function, self.third = function, nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.third(self.function(self.second(self.first(x).relu()).relu()))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def along_the_units(x):
+    return x * nn.functional.conv1d(x[:, None], torch.ones(1, 1, 3, dtype=x.dtype), padding=1)[:, 0].sigmoid()
+
+
+def batch_statistics_of_each_row(x):
+    return nn.functional.batch_norm(x[None], None, None, training=True)[0]
+
+
+MEETINGS = {
+    "native_layer_norm": nn.LayerNorm(16),
+    "native_group_norm": nn.GroupNorm(2, 16),
+    "_softmax": Function(lambda x: x.softmax(1)),
+    "_log_softmax": Function(lambda x: x.log_softmax(-1)),
+    "mean": Function(lambda x: x - x.mean(1, keepdim=True)),
+    "amax": Function(lambda x: x / x.amax(1, keepdim=True)),
+    "linalg_vector_norm": Function(lambda x: nn.functional.normalize(x, dim=1)),
+    "convolution": Function(along_the_units),
+    "native_batch_norm": Function(batch_statistics_of_each_row),
+}
+
+
+@pytest.mark.parametrize("operation", [None, "sum of each row's own", *MEETINGS])
+def test_units_that_meet_get_no_gate(operation):
+    function = MEETINGS.get(operation, nn.Tanh())
+    if operation == "sum of each row's own":  # over the images, which are not units
+        function = Function(lambda x: x - x.sum(0, keepdim=True))
+    found = gate_plan(Between(function).double(), example_inputs=torch.zeros(2, 4, dtype=torch.float64))
+    reasons = {each.maker: each.reason for each in found.refused}
+    if operation in MEETINGS:
+        assert re.fullmatch(rf"its units meet in {operation}\w* in function", reasons["second"])
+    else:
+        assert [gate.maker for gate in found.gates] == ["second"]
