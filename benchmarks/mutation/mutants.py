@@ -14,7 +14,7 @@ from pathlib import Path
 
 import libcst as cst
 from libcst import matchers as m
-from libcst.metadata import MetadataWrapper, PositionProvider
+from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
 SHOWN = ("__repr__", "extra_repr", "__str__", "__dir__")  # functions that only make text for people
@@ -87,6 +87,7 @@ class Mutant:
 class _Change:
     node: cst.CSTNode
     changed: cst.CSTNode
+    span: slice  # of bytes
     function: str
     lines: range
     scope: range
@@ -95,7 +96,7 @@ class _Change:
 
 
 class _Finder(cst.CSTVisitor):
-    METADATA_DEPENDENCIES = (PositionProvider,)
+    METADATA_DEPENDENCIES = (ByteSpanPositionProvider, PositionProvider)
 
     def __init__(self, path: str, module: cst.Module, seed: int):
         super().__init__()
@@ -132,7 +133,9 @@ class _Finder(cst.CSTVisitor):
             after = self.module.code_for_node(new)
             if after not in texts and after.count("strict=True") >= before.count("strict=True"):
                 rank = self.draw(function, operator, before), self.draw(after)
-                self.found.append(_Change(node, new, function, lines, self.around[-1][2], operator, rank))
+                span = self.get_metadata(ByteSpanPositionProvider, node)
+                whole = slice(span.start, span.start + span.length)
+                self.found.append(_Change(node, new, whole, function, lines, self.around[-1][2], operator, rank))
             texts.add(after)
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
@@ -147,7 +150,7 @@ class File:
         wrapper = MetadataWrapper(cst.parse_module((root / path).read_text()))
         finder = _Finder(path, wrapper.module, seed)
         wrapper.visit(finder)
-        self.path, self._module = path, wrapper.module
+        self.path, self._module, self._bytes = path, wrapper.module, wrapper.module.bytes
         self._by_line: dict[int, list[_Change]] = defaultdict(list)
         for change in finder.found:
             self._by_line[change.lines.start].append(change)
@@ -164,7 +167,7 @@ class File:
         """
         first = [min(changes, key=lambda change: change.rank) for changes in self._by_line.values()]
         for change in sorted(first, key=lambda change: change.rank):
-            code = cst.ensure_type(self._module.deep_replace(change.node, change.changed), cst.Module).code
+            code = self._with(change)
             try:
                 compile(code, self.path, "exec")
             except SyntaxError:
@@ -174,6 +177,13 @@ class File:
                 yield Mutant(
                     self.path, change.function, change.lines, change.scope, change.operator, before, after, code
                 )
+
+    def _with(self, change: _Change) -> str:
+        before = self._module.code_for_node(change.node).encode()
+        if self._bytes[change.span] == before and b"\n" not in before:  # replacing nodes takes much longer
+            new = self._module.code_for_node(change.changed).encode()
+            return (self._bytes[: change.span.start] + new + self._bytes[change.span.stop :]).decode()
+        return cst.ensure_type(self._module.deep_replace(change.node, change.changed), cst.Module).code
 
 
 def sample(root: Path, folders: Iterable[str], every: int, seed: int) -> list[Mutant]:
