@@ -187,7 +187,7 @@ def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
         for each in [*folders, *([root] if root != data else [])]:
             _check_link(each, data)
         files = {folder.name: sorted(_images_in(folder, data)) for folder in folders}
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         raise DataError(f"--data {shown(data)} cannot be listed ({error})") from error
     files = {name: paths for name, paths in files.items() if paths}
     if not files:

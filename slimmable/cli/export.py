@@ -185,9 +185,16 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"--checkpoint: there is no file {path}")
     with explained(f"{path} is not a file of weights"):
         tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
+    if not all(map(_is_plain, tensors.values())):
+        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _values(known: Mapping[str, Any]) -> str:
