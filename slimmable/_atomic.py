@@ -22,7 +22,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             write(aside / path.name)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            kept = "; the previous one is unharmed" if path.exists() else ""
+            kept = "; the previous one is unharmed" if os.path.exists(path) else ""
             raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
         raise
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._checks import check_module
+from slimmable._checks import checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable._tables import listed
@@ -138,6 +138,7 @@ def _like(own: Any, value: Any, place: str) -> Any:
     raise CheckpointError(f"{place} is {value!r} in the file, but {own!r} in this network")
 
 
+@checked
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
@@ -159,7 +160,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """
-    check_module("full_state_dict", model)
     found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimmable._addons import addons_of, restore_all
 from slimmable._atomic import plain_copies, write_aside
-from slimmable._checks import check_module
+from slimmable._checks import check_module, check_path, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
@@ -33,6 +33,7 @@ _UNITS = "slimmable/units"
 _HIDDEN = "slimmable/buffer/"
 
 
+@checked
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
@@ -57,7 +58,6 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     """
     from safetensors.torch import save_file
 
-    check_module("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, described = model, {}
@@ -94,6 +94,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     if model is not None:
         check_module("load", model)
+    check_path("load", path=path)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
