@@ -20,6 +20,7 @@ from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode, swapped
 from slimmable._nested import output_tensors
+from slimmable._sharded import of_whole
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
 from slimmable.analysis.fake import FakeModel, layers_in_parts
@@ -81,13 +82,15 @@ class Profile:
 
 
 @checked
+@of_whole
 def profile(
     model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_inputs: Any = None, repeats: int = 5
 ) -> Profile:
     """Measure every width of a slimmable model, or a plain model at its only width.
 
     Args:
-        model: on any device; its width, mode and statistics are left as they are.
+        model: on any device; its width, mode and statistics are left as they are. All processes must call this
+            for one that `fully_shard` has split over them.
         input_size: size of one input without the batch axis, such as (3, 224, 224); a batch of one is run.
         example_inputs: as for `slimify`, instead of `input_size`.
         repeats: timed forwards per width, after an untimed one; 0 measures no latency.

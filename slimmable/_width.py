@@ -215,7 +215,6 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
     """Add widths and sub-networks to the model for good, which keeps their statistics; none if the block fails."""
     places = places_of(model)
     before = [(state.active, len(state.columns)) for _, state in places]
-    guests = [active.width for active, _ in before if active.index == -1]
     try:
         for setting in settings:
             for (module, state), column in zip(places, columns_of(places, setting), strict=True):
@@ -227,7 +226,7 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
         for (module, state), (_, own) in zip(places, before, strict=True):
             if len(state.columns) > own:
                 forget(module, own)
-        switch(places, columns_of(places, guests[0]) if guests else [active for active, _ in before])
+        switch(places, [active for active, _ in before])
         raise
 
 

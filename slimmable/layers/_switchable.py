@@ -59,7 +59,7 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
 
     def to_batchnorm(self) -> _BatchNorm:
         """Return the batch norm of the full width, the module itself, not a copy."""
-        return cast(_BatchNorm, self.full)
+        return cast(_BatchNorm, self.to_norm())
 
     def __repr__(self) -> str:
         if type(self.full) is not self._torch_class:

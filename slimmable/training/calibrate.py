@@ -83,6 +83,11 @@ def _collect(
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
+    if not torch.is_inference_mode_enabled() and any(each.is_inference() for norm in norms for each in norm.buffers()):
+        raise UsageError(
+            "calibrate_bn: the model was made in torch.inference_mode, so its statistics can only be changed in it; "
+            "make or load the model outside, or call calibrate_bn inside"
+        )
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with _collecting(model, norms):
         empty = True
@@ -125,7 +130,7 @@ def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]
     try:
         with in_eval_mode(model):
             for norm in norms:
-                norm.reset_running_stats()
+                type(norm).reset_running_stats(norm)  # the norm itself may refuse it
                 norm.training, norm.momentum = True, None
             yield
         done = True

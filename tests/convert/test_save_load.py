@@ -20,6 +20,7 @@ from torch import nn
 
 import slimmable
 from slimmable.errors import CheckpointError
+from slimmable.files.tensors import write_tensors
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -176,8 +177,8 @@ def contents(kind: str) -> tuple[dict, dict, bytes]:
             return load_file(path), json.loads(file.metadata()["model"]), path.read_bytes()
 
 
-def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 1") -> Path:
-    save_file(tensors, folder / "file", {"format": kind, "model": json.dumps(data)})
+def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 2") -> Path:
+    write_tensors(folder / "file", tensors, {"format": kind, "model": json.dumps(data)})
     return folder / "file"
 
 

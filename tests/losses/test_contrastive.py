@@ -201,6 +201,8 @@ A, B = torch.zeros(4, 8), torch.zeros(4, 7)
             [r"\(16, 8\)", r"\(8, negatives\)", "transposed"],
         ),
         (lambda: losses.info_nce(A, A[:3], A.T), DataError, [r"query \(4, 8\), key \(3, 8\)"]),
+        (lambda: losses.moco_v3_loss(A[0], A), DataError, [r"query has shape \(8,\)", "batch, features"]),
+        (lambda: losses.moco_v3_loss(A, A[0]), DataError, [r"keys has shape \(8,\)", "batch, features"]),
         (lambda: losses.moco_v3_loss(A, A[:3]), DataError, [r"\(4, 8\)", r"\(3, 8\)", "positives"]),
         (lambda: losses.moco_v3_loss(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
         (lambda: losses.moco_v3_loss(A, A, offset=-1), DataError, ["offset -1"]),
