@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
-from slimmable._checks import check_whole
+from slimmable._checks import check_flags, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
@@ -94,6 +94,7 @@ def slimify(
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
     check_whole("slimify", model)
+    check_flags("slimify", universal=universal, inplace=inplace)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     asked = check_widths(widths), skip, round_to, universal, outputs
@@ -150,6 +151,7 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_whole("plan", model)
+    check_flags("plan", universal=universal)
     own = plan_of(model)
     if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
         widths, round_to, universal = own.widths, own.round_to, own.universal

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from slimmable._checks import check_is_module, check_tensors
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
@@ -102,6 +103,7 @@ def average_gradients(model: nn.Module) -> None:
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> average_gradients(layer)  # the only process: nothing to do
     """
+    check_is_module("average_gradients", model)
     if alone():
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -161,6 +163,7 @@ def gather(tensor: Tensor) -> Tensor:
     >>> gather(embeddings).shape  # the only process: nothing to add
     torch.Size([4, 8])
     """
+    check_tensors("gather", tensor=tensor)
     if alone():
         return tensor
     graph = ", with gradient" if tensor.requires_grad and torch.is_grad_enabled() else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from slimmable._checks import check_module
+from slimmable._checks import checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable._tables import listed
@@ -172,6 +172,7 @@ def _numbers_of(dtype: torch.dtype) -> object:
     return (dtype.is_complex, True) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
+@checked
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
@@ -193,7 +194,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """
-    check_module("full_state_dict", model)
     found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
     return found
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._checks import checked
 from slimmable._modules import swapped, twin_of
 from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError, UsageError
@@ -74,13 +75,15 @@ class SwitchableNorm(SwitchableContainer):
     narrow: NarrowNorms
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
+    @checked
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
     ) -> None:
         super().__init__(widths)
         if len(kept) != len(self.widths):
             raise ConversionError(
-                f"{len(kept)} entries of kept channels for the {len(self.widths)} widths {self.widths}"
+                f"SwitchableNorm: {len(kept)} entries of kept channels, {kept!r:.40}, for {len(self.widths)} widths "
+                f"{self.widths}"
             )
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
@@ -112,6 +115,7 @@ class SwitchableNorm(SwitchableContainer):
         return _share(norm, self.full._parameters, kept) if shared else norm
 
     @classmethod
+    @checked
     def from_norm(
         cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
     ) -> SwitchableNorm:
@@ -393,6 +397,10 @@ def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
         raise ConversionError(
             f"{type(full).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
             "only norms that do can be switched"
+        )
+    if type(kept) not in (int, tuple) or not 1 <= kept_of(channels, kept) <= channels:
+        raise ConversionError(
+            f"SwitchableNorm: an entry of kept must be None, 1 to {channels} channels or a tuple of them, got {kept!r}"
         )
     for module in norm.modules():
         for name in _CHANNEL_COUNTS:
