@@ -183,8 +183,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
         prefix, keep_vars: as in `torch.nn.Module.state_dict`: what to put before each name, and whether to return the
             Parameters themselves.
 
-    Raises: UsageError: if `model` is not a module.
-
     >>> import torch
     >>> from slimmable import slimify
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))

@@ -113,8 +113,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
         slim_out: False if the output should be full at every width, such as class scores and embeddings.
         overlap: False gives the narrower widths disjoint features; see `SlimConv2d`.
 
-    Raises:
-        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -217,8 +216,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
             weights of Zhao et al., SlimCLR, IJCV 2024).
 
-    Raises:
-        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -236,9 +234,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
         `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
-        Raises:
-            ConversionError: unless `conv` is exactly an `nn.Conv2d`.
-            WidthError: as the constructor.
+        Raises: ConversionError: unless `conv` is exactly an `nn.Conv2d`. WidthError: as the constructor.
         """
         return cls._from_torch(conv, widths, **options)
 
@@ -274,9 +270,6 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
-
-    Raises:
-        WidthError: if `widths` is invalid.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -331,9 +324,6 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     Args:
         num_groups, num_channels, eps, affine, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
-
-    Raises:
-        WidthError: if `widths` is invalid.
 
     >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))

@@ -60,8 +60,6 @@ class SlimRecipe:
             teacher agree. The loss that is trained differs from that by a constant, see `OnlineDistillation.floor`.
         steps_done: how many steps `backward` and `total` have run.
 
-    Raises: UsageError or WidthError: if an argument is invalid.
-
     >>> from slimmable.layers import SlimLinear
     >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(model, slow_start=0.5, steps=2)
@@ -273,8 +271,6 @@ class SlimRecipe:
             progress: fraction of the training done, in [0, 1].
             step: number of this step. If given, random widths depend only on `seed` and `step`, so training resumed
                 from a checkpoint draws the same ones; otherwise they depend on the draws before.
-
-        Raises: UsageError: if `progress` is not in [0, 1].
 
         >>> from slimmable import SlimLinear, width_of
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
