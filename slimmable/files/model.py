@@ -159,10 +159,8 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     differing, free = unlike(plain, data["modules"], given, narrow="plan" not in data)
     if differing:
         raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
-    network = copy_of(
-        plain,
-        {id(tensor): filled(tensor, given[name], given[name].dtype) for name, tensor in own.items() if name in given},
-    )
+    kept = {name: tensor for name, tensor in own.items() if name in given}
+    network = copy_of(plain, {id(kept[name]): filled(kept[name], given[name], given[name].dtype) for name in kept})
     take_over(network, free)
     if "plan" in data:
         if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
