@@ -95,3 +95,62 @@ def test_a_table_of_vectors_makes_units():
     plan = plan_of(run, table=nn.Embedding(5, 6), last=nn.Linear(6, 3))
     assert kept(plan, "table", "weight") == [None, 3]
     assert kept(plan, "last", "weight") == [None, 3]
+
+
+PADS = {  # before and after the units -> which inputs of the last layer stay at half width
+    (1, 1): (0, 1, 2, 3, 4, 5, 6, 7, 8, 17),
+    (0, 2): (0, 1, 2, 3, 4, 5, 6, 7, 16, 17),
+    (2, 0): 10,
+    (0, 0): 8,
+    (-1, 0): None,
+    (0, -2): None,
+    (3, -1): None,
+}
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_padding_is_kept_and_what_is_cropped_stays(pad):
+    plan = plan_of(lambda net, h: net.last(F.pad(h, pad)), last=nn.Linear(16 + sum(pad), 3))
+    assert kept(plan, "last", "weight") == [None, PADS[pad]]
+    assert kept(plan, "second", "weight") == [None if PADS[pad] is None else 8, 4]
+    assert (reasons(plan).get("second.weight") is None) == (PADS[pad] is not None)
+
+
+COUNTED = {
+    "end": lambda n: torch.arange(n),
+    "named end": lambda n: torch.arange(end=n),
+    "start and end": lambda n: torch.arange(0, n),
+    "from 1": lambda n: torch.arange(1, n + 1),
+    "by 2": lambda n: torch.arange(0, 2 * n, 2),
+    "named step": lambda n: torch.arange(3, 3 + 2 * n, step=2),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_numbers_by_position_follow_and_keep_the_order(name):
+    plan = plan_of(lambda net, h: net.head(h * COUNTED[name](h.shape[-1])))
+    assert kept(plan, "head", "weight") == [None, 8]
+    [group] = [group for group, makers in enumerate(plan.channels.makers) if "second" in makers]
+    assert plan.channels.ordered[group]
+
+
+RECTIFIERS = {
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "mish": F.mish, "hardswish": F.hardswish, "elu": F.elu,
+    "celu": F.celu, "selu": F.selu, "leaky_relu": F.leaky_relu, "relu6": F.relu6,
+    "prelu": lambda y: F.prelu(y, torch.ones(1)), "rrelu": lambda y: F.rrelu(y, training=True),
+    "threshold": lambda y: F.threshold(y, 0.1, 0.0), "clamp": lambda y: y.clamp(min=0),
+    "clamp_min": lambda y: torch.clamp_min(y, 0), "hardtanh": lambda y: F.hardtanh(y, 0.0, 2.0),
+    "gated": lambda y: y * y.sigmoid(),
+}  # fmt: skip
+BOUNDS = {
+    "clamp": lambda y: y.clamp(0, 1), "from 1": lambda y: y.clamp(1, 2), "hardtanh": F.hardtanh, "tanh": torch.tanh,
+    "gated": lambda y: y * 0.5, "from below": lambda y: y.clamp(min=-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "made"), [*((f, 6) for f in RECTIFIERS.values()), *((f, 12) for f in BOUNDS.values())]
+)
+def test_rectified_units_are_features_and_bounded_ones_are_not(function, made):
+    plan = plan_of(lambda net, h: function(net.last(h)), last=nn.Linear(16, 12))
+    assert plan.columns[-1].output_shapes == [(2, 5, made)]
