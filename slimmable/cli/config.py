@@ -172,6 +172,8 @@ def check(settings: Any) -> None:
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(one, str) and not one.strip():
+                raise UsageError(f"{flag(each.name)} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             if within and not within.holds(one):
