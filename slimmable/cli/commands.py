@@ -65,8 +65,8 @@ class Pretrain(RunOptions):
     def _run(self, **given: Any) -> int:
         if "widths" in given:
             given["widths"] = checked_widths(given["widths"])
-        from slimmable._distributed import process_group
         from slimmable.cli.pretrain import pretrain as run
+        from slimmable.cli.processes import process_group
         from slimmable.cli.run import read_config
 
         if self.resume:

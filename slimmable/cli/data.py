@@ -23,11 +23,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from slimmable._distributed import is_first
 from slimmable._tables import listed
 from slimmable.cli.config import DIGITS, PretrainConfig, require, say, shown
-from slimmable.cli.faults import GO_ON, check_memory, explained_fault
+from slimmable.cli.faults import GO_ON, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
-_DRAWN = 16  # bytes per pixel while digits are drawn: two coordinates and twice a value
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
@@ -82,8 +81,6 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         raise DataError(
             f"digits cannot be drawn on a canvas of {size} pixels; use --image-size {_SMALLEST_CANVAS} or more"
         )
-    pixels = (train + test) * size**2
-    check_memory(f"drawing {train + test} digits of {size} x {size} pixels", _DRAWN * pixels)
     handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
     digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
     labels = torch.from_numpy(handwriting.target).long()

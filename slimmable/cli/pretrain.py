@@ -33,13 +33,14 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     begin, folder = time.monotonic(), options.output
     with _held(folder, not options.resume, device):
         training = _prepare(config, options, device)
-        _tell(_introduction(config, training.images))
         try:
+            _tell(_introduction(config, training.images))
             stopped = _train(training, folder, options)
             if stopped:
                 raise KeyboardInterrupt(stopped)
             if is_first():
                 _finish(training, folder, options)
+            _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
                 _tell(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
@@ -53,7 +54,6 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
             if fault is None:
                 raise
             raise SlimmableError(f"{fault.removesuffix(GO_ON).rstrip('; ')}; {_way_on(folder)}") from error
-    _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from slimmable._checks import check_module
+from slimmable._checks import checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable._tables import listed
@@ -75,7 +75,7 @@ def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None =
     """Make a timm model without memory for its tensors.
 
     If `shapes` of a file's tensors are given, that takes no longer than the making of a network of such tensors may:
-    arguments larger than these or a thousand times as many modules are refused.
+    arguments that are larger, or far more modules, are refused.
     """
     with torch.device("meta"):
         if shapes is None:
@@ -83,7 +83,7 @@ def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None =
         largest = max(_LARGE, *(size for shape in shapes for size in shape), 0)
         if _largest(recipe) > largest:
             raise CheckpointError(f"the file is too small for the model {str(recipe)[:400]}")
-        with _at_most(1000 * (1 + len(shapes))):
+        with _at_most(100 + 10 * len(shapes)):
             return build(recipe)
 
 
@@ -158,7 +158,7 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], nar
     narrow = narrow and any(name in own and tensor.shape != own[name].shape for name, tensor in given.items())
     found, free = compare(plain, rows, {name: tensor.shape for name, tensor in given.items()}, narrow)
     found["of another type"] = [
-        f"{name} {tensors[name].dtype}, here {tensor.dtype}"
+        f"{name} {tensors[name].dtype}, expected {tensor.dtype}"
         for name, tensor in (own | hidden).items()
         if name in tensors and _numbers_of(tensors[name].dtype) != _numbers_of(tensor.dtype)
     ]
@@ -172,6 +172,7 @@ def _numbers_of(dtype: torch.dtype) -> object:
     return (dtype.is_complex, True) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
+@checked
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
@@ -193,7 +194,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """
-    check_module("full_state_dict", model)
     found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
     return found
 
@@ -238,3 +238,11 @@ def differences(
 def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
     """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
     return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
+
+
+def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of `given` to take the place of a network's tensor; on the CPU if that has no memory."""
+    device = "cpu" if like.is_meta else like.device
+    layout = like.detach() if like.shape == given.shape else given
+    new = torch.empty_like(layout, dtype=dtype, device=device).copy_(given)
+    return nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new

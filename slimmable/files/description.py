@@ -45,27 +45,25 @@ def compare(
         module = modules.get(path)
         if module is None or kind != _kind(module):
             continue
-        own = {**{name: getattr(type(module), name, _ABSENT) for name in settings}, **vars(module)}
-        differing = {
-            name: given
-            for name, given in settings.items()
-            if not (_written(own[name]) is _ABSENT or _alike(given, _written(own[name])))
-        }
+        held = {**{name: getattr(type(module), name, _ABSENT) for name in settings}, **vars(module)}
+        own = {name: _written(held[name]) for name in settings}
+        differing = [name for name in settings if own[name] is not _ABSENT and not _alike(settings[name], own[name])]
+        shape = shapes.get(f"{path}.weight".lstrip("."))
         bound = [
             name
-            for name, given in differing.items()
+            for name in differing
             if name in read
             and not _is_free(module, name)
-            and not (narrow and _is_narrower(module, name, settings, shapes.get(f"{path}.weight".lstrip("."))))
+            and not (narrow and _is_narrower(module, name, settings, shape))
         ]
-        edited += [f"{_place(path, name)} is {settings[name]!r}, here {_written(own[name])!r}" for name in bound]
-        set_here = differing.keys() & vars(module).keys() - set(bound)
-        free.append((path, kind, {name: _like(own[name], settings[name]) for name in set_here}))
+        edited += [f"{_place(path, name)} is {settings[name]!r} in the file, {own[name]!r} here" for name in bound]
+        set_here = [name for name in differing if name in vars(module) and name not in bound]
+        free.append((path, kind, {name: _like(held[name], settings[name]) for name in set_here}))
     found = {
-        "modules missing here": [f"{_place(path)} ({kind})" for path, kind in kinds.items() if path not in modules],
+        "modules only in the file": [f"{_place(path)} ({kind})" for path, kind in kinds.items() if path not in modules],
         "modules only here": [f"{_place(path)} ({_kind(each)})" for path, each in modules.items() if path not in kinds],
         "other modules": [
-            f"{_place(path)} is {kinds[path]}, here {_kind(each)}"
+            f"{_place(path)} is {kinds[path]} in the file, {_kind(each)} here"
             for path, each in modules.items()
             if path in kinds and kinds[path] != _kind(each)
         ],

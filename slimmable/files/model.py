@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._addons import addons_of, described, restore_all
-from slimmable._checks import check_module
+from slimmable._checks import check_module, check_path, check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
@@ -20,6 +20,7 @@ from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.construction import (
     HIDDEN,
     differences,
+    filled,
     fitting_recipe,
     full_network,
     hidden_buffers,
@@ -36,6 +37,7 @@ _UNITS = "slimmable/units"
 _MOST_WIDTHS = 256  # of a model with few tensors
 
 
+@checked
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
@@ -58,7 +60,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     >>> slimmable.widths_of(slimmable.load(path))
     (1.0, 0.5)
     """
-    check_module("save", model)
+    check_whole("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, added = model, {}
@@ -93,6 +95,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     if model is not None:
         check_module("load", model)
+    check_path("load", path=path)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
@@ -159,7 +162,8 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     if differing:
         raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
     network = copy_of(
-        plain, {id(tensor): _filled(tensor, given[name]) for name, tensor in own.items() if name in given}
+        plain,
+        {id(tensor): filled(tensor, given[name], given[name].dtype) for name, tensor in own.items() if name in given},
     )
     take_over(network, free)
     if "plan" in data:
@@ -186,14 +190,6 @@ def _written_with(data: dict[str, Any]) -> str:
     other = [f"{name} {number}" for name, number in data["versions"].items() if _versions().get(name) != number]
     here = [f"{name} {number}" for name, number in _versions().items() if data["versions"].get(name) != number]
     return f"\n  written with {', '.join(other)}, here {', '.join(here)}" if other or here else ""
-
-
-def _filled(like: Tensor, given: Tensor) -> Tensor:
-    """Return a copy of a file's tensor in the place of the network's own; on the CPU if that has no memory."""
-    device = "cpu" if like.is_meta else like.device
-    alike = like.detach() if like.shape == given.shape else given
-    new = torch.empty_like(alike, dtype=given.dtype, device=device).copy_(given)
-    return nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
 
 
 def _check(network: nn.Module, plan: Plan) -> None:
