@@ -145,10 +145,8 @@ def read_config(folder: Path) -> PretrainConfig:
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     try:
-        values = json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once)
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__} instead of names and values")
-    except (OSError, ValueError, RecursionError) as error:
+        values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     differing = {each.name for each in fields(PretrainConfig)} ^ set(values)
     if differing:
