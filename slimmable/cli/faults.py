@@ -12,6 +12,7 @@ from slimmable.errors import SlimmableError
 GO_ON = "continue with --resume"
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed", "size calculation overflowed")
+_NO_ANSWER = ("gloo", "nccl", "pair closure")  # errors of communication between processes
 
 
 @contextmanager
@@ -48,8 +49,11 @@ def explained_fault(error: BaseException) -> str | None:
         return f"out of memory ({text}); a smaller --batch-size or --image-size, or fewer --workers, need less"
     if "dataloader worker" in lower or "pin memory thread" in lower:
         return f"a process that reads images ended ({text}); if memory was short, use fewer --workers"
-    if type(error).__name__.startswith("Dist") or "gloo" in lower or "nccl" in lower:
-        return f"another process of this run ended, or cannot be reached ({text})"
+    if type(error).__name__.startswith("Dist") or any(sign in lower for sign in _NO_ANSWER):
+        from slimmable.cli.processes import lost_process
+
+        with on_signals(lambda number: None):  # by which torchrun ends the processes that are left
+            return lost_process() or f"another process of this run ended, or cannot be reached ({text})"
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
     return text if isinstance(error, OSError) else None
