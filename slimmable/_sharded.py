@@ -12,11 +12,7 @@ from slimmable.errors import UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_MARKS = (
-    "__composable_api",
-    "_is_fsdp_managed_module",
-    "_fsdp_use_orig_params",
-)  # what `fully_shard` leaves in modules
+_MARKS = "__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params"  # what `fully_shard` leaves behind
 
 
 def of_whole(function: Callable[P, R]) -> Callable[P, R]:
