@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["plan", "resnet1"])
     2
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
     try:
         with on_signals(stop):
             from slimmable.cli.commands import parse, run
@@ -49,7 +49,7 @@ def program() -> NoReturn:
     sys.exit(code)
 
 
-def _end(arguments: list[str], message: str, code: int) -> int:
+def _end(arguments: Sequence[str], message: str, code: int) -> int:
     with suppress(OSError):  # the terminal may be gone
         print(f"{' '.join(['slimmable', *arguments[:1]])}: {message}", file=sys.stderr, flush=True)
     return code

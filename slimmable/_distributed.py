@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from slimmable._checks import check_is_module, check_tensors
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
@@ -128,7 +129,8 @@ def average_gradients(model: nn.Module) -> None:
     A step of `SlimRecipe` runs one backward pass per width, each without the parameters of other widths, whereas
     DistributedDataParallel expects a single pass that uses every parameter: run the loop under its `no_sync`, then call
     this. A gradient that only some processes have counts as zero in the others; one that is None in all stays None.
-    Without a process group, or with one process, nothing happens.
+    Call it before the `unscale_` of a `GradScaler`, so that all processes find what is infinite in one and skip the
+    step. Without a process group, or with one process, nothing happens.
 
     Args:
         model: wrapped in DistributedDataParallel or not; all processes must have started from the same weights.
@@ -140,6 +142,7 @@ def average_gradients(model: nn.Module) -> None:
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> average_gradients(layer)  # the only process: nothing to do
     """
+    check_is_module("average_gradients", model)
     if alone():
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -203,6 +206,7 @@ def gather(tensor: Tensor) -> Tensor:
     >>> gather(embeddings).shape  # the only process: nothing to add
     torch.Size([4, 8])
     """
+    check_tensors("gather", tensor=tensor)
     if alone():
         return tensor
     graph = ", with gradient" if tensor.requires_grad and torch.is_grad_enabled() else ""

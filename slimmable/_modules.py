@@ -84,8 +84,9 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
     return new.get(id(model), model)
 
 
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Return a function that gives all modules back the classes, attributes and widths that they have now."""
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give all modules back the classes, attributes and widths that they had if the block fails."""
     modules = list(model.modules())
     kinds = [type(module) for module in modules]
     states = [vars(module)["_slim"] for module in modules if "_slim" in vars(module)]
@@ -93,8 +94,9 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     dicts = [each for owner in owners for each in (owner, *owner.values()) if isinstance(each, dict)]
     before = [(each, each.copy()) for each in dicts]
     columns = [(state.columns, state.columns.copy()) for state in states]
-
-    def restore() -> None:
+    try:
+        yield
+    except BaseException:
         for module, kind in zip(modules, kinds, strict=True):
             module.__class__ = kind
         for each, entries in before:
@@ -102,18 +104,6 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             each.update(entries)
         for own, listed in columns:
             own[:] = listed
-
-    return restore
-
-
-@contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give all modules back the classes, attributes and widths that they had if the block fails."""
-    restore = snapshot(model)
-    try:
-        yield
-    except BaseException:
-        restore()
         raise
 
 

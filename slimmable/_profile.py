@@ -15,12 +15,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import check_count, check_module
+from slimmable._checks import check_whole, checked
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode, swapped
 from slimmable._nested import output_tensors
-from slimmable._sharded import of_whole
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
 from slimmable.analysis.fake import FakeModel, layers_in_parts
@@ -81,22 +80,21 @@ class Profile:
         Path(path).write_text(csv_text([field.name for field in fields(Row)], map(asdict, self.rows)))
 
 
-@of_whole
+@checked
 def profile(
     model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_inputs: Any = None, repeats: int = 5
 ) -> Profile:
     """Measure every width of a slimmable model, or a plain model at its only width.
 
     Args:
-        model: on any device; its width, mode and statistics are left as they are. All processes must call this
-            for one that `fully_shard` has split over them.
+        model: on any device; its width, mode and statistics are left as they are.
         input_size: size of one input without the batch axis, such as (3, 224, 224); a batch of one is run.
         example_inputs: as for `slimify`, instead of `input_size`.
         repeats: timed forwards per width, after an untimed one; 0 measures no latency.
 
     Raises:
         ConversionError: if neither is given and the model does not say what its input looks like.
-        UsageError: if the model does not run on these inputs.
+        UsageError: if the model does not run on these inputs, or `fully_shard` has split it over processes.
 
     >>> from slimmable.layers import SlimLinear
     >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))
@@ -105,8 +103,7 @@ def profile(
          1          212              192           20           -
        0.5           90               80           10           -
     """
-    check_module("profile", model)
-    check_count("profile", least=0, repeats=repeats)
+    check_whole("profile", model)
     if example_inputs is None and input_size is not None:
         given: Any = input_size
         if isinstance(given, Tensor):
@@ -114,7 +111,7 @@ def profile(
                 f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs=, or "
                 "pass the size of one input without the batch axis, such as (3, 224, 224)"
             )
-        if not is_size(input_size):
+        if not is_size(input_size) or not input_size:
             raise UsageError(f"profile: input_size must be a size such as (3, 224, 224), got {input_size!r}")
         example_inputs = image_batch(model, tuple(input_size), images=1)
     elif example_inputs is None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from slimmable._checks import check_module
+from slimmable._checks import check_is_module
 from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
@@ -136,6 +136,7 @@ class AllWidths(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        places_of(model)  # which refuses a model without widths
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[float, Any]:
@@ -146,9 +147,7 @@ class AllWidths(nn.Module):
 # -- the steps of a switch, also used by training, search and files
 def places_of(model: nn.Module) -> Places:
     """Collect the modules that have widths, in one walk; refuse a model without any, or that has gained layers."""
-    given: Any = model
-    if not isinstance(given, nn.Module):
-        check_module("switching widths", given)
+    check_is_module("switching widths", model)
     places: Places = []
     strangers: set[int] = set()
     seen: set[int] = set()
@@ -216,7 +215,6 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
     """Add widths and sub-networks to the model for good, which keeps their statistics; none if the block fails."""
     places = places_of(model)
     before = [(state.active, len(state.columns)) for _, state in places]
-    guests = [active.width for active, _ in before if active.index == -1]
     try:
         for setting in settings:
             for (module, state), column in zip(places, columns_of(places, setting), strict=True):
@@ -228,7 +226,7 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
         for (module, state), (_, own) in zip(places, before, strict=True):
             if len(state.columns) > own:
                 forget(module, own)
-        switch(places, columns_of(places, guests[0]) if guests else [active for active, _ in before])
+        switch(places, [active for active, _ in before])
         raise
 
 

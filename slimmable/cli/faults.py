@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from slimmable.errors import SlimmableError, UsageError
+from slimmable.errors import SlimmableError
 
 GO_ON = "continue with --resume"
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -46,7 +46,7 @@ def explained_fault(error: BaseException) -> str | None:
         return None
     text, lower = _last_line(error), str(error).lower()
     if isinstance(error, MemoryError) or any(sign in lower for sign in _NO_MEMORY):
-        return f"out of memory ({text}); choose a smaller --batch-size, --image-size or --proj-dim, or fewer --workers"
+        return f"out of memory ({text}); a smaller --batch-size or --image-size, or fewer --workers, need less"
     if "dataloader worker" in lower or "pin memory thread" in lower:
         return f"a process that reads images ended ({text}); if memory was short, use fewer --workers"
     if type(error).__name__.startswith("Dist") or any(sign in lower for sign in _NO_ANSWER):
@@ -54,6 +54,8 @@ def explained_fault(error: BaseException) -> str | None:
 
         with on_signals(lambda number: None):  # by which torchrun ends the processes that are left
             return lost_process() or f"another process of this run ended, or cannot be reached ({text})"
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more"
     return text if isinstance(error, OSError) else None
 
 
@@ -63,15 +65,9 @@ def _last_line(error: BaseException) -> str:
     return lines[-1 if "Original Traceback" in str(error) else 0].strip()[:300]
 
 
-def check_memory(what: str, size: float) -> None:
-    """Raise UsageError if the machine's whole memory is smaller than `size` bytes."""
-    if hasattr(os, "sysconf") and size > (whole := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise UsageError(f"{what} needs {size / 1e9:,.0f} GB of memory, this machine has {whole / 1e9:,.0f}")
-
-
 def flush_or_drop() -> None:
     """Empty the buffers of the output, into nothing if nobody reads it any more, or Python would fail at its end."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if they were closed from the start
         try:
             stream.flush()
         except (OSError, ValueError):

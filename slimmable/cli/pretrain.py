@@ -33,13 +33,14 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     begin, folder = time.monotonic(), options.output
     with _held(folder, not options.resume, device):
         training = _prepare(config, options, device)
-        _tell(_introduction(config, training.images))
         try:
+            _tell(_introduction(config, training.images))
             stopped = _train(training, folder, options)
             if stopped:
                 raise KeyboardInterrupt(stopped)
             if is_first():
                 _finish(training, folder, options)
+            _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
                 _tell(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
@@ -54,7 +55,6 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
                 raise
             fault = fault.removesuffix(GO_ON).removesuffix(_way_on(folder)).rstrip("; ")  # another process has told it
             raise SlimmableError(f"{fault}; {_way_on(folder)}") from error
-    _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
     return 0
 
 

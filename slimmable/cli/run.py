@@ -9,6 +9,7 @@ seeds its own random numbers.
 import copy
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,18 +18,17 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
-from slimmable._atomic import plain_copies, write_aside
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed
-from slimmable.cli.config import PretrainConfig, explained, fits
-from slimmable.errors import CheckpointError, ConversionError, UsageError
+from slimmable.cli.config import PretrainConfig, explained, fits, read_text, shown
+from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.construction import differences
-from slimmable.files.model import read_tensors, save
+from slimmable.files.model import save
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,6 +36,7 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
+_MOST_BYTES = 2**20  # of a configuration
 _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "square_avg")
 
 
@@ -124,7 +125,7 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
             return timm.create_model(name, **sized), sized
         except TypeError:  # a model for images of any size has no `img_size`
             return timm.create_model(name, **settings), dict(settings)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
@@ -141,21 +142,32 @@ def check_name(name: str) -> None:
 def read_config(folder: Path) -> PretrainConfig:
     """Return the configuration of the run in `folder`, or raise CheckpointError if there is none, or names differ."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     try:
-        values = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__} instead of names and values")
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     differing = {each.name for each in fields(PretrainConfig)} ^ set(values)
     if differing:
-        raise CheckpointError(
-            f"{path} was written by another version: {', '.join(sorted(differing))} missing or unknown"
-        )
+        names = listed([f"{shown(name):.60}" for name in sorted(differing)], 10)
+        raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
     for name, value in values.items():
         if not fits(PretrainConfig, name, value):
-            raise CheckpointError(f"{path}: {name} cannot be {value!r}")
-    return PretrainConfig(**values)
+            raise CheckpointError(f"{path}: {name} cannot be {value!r:.80}")
+    try:
+        return PretrainConfig(**values)
+    except SlimmableError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,14 +192,14 @@ def save_checkpoint(
     path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
 ) -> None:
     """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
-    tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
+    tensors = network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()}
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
-    write_aside(path, lambda aside: save_file(tensors, aside, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read what `save_checkpoint` wrote, or raise CheckpointError if that is missing, damaged or something else."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
     step = metadata.get("step", "")

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from slimmable._addons import ADDONS, AddOn
-from slimmable._checks import check_module, check_positive
+from slimmable._checks import check_positive, check_whole, checked
 from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
-from slimmable._sharded import refuse_shards
 from slimmable._tables import listed
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
@@ -32,6 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 _PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")  # of a state dict's name
 
 
+@checked
 def gate(
     model: M,
     *,
@@ -84,8 +84,7 @@ def gate(
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
     """
-    check_module("gate", model)
-    refuse_shards("gate", model)
+    check_whole("gate", model)
     if gates_in(model):
         raise UsageError(f"this {type(model).__name__} already has gates; remove them with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
@@ -113,6 +112,7 @@ def gate(
     return target
 
 
+@checked
 def ungate(model: M) -> M:
     """Remove the gates and the gated pass's norms from a model in place, and return it.
 
@@ -122,7 +122,6 @@ def ungate(model: M) -> M:
     >>> len(model.state_dict()), len(ungate(model).state_dict())
     (15, 6)
     """
-    check_module("ungate", model)
     for module in list(model.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, GateHook):
@@ -138,6 +137,7 @@ def ungate(model: M) -> M:
     return cast(M, replace_modules(model, {id(norm): norm.without() for norm in norms}))
 
 
+@checked
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model's gates, for a separate optimizer group; empty for a model without gates.
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_module, number_or_nan
+from slimmable._checks import checked, number_or_nan
 from slimmable._convert import apply_plan, copy_of, extract, strip
 from slimmable._modules import in_eval_mode
 from slimmable._width import at_width
@@ -19,7 +19,7 @@ from slimmable.analysis.importance import permute
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._convert import ungate
 from slimmable.gating._gates import ChannelGate
-from slimmable.gating._passes import GatedPass, PassNorm, check_budget, gated, gates_of
+from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
 from slimmable.gating._plan import PLAN, GatePlan
 from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 
@@ -30,6 +30,7 @@ _HALVINGS = 40
 _CLOSE = 5e-4  # tolerance, as a share of the dense multiply-adds
 
 
+@checked
 @torch.no_grad()
 def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
     """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64.
@@ -61,6 +62,7 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
     return {name: torch.stack([each[name] for each, _ in opened]).sum(0) / images for name in opened[0][0]}
 
 
+@checked
 @torch.no_grad()
 def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
     """Set the gates' thresholds in place so that gated passes cost `budget` on average; return their actual share.
@@ -88,7 +90,6 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
     """
-    check_budget("calibrate_gates", budget)
     if isinstance(loader, Iterator):
         raise UsageError(
             "calibrate_gates: the loader is iterated over many times; give a list or a DataLoader, not an iterator"
@@ -135,7 +136,7 @@ def _over_batches(
 ) -> list[Taken]:
     """Run a gated pass in eval mode on each batch, and return the results of `take`."""
     gates_of(where, model)
-    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+    if isinstance(loader, (Tensor, str)) or not isinstance(loader, Iterable):
         raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
     device = next(model.parameters()).device
     found = []
@@ -150,6 +151,7 @@ def _over_batches(
     return found
 
 
+@checked
 def extract_gated(
     model: M,
     loader: Iterable[ModelInput],
@@ -185,16 +187,12 @@ def extract_gated(
     >>> type(small[2]), small[2].out_features
     (<class 'torch.nn.modules.linear.Linear'>, 14)
     """
-    check_module("extract_gated", model)
-    check_count("extract_gated", round_to=round_to)
     if (keep is None) == (budget is None):
         raise UsageError(
             "extract_gated: give either keep, a fraction of the images, or budget, a share of multiply-adds"
         )
     if keep is not None and not 0 < number_or_nan(keep) <= 1:
         raise UsageError(f"extract_gated: keep is a fraction of the images and must be in (0, 1], got {keep!r}")
-    if budget is not None:
-        check_budget("extract_gated", budget)
     if recalibrate and isinstance(loader, Iterator):
         raise UsageError(
             "extract_gated: the loader is iterated over twice; give a list or a DataLoader, not an iterator"

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from slimmable._checks import check_flags, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, kept_of, kept_units
-from slimmable.errors import ConversionError, WidthError
-from slimmable.view.state import is_slim
+from slimmable.errors import ConversionError, InputError, SlimmableError, WidthError
+from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
 Layer = TypeVar("Layer", bound="SlimLayer")
@@ -18,7 +20,28 @@ Plain = TypeVar("Plain", bound=nn.Module)
 _Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
-class SlimLayer(nn.Module):
+class Explained(nn.Module):
+    """A layer made by hand, which says what to do if it cannot read its input at the active width."""
+
+    _slim: WidthState
+    _if_full: ClassVar[str] = "use torch's own layer"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the layer at its active width."""
+        try:
+            output: Tensor = super().forward(input)
+        except (SlimmableError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"{type(self).__name__} at width {self._slim.active.width} cannot read {shown(input)}: {error}; "
+                f"if the input is full at every width, as images are, {self._if_full}, otherwise make the layer before "
+                "it slimmable too, with the same widths"
+            ) from error
+        return output
+
+
+class SlimLayer(Explained):
     """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
 
     _slim_plain: ClassVar[type[nn.Module]]
@@ -32,7 +55,7 @@ class SlimLayer(nn.Module):
         """Return the slimmable twin of a layer of exactly torch's class: it shares Parameters and training flag."""
         if type(module) is not cls._slim_plain:
             raise ConversionError(
-                f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {type(module).__name__}, "
+                f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
                 "which may compute something else; slimmable.slimify converts any module"
             )
         slim = twin_of(module, cls)
@@ -51,10 +74,12 @@ class SlimLayer(nn.Module):
 
 class _SlimProduct(SlimLayer):
     weight: Tensor
+    _if_full = "pass slim_in=False to this layer"
 
     def _install(
         self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
     ) -> None:
+        check_flags(type(self).__name__, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
         rows: list[Kept]
         (outs, in_size, *kernel), count = self.weight.shape, getattr(self, "groups", 1)
         out_size, groups = outs // count, [count] * len(widths)
@@ -100,6 +125,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     _slim_plain = nn.Linear
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -129,6 +155,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 class _SlimConv(_SlimProduct, _ConvNd):
     """The common base; see `SlimConv2d`."""
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -261,6 +288,7 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
 
     _slim_plain = nn.LayerNorm
 
+    @checked
     def __init__(
         self,
         normalized_shape: int | list[int] | tuple[int, ...],
@@ -316,6 +344,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
 
     _slim_plain = nn.GroupNorm
 
+    @checked
     def __init__(
         self,
         num_groups: int,

@@ -6,17 +6,21 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._checks import check_flags, checked
 from slimmable._widths import check_widths, kept_units
 from slimmable.errors import ConversionError
+from slimmable.layers._slim import Explained
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.norms import SwitchableNorm
 
 Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
 
 
-class _SwitchableBatchNorm(SwitchableNorm):
+class _SwitchableBatchNorm(Explained, SwitchableNorm):
     _torch_class: ClassVar[type[_BatchNorm]]
+    _if_full = "pass slim=False to this norm"
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -34,6 +38,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
         self._fill(norm, widths, slim)
 
     def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool) -> None:
+        check_flags(type(self).__name__, slim=slim)
         checked = check_widths(widths)
         kept = [kept_units(norm.num_features, width) if slim and width < 1 else None for width in checked]
         SwitchableNorm.__init__(self, norm, checked, kept)
@@ -54,7 +59,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
 
     def to_batchnorm(self) -> _BatchNorm:
         """Return the batch norm of the full width, the module itself, not a copy."""
-        return cast(_BatchNorm, self.full)
+        return cast(_BatchNorm, self.to_norm())
 
     def __repr__(self) -> str:
         if type(self.full) is not self._torch_class:
@@ -109,7 +114,7 @@ class SwitchableBatchNorm3d(_SwitchableBatchNorm):
 SwitchableBatchNorm = SwitchableBatchNorm2d
 
 
-class SwitchableProbe(SwitchableContainer):
+class SwitchableProbe(Explained, SwitchableContainer):
     """One linear classifier per width, on the features of that width.
 
     The best classifier on part of the features is not a slice of the best classifier on all of them, unless they are
@@ -136,6 +141,9 @@ class SwitchableProbe(SwitchableContainer):
     torch.Size([2, 10])
     """
 
+    _if_full = "use one nn.Linear for all widths"
+
+    @checked
     def __init__(
         self,
         in_features: int,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from slimmable._checks import check_flags
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.trace import RULES, Context, tensors
 from slimmable.errors import RuleError, UsageError
@@ -191,10 +192,11 @@ def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> A
     ...     op.keeps("x")
     ...     op.same("x", -1, "gain", 0)
     """
+    check_flags("register_rule", replace=replace)
     name = _name(op)
     if rule is None:
         return lambda function: register_rule(op, function, replace=replace)
-    if not callable(rule):
+    if not callable(rule) or isinstance(rule, type):
         raise UsageError(f"the rule of {name} is {rule!r}; it must be a function of one Operation")
     key = name.removeprefix("aten::")
     if key in RULES and not replace:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, number_or_nan
+from slimmable._checks import check_count, check_fraction, check_function, checked, number_or_nan, shown
 from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
@@ -74,6 +74,7 @@ class SlimRecipe:
     (True, [1.0, 0.5])
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -95,10 +96,7 @@ class SlimRecipe:
         self.loss_weights = _weight_of_each(widths_of(model), loss_weights)
         self._mode = _check_sandwich(model, loss_weights, random_widths) if random_widths else None
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
-        check_fraction("SlimRecipe", slow_start=slow_start)
         self.slow_start = float(slow_start)
-        if steps is not None:
-            check_count("SlimRecipe", steps=steps)
         self.steps, self.steps_done = steps, 0
         self._compared = False  # with the recipes of other processes
         self._frozen, self._once = _modules("frozen", frozen), _modules("once", once)
@@ -146,7 +144,9 @@ class SlimRecipe:
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
             Otherwise as `loss`.
         """
-        run_backward = backward or self._backward or Tensor.backward
+        given = self._backward if backward is None else backward
+        run_backward = Tensor.backward if given is None else given
+        check_function("SlimRecipe", closure=closure, backward=run_backward)
         with averaged_once(self.model):
             for part in self.parts(closure, frozen=frozen, once=once):
                 with _without_autocast(part.device.type):  # in which the whole step may be
@@ -179,6 +179,7 @@ class SlimRecipe:
         This is `backward` without its backward passes, for code that decides when these run. Each belongs before the
         next width. Arguments and errors are those of `backward`.
         """
+        check_function("SlimRecipe", closure=closure)
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
         teachers = [*self._frozen, *_modules("frozen", frozen)]
@@ -225,6 +226,8 @@ class SlimRecipe:
         >>> training_step(torch.ones(2, 4)).requires_grad
         False
         """
+
+        check_function("SlimRecipe.step", function=function)
 
         @wraps(function)
         def stepped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -285,6 +288,7 @@ class SlimRecipe:
         check_fraction("SlimRecipe", progress=progress)
         self._optimizers.before_gradients()
         if step is not None:
+            check_count("SlimRecipe.widths", least=0, step=step)
             self._random.seed(f"{self._seed} {step}")
         return self._run(slow=progress < self.slow_start)
 
@@ -311,7 +315,8 @@ class SlimRecipe:
         step = self._step
         if step is None:
             raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
-        with step.once.changes([part for module in modules for part in shared_by_widths(module)], step.first):
+        given = [part for module in _modules("once", modules) for part in shared_by_widths(module)]
+        with step.once.changes(given, step.first):
             yield
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -335,9 +340,10 @@ class SlimRecipe:
             raise UsageError(
                 f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else f"{loss!r:.80}"
-            raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point() or loss.is_meta:
+            raise DataError(
+                f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shown(loss)}"
+            )
         self.losses[step.width] = loss.detach()
         note_width(places_of(self.model)[0][0], step.width)
         if teach is not None and self.distill is None:
@@ -423,8 +429,8 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
             f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
         )
     views = [teach] if isinstance(teach, Tensor) else list(teach) if isinstance(teach, Iterable) else [None]
-    if not all(isinstance(view, Tensor) for view in views):
-        raise DataError(f"SlimRecipe.loss: teach must be one or several tensors, got {teach!r}")
+    if not all(isinstance(view, Tensor) and view.is_floating_point() and not view.is_meta for view in views):
+        raise DataError(f"SlimRecipe.loss: teach must be one or several tensors of floats, got {teach!r:.200}")
     expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
     if len(views) != expected:
         raise UsageError(
@@ -435,7 +441,8 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
 
 
 def _modules(name: str, given: Any) -> list[nn.Module]:
-    modules = list(given) if not isinstance(given, nn.Module) or isinstance(given, nn.ModuleList) else [given]
+    several = isinstance(given, Iterable) and (not isinstance(given, nn.Module) or isinstance(given, nn.ModuleList))
+    modules = list(given) if several else [given]
     for module in modules:
         if not isinstance(module, nn.Module):
             raise UsageError(f"SlimRecipe: {name} must be a list of modules, got {module!r}")
@@ -444,7 +451,6 @@ def _modules(name: str, given: Any) -> list[nn.Module]:
 
 def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: int) -> str:
     """Return the mode of the loss weights; raise an error if the model or the weights do not allow random widths."""
-    check_count("SlimRecipe", least=0, random_widths=random_widths)
     if not isinstance(loss_weights, str):
         raise UsageError(
             f"SlimRecipe: with random_widths, loss_weights must be a mode such as 'ones', got {loss_weights!r}"

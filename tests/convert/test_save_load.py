@@ -20,6 +20,7 @@ from torch import nn
 
 import slimmable
 from slimmable.errors import CheckpointError
+from slimmable.files.tensors import write_tensors
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -147,6 +148,38 @@ def test_a_network_of_the_users_own_needs_the_plain_network(tmp_path):
             slimmable.load(tmp_path / "own", Tied(10) if network is model else Tied(2))
 
 
+class WithHiddenTable(nn.Module):
+    """Holds a buffer per channel, and one of the whole, which are not in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("table", torch.ones(8), persistent=False)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x) * self.table) * self.scale
+
+
+@pytest.mark.parametrize("width", [None, 1.0, 0.5])
+def test_buffers_that_are_not_in_the_state_dict_come_back_with_their_contents(width, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    model = slimmable.slimify(WithHiddenTable(), WIDTHS, example_inputs=x)
+    model._buffers["table"].copy_(torch.arange(8.0))
+    model.scale.fill_(7)
+    network = model if width is None else slimmable.extract(model, width)
+    slimmable.save(network, tmp_path / "model")
+    again = slimmable.load(tmp_path / "model", WithHiddenTable())
+    assert torch.equal(again._buffers["table"], network._buffers["table"])
+    assert again.scale == 7
+    same(again, network, x)
+    if width is None:
+        for each in WIDTHS:
+            with slimmable.at_width(again, each), slimmable.at_width(model, each):
+                same(again, model, x)
+
+
 def test_what_cannot_be_saved_is_refused_and_the_file_stays(tmp_path):
     model, _, _ = converted("test_resnet")
     path = tmp_path / "model"
@@ -176,8 +209,8 @@ def contents(kind: str) -> tuple[dict, dict, bytes]:
             return load_file(path), json.loads(file.metadata()["model"]), path.read_bytes()
 
 
-def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 1") -> Path:
-    save_file(tensors, folder / "file", {"format": kind, "model": json.dumps(data)})
+def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 2") -> Path:
+    write_tensors(folder / "file", tensors, {"format": kind, "model": json.dumps(data)})
     return folder / "file"
 
 

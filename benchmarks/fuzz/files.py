@@ -1,0 +1,3 @@
+"""Readers of models: `slimmable.load` and `slimmable.load_slimclr`."""
+
+READERS = {}
