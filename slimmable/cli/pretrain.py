@@ -53,7 +53,8 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
             fault = explained_fault(error)
             if fault is None:
                 raise
-            raise SlimmableError(f"{fault.removesuffix(GO_ON).rstrip('; ')}; {_way_on(folder)}") from error
+            fault = fault.removesuffix(GO_ON).removesuffix(_way_on(folder)).rstrip("; ")  # another process has told it
+            raise SlimmableError(f"{fault}; {_way_on(folder)}") from error
     return 0
 
 

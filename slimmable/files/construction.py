@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from slimmable._checks import checked
+from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable._tables import listed
@@ -192,6 +192,7 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """
+    check_whole("full_state_dict", model)
     found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
     return found
 
