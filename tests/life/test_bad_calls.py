@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable import gating, layers, losses, methods, training
-from slimmable.errors import SlimmableError
+from slimmable.errors import ConversionError, InputError, SlimmableError
 from slimmable.view.state import state_of
 from tests.life import bad_values as bad
 from tests.life.bad_values import Argument
@@ -1155,6 +1155,7 @@ def fault(name: str, parameter: str, label: str, value: Callable[[], Any]) -> st
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore")
 def test_bad_arguments(name):
     carried_out(target_of(name), {each: argument.good() for each, argument in CALLS[name].arguments.items()})
     faults = {
@@ -1179,6 +1180,76 @@ def test_every_public_callable_has_rows_for_each_parameter():
             without = ["no rows"] if known is None else [each for each in parameters(target) if each not in known]
             missing |= {name: without} if without else {}
     assert missing == {}
+
+
+W = {"widths": WIDTHS}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "says"),
+    [
+        (lambda: layers.SlimConv2d(3, 8, 3, **W), (1, 3, 8, 8), "images are, pass slim_in=False to this layer"),
+        (lambda: layers.SlimLinear(8, 4, **W), (2, 8), "pass slim_in=False to this layer"),
+        (lambda: layers.SwitchableBatchNorm2d(8, **W), (2, 8, 4, 4), "pass slim=False to this norm"),
+        (lambda: layers.SlimLayerNorm(8, **W), (2, 8), "use torch's own layer"),
+        (lambda: layers.SlimGroupNorm(4, 8, **W), (2, 8, 3), "use torch's own layer"),
+        (lambda: layers.SwitchableProbe(8, 4, WIDTHS), (2, 8), "use one nn.Linear for all widths"),
+    ],
+)
+def test_a_full_input_at_a_narrow_width_says_what_to_do(layer, shape, says):
+    made = layer()
+    x = torch.rand(shape)
+    made(x)
+    slimmable.set_width(made, 0.5)
+    with pytest.raises(InputError, match=rf"(?s)at width 0\.5 cannot read a tensor of shape .*{says}") as caught:
+        made(x)
+    assert isinstance(caught.value, RuntimeError)  # as torch's own would be
+
+
+def test_memory_that_runs_out_in_a_layer_is_no_wrong_input():
+    layer = layers.SlimLinear(8, 4, **W)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    layer.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        layer(torch.rand(2, 8))
+
+
+CONV = functools.partial(layers.SlimConv2d, 3, 8, 3, slim_in=False, **W)
+LINEAR = functools.partial(layers.SlimLinear, 4, 8, slim_in=False, **W)
+
+
+@pytest.mark.parametrize(
+    ("between", "kind"),
+    [
+        (lambda: [CONV(), nn.BatchNorm2d(8), nn.ReLU()], "BatchNorm2d"),
+        (lambda: [CONV(), nn.ReLU(), nn.Conv2d(8, 8, 1)], "Conv2d"),
+        (lambda: [CONV(), nn.GroupNorm(2, 8)], "GroupNorm"),
+        (lambda: [LINEAR(), nn.ReLU(), nn.Linear(8, 8), layers.SlimLinear(8, 2, **W)], "Linear"),
+        (lambda: [LINEAR(), nn.LayerNorm(8)], "LayerNorm"),
+    ],
+)
+def test_a_plain_layer_behind_a_slim_one_is_refused(between, kind):
+    model = nn.ModuleList([nn.Sequential(*between())])
+    with pytest.raises(ConversionError, match=rf"layer '[12]', {kind}, is full at every width, but the Slim"):
+        slimmable.set_width(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (lambda: [nn.Conv2d(3, 3, 1), CONV(), layers.SwitchableBatchNorm2d(8, **W)], (2, 3, 6, 6)),
+        (lambda: [CONV(slim_out=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)], (2, 3, 6, 6)),
+        (lambda: [CONV(), nn.PReLU(), layers.SlimConv2d(8, 8, 1, **W)], (2, 3, 6, 6)),
+        (lambda: [layers.SlimConv2d(3, 4, 3, slim_in=False, **W), nn.Linear(4, 5)], (2, 3, 6, 6)),
+        (lambda: [layers.SlimLinear(4, 8, slim_in=False, widths=(1.0,)), nn.Linear(8, 8)], (2, 4)),
+    ],
+)
+def test_a_plain_layer_that_runs_at_every_width_may_stand_anywhere(rows, shape):
+    model = nn.Sequential(*rows())
+    assert len(slimmable.run_widths(model, torch.rand(shape))) == len(slimmable.widths_of(model))
 
 
 def main() -> None:
