@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_function, checked, number_or_nan, shown
+from slimmable._checks import check_count, check_fraction, check_function, checked, must_be, number_or_nan, shown
 from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
@@ -407,6 +407,9 @@ class _Step:
     @property
     def first(self) -> bool:
         return self.width == 1.0
+
+
+check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
