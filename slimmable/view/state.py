@@ -89,7 +89,9 @@ def forget(module: nn.Module, own: int) -> None:
     state = slim_state(module)
     switch([(module, state)], state.columns[:1])
     while len(state.columns) > own:
-        state.columns.pop().drop(module)
+        column = state.columns.pop()
+        column.drop(module)
+        column.index = -1
     state._list_widths()
 
 
