@@ -26,7 +26,7 @@ Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
 
 
 def set_width(model: nn.Module, width: Setting) -> None:
-    """Make `model` run at `width` from now on.
+    """Make `model` run at `width` from now on, in this thread or asyncio task and in all that have set no width.
 
     This works on a whole model, any part of it and any wrapper around it (DDP, `torch.compile`, `nn.Sequential`).
 
@@ -40,7 +40,8 @@ def set_width(model: nn.Module, width: Setting) -> None:
     At a width or sub-network that the model was not made with, BatchNorms start from the statistics of the full width
     and lose their own at the next switch; `calibrate_bn` computes and keeps them.
 
-    Raises: WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
+    Raises: WidthError: if the model, or a part of it, does not have this width; the message names the nearest. Or if it
+            is not one of the model's own, and another thread or task uses the model.
         ConversionError: if no part of the model has widths, or if layers were added after its conversion.
 
     >>> from slimmable import SlimLinear
@@ -56,6 +57,9 @@ def set_width(model: nn.Module, width: Setting) -> None:
 @contextmanager
 def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     """Run a block at `width`, then return every part to its previous width, even after an error.
+
+    The width is that of the thread or asyncio task that runs the block, and of tasks and `asyncio.to_thread` that it
+    starts there; any other thread or task has its own.
 
     Raises: as `set_width`.
 

@@ -13,7 +13,7 @@ from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import Indices
-from slimmable.view.recompute import Active, in_backward
+from slimmable.view.recompute import Active, in_backward, switch
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
 TEMPERATURE = 2 / 3
@@ -219,7 +219,7 @@ class LayerGates(SwitchableContainer):
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         record = self.decision.active.record
         decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
-        self.decision.active = decision
+        switch([(None, self.decision)], [decision])
         if record is not None and not in_backward():
             record.append(decision)
 

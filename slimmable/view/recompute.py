@@ -108,10 +108,6 @@ class Active(Generic[C]):
         user, thread, value = self._last
         return value if _current().mark is user and _here.mark is thread else _find(self)
 
-    @active.setter
-    def active(self, value: C) -> None:
-        switch([(None, self)], [value])
-
     def _found(self) -> C:
         """Find what is active for the running user, and note it for the running thread."""
         with _LOCK:
@@ -242,9 +238,7 @@ def _who() -> object:
 
 def _own_user() -> _User:
     """Return the user of the running thread or task, or its innermost block; make one if it only follows another."""
-    user, who = _current(), _who()
-    while user.left and user.who is who and user.follows is not None:
-        user = user.follows
+    user, who = next(_current().line()), _who()
     if user.who is not who:
         user = _User(user, who)
         _owners.add(user)
@@ -270,9 +264,8 @@ def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> Non
                     "its own by one only; keep the width with calibrate_bn, or use a copy of the model"
                 )
         root = next(each for each in user.line() if not each.is_block)
-        blocks = [each for each in user.line() if each.is_block]
         for module, active, value in pairs:
-            block = new or next((each for each in blocks if active in each.has), None)
+            block = new or next((each for each in user.line() if each.is_block and active in each.has), None)
             if block is None:
                 active._base = value
             (root if block is None or block.who is not root.who else block).has[active] = value
