@@ -95,10 +95,10 @@ def forget(module: nn.Module, own: int) -> None:
     state._list_widths()
 
 
-def with_own_state(replica: nn.Module) -> nn.Module:
-    """Give a shallow copy of a module a copy of the width state."""
-    replica.__dict__["_slim"] = copy.copy(replica.__dict__["_slim"])
-    return replica
+def with_own_state(module: nn.Module) -> nn.Module:
+    """Give a module, such as a shallow copy, a width state of its own, which has no users yet."""
+    module.__dict__["_slim"] = copy.copy(slim_state(module))
+    return module
 
 
 def slim_state(module: nn.Module) -> WidthState:

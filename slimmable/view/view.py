@@ -86,7 +86,7 @@ def remove_view(module: nn.Module) -> None:
     if state is None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
     module.__class__ = _without_view(type(module))
-    state.active.leave(module)
+    state.now.leave(module)
     del module.__dict__["_slim"]
     module.__dict__.update(state.blanks)
 
