@@ -8,6 +8,9 @@ from pathlib import Path
 
 from slimmable.errors import CheckpointError
 
+PARTIAL = ".partial-"
+"""How the names of temporary folders begin; only a killed process leaves one."""
+
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`."""
@@ -25,7 +28,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
-    made = not folder.exists()
+    made = not os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
@@ -42,7 +45,7 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
 @contextmanager
 def _moved_up(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder inside `folder`; then flush its files to disk and move them into `folder`."""
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True) as name:
         aside = Path(name)
         empty = aside / "empty"
         empty.touch()

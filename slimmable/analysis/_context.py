@@ -35,7 +35,7 @@ class Context:
     """
 
     widths: tuple[float, ...]
-    choices: Mapping[int, int] = field(default_factory=dict)
+    choices: Mapping[int, int]
     labels: Labels = field(default_factory=Labels)
     constraints: list[Constraint] = field(default_factory=list)
     splits: list[tuple[Ids, int]] = field(default_factory=list)  # per split: labels carried on, number of candidates

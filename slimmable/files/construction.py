@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from slimmable._checks import check_module
+from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable._tables import listed
@@ -172,6 +172,7 @@ def _numbers_of(dtype: torch.dtype) -> object:
     return (dtype.is_complex, True) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
+@checked
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
@@ -182,8 +183,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
         prefix, keep_vars: as in `torch.nn.Module.state_dict`: what to put before each name, and whether to return the
             Parameters themselves.
 
-    Raises: UsageError: if `model` is not a module.
-
     >>> import torch
     >>> from slimmable import slimify
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -193,7 +192,7 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """
-    check_module("full_state_dict", model)
+    check_whole("full_state_dict", model)
     found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
     return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._addons import addons_of, described, restore_all
-from slimmable._checks import check_module
+from slimmable._checks import check_module, check_path, check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
@@ -37,6 +37,7 @@ _UNITS = "slimmable/units"
 _MOST_WIDTHS = 256  # of a model with few tensors
 
 
+@checked
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
@@ -60,7 +61,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     >>> slimmable.widths_of(slimmable.load(path))
     (1.0, 0.5)
     """
-    check_module("save", model)
+    check_whole("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, added = model, {}
@@ -96,6 +97,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     if model is not None:
         check_module("load", model)
+    check_path("load", path=path)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(

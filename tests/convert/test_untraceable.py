@@ -160,3 +160,32 @@ def test_branches_in_the_model_itself_cannot_be_skipped(images):
     with pytest.raises(slimmable.errors.TraceError, match=r"module '\(the model itself\)'") as caught:
         slimmable.slimify(Branches(), WIDTHS, example_inputs=torch.ones(1, 4), skip="first")
     assert "skip=" not in str(caught.value)
+
+
+class CountsChosen(nn.Module):
+    """Reads which units were the largest, as plain numbers."""
+
+    def forward(self, which: Tensor) -> Tensor:
+        return torch.tensor([[float(len(set(which.tolist())))]], dtype=torch.float64)
+
+
+class Chooses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+        self.count = CountsChosen()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(self.first(x).relu()).relu()
+        return self.head(h) * self.count(h.argmax(1))
+
+
+def test_units_whose_numbers_a_skipped_module_reads_stay():
+    torch.manual_seed(0)
+    model, x = Chooses().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    plan = slimmable.plan(model, WIDTHS, example_inputs=x, skip="count")
+    reasons = {pin.axis[0]: pin.reason for pin in plan.pins}
+    assert reasons["second"] == "skip in count: a unit's number is used"
+    assert "first" not in reasons
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x, skip="count")
+    assert torch.equal(slim(x), model(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -340,6 +341,19 @@ def test_every_parameter_learns_and_the_budget_is_reached():
     assert run.share().mean().item() == pytest.approx(0.4, abs=0.05)
 
 
+def test_the_loss_of_a_budget_is_the_sum_of_its_two():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    model = gate(net, example_inputs=torch.zeros(2, 4))
+    with gated(model) as run:
+        model(torch.randn(16, 4))
+    own, bounds = slimmable.gating.open_fractions(run.masks().values()), slimmable.gating.annealed(1, alpha=0.02)
+    expected = slimmable.gating.budget_loss(run.share(), 0.2, 2.0) + slimmable.gating.bound_loss(own, 0.2, bounds, 3.0)
+    criterion = slimmable.gating.GateBudget(0.2, budget_weight=2.0, bound_weight=3.0, alpha=0.02)
+    assert slimmable.gating.bound_loss(own, 0.2, bounds, 3.0) > 0
+    assert criterion(run, epoch=1) == expected
+    assert criterion.reached == run.share().mean()
+
+
 def test_mixed_precision_and_checkpointing():
     x = images("resnet18", 4).float()
     model = gate(plain("resnet18").float(), example_inputs=x[:2])
@@ -408,6 +422,18 @@ def test_random_chains(sizes, groups, random):
 
 
 # -- bad input
+class Between(nn.Module):
+    """Linear layers with a function between them, on whose units' independence a gate depends."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 16)
+        self.function, self.third = function, nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.third(self.function(self.second(self.first(x).relu()).relu()))
+
+
 def test_bad_calls():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     x = torch.zeros(2, 4)
@@ -415,8 +441,9 @@ def test_bad_calls():
         gated(net).__enter__()
     with pytest.raises(UsageError, match="has no gates"):
         dense(net).__enter__()
-    with pytest.raises(UsageError, match=r"needs a torch\.nn\.Module"):
-        gate("resnet18")
+    for call in (gate, gate_plan):
+        with pytest.raises(UsageError, match=rf"{call.__name__}.* needs a torch\.nn\.Module"):
+            call("resnet18")
     with pytest.raises(ConversionError, match="can be gated\n  0 \\(8\\): its layer reads the model's input"):
         gate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), example_inputs=x)
     with pytest.raises(UsageError, match="temperature"):
@@ -441,6 +468,30 @@ def test_bad_calls():
     slim = slimmable.slimify(nn.Sequential(net, nn.Linear(2, 2)), (1.0, 0.5), example_inputs=x)
     with pytest.raises(ConversionError, match="a part of this"):
         gate(slim[0], example_inputs=x)
+
+
+def test_gates_that_were_trained_give_no_warning():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    model, x = gate(net, example_inputs=torch.zeros(2, 4)), torch.randn(8, 4)
+    with gated(model.train()):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with gated(model.eval()):
+            model(x)
+
+
+class Twice(Between):
+    """Reads the units of its second layer by a layer that runs again on its own output."""
+
+    def forward(self, x):
+        return self.third(self.function(self.function(self.second(self.first(x).relu()).relu())))
+
+
+def test_a_reader_that_runs_twice_is_named():
+    found = gate_plan(Twice(nn.Linear(16, 16)), example_inputs=torch.zeros(2, 4))
+    reasons = {each.maker: each.reason for each in found.refused}
+    assert reasons["second"] == "function reads it and runs 2 times in one forward"
 
 
 @pytest.mark.parametrize("target", [0, 1, -0.1, 1.5, float("nan"), "0.3", True])
@@ -488,3 +539,46 @@ def test_units_along_which_a_norm_takes_statistics_have_no_gate(norm):
     found = gate_plan(Tokens(), example_inputs=torch.zeros(2, 9, 6))
     assert not found.gates
     assert [(maker, "norm in norm" in reason) for maker, _, reason in found.refused] == [("first", True)]
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def along_the_units(x):
+    return x * nn.functional.conv1d(x[:, None], torch.ones(1, 1, 3, dtype=x.dtype), padding=1)[:, 0].sigmoid()
+
+
+def batch_statistics_of_each_row(x):
+    return nn.functional.batch_norm(x[None], None, None, training=True)[0]
+
+
+MEETINGS = {
+    "native_layer_norm": nn.LayerNorm(16),
+    "native_group_norm": nn.GroupNorm(2, 16),
+    "_softmax": Function(lambda x: x.softmax(1)),
+    "_log_softmax": Function(lambda x: x.log_softmax(-1)),
+    "mean": Function(lambda x: x - x.mean(1, keepdim=True)),
+    "amax": Function(lambda x: x / x.amax(1, keepdim=True)),
+    "linalg_vector_norm": Function(lambda x: nn.functional.normalize(x, dim=1)),
+    "convolution": Function(along_the_units),
+    "native_batch_norm": Function(batch_statistics_of_each_row),
+}
+
+
+@pytest.mark.parametrize("operation", [None, "sum of each row's own", *MEETINGS])
+def test_units_that_meet_get_no_gate(operation):
+    function = MEETINGS.get(operation, nn.Tanh())
+    if operation == "sum of each row's own":  # over the images, which are not units
+        function = Function(lambda x: x - x.sum(0, keepdim=True))
+    found = gate_plan(Between(function).double(), example_inputs=torch.zeros(2, 4, dtype=torch.float64))
+    reasons = {each.maker: each.reason for each in found.refused}
+    if operation in MEETINGS:
+        assert re.fullmatch(rf"its units meet in {operation}\w* in function", reasons["second"])
+    else:
+        assert [gate.maker for gate in found.gates] == ["second"]

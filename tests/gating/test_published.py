@@ -68,6 +68,11 @@ def test_straight_through_gradient_of_the_logits():
     torch.testing.assert_close(logits.grad, GOLDEN["mask_c/train/grad_logits"], **CLOSE)
 
 
+def test_units_open_at_a_half():
+    even = torch.tensor([0.5, 0.5])  # whose noise is zero
+    assert hard_mask(torch.tensor([0.0, -0.1]), even).tolist() == [1, 0]
+
+
 def test_gate_in_eval():
     gate = published_gate()
     pooled = GOLDEN["mask_c/x"].mean((2, 3))

@@ -213,3 +213,7 @@ def test_non_overlapping_weights_need_room():
     with pytest.raises(WidthError, match=r"overlap=False .* \[12, 8, 4\] of 16 units"):
         SlimConv2d(16, 16, 1, widths=WIDTHS, overlap=False)
     assert width_of(SlimConv2d(16, 16, 1, widths=(1.0, 0.75, 0.25), overlap=False)) == 1.0
+    with pytest.raises(WidthError, match=r"\[5, 5\] of 10 units"):  # they would fit, but take more than the layer
+        SlimConv2d(10, 10, 1, widths=(1.0, 0.52, 0.49), overlap=False)
+    with pytest.raises(WidthError, match=r"\[1, 1, 1\] of 2 units"):  # each width keeps a unit
+        SlimConv2d(2, 2, 1, widths=(1.0, 0.5, 0.2, 0.1), overlap=False)

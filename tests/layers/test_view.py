@@ -246,6 +246,28 @@ def test_assignment_reaches_the_full_width():
     assert not hasattr(module, "rows")
     with pytest.raises(AttributeError, match="rows"):
         del module.rows
+    del module.offset
+    with pytest.raises(AttributeError, match="offset"):
+        del module.offset
+
+
+def test_an_assigned_value_stays_when_the_view_goes():
+    module = scaled()
+    module.rows = 5
+    remove_view(module)
+    assert module.rows == 5
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_quantisation_config_is_kept_from_before_and_refused_afterwards(before):
+    linear = nn.Linear(4, 4)
+    if before:
+        linear.qconfig = "int8"
+    install_view(linear, WIDTHS, {"weight": [(None, None), (None, 2), (None, 1)]}, {})
+    assert hasattr(linear, "qconfig") is before
+    assert not before or linear.qconfig == "int8"
+    with pytest.raises(ConversionError, match="does not know the classes"):
+        linear.qconfig = "int4"
 
 
 def test_functional_call_slices_the_given_tensors():

@@ -79,6 +79,16 @@ def test_moco_v3_equals_the_definition_also_with_gathered_keys(batch, dim, befor
     assert losses.moco_v3_loss(query, keys, temperature, before).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_the_offset_says_which_keys_are_ones_own():
+    query, keys = random(0, (2, 3), (5, 3))
+    table = [[cosine(q, k) / 0.5 for k in keys] for q in query]
+    expected = [
+        [table[0][2], *(table[0][i] for i in (0, 1, 3, 4))],
+        [table[1][3], *(table[1][i] for i in (0, 1, 2, 4))],
+    ]
+    close(losses.moco_v3_logits(query, keys, 0.5, offset=2), torch.tensor(expected, dtype=torch.float64))
+
+
 @quick
 @given(sizes, sizes, seeds)
 def test_the_positive_is_in_column_0_and_each_logit_comes_once(n, dim, seed):
@@ -201,6 +211,8 @@ A, B = torch.zeros(4, 8), torch.zeros(4, 7)
             [r"\(16, 8\)", r"\(8, negatives\)", "transposed"],
         ),
         (lambda: losses.info_nce(A, A[:3], A.T), DataError, [r"query \(4, 8\), key \(3, 8\)"]),
+        (lambda: losses.moco_v3_loss(A[0], A), DataError, [r"query has shape \(8,\)", "batch, features"]),
+        (lambda: losses.moco_v3_loss(A, A[0]), DataError, [r"keys has shape \(8,\)", "batch, features"]),
         (lambda: losses.moco_v3_loss(A, A[:3]), DataError, [r"\(4, 8\)", r"\(3, 8\)", "positives"]),
         (lambda: losses.moco_v3_loss(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
         (lambda: losses.moco_v3_loss(A, A, offset=-1), DataError, ["offset -1"]),

@@ -267,8 +267,9 @@ def test_all_state_of_a_criterion_changes_once_per_step(way):
     model, criterion = network(), Criterion()
     plain, its_criterion = copy.deepcopy(model), copy.deepcopy(criterion)
     recipe = SlimRecipe(model, once=[criterion])
-    counts = []
+    counts, kinds = [], set()
     criterion.register_forward_hook(lambda module, args, output: counts.append(module.count))
+    criterion.register_forward_hook(lambda module, args, output: kinds.add(type(module.prototypes)))
     for seed in range(3):
         x = views(seed=seed)[0]
         if way == "loop":
@@ -284,6 +285,7 @@ def test_all_state_of_a_criterion_changes_once_per_step(way):
         assert recipe.losses[1.0] == expected
         torch.testing.assert_close(state_of(criterion), state_of(its_criterion), rtol=0, atol=0)
     assert counts == [1] * 4 + [2] * 4 + [3] * 4
+    assert kinds == {nn.Parameter}
 
 
 class WithQueue(nn.Module):

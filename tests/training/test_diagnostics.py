@@ -163,6 +163,7 @@ def test_every_column_equals_plain_pytorch(widths, hidden, seed):
     [row] = diagnostics.rows
     assert row == pytest.approx({"step": 0, **expected}, rel=1e-6, abs=1e-9)
     for name, values in diagnostics.layers[0].items():
+        assert values.dtype == torch.float32
         assert values.tolist() == pytest.approx([layer[name].item() for layer in layers], rel=1e-5, abs=1e-6)
 
 

@@ -1,0 +1,55 @@
+"""Where gates go in small models, and why nowhere else, is what it was when somebody last looked at it.
+
+After a change that is meant to change it, `python -m tests.gating.test_golden_plans` writes the file anew; look at the
+difference.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from slimmable.gating import GatePlan, gate_plan
+
+KEPT = Path(__file__).parents[1] / "golden" / "gate_plans.json"
+MODELS = (
+    "test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet", "skresnet18", "test_mambaout",
+    "test_vit_relpos", "resmlp_12_224", "test_byobnet",
+)  # fmt: skip
+
+
+def plan_of(name: str) -> GatePlan:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    return gate_plan(model, skip="*.conv1" if name == "test_resnet" else ())
+
+
+def summary(found: GatePlan) -> dict[str, Any]:
+    """What a plan says, in the types of JSON."""
+    gates = [
+        (gate.name, gate.number, gate.group, gate.units, gate.axis, gate.macs, channels, gate.norms)
+        for gate in found.gates
+        for channels in [(len(gate.channels), int(gate.channels.min()), int(gate.channels.max()))]
+    ]
+    readers = [[(r.path, r.axis, int((r.units >= 0).sum())) for r in gate.readers] for gate in found.gates]
+    refused = Counter(f"{maker} {units}: {reason}" for maker, units, reason in found.refused)
+    full, layers = found.plan.channels.units, found.macs
+    without = [layers.without([gate], full) for gate in found.gates]
+    named = {"gates": gates, "readers": readers, "refused": refused, "least": found.least_share(), "without": without}
+    return json.loads(json.dumps(named | {"full": layers.without((), full), "all": layers.without(found.gates, full)}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gates_are_where_they_were(name):
+    if timm.__version__ != "1.0.31":
+        pytest.skip("the plans are of the models of timm 1.0.31")
+    assert summary(plan_of(name)) == json.loads(KEPT.read_text())[name]
+
+
+if __name__ == "__main__":
+    lines = (f"{json.dumps(name)}: {json.dumps(summary(plan_of(name)))}" for name in MODELS)
+    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
