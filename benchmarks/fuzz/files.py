@@ -220,7 +220,8 @@ def load_slimclr(draw: random.Random, folder: Path) -> tuple[Call, str]:
             what = f"{type(value).__name__} at a {type(key).__name__}"
         data: Any = draw.choice([state, {"state_dict": state, "epoch": 1}, {"state_dict": [state]}, [state]])
         if draw.random() < 0.5 and isinstance(data, dict) and "state_dict" in data:
-            data = {"state_dict": {f"module.encoder_q.{name}": each for name, each in state.items()}}
+            named = [(name, each) for name, each in state.items() if isinstance(name, str)]
+            data = {"state_dict": {f"module.encoder_q.{name}": each for name, each in named}}
         stream = io.BytesIO()
         torch.save(data, stream, _use_new_zipfile_serialization=draw.random() < 0.8)
         written = stream.getvalue()
