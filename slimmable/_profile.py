@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import checked
+from slimmable._checks import check_whole, checked
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode, swapped
@@ -102,6 +102,7 @@ def profile(
          1          212              192           20           -
        0.5           90               80           10           -
     """
+    check_whole("profile", model)
     if example_inputs is None and input_size is not None:
         given: Any = input_size
         if isinstance(given, Tensor):

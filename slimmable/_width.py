@@ -15,6 +15,7 @@ from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
+from slimmable.layers import refuse_plain_between
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
 from slimmable.view.recompute import next_node
@@ -164,6 +165,8 @@ def places_of(model: nn.Module) -> Places:
             strangers.add(id(module))
         converted = converted or state is not None
         children = attributes["_modules"]
+        if not converted and type(module) is nn.Sequential:
+            refuse_plain_between(children)
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])
     if strangers:

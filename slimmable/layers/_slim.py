@@ -1,7 +1,7 @@
 """Slimmable layers: torch's linear layer, convolutions, LayerNorm and GroupNorm with slices of their weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -75,6 +75,11 @@ class SlimLayer(Explained):
 class _SlimProduct(SlimLayer):
     weight: Tensor
     _if_full = "pass slim_in=False to this layer"
+
+    def _makes_fewer_than(self, shape: Sequence[int]) -> bool:
+        """Tell whether a tensor of this shape needs all units that the layer makes, but it makes fewer if narrow."""
+        cut = self._slim.columns[-1].cuts.get("weight")
+        return cut is not None and cut.full[0] in shape and (cut.sizes[0] < cut.full[0] or 0 in dict(cut.picks))
 
     def _install(
         self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
@@ -371,6 +376,24 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     def to_groupnorm(self) -> nn.GroupNorm:
         """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
         return self._to_torch(nn.GroupNorm)
+
+
+def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
+    """Raise `ConversionError` if, in a Sequential, a plain layer reads units of which a slim one makes fewer."""
+    maker: _SlimProduct | None = None
+    for name, layer in layers.items():
+        if isinstance(layer, _SlimProduct):
+            maker = layer
+        elif layer is not None and not is_slim(layer):
+            tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
+            across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels
+            if maker is not None and not across and any(maker._makes_fewer_than(tensor.shape) for tensor in tensors):
+                raise ConversionError(
+                    f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__} "
+                    "before it makes fewer units at narrow ones; use a layer of slimmable.layers, such as "
+                    "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimmable.slimify"
+                )
+            maker = None if tensors else maker
 
 
 # -- the units of an axis that each width keeps

@@ -54,7 +54,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     tensor([4., 4., 4., 4.])
     """
     several = isinstance(widths, (Iterable, type(None))) and not isinstance(widths, Mapping)
-    if not several or not isinstance(loader, Iterable):
+    if not several or not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
         raise UsageError(
             f"calibrate_bn: loader must hold batches and widths be a list of widths, got {type(loader).__name__} and "
             f"{widths!r}"
