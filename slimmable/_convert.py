@@ -28,7 +28,7 @@ from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import SwitchableNorm
+from slimmable.view.norms import SwitchableNorm, inherit
 from slimmable.view.state import Counts, WidthState, is_slim, slim_state, state_of
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
@@ -355,7 +355,7 @@ def _inherit(model: nn.Module, before: Mapping[str, SwitchableNorm], moved: Mapp
     for path, norm in before.items():
         heir = model.get_submodule(path)
         order = moved.get((path, "weight", 0), moved.get((path, "running_mean", 0)))
-        for width in heir.inherit(norm, order) if isinstance(heir, SwitchableNorm) else norm.widths[1:]:
+        for width in inherit(heir, norm, order) if isinstance(heir, SwitchableNorm) else norm.widths[1:]:
             lost.setdefault(width, []).append(path)
     if lost:
         listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())

@@ -156,34 +156,6 @@ class SwitchableNorm(SwitchableContainer):
         """Return a copy of the norm of the width with this index, with its own gain and bias."""
         return _copy_of_norm(self.own_at(index))
 
-    def inherit(self, before: SwitchableNorm, moved: Sequence[int] | None) -> list[float | Counts]:
-        """Take over what a container of the same full norm has learned; return the widths that lose some of it.
-
-        A width that keeps its channels keeps its norm. Any other starts from the nearest wider one's norm and, for the
-        channels that it had, from its own. `moved` holds where each channel was before, None if that is where it is.
-        """
-        own = {name: vars(self)[name] for name in ("_slim", "_kept", "_modules")}
-        self.__class__ = type(before)
-        self.__dict__.update(vars(before) | own)
-        channels = cast(int, self.full.num_features)
-        norms = {width: before.norm_at(index) for index, width in enumerate(before._slim.widths)}
-        had = {width: _units(kept, channels) for width, kept in zip(norms, before._kept, strict=True)}
-        shared, shared_before = self.narrow.shared_affine, before.narrow.shared_affine
-        loses_affine = shared and not shared_before and self.full.affine
-        lost = []
-        for place, (width, kept) in enumerate(zip(self._slim.widths[1:], self._kept[1:], strict=True)):
-            units = [unit if moved is None else int(moved[unit]) for unit in _units(kept, channels)]
-            if (units, shared) == (had.get(width), shared_before):
-                self.narrow[place] = norms[width]
-                continue
-            wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
-            for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
-                _take_over(self.narrow[place], units, norms[source], had[source])
-            if width in norms and (loses_affine or set(units) != set(had[width])):
-                lost.append(width)
-        self.train(self.full.training)
-        return lost
-
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths and of an active guest."""
         yield self.full
@@ -372,6 +344,35 @@ def _copy_of_norm(norm: nn.Module) -> nn.Module:
 
 def _units(kept: Kept, channels: int) -> list[int]:
     return list(kept if isinstance(kept, tuple) else range(kept_of(channels, kept)))
+
+
+def inherit(norm: SwitchableNorm, before: SwitchableNorm, moved: Sequence[int] | None) -> list[float | Counts]:
+    """Give a container what one of the same full norm has learned; return the widths that lose some of it.
+
+    A width that keeps its channels keeps its norm. Any other starts from the nearest wider one's norm and, for the
+    channels that it had, from its own. `moved` holds where each channel was before, None if that is where it is.
+    """
+    own = {name: vars(norm)[name] for name in ("_slim", "_kept", "_modules")}
+    norm.__class__ = type(before)
+    norm.__dict__.update(vars(before) | own)
+    channels = cast(int, norm.full.num_features)
+    norms = {width: before.norm_at(index) for index, width in enumerate(before._slim.widths)}
+    had = {width: _units(kept, channels) for width, kept in zip(norms, before._kept, strict=True)}
+    shared, shared_before = norm.narrow.shared_affine, before.narrow.shared_affine
+    loses_affine = shared and not shared_before and norm.full.affine
+    lost = []
+    for place, (width, kept) in enumerate(zip(norm._slim.widths[1:], norm._kept[1:], strict=True)):
+        units = [unit if moved is None else int(moved[unit]) for unit in _units(kept, channels)]
+        if (units, shared) == (had.get(width), shared_before):
+            norm.narrow[place] = norms[width]
+            continue
+        wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
+        for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
+            _take_over(norm.narrow[place], units, norms[source], had[source])
+        if width in norms and (loses_affine or set(units) != set(had[width])):
+            lost.append(width)
+    norm.train(norm.full.training)
+    return lost
 
 
 def _take_over(norm: nn.Module, units: list[int], source: nn.Module, theirs: list[int]) -> None:

@@ -106,6 +106,17 @@ def test_several_teachers(kind, count, seed):
     close(every(student, teachers), sum(every(student, teacher) for teacher in teachers) / count)
 
 
+@pytest.mark.parametrize("teachers", ["widest", "all wider"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_floor_is_the_loss_of_a_student_that_agrees(kind, teachers):
+    teacher = random(0, 3, 5).requires_grad_()
+    distill = losses.OnlineDistillation(kind, 2.0, 2.0, teachers)
+    floor = distill.floor([teacher, teacher])
+    close(floor, distill(teacher, [teacher, teacher]).detach())
+    assert (floor > 0.1) == (kind in ("kl", "embedding"))
+    assert not floor.requires_grad
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_for_the_teacher_and_a_finite_one_for_the_student(kind):
     student = random(0, 3, 5).requires_grad_()
