@@ -188,3 +188,31 @@ def test_an_integer_of_the_module_follows_what_it_sizes(way):
     assert plan.columns[-1].values[""]["size"] == half
     assert plan.columns[-1].values[""].get("other", 5) == 5
     assert kept(plan, "last", "weight") == [None, inputs // 2]
+
+
+def test_a_forward_may_move_its_layers():
+    plan = plan_of(lambda net, h: net.head.float()(net.last.to(h.dtype)(h)), last=nn.Linear(16, 16))
+    assert kept(plan, "head", "weight") == [None, 8]
+
+
+def test_several_outputs_are_told_apart():
+    plan = plan_of(lambda net, h: (net.head(h), {"other": net.last(h)}), last=nn.Linear(16, 3))
+    ends = ": class scores, an image or an embedding"
+    assert reasons(plan)["head.weight"] == f"output 0 in the model itself{ends}"
+    assert reasons(plan)["last.weight"] == f"output 1.other in the model itself{ends}"
+
+
+@pytest.mark.parametrize("outputs", [{"1.other": "slim"}, ("full", "slim"), {1: "slim", 0: "full"}])
+def test_outputs_are_asked_for_by_name_and_position(outputs):
+    model = Fn(lambda net, h: (net.head(h), {"other": net.last(h)}), last=nn.Linear(16, 12))
+    plan = slimmable.plan(model, (1.0, 0.5), example_inputs=torch.zeros(2, 5, 4), outputs=outputs)
+    assert plan.columns[-1].output_shapes == [(2, 5, 3), (2, 5, 6)]
+
+
+def test_what_a_trace_switches_off_is_on_again():
+    flags = torch.backends.mkldnn.set_flags(_enabled=True)
+    try:
+        plan_of(lambda net, h: net.head(h))
+        assert torch.backends.mkldnn.set_flags(_enabled=True)[0]
+    finally:
+        torch.backends.mkldnn.set_flags(*flags)
