@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_classes, check_labelled, check_module, check_not_negative
+from slimmable._checks import check_classes, check_finite, check_labelled, checked
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation.evaluate import as_input, check_training, outputs_of, zero_linear
+from slimmable.evaluation.evaluate import as_input, outputs_of, zero_linear
 from slimmable.view.state import is_slim
 
 
+@checked
 def finetune(
     backbone: nn.Module,
     images: Tensor,
@@ -57,9 +58,6 @@ def finetune(
     """
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
-    check_module("finetune", backbone)
-    check_training("finetune", epochs, batch_size, learning_rate)
-    check_not_negative("finetune", weight_decay=weight_decay)
     if any(is_slim(module) for module in backbone.modules()):
         raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
     check_labelled("finetune: images", images, labels)
@@ -69,6 +67,7 @@ def finetune(
         raise DataError(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
         )
+    check_finite("finetune: features of the first images", features)
     classifier = zero_linear(features.shape[1], classes, features.device)
     network = nn.Sequential(OrderedDict(backbone=copy.deepcopy(backbone), classifier=classifier)).train()
     optimizer = torch.optim.SGD(

@@ -2,15 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from slimmable.errors import CheckpointError
+
+PARTIAL = ".partial-"
+"""How the names of temporary folders begin; only a killed process leaves one."""
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -22,14 +21,14 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             write(aside / path.name)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            kept = "; the previous one is unharmed" if path.exists() else ""
+            kept = "; the previous one is unharmed" if os.path.exists(path) else ""
             raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
         raise
 
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
-    made = not folder.exists()
+    made = not os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
@@ -46,7 +45,7 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
 @contextmanager
 def _moved_up(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder inside `folder`; then flush its files to disk and move them into `folder`."""
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True) as name:
         aside = Path(name)
         empty = aside / "empty"
         empty.touch()
@@ -61,16 +60,6 @@ def _moved_up(folder: Path) -> Iterator[Path]:
             file.replace(folder / file.name)
     if os.name == "posix":
         _sync(folder)
-
-
-def plain_copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copy the strided tensors of a state dict for a safetensors file: on the CPU, contiguous, no memory shared."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
-            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else f"a tensor on {tensor.device}"
-            raise CheckpointError(f"{name} is {kind}, not a plain tensor with values, and cannot be saved")
-    plain = torch.contiguous_format
-    return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in tensors.items()}
 
 
 def _sync(path: Path) -> None:

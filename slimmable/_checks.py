@@ -3,56 +3,90 @@
 `where` is the public function or class that checks, for the message; its arguments are passed by name.
 """
 
+import inspect
 import math
+import os
+from collections.abc import Callable
+from functools import partial, wraps
 from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 
-from slimmable.errors import DataError, UsageError
+from slimmable.errors import DataError, SlimmableError, UsageError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def number_or_nan(value: object) -> float:
     """Return `value` as a float, or NaN, which is in no range, if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # or minus infinity, which is in no range either
 
 
 def check_count(where: str, *, least: int = 1, **values: object) -> None:
-    """Raise `UsageError` unless each of `values` is an integer of at least `least`."""
+    """Raise `UsageError` unless each of `values` is an integer of at least `least` that torch can hold."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise UsageError(f"{where}: {name} must be an integer of at least {least}, got {value!r}")
+            raise UsageError(f"{where}: {name} must be an integer of at least {least}, got {value!r:.80}")
+        if int(value) >= 2**63:
+            raise UsageError(f"{where}: {name} must be below 2**63, got {value!r:.80}")
 
 
-def check_fraction(where: str, **values: object) -> None:
-    """Raise `UsageError` unless each of `values` is a number in [0, 1]."""
+def check_sizes(where: str, *, least: int = 1, **values: object) -> None:
+    """Raise `UsageError` unless each value is such an integer, a list of one for each axis, or a name of padding."""
     for name, value in values.items():
-        if not 0 <= number_or_nan(value) <= 1:
-            raise UsageError(f"{where}: {name} must be a number in [0, 1], got {value!r}")
+        for part in value if isinstance(value, (tuple, list)) and value else (value,):
+            if least or value not in ("same", "valid"):
+                check_count(where, least=least, **{name: part})
 
 
-def check_not_negative(where: str, **values: object) -> None:
-    """Raise `UsageError` unless each of `values` is a finite number of at least 0."""
-    for name, value in values.items():
-        if not 0 <= number_or_nan(value) < math.inf:
-            raise UsageError(f"{where}: {name} must be a finite number of at least 0, got {value!r}")
+def must_be(what: str, holds: Callable[[Any], bool]) -> Callable[..., None]:
+    """Return a check, called as `check(where, name=value)`: it raises `UsageError` unless each value holds."""
+
+    def check(where: str, **values: object) -> None:
+        for name, value in values.items():
+            if not holds(value):
+                raise UsageError(f"{where}: {name} must be {what}, got {value!r:.80}")
+
+    return check
 
 
-def check_positive(where: str, **values: object) -> None:
-    """Raise `UsageError` unless each of `values` is a positive, finite number."""
-    for name, value in values.items():
-        if not 0 < number_or_nan(value) < math.inf:
-            raise UsageError(f"{where}: {name} must be a positive number, got {value!r}")
+check_number = must_be("a finite number", lambda value: math.isfinite(number_or_nan(value)))
+check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(value) <= 1)
+check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
+check_positive = must_be("a positive number", lambda value: 0 < number_or_nan(value) < math.inf)
+check_share = must_be(
+    "a share of the dense network's multiply-adds; it must be in (0, 1)", lambda value: 0 < number_or_nan(value) < 1
+)
+check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
+check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
+check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
+check_integer = must_be(
+    "an integer of 64 bits",
+    lambda value: not isinstance(value, bool) and isinstance(value, Integral) and abs(int(value)) < 2**63,
+)
 
 
-def check_module(where: str, model: object) -> None:
-    """Raise `UsageError` unless `model` is a module, not TorchScript, whose lazy layers all have sizes."""
+def check_is_module(where: str, model: object) -> None:
+    """Raise `UsageError` unless `model` is a module; this takes no time, so it may run in each step."""
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}; pass an instance of it" if isinstance(model, type) else repr(model)[:60]
         raise UsageError(f"{where} needs a torch.nn.Module, got {kind}")
+
+
+def check_module(where: str, model: nn.Module) -> None:
+    """Raise `UsageError` unless `model` is a module, not TorchScript, whose lazy layers all have sizes."""
+    check_is_module(where, model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(f"{where}: {path or 'the model'!r} is TorchScript; pass the model from before scripting")
@@ -61,11 +95,109 @@ def check_module(where: str, model: object) -> None:
             raise UsageError(f"{where}: {name} has no size yet; run the model once first")
 
 
+def check_whole(where: str, model: nn.Module) -> None:
+    """Raise `UsageError` unless `model` is a module as for `check_module`, not split over processes."""
+    check_module(where, model)
+    for module in model.modules():
+        split = any(hasattr(parameter, "placements") for parameter in module._parameters.values())
+        joined = "_fsdp_wrapped_module" in module._modules
+        if split or joined or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise UsageError(
+                f"{where}: this {type(model).__name__} is split over processes; do this before fully_shard, or in a "
+                "model that is not split, with the full state dict of this one (StateDictOptions(full_state_dict=True))"
+            )
+
+
+_NAMES: dict[Callable[..., None], str] = {
+    check_sizes: "dilation kernel_size normalized_shape stride",
+    check_count: "batch_size bn_splits channels every groups hidden_dim in_channels in_features k layers "
+    "num_channels num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to steps "
+    "units",
+    partial(check_count, least=0): "epochs random_widths repeats",
+    check_fraction: "distill_weight label_smoothing momentum p slow_start",
+    check_positive: "scale student_temperature teacher_temperature temperature",
+    check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
+    "variance weight_decay",
+    check_number: "end epoch",
+    check_function: "backward closure evaluate function",
+    check_path: "path",
+    must_be("a text", lambda value: isinstance(value, str)): "prefix",
+    check_integer: "offset seed",
+    partial(check_sizes, least=0): "padding",
+    check_share: "budget",
+    lambda where, **given: check_module(where, *given.values()): "backbone encoder full model",
+    lambda where, **given: check_is_module(where, *given.values()): "network",
+}
+BY_NAME = {name: check for check, names in _NAMES.items() for name in names.split()}
+"""The parameters whose names mean the same in all public functions, and what their values must be."""
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Check flags, and the arguments that `BY_NAME` knows, before the function runs; None only where it may be None.
+
+    What torch or Python then say of the others becomes a `UsageError` that shows the call, unless memory ran out.
+    """
+    signature = inspect.signature(function)
+    given_as = signature.parameters.items()
+    checks = {name: check for name, check in BY_NAME.items() if name in signature.parameters}
+    checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool")}
+    optional = {name for name, each in given_as if each.default is None or type(None) in get_args(each.annotation)}
+
+    @wraps(function)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> T:
+        if is_compiling():
+            return function(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # which says what is missing or unknown
+        where = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
+        for name in checks.keys() & given.keys():
+            if not (given[name] is None and name in optional):
+                checks[name](where, **{name: given[name]})
+        try:
+            return function(*args, **kwargs)
+        except (SlimmableError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError) as error:
+            listed = ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name != "self")
+            raise UsageError(f"{where}({listed}) fails: {error}") from error
+
+    return checking
+
+
+def shown(value: object) -> str:
+    """Return what a message says of a value: the type and shape of a tensor, the beginning of anything else."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+    return f"{value!r:.80}"
+
+
 def check_tensors(where: str, **tensors: object) -> None:
-    """Raise `DataError` unless all of `tensors` are tensors."""
+    """Raise `DataError` unless all of `tensors` are tensors, with numbers in them."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DataError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_meta:
+            raise DataError(f"{where}: {name} is on the meta device, where tensors have no numbers")
+
+
+def check_finite(where: str, features: Tensor) -> None:
+    """Raise `DataError` if features are complex, or if a row holds NaN or infinity, as those of a broken network do."""
+    if features.is_complex():
+        raise DataError(f"{where} are {features.dtype}, expected real numbers")
+    broken = int((~features.isfinite()).reshape(len(features), -1).any(1).sum())
+    if broken:
+        raise DataError(f"{where}: {broken} of {len(features)} rows hold nan or infinity, which have no accuracy")
+
+
+def check_floats(where: str, numel: int | None = None, /, **tensors: object) -> None:
+    """Raise `DataError` unless all of `tensors` are floats, and as many as `numel`, or at least one."""
+    for name, tensor in tensors.items():
+        floats = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        if not isinstance(tensor, Tensor) or not floats or not tensor.numel() or numel not in (None, tensor.numel()):
+            what = "a scalar tensor" if numel == 1 else "a tensor"
+            raise DataError(f"{where}: {name} must be {what} of floats that is not empty, got {shown(tensor)}")
 
 
 def check_matrices(where: str, **tensors: Tensor) -> None:
@@ -80,6 +212,9 @@ def check_matrices(where: str, **tensors: Tensor) -> None:
             )
         if not tensor.is_floating_point():
             raise DataError(f"{where}: {name} is {tensor.dtype}, expected a floating-point tensor")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")
 
 
 def check_same_shape(where: str, **tensors: Tensor) -> None:
@@ -103,28 +238,35 @@ def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
         )
 
 
+def are_class_numbers(labels: Tensor) -> bool:
+    """Tell whether a tensor is of integers."""
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
 def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
     """Return the number of classes: `num_classes`, which all labels must be below, or one more than the largest."""
     check_tensors(where, labels=labels)
     if num_classes is not None:
         check_count(where, num_classes=num_classes)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not are_class_numbers(labels):
         raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; pass labels.long()")
     lowest, highest = torch.stack(labels.aminmax()).tolist()
     classes = highest + 1 if num_classes is None else num_classes
     if lowest < 0 or highest >= classes:
-        raise DataError(f"{where}: labels from {lowest} to {highest} are not class numbers from 0 to {classes - 1}")
+        given = "" if num_classes is None else f", as num_classes is {num_classes}"
+        raise DataError(
+            f"{where}: labels from {lowest} to {highest} are not class numbers from 0 to {classes - 1}{given}"
+        )
     return classes
 
 
 def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None) -> int:
     """Return the number of classes, like `check_classes`; the features must be a real matrix, one row per label."""
     check_tensors(where, features=features, labels=labels)
-    if features.is_complex():
-        raise DataError(f"{where} are {features.dtype}, expected real numbers")
     if features.ndim != 2 or 0 in features.shape or labels.shape != features.shape[:1]:
         raise DataError(
-            f"{where} have shape {tuple(features.shape)}, expected ({len(labels)}, features) for labels of shape "
+            f"{where} have shape {tuple(features.shape)}, expected ({labels.numel()}, features) for labels of shape "
             f"{tuple(labels.shape)}; there must be at least one of each"
         )
+    check_finite(where, features)
     return check_classes(where, labels, num_classes)

@@ -14,21 +14,22 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
-from slimmable._checks import check_module
+from slimmable._checks import check_flags, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
-from slimmable._width import at_width, widths_of
+from slimmable._tables import listed
+from slimmable._width import at_width, registered, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
-from slimmable.analysis.importance import order_by_magnitude, permute
+from slimmable.analysis.importance import moved, order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
 from slimmable.analysis.outputs import Outputs
-from slimmable.analysis.plan import Plan, Setting
-from slimmable.errors import ConversionError
+from slimmable.analysis.plan import AxisName, Plan, Setting
+from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import WidthState, forget, is_slim, slim_state, state_of
+from slimmable.view.state import Counts, WidthState, is_slim, slim_state, state_of
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -52,7 +53,8 @@ def slimify(
 
     One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`. Each
     width has its own BatchNorms. Parameters keep their names and full sizes, and the full width computes exactly what
-    it did before.
+    it did before. If `model` is converted, its widths that stay keep their BatchNorms, and a new one starts from those
+    of the nearest wider one; a warning names what no longer fits.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
@@ -76,11 +78,7 @@ def slimify(
 
     A model in which nothing becomes narrower is converted with a warning. On any error `model` is as it was.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-        TraceError: if the forward fails on fake tensors; the message names the operation and the module.
-        ConversionError: if another argument is invalid.
-        UsageError: if `model` is not a module, or has lazy layers without sizes.
+    Raises: TraceError: if the forward fails on fake tensors; the message names the operation and the module.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
@@ -91,7 +89,8 @@ def slimify(
     ...     print(slim[0].weight.shape, slim(torch.zeros(2, 3, 8, 8)).shape)
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
-    check_module("slimify", model)
+    check_whole("slimify", model)
+    check_flags("slimify", universal=universal, inplace=inplace)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     asked = check_widths(widths), skip, round_to, universal, outputs
@@ -113,8 +112,9 @@ def slimify(
             if importance is not None:
                 orders = order_by_magnitude(target, found)
                 permute(target, found, orders)
-                before = {}  # the earlier narrow norms are in the wrong order now
-            return cast(M, apply_plan(target, found, before))
+            slim = cast(M, apply_plan(target, found))
+            _inherit(slim, before, moved(found, orders) if orders else {})
+            return slim
         except BaseException:
             strip(target)
             if orders:
@@ -146,7 +146,8 @@ def plan(
     outputs:
       output: (2, 2), full: class scores, an image or an embedding
     """
-    check_module("plan", model)
+    check_whole("plan", model)
+    check_flags("plan", universal=universal)
     own = plan_of(model)
     if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
         widths, round_to, universal = own.widths, own.round_to, own.universal
@@ -159,8 +160,7 @@ def extract(model: M, width: Setting) -> M:
 
     `width` may be anything that `set_width` takes.
 
-    Raises:
-        ConversionError: if `model` has no slimmable part.
+    Raises: ConversionError: if `model` has no slimmable part. UsageError: if `fully_shard` has split it over processes.
         WidthError: if it does not have this width.
 
     >>> net = slimify(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
@@ -170,6 +170,7 @@ def extract(model: M, width: Setting) -> M:
       (1): Linear(in_features=4, out_features=2, bias=True)
     )
     """
+    check_whole("extract", model)
     with at_width(model, width):
         memo: dict[int, Any] = {}
         slim = []
@@ -223,6 +224,7 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 
 
 # -- the steps of a conversion
+@torch.inference_mode(False)  # in which operations are not seen one by one
 def _plan(
     model: nn.Module, given: Any, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool, how: Outputs
 ) -> Plan:
@@ -310,11 +312,8 @@ def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
     return norms
 
 
-def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNorm] | None = None) -> nn.Module:
-    """Convert a plain model in place: give modules with something to slim a view, and BatchNorms a container.
-
-    Containers that the model had `before`, by path, are used again where they keep the same channels.
-    """
+def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
+    """Convert a plain model in place: give modules with something to slim a view, and BatchNorms a container."""
     tensors: dict[str, dict[str, list[list[Kept]]]] = {}
     for (path, name), per_width in found.tensors.items():
         tensors.setdefault(path, {})[name] = per_width
@@ -329,7 +328,7 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
             inside = (*inside, f"{path}.") if path else inside
             for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
                 kept = [axes[0] for axes in per_width]
-                norms[id(module)] = norm = _switched(module, found, kept, (before or {}).get(path))
+                norms[id(module)] = norm = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
                 know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
@@ -339,13 +338,32 @@ def apply_plan(model: nn.Module, found: Plan, before: Mapping[str, SwitchableNor
     return replace_modules(model, norms)
 
 
-def _switched(norm: nn.Module, found: Plan, kept: list[Kept], before: SwitchableNorm | None) -> SwitchableNorm:
-    """Return a container for a norm: the one it had before, if that keeps the same channels, or a new one."""
-    if before is not None and before.full is norm and before.keeps(found.widths, kept, found.universal):
-        forget(before, len(found.widths))
-        before.train(norm.training)
-        return before
-    return SwitchableNorm(norm, found.widths, kept, shared_affine=found.universal)
+def _inherit(model: nn.Module, before: Mapping[str, SwitchableNorm], moved: Mapping[AxisName, Any]) -> None:
+    """Give each width of a model what the switchable norms that it had before, by path, have learned; warn of losses.
+
+    Widths that `calibrate_bn` has added to them stay. `moved` says which axes were permuted, and how.
+    """
+    states = [norm._slim for norm in before.values() if norm._slim.plan is not None]
+    added = {column.width: None for state in states for column in state.columns[len(state.plan.widths) :]}
+    lost: dict[float | Counts, list[str]] = {}
+    for width in added:
+        try:
+            with registered(model, [width]):
+                pass
+        except WidthError:
+            lost[width] = list(before)
+    for path, norm in before.items():
+        heir = model.get_submodule(path)
+        order = moved.get((path, "weight", 0), moved.get((path, "running_mean", 0)))
+        for width in heir.inherit(norm, order) if isinstance(heir, SwitchableNorm) else norm.widths[1:]:
+            lost.setdefault(width, []).append(path)
+    if lost:
+        listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())
+        warnings.warn(
+            "some BatchNorms lose what a width has learned, since they keep other channels at it than before, share "
+            f"gain and bias now, or are no longer switched: {listing}. Train on, or call slimmable.calibrate_bn",
+            stacklevel=3,
+        )
 
 
 def know(module: nn.Module, found: Plan, path: str) -> None:

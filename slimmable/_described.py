@@ -3,6 +3,7 @@
 The integers that the forward reads are in the plan. These are the others, which only other methods and code read.
 """
 
+import dis
 import inspect
 import math
 import re
@@ -10,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import CodeType
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -77,7 +79,7 @@ def _follow_features(model: nn.Module, small: nn.Module) -> None:
 def read_by_forward(module: nn.Module) -> set[str]:
     """Return the names of attributes that the plan determines, or that the forward's code names, with what it calls."""
     kind: Any = type(module)
-    found: set[str] = _named_in_forward(kind)
+    found: set[str] = named_in_forward(kind)
     state = state_of(module)
     if state is None:
         return found
@@ -87,14 +89,34 @@ def read_by_forward(module: nn.Module) -> set[str]:
 
 
 @cache
-def _named_in_forward(kind: Any) -> set[str]:
-    found, todo = set[str](), ["forward"]
+def named_in_forward(kind: Any) -> set[str]:
+    """Return the names in the code of a class's forward, and of the methods that it names."""
+    return {name for code in _codes_of_forward(kind) for name in names_in(code)}
+
+
+@cache
+def stored_by_forward(kind: Any) -> set[str]:
+    """Return the names of attributes that a class's forward, or a method that it names, sets."""
+    steps = [step for code in _codes_of_forward(kind) for step in _instructions(code)]
+    return {step.argval for step in steps if step.opname == "STORE_ATTR"}
+
+
+def _codes_of_forward(kind: Any) -> list[CodeType]:
+    found, seen, todo = list[CodeType](), set[str](), ["forward"]
     while todo:
         code = getattr(inspect.unwrap(getattr(kind, todo.pop(), None) or object), "__code__", None)
-        new = set(names_in(code)) - found if code is not None else set()
-        found |= new
-        todo += new
+        if code is not None:
+            found.append(code)
+            todo += set(names_in(code)) - seen
+            seen.update(todo)
     return found
+
+
+def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
 
 
 def _children(twins: Twins) -> dict[str, Twins]:

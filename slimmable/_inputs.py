@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimmable.errors import ConversionError
+from slimmable.errors import ConversionError, UsageError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MOST = 2**20  # elements of a tensor whose values are tracked; larger ones are only shapes
@@ -94,7 +94,10 @@ def _taken(model: nn.Module, arguments: Arguments) -> Arguments:
 def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Tensor:
     """Return zeros of shape (images, *size), with the dtype and device of the model's parameters."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(images, *size, dtype=weight.dtype, device=weight.device)
+    try:
+        return torch.zeros(images, *size, dtype=weight.dtype, device=weight.device)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise UsageError(f"there can be no input of shape {(images, *size)}: {error}") from error
 
 
 def _image_size(model: nn.Module) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import check_count, check_module
+from slimmable._checks import check_whole, checked
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode, swapped
@@ -80,6 +80,7 @@ class Profile:
         Path(path).write_text(csv_text([field.name for field in fields(Row)], map(asdict, self.rows)))
 
 
+@checked
 def profile(
     model: nn.Module, input_size: tuple[int, ...] | None = None, *, example_inputs: Any = None, repeats: int = 5
 ) -> Profile:
@@ -91,9 +92,8 @@ def profile(
         example_inputs: as for `slimify`, instead of `input_size`.
         repeats: timed forwards per width, after an untimed one; 0 measures no latency.
 
-    Raises:
-        ConversionError: if neither is given and the model does not say what its input looks like.
-        UsageError: if the model does not run on these inputs.
+    Raises: ConversionError: if neither is given and the model does not say what its input looks like. UsageError: if
+        the model does not run on these inputs.
 
     >>> from slimmable.layers import SlimLinear
     >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))
@@ -102,8 +102,7 @@ def profile(
          1          212              192           20           -
        0.5           90               80           10           -
     """
-    check_module("profile", model)
-    check_count("profile", least=0, repeats=repeats)
+    check_whole("profile", model)
     if example_inputs is None and input_size is not None:
         given: Any = input_size
         if isinstance(given, Tensor):
@@ -111,7 +110,7 @@ def profile(
                 f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs=, or "
                 "pass the size of one input without the batch axis, such as (3, 224, 224)"
             )
-        if not is_size(input_size):
+        if not is_size(input_size) or not input_size:
             raise UsageError(f"profile: input_size must be a size such as (3, 224, 224), got {input_size!r}")
         example_inputs = image_batch(model, tuple(input_size), images=1)
     elif example_inputs is None:

@@ -2,14 +2,14 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from slimmable._checks import number_or_nan
+from slimmable._checks import check_flags, check_function, number_or_nan
 from slimmable._width import at_width, places_of
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
@@ -64,9 +64,8 @@ def search(
 
     Returns: one `Found` per budget, in the same order.
 
-    Raises:
-        ConversionError: if `model` was not converted, or contains several converted models.
-        UsageError: if an argument is invalid, or a budget is below the cost of the narrowest width.
+    Raises: ConversionError: if `model` was not converted, or contains several converted models. UsageError: if an
+        argument is invalid, or a budget is below the cost of the narrowest width.
 
     Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3.
 
@@ -77,15 +76,20 @@ def search(
     >>> found
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
+    check_function("search", evaluate=evaluate)
+    check_flags("search", progress=progress)
     plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
     if len(plans) != 1:
         raise ConversionError(
             f"{type(model).__name__} has {len(plans)} parts converted by slimmable.slimify; search needs exactly one"
         )
     plan: Plan = plans.popitem()[1]
-    budgets = list(budget) if isinstance(budget, Iterable) else [budget]
+    given: Any = budget
+    budgets = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else [given]
     _check(plan, budgets, of, step)
-    if calibrate is not None and iter(calibrate) is calibrate:
+    if isinstance(calibrate, (str, Tensor)) or not isinstance(calibrate, (Iterable, type(None))):
+        raise UsageError(f"search: calibrate must be a list of batches, got {calibrate!r:.80}")
+    if isinstance(calibrate, Iterator):
         raise UsageError("search: calibrate can be read only once; pass a list of batches")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
     limits = [max(share * full, least) for share in budgets]  # a share that is exactly the least may round to below it

@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from slimmable._checks import check_module
+from slimmable._checks import check_is_module
 from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
+from slimmable.layers import refuse_plain_between
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
 from slimmable.view.recompute import next_node
@@ -39,8 +40,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
     At a width or sub-network that the model was not made with, BatchNorms start from the statistics of the full width
     and lose their own at the next switch; `calibrate_bn` computes and keeps them.
 
-    Raises:
-        WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
+    Raises: WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
         ConversionError: if no part of the model has widths, or if layers were added after its conversion.
 
     >>> from slimmable import SlimLinear
@@ -89,9 +89,7 @@ def widths_of(model: nn.Module) -> tuple[float, ...]:
 def width_of(model: nn.Module) -> float | tuple[int, ...]:
     """Return the active width of `model`, or the counts of its channel groups if they have different widths.
 
-    Raises:
-        WidthError: if its parts are at different widths.
-        ConversionError: as `set_width`.
+    Raises: WidthError: if its parts are at different widths. ConversionError: as `set_width`.
     """
     active = {state.active.width for _, state in places_of(model)}
     if len(active) > 1:
@@ -136,6 +134,7 @@ class AllWidths(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        places_of(model)  # which refuses a model without widths
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[float, Any]:
@@ -146,9 +145,7 @@ class AllWidths(nn.Module):
 # -- the steps of a switch, also used by training, search and files
 def places_of(model: nn.Module) -> Places:
     """Collect the modules that have widths, in one walk; refuse a model without any, or that has gained layers."""
-    given: Any = model
-    if not isinstance(given, nn.Module):
-        check_module("switching widths", given)
+    check_is_module("switching widths", model)
     places: Places = []
     strangers: set[int] = set()
     seen: set[int] = set()
@@ -168,6 +165,8 @@ def places_of(model: nn.Module) -> Places:
             strangers.add(id(module))
         converted = converted or state is not None
         children = attributes["_modules"]
+        if not converted and type(module) is nn.Sequential:
+            refuse_plain_between(children)
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])
     if strangers:
@@ -216,7 +215,6 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
     """Add widths and sub-networks to the model for good, which keeps their statistics; none if the block fails."""
     places = places_of(model)
     before = [(state.active, len(state.columns)) for _, state in places]
-    guests = [active.width for active, _ in before if active.index == -1]
     try:
         for setting in settings:
             for (module, state), column in zip(places, columns_of(places, setting), strict=True):
@@ -228,7 +226,7 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
         for (module, state), (_, own) in zip(places, before, strict=True):
             if len(state.columns) > own:
                 forget(module, own)
-        switch(places, columns_of(places, guests[0]) if guests else [active for active, _ in before])
+        switch(places, [active for active, _ in before])
         raise
 
 

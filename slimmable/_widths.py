@@ -20,9 +20,10 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     if not given:
         raise WidthError("widths is empty; pass at least the full width, as in (1.0, 0.5)")
     for width in given:
+        number: Any = width  # float(width) may overflow
         if isinstance(width, bool) or not isinstance(width, Real):
             raise WidthError(f"width {width!r} in {given} is not a number")
-        if not 0 < float(width) <= 1:  # also false for NaN
+        if not 0 < number <= 1:  # also false for NaN
             raise WidthError(f"width {width} in {given} is not in (0, 1]; a width is a share of the full network")
     found = sorted((float(width) for width in given), reverse=True)
     for wider, narrower in pairwise(found):

@@ -1,8 +1,8 @@
 """Exceptions of the library; each is also a subclass of the matching built-in exception."""
 
 __all__ = [
-    "CheckpointError", "ConversionError", "DataError", "DivergedError", "RuleError", "SlimmableError", "TraceError",
-    "UsageError", "WidthError",
+    "CheckpointError", "ConversionError", "DataError", "DivergedError", "InputError", "RuleError", "SlimmableError",
+    "TraceError", "UsageError", "WidthError",
 ]  # fmt: skip
 
 
@@ -37,6 +37,10 @@ class CheckpointError(SlimmableError, RuntimeError):
 
 class DataError(SlimmableError, ValueError):
     """Unusable input data: an empty image folder, a tensor of the wrong shape."""
+
+
+class InputError(DataError, RuntimeError):
+    """A tensor that a layer cannot read at its active width."""
 
 
 class UsageError(SlimmableError, ValueError):

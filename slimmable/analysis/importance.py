@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slimmable._modules import size_axes, tensors_of
-from slimmable.analysis.plan import Plan
+from slimmable.analysis.plan import AxisName, Plan
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
 
@@ -43,12 +43,18 @@ def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
     """Permute the units of every group of a plain model's plan by its order, in place, along all of their axes."""
     names: dict[int, tuple[str, str]] = {}  # the first name of each tensor; one that is shared is permuted only once
+    for (path, name, axis), index in moved(plan, orders).items():
+        tensor = tensors_of(model.get_submodule(path))[name]
+        if names.setdefault(id(tensor), (path, name)) == (path, name):
+            with torch.no_grad():
+                tensor.copy_(tensor.index_select(axis, torch.from_numpy(index).to(tensor.device)))
+
+
+def moved(plan: Plan, orders: Sequence[Order]) -> dict[AxisName, Order]:
+    """Return, for each axis that `permute` permutes, where it takes the unit at each place from."""
+    found: dict[AxisName, Order] = {}
     for group, order in zip(plan.groups, orders, strict=True):
-        for (path, name, axis), units in group.members.items():
-            tensor = tensors_of(model.get_submodule(path))[name]
-            if names.setdefault(id(tensor), (path, name)) == (path, name):
-                places = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :].reshape(group.units, -1)
-                index = np.arange(len(units))
-                index[places] = places[order]
-                with torch.no_grad():
-                    tensor.copy_(tensor.index_select(axis, torch.from_numpy(index).to(tensor.device)))
+        for axis, units in group.members.items():
+            places = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :].reshape(group.units, -1)
+            found.setdefault(axis, np.arange(len(units)))[places] = places[order]
+    return found

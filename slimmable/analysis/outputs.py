@@ -76,6 +76,8 @@ def label_outputs(
 
 def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]:
     given = {"*": wanted} if isinstance(wanted, str) else wanted
+    if not isinstance(given, Collection):
+        raise ConversionError(f"outputs is {wanted!r}; it must be 'auto', 'full' or 'slim', or say so for each output")
     positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
     kinds = ["auto"] * len(names)
     for key, kind in given.items() if isinstance(given, Mapping) else enumerate(given):

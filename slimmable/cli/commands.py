@@ -6,6 +6,7 @@ Only the commands import torch, which keeps `--help` fast.
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import slimmable
-from slimmable._widths import check_widths
 from slimmable.cli.config import (
     DEFAULT_WIDTHS,
     WIDTHS_HELP,
@@ -22,6 +22,7 @@ from slimmable.cli.config import (
     add_options,
     at_least,
     check,
+    checked_widths,
     configure,
     device_option,
     flag,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 ALL = "all"
+_UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
 def _width(text: str) -> float | str:
@@ -48,7 +50,7 @@ def _width(text: str) -> float | str:
 
 
 def _image_size() -> Any:
-    return option(None, "height and width in pixels", within=at_least(1), shown="the model's own")
+    return option(None, "height and width in pixels", within=at_least(1, 4096), shown="the model's own")
 
 
 def _widths(group: str = "") -> Any:
@@ -61,9 +63,9 @@ class Pretrain(RunOptions):
 
     def _run(self, **given: Any) -> int:
         if "widths" in given:
-            given["widths"] = _checked(given["widths"])
-        from slimmable._distributed import process_group
+            given["widths"] = checked_widths(given["widths"])
         from slimmable.cli.pretrain import pretrain as run
+        from slimmable.cli.processes import process_group
         from slimmable.cli.run import read_config
 
         if self.resume:
@@ -91,14 +93,16 @@ class Evaluate:
     def _run(self) -> int:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
+        from slimmable.cli.lock import locked
         from slimmable.cli.run import read_config, trained_backbone
 
         config = read_config(self.run)
-        images = load_images(config)
-        backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
-        probes: list[Any] = list(dict.fromkeys(self.probes))
-        rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
-        say(report_run(config, self.run, rows, images))
+        with locked(self.run):
+            images = load_images(config)
+            backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
+            probes: list[Any] = list(dict.fromkeys(self.probes))
+            rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
+            say(report_run(config, self.run, rows, images))
         return 0
 
 
@@ -137,10 +141,11 @@ class Export:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
         from slimmable.cli.export import export as write
         from slimmable.cli.export import file_source, kind_of, run_source, timm_source
+        from slimmable.cli.lock import locked
 
         kind = kind_of(self.model)
         if kind == "timm":
-            known = _checked(self.widths)
+            known = checked_widths(self.widths)
             for asked in self.width:
                 if asked != ALL and asked not in known:
                     raise WidthError(
@@ -158,7 +163,9 @@ class Export:
             source = run_source(path) if kind == "run" else file_source(path, self.image_size)
             folder = self.output or (path if kind == "run" else Path("runs/export", path.stem))
         widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
-        for file in write(source, widths, self.format, folder):
+        with locked(folder):
+            files = write(source, widths, self.format, folder)
+        for file in files:
             note = "" if file.any_batch else "; it takes one image per call"
             size = f"{file.size / 1e6:.2f} MB"
             say(f"wrote {folder / file.name} ({size}), off by {file.off:.0e} of the largest output{note}")
@@ -178,7 +185,7 @@ class Plan:
         from slimmable._convert import plan as make_plan
 
         model, example = _timm_model(self)
-        say(str(make_plan(model, _checked(self.widths), example_inputs=example)))
+        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example)))
         return 0
 
 
@@ -193,8 +200,10 @@ class Profile(Plan):
         from slimmable._convert import slimify
         from slimmable._profile import profile as measure
 
+        if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
+            raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
         model, example = _timm_model(self)
-        table = measure(slimify(model, _checked(self.widths), example_inputs=example), tuple(example.shape[1:]))
+        table = measure(slimify(model, checked_widths(self.widths), example_inputs=example), tuple(example.shape[1:]))
         say(str(table))
         if self.csv is not None:
             write_aside(self.csv, table.to_csv)
@@ -239,6 +248,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if not argv:
         parser.print_help(sys.stderr)
         parser.exit(2)
+    _check_text(parser, argv)
     if argv[0] not in COMMANDS and not argv[0].startswith("-"):
         parser.error(f"there is no command {argv[0]}{_suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
@@ -253,6 +263,20 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
+def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Exit with 2 if a word of a command line cannot name anything, or cannot be shown in a message."""
+    if not isinstance(argv, (list, tuple)) or not all(isinstance(text, str) for text in argv):
+        parser.error(f"the arguments must be a list of words, got {argv!r:.80}")
+    name = f" {argv[0]}" if argv[0] in COMMANDS else ""
+    option = ""
+    for text in argv:
+        value = text.partition("=")[2] if text.startswith("--") and "=" in text else text
+        if not value.strip() or len(text) > 4096 or _UNSEEN.search(text):
+            wrong = "is empty, longer than 4,096 characters, or not text that can be shown; give another value"
+            parser.exit(2, f"{parser.prog}{name}: {option}{text!a:.80} {wrong}\n")
+        option = f"{text} " if text.startswith("--") else option
+
+
 def _suggestion(typed: str, known: Iterable[str]) -> str:
     similar = difflib.get_close_matches(typed, list(known), n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
@@ -265,14 +289,6 @@ def run(name: str, given: dict[str, Any]) -> int:
     check(own)
     code: int = own._run(**given)
     return code
-
-
-def _checked(widths: Sequence[float] | None) -> tuple[float, ...]:
-    """Return the checked widths of `--widths`, or its default."""
-    try:
-        return check_widths(widths or DEFAULT_WIDTHS)
-    except WidthError as error:
-        raise WidthError(f"--widths: {error}") from error
 
 
 def _timm_model(options: Plan) -> "tuple[torch.nn.Module, torch.Tensor]":
@@ -294,9 +310,12 @@ def _find_device(name: str | None) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from error
+        torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers
+        if str(device) != name:  # torch counts devices modulo 256
+            raise ValueError(f"torch takes it for {device}")
+    except Exception as error:  # each kind of device has errors of its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--device {name} cannot be used ({first}); choose another, such as cpu") from error
     return device
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from slimmable._widths import check_widths
-from slimmable.errors import SlimmableError, UsageError
+from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
 
@@ -28,6 +28,7 @@ _WITHOUT_LOGITS = ("byol", "vicreg")  # they distil embeddings
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
+_MOST_WIDTHS = 100
 WIDTHS_HELP = "fractions of the channels, in (0, 1], including 1"
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
@@ -68,23 +69,40 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def shown(text: object) -> str:
+    """Return a name or path for a message: as it is, or quoted if it could not be seen otherwise."""
+    return str(text) if str(text).isprintable() else ascii(str(text))
+
+
+def read_text(path: Path, most: int) -> str:
+    """Return the text of a file; raise ValueError if it is no plain file, or has more than `most` bytes."""
+    if not path.is_file() or path.stat().st_size > most:
+        raise ValueError(f"it is not a file of at most {most:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option accepts, and how a message describes them after "must be"."""
+    """The numbers that an option accepts, and how a message describes them after "must be"; `ends` bound the absurd."""
 
     text: str
     holds: Callable[[float], bool]
+    ends: tuple[float, float] = (0, 1_000_000)
 
 
-POSITIVE = Range("positive", lambda value: 0 < value < inf)
+POSITIVE = Range("positive", lambda value: 0 < value < inf, (1e-9, 1_000_000))
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < inf)
 FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
-SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31)
+SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31, (0, 2**31))
+PROCESSES = Range("0 or more", lambda value: value >= 0, (0, 256))
 
 
-def at_least(least: int) -> Range:
-    """Return the range of numbers from `least` up."""
-    return Range(f"at least {least}", lambda value: value >= least)
+def at_least(least: int, most: int = 1_000_000) -> Range:
+    """Return the range of numbers from `least` up, of which those above `most` are absurd."""
+    return Range(f"at least {least}", lambda value: value >= least, (least, most))
+
+
+UNITS = at_least(1, 65_536)
 
 
 def option(
@@ -157,17 +175,33 @@ def check(settings: Any) -> None:
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(one, str) and not one.strip():
+                raise UsageError(f"{flag(each.name)} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             if within and not within.holds(one):
                 raise UsageError(f"{flag(each.name)} must be {within.text}, got {one}")
+            if within and not within.ends[0] <= one <= within.ends[1]:
+                least, most = within.ends
+                raise UsageError(f"{flag(each.name)} must be from {least} to {most:,}, got {one}")
+
+
+def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
+    """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
+    widths = DEFAULT_WIDTHS if given is None else given
+    if len(widths) > _MOST_WIDTHS:
+        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST_WIDTHS}")
+    try:
+        return check_widths(widths)
+    except WidthError as error:
+        raise WidthError(f"--widths: {error}") from error
 
 
 def fits(settings: type, name: str, value: object) -> bool:
     """Return whether a value read from JSON has the type of the field `name`."""
     kinds: dict[str, Any] = get_type_hints(settings)
     parts = [get_origin(part) or part for part in _parts(kinds[name])]
-    return any(isinstance(value, _JSON_TYPES.get(part, (part,))) for part in parts)
+    return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -188,7 +222,7 @@ class PretrainConfig:
         metavar="NAME",
     )
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
-    image_size: int = option(24, "height and width in pixels", within=at_least(8), shown="24; for a folder 64")
+    image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
     augmentation: str = option(
         "digits", "whose augmentations to use", choices=AUGMENTATIONS, shown="digits; for a folder the method's own"
     )
@@ -215,8 +249,8 @@ class PretrainConfig:
     gate_loss_weight: float = option(100.0, "weight of the loss that keeps gates to the budget", within=POSITIVE)
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
 
-    proj_dim: int = option(64, "size of the projector's output, the embedding", within=at_least(1), group="method")
-    proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0))
+    proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
+    proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(
         0.99, "momentum of the averaged encoder; mocov3 and byol raise it to 1", within=FRACTION
@@ -248,7 +282,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         from slimmable.losses import width_weights
 
-        object.__setattr__(self, "widths", check_widths(self.widths))
+        object.__setattr__(self, "widths", checked_widths(self.widths))
         check(self)
         try:
             width_weights(self.widths, self.loss_weights)
@@ -298,7 +332,7 @@ class PretrainConfig:
 def workers_option() -> Any:
     """Return the field `workers` of the commands that read images."""
     text = "processes that read and augment images; the result does not depend on them"
-    return option(None, text, within=NOT_NEGATIVE, shown="chosen by the number of processors", metavar="N")
+    return option(None, text, within=PROCESSES, shown="chosen by the number of processors", metavar="N")
 
 
 def device_option() -> Any:

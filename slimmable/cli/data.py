@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +21,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
-from slimmable.cli.config import DIGITS, PretrainConfig, require, say
+from slimmable._tables import listed
+from slimmable.cli.config import DIGITS, PretrainConfig, require, say, shown
+from slimmable.cli.faults import GO_ON, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
+_MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
+_MOST_STRETCHED = 100  # times as long as wide
 _TEST_SHARE = 0.2
 _NAMED = 10  # broken files listed in one message
 _TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
@@ -135,7 +142,7 @@ class FolderImages:
         """Decode one file, or raise DataError if it cannot be read."""
         found = _decode(self.paths[index])
         if isinstance(found, str):
-            raise DataError(f"{self.paths[index]} cannot be read ({found}); replace it, then continue with --resume")
+            raise DataError(f"{shown(self.paths[index])} cannot be read ({found}); replace it, then {GO_ON}")
         return found
 
 
@@ -145,14 +152,17 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders `train`
     and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
 
-    Raises: DataError: if there is no such folder, or no readable image to train on or hold out.
+    Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
-    if not folder.is_dir():
-        raise DataError(f"--data {folder}: there is no such folder")
+    if not os.path.isdir(folder):
+        raise DataError(f"--data {shown(folder)}: there is no such folder")
     held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()][:1]
     split = [folder / "train", *held_out] if held_out and (folder / "train").is_dir() else [folder]
-    found = [_classes(root) for root in split]
+    found = [_classes(root, folder) for root in split]
     classes = tuple(found[0])
+    unknown = [shown(name) for name in found[-1] if name not in found[0]]
+    if unknown:
+        raise DataError(f"--data {shown(folder)}: nothing to train on for the held-out classes {listed(unknown, 5)}")
     parts = [[(path, at) for at, name in enumerate(classes) for path in part.get(name, [])] for part in found]
     total = sum(map(len, parts))
     if total <= _TRIED:
@@ -160,7 +170,7 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
     for purpose, part in (("train on", train), ("hold out", test)):
         if not part:
-            raise DataError(f"--data {folder}: no image left to {purpose}; {total} files were found there")
+            raise DataError(f"--data {shown(folder)}: no image left to {purpose}; {total} files were found there")
     images = [FolderImages([path for path, _ in part]) for part in (train, test)]
     labels = [torch.tensor([number for _, number in part]) for part in (train, test)]
     names = [[path.relative_to(folder).as_posix() for path, _ in part] for part in (train, test)]
@@ -169,39 +179,60 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     return Images(images[0], labels[0], images[1], labels[1], classes, digest=digest)
 
 
-def _classes(root: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, both in alphabetical order."""
-    files = {
-        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-    }
-    files = {name: paths for name, paths in files.items() if paths}
-    if not files:
+def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
+    """Return the image files of each class in `root`, both in alphabetical order.
+
+    Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
+    """
+    found: dict[str, list[Path]] = {}
+    try:
+        for place, folders, names in os.walk(root, onerror=_raise):
+            images = [Path(place, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
+            for path in (*(Path(place, name) for name in folders), *images, *([] if root == data else [root])):
+                target = Path(os.path.realpath(path)) if path.is_symlink() else path
+                if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
+                    raise DataError(
+                        f"--data {shown(data)}: {shown(path)} is a link to {shown(target)}, but only links to files of "
+                        "the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL) of them"
+                    )
+            for part in Path(place).relative_to(root).parts[:1]:
+                found.setdefault(part, []).extend(images)
+    except (OSError, RecursionError) as error:
+        raise DataError(f"--data {shown(data)} cannot be listed ({error})") from error
+    if not any(found.values()):
         raise DataError(
-            f"--data {root} holds no images; expected one folder per class, as in {root}/cat/1.jpg "
+            f"--data {shown(root)} holds no images; expected one folder per class, as in cat/1.jpg "
             f"({', '.join(sorted(_SUFFIXES))})"
         )
-    return files
+    return {name: sorted(paths) for name, paths in sorted(found.items()) if paths}
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _readable(parts: Sequence[Labelled], say: Callable[[str], None]) -> list[Labelled]:
     """Leave out and report the files that cannot be read."""
     paths = [path for part in parts for path, _ in part]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
         reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
         broken = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
     if broken:
-        listed = "".join(f"\n  {path} ({reason})" for path, reason in list(broken.items())[:_NAMED])
+        lines = "".join(f"\n  {shown(path)} ({reason})" for path, reason in list(broken.items())[:_NAMED])
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        say(f"left out {len(broken)} files that cannot be read:{listed}{more}")
+        say(f"left out {len(broken)} files that cannot be read:{lines}{more}")
     return [[pair for pair in part if pair[0] not in broken] for part in parts]
 
 
 def _decode(path: str) -> Tensor | str:
     """Return the image, or the reason why it cannot be read."""
     try:
-        with Image.open(path) as file:
+        if not os.path.isfile(path):  # a pipe could be waited for without end
+            return "it is no file, or leads to none"
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.width * file.height > _MOST_PIXELS or max(file.size) > _MOST_STRETCHED * min(file.size):
+                return f"{file.width} x {file.height} pixels are too many, or too long a strip"
             picture: Tensor = pil_to_tensor(_eight_bits(file).convert("RGB"))
         return picture.contiguous()
     except Exception as error:  # decoders raise many kinds of errors on broken files
@@ -282,18 +313,21 @@ class Steps(Sampler[list[Key]]):
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
     """Yield batches as a DataLoader with these settings does, but errors of its processes as this package's."""
     try:
-        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_interrupts, **settings)
+        yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_terminal, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (MemoryError, OSError, RuntimeError) as error:
+        fault = explained_fault(error)
+        if fault is None:
             raise
-        raise SlimmableError(f"a process that reads images ended ({error}); continue with --resume") from error
+        raise SlimmableError(f"{fault}; {GO_ON}") from error
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_terminal(worker: int) -> None:
+    """Leave Ctrl-C and the end of the terminal, which reach all its processes, to the process that trains."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Plain(Dataset[Tensor]):

@@ -6,6 +6,7 @@ The model is a timm model by name, a saved model, or the folder of a pre-trainin
 import importlib.util
 import io
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,14 +73,14 @@ class File:
 def kind_of(model: str) -> Literal["run", "file", "timm"]:
     """Return whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model."""
     path = Path(model)
-    if (path / CONFIG).exists():
+    if os.path.exists(path / CONFIG):
         return "run"
-    if path.is_file():
+    if os.path.isfile(path):
         return "file"
     try:
         check_name(model)
     except UsageError as error:
-        found = f"is a folder without {CONFIG}, not a run" if path.is_dir() else "is neither a folder nor a file"
+        found = f"is a folder without {CONFIG}, not a run" if os.path.isdir(path) else "is neither a folder nor a file"
         raise UsageError(f"{model} {found}, and not a model either: {error}") from error
     return "timm"
 
@@ -180,13 +181,20 @@ def timm_source(
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"--checkpoint: there is no file {path}")
     with explained(f"{path} is not a file of weights"):
         tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} is not a file of weights: it holds more than tensors")
-    return tensors
+    if not all(map(_is_plain, tensors.values())):
+        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _values(known: Mapping[str, Any]) -> str:
@@ -209,7 +217,8 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
         for width in chosen:
             files.extend(_write(source, width, tuple(dict.fromkeys(formats)), folder))
         costs = profile(source.model, example_inputs=torch.zeros(1, *source.image), repeats=0)
-        (folder / "README.md").write_text(model_card(source, costs, files))
+        card = model_card(source, costs, files)
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
     return files

@@ -1,24 +1,25 @@
 """`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 
+from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first, wait_for_all
 from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
+from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
+from slimmable.cli.lock import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
-from slimmable.cli.run import CHECKPOINT, MODEL, load_checkpoint, new_method, save_networks, start_folder
+from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
 from slimmable.cli.training import Training
-from slimmable.errors import DivergedError, UsageError
+from slimmable.errors import DivergedError, SlimmableError, UsageError
 from slimmable.gating import calibrate_gates, gate_plan
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
@@ -30,12 +31,57 @@ _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal networ
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
     """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
-    if not options.resume:
-        if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(
-                f"{folder} exists; add --resume to continue that run, or choose another folder with --output"
-            )
-        wait_for_all()
+    with _held(folder, not options.resume, device):
+        training = _prepare(config, options, device)
+        try:
+            _tell(_introduction(config, training.images))
+            stopped = _train(training, folder, options)
+            if stopped:
+                raise KeyboardInterrupt(stopped)
+            if is_first():
+                _finish(training, folder, options)
+            _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
+        except KeyboardInterrupt as error:
+            with suppress(OSError):  # the terminal may be gone
+                _tell(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
+            return exit_code(error)
+        except DivergedError as error:
+            last = folder / CHECKPOINT
+            kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+            raise DivergedError(f"step {training.step + 1}: {error}; {kept}") from error
+        except Exception as error:
+            fault = explained_fault(error)
+            if fault is None:
+                raise
+            fault = fault.removesuffix(GO_ON).removesuffix(_way_on(folder)).rstrip("; ")  # another process has told it
+            raise SlimmableError(f"{fault}; {_way_on(folder)}") from error
+    return 0
+
+
+@contextmanager
+def _held(folder: Path, new: bool, device: torch.device) -> Iterator[None]:
+    """Hold the run folder in the first process; what it raises, all raise."""
+    refusal: SlimmableError | None = None
+    with ExitStack() as stack:
+        try:
+            if is_first():
+                stack.enter_context(locked(folder, new))
+        except SlimmableError as error:
+            refusal = error
+        if any_process(refusal is not None, device):
+            raise refusal or UsageError(f"the first process cannot use {folder}")
+        yield
+
+
+def _way_on(folder: Path) -> str:
+    """Return how to go on after a run in `folder` has ended early."""
+    if not (folder / CONFIG).exists():
+        return f"nothing is left in {folder}; start the run again"
+    return f"continue with: slimmable pretrain --output {folder} --resume"
+
+
+def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) -> Training:
+    """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
     for name in options.log:
         require_logger(name)
     require("matplotlib", "matplotlib")  # fail now rather than at the end of a long run
@@ -54,7 +100,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
             "multiply-adds; choose a larger budget"
         )
     training = Training(config, method, images, device, options.workers or 0)
-    checkpoint = folder / CHECKPOINT
+    checkpoint = options.output / CHECKPOINT
     if options.resume and checkpoint.exists():
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
@@ -63,26 +109,10 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
-        training.diagnostics.rows = read_gradients(folder / GRADIENTS, training.step)
+        training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and is_first():
-        start_folder(folder, config)
-    _tell(_introduction(config, images))
-    try:
-        if not _train(training, folder, options):
-            raise KeyboardInterrupt
-        if is_first():
-            _finish(training, folder, options)
-    except DivergedError as error:
-        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-        raise DivergedError(f"step {training.step + 1}: {error}; {last}") from error
-    except KeyboardInterrupt:
-        _tell(
-            f"interrupted after step {training.step} of {training.steps}; continue with: "
-            f"slimmable pretrain --output {folder} --resume"
-        )
-        return 130
-    _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
-    return 0
+        write_aside(options.output / CONFIG, lambda path: path.write_text(config.to_json()))
+    return training
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
@@ -97,8 +127,12 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
     )
 
 
-def _train(training: Training, folder: Path, options: RunOptions) -> bool:
-    """Take the remaining steps, with a checkpoint after each epoch; return False if interrupted before the end."""
+def _train(training: Training, folder: Path, options: RunOptions) -> int:
+    """Take the remaining steps, with a checkpoint after each epoch; return the signal that stopped it early, or 0.
+
+    The first signal in any process lets a checkpoint be written; a second one stops immediately.
+    """
+    asked: list[int] = []
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
     columns += [] if training.gates is None else ["gated_share"]
     usual = 0 if training.gates is None else max(1, training.config.epochs // 10)
@@ -122,7 +156,10 @@ def _train(training: Training, folder: Path, options: RunOptions) -> bool:
             if training.diagnostics is not None:
                 training.diagnostics.to_csv(folder / GRADIENTS)
 
-    with _interruptible() as asked, Progress(training.steps, training.step, training.steps_per_epoch) as progress:
+    with (
+        on_signals(lambda number: stop(number) if asked else asked.append(number)),
+        Progress(training.steps, training.step, training.steps_per_epoch) as progress,
+    ):
         while training.step < training.steps:
             losses = training.take_step()
             if is_first():
@@ -134,12 +171,12 @@ def _train(training: Training, folder: Path, options: RunOptions) -> bool:
                     shown["gated_share"] = float(training.gates.reached)
                 for logger in loggers:
                     logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
-            stop = any_process(bool(asked), training.device)
-            if stop or training.step % training.steps_per_epoch == 0:
+            stopping = any_process(bool(asked), training.device)
+            if stopping or training.step % training.steps_per_epoch == 0:
                 save()
-            if stop:
-                return training.step == training.steps
-    return True
+            if stopping and training.step < training.steps:
+                return asked[0] if asked else signal.SIGTERM
+    return 0
 
 
 def _finish(training: Training, folder: Path, options: RunOptions) -> None:
@@ -170,21 +207,3 @@ def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
 def _tell(text: str) -> None:
     if is_first():
         say(text)
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Collect the first interrupt (Ctrl-C or SIGTERM) in a list; a second one stops immediately."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,21 +2,24 @@
 
 import csv
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.config import require, say
+from slimmable.cli.config import read_text, require, say
 from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED = "untrained_"
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge", "finetuned": "fine-tuned"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
+_MOST_BYTES = 2**28  # of a table
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 Values = Mapping[str, float]
 
@@ -63,13 +66,16 @@ def read_report(folder: Path) -> dict[float, Row]:
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of `metrics.csv` in `folder`, none without a file; raise CheckpointError if it is no report."""
     path = folder / "metrics.csv"
-    if not path.exists():
-        return []
     try:
-        with path.open(newline="") as file:
-            return [_row(cells) for cells in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is not the report of a run ({error})") from error
+        return [_row(cells) for cells in _read_table(path)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        raise CheckpointError(f"{path} is not the report of a run ({error}); move it away") from error
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none without a file, and without a last line that a full disk cut short."""
+    text = read_text(path, _MOST_BYTES) if os.path.lexists(path) else ""
+    return list(csv.DictReader(text.split("\n")[:-1], strict=True))
 
 
 def _row(cells: dict[str, str]) -> Row:
@@ -78,7 +84,10 @@ def _row(cells: dict[str, str]) -> Row:
     for name in cells:
         title_of(name)
     shares = {name: float(share) for name, share in cells.items() if share != ""}
-    return Row(float(width), int(parameters), int(macs), shares, network)
+    row = Row(float(width), int(parameters), int(macs), shares, network)
+    if not all(0 <= share <= 1 for share in (row.width, *shares.values())) or min(row.parameters, row.macs) < 0:
+        raise ValueError(f"a width, a count or an accuracy of {row.name} is out of range")
+    return row
 
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
@@ -142,10 +151,11 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     Raises: DataError: if there are no rows, or they have no ratios.
     """
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
-    if not widths:
+    others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}
+    if not widths or not others <= rows[0].keys():
         raise DataError(
-            f"plot_imbalance: {len(rows)} rows without a column rest_ratio/w...; give the rows of GradientDiagnostics "
-            "of a model with at least two widths"
+            f"plot_imbalance: {len(rows)} rows without the columns rest_ratio/w..., grad_ratio/w... and "
+            "grad_cosine/w1.0_w...; give the rows of GradientDiagnostics of a model with at least two widths"
         )
     ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
@@ -185,12 +195,14 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
     if kept and tuple(kept[0]) != names:
         raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
     write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
-    file = path.open("a", newline="", buffering=1)  # line by line, so none is written in part
-    writer = csv.DictWriter(file, names, lineterminator="\n")
+    file = path.open("ab", buffering=0)  # line by line, so none is written in part, or again when the file is closed
 
     def log(step: int, values: Values) -> None:
+        row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
         try:  # the cell of a width that did not run stays empty
-            writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+            line = csv_text(names, [row]).partition("\n")[2].encode()
+            if file.write(line) < len(line):
+                raise OSError("No space left on device")
         except OSError as error:
             raise CheckpointError(f"cannot write {path} ({error})") from error
 
@@ -220,13 +232,12 @@ def require_logger(name: str) -> Any:
 
 def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
-    if not path.exists():
-        return []
     try:
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file, strict=True) if int(row["step"]) <= last]
+        rows = [row for row in _read_table(path) if int(row["step"]) <= last]
         for row in rows:
             [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
+        if any(earlier >= later for earlier, later in pairwise([-1, *(int(row["step"]) for row in rows)])):
+            raise ValueError("its steps do not ascend")
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise CheckpointError(f"{path} cannot be read ({error!r}); move it away, then resume") from error
     return rows

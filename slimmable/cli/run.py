@@ -6,8 +6,11 @@ encoder, queue, optimizer), it is a state dict of the converted network. It stor
 seeds its own random numbers.
 """
 
+import copy
 import difflib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,17 +18,17 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
-from slimmable._atomic import plain_copies, write_aside
 from slimmable._convert import extract, slimify
-from slimmable.cli.config import PretrainConfig, explained, fits
-from slimmable.errors import CheckpointError, ConversionError, UsageError
+from slimmable._tables import listed
+from slimmable.cli.config import PretrainConfig, explained, fits, read_text, shown
+from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.construction import differences
-from slimmable.files.model import read_tensors, save
+from slimmable.files.model import save
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -33,6 +36,8 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
+_MOST_BYTES = 2**20  # of a configuration
+_NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "square_avg")
 
 
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
@@ -120,7 +125,7 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
             return timm.create_model(name, **sized), sized
         except TypeError:  # a model for images of any size has no `img_size`
             return timm.create_model(name, **settings), dict(settings)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
@@ -134,33 +139,33 @@ def check_name(name: str) -> None:
         raise UsageError(f"timm has no model {name!r}. {hint}")
 
 
-def start_folder(folder: Path, config: PretrainConfig) -> None:
-    """Create the run folder with its configuration, or raise CheckpointError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot create the run folder {folder} ({error})") from error
-    write_aside(folder / CONFIG, lambda path: path.write_text(config.to_json()))
-
-
 def read_config(folder: Path) -> PretrainConfig:
     """Return the configuration of the run in `folder`, or raise CheckpointError if there is none, or names differ."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     try:
-        values = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     differing = {each.name for each in fields(PretrainConfig)} ^ set(values)
     if differing:
-        raise CheckpointError(
-            f"{path} was written by another version: {', '.join(sorted(differing))} missing or unknown"
-        )
+        names = listed([f"{shown(name):.60}" for name in sorted(differing)], 10)
+        raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
     for name, value in values.items():
         if not fits(PretrainConfig, name, value):
-            raise CheckpointError(f"{path}: {name} cannot be {value!r}")
-    return PretrainConfig(**values)
+            raise CheckpointError(f"{path}: {name} cannot be {value!r:.80}")
+    try:
+        return PretrainConfig(**values)
+    except SlimmableError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
 
 
 @dataclass(frozen=True)
@@ -185,46 +190,99 @@ def save_checkpoint(
     path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
 ) -> None:
     """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
-    tensors = plain_copies(network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()})
+    tensors = network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()}
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
-    write_aside(path, lambda aside: save_file(tensors, aside, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read what `save_checkpoint` wrote, or raise CheckpointError if that is missing, damaged or something else."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
+    step = metadata.get("step", "")
+    if not re.fullmatch("[0-9]{1,18}", step):
+        raise CheckpointError(f"{path} is damaged: the number of steps done is {step[:40]!r}")
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, int(metadata["step"]), metadata.get("images"))
+    return Checkpoint(tensors, training, int(step), metadata.get("images"))
+
+
+def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError unless the tensors have the expected names, shapes and types, and possible values."""
+    found = differences(expected, given, most=10)
+    if found:
+        raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
+    counts = [name for name in given if name.rpartition(".")[2] in _NEVER_NEGATIVE]
+    kinds = {
+        "of another type": [
+            f"{name} {given[name].dtype}, expected {tensor.dtype}"
+            for name, tensor in expected.items()
+            if given[name].dtype != tensor.dtype
+        ],
+        "infinite or NaN": [
+            name for name, tensor in expected.items() if tensor.isfinite().all() and not given[name].isfinite().all()
+        ],
+        "negative": [name for name in counts if (given[name] < 0).any()],
+    }
+    found = "".join(f"\n  {kind}: {listed(names, 10)}" for kind, names in kinds.items() if names)
+    if found:
+        raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Load `tensors` into `module`, or change nothing and raise CheckpointError with the differences."""
-    found = differences(module.state_dict(), tensors, most=10)
-    if found:
-        raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
+    check_alike(module.state_dict(), tensors, what)
     module.load_state_dict(dict(tensors))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<index of the parameter>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    named = {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
-    return {name: torch.as_tensor(value) for name, value in named.items() if value is not None}
+    """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
+    return {
+        f"{parameter}.{name}": torch.as_tensor(value)
+        for parameter, tensor in _parameters_of(optimizer).items()
+        for name, value in optimizer.state.get(tensor, {}).items()
+        if value is not None
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned; the schedule sets the learning rates."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    steps: Mapping[str, int] | None = None,
+    skipped: bool = False,
+) -> None:
+    """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
+
+    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes. If
+    `steps` is given, it has the parameters with state, and how many steps they took, of which some may be `skipped`.
+    """
+    parameters, what = _parameters_of(optimizer), "the optimizer's state in the checkpoint"
+    asked = {key.rpartition(".")[0] for key in tensors} if steps is None else steps
+    example = copy.deepcopy(optimizer)
+    example.state.clear()
+    for name, parameter in _parameters_of(example).items():
+        parameter.grad = torch.zeros_like(parameter) if name in asked else None
+    type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
+    check_alike(optimizer_tensors(example), tensors, what)
+    for name, count in (steps or {}).items():
+        done = tensors.get(f"{name}.step")
+        most = min(count, 2**24)  # where a float32 stops to count
+        if done is not None and not (done <= most if skipped else done == most):
+            raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        number, name = key.split(".", 1)
-        parameter = parameters[int(number)]
-        if tensor.shape == parameter.shape:  # fused optimizers need the memory layout of the parameter
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(number), {})[name] = tensor
+        owner, _, name = key.rpartition(".")
+        if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
+            tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(list(parameters).index(owner), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the parameters in their order, by the optimizer's names for them, or else by number."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    return dict(zip(names or map(str, range(len(parameters))), parameters, strict=True))
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
@@ -233,8 +291,8 @@ def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest
     checkpoint = load_checkpoint(path)
     if digest is not None:
         checkpoint.check_images(config.data, digest)
-    classes = len(checkpoint.network.get("projector.bias", (0,)))  # only supervised training has a classifier
-    method = new_method(config, channels, classes)
+    scores = checkpoint.network.get("projector.bias", torch.empty(0))
+    method = new_method(config, channels, scores.numel())  # only supervised training has a classifier
     load_exactly(method.encoder, checkpoint.network, str(path))
     return method.backbone.eval()
 

@@ -1,5 +1,6 @@
 """Training steps of a run, each of which seeds its own random numbers, so a run can resume after any step."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
-from slimmable.cli.run import Checkpoint, load_exactly, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import OnlineDistillation
@@ -46,14 +47,7 @@ class Training:
         self.steps_per_epoch = count // batch
         self.steps = config.epochs * self.steps_per_epoch
         self.step = 0
-        self.recipe = SlimRecipe(
-            method.online,
-            distill=_distillation(config, method),
-            loss_weights=config.loss_weights,
-            slow_start=config.slow_start,
-            random_widths=_RANDOM_WIDTHS if config.universal else 0,
-            seed=config.seed,
-        )
+        self.recipe = self._recipe(method)
         self.diagnostics: GradientDiagnostics | None = None
         self.gates: GateBudget | None = None
         if config.gate_budget is not None:
@@ -101,6 +95,16 @@ class Training:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def _recipe(self, method: Method) -> SlimRecipe:
+        return SlimRecipe(
+            method.online,
+            distill=_distillation(self.config, method),
+            loss_weights=self.config.loss_weights,
+            slow_start=self.config.slow_start,
+            random_widths=_RANDOM_WIDTHS if self.config.universal else 0,
+            seed=self.config.seed,
+        )
+
     def _next(self) -> list[Tensor]:
         batch = next(self._batches, None)
         if batch is None:  # the first step, or the first one after resuming
@@ -121,29 +125,71 @@ class Training:
         """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was, or none can change."""
         if self.scaler.get_scale() < _LEAST_SCALE:
             raise DivergedError(f"gradients are not finite, even of losses scaled by {self.scaler.get_scale():g}")
-        for name, parameter in self.method.named_parameters():
-            if not parameter.isfinite().all():
+        for name, tensor in (*self.method.named_parameters(), *optimizer_tensors(self.optimizer).items()):
+            if not tensor.isfinite().all():
                 raise DivergedError(f"{name} is no longer finite")
 
     def save(self, path: Path) -> None:
         """Write the checkpoint that `resume` returns to."""
-        state = self.method.state_dict()
-        own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
-        own |= {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
-        own |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-        save_checkpoint(path, self.method.encoder, own, self.step, self.images.digest)
+        optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        save_checkpoint(path, self.method.encoder, self._own() | optimizer, self.step, self.images.digest)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Return to the state that `checkpoint` holds."""
-        encoder = {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
-        load_exactly(self.method, encoder | _under("method.", checkpoint.training), "the checkpoint")
-        load_optimizer_tensors(self.optimizer, _under("optimizer.", checkpoint.training))
-        scaler = {name: tensor.item() for name, tensor in _under("scaler.", checkpoint.training).items()}
-        if scaler.keys() != self.scaler.state_dict().keys():
-            raise CheckpointError("the checkpoint lacks the state of the gradients' scaler")
+        """Return to the state that `checkpoint` holds, or change nothing and raise CheckpointError.
+
+        Everything is compared first with what this training would have after as many steps.
+        """
+        done, given = checkpoint.step, checkpoint.training
+        if not 0 < done <= self.steps:
+            raise CheckpointError(f"the checkpoint is of step {done}, but the run has steps 1 to {self.steps}")
+        optimizer = _under("optimizer.", given)
+        own = {name: tensor for name, tensor in given.items() if not name.startswith("optimizer.")}
+        check_alike(self.method.encoder.state_dict(), checkpoint.network, "the network in the checkpoint")
+        check_alike(self._own(), own, "the training in the checkpoint")
+        state = _under("method.", own) | {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
+        position = state.get("moco.position")
+        if position is not None and position != (done * self.config.batch_size) % state["moco.queue"].shape[1]:
+            raise CheckpointError(f"the queue in the checkpoint is at {position}, where it is not after step {done}")
+        scaler = {name: tensor.item() for name, tensor in _under("scaler.", own).items()}
+        scale, growing = scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0)
+        constant = {name: v for name, v in self.scaler.state_dict().items() if name not in ("scale", "_growth_tracker")}
+        if not constant.items() <= scaler.items() or scale <= 0 or not 0 <= growing <= done:
+            raise CheckpointError(f"the gradients' scaler cannot be in the state of the checkpoint: {scaler}")
+        trained = self._steps_of_parameters(done)
+        if scaler and not growing and self.config.opt != "adamw":  # perhaps every step was skipped for an overflow
+            known = {trained.get(name.rpartition(".")[0]) for name in optimizer}
+            trained = {name: count for name, count in trained.items() if count in known}
+        load_optimizer_tensors(self.optimizer, optimizer, trained, skipped=bool(scaler))
+        self.method.load_state_dict(state)
         self.scaler.load_state_dict(scaler)
-        self.step = checkpoint.step
+        self.step = done
         self._batches = iter(())
+
+    def _own(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds besides encoder and optimizer."""
+        state = self.method.state_dict()
+        own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
+        return own | {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
+
+    def _steps_of_parameters(self, done: int) -> dict[str, int]:
+        """Return how many of the first `done` steps train each parameter, without those that none trains.
+
+        Two steps of copies tell which have gradients: one of the first kind, perhaps at full width alone, and one of
+        the kind that follows the slow start.
+        """
+        joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
+        images = min(2 * max(self.config.key_parts, world_size()), self.config.batch_size) // world_size()
+        size, channels = self.config.image_size, self.images.channels
+        found: dict[str, int] = {}
+        for progress, count in ((0.0, done), (1.0, joined)) if joined else ((0.0, done),):
+            method = copy.deepcopy(self.method)
+            views = [torch.rand(images, channels, size, size, device=self.device) for _ in range(method.views)]
+            labels = torch.zeros(images, dtype=torch.long, device=self.device)
+            method.step(self._recipe(method), Batch(views, labels), progress, step=0, gates=copy.copy(self.gates))
+            for name, parameter in method.online.named_parameters():
+                if parameter.grad is not None:
+                    found.setdefault(name, count)
+        return found
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
@@ -160,6 +206,9 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
     if found:  # timm's schedule multiplies the learning rate of a group by its `lr_scale`
         optimizer.add_param_group({"params": found, "weight_decay": 0.0, "lr_scale": config.gate_lr_scale})
+    own = {id(parameter): name for name, parameter in online.named_parameters()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [own[id(parameter)] for parameter in group["params"]]
     return optimizer
 
 

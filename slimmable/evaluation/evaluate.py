@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from slimmable._checks import (
+    are_class_numbers,
     check_classes,
-    check_count,
     check_features,
+    check_finite,
     check_labelled,
     check_matrices,
-    check_module,
-    check_not_negative,
-    check_positive,
+    check_same_shape,
     check_tensors,
+    checked,
     number_or_nan,
 )
 from slimmable._convert import plan_of
@@ -50,6 +50,7 @@ class Accuracies:
     ridge: float = math.nan
 
 
+@checked
 def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: int = 256) -> Tensor:
     """Return the features of `backbone` at `width` in eval mode, of shape (images, features), float32.
 
@@ -62,7 +63,6 @@ def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: i
     Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
     """
     check_tensors("features_of", images=images)
-    check_count("features_of", batch_size=batch_size)
     if not images.ndim or not len(images):
         raise DataError(f"features_of: images have shape {tuple(images.shape)}, expected at least one image")
     with at_width(backbone, width):
@@ -82,6 +82,7 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
     return moved.float() / 255 if moved.dtype == torch.uint8 else moved
 
 
+@checked
 def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Return the fraction of `images` whose largest class score is that of their label, in [0, 1].
 
@@ -96,15 +97,15 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     >>> accuracy_of(nn.Sequential(nn.Linear(2, 2, bias=False)), torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
     0.75
     """
-    check_module("accuracy_of", model)
     check_labelled("accuracy_of: images", images, labels)
     check_classes("accuracy_of", labels, None)
-    check_count("accuracy_of", batch_size=batch_size)
     scores = outputs_of(model, images, batch_size)
     check_matrices("accuracy_of", scores=scores)
+    check_finite("accuracy_of: scores", scores)
     return _accuracy(scores, labels)
 
 
+@checked
 def evaluate_widths(
     backbone: nn.Module,
     train: Tensor,
@@ -127,9 +128,7 @@ def evaluate_widths(
             sorted, those of the narrowest width first; a part of a converted network must have them in this order.
         k: number of neighbours that vote.
 
-    Raises:
-        ConversionError: if `backbone` was never converted.
-        DataError: if a set is empty or labels do not match.
+    Raises: ConversionError: if `backbone` was never converted. DataError: if a set is empty or labels do not match.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
 
     >>> import slimmable
@@ -139,7 +138,7 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
-    _check_probes("evaluate_widths", probes, k)
+    _check_probes("evaluate_widths", probes)
     check_labelled("evaluate_widths: train", train, train_labels)
     check_labelled("evaluate_widths: test", test, test_labels)
     known, asked = (
@@ -149,6 +148,7 @@ def evaluate_widths(
     return evaluate_features(known, train_labels, asked, test_labels, probes=probes, k=k)
 
 
+@checked
 def evaluate_features(
     train: Mapping[float, Tensor],
     train_labels: Tensor,
@@ -168,9 +168,7 @@ def evaluate_features(
             "ridge" the closed form per width (`ridge_classifier`).
         k: number of neighbours that vote.
 
-    Raises:
-        DataError: if a set is empty, or labels or features do not match.
-        WidthError: if width 1.0 is missing.
+    Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
 
     >>> wide, labels = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
@@ -178,21 +176,23 @@ def evaluate_features(
     >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
     1.0
     """
-    _check_probes("evaluate_features", probes, k)
+    _check_probes("evaluate_features", probes)
     widths = check_widths(train)
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
     for width in widths:
         check_labelled(f"evaluate_features: train at width {width}", train[width], train_labels)
         check_labelled(f"evaluate_features: test at width {width}", test[width], test_labels)
+        for name, features in {"train": train, "test": test}.items():
+            check_finite(f"evaluate_features: {name} features at width {width}", features[width])
         if train[width].shape[1:] != test[width].shape[1:]:
             raise DataError(
                 f"evaluate_features: at width {width} train has shape {tuple(train[width].shape)}, test "
                 f"{tuple(test[width].shape)}; expected the same number of features"
             )
+    classes = max(check_classes("evaluate_features", labels, None) for labels in (train_labels, test_labels))
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    classes = check_classes("evaluate_features", torch.cat([train_labels, test_labels]), None)
     kinds: dict[str, Callable[..., nn.Module]] = {"linear": train_probe, "slimmable": train_slimmable_probe}
     trained = {name: kinds[name](train, train_labels, num_classes=classes) for name in kinds if name in probes}
     found = {}
@@ -211,10 +211,9 @@ def evaluate_features(
     return found
 
 
-def _check_probes(where: str, probes: Sequence[ProbeName], k: int) -> None:
-    check_count(where, k=k)
+def _check_probes(where: str, probes: Sequence[ProbeName]) -> None:
     listed = isinstance(probes, Iterable) and not isinstance(probes, str)
-    if not listed or any(name not in get_args(ProbeName) for name in probes):
+    if not listed or not probes or any(name not in get_args(ProbeName) for name in probes):
         raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(ProbeName))}; got {probes!r}")
 
 
@@ -239,6 +238,7 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
 
 
 @torch.no_grad()
+@checked
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.1
 ) -> float:
@@ -252,18 +252,16 @@ def knn_accuracy(
         train_labels, test_labels: class numbers, shape (images,).
         k: number of neighbours, at most all of `train`.
 
-    Raises:
-        DataError: if a set is empty, shapes do not match, or labels are not class numbers.
-        UsageError: if `k` is not an integer of at least 1, or `temperature` is not positive.
+    Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
     >>> corners = torch.eye(3)
     >>> knn_accuracy(corners, torch.arange(3), corners + 0.1, torch.tensor([0, 1, 1]), k=1)
     0.6666666666666666
     """
-    check_count("knn_accuracy", k=k)
-    check_positive("knn_accuracy", temperature=temperature)
     check_labelled("knn_accuracy: train", train, train_labels)
     check_labelled("knn_accuracy: test", test, test_labels)
+    check_finite("knn_accuracy: train", train)
+    check_finite("knn_accuracy: test", test)
     classes = max(check_classes("knn_accuracy", labels, None) for labels in (train_labels, test_labels))
     bank = F.normalize(train.float().reshape(len(train), -1), dim=1)
     queries = F.normalize(test.float().reshape(len(test), -1), dim=1)
@@ -278,6 +276,7 @@ def knn_accuracy(
     return right / len(test_labels)
 
 
+@checked
 def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
     """Return the loss of a switchable probe, a scalar in nats (SlimCLR, Zhao et al. 2024, linear evaluation).
 
@@ -294,15 +293,15 @@ def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
     >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
     tensor(2.7726)
     """
-    check_widths(scores)
-    check_matrices("probe_loss at width 1.0", scores=scores[1.0])
+    widths = check_widths(scores)
+    check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in widths})
     check_tensors("probe_loss", labels=labels)
-    if labels.shape != scores[1.0].shape[:1] or labels.is_floating_point():
+    if labels.shape != scores[1.0].shape[:1] or not are_class_numbers(labels):
         raise DataError(
             f"probe_loss: labels have shape {tuple(labels.shape)} and type {labels.dtype}, expected class numbers for "
             f"scores of shape {tuple(scores[1.0].shape)}"
         )
-    scores = {width: at_least_float32(part) for width, part in scores.items()}
+    scores, labels = {width: at_least_float32(part) for width, part in scores.items()}, labels.long()
     widest = scores[1.0]
     total = F.cross_entropy(widest, labels)
     for width, narrow in scores.items():
@@ -311,6 +310,7 @@ def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
     return total
 
 
+@checked
 def train_probe(
     features: Mapping[float, Tensor],
     labels: Tensor,
@@ -334,8 +334,7 @@ def train_probe(
         learning_rate: initial learning rate.
         seed: seed of the order of the images.
 
-    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing. UsageError: if
-        `epochs`, `batch_size` or `learning_rate` is out of range.
+    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing.
 
     >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)
@@ -343,7 +342,6 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    check_training("train_probe", epochs, batch_size, learning_rate)
     classes = _classes("train_probe", features, labels, num_classes)
     moments = {width: _moments(features[width]) for width in check_widths(features)}
     scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
@@ -358,6 +356,7 @@ def train_probe(
     return probe
 
 
+@checked
 def train_slimmable_probe(
     features: Mapping[float, Tensor],
     labels: Tensor,
@@ -392,7 +391,6 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
-    check_training("train_slimmable_probe", epochs, batch_size, learning_rate)
     classes = _classes("train_slimmable_probe", features, labels, num_classes)
     widths = check_widths(features)
     full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
@@ -422,13 +420,6 @@ def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
-
-
-def check_training(where: str, epochs: int, batch_size: int, learning_rate: float) -> None:
-    """Raise `UsageError` unless all numbers are in range."""
-    check_count(where, least=0, epochs=epochs)
-    check_count(where, batch_size=batch_size)
-    check_not_negative(where, learning_rate=learning_rate)
 
 
 def _classes(where: str, features: Mapping[float, Tensor], labels: Tensor, num_classes: int | None) -> int:
@@ -469,6 +460,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@checked
 def ridge_classifier(
     features: Tensor, labels: Tensor, *, num_classes: int | None = None, penalty: float = 0.1
 ) -> nn.Linear:
@@ -504,8 +496,6 @@ def ridge_classifier(
     classes = check_features("ridge_classifier: features", features, labels, num_classes)
     device = torch.device("cpu") if features.device.type == "mps" else features.device  # mps has no float64
     x, y = features.to(device, torch.float64), F.one_hot(labels.to(device).long(), classes).double()
-    if not x.isfinite().all():
-        raise DataError("ridge_classifier: features hold nan or infinity")
     mean, frequencies, size = x.mean(0), y.mean(0), x.square().mean()
     x, y = x - mean, y - frequencies
     ridge = penalty * len(x) * torch.maximum(x.square().mean(), _NOISE * size).clamp(min=torch.finfo(x.dtype).tiny)

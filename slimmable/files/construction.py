@@ -1,22 +1,27 @@
-"""Recipes of timm models, as far as they can be read off them, and the plain numbers that modules hold."""
+"""Recipes of timm models, as far as they can be read off them, and how networks differ in their tensors."""
 
+import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules import module as torch_module
 
-from slimmable._checks import check_module
+from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable._tables import listed
 from slimmable.errors import CheckpointError
+from slimmable.files.description import Row, compare, describe, unlike_numbers
 from slimmable.view.container import SwitchableContainer
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
+_LARGE = 2**13  # image sizes, depths and the like are smaller; other sizes are those of tensors
 
 
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -33,10 +38,11 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
         if arguments is not None:
             raise CheckpointError(f"arguments= is for timm models; this {type(model).__name__} is not one")
         return None
-    for candidate in [arguments] if arguments is not None else _candidates(model, config):
+    tensors, rows = model.state_dict(keep_vars=True) | hidden_buffers(model), describe(model)
+    for candidate in [arguments] if arguments is not None else _candidates(model, config, name):
         recipe = {"timm": name, "arguments": dict(candidate)}
-        with nullcontext() if arguments is not None else suppress(CheckpointError), torch.device("meta"):
-            if _fits(model, build(recipe), narrow):
+        with nullcontext() if arguments is not None else suppress(CheckpointError):
+            if not unlike(skeleton(recipe), rows, tensors, narrow)[0]:
                 return recipe
     if arguments is not None:
         raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
@@ -62,7 +68,52 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(name, **arguments)
         return model
     except Exception as error:  # timm's constructors raise errors of all kinds
-        raise CheckpointError(f"timm cannot make the model {recipe!r} ({error})") from error
+        raise CheckpointError(f"timm cannot make the model {str(recipe)[:400]} ({error})") from error
+
+
+def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None = None) -> nn.Module:
+    """Make a timm model without memory for its tensors.
+
+    If `shapes` of a file's tensors are given, that takes no longer than the making of a network of such tensors may:
+    arguments that are larger, or far more modules, are refused.
+    """
+    with torch.device("meta"):
+        if shapes is None:
+            return build(recipe)
+        largest = max(_LARGE, *(size for shape in shapes if 0 not in shape for size in shape), 0)
+        if _largest(recipe) > largest:
+            raise CheckpointError(f"the file is too small for the model {str(recipe)[:400]}")
+        with _at_most(100 + 10 * len(shapes)):
+            return build(recipe)
+
+
+def _largest(data: Any) -> float:
+    """Return the largest number in nested data; strings count as their lengths."""
+    if isinstance(data, (Mapping, list, tuple)):
+        return max((_largest(part) for part in (data.values() if isinstance(data, Mapping) else data)), default=0)
+    return abs(data) if isinstance(data, (int, float)) else 0
+
+
+@contextmanager
+def _at_most(registrations: int) -> Iterator[None]:
+    """Let modules of this thread register at most so many parameters and modules while the block runs."""
+    thread, left = threading.get_ident(), registrations
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise CheckpointError("it has more modules than the file has tensors for")
+
+    hooks = [
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_plain(value: object) -> bool:
@@ -71,7 +122,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (int, float, bool, str))
 
 
-def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _candidates(model: nn.Module, config: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
     classes, first = getattr(model, "num_classes", None), config.get("first_conv")
     modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
@@ -81,63 +132,47 @@ def _candidates(model: nn.Module, config: Mapping[str, Any]) -> Iterator[dict[st
         "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
         "img_size": None if size is None else list(size),
     }
-    known = [(name, value) for name, value in read.items() if value is not None]
+    known = [(key, value) for key, value in read.items() if value is not None]
     for count in range(len(known) + 1):
         yield dict(known[:count])
+    taken = inspect.signature(type(model)).parameters
+    numbers = unlike_numbers(model, skeleton({"timm": name, "arguments": dict(known)}))
+    yield dict(known) | {key: value for key, value in numbers.items() if key in taken}
 
 
-def _fits(model: nn.Module, plain: nn.Module, narrow: bool) -> bool:
-    """Tell whether `plain` is the same network, or one that `model` may be a sub-network of."""
-    if _classes(model) != _classes(plain):
-        return False
-    own, full = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
-    if not narrow:
-        return not differences(full, own)
-    return own.keys() == full.keys() and all(fits_inside(own[name].shape, full[name].shape) for name in full)
+def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a plain network that are not in the state dict, by their names in files."""
+    saved = model.state_dict(keep_vars=True)
+    return {f"{HIDDEN}{name}": buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
-def _classes(model: nn.Module) -> dict[str, type]:
-    """Return the class of every module by path; BatchNorms count as one class, since converters swap them."""
-    return {path: _BatchNorm if isinstance(each, _BatchNorm) else type(each) for path, each in model.named_modules()}
+def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, list[Row]]:
+    """Return how a network differs from `plain`, "" if it does not, and settings that may differ, to take over.
 
-
-def attributes_of(model: nn.Module) -> list[list[Any]]:
-    """Return module path, name and full value of attributes that are numbers or nested tuples or lists of them."""
-    return [
-        [path, name, value]
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_number(value)
+    `rows` describe the other network, and `tensors` are its own, with hidden buffers; those that forwards have added or
+    cut do not count. If it may be `narrow`, it may be a sub-network of `plain`.
+    """
+    own, hidden = plain.state_dict(keep_vars=True), hidden_buffers(plain)
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(HIDDEN)}
+    kept = {name: tensor for name, tensor in tensors.items() if name in hidden}
+    narrow = narrow and any(name in own and tensor.shape != own[name].shape for name, tensor in given.items())
+    found, free = compare(plain, rows, {name: tensor.shape for name, tensor in given.items()}, narrow)
+    found["of another type"] = [
+        f"{name} {tensors[name].dtype}, expected {tensor.dtype}"
+        for name, tensor in (own | hidden).items()
+        if name in tensors and _numbers_of(tensors[name].dtype) != _numbers_of(tensor.dtype)
     ]
+    lines = "".join(f"\n  {kind}: {listed(names, 4)}" for kind, names in found.items() if names)
+    lines += differences(own, given, most=4, narrow=narrow) + differences(hidden, kept, most=4, narrow=True)
+    return lines, free
 
 
-def set_attributes(model: nn.Module, given: list[list[Any]]) -> None:
-    """Set the attributes that `attributes_of` returned, except those that are None until a forward sets them."""
-    modules = dict(model.named_modules())
-    for path, name, value in given:
-        own = vars(modules[path]).get(name, "missing") if path in modules else "missing"
-        if own is not None:
-            new = _like(own, value, f"{path}.{name}".lstrip("."))
-            if new != own:
-                modules[path].__dict__[name] = new
+def _numbers_of(dtype: torch.dtype) -> object:
+    """Return what must be the same of two types: real or complex, or else all."""
+    return (dtype.is_complex, True) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_number, value)) and len(value) > 0
-    return type(value) in (int, float, bool)
-
-
-def _like(own: Any, value: Any, place: str) -> Any:
-    """Return a value from a file with the types of the model's own value at this place."""
-    if isinstance(own, (tuple, list)) and isinstance(value, list) and len(own) == len(value):
-        parts = [_like(*pair, place) for pair in zip(own, value, strict=True)]
-        return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
-    if type(own) in (int, float, bool) and type(value) in (int, float, bool):
-        return type(own)(value)
-    raise CheckpointError(f"{place} is {value!r} in the file, but {own!r} in this network")
-
-
+@checked
 def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
 
@@ -148,8 +183,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
         prefix, keep_vars: as in `torch.nn.Module.state_dict`: what to put before each name, and whether to return the
             Parameters themselves.
 
-    Raises: UsageError: if `model` is not a module.
-
     >>> import torch
     >>> from slimmable import slimify
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -159,7 +192,7 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """
-    check_module("full_state_dict", model)
+    check_whole("full_state_dict", model)
     found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
     return found
 
@@ -171,11 +204,14 @@ def full_network(model: nn.Module) -> nn.Module:
     return replace_modules(bare, full)
 
 
-def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None) -> str:
+def differences(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None, *, narrow: bool = False
+) -> str:
     """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
 
     Each line begins with a line break and two spaces, to be appended to the first line of a message. `expected` are the
-    tensors of the network, `given` those of the file, and `most` is how many names a line lists, None for all.
+    tensors of the network, `given` those of the file, and `most` is how many names a line lists, None for all. The
+    given ones may be smaller if they are those of a `narrow` network.
 
     >>> import torch
     >>> one, two = torch.zeros(1), torch.zeros(2)
@@ -192,6 +228,7 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], mos
             f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
             for name, tensor in expected.items()
             if name in given and given[name].shape != tensor.shape
+            if not (narrow and fits_inside(given[name].shape, tensor.shape))
         ],
     }
     return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
@@ -199,4 +236,12 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], mos
 
 def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
     """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
-    return len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True))
+    return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
+
+
+def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of `given` to take the place of a network's tensor; on the CPU if that has no memory."""
+    device = "cpu" if like.is_meta else like.device
+    layout = like.detach() if like.shape == given.shape else given
+    new = torch.empty_like(layout, dtype=dtype, device=device).copy_(given)
+    return nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
 
@@ -9,30 +11,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._addons import addons_of, restore_all
-from slimmable._atomic import plain_copies, write_aside
-from slimmable._checks import check_module
+from slimmable._addons import addons_of, described, restore_all
+from slimmable._checks import check_module, check_path, check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.construction import (
-    attributes_of,
-    build,
+    HIDDEN,
     differences,
-    fits_inside,
+    filled,
     fitting_recipe,
     full_network,
-    set_attributes,
+    hidden_buffers,
+    skeleton,
+    unlike,
 )
+from slimmable.files.description import describe, take_over
 from slimmable.files.plan_json import decode, encode
+from slimmable.files.tensors import CHECKSUM, read_tensors, write_tensors
 from slimmable.view.state import is_slim, slim_state
 
-_FORMAT = "slimmable 1"
+_FORMAT = "slimmable 2"
 _UNITS = "slimmable/units"
-_HIDDEN = "slimmable/buffer/"
+_MOST_WIDTHS = 256  # of a model with few tensors
 
 
+@checked
 def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | None = None) -> None:
     """Write `model` to one file, from which `load` rebuilds it in any process, without `slimify`.
 
@@ -41,7 +46,8 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 
     Args:
         model: a converted or gated model, or a plain network, such as one from `extract`.
-        path: path of the file; an existing file stays until the new one is complete.
+        path: path of the file; an existing file stays until the new one is complete. A symbolic link is replaced, and
+            what it points to stays.
         arguments: those with which `timm.create_model` makes the plain full-width model. By default, the numbers of
             classes and image channels and the image size are read off the model. If the model is not timm's, or no
             longer what timm makes (with a warning), the file has no recipe, and `load` needs the plain model.
@@ -55,26 +61,22 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     >>> slimmable.widths_of(slimmable.load(path))
     (1.0, 0.5)
     """
-    from safetensors.torch import save_file
-
-    check_module("save", model)
+    check_whole("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
-    bare, described = model, {}
+    bare, added = model, {}
     for name, addon in addons_of(model).items():
-        bare, described[name] = addon.describe(bare)
+        bare, added[name] = addon.describe(bare)
     plan, full = _plan_to_save(bare), full_network(bare)
-    hidden = {f"{_HIDDEN}{name}": buffer for name, buffer in _hidden(full).items()}
-    tensors = plain_copies(model.state_dict() | hidden)
+    tensors = model.state_dict() | hidden_buffers(full)
     recipe = fitting_recipe(full, plan is None, arguments)
-    data: dict[str, Any] = {**described, "class": type(model).__name__, "recipe": recipe}
-    data["attributes"] = attributes_of(full)
+    data: dict[str, Any] = {**added, "class": type(model).__name__, "recipe": recipe, "versions": _versions()}
+    data["modules"] = describe(full)
     if plan is not None:
         data["plan"], units = encode(plan)
         data["registered"] = [column.width for column in slim_state(bare).columns[len(plan.widths) :]]
         tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
-    metadata = {"format": _FORMAT, "model": json.dumps(data)}
-    write_aside(Path(path), lambda aside: save_file(tensors, aside, metadata))
+    write_tensors(Path(path), tensors, {"format": _FORMAT, "model": json.dumps(data)})
 
 
 @overload
@@ -90,10 +92,12 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         path: path of the file.
         model: the plain full-width network, with any weights, if the file has no recipe for timm; it is not changed.
 
-    Raises: CheckpointError: if the file is missing, damaged, foreign, or of another network; the message says which.
+    Raises: CheckpointError: if the file is missing, damaged or foreign, or of another network, one whose modules,
+        settings (such as strides and activations) or tensors differ; the message names the differences.
     """
     if model is not None:
         check_module("load", model)
+    check_path("load", path=path)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
@@ -102,16 +106,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         )
     if model is not None and any(is_slim(module) for module in model.modules()):
         raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
-    network = build(data["recipe"]) if model is None else copy_of(model)
     try:
-        network = _fill(network, data, tensors)
+        return _restored(data, tensors, model).eval()
     except SlimmableError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError) as error:
+    except Exception as error:  # made by a description that is no such thing
         raise CheckpointError(
             f"{path} cannot be loaded: its description of the model is invalid ({type(error).__name__}: {error})"
         ) from error
-    return network.eval()
 
 
 def _plan_to_save(model: nn.Module) -> Plan | None:
@@ -134,59 +136,60 @@ def _plan_to_save(model: nn.Module) -> Plan | None:
     return plan
 
 
-def _hidden(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of a plain network that are not in the state dict."""
-    saved = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+def _versions() -> dict[str, str]:
+    from slimmable import __version__
+
+    return {"slimmable": __version__, "timm": version("timm"), "torch": torch.__version__}
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
+    if CHECKSUM not in metadata:
+        raise CheckpointError(f"{path} cannot be read; it is damaged: its checksum is missing")
     try:
         return dict(json.loads(metadata["model"])), tensors
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged ({error})") from error
 
 
-def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and tensors of a safetensors file; refuse it if its metadata do not name this format."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != form:
-                raise CheckpointError(f"{path} was not written by {made_by}")
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
-
-
-def _fill(network: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    hidden = {name.removeprefix(_HIDDEN): tensors.pop(name) for name in list(tensors) if name.startswith(_HIDDEN)}
-    _resize(network, hidden, _hidden(network))
-    set_attributes(network, data["attributes"])
+def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
+    """Return the model in a file. Nothing has memory before the file has been compared with the plain network."""
+    units = tensors.pop(_UNITS) if "plan" in data else torch.empty(0)
+    plain = skeleton(data["recipe"], [tensor.shape for tensor in tensors.values()]) if model is None else model
+    own = plain.state_dict(keep_vars=True) | hidden_buffers(plain)
+    more = "plan" in data or described(data)
+    given = {name: tensor for name, tensor in tensors.items() if name in own or not more}
+    differing, free = unlike(plain, data["modules"], given, narrow="plan" not in data)
+    if differing:
+        raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
+    kept = {name: tensor for name, tensor in own.items() if name in given}
+    network = copy_of(plain, {id(kept[name]): filled(kept[name], given[name], given[name].dtype) for name in kept})
+    take_over(network, free)
     if "plan" in data:
-        plan = decode(data["plan"], tensors.pop(_UNITS).numpy())
-        _check(network, plan)
-        network = apply_plan(network, plan)
+        if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
+            raise CheckpointError("it has more widths than its tensors are for")
+        network = apply_plan(network, decode(data["plan"], units.numpy(), partial(_check, network)))
         settings = [tuple(setting) if isinstance(setting, list) else float(setting) for setting in data["registered"]]
         with registered(network, settings):
             pass
-    else:
-        _resize(network, tensors, network.state_dict(keep_vars=True))
     network = restore_all(network, data)
     own = network.state_dict(keep_vars=True)
-    differing = differences(own, tensors, most=5)
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(HIDDEN)}
+    differing = differences(own, given, most=5)
     if differing:
         raise CheckpointError(f"its tensors are those of another network{differing}")
     for name, tensor in own.items():
-        tensor.data = tensor.data.to(tensors[name].dtype)
-    network.load_state_dict(tensors)
+        tensor.data = tensor.data.to(given[name].dtype)
+    network.load_state_dict(given)
     return network
+
+
+def _written_with(data: dict[str, Any]) -> str:
+    """Say with which other versions the file was written, "" if with these."""
+    other = [f"{name} {number}" for name, number in data["versions"].items() if _versions().get(name) != number]
+    here = [f"{name} {number}" for name, number in _versions().items() if data["versions"].get(name) != number]
+    return f"\n  written with {', '.join(other)}, here {', '.join(here)}" if other or here else ""
 
 
 def _check(network: nn.Module, plan: Plan) -> None:
@@ -208,22 +211,3 @@ def _check(network: nn.Module, plan: Plan) -> None:
             if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
                 raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
             at[name] = {} if isinstance(value, dict) else value
-
-
-def _resize(network: nn.Module, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Take sizes from the file, and the contents of buffers that are not in the state dict."""
-    replaced: dict[int, nn.Parameter] = {}
-    saved = network.state_dict(keep_vars=True).keys()
-    for name, tensor in own.items():
-        given = new.get(name)
-        if given is None or (given.shape == tensor.shape and name in saved):
-            continue
-        if not fits_inside(given.shape, tensor.shape):
-            raise CheckpointError(f"{name} has shape {tuple(given.shape)}, {tuple(tensor.shape)} in the full network")
-        path, _, last = name.rpartition(".")
-        module = network.get_submodule(path)
-        if isinstance(tensor, nn.Parameter):
-            small = torch.empty(given.shape, dtype=tensor.dtype, device=tensor.device)
-            module._parameters[last] = replaced.setdefault(id(tensor), nn.Parameter(small, tensor.requires_grad))
-        else:
-            module._buffers[last] = given.to(tensor.device)

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -55,8 +57,10 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
     return {**written, "lengths": [len(ids) for ids in units]}, np.concatenate([*units, np.zeros(0, np.int64)])
 
 
-def decode(data: dict[str, Any], units: Units) -> Plan:
+def decode(data: dict[str, Any], units: Units, check: Callable[[Plan], object]) -> Plan:
     """Return the plan that `encode` wrote, with None for empty caches, whose values are the model's.
+
+    `check` raises if the plan does not belong to the model; it is called before anything is computed with its numbers.
 
     Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan.
     """
@@ -113,6 +117,11 @@ def decode(data: dict[str, Any], units: Units) -> Plan:
         [(int(macs), tuple(map(axis, numbers))) for macs, numbers in data["products"]],
         {(path, name): shape for path, name, shape in rows("sizes", str, str, _numbers)},
     )
+    for (path, name, position), value in attributes.items():
+        full = reduce(getitem, position, plan.channels.attributes[path, name])
+        if value != full:
+            raise CheckpointError(f"it has two values of {path}.{name}, {value!r} and {full!r}")
+    check(plan)
     plan.columns += [_column(plan, counts) for counts in data["counts"]]
     if plan.columns and plan.columns[0].counts != sizes:
         raise CheckpointError("its full width is not the full network")

@@ -3,17 +3,17 @@
 import argparse
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimmable._convert import WIDTHS, slimify
+from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.construction import differences
+from slimmable.files.construction import differences, filled
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
@@ -42,11 +42,8 @@ def load_slimclr(
         widths: widths that the network was trained with; by default those of the released ones. Sub-networks must share
             their weights (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
 
-    Raises:
-        CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the message
-            then lists all entries that are missing, unknown or of another shape.
-        UsageError: if `checkpoint` is neither a path nor a dict.
-        WidthError: if `widths` is invalid.
+    Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the
+        message then lists all entries that are missing, unknown or of another shape.
 
     Source: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, arXiv 2209.15525.
 
@@ -63,20 +60,20 @@ def load_slimclr(
     switched = "fc.linears.0.weight" in given
     scores = given.get("fc.linears.0.weight" if switched else "fc.weight")
     classes = 0 if scores is None else next(iter(scores.shape), 0)
-    model = timm.create_model("resnet50", num_classes=0 if switched else classes)
-    model = slimify(model, checked, inplace=True)
-    if switched:
-        model.fc = SwitchableProbe(2048, classes, checked)
-        vars(model)["num_classes"] = classes
-    own = {_published(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    differing = differences({name: tensor for name, (_, tensor) in own.items()}, given)
+    with torch.device("meta"):  # no memory before all tensors have been compared
+        model = timm.create_model("resnet50", num_classes=0 if switched else classes)
+        model = slimify(model, checked, inplace=True)
+        if switched:
+            model.fc = SwitchableProbe(2048, classes, checked)
+            vars(model)["num_classes"] = classes
+    own = {_published(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    differing = differences(own, given)
     if differing:
         raise CheckpointError(
             f"{source} is not a ResNet-50 of the published SlimCLR code with widths {checked}; "
             f"if it has other widths, pass them, as in load_slimclr(..., widths=...){differing}"
         )
-    model.load_state_dict({own[name][0]: tensor for name, tensor in given.items()})
-    return model.eval()
+    return copy_of(model, {id(own[name]): filled(own[name], given[name], own[name].dtype) for name in own}).eval()
 
 
 def _published(name: str) -> str:
@@ -119,9 +116,10 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     source, data = "the checkpoint", checkpoint
     if isinstance(checkpoint, (str, os.PathLike)):
         source = str(checkpoint)
-        if not Path(source).is_file():
+        if not os.path.isfile(source):
             raise CheckpointError(f"there is no file {source}")
         try:
+            _check_archive(source)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 data = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
@@ -135,7 +133,26 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
         data = data.get("state_dict", data)
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{source} holds no state dict, but a {type(data).__name__}")
-    other = [f"{name} ({type(value).__name__})" for name, value in data.items() if not isinstance(value, Tensor)]
-    if other or not all(isinstance(name, str) for name in data):
+    names = [f"a {type(name).__name__}" for name in data if not isinstance(name, str)]
+    other = names or [f"{name:.80} ({_kind(value)})" for name, value in data.items() if _kind(value) != "numbers"]
+    if other:
         raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
     return source, data
+
+
+def _kind(value: object) -> str:
+    """Return "numbers" for a plain tensor with as much memory as it shows, or else what it is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
+    if not plain or value.untyped_storage().nbytes() < value.nbytes:
+        return f"a tensor of {value.dtype}, {value.layout} on {value.device}, not a plain one"
+    return "numbers"
+
+
+def _check_archive(path: str) -> None:
+    """Raise ValueError if a file is an archive that would be larger when unpacked, which `torch.save` never writes."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("its parts are larger than the file")

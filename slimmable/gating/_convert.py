@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from slimmable._addons import ADDONS, AddOn
-from slimmable._checks import check_module, check_positive
+from slimmable._checks import check_positive, check_whole, checked
 from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
@@ -31,6 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 _PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")  # of a state dict's name
 
 
+@checked
 def gate(
     model: M,
     *,
@@ -65,9 +66,8 @@ def gate(
         temperature, open_at_zero, bias: passed to each `ChannelGate`.
         inplace: gate `model` itself and return it.
 
-    Raises:
-        ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced.
-        UsageError: if the model already has gates, or an argument is out of range. After an error nothing has changed.
+    Raises: ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced. UsageError:
+        if the model already has gates, or an argument is out of range. After an error nothing has changed.
 
     Source: Krishna et al. 2023 gate the inner channels of residual blocks; this package adds other architectures and
         widths.
@@ -83,7 +83,7 @@ def gate(
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
     """
-    check_module("gate", model)
+    check_whole("gate", model)
     if gates_in(model):
         raise UsageError(f"this {type(model).__name__} already has gates; remove them with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
@@ -111,6 +111,7 @@ def gate(
     return target
 
 
+@checked
 def ungate(model: M) -> M:
     """Remove the gates and the gated pass's norms from a model in place, and return it.
 
@@ -120,7 +121,6 @@ def ungate(model: M) -> M:
     >>> len(model.state_dict()), len(ungate(model).state_dict())
     (15, 6)
     """
-    check_module("ungate", model)
     for module in list(model.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, GateHook):
@@ -136,6 +136,7 @@ def ungate(model: M) -> M:
     return cast(M, replace_modules(model, {id(norm): norm.without() for norm in norms}))
 
 
+@checked
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model's gates, for a separate optimizer group; empty for a model without gates.
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._checks import check_module
+from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import example_of
 from slimmable._nested import output_tensors
@@ -24,6 +25,7 @@ from slimmable.view.state import is_slim
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 
 
+@checked
 def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) -> GatePlan:
     """Return which channel groups `gate` would give gates, and why the others get none; the model is not changed.
 
@@ -39,7 +41,6 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     without a gate:
          8  0: its layer reads the model's input, of which a gate learns little
     """
-    check_module("gate_plan", model)
     own: GatePlan | None = model.__dict__.get(PLAN)
     if own is not None and example_inputs is None and skip == ():
         return own
@@ -85,10 +86,12 @@ def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMac
 def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     tensors = output_tensors((args, kwargs))
     if not tensors or not tensors[0].ndim or not len(tensors[0]):
-        raise ConversionError("gates are for models whose first input is a tensor with one row per image")
+        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
+        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
     return len(tensors[0])
 
 
+@torch.inference_mode(False)
 def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
     bare = plain(model)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_positive
+from slimmable._checks import check_floats, check_is_module, check_matrices, checked
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
@@ -20,6 +20,7 @@ TEMPERATURE = 2 / 3
 _TINY = 1e-8  # keeps the logarithms of the noise finite
 
 
+@checked
 def hard_mask(
     logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
 ) -> Tensor:
@@ -43,8 +44,11 @@ def hard_mask(
     >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.9, 0.4, 0.5]))
     tensor([1., 0., 1.])
     """
+    check_floats("hard_mask", logits=logits, uniform=logits if uniform is None else uniform)
     if uniform is None:
         return (logits >= 0 if open_at_zero else logits > 0).to(logits.dtype)
+    if uniform.shape != logits.shape:
+        raise DataError(f"hard_mask: uniform has shape {tuple(uniform.shape)}, logits {tuple(logits.shape)}")
     noise = torch.log(uniform + _TINY) - torch.log(1 - uniform + _TINY)
     soft = torch.sigmoid((logits + noise) / temperature)
     return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
@@ -69,8 +73,6 @@ class ChannelGate(nn.Module):
         temperature, open_at_zero: as in `hard_mask`.
         bias: add a learned bias per unit to the logits.
 
-    Raises: UsageError: if an argument is out of range.
-
     >>> gate = ChannelGate(16, 24).eval()
     >>> gate(torch.randn(2, 16)).shape, gate.macs
     (torch.Size([2, 24]), 160)
@@ -78,6 +80,7 @@ class ChannelGate(nn.Module):
 
     threshold: Tensor
 
+    @checked
     def __init__(
         self,
         channels: int,
@@ -88,9 +91,6 @@ class ChannelGate(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if min(channels, units) < 1:
-            raise UsageError(f"ChannelGate: channels and units must be at least 1, got {channels} and {units}")
-        check_positive("ChannelGate", temperature=temperature)
         hidden = _hidden(channels)
         self.reduce = nn.Linear(channels, hidden, bias=False)
         self.norm = nn.BatchNorm1d(hidden)
@@ -108,9 +108,11 @@ class ChannelGate(nn.Module):
         """Multiply-adds per image."""
         return gate_macs(self.reduce.in_features, self.expand.out_features)
 
+    @checked
     def logits(self, pooled: Tensor) -> Tensor:
         """Return one logit per unit: (images, channels) -> (images, units)."""
-        if pooled.ndim != 2 or pooled.shape[1] != self.reduce.in_features:
+        check_matrices("ChannelGate", pooled=pooled)
+        if pooled.shape[1] != self.reduce.in_features:
             raise DataError(
                 f"ChannelGate: expected pooled features of shape (images, {self.reduce.in_features}), "
                 f"got {tuple(pooled.shape)}"
@@ -258,6 +260,7 @@ def gates_in(model: nn.Module) -> list[LayerGates]:
 
 def has_gates(model: nn.Module) -> bool:
     """Return whether a model has gates."""
+    check_is_module("has_gates", model)
     return bool(gates_in(model))
 
 

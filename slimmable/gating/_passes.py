@@ -9,9 +9,9 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_module, check_not_negative, number_or_nan
+from slimmable._checks import check_floats, check_module, check_not_negative, check_number, checked
 from slimmable._distributed import gather
-from slimmable._inputs import image_batch
+from slimmable._inputs import image_batch, is_size
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._find import macs_for
 from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
@@ -53,7 +53,7 @@ class PassNorm(SwitchableNorm):
         """Undo `of`: return the original norm, switchable or not."""
         del self._modules["gated"], self.__dict__["active_pass"]
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
-        return self.full if self.__dict__.pop("inside") else self
+        return self.to_norm() if self.__dict__.pop("inside") else self
 
     def of_gated_pass(self, index: int) -> nn.Module:
         """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""
@@ -158,7 +158,7 @@ class GatedPass:
         found: GatePlan = root.__dict__[PLAN]
         macs = found.macs
         if input_size is not None:
-            if not isinstance(input_size, (tuple, list)):
+            if not is_size(input_size) or not input_size:
                 raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
             size = tuple(input_size)
             if size not in self._sizes:
@@ -258,6 +258,7 @@ def _during(wanted: Pass, model: nn.Module) -> Iterator[None]:
 
 
 # -- the losses that keep a gated network to its budget
+@checked
 def annealed(
     epoch: float, *, start: float = 1.0, end: float = 0.0, alpha: float = 0.02, first_epoch: float = 0
 ) -> float:
@@ -265,16 +266,14 @@ def annealed(
 
     Before `first_epoch` it is `start`. With the defaults it is `p` of the bound loss (Krishna et al. 2023).
 
-    Raises: UsageError: if the epoch is not a number.
-
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
     """
-    if math.isnan(number_or_nan(epoch)):
-        raise UsageError(f"annealed: epoch must be a number, got {epoch!r}")
+    check_number("annealed", start=start)
     return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))
 
 
+@checked
 def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
     """Return `weight * (mean share - budget)^2` (Krishna et al. 2023, computational budget).
 
@@ -283,15 +282,15 @@ def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
         budget: the target mean, in (0, 1).
         weight: the paper's lambda.
 
-    Raises: UsageError: if the budget is outside (0, 1).
-
     >>> budget_loss(torch.tensor([0.4, 0.6]), budget=0.3)
     tensor(0.2000)
     """
-    check_budget("budget_loss", budget)
+    check_not_negative("budget_loss", weight=weight)
+    check_floats("budget_loss", share=share)
     return weight * (share.mean() - budget) ** 2
 
 
+@checked
 def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 1.0) -> Tensor:
     """Return the penalty on gates that open less than `p s` or more than `1 - p + p s` of their units.
 
@@ -305,15 +304,14 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
         p: tightness of the bounds, in [0, 1]; see `annealed`.
         weight: the paper's gamma.
 
-    Raises: UsageError: if `budget` or `p` is out of range. DataError: if there is no gate.
+    Raises: DataError: if there is no gate.
 
     >>> bound_loss(torch.tensor([0.1, 0.5, 1.0]), budget=0.25, p=1.0)
     tensor(0.1367)
     """
-    check_budget("bound_loss", budget)
-    if not 0 <= number_or_nan(p) <= 1:
-        raise UsageError(f"bound_loss: p, the tightness of the bounds, must be in [0, 1], got {p!r}")
-    if open_fractions.ndim != 1 or not len(open_fractions):
+    check_not_negative("bound_loss", weight=weight)
+    check_floats("bound_loss", open_fractions=open_fractions)
+    if open_fractions.ndim != 1:
         raise DataError(f"bound_loss: expected one number per gate, shape (gates,), got {tuple(open_fractions.shape)}")
     root = math.sqrt(budget)
     below = torch.relu(p * root - open_fractions)
@@ -321,6 +319,7 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
     return weight * (below.square().mean() + above.square().mean())
 
 
+@checked
 def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> Tensor:
     """Return the fraction of units that each gate opens, averaged over the images: shape (gates,).
 
@@ -334,6 +333,9 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
     >>> open_fractions([torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.zeros(2, 4)])
     tensor([0.7500, 0.0000])
     """
+    masks = list(masks) if isinstance(masks, Iterable) else [masks]
+    for at, mask in enumerate(masks):
+        check_floats("open_fractions", **{f"masks[{at}]": mask})
     found = [mask.mean() if closed_gradient else mask.abs().mean() for mask in masks]
     if not found:
         raise DataError("open_fractions: there is no mask; run the model in a gated pass first")
@@ -359,8 +361,6 @@ class GateBudget(nn.Module):
         first_epoch: when they begin to widen.
         closed_gradient: as in `open_fractions`.
 
-    Raises: UsageError: if the budget is outside (0, 1), or another number is negative.
-
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
@@ -371,6 +371,7 @@ class GateBudget(nn.Module):
     torch.Size([])
     """
 
+    @checked
     def __init__(
         self,
         budget: float,
@@ -382,9 +383,6 @@ class GateBudget(nn.Module):
         closed_gradient: bool = True,
     ) -> None:
         super().__init__()
-        check_budget("GateBudget", budget)
-        weights = {"budget_weight": budget_weight, "bound_weight": bound_weight}
-        check_not_negative("GateBudget", **weights, alpha=alpha, first_epoch=first_epoch)
         self.budget, self.budget_weight, self.bound_weight = budget, budget_weight, bound_weight
         self.alpha, self.first_epoch, self.closed_gradient = alpha, first_epoch, closed_gradient
         self.reached: Tensor | None = None
@@ -407,11 +405,3 @@ class GateBudget(nn.Module):
         """Return the settings, as in the constructor."""
         weights = f"budget_weight={self.budget_weight}, bound_weight={self.bound_weight}"
         return f"budget={self.budget}, {weights}, alpha={self.alpha}"
-
-
-def check_budget(where: str, budget: object) -> None:
-    """Raise `UsageError` for a budget outside (0, 1)."""
-    if not 0 < number_or_nan(budget) < 1:
-        raise UsageError(
-            f"{where}: budget is a share of the dense network's multiply-adds and must be in (0, 1), got {budget!r}"
-        )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_module, number_or_nan
+from slimmable._checks import checked, number_or_nan
 from slimmable._convert import apply_plan, copy_of, extract, strip
 from slimmable._modules import in_eval_mode
 from slimmable._width import at_width
@@ -19,7 +19,7 @@ from slimmable.analysis.importance import permute
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._convert import ungate
 from slimmable.gating._gates import ChannelGate
-from slimmable.gating._passes import GatedPass, PassNorm, check_budget, gated, gates_of
+from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
 from slimmable.gating._plan import PLAN, GatePlan
 from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 
@@ -30,6 +30,7 @@ _HALVINGS = 40
 _CLOSE = 5e-4  # tolerance, as a share of the dense multiply-adds
 
 
+@checked
 @torch.no_grad()
 def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
     """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64.
@@ -40,9 +41,8 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
         model: a gated model.
         loader: batches as for `calibrate_bn`.
 
-    Raises:
-        UsageError: if the model has no gates, or the loader is not an iterable of batches.
-        DataError: if the loader is empty or holds anything other than batches.
+    Raises: UsageError: if the model has no gates, or the loader is not an iterable of batches. DataError: if the loader
+        is empty or holds anything other than batches.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -61,6 +61,7 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
     return {name: torch.stack([each[name] for each, _ in opened]).sum(0) / images for name in opened[0][0]}
 
 
+@checked
 @torch.no_grad()
 def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
     """Set the gates' thresholds in place so that gated passes cost `budget` on average; return their actual share.
@@ -76,10 +77,9 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
         loader: batches as for `calibrate_bn`; it is iterated over about 15 times.
         budget: target multiply-adds as a share of the dense network's, in (0, 1).
 
-    Raises:
-        UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all open;
-            if the model has no gates, or the loader can be iterated over only once.
-        DataError: if the loader is empty or holds anything other than batches.
+    Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
+        open; if the model has no gates, or the loader can be iterated over only once. DataError: if the loader is empty
+        or holds anything other than batches.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -88,7 +88,6 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
     """
-    check_budget("calibrate_gates", budget)
     if isinstance(loader, Iterator):
         raise UsageError(
             "calibrate_gates: the loader is iterated over many times; give a list or a DataLoader, not an iterator"
@@ -135,7 +134,7 @@ def _over_batches(
 ) -> list[Taken]:
     """Run a gated pass in eval mode on each batch, and return the results of `take`."""
     gates_of(where, model)
-    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+    if isinstance(loader, (Tensor, str)) or not isinstance(loader, Iterable):
         raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
     device = next(model.parameters()).device
     found = []
@@ -150,6 +149,7 @@ def _over_batches(
     return found
 
 
+@checked
 def extract_gated(
     model: M,
     loader: Iterable[ModelInput],
@@ -173,10 +173,9 @@ def extract_gated(
             16 suit most hardware. An attention head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
-    Raises:
-        UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
-            smallest network; if the model has no gates, or `loader` can be iterated over only once.
-        DataError: as `gate_activity`.
+    Raises: UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
+        smallest network; if the model has no gates, or `loader` can be iterated over only once. DataError: as
+        `gate_activity`.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -185,16 +184,12 @@ def extract_gated(
     >>> type(small[2]), small[2].out_features
     (<class 'torch.nn.modules.linear.Linear'>, 14)
     """
-    check_module("extract_gated", model)
-    check_count("extract_gated", round_to=round_to)
     if (keep is None) == (budget is None):
         raise UsageError(
             "extract_gated: give either keep, a fraction of the images, or budget, a share of multiply-adds"
         )
     if keep is not None and not 0 < number_or_nan(keep) <= 1:
         raise UsageError(f"extract_gated: keep is a fraction of the images and must be in (0, 1], got {keep!r}")
-    if budget is not None:
-        check_budget("extract_gated", budget)
     if recalibrate and isinstance(loader, Iterator):
         raise UsageError(
             "extract_gated: the loader is iterated over twice; give a list or a DataLoader, not an iterator"

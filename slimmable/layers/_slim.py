@@ -1,16 +1,18 @@
 """Slimmable layers: torch's linear layer, convolutions, LayerNorm and GroupNorm with slices of their weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from slimmable._checks import check_flags, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, kept_of, kept_units
-from slimmable.errors import ConversionError, WidthError
-from slimmable.view.state import is_slim
+from slimmable.errors import ConversionError, InputError, SlimmableError, WidthError
+from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
 Layer = TypeVar("Layer", bound="SlimLayer")
@@ -18,7 +20,28 @@ Plain = TypeVar("Plain", bound=nn.Module)
 _Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
-class SlimLayer(nn.Module):
+class Explained(nn.Module):
+    """A layer made by hand, which says what to do if it cannot read its input at the active width."""
+
+    _slim: WidthState
+    _if_full: ClassVar[str] = "use torch's own layer"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the layer at its active width."""
+        try:
+            output: Tensor = super().forward(input)
+        except (SlimmableError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"{type(self).__name__} at width {self._slim.active.width} cannot read {shown(input)}: {error}; "
+                f"if the input is full at every width, as images are, {self._if_full}, otherwise make the layer before "
+                "it slimmable too, with the same widths"
+            ) from error
+        return output
+
+
+class SlimLayer(Explained):
     """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
 
     _slim_plain: ClassVar[type[nn.Module]]
@@ -32,7 +55,7 @@ class SlimLayer(nn.Module):
         """Return the slimmable twin of a layer of exactly torch's class: it shares Parameters and training flag."""
         if type(module) is not cls._slim_plain:
             raise ConversionError(
-                f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {type(module).__name__}, "
+                f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
                 "which may compute something else; slimmable.slimify converts any module"
             )
         slim = twin_of(module, cls)
@@ -51,10 +74,17 @@ class SlimLayer(nn.Module):
 
 class _SlimProduct(SlimLayer):
     weight: Tensor
+    _if_full = "pass slim_in=False to this layer"
+
+    def _makes_fewer_than(self, shape: Sequence[int]) -> bool:
+        """Tell whether a tensor of this shape needs all units that the layer makes, but it makes fewer if narrow."""
+        cut = self._slim.columns[-1].cuts.get("weight")
+        return cut is not None and cut.full[0] in shape and (cut.sizes[0] < cut.full[0] or 0 in dict(cut.picks))
 
     def _install(
         self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
     ) -> None:
+        check_flags(type(self).__name__, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
         rows: list[Kept]
         (outs, in_size, *kernel), count = self.weight.shape, getattr(self, "groups", 1)
         out_size, groups = outs // count, [count] * len(widths)
@@ -88,8 +118,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
         slim_out: False if the output should be full at every width, such as class scores and embeddings.
         overlap: False gives the narrower widths disjoint features; see `SlimConv2d`.
 
-    Raises:
-        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -100,6 +129,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     _slim_plain = nn.Linear
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -129,6 +159,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 class _SlimConv(_SlimProduct, _ConvNd):
     """The common base; see `SlimConv2d`."""
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -190,8 +221,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
             weights of Zhao et al., SlimCLR, IJCV 2024).
 
-    Raises:
-        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -209,9 +239,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
         `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
-        Raises:
-            ConversionError: unless `conv` is exactly an `nn.Conv2d`.
-            WidthError: as the constructor.
+        Raises: ConversionError: unless `conv` is exactly an `nn.Conv2d`. WidthError: as the constructor.
         """
         return cls._from_torch(conv, widths, **options)
 
@@ -248,9 +276,6 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> import torch
     >>> from slimmable import at_width
     >>> norm = SlimLayerNorm(8, widths=(1.0, 0.5))
@@ -261,6 +286,7 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
 
     _slim_plain = nn.LayerNorm
 
+    @checked
     def __init__(
         self,
         normalized_shape: int | list[int] | tuple[int, ...],
@@ -304,9 +330,6 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         num_groups, num_channels, eps, affine, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
     >>> with at_width(norm, 0.5):
@@ -316,6 +339,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
 
     _slim_plain = nn.GroupNorm
 
+    @checked
     def __init__(
         self,
         num_groups: int,
@@ -352,6 +376,24 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     def to_groupnorm(self) -> nn.GroupNorm:
         """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
         return self._to_torch(nn.GroupNorm)
+
+
+def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
+    """Raise `ConversionError` if, in a Sequential, a plain layer reads units of which a slim one makes fewer."""
+    maker: _SlimProduct | None = None
+    for name, layer in layers.items():
+        if isinstance(layer, _SlimProduct):
+            maker = layer
+        elif layer is not None and not is_slim(layer):
+            tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
+            across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels
+            if maker is not None and not across and any(maker._makes_fewer_than(tensor.shape) for tensor in tensors):
+                raise ConversionError(
+                    f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__} "
+                    "before it makes fewer units at narrow ones; use a layer of slimmable.layers, such as "
+                    "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimmable.slimify"
+                )
+            maker = None if tensors else maker
 
 
 # -- the units of an axis that each width keeps

@@ -6,17 +6,21 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._checks import check_flags, checked
 from slimmable._widths import check_widths, kept_units
 from slimmable.errors import ConversionError
+from slimmable.layers._slim import Explained
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.norms import SwitchableNorm
 
 Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
 
 
-class _SwitchableBatchNorm(SwitchableNorm):
+class _SwitchableBatchNorm(Explained, SwitchableNorm):
     _torch_class: ClassVar[type[_BatchNorm]]
+    _if_full = "pass slim=False to this norm"
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -34,6 +38,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
         self._fill(norm, widths, slim)
 
     def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool) -> None:
+        check_flags(type(self).__name__, slim=slim)
         checked = check_widths(widths)
         kept = [kept_units(norm.num_features, width) if slim and width < 1 else None for width in checked]
         SwitchableNorm.__init__(self, norm, checked, kept)
@@ -42,9 +47,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
     def from_batchnorm(cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True) -> Norm:
         """Return a switchable norm with `norm` itself for the full width and cut copies for the narrower ones.
 
-        Raises:
-            ConversionError: if `norm` is not a batch norm.
-            WidthError: if `widths` is invalid.
+        Raises: ConversionError: if `norm` is not a batch norm.
         """
         if not isinstance(norm, _BatchNorm):
             raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
@@ -54,7 +57,7 @@ class _SwitchableBatchNorm(SwitchableNorm):
 
     def to_batchnorm(self) -> _BatchNorm:
         """Return the batch norm of the full width, the module itself, not a copy."""
-        return cast(_BatchNorm, self.full)
+        return cast(_BatchNorm, self.to_norm())
 
     def __repr__(self) -> str:
         if type(self.full) is not self._torch_class:
@@ -85,9 +88,6 @@ class SwitchableBatchNorm2d(_SwitchableBatchNorm):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim: False if the input is full at every width; statistics are still separate.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
     >>> list(norm.state_dict())[:4]
     ['running_mean', 'running_var', 'num_batches_tracked', 'narrow.0.running_mean']
@@ -109,7 +109,7 @@ class SwitchableBatchNorm3d(_SwitchableBatchNorm):
 SwitchableBatchNorm = SwitchableBatchNorm2d
 
 
-class SwitchableProbe(SwitchableContainer):
+class SwitchableProbe(Explained, SwitchableContainer):
     """One linear classifier per width, on the features of that width.
 
     The best classifier on part of the features is not a slice of the best classifier on all of them, unless they are
@@ -125,9 +125,6 @@ class SwitchableProbe(SwitchableContainer):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         bias, device, dtype: as in `nn.Linear`.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> import torch
     >>> from slimmable import at_width
     >>> probe = SwitchableProbe(8, 10, (1.0, 0.5))
@@ -136,6 +133,9 @@ class SwitchableProbe(SwitchableContainer):
     torch.Size([2, 10])
     """
 
+    _if_full = "use one nn.Linear for all widths"
+
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -156,9 +156,7 @@ class SwitchableProbe(SwitchableContainer):
     def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> "SwitchableProbe":
         """Return a probe with `linear` itself for the full width and cut copies of it for the narrower ones.
 
-        Raises:
-            ConversionError: if `linear` is not a linear layer.
-            WidthError: if `widths` is invalid.
+        Raises: ConversionError: if `linear` is not a linear layer.
         """
         if not isinstance(linear, nn.Linear):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")

@@ -4,14 +4,14 @@ The functions of distillation take a student's and a teacher's output, both of s
 scalar. No gradient flows into the teacher.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_fraction, check_not_negative, check_positive, check_same_shape
+from slimmable._checks import are_class_numbers, check_floats, check_fraction, check_number, check_same_shape, checked
 from slimmable._numerics import at_least_float32, unit_vectors
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, UsageError, WidthError
@@ -20,6 +20,7 @@ DistillationKind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
 Teachers = Literal["widest", "all wider"]
 
 
+@checked
 def soft_cross_entropy(
     student: Tensor, teacher: Tensor, teacher_temperature: float = 5.0, student_temperature: float = 5.0
 ) -> Tensor:
@@ -28,25 +29,23 @@ def soft_cross_entropy(
     The distillation of SlimCLR (Zhao et al. 2024, "online distillation", after Hinton et al. 2015). The teacher's
     entropy is not subtracted; the gradient is that of the Kullback-Leibler divergence.
 
-    Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
+    Raises: DataError: if the shapes differ.
 
     >>> soft_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), 1.0, 1.0)  # log 4
     tensor(1.3863)
     """
     student, teacher = _prepare("soft_cross_entropy", student, teacher)
-    check_positive(
-        "soft_cross_entropy", teacher_temperature=teacher_temperature, student_temperature=student_temperature
-    )
     targets = (teacher / teacher_temperature).softmax(1)
     return student_temperature**2 * F.cross_entropy(student / student_temperature, targets)
 
 
+@checked
 def embedding_cross_entropy(
     student: Tensor, teacher: Tensor, teacher_temperature: float = 5.0, student_temperature: float = 5.0
 ) -> Tensor:
     """Return `soft_cross_entropy` of embeddings scaled to unit length, with features in place of classes.
 
-    Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
+    Raises: DataError: if the shapes differ.
 
     >>> z = torch.eye(2)
     >>> bool(embedding_cross_entropy(z, z) == embedding_cross_entropy(7 * z, z))
@@ -68,6 +67,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student, teacher)
 
 
+@checked
 def decoupled_distillation(
     student: Tensor,
     teacher: Tensor,
@@ -81,16 +81,13 @@ def decoupled_distillation(
     `alpha` weights the divergence of "target or not", `beta` that among the other classes. `target` is the column of
     the right class: one for all rows, or a tensor of shape (batch,). In this package's logits it is column 0.
 
-    Raises: DataError: if the shapes do not match, or there is only one class. UsageError: if the temperature is not
-        positive, or a weight is negative.
+    Raises: DataError: if the shapes do not match, or there is only one class.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> decoupled_distillation(logits, logits)
     tensor(0.)
     """
     student, teacher = _prepare("decoupled_distillation", student, teacher)
-    check_positive("decoupled_distillation", temperature=temperature)
-    check_not_negative("decoupled_distillation", alpha=alpha, beta=beta)
     of_target, of_others = [], []
     for logits in (student / temperature, teacher / temperature):
         right, others = _split(logits, target)
@@ -100,20 +97,20 @@ def decoupled_distillation(
     return temperature**2 * (alpha * _divergence(*of_target) + beta * _divergence(*of_others))
 
 
+@checked
 def standardised_distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, scale: float = 2.0) -> Tensor:
     """Return the divergence of logits that are standardised row by row and multiplied by `scale` ("atkd").
 
     This is the Kullback-Leibler divergence at `temperature`, times the temperature squared, as in the code of SlimCLR
     (Zhao et al. 2024). The gradient flows through the student's standardisation.
 
-    Raises: DataError: if the shapes differ. UsageError: if the temperature or `scale` is not positive.
+    Raises: DataError: if the shapes differ.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> standardised_distillation(logits, 10 * logits) < 1e-6
     tensor(True)
     """
     student, teacher = _prepare("standardised_distillation", student, teacher)
-    check_positive("standardised_distillation", temperature=temperature, scale=scale)
     standard = (F.layer_norm(logits, logits.shape[1:]) for logits in (student, teacher))
     return temperature**2 * _divergence(*((each * scale / temperature).log_softmax(1) for each in standard))
 
@@ -135,13 +132,13 @@ def _split(logits: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
         raise DataError(
             f"decoupled_distillation: logits of shape {tuple(logits.shape)} have no class other than the target"
         )
-    if isinstance(target, int):
+    if isinstance(target, int) and not isinstance(target, bool):
         if not 0 <= target < classes:
             raise DataError(f"decoupled_distillation: target column {target} is not among the {classes} classes")
         target = torch.full((batch,), target, device=logits.device)
     if not isinstance(target, Tensor):
         raise DataError(f"decoupled_distillation: target must be a column number or a tensor of them, got {target!r}")
-    if target.shape != (batch,) or target.is_floating_point():
+    if target.shape != (batch,) or not are_class_numbers(target):
         raise DataError(
             f"decoupled_distillation: target has shape {tuple(target.shape)} and type {target.dtype}, expected {batch} "
             f"column numbers for logits of shape {tuple(logits.shape)}"
@@ -183,7 +180,7 @@ class OnlineDistillation(nn.Module):
         teachers: "widest" uses only the first of several teachers, "all wider" averages the losses over all of them.
         weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].
 
-    Raises: UsageError: if an argument is invalid. DataError: when called with shapes that differ.
+    Raises: DataError: when called with shapes that differ.
 
     >>> distill = OnlineDistillation()
     >>> distill
@@ -192,6 +189,7 @@ class OnlineDistillation(nn.Module):
     tensor(34.6574)
     """
 
+    @checked
     def __init__(
         self,
         kind: DistillationKind = "kl",
@@ -202,14 +200,11 @@ class OnlineDistillation(nn.Module):
     ) -> None:
         super().__init__()
         kinds = get_args(DistillationKind)
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(kinds)}")
-        if teachers not in get_args(Teachers):
+        if not isinstance(teachers, str) or teachers not in get_args(Teachers):
             raise UsageError(f"OnlineDistillation: teachers must be 'widest' or 'all wider', got {teachers!r}")
         check_fraction("OnlineDistillation", weight=weight)
-        check_positive(
-            "OnlineDistillation", teacher_temperature=teacher_temperature, student_temperature=student_temperature
-        )
         self.kind: DistillationKind = kind
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
         self.teachers: Teachers = teachers
@@ -221,6 +216,7 @@ class OnlineDistillation(nn.Module):
         compare = _COMPARE[self.kind]
         return torch.stack([compare(student, teacher, *more) for teacher in self._chosen(teachers)]).mean()
 
+    @checked
     @torch.no_grad()
     def floor(self, teachers: Tensor | Sequence[Tensor]) -> Tensor:
         """Return the loss of a student that agrees with each of its teachers, which has no gradient.
@@ -308,8 +304,9 @@ def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tu
     return tuple(float(weight) for weight in _MODES[mode](list(widths)))
 
 
+@checked
 def slim_term(
-    loss: Tensor, distillation: Tensor | None = None, weight: float = 1.0, distill_weight: float = 0.5
+    loss: Tensor, distillation: Tensor | None = None, weight: float | Tensor = 1.0, distill_weight: float = 0.5
 ) -> Tensor:
     """Return one width's part of the step's loss, `k ((1 - a) C + a A)`, or `k C` without distillation.
 
@@ -318,11 +315,15 @@ def slim_term(
     >>> slim_term(torch.tensor(2.0), torch.tensor(4.0), weight=10.0, distill_weight=0.25)
     tensor(25.)
     """
+    check_floats("slim_term", 1, loss=loss, distillation=loss if distillation is None else distillation)
+    if not isinstance(weight, Tensor) or weight.numel() != 1:
+        check_number("slim_term", weight=weight)
     if distillation is None:
         return weight * loss
     return weight * ((1 - distill_weight) * loss + distill_weight * distillation)
 
 
+@checked
 def slim_loss(
     losses: Sequence[Tensor],
     distillations: Sequence[Tensor] = (),
@@ -346,6 +347,9 @@ def slim_loss(
     >>> slim_loss(c, a, weights=(1.5, 1.0))  # 1.5 * 3 + (5 + 7) / 2
     tensor(10.5000)
     """
+    for name, given in {"losses": losses, "distillations": distillations, "weights": weights}.items():
+        if isinstance(given, (str, Mapping)):
+            raise UsageError(f"slim_loss: {name} must be a list with an entry for each width, got {given!r:.80}")
     widths = len(losses)
     if not widths:
         raise UsageError("slim_loss: losses is empty; give at least the loss of the widest width")
@@ -358,4 +362,5 @@ def slim_loss(
         raise UsageError(f"slim_loss: {widths} losses and {len(weights)} weights; give one weight for each")
     taught: list[Tensor | None] = [None, *distillations] if len(distillations) else [None] * widths
     terms = zip(losses, taught, [1.0] * widths if weights is None else weights, strict=True)
-    return torch.stack([slim_term(loss, a, weight, distill_weight) for loss, a, weight in terms]).sum()
+    check_floats("slim_loss", 1, **{f"distillations[{at}]": each for at, each in enumerate(distillations)})
+    return torch.stack([slim_term(loss, a, weight, distill_weight).reshape(()) for loss, a, weight in terms]).sum()

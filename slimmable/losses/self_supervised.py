@@ -8,24 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_matrices, check_not_negative, check_positive, check_same_shape
+from slimmable._checks import check_matrices, check_same_shape, checked
 from slimmable._numerics import at_least_float32, matmul_without_autocast, unit_vectors
 from slimmable.errors import DataError
 
 
+@checked
 def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
     """Return the mean cross-entropy of `logits / temperature` with column 0 as the right class, a scalar in nats.
 
     This is the last step of the losses below: if distillation needs the logits anyway, compute them once and call this.
     `logits` has shape (batch, 1 + negatives).
 
-    Raises: DataError: if `logits` is not a floating-point matrix. UsageError: if `temperature` is not positive.
+    Raises: DataError: if `logits` is not a floating-point matrix.
 
     >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # all columns alike: log 5
     tensor(1.6094)
     """
     check_matrices("contrastive_cross_entropy", logits=logits)
-    check_positive("contrastive_cross_entropy", temperature=temperature)
     positive = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
     return F.cross_entropy(at_least_float32(logits) / temperature, positive)
 
@@ -44,7 +44,7 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
             [1.0000, 0.8000]])
     """
     check_same_shape("moco_logits", query=query, key=key)
-    check_matrices("moco_logits", queue=queue)
+    check_matrices("moco_logits", query=query, queue=queue)
     if queue.shape[0] != query.shape[1]:
         hint = "; it seems transposed" if queue.shape[1] == query.shape[1] else ""
         raise DataError(
@@ -106,6 +106,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:
     return contrastive_cross_entropy(nt_xent_logits(z0, z1), temperature)
 
 
+@checked
 def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
     """Return the logits of MoCo v3 for one direction: cosines divided by `temperature`.
 
@@ -113,14 +114,13 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     `query[i]`. For keys gathered from several processes, `offset` is `rank * batch`. The result has shape (batch, n):
     the positive in column 0, then the other keys in order.
 
-    Raises: DataError: if the shapes do not match. UsageError: if `temperature` is not positive.
+    Raises: DataError: if the shapes do not match.
 
     >>> moco_v3_logits(torch.eye(2), torch.eye(2), temperature=0.5)
     tensor([[2., 0.],
             [2., 0.]])
     """
     check_matrices("moco_v3_logits", query=query, keys=keys)
-    check_positive("moco_v3_logits", temperature=temperature)
     batch, end = query.shape[0], offset + query.shape[0]
     if keys.shape[1] != query.shape[1] or not 0 <= offset <= keys.shape[0] - batch:
         raise DataError(
@@ -132,6 +132,7 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     return torch.cat([own.diagonal()[:, None], logits[:, :offset], _off_diagonal(own), logits[:, end:]], dim=1)
 
 
+@checked
 def moco_v3_loss(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
     """Return the loss of MoCo v3 for one direction, a scalar: cross-entropy times `2 * temperature`.
 
@@ -159,6 +160,7 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return 2 - 2 * (unit_vectors(prediction) * unit_vectors(target.detach())).sum(1).mean()
 
 
+@checked
 def vicreg_loss(
     z0: Tensor, z1: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
 ) -> Tensor:
@@ -169,13 +171,12 @@ def vicreg_loss(
     the code of Krishna et al. 2023 (VICReg's own code halves the variance term). With several processes, gather both
     views first (`slimmable.training.gather`).
 
-    Raises: DataError: if the shapes differ, or the batch has fewer than two images. UsageError: if a factor is below 0.
+    Raises: DataError: if the shapes differ, or the batch has fewer than two images.
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # std .816 per feature, uncorrelated
     >>> vicreg_loss(z, z)
     tensor(9.1721)
     """
-    check_not_negative("vicreg_loss", invariance=invariance, variance=variance, covariance=covariance)
     check_same_shape("vicreg_loss", z0=z0, z1=z1)
     if z0.shape[0] < 2:
         raise DataError(f"vicreg_loss: batch of shape {tuple(z0.shape)} has no variance; give at least two images")
@@ -206,9 +207,9 @@ def _off_diagonal(square: Tensor) -> Tensor:
 
 
 class _WithTemperature(nn.Module):
+    @checked
     def __init__(self, temperature: float) -> None:
         super().__init__()
-        check_positive(type(self).__name__, temperature=temperature)
         self.temperature = temperature
 
     def extra_repr(self) -> str:
@@ -268,9 +269,9 @@ class VICRegLoss(nn.Module):
     VICRegLoss(invariance=25.0, variance=25.0, covariance=1.0)
     """
 
+    @checked
     def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
         super().__init__()
-        check_not_negative("VICRegLoss", invariance=invariance, variance=variance, covariance=covariance)
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_classes, check_fraction, check_not_negative, check_positive
+from slimmable._checks import check_classes, checked
 from slimmable._distributed import gather
 from slimmable.errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation, contrastive_cross_entropy, nt_xent_logits, vicreg_loss
@@ -21,16 +21,15 @@ class SimCLR(Method):
     Args:
         encoder: a converted `Encoder`.
         temperature: temperature of the loss; 0.1 for ImageNet, 0.5 for CIFAR.
-
-    Raises: UsageError: if `temperature` is not positive.
     """
 
+    @checked
     def __init__(self, encoder: nn.Module, *, temperature: float = 0.1) -> None:
         super().__init__(encoder)
-        check_positive("SimCLR", temperature=temperature)
         self.temperature = temperature
 
     @staticmethod
+    @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the projection head of two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
         last = nn.Linear(hidden_dim, proj_dim, bias=False)
@@ -52,18 +51,17 @@ class VICReg(Method):
     Args:
         encoder: a converted `Encoder`.
         invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg_loss`.
-
-    Raises: UsageError: if a factor is negative.
     """
 
+    @checked
     def __init__(
         self, encoder: nn.Module, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
     ) -> None:
         super().__init__(encoder)
-        check_not_negative("VICReg", invariance=invariance, variance=variance, covariance=covariance)
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     @staticmethod
+    @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the three-layer projection head (the "expander"): (batch, in_features) -> (batch, proj_dim)."""
         hidden = [*hidden_layer(in_features, hidden_dim), *hidden_layer(hidden_dim, hidden_dim)]
@@ -92,8 +90,6 @@ class Supervised(Method):
         encoder: a converted `Encoder` whose projector is the classifier: images in, class scores out.
         label_smoothing: fraction of the probability that is spread over all classes.
 
-    Raises: UsageError: if `label_smoothing` is not in [0, 1].
-
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
@@ -108,12 +104,13 @@ class Supervised(Method):
     views = 1
     two_passes = False
 
+    @checked
     def __init__(self, encoder: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__(encoder)
-        check_fraction("Supervised", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     @staticmethod
+    @checked
     def projector(in_features: int, num_classes: int) -> nn.Linear:
         """Return the classifier: (batch, in_features) -> (batch, num_classes)."""
         return nn.Linear(in_features, num_classes)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_module
-from slimmable._distributed import means_over_processes
+from slimmable._checks import check_function, check_is_module, checked
+from slimmable._distributed import means_over_processes, where_not_finite
 from slimmable._width import places_of, set_width
 from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.gating import GateBudget, dense, gated, has_gates
@@ -33,8 +33,10 @@ class Encoder(nn.Module):
     (torch.Size([2, 4]), torch.Size([2, 6]))
     """
 
+    @checked
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
+        check_is_module("Encoder: projector", projector)
         self.backbone = backbone
         self.projector = projector
 
@@ -75,8 +77,6 @@ class Method(nn.Module):
     Args:
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
 
-    Raises: UsageError: if `encoder` is not a module.
-
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder, SimCLR
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
@@ -94,9 +94,9 @@ class Method(nn.Module):
     two_passes: ClassVar[bool] = True
     """Whether the encoder sees more than one view, so that one can go through the gated network; see `step`."""
 
+    @checked
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        check_module(type(self).__name__, encoder)
         self.encoder = encoder
 
     @property
@@ -171,15 +171,14 @@ class Method(nn.Module):
                 et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
                 the whole training. Otherwise gates are off.
 
-        Raises:
-            DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error, as
-                a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
-                makes the CPU wait for the GPU.
-            UsageError: if the recipe belongs to another model, the batch has the wrong number of views, or `gates` is
-                given for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
-            DataError: if a view is not a tensor, or the views have different numbers of images.
+        Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
+            as a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
+            makes the CPU wait for the GPU. UsageError: if the recipe belongs to another model, the batch has the wrong
+            number of views, or `gates` is given for an encoder without gates, for a method whose encoder sees one view,
+            or with `random_widths`. DataError: if a view is not a tensor, or the views have different numbers of
+            images.
         """
-        self._check(recipe, batch, autocast, gates)
+        self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs
         found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
@@ -199,7 +198,7 @@ class Method(nn.Module):
                 del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
-            losses = _finite_losses(found)
+            losses = _finite_losses(found, self.parameters())
             self.finish(batch)
         except BaseException as error:
             if isinstance(error, DivergedError):
@@ -211,7 +210,9 @@ class Method(nn.Module):
             batch.targets = ()
         return losses
 
-    def _check(self, recipe: SlimRecipe, batch: Batch, autocast: torch.dtype | None, gates: GateBudget | None) -> None:
+    def _check(
+        self, recipe: object, batch: object, autocast: object, backward: object, diagnostics: object, gates: object
+    ) -> None:
         where = f"{type(self).__name__}.step"
         if not isinstance(recipe, SlimRecipe):
             raise UsageError(f"{where}: recipe must be a SlimRecipe(method.online, ...), got {type(recipe).__name__}")
@@ -223,6 +224,9 @@ class Method(nn.Module):
             )
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
+        check_function(where, backward=backward)
+        if not isinstance(diagnostics, (GradientDiagnostics, type(None))):
+            raise UsageError(f"{where}: diagnostics must be a GradientDiagnostics or None, got {diagnostics!r:.80}")
         if gates is not None:
             if not self.two_passes:
                 raise UsageError(
@@ -240,10 +244,11 @@ class Method(nn.Module):
                 )
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
-        if len(batch.views) != self.views:
-            raise UsageError(f"{where}: takes {self.views} views of each image, got {len(batch.views)}")
+        if not isinstance(batch.views, Collection) or len(batch.views) != self.views:
+            found = len(batch.views) if isinstance(batch.views, Collection) else repr(batch.views)
+            raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
         for view in batch.views:
-            if not isinstance(view, Tensor) or not view.ndim:
+            if not isinstance(view, Tensor) or not view.ndim or view.is_meta:
                 raise DataError(f"{where}: a view must be a tensor of shape (batch, ...), got {view!r}")
         if len({len(view) for view in batch.views}) > 1:
             shapes = " and ".join(str(tuple(view.shape)) for view in batch.views)
@@ -267,13 +272,15 @@ def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module
     return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
-def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
+def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]], weights: Iterable[Tensor]) -> dict[float, float]:
     """Return each width's own loss, averaged over the processes; raise `DivergedError` if one is not finite."""
-    numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
+    own = [loss for pair in found.values() for loss in pair]
+    numbers = means_over_processes(*own)
+    where = "" if all(map(math.isfinite, numbers)) else where_not_finite(own[0].device, weights=weights, losses=own)
     losses = dict(zip(found, numbers[::2], strict=True))
     for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at width {width:g}")
+            raise DivergedError(f"the loss is {loss} at width {width:g}{where}")
         if not math.isfinite(distilled):
-            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}")
+            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}{where}")
     return losses

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_module, check_positive
+from slimmable._checks import check_module, checked
 from slimmable._distributed import gather, rank
 from slimmable._numerics import unit_vectors
 from slimmable.losses import OnlineDistillation, byol_loss, contrastive_cross_entropy, moco_logits, moco_v3_logits
@@ -24,12 +24,11 @@ class MoCoV2(Method):
         proj_dim: size of an embedding.
         queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
         temperature: temperature of the loss.
-
-    Raises: UsageError: if a number is out of range.
     """
 
     two_passes = False
 
+    @checked
     def __init__(
         self,
         encoder: nn.Module,
@@ -41,11 +40,11 @@ class MoCoV2(Method):
         temperature: float = 0.2,
     ) -> None:
         super().__init__(encoder)
-        check_positive("MoCoV2", temperature=temperature)
         self.moco = MoCo(encoder, proj_dim, queue_size, momentum, bn_splits=bn_splits)
         self.temperature = temperature
 
     @staticmethod
+    @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the projection head, two layers without BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
         return nn.Sequential(nn.Linear(in_features, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, proj_dim))
@@ -68,11 +67,10 @@ class MoCoV2(Method):
 class _WithPredictor(Method):
     """A method with a predictor, and with a momentum encoder for both views whose momentum rises to 1."""
 
+    @checked
     def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
         super().__init__(encoder)
-        name = type(self).__name__
-        check_module(f"{name}: predictor", predictor)
-        check_fraction(name, momentum=momentum)
+        check_module(f"{type(self).__name__}: predictor", predictor)
         self.online_predictor = predictor
         self.momentum_encoder = MomentumEncoder(encoder)
         self.momentum = momentum
@@ -103,29 +101,26 @@ class MoCoV3(_WithPredictor):
         predictor: a converted module, embeddings in, embeddings of the same size out.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
-
-    Raises: UsageError: if a number is out of range.
     """
 
+    @checked
     def __init__(
         self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.99, temperature: float = 1.0
     ) -> None:
         super().__init__(encoder, predictor, momentum=momentum)
-        check_positive("MoCoV3", temperature=temperature)
         self.temperature = temperature
 
     @staticmethod
+    @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int, *, layers: int = 2) -> nn.Sequential:
         """Return the projection head: (batch, in_features) -> (batch, proj_dim).
 
         Use 2 `layers` for ResNets, 3 for vision transformers.
-
-        Raises: UsageError: if `layers` is not an integer of at least 1.
         """
-        check_count("MoCoV3.projector", layers=layers)
         return _mlp([in_features, *[hidden_dim] * (layers - 1), proj_dim], last_norm=True)
 
     @staticmethod
+    @checked
     def predictor(hidden_dim: int, proj_dim: int, *, last_norm: bool = False) -> nn.Sequential:
         """Return the predictor: (batch, proj_dim) -> (batch, proj_dim). Use `last_norm` for vision transformers."""
         return _mlp([proj_dim, hidden_dim, proj_dim], last_norm)
@@ -161,8 +156,6 @@ class BYOL(_WithPredictor):
         predictor: a converted module, embeddings in, embeddings of the same size out.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
-    Raises: UsageError: if `momentum` is not in [0, 1].
-
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
@@ -177,11 +170,13 @@ class BYOL(_WithPredictor):
     """
 
     @staticmethod
+    @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the two-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
         return nn.Sequential(*hidden_layer(in_features, hidden_dim), nn.Linear(hidden_dim, proj_dim))
 
     @staticmethod
+    @checked
     def predictor(hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the predictor, built like the projection head: (batch, proj_dim) -> (batch, proj_dim)."""
         return BYOL.projector(proj_dim, hidden_dim, proj_dim)

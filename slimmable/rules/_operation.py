@@ -6,6 +6,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from slimmable._checks import check_flags
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.trace import RULES, Context, tensors
 from slimmable.errors import RuleError, UsageError
@@ -177,8 +178,7 @@ def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> A
         rule: a function of one `slimmable.rules.Operation`; without it, the decorator of such a function is returned.
         replace: take the place of a rule that the operation has already, also of one of slimmable's own.
 
-    Raises:
-        UsageError: if `op` is no operation, or has a rule and `replace` is not set.
+    Raises: UsageError: if `op` is no operation, or has a rule and `replace` is not set.
 
     A rule that raises, or names an axis that a tensor does not have, stops `slimify` with a `RuleError`.
 
@@ -191,10 +191,11 @@ def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> A
     ...     op.keeps("x")
     ...     op.same("x", -1, "gain", 0)
     """
+    check_flags("register_rule", replace=replace)
     name = _name(op)
     if rule is None:
         return lambda function: register_rule(op, function, replace=replace)
-    if not callable(rule):
+    if not callable(rule) or isinstance(rule, type):
         raise UsageError(f"the rule of {name} is {rule!r}; it must be a function of one Operation")
     key = name.removeprefix("aten::")
     if key in RULES and not replace:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimmable._checks import check_tensors, checked
 from slimmable._inputs import Arguments, Inputs
 from slimmable._modules import in_eval_mode
 from slimmable._nested import map_tensors, output_tensors
@@ -22,6 +23,7 @@ ModelInput: TypeAlias = "Tensor | Sequence[Tensor] | Inputs"
 """One batch of a loader: the model's input, a tuple or list that starts with it, or `Inputs`."""
 
 
+@checked
 @torch.no_grad()
 def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterable[Setting] | None = None) -> None:
     """Recompute the running statistics of the BatchNorms at `widths` (None: all) as the mean over `loader`'s batches.
@@ -41,10 +43,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
         widths: whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics of
             its own yet keeps the new ones, in the state dict too.
 
-    Raises:
-        WidthError: if the model lacks one of `widths`.
-        DataError: if `loader` is empty or holds anything other than batches, or statistics are not finite.
-        UsageError: if `widths` is a single width, or `loader` is not iterable.
+    Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or holds anything other than
+        batches, or statistics are not finite. UsageError: if `widths` is a single width, or `loader` is not iterable.
 
     >>> from slimmable.layers import SwitchableBatchNorm1d
     >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
@@ -53,7 +53,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     ...     model[0].running_mean
     tensor([4., 4., 4., 4.])
     """
-    if isinstance(widths, (float, int, Mapping)) or not isinstance(loader, Iterable):
+    several = isinstance(widths, (Iterable, type(None))) and not isinstance(widths, Mapping)
+    if not several or not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
         raise UsageError(
             f"calibrate_bn: loader must hold batches and widths be a list of widths, got {type(loader).__name__} and "
             f"{widths!r}"
@@ -65,6 +66,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
                 _collect(model, loader, chosen, model.modules())
 
 
+@checked
 @torch.no_grad()
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
@@ -79,6 +81,11 @@ def _collect(
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
+    if not torch.is_inference_mode_enabled() and any(each.is_inference() for norm in norms for each in norm.buffers()):
+        raise UsageError(
+            "calibrate_bn: the model was made in torch.inference_mode, so its statistics can only be changed in it; "
+            "make or load the model outside, or call calibrate_bn inside"
+        )
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with _collecting(model, norms):
         empty = True
@@ -107,6 +114,7 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
         batch = Inputs(first)
     if any(tensor.numel() == 0 for tensor in output_tensors((batch.args, batch.kwargs))):
         raise DataError(f"{where}: a batch is empty")
+    check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(output_tensors((batch.args, batch.kwargs)))})
     args, kwargs = map_tensors(lambda tensor: tensor.to(device), (batch.args, batch.kwargs))
     return tuple(args), dict(kwargs)
 
@@ -120,7 +128,7 @@ def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]
     try:
         with in_eval_mode(model):
             for norm in norms:
-                norm.reset_running_stats()
+                type(norm).reset_running_stats(norm)  # the norm itself may refuse it
                 norm.training, norm.momentum = True, None
             yield
         done = True

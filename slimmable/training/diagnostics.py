@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
-from slimmable._checks import check_count
+from slimmable._checks import check_positive, checked
 from slimmable._convert import shallow_modules
 from slimmable._numerics import at_least_float32
 from slimmable._tables import csv_text
@@ -64,7 +64,7 @@ class GradientDiagnostics:
         layer_names: names of the layers, in the order of the values in `layers`.
         layers: for each row, column -> float32 tensor of shape (layers,), the values behind the mean.
 
-    Raises: UsageError: if `every` is not a positive integer. ConversionError: if nothing in `model` reacts to widths.
+    Raises: ConversionError: if nothing in `model` reacts to widths.
 
     >>> from slimmable import SlimLinear, SlimRecipe
     >>> model = SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
@@ -78,8 +78,8 @@ class GradientDiagnostics:
     [1.118, 0.5, 1.0]
     """
 
+    @checked
     def __init__(self, model: nn.Module, every: int = 50) -> None:
-        check_count("GradientDiagnostics", every=every)
         self.model = model
         self.every = every
         self.widths = widths_of(model)
@@ -103,6 +103,7 @@ class GradientDiagnostics:
 
         Raises: WidthError: if the model does not have this width.
         """
+        check_positive("GradientDiagnostics.after_backward", width=width)
         if self.step % self.every:
             return
         if width not in self.widths:
@@ -119,6 +120,7 @@ class GradientDiagnostics:
                 own[shared.name] = own[shared.name] + part if shared.name in own else part
             self._before[shared.name] = gradient.detach().clone()
 
+    @checked
     def after_step(self, scale: float = 1.0) -> None:
         """Count the step, and add its row if it is sampled; call it before the optimizer's update.
 
@@ -172,16 +174,14 @@ class GradientDiagnostics:
         return {"step": self.step, "rows": list(self.rows), "layers": list(self.layers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where `state_dict` was called.
-
-        Raises: UsageError: if `state` is not from `state_dict`.
-        """
+        """Continue from where `state_dict` was called."""
         kinds = {"step": int, "rows": list, "layers": list}
         if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:
-            raise UsageError("GradientDiagnostics.load_state_dict: this is not what its state_dict() returns")
+            raise UsageError(f"GradientDiagnostics.load_state_dict: not what its state_dict() returns: {state!r:.80}")
         self.step, self.rows, self.layers = state["step"], list(state["rows"]), list(state["layers"])
         self.discard()
 
+    @checked
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV; an existing file is replaced once the new one is complete.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_matrices, check_module
+from slimmable._checks import check_fraction, check_matrices, check_module, check_tensors, checked
 from slimmable._distributed import gather, rank, world_size
 from slimmable._width import set_width
 from slimmable.errors import DataError, UsageError
@@ -24,8 +24,6 @@ def cosine_momentum(progress: float, start: float = 0.99) -> float:
     Args:
         progress: fraction of the training done, in [0, 1].
         start: initial momentum, in [0, 1].
-
-    Raises: UsageError: if an argument is not in [0, 1].
 
     >>> cosine_momentum(0.0), cosine_momentum(0.5), cosine_momentum(1.0)
     (0.99, 0.995, 1.0)
@@ -50,6 +48,7 @@ class MomentumEncoder(nn.Module):
     tensor([0.7500, 0.7500], grad_fn=<SelectBackward0>)
     """
 
+    @checked
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         check_module("MomentumEncoder", network)
@@ -64,6 +63,7 @@ class MomentumEncoder(nn.Module):
         """Return the outputs of the copy, without gradients."""
         return self.network(*args, **kwargs)
 
+    @checked
     @torch.no_grad()
     def update(self, network: nn.Module, momentum: float) -> None:
         """Replace each parameter `p` of the copy by `momentum * p + (1 - momentum) * q`, with `q` from `network`.
@@ -71,7 +71,6 @@ class MomentumEncoder(nn.Module):
         Raises: UsageError: if `momentum` is not in [0, 1], or the number or shapes of the parameters of `network`
             differ from the copy's.
         """
-        check_fraction("MomentumEncoder.update", momentum=momentum)
         own: list[Tensor] = list(self.network.parameters())
         others: list[Tensor] = list(network.parameters())
         if len(own) != len(others):
@@ -80,10 +79,11 @@ class MomentumEncoder(nn.Module):
                 "network that was copied"
             )
         for number, (mine, other) in enumerate(zip(own, others, strict=True)):
-            if mine.shape != other.shape:
+            one, two = (f"shape {tuple(x.shape)} and type {x.dtype} on {x.device}" for x in (other, mine))
+            if one != two:
                 raise UsageError(
-                    f"MomentumEncoder.update: parameter {number} has shape {tuple(other.shape)} in the network, "
-                    f"{tuple(mine.shape)} in the copy; give the network that was copied"
+                    f"MomentumEncoder.update: parameter {number} has {one} in the network, {two} in the copy; give the "
+                    "network that was copied"
                 )
         torch._foreach_lerp_(own, others, 1 - momentum)
 
@@ -120,13 +120,11 @@ class MoCo(nn.Module):
     queue: Tensor
     position: Tensor
 
+    @checked
     def __init__(
         self, network: nn.Module, proj_dim: int, queue_size: int = 65536, momentum: float = 0.999, *, bn_splits: int = 1
     ) -> None:
         super().__init__()
-        check_count("MoCo", proj_dim=proj_dim, queue_size=queue_size, bn_splits=bn_splits)
-        check_fraction("MoCo", momentum=momentum)
-        check_module("MoCo", network)
         self.key_encoder = MomentumEncoder(network)
         self.momentum = momentum
         self.bn_splits = bn_splits
@@ -134,16 +132,17 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(proj_dim, queue_size, device=device), dim=0))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
+    @checked
     @torch.no_grad()
     def keys(self, network: nn.Module, images: Tensor) -> Tensor:
         """Move the key encoder towards `network`, then return its unit-length embeddings of `images`.
 
         The result has shape (batch, proj_dim).
 
-        Raises:
-            UsageError: if the key encoder was not copied from `network`.
-            DataError: if several processes cannot divide the parts evenly.
+        Raises: UsageError: if the key encoder was not copied from `network`. DataError: if several processes cannot
+            divide the parts evenly, or the encoder does not make a matrix of embeddings, in which case it has moved.
         """
+        check_tensors("MoCo.keys", images=images)
         processes, batch = world_size(), len(images)
         splits = max(processes, min(self.bn_splits, batch * processes))
         if processes > 1 and (splits % processes or batch * processes % splits):
@@ -153,7 +152,9 @@ class MoCo(nn.Module):
             )
         self.key_encoder.update(network, self.momentum)
         if splits == 1:
-            return F.normalize(self.key_encoder(images), dim=1)
+            keys = self.key_encoder(images)
+            check_matrices("MoCo.keys", keys=keys)
+            return F.normalize(keys, dim=1)
         images = gather(images)
         order = torch.randperm(len(images), device=images.device)
         order = gather(order[None])[0]  # the same in all processes
@@ -163,6 +164,7 @@ class MoCo(nn.Module):
         rows = torch.cat([part for process in range(processes) for part in parts[process::processes]])
         return keys[rows.argsort()][rank() * batch :][:batch]
 
+    @checked
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys of the queue by the `keys` of all processes, each of shape (batch, proj_dim).
@@ -172,6 +174,7 @@ class MoCo(nn.Module):
         Raises: DataError: if the queue cannot hold the batch, or the size of the embeddings differs.
         """
         dim, size = self.queue.shape
+        check_tensors("MoCo.enqueue", keys=keys)
         check_matrices("MoCo.enqueue", keys=keys)
         keys = gather(keys)
         if keys.shape[1] != dim or len(keys) > size:

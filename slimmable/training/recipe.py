@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, number_or_nan
-from slimmable._distributed import averaged_once
+from slimmable._checks import check_count, check_fraction, check_function, checked, must_be, number_or_nan, shown
+from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
@@ -60,8 +60,6 @@ class SlimRecipe:
             teacher agree. The loss that is trained differs from that by a constant, see `OnlineDistillation.floor`.
         steps_done: how many steps `backward` and `total` have run.
 
-    Raises: UsageError or WidthError: if an argument is invalid.
-
     >>> from slimmable.layers import SlimLinear
     >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(model, slow_start=0.5, steps=2)
@@ -74,6 +72,7 @@ class SlimRecipe:
     (True, [1.0, 0.5])
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -95,11 +94,9 @@ class SlimRecipe:
         self.loss_weights = _weight_of_each(widths_of(model), loss_weights)
         self._mode = _check_sandwich(model, loss_weights, random_widths) if random_widths else None
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
-        check_fraction("SlimRecipe", slow_start=slow_start)
         self.slow_start = float(slow_start)
-        if steps is not None:
-            check_count("SlimRecipe", steps=steps)
         self.steps, self.steps_done = steps, 0
+        self._compared = False  # with the recipes of other processes
         self._frozen, self._once = _modules("frozen", frozen), _modules("once", once)
         self._backward = backward
         self.losses: dict[float, Tensor] = {}
@@ -145,7 +142,9 @@ class SlimRecipe:
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
             Otherwise as `loss`.
         """
-        run_backward = backward or self._backward or Tensor.backward
+        given = self._backward if backward is None else backward
+        run_backward = Tensor.backward if given is None else given
+        check_function("SlimRecipe", closure=closure, backward=run_backward)
         with averaged_once(self.model):
             for part in self.parts(closure, frozen=frozen, once=once):
                 with _without_autocast(part.device.type):  # in which the whole step may be
@@ -178,6 +177,7 @@ class SlimRecipe:
         This is `backward` without its backward passes, for code that decides when these run. Each belongs before the
         next width. Arguments and errors are those of `backward`.
         """
+        check_function("SlimRecipe", closure=closure)
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
         teachers = [*self._frozen, *_modules("frozen", frozen)]
@@ -225,6 +225,8 @@ class SlimRecipe:
         False
         """
 
+        check_function("SlimRecipe.step", function=function)
+
         @wraps(function)
         def stepped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
             return self.backward(partial(function, *args, **kwargs))
@@ -248,7 +250,7 @@ class SlimRecipe:
         done = state.get("steps_done") if isinstance(state, Mapping) and len(state) == 1 else None
         if type(done) is not int or done < 0:
             raise DataError(f"SlimRecipe.load_state_dict: expected {{'steps_done': a count}}, got {state!r}")
-        self.steps_done = done
+        self.steps_done, self._compared = done, False
 
     @property
     def first(self) -> bool:
@@ -271,8 +273,6 @@ class SlimRecipe:
             step: number of this step. If given, random widths depend only on `seed` and `step`, so training resumed
                 from a checkpoint draws the same ones; otherwise they depend on the draws before.
 
-        Raises: UsageError: if `progress` is not in [0, 1].
-
         >>> from slimmable import SlimLinear, width_of
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
         >>> recipe = SlimRecipe(model)
@@ -284,6 +284,7 @@ class SlimRecipe:
         check_fraction("SlimRecipe", progress=progress)
         self._optimizers.before_gradients()
         if step is not None:
+            check_count("SlimRecipe.widths", least=0, step=step)
             self._random.seed(f"{self._seed} {step}")
         return self._run(slow=progress < self.slow_start)
 
@@ -310,7 +311,8 @@ class SlimRecipe:
         step = self._step
         if step is None:
             raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
-        with step.once.changes([part for module in modules for part in shared_by_widths(module)], step.first):
+        given = [part for module in _modules("once", modules) for part in shared_by_widths(module)]
+        with step.once.changes(given, step.first):
             yield
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -334,10 +336,12 @@ class SlimRecipe:
             raise UsageError(
                 f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
             )
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f"a tensor of shape {tuple(loss.shape)}" if hasattr(loss, "shape") else f"{loss!r:.80}"
-            raise DataError(f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shape}")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point() or loss.is_meta:
+            raise DataError(
+                f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shown(loss)}"
+            )
         self.losses[step.width] = loss.detach()
+        note_width(places_of(self.model)[0][0], step.width)
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=2)
         step.excess = 0.0
@@ -362,7 +366,13 @@ class SlimRecipe:
             widest, *_, narrowest = weights
             drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
             weights = _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), self._mode)
-        step = self._step = _Step(None, {1.0: 1.0}) if slow else _Step(self.distill, weights)
+        step = _Step(None, {1.0: 1.0}) if slow else _Step(self.distill, weights)
+        if not self._compared and not alone() and averages_itself(self.model):
+            self._compared = True
+            done = f"{self.steps_done} of {self.steps} steps done, slow start {self.slow_start}, seed {self._seed}"
+            own = f"{', '.join(map(str, step.loss_weights))} ({done})"
+            check_same_widths("SlimRecipe", own, next(self.model.parameters()).device)
+        self._step = step
         self.losses, self.distillations = {}, {}
         try:
             for width in step.loss_weights:
@@ -399,6 +409,9 @@ class _Step:
         return self.width == 1.0
 
 
+check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
+
+
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -415,8 +428,8 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
             f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
         )
     views = [teach] if isinstance(teach, Tensor) else list(teach) if isinstance(teach, Iterable) else [None]
-    if not all(isinstance(view, Tensor) for view in views):
-        raise DataError(f"SlimRecipe.loss: teach must be one or several tensors, got {teach!r}")
+    if not all(isinstance(view, Tensor) and view.is_floating_point() and not view.is_meta for view in views):
+        raise DataError(f"SlimRecipe.loss: teach must be one or several tensors of floats, got {teach!r:.200}")
     expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
     if len(views) != expected:
         raise UsageError(
@@ -427,7 +440,8 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
 
 
 def _modules(name: str, given: Any) -> list[nn.Module]:
-    modules = list(given) if not isinstance(given, nn.Module) or isinstance(given, nn.ModuleList) else [given]
+    several = isinstance(given, Iterable) and (not isinstance(given, nn.Module) or isinstance(given, nn.ModuleList))
+    modules = list(given) if several else [given]
     for module in modules:
         if not isinstance(module, nn.Module):
             raise UsageError(f"SlimRecipe: {name} must be a list of modules, got {module!r}")
@@ -436,7 +450,6 @@ def _modules(name: str, given: Any) -> list[nn.Module]:
 
 def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: int) -> str:
     """Return the mode of the loss weights; raise an error if the model or the weights do not allow random widths."""
-    check_count("SlimRecipe", least=0, random_widths=random_widths)
     if not isinstance(loss_weights, str):
         raise UsageError(
             f"SlimRecipe: with random_widths, loss_weights must be a mode such as 'ones', got {loss_weights!r}"

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._modules import twin_of
+from slimmable._checks import checked
+from slimmable._modules import swapped, twin_of
 from slimmable._widths import Kept, kept_of
-from slimmable.errors import ConversionError
+from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
 from slimmable.view.state import Column, Counts, slim_state
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
+M = TypeVar("M")
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
 
@@ -36,7 +42,7 @@ class NarrowNorms(nn.ModuleList):
         before = self._modules.get(name)
         if before is not None and module is not None and _shares(before) and not _shares(module):
             _share(module, before.__dict__["_slim_lent"], before.__dict__["_slim_shared"])
-        super().add_module(name, module)
+        super().add_module(name, _guarded(module))
 
 
 class SwitchableNorm(SwitchableContainer):
@@ -69,13 +75,15 @@ class SwitchableNorm(SwitchableContainer):
     narrow: NarrowNorms
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
+    @checked
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
     ) -> None:
         super().__init__(widths)
         if len(kept) != len(self.widths):
             raise ConversionError(
-                f"{len(kept)} entries of kept channels for the {len(self.widths)} widths {self.widths}"
+                f"SwitchableNorm: {len(kept)} entries of kept channels, {kept!r:.40}, for {len(self.widths)} widths "
+                f"{self.widths}"
             )
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
@@ -86,7 +94,7 @@ class SwitchableNorm(SwitchableContainer):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Insert a module, as converters do; the container uses the parameter and buffer dicts of its full norm."""
-        super().add_module(name, module)
+        super().add_module(name, _guarded(module) if name == "full" else module)
         if name == "full":
             self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
             for norm in filter(_shares, self.norms()):
@@ -107,6 +115,7 @@ class SwitchableNorm(SwitchableContainer):
         return _share(norm, self.full._parameters, kept) if shared else norm
 
     @classmethod
+    @checked
     def from_norm(
         cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
     ) -> SwitchableNorm:
@@ -115,7 +124,7 @@ class SwitchableNorm(SwitchableContainer):
 
     def to_norm(self) -> nn.Module:
         """Return the norm of the full width, the module itself, not a copy."""
-        return self.full
+        return _unguarded(self.full)
 
     def norm_at(self, index: int) -> nn.Module:
         """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
@@ -128,12 +137,12 @@ class SwitchableNorm(SwitchableContainer):
     module_at = norm_at
 
     def own_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index, or a copy with its own gain and bias if it shares them."""
+        """Return a norm like that of the width with this index, on the same tensors except a shared gain and bias."""
         norm = self.norm_at(index)
+        twin = _unguarded(twin_of(norm, type(norm)))
         if not _shares(norm):
-            return norm
+            return twin
         parts = narrow_tensors(norm, slim_state(norm).active)
-        twin = twin_of(norm, type(norm))
         remove_view(twin)
         full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
         twin.__dict__["_parameters"] = {
@@ -147,10 +156,33 @@ class SwitchableNorm(SwitchableContainer):
         """Return a copy of the norm of the width with this index, with its own gain and bias."""
         return _copy_of_norm(self.own_at(index))
 
-    def keeps(self, widths: Sequence[float], kept: Sequence[Kept], shared_affine: bool) -> bool:
-        """Tell whether the container was made with these arguments."""
-        same = self.widths[: len(widths)] == tuple(widths) and list(self._kept[: len(kept)]) == list(kept)
-        return same and self.narrow.shared_affine == shared_affine
+    def inherit(self, before: SwitchableNorm, moved: Sequence[int] | None) -> list[float | Counts]:
+        """Take over what a container of the same full norm has learned; return the widths that lose some of it.
+
+        A width that keeps its channels keeps its norm. Any other starts from the nearest wider one's norm and, for the
+        channels that it had, from its own. `moved` holds where each channel was before, None if that is where it is.
+        """
+        own = {name: vars(self)[name] for name in ("_slim", "_kept", "_modules")}
+        self.__class__ = type(before)
+        self.__dict__.update(vars(before) | own)
+        channels = cast(int, self.full.num_features)
+        norms = {width: before.norm_at(index) for index, width in enumerate(before._slim.widths)}
+        had = {width: _units(kept, channels) for width, kept in zip(norms, before._kept, strict=True)}
+        shared, shared_before = self.narrow.shared_affine, before.narrow.shared_affine
+        loses_affine = shared and not shared_before and self.full.affine
+        lost = []
+        for place, (width, kept) in enumerate(zip(self._slim.widths[1:], self._kept[1:], strict=True)):
+            units = [unit if moved is None else int(moved[unit]) for unit in _units(kept, channels)]
+            if (units, shared) == (had.get(width), shared_before):
+                self.narrow[place] = norms[width]
+                continue
+            wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
+            for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
+                _take_over(self.narrow[place], units, norms[source], had[source])
+            if width in norms and (loses_affine or set(units) != set(had[width])):
+                lost.append(width)
+        self.train(self.full.training)
+        return lost
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the norms of all widths and of an active guest."""
@@ -197,10 +229,15 @@ class SwitchableNorm(SwitchableContainer):
             path = f"{prefix}.{name}" if prefix else name
             yield from getattr(self, name).named_modules(memo, path, remove_duplicate)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tell `torch.distributed.checkpoint`, which walks by attributes, where names leave out `full`."""
+        return dict.fromkeys([*self.full._parameters, *self.full._buffers, *self.full._modules], "full")
+
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Save the full norm under the container's own name, the others under the names of their lists."""
         found: Any = self.full.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         found._metadata[f"{prefix}full"] = found._metadata[prefix[:-1]]
+        found._metadata[prefix[:-1]]["widths"] = self._slim.widths
         for name in self._lists:
             found = getattr(self, name).state_dict(destination=found, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
         return found
@@ -213,8 +250,13 @@ class SwitchableNorm(SwitchableContainer):
             name = key.removeprefix(prefix)
             if name.partition(".")[0] not in self._lists:
                 state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
+        theirs = local_metadata.get("widths", ())
+        same = all(mine == other for mine, other in zip(self._slim.widths, theirs, strict=False))
         for name, first in self._lists.items():
-            if not any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+            if any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+                if not same:
+                    reports[-1].append(f"{prefix}{name} has norms of the widths {theirs}, not {self._slim.widths}")
+            else:
                 for index, norm in enumerate(getattr(self, name), first):
                     state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
@@ -264,9 +306,10 @@ class GuestNorm(Column):
         self.norm = None
 
     def drop(self, module: nn.Module) -> None:
-        """Remove the norm that `keep` appended."""
+        """Take back the norm that `keep` appended."""
         container = cast(SwitchableNorm, module)
         container.__dict__["_kept"] = container._kept[:-1]
+        self.norm = container.narrow[-1]
         del container.narrow[-1]
 
 
@@ -294,12 +337,55 @@ def _shares(norm: nn.Module) -> bool:
     return "_slim_lent" in norm.__dict__
 
 
+def _guarded(norm: M) -> M:
+    """Let a norm refuse to be reset without those of other widths, unless its parameters are, too."""
+    if isinstance(norm, _BatchNorm):
+        norm.__dict__.update(reset_running_stats=partial(_refuse_reset), reset_parameters=partial(_start_anew, norm))
+    return norm
+
+
+def _unguarded(norm: M) -> M:
+    for name in ("reset_running_stats", "reset_parameters"):
+        norm.__dict__.pop(name, None)
+    return norm
+
+
+def _refuse_reset() -> None:
+    raise UsageError(
+        "the statistics of a switchable BatchNorm cannot be reset as torch.optim.swa_utils.update_bn does: it computes "
+        "those of the active width and loses the others. Call slimmable.calibrate_bn(model, loader), for all widths"
+    )
+
+
+def _start_anew(norm: _BatchNorm) -> None:
+    with swapped([(vars(norm), "reset_running_stats", MethodType(type(norm).reset_running_stats, norm))]):
+        type(norm).reset_parameters(norm)
+
+
 def _copy_of_norm(norm: nn.Module) -> nn.Module:
     """Copy a norm, except for the process group of a SyncBatchNorm, which cannot be copied."""
     group = getattr(norm, "process_group", None)
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
+def _units(kept: Kept, channels: int) -> list[int]:
+    return list(kept if isinstance(kept, tuple) else range(kept_of(channels, kept)))
+
+
+def _take_over(norm: nn.Module, units: list[int], source: nn.Module, theirs: list[int]) -> None:
+    """Copy what another norm has into a norm, for the channels that both have."""
+    places = {unit: place for place, unit in enumerate(theirs)}
+    into = [place for place, unit in enumerate(units) if unit in places]
+    out_of = [places[units[place]] for place in into]
+    mine, given = norm.state_dict(), source.state_dict()
+    for name in mine.keys() & given.keys():
+        if mine[name].shape[:1] == (len(units),) and given[name].shape[:1] == (len(theirs),):
+            mine[name][into] = given[name][out_of].to(mine[name])
+        else:
+            mine[name].copy_(given[name])
+
+
+@torch.inference_mode(False)  # it is used outside of that, too
 def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
     """Return a copy of a norm in which every tensor and count of its full number of channels is cut."""
     norm = _copy_of_norm(full)
@@ -311,6 +397,10 @@ def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
         raise ConversionError(
             f"{type(full).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
             "only norms that do can be switched"
+        )
+    if type(kept) not in (int, tuple) or not 1 <= kept_of(channels, kept) <= channels:
+        raise ConversionError(
+            f"SwitchableNorm: an entry of kept must be None, 1 to {channels} channels or a tuple of them, got {kept!r}"
         )
     for module in norm.modules():
         for name in _CHANNEL_COUNTS:

@@ -97,7 +97,9 @@ def forget(module: nn.Module, own: int) -> None:
     state = slim_state(module)
     activate(module, state.columns[0])
     while len(state.columns) > own:
-        state.columns.pop().drop(module)
+        column = state.columns.pop()
+        column.drop(module)
+        column.index = -1
     state._list_widths()
 
 

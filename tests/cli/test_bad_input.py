@@ -1,12 +1,15 @@
 """What the commands say to input that they cannot use: one message, exit code 2, nothing made or changed."""
 
 import json
+import os
 import re
 
 import pytest
 from torch import nn
 
 from slimmable.__main__ import main
+from slimmable.cli.report import logged_rows
+from slimmable.errors import CheckpointError
 
 VICREG = ("--method", "vicreg")
 
@@ -122,7 +125,20 @@ def test_resume_with_other_settings(run, capsys):
     assert "--widths: the run has (1.0, 0.5), now (1.0, 0.25)" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model": "small_resnet"}', '{"colour": "blue"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[1]", '{"model": "small_resnet"}', '{"colour": "blue"}', "null", "3", '[["epochs", 2]]'),
+        *(
+            "[" * 100_000,
+            '{"a":' * 100_000,
+            '{"epochs": 2, "epochs": 3}',
+            "\0",
+            "{}" + " " * 2**20,
+            '{"\\ud800\\n": 1}',
+        ),
+    ],
+)
 def test_damaged_configuration(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in refused(capsys, "evaluate", str(tmp_path))
@@ -131,12 +147,85 @@ def test_damaged_configuration(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epochs", "two"), ("batch_size", 16.5), ("seed", None), ("model", 3), ("universal", "no"), ("widths", "abc"),
-     ("lr_after_slow_start", "0.1"), ("temperature", [])],
+     ("lr_after_slow_start", "0.1"), ("temperature", []), ("epochs", True), ("universal", 1), ("data", None),
+     ("widths", {}), ("precision", ["float32"])],
 )  # fmt: skip
 def test_configuration_with_a_value_of_another_kind(run, tmp_path, capsys, name, value):
     config = json.loads((run / "config.json").read_text()) | {name: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert f"config.json: {name} cannot be {value!r}" in refused(capsys, "evaluate", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 10**12, "--epochs must be from 1 to 1,000,000, got 1000000000000"),
+        ("lr", float("nan"), "--lr must be positive, got nan"),
+        ("lr", float("inf"), "--lr must be positive, got inf"),
+        ("temperature", 1e-300, "--temperature must be from 1e-09 to 1,000,000, got 1e-300"),
+        ("weight_decay", 10**400, "--weight-decay must be from 0 to 1,000,000, got 1000"),
+        ("image_size", 100_000, "--image-size must be from 8 to 4,096, got 100000"),
+        ("widths", [], "--widths: widths is empty"),
+        ("widths", [1.0, "0.5"], "--widths: width '0.5' in"),
+        ("widths", [1.0, 10**400], "is not in (0, 1]"),
+        ("widths", [1.0] * 10_000, "--widths: got 10,000 of them; choose at most 100"),
+        ("method", "dino", "--method cannot be dino"),
+        ("gate_budget", 0.5, "--gate-budget is for --method"),
+        ("model", "hf-hub:timm/resnet18", "timm has no model 'hf-hub:timm/resnet18'"),
+        ("model", "\ud800\n", "timm has no model '\\ud800\\n'"),
+        ("data", "a\nb\0", "--data 'a\\nb\\x00': there is no such folder"),
+        ("data", "", "--data is empty"),
+    ],
+)
+def test_configuration_with_a_value_without_meaning(run, tmp_path, capsys, name, value, message):
+    config = json.loads((run / "config.json").read_text()) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoint.safetensors").write_bytes((run / "checkpoint.safetensors").read_bytes())
+    for command in (["evaluate", str(tmp_path)], ["pretrain", "--resume", "--output", str(tmp_path)]):
+        said = refused(capsys, *command)
+        assert message in said
+        assert name in ("model", "data") or "config.json: " in said
+        assert len(said) < 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoint.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "width,parameters,macs,knn\n1.0,10,20,0.5,7\n",
+        "width,parameters,macs,knn\n1.0,10\n",
+        "width,parameters,macs,knn\nnan,10,20,0.5\n",
+        "width,parameters,macs,knn\n1.0,-10,20,0.5\n",
+        "width,parameters,macs,knn\n1.0,10,20,nan\n",
+        "width,parameters,macs,knn\n1.0,10,20,7\n",
+        "width,parameters,macs,magic\n1.0,10,20,0.5\n",
+        "width,parameters,macs,knn\n1.0,10,20,'0.5\n",
+        'width,parameters,macs,knn\n"1.0,10,20,0.5\n',
+        "width,parameters,macs,knn\n" + "9" * 200_000 + ",10,20,0.5\n",
+        "parameters,macs\n1,1\n",
+        "\0\n\0\n",
+        None,
+    ],
+)
+def test_report_that_is_none(run, tmp_path, capsys, text):
+    for name in ("config.json", "checkpoint.safetensors"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    path = tmp_path / "metrics.csv"
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    said = refused(capsys, "export", str(tmp_path), "--width", "0.5", "--output", str(tmp_path / "out"))
+    assert f"{path} is not the report of a run (" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["losses.csv", "gradients.csv", "knn.csv"])
+@pytest.mark.parametrize("rows", ["2,1\n2,1\n", "2,1\n1,1\n", "-1,1\n", "1\n", "1,x\n", "1,1,1\n", "\0,1\n"])
+def test_tables_that_no_run_wrote(tmp_path, name, rows):
+    (tmp_path / name).write_text("step,learning_rate\n" + rows)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read .*move it away, then resume"):
+        logged_rows(tmp_path / name, 5)
 
 
 def test_checkpoint_of_other_widths(run, tmp_path, capsys):

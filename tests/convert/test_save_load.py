@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimmable
-from slimmable.errors import CheckpointError
+from slimmable.errors import CheckpointError, ConversionError
+from slimmable.files.tensors import write_tensors
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -147,6 +148,57 @@ def test_a_network_of_the_users_own_needs_the_plain_network(tmp_path):
             slimmable.load(tmp_path / "own", Tied(10) if network is model else Tied(2))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_loaded_model_takes_other_widths_and_keeps_what_its_own_have_learned(gated, tmp_path):
+    model, x, _ = converted("test_resnet")
+    model = oracles.randomise(slimmable.slimify(slimmable.extract(model, 1.0), WIDTHS, example_inputs=x)).eval()
+    file = slimmable.gating.gate(model, example_inputs=x) if gated else model
+    slimmable.save(file, tmp_path / "model")
+    again = slimmable.load(tmp_path / "model")
+    if gated:
+        with pytest.raises(ConversionError, match="gates, which are made for its widths"):
+            slimmable.slimify(again, (1.0, 0.75, 0.5), example_inputs=x)
+        again = slimmable.gating.ungate(again)
+    other = slimmable.slimify(again, (1.0, 0.75, 0.5), example_inputs=x)
+    for width in (1.0, 0.5):
+        with slimmable.at_width(other, width), slimmable.at_width(model, width):
+            same(other, model, x)
+    slimmable.save(other, tmp_path / "model")
+    assert slimmable.widths_of(slimmable.load(tmp_path / "model")) == (1.0, 0.75, 0.5)
+
+
+class WithHiddenTable(nn.Module):
+    """Holds a buffer per channel, and one of the whole, which are not in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("table", torch.ones(8), persistent=False)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x) * self.table) * self.scale
+
+
+@pytest.mark.parametrize("width", [None, 1.0, 0.5])
+def test_buffers_that_are_not_in_the_state_dict_come_back_with_their_contents(width, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    model = slimmable.slimify(WithHiddenTable(), WIDTHS, example_inputs=x)
+    model._buffers["table"].copy_(torch.arange(8.0))
+    model.scale.fill_(7)
+    network = model if width is None else slimmable.extract(model, width)
+    slimmable.save(network, tmp_path / "model")
+    again = slimmable.load(tmp_path / "model", WithHiddenTable())
+    assert torch.equal(again._buffers["table"], network._buffers["table"])
+    assert again.scale == 7
+    same(again, network, x)
+    if width is None:
+        for each in WIDTHS:
+            with slimmable.at_width(again, each), slimmable.at_width(model, each):
+                same(again, model, x)
+
+
 def test_what_cannot_be_saved_is_refused_and_the_file_stays(tmp_path):
     model, _, _ = converted("test_resnet")
     path = tmp_path / "model"
@@ -176,8 +228,8 @@ def contents(kind: str) -> tuple[dict, dict, bytes]:
             return load_file(path), json.loads(file.metadata()["model"]), path.read_bytes()
 
 
-def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 1") -> Path:
-    save_file(tensors, folder / "file", {"format": kind, "model": json.dumps(data)})
+def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 2") -> Path:
+    write_tensors(folder / "file", tensors, {"format": kind, "model": json.dumps(data)})
     return folder / "file"
 
 

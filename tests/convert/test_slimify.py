@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -126,6 +127,148 @@ def test_order_permutes_what_narrow_norms_have_learned_too(images):
     again = slimmable.slimify(slim, (1.0, 0.5), example_inputs=images, importance="magnitude")
     assert not torch.equal(again[1].full.weight, slim[1].full.weight)
     assert torch.equal(again[1].narrow[0].weight, again[1].full.weight[:4])
+
+
+# -- what the norms of a width have learned, when widths come and go
+def taught(model: nn.Module, images: Tensor) -> nn.Module:
+    """Give the norms of every width gains, biases, statistics and counters of their own."""
+    oracles.randomise(model)
+    for number, width in enumerate(slimmable.widths_of(model.train()), 1):
+        with slimmable.at_width(model, width), torch.no_grad():
+            for _ in range(number):
+                model(images * number)
+    return model.eval()
+
+
+def silently_converted(model: nn.Module, *args, **kwargs) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return slimmable.slimify(model, *args, **kwargs)
+
+
+def narrow_norms(model: nn.Module, width: float) -> dict[str, dict[str, Tensor]]:
+    """The states of the norms of one width, by path."""
+    found = {p: m for p, m in model.named_modules() if isinstance(m, slimmable.layers.SwitchableNorm)}
+    return {path: states(norm.own_at(norm._slim.widths.index(width))) for path, norm in found.items()}
+
+
+@pytest.mark.parametrize("universal", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("options", [{}, {"round_to": 8, "skip": "layer2*"}])
+@pytest.mark.parametrize("widths", [(1.0, 0.9, 0.75, 0.5, 0.25), (1.0, 0.5), (1.0, 0.6, 0.5, 0.2), (1.0, 0.25)])
+def test_widths_that_stay_keep_what_they_have_learned_and_new_ones_start_from_the_nearest_wider(
+    widths, options, inplace, universal, images
+):
+    options = {**options, "universal": universal, "example_inputs": images}
+    slim = taught(slimmable.slimify(tiny_resnet(num_classes=10), WIDTHS, **options), images)
+    before = copy.deepcopy(slim)
+    other = silently_converted(slim, widths, **options, inplace=inplace)
+    assert (other is slim) == inplace
+    assert not any(module.training for module in other.modules())
+    for width in widths:
+        neighbour = min(known for known in WIDTHS if known >= width)
+        mine, theirs = narrow_norms(other, width), narrow_norms(before, neighbour)
+        assert mine.keys() == theirs.keys()
+        for path in mine:
+            for name, tensor in mine[path].items():
+                assert torch.equal(tensor, theirs[path][name][: len(tensor)] if tensor.ndim else theirs[path][name])
+        if width == neighbour:
+            with slimmable.at_width(other, width), slimmable.at_width(before, width), torch.no_grad():
+                assert torch.equal(other(images), before(images))
+                assert list(map(id, slim.parameters())) == list(map(id, other.parameters())) or not inplace
+    assert equal_states(states(silently_converted(other, widths, **options)), states(other))
+
+
+def test_statistics_that_were_computed_for_a_width_stay_when_others_come_and_it_may_become_one_of_them(images):
+    net = tiny_resnet(num_classes=10)
+    slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=images, universal=True)
+    slimmable.calibrate_bn(slim, [images * 3], widths=[0.7, 0.6])
+    for widths in ((1.0, 0.75, 0.5), (1.0, 0.6, 0.5), (1.0, 0.25)):
+        other = silently_converted(slim, widths, example_inputs=images, universal=True)
+        assert slimmable.widths_of(other) == tuple(sorted({*widths, 0.7, 0.6}, reverse=True))
+        for width in (0.7, 0.6):
+            assert narrow_norms(other, width)
+            assert str(narrow_norms(other, width)) == str(narrow_norms(slim, width))
+    with pytest.warns(UserWarning, match=r"at 0\.6 .*bn1.*at 0\.7|at 0\.7 .*bn1.*at 0\.6"):
+        other = slimmable.slimify(slim, (1.0, 0.75, 0.5), example_inputs=images)
+    assert slimmable.widths_of(other) == (1.0, 0.75, 0.5)
+    by_layer = {"layer1*": 0.5}
+    slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=images)
+    slimmable.calibrate_bn(slim, [images * 3], widths=[by_layer])
+    other = silently_converted(slim, (1.0, 0.75, 0.5), example_inputs=images)
+    with slimmable.at_width(other, by_layer), slimmable.at_width(slim, by_layer), torch.no_grad():
+        assert torch.equal(other.eval()(images), slim.eval()(images))
+
+
+def small_network() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return oracles.randomise(net.append(nn.Linear(8, 4))).double()
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_norms_are_permuted_with_their_channels(images, universal):
+    slim = slimmable.slimify(small_network(), (1.0, 0.5, 0.25), example_inputs=images.double(), universal=universal)
+    taught(slim, images.double())
+    with torch.no_grad():
+        slim[5].weight[:] = torch.tensor([1, 2, 4, 3, 0.1, 0.2, 0.4, 0.3]).expand(4, 8)
+    options = {"example_inputs": images.double(), "importance": "magnitude", "universal": universal}
+    with pytest.warns(UserWarning, match="at 0.25 1. Train"):
+        again = slimmable.slimify(slim, (1.0, 0.75, 0.5, 0.25), **options)
+    assert torch.equal(again[1].full.weight, slim[1].full.weight[[2, 3, 1, 0, 6, 7, 5, 4]])
+    for width in (1.0, 0.5):
+        with slimmable.at_width(again, width), slimmable.at_width(slim, width), torch.no_grad():
+            assert oracles.difference(again(images.double()), slim(images.double())) < 1e-12
+    assert torch.equal(again[1].norm_at(1).running_mean, slim[1].full.running_mean[[2, 3, 1, 0, 6, 7]])  # a new width
+    mine, theirs = again[1].own_at(3), slim[1].own_at(1)
+    assert torch.equal(mine.running_mean, theirs.running_mean[[2, 3]])  # both are new at 0.25, and known at 0.5
+    assert int(mine.num_batches_tracked) == 3  # of which it knows when
+    if not universal:
+        assert torch.equal(mine.weight, theirs.weight[[2, 3]])
+
+
+def test_a_width_whose_channels_change_is_named_and_keeps_what_it_can(images):
+    slim = taught(slimmable.slimify(small_network(), (1.0, 0.4), example_inputs=images.double()), images.double())
+    with pytest.warns(UserWarning, match="lose what a width has learned.*at 0.4 1. Train on, or call slimm.*calibrate"):
+        other = slimmable.slimify(slim, (1.0, 0.4), example_inputs=images.double(), round_to=4)
+    mine, had, full = other[1].norm_at(1), slim[1].norm_at(1), slim[1].full
+    assert (mine.num_features, had.num_features) == (4, 3)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(mine, name)[:3], getattr(had, name))
+        assert torch.equal(getattr(mine, name)[3:], getattr(full, name)[3:4])
+    assert torch.equal(slim[1].norm_at(1).weight, had.weight)
+    with pytest.warns(UserWarning, match="at 0.4 1. Train"):
+        shared = slimmable.slimify(slim, (1.0, 0.4), example_inputs=images.double(), universal=True)
+    assert torch.equal(shared[1].norm_at(1).running_mean, had.running_mean)
+    apart = silently_converted(shared, (1.0, 0.4), example_inputs=images.double())
+    assert torch.equal(apart[1].norm_at(1).running_mean, had.running_mean)
+    assert torch.equal(apart[1].norm_at(1).weight, full.weight[:3])
+
+
+def test_what_is_on_a_switchable_norm_stays_with_it(images):
+    slim = slimmable.slimify(small_network(), (1.0, 0.5), example_inputs=images.double())
+    seen = []
+    slim[1].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    other = slimmable.slimify(slim, (1.0, 0.25), example_inputs=images.double(), inplace=True)
+    slimmable.run_widths(other, images.double())
+    assert seen == [8, 2]
+
+
+@pytest.mark.parametrize("fails_in", ["apply_plan", "_inherit"])
+def test_a_failed_conversion_puts_permuted_channels_and_what_was_learned_back(fails_in, images, monkeypatch):
+    slim = taught(slimmable.slimify(tiny_resnet(num_classes=10), (1.0, 0.5), example_inputs=images), images)
+    before = states(slim)
+    with slimmable.at_width(slim, 0.5), torch.no_grad():
+        expected = slim(images)
+
+    def fails(*args):
+        raise KeyError("no memory")
+
+    monkeypatch.setattr(f"slimmable._convert.{fails_in}", fails)
+    with pytest.raises(KeyError, match="no memory"):
+        slimmable.slimify(slim, (1.0, 0.25), example_inputs=images, importance="magnitude", inplace=True)
+    assert equal_states(states(slim), before)
+    with slimmable.at_width(slim, 0.5), torch.no_grad():
+        assert torch.equal(slim(images), expected)
 
 
 def test_a_part_taken_out_keeps_working(slim, images):
@@ -290,6 +433,21 @@ def test_a_new_plan_of_a_converted_model_is_that_of_the_plain_one_and_leaves_it_
     assert slimmable.width_of(slim) == slimmable.width_of(slim.layer1)
     with torch.no_grad():
         assert torch.equal(slim(images), expected)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_hides_no_channels(made_inside, images):
+    net = small_network().float().insert(5, nn.Linear(8, 32)).insert(6, nn.Linear(32, 8))
+    expected = str(slimmable.plan(net, WIDTHS, example_inputs=images))
+    gates = str(slimmable.gating.gate_plan(net, example_inputs=images))
+    with torch.inference_mode():
+        model = copy.deepcopy(net) if made_inside else net
+        slim = slimmable.slimify(model, WIDTHS, example_inputs=images)
+        assert str(slimmable.plan(slim)) == expected
+        assert str(slimmable.gating.gate_plan(model, example_inputs=images)) == gates
+        with slimmable.at_width(slim, 0.5):
+            assert slim[0].weight.shape[0] == 4
+            assert torch.equal(slim(images), slimmable.extract(slim, 0.5)(images))
 
 
 def test_keyword_and_tuple_inputs():

@@ -1,6 +1,7 @@
 """Switchable norms: separate statistics, torch's names, converters, checkpoints."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -146,6 +147,31 @@ def test_strict_errors_name_what_the_state_dict_names():
     assert result.unexpected_keys == ["1.extra"]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_norms_of_other_widths_are_not_taken_for_ones_own(strict):
+    widths = {2: (1.0, 0.5), 3: WIDTHS, 4: (1.0, 0.75, 0.5, 0.25)}
+    models = {n: nn.Sequential(SwitchableBatchNorm(8, widths=w, slim=False)) for n, w in widths.items()}
+    for model in models.values():
+        nn.init.uniform_(model[0].norm_at(1).weight)
+    for mine, other in ((3, 4), (4, 2), (4, 3)):
+        with pytest.raises(RuntimeError, match=r"0\.narrow has norms of the widths \(.*\), not \(1.0, "):
+            models[mine].load_state_dict(models[other].state_dict(), strict)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.narrow\.1"):
+        models[2].load_state_dict(models[3].state_dict())
+    found = models[3].load_state_dict(models[2].state_dict(), strict=False)  # those of 0.5 are at the same place
+    assert torch.equal(models[3][0].norm_at(1).weight, models[2][0].norm_at(1).weight)
+    assert {name.rpartition(".")[0] for name in found.missing_keys} == {"0.narrow.1"}
+    buffer = io.BytesIO()
+    torch.save(models[4].state_dict(), buffer)
+    state = torch.load(io.BytesIO(buffer.getvalue()))
+    with pytest.raises(RuntimeError, match=r"0\.narrow has norms of the widths"):
+        models[3].load_state_dict(state, strict)
+    for name in [name for name in state if ".narrow." in name]:
+        del state[name]
+    models[3].load_state_dict(state, strict)  # the full norm fills the narrower ones
+    assert torch.equal(models[3][0].norm_at(2).weight, models[4][0].full.weight)
+
+
 def test_a_missing_counter_is_reported_as_by_torch():
     for model in (nn.Sequential(random_norm()), nn.Sequential(switched())):
         state = model.state_dict()
@@ -233,6 +259,22 @@ def test_settings_are_copied():
     assert all(module.training for module in norm.train().modules())
     apart = SwitchableNorm.from_norm(full, WIDTHS, KEPT, share=False)
     assert apart.full is not full
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize("shared_affine", [False, True])
+@pytest.mark.parametrize("kept", [KEPT, (None, None, 8)])
+def test_no_width_shares_memory_with_another(kept, shared_affine, kind):
+    norm = SwitchableNorm(random_norm(kind), WIDTHS, kept, shared_affine=shared_affine)
+    tensors = list(norm.state_dict(keep_vars=True).values())
+    assert len(tensors) == 11 if shared_affine else 15
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)  # no part of anything larger
+    before = {name: tensor.clone() for name, tensor in norm.full.state_dict().items()}
+    for index in (1, 2):
+        with at_width(norm, WIDTHS[index]):
+            norm(torch.randn(3, norm.num_features, 5, 5))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.full.state_dict().items())
 
 
 def test_copies_are_independent():

@@ -273,6 +273,22 @@ def work(rank: int) -> dict[str, Any]:
     found["gathered"] = gathered()
     with pytest.raises(UsageError, match="fully_shard averages"):
         average_gradients(sharded(network()))
+    split = sharded(network())
+    for run in (
+        lambda: slimmable.extract(split, 0.5),
+        lambda: slimmable.save(split, "never.safetensors"),
+        lambda: slimmable.slimify(split, (1.0, 0.75)),
+        lambda: slimmable.plan(split),
+        lambda: slimmable.full_state_dict(split),
+        lambda: slimmable.profile(split, (3, 32, 32)),
+        lambda: slimmable.gating.gate(split),
+    ):
+        with pytest.raises(UsageError, match="split over processes"):
+            run()
+    with torch.no_grad():
+        split(torch.rand(2, 3, 32, 32, dtype=torch.float64))  # after which some parameters are whole
+    with pytest.raises(UsageError, match="split over processes"):
+        slimmable.extract(split, 0.5)
     return found
 
 

@@ -79,6 +79,16 @@ def test_moco_v3_equals_the_definition_also_with_gathered_keys(batch, dim, befor
     assert losses.moco_v3_loss(query, keys, temperature, before).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_the_offset_says_which_keys_are_ones_own():
+    query, keys = random(0, (2, 3), (5, 3))
+    table = [[cosine(q, k) / 0.5 for k in keys] for q in query]
+    expected = [
+        [table[0][2], *(table[0][i] for i in (0, 1, 3, 4))],
+        [table[1][3], *(table[1][i] for i in (0, 1, 2, 4))],
+    ]
+    close(losses.moco_v3_logits(query, keys, 0.5, offset=2), torch.tensor(expected, dtype=torch.float64))
+
+
 @quick
 @given(sizes, sizes, seeds)
 def test_the_positive_is_in_column_0_and_each_logit_comes_once(n, dim, seed):

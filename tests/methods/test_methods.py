@@ -163,6 +163,46 @@ def test_byol_teaches_by_its_own_distance():
     torch.testing.assert_close(methods.BYOL.distillation()(*scaled), slimmable.losses.byol_loss(student, teacher))
 
 
+def test_byol_gives_its_predictions_at_the_length_of_its_distance():
+    method = make("byol")
+    batch = batch_of(method)
+    with torch.no_grad():
+        batch.targets = method.prepare(batch, 0.0)
+        outcome = method(batch)
+        predictions = method.predict(batch)
+    for embedding, prediction in zip(outcome.embeddings, predictions, strict=True):
+        torch.testing.assert_close(embedding, F.normalize(prediction, dim=1) * DIM**0.5, rtol=1e-9, atol=1e-9)
+
+
+def test_label_smoothing_spreads_a_part_of_the_probability():
+    method = make("supervised")
+    batch = batch_of(method)
+    smooth = methods.Supervised(method.encoder, label_smoothing=0.3)
+    with torch.no_grad():
+        scores = method.encoder(batch.views[0])
+        target = F.one_hot(batch.labels, scores.shape[1]).double() * 0.7 + 0.3 / scores.shape[1]
+        expected = -(target * scores.log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(smooth(batch).loss, expected, rtol=1e-9, atol=1e-9)
+        assert not torch.isclose(method(batch).loss, expected, rtol=1e-3)
+
+
+def test_the_positive_of_moco_v3_is_that_of_ones_own_process(monkeypatch):
+    """The keys of this process come after those of the others before it."""
+    method = make("mocov3")
+    batch = batch_of(method)
+    with torch.no_grad():
+        batch.targets = method.prepare(batch, 0.0)
+        alone = method(batch)
+        others = torch.randn(8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        batch.targets = [torch.cat([others, keys]) for keys in batch.targets]
+        monkeypatch.setattr("slimmable.methods.momentum.rank", lambda: 1)
+        second = method(batch)
+    for mine, before in zip(second.logits, alone.logits, strict=True):
+        assert mine.shape == (8, 16)
+        torch.testing.assert_close(mine[:, 0], before[:, 0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mine[:, 9:], before[:, 1:], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(broken):
     method = make("supervised")

@@ -1,6 +1,7 @@
 """BatchNorm calibration against the intended published numbers and the definition, and what it must leave alone."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import slimmable
 from slimmable._inputs import Inputs
 from slimmable._width import at_width, set_width, width_of
-from slimmable.errors import ConversionError, DataError, WidthError
+from slimmable.errors import ConversionError, DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d, SwitchableNorm
 from slimmable.training import calibrate_bn
 
@@ -210,6 +212,24 @@ def test_after_an_error_no_width_is_new(loader, widths, error, active):
     assert torch.equal(model(example), output)
 
 
+@pytest.mark.parametrize("widths", [[0.6], [0.75], [0.6, 0.1], [1.0]])
+def test_a_width_that_is_not_the_models_own_keeps_its_statistics_until_another_is_set(widths):
+    model, x = small_network(universal=True)
+    set_width(model, 0.6)
+    model.train()(x)
+    norm, learned = model[1].norm_at(-1), str(model[1].norm_at(-1).state_dict())
+    set_width(model, 0.6)
+    with pytest.raises((DataError, WidthError)):
+        calibrate_bn(model, [x * torch.nan], widths)
+    with at_width(model, 0.6):
+        assert str(model[1].norm_at(-1).state_dict()) == learned
+    assert model[1].norm_at(-1) is norm
+    assert width_of(model) == 0.6
+    calibrate_bn(model, [x], widths=[0.6])  # which it can still become
+    assert model[1].norm_at(3) is norm
+    assert str(norm.state_dict()) != learned
+
+
 def test_a_model_that_was_never_converted():
     with pytest.raises(ConversionError):
         calibrate_bn(nn.BatchNorm1d(3), batches(4))
@@ -233,3 +253,109 @@ def test_batches_of_other_arguments_than_one_tensor():
     calibrate_bn(plain, [x + shift for x in data])
     for name, expected in statistics(plain).items():
         torch.testing.assert_close(statistics(model)[f"net.{name}"], expected)
+
+
+def small_network(universal=False):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.extend([nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4)])
+    x = torch.randn(16, 3, 8, 8) * 3 + 1
+    return slimmable.slimify(net, WIDTHS, example_inputs=x, universal=universal), x
+
+
+WAYS = {
+    "itself": lambda model: model,
+    "average": AveragedModel,
+    "average of buffers": lambda model: AveragedModel(model, use_buffers=True),
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "converted": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "gated": lambda model: slimmable.gating.gate(model, example_inputs=torch.zeros(2, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("universal", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("width", WIDTHS[:2])
+def test_the_statistics_of_one_width_alone_are_not_reset(width, way, universal):
+    model, x = small_network(universal)
+    calibrate_bn(model, [x])
+    model = WAYS[way](model).eval()
+    set_width(model, width)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"update_bn.*slimmable\.calibrate_bn\(model, loader\)"):
+        update_bn([x], model)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    if way == "converted":
+        return  # SyncBatchNorm trains on GPUs only
+    calibrate_bn(model, [2 * x])
+    norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+    assert len(norms) == 2
+    assert all(norm.norm_at(index).num_batches_tracked == 1 for norm in norms for index in range(3))
+
+
+def test_a_norm_that_leaves_its_container_or_starts_anew_is_as_torch_made_it():
+    model, x = small_network()
+    calibrate_bn(model, [x])
+    for width in WIDTHS:
+        small = slimmable.extract(model, width)
+        assert vars(small[1]).keys() == vars(nn.BatchNorm2d(8)).keys()
+        update_bn([2 * x], small)
+        assert small[1].num_batches_tracked == 1
+        assert not torch.equal(small[1].running_mean, model[1].norm_at(WIDTHS.index(width)).running_mean)
+    with torch.no_grad():
+        for norm in (model[1].full, model[1].norm_at(1)):
+            norm.weight.fill_(3)
+            norm.reset_parameters()  # as when a model is made on the meta device and then given memory
+            assert torch.equal(norm.weight, torch.ones(len(norm.weight)))
+            assert norm.running_mean.count_nonzero() == norm.num_batches_tracked == 0
+            with pytest.raises(UsageError, match="update_bn"):
+                norm.reset_running_stats()
+    assert vars(model[1].to_norm()).keys() == vars(nn.BatchNorm2d(8)).keys()
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_in_inference_mode_the_statistics_are_the_same_and_can_be_trained_on(universal):
+    model, x = small_network(universal)
+    widths = [1.0, 0.6, 0.5] if universal else [1.0, {"0": 0.6}, 0.5]
+    other = copy.deepcopy(model)
+    calibrate_bn(other, [x, 2 * x], widths)
+    with torch.inference_mode():
+        calibrate_bn(model, [x, 2 * x], widths)
+    assert str(model.state_dict()) == str(other.state_dict())
+    assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
+    with torch.inference_mode():
+        set_width(model, 0.7 if universal else {"0": 0.7})
+    for width in (width_of(model), *widths):
+        set_width(model, width)
+        model.train()(x).sum().backward()
+    assert model[1].full.weight.grad.isfinite().all()
+
+
+def test_a_model_made_in_inference_mode_is_calibrated_in_it_or_not_at_all():
+    model, x = small_network()
+    with torch.inference_mode():
+        model = copy.deepcopy(model)
+        calibrate_bn(model, [x])
+    before = str(model.state_dict())
+    with pytest.raises(UsageError, match=r"made in torch\.inference_mode"):
+        calibrate_bn(model, [2 * x])
+    assert str(model.state_dict()) == before
+    assert int(model[1].norm_at(1).num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_under_autocast_the_statistics_are_those_of_the_plain_network(width):
+    model, x = small_network()
+    small = slimmable.extract(model, width)
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate_bn(model, [x, 2 * x])
+        update_bn([x, 2 * x], small)
+    mine = model[1].norm_at(WIDTHS.index(width))
+    assert torch.equal(mine.running_mean, small[1].running_mean)
+    assert torch.equal(mine.running_var, small[1].running_var)
+    assert mine.running_mean.dtype == torch.float32
+    with at_width(model, width), torch.autocast("cpu", torch.bfloat16):
+        model(x).sum().backward()
+    assert model[0].weight.grad is not None

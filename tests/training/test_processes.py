@@ -109,6 +109,39 @@ def checkpointed_gradients(**options: Any) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def overflowing_step(wrapped: bool) -> tuple[bool, float, bool]:
+    """Take a step whose scaled gradients are too large in the second process alone.
+
+    Return whether its own are finite, the scale afterwards, and whether the parameters are as before.
+    """
+    model = copy.deepcopy(converted()).float().train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.05), torch.amp.GradScaler("cpu", 2.0**100)
+    own = []
+
+    def backward(loss: Tensor) -> None:
+        scaler.scale(loss).backward()
+        own.extend(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    def loss() -> Tensor:
+        return parallel(part(views(torch.float32)[0, 0])).square().mean() * (2.0**60 if dist.get_rank() else 2.0**-60)
+
+    parallel = DistributedDataParallel(model) if wrapped else model
+    recipe = slimmable.SlimRecipe(parallel, backward=backward)
+    if wrapped:
+        recipe.backward(loss)
+    else:
+        for _ in recipe.widths(1.0):
+            backward(recipe.loss(loss()))
+        average_gradients(model)
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    same = all(torch.equal(p, other) for p, other in zip(model.parameters(), before, strict=True))
+    return all(own), scaler.get_scale(), same
+
+
 # -- batch norms, with the sizes of the two processes' batches
 NORMS: dict[str, dict[str, Any]] = {
     "1d": {"shapes": [(3, 5), (4, 5)]},
@@ -229,6 +262,7 @@ def work(rank: int) -> dict[str, Any]:
     with synchronised_batchnorm():
         found["norms"] = {name: norm_results(rank=rank, **case) for name, case in NORMS.items()}
         found["bare"] = bare_functions(rank)
+    found["overflowing"] = [overflowing_step(wrapped) for wrapped in (False, True)]
     found["peaks"] = peak_of_step(0.9), peak_of_step(0.1), peak_of_summed_step()
     found["checkpointed"] = [
         checkpointed_gradients(**options) for options in ({}, {"use_reentrant": False}, {"use_reentrant": True})
@@ -332,6 +366,14 @@ def test_a_step_of_all_widths_holds_the_activations_of_the_widest(processes):
         all_widths, widest, summed = found["peaks"]
         assert widest <= all_widths < 1.01 * widest < summed / 1.5
     assert widest < 1.01 * peak_of_step(0.1)  # no more than torch's batch norm holds
+
+
+def test_infinite_gradients_of_one_process_are_found_by_the_scalers_of_all(processes):
+    for rank, found in enumerate(processes):
+        for finite, scale, same in found["overflowing"]:
+            assert finite == (rank == 0)
+            assert scale == 2.0**99
+            assert same
 
 
 def test_checkpointed_forwards_use_the_joined_batch_too(processes):

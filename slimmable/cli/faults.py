@@ -1,0 +1,88 @@
+"""What can end a command from outside: signals, and a machine without memory, room or the processes it had."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from slimmable.errors import SlimmableError
+
+GO_ON = "continue with --resume"
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed", "size calculation overflowed")
+_NO_ANSWER = ("gloo", "nccl", "pair closure")  # errors of communication between processes
+
+
+@contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of each signal that asks the program to stop; after `nohup`, SIGHUP does not."""
+    mine = [] if threading.current_thread() is not threading.main_thread() else STOPPING
+    mine = [each for each in mine if each == signal.SIGINT or signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, frame: handle(number)) for number in mine}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop(number: int) -> None:
+    """End the program as Ctrl-C does, and remember which signal asked for it.
+
+    It ends already, and has yet to say why, if another process is lost: then torchrun sends a signal to those left.
+    """
+    if not _lost_contact(sys.exc_info()[1]):
+        raise KeyboardInterrupt(number)
+
+
+def _lost_contact(error: BaseException | None) -> bool:
+    """Tell whether communication between processes has failed in this error, or in what caused it."""
+    if isinstance(error, RuntimeError):
+        text = str(error).lower()
+        if type(error).__name__.startswith("Dist") or any(sign in text for sign in _NO_ANSWER):
+            return True
+    return error is not None and _lost_contact(error.__cause__)
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """Return what a shell expects of a program that a signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + int(error.args[0] if error.args else signal.SIGINT)
+
+
+def explained_fault(error: BaseException) -> str | None:
+    """Return what happened, in one line, if the error tells of the machine; None for any other, such as a mistake."""
+    if isinstance(error, SlimmableError):
+        return str(error)
+    if not isinstance(error, (MemoryError, OSError, RuntimeError)):
+        return None
+    text, lower = _last_line(error), str(error).lower()
+    if isinstance(error, MemoryError) or any(sign in lower for sign in _NO_MEMORY):
+        return f"out of memory ({text}); a smaller --batch-size or --image-size, or fewer --workers, need less"
+    if "dataloader worker" in lower or "pin memory thread" in lower:
+        return f"a process that reads images ended ({text}); if memory was short, use fewer --workers"
+    if _lost_contact(error):
+        from slimmable.cli.processes import lost_process
+
+        with on_signals(lambda number: None):  # by which torchrun ends the processes that are left
+            return lost_process() or f"another process of this run ended, or cannot be reached ({text})"
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more"
+    return text if isinstance(error, OSError) else None
+
+
+def _last_line(error: BaseException) -> str:
+    """Return the message; of one from a worker, which has a traceback in front of it, the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "Original Traceback" in str(error) else 0].strip()[:300]
+
+
+def flush_or_drop() -> None:
+    """Empty the buffers of the output, into nothing if nobody reads it any more, or Python would fail at its end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if they were closed from the start
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
