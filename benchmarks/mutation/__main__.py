@@ -163,17 +163,22 @@ def run(mutants: Sequence[Mutant], seconds: float, again: bool) -> None:
         write(path, list(results.values()))
         print(f"{number} of {len(open_)}: {row['file']}:{row['line']} {row['state']} {row['seconds']} s", flush=True)
     files, keys = {mutant.path for mutant in mutants}, {mutant.key for mutant in mutants}
-    kept = [
-        row for key, row in results.items() if key in keys or row["file"] not in files
-    ]  # the code no longer has others
+    # others are no longer drawn, as of code that has changed
+    kept = [row for key, row in results.items() if key in keys or row["file"] not in files]
     kept.sort(key=lambda row: (row["file"], int(row["line"])))
     write(path, kept)
+    tabulate(kept)
+
+
+def tabulate(rows: Sequence[Row]) -> None:
+    """Write the table of results by folder, with where they come from."""
     from benchmarks.measuring import environment, markdown, origin  # imports the package, which no fork may have
 
     made = environment()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    explained = read(RESULTS / "equivalent.csv")
     counts: dict[str, Counter[str]] = {}
-    for row in kept:
+    for row in rows:
         count = counts.setdefault("/".join(row["file"].split("/")[1:2]), Counter())
         equivalent = row["state"] == "unnoticed" and tuple(row[field] for field in FIELDS[:4]) in explained
         count["equivalent" if equivalent else row["state"]] += 1
@@ -191,11 +196,12 @@ def run(mutants: Sequence[Mutant], seconds: float, again: bool) -> None:
 
 
 def show() -> None:
-    """Print what nothing noticed and nobody explained."""
+    """Print what nothing noticed and nobody explained, and write the table anew."""
     explained = read(RESULTS / "equivalent.csv")
     for key, row in read(RESULTS / "mutants.csv").items():
         if row["state"] == "unnoticed" and key not in explained:
             print(f"{row['file']}:{row['line']} {row['function']}, {row['tests']} tests\n- {key[2]}\n+ {key[3]}\n")
+    tabulate(list(read(RESULTS / "mutants.csv").values()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         part.add_argument("--seconds", type=float, default=12, help="of tests for each mutant (default: 12)")
         part.add_argument("--seed", type=int, default=0)
     parsed, options = parser.parse_known_args(arguments)
+    if options and parsed.command != "cover":
+        parser.error(f"unknown options: {' '.join(options)}")
     if parsed.command == "cover":
         cover([*parsed.tests, *options])
     elif parsed.command == "show":

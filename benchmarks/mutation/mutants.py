@@ -17,7 +17,7 @@ from libcst import matchers as m
 from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
-SHOWN = ("__repr__", "extra_repr", "__str__", "__dir__")  # functions that only make text for people
+SHOWN = ("__repr__", "_repr_html_", "extra_repr", "__str__", "__dir__")  # functions that only make text for people
 TEXT = m.FormattedString() | m.ConcatenatedString() | m.SimpleString(m.MatchIfTrue(lambda text: " " in text))
 NO_FAULT = (
     TEXT

@@ -206,7 +206,7 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
     for end, at, outermost in zip(_ends_in_call(ctx, start, stop, units), (start, stop), (0, units), strict=True):
         if at != outermost and end is not None and int(end) < 0:
             ctx.constrain(-end, ids[at:], units - at)
-        elif at != outermost:
+        elif at != outermost or ctx.call.name == "narrow":  # which does not cut off what is beyond the end
             ctx.constrain(at if end is None else end, ids[:at], at)
     if stop - start < units:
         ctx.labels.roles.extend(piece for piece in (ids[:start], ids[start:stop], ids[stop:]) if len(piece))

@@ -94,7 +94,7 @@ class Labels:
         return self._marked(ids, _ORDERED)
 
     def _mark(self, ids: Ids, mark: int) -> None:
-        self._marks[self.find(ids.ravel())] |= mark
+        self._marks[self.find(ids)] |= mark
 
     def _marked(self, ids: Ids, mark: int) -> Mask:
         found: Mask = self._marks[self.find(ids)] & mark != 0

@@ -89,3 +89,16 @@ def test_spreading_is_flattening_a_pattern(before, units, after):
     block = pattern((before, units, after), 1, ids)
     assert spread(ids, before, after).tolist() == block.reshape(-1).tolist()
     assert all((block[i, :, j] == ids).all() for i in range(before) for j in range(after))
+
+
+def test_marks_and_classes_of_blocks_of_ids():
+    labels = Labels()
+    block = labels.fresh(6).reshape(2, 3)
+    assert labels.same(block, block.ravel())
+    assert not labels.same(block[0], block[1])
+    labels.merge(block[0], block[1])
+    assert labels.same(block[0], block[1])
+    labels.order(block[:, :2])
+    labels.produce(block[:, 1:])
+    assert labels.ordered(block).tolist() == [[True, True, False]] * 2
+    assert labels.produced(block).tolist() == [[False, True, True]] * 2

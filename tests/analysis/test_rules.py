@@ -154,3 +154,65 @@ BOUNDS = {
 def test_rectified_units_are_features_and_bounded_ones_are_not(function, made):
     plan = plan_of(lambda net, h: function(net.last(h)), last=nn.Linear(16, 12))
     assert plan.columns[-1].output_shapes == [(2, 5, made)]
+
+
+SIZED = {  # how code uses an integer of the module -> its value, that at half width, and the inputs of the last layer
+    "expand": (lambda net, h: h * net.gain.expand(2, 5, net.size), 16, 8, 16),
+    "expand by position": (lambda net, h: h * net.gain.expand(-1, 5, net.size), 16, 8, 16),
+    "broadcast_to": (lambda net, h: h * net.gain.broadcast_to((2, 5, net.size)), 16, 8, 16),
+    "repeat": (lambda net, h: h * net.gain.repeat(2, 5, net.size), 16, 8, 16),
+    "reshape": (lambda net, h: h.reshape(2, 5, net.size, 4).flatten(2), 4, 2, 16),
+    "view by name": (lambda net, h: h.view(size=(2, 5, net.size, 4)).flatten(2), 4, 2, 16),
+    "unflatten": (lambda net, h: h.unflatten(-1, (net.size, 4)).flatten(2), 4, 2, 16),
+    "named unflatten": (lambda net, h: h.unflatten(dim=2, sizes=(net.size, 4)).flatten(2), 4, 2, 16),
+    "split": (lambda net, h: h.split(net.size, -1)[0], 8, 4, 8),
+    "named split": (lambda net, h: h.split(split_size=net.size, dim=-1)[1], 8, 4, 8),
+    "unsafe_split": (lambda net, h: torch.unsafe_split(h, net.size, -1)[1], 8, 4, 8),
+    "split in two": (lambda net, h: h.split([net.size, net.other], -1)[0], 6, 3, 6),
+    "from the front": (lambda net, h: h[..., : net.size], 6, 3, 6),
+    "from the back": (lambda net, h: h[..., -net.size :], 6, 3, 6),
+    "up to the back": (lambda net, h: h[..., : -net.size], 6, 3, 10),
+    "narrow": (lambda net, h: h.narrow(-1, 0, net.size), 6, 3, 6),
+    "narrow later": (lambda net, h: h.narrow(-1, net.other, net.size), 6, 3, 6),
+}
+
+
+@pytest.mark.parametrize("way", SIZED)
+def test_an_integer_of_the_module_follows_what_it_sizes(way):
+    run, size, half, inputs = SIZED[way]
+    model = Fn(lambda net, h: net.last(run(net, h)), last=nn.Linear(inputs, 3), gain=torch.randn(1, 1, 1))
+    model.size, model.other = size, 10
+    plan = slimmable.plan(model, (1.0, 0.5), example_inputs=torch.zeros(2, 5, 4))
+    made, _ = kept(plan, "second", "weight")
+    assert (len(made) if isinstance(made, tuple) else made) == 8
+    assert plan.columns[-1].values[""]["size"] == half
+    assert plan.columns[-1].values[""].get("other", 5) == 5
+    assert kept(plan, "last", "weight") == [None, inputs // 2]
+
+
+def test_a_forward_may_move_its_layers():
+    plan = plan_of(lambda net, h: net.head.float()(net.last.to(h.dtype)(h)), last=nn.Linear(16, 16))
+    assert kept(plan, "head", "weight") == [None, 8]
+
+
+def test_several_outputs_are_told_apart():
+    plan = plan_of(lambda net, h: (net.head(h), {"other": net.last(h)}), last=nn.Linear(16, 3))
+    ends = ": class scores, an image or an embedding"
+    assert reasons(plan)["head.weight"] == f"output 0 in the model itself{ends}"
+    assert reasons(plan)["last.weight"] == f"output 1.other in the model itself{ends}"
+
+
+@pytest.mark.parametrize("outputs", [{"1.other": "slim"}, ("full", "slim"), {1: "slim", 0: "full"}])
+def test_outputs_are_asked_for_by_name_and_position(outputs):
+    model = Fn(lambda net, h: (net.head(h), {"other": net.last(h)}), last=nn.Linear(16, 12))
+    plan = slimmable.plan(model, (1.0, 0.5), example_inputs=torch.zeros(2, 5, 4), outputs=outputs)
+    assert plan.columns[-1].output_shapes == [(2, 5, 3), (2, 5, 6)]
+
+
+def test_what_a_trace_switches_off_is_on_again():
+    flags = torch.backends.mkldnn.set_flags(_enabled=True)
+    try:
+        plan_of(lambda net, h: net.head(h))
+        assert torch.backends.mkldnn.set_flags(_enabled=True)[0]
+    finally:
+        torch.backends.mkldnn.set_flags(*flags)
