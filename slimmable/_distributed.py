@@ -1,8 +1,9 @@
 """Distributed training: this process and the others, gathered tensors, averaged gradients."""
 
+import weakref
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
 _BUCKET = 25 * 2**20  # about the bytes in one reduction, as in DistributedDataParallel
+_trained: "deque[tuple[weakref.ref[nn.Module], str]]" = deque(maxlen=10_000)  # modules that had gradients, at a width
 
 
 def in_group() -> bool:
@@ -55,24 +57,47 @@ def any_process(value: bool, device: torch.device) -> bool:
     return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
 
 
-def from_all(tensor: Tensor) -> Tensor:
+def from_all(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the tensors of all processes, stacked in rank order, without gradient; shapes and types must agree."""
     own = tensor.detach().contiguous()
-    everyones = own.new_empty((dist.get_world_size(), *own.shape))
-    dist.all_gather(list(everyones.unbind()), own)
+    everyones = own.new_empty((dist.get_world_size(group), *own.shape))
+    dist.all_gather(list(everyones.unbind()), own, group)
     return everyones
 
 
 def from_all_alike(where: str, own: str, advice: str, device: torch.device, number: int = 0) -> list[int]:
     """Return a number of each process; raise `DataError` in all unless `own`, which says what each has, is the same."""
-    digest = zlib.crc32(own.encode())
-    numbers, digests = from_all(torch.tensor([number, digest], device=device)).T.tolist()
+    numbers, digests = from_all(torch.tensor([number, zlib.crc32(own.encode())], device=device)).T.tolist()
     if len(set(digests)) > 1:
-        all_own: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_own, own)
-        listed = "; ".join(f"process {rank}: {what}" for rank, what in enumerate(all_own))
-        raise DataError(f"{where}: the processes' tensors must be alike, but are {listed}; {advice}")
+        raise DataError(f"{where}: the processes' tensors must be alike, but are {_listed(own)}; {advice}")
     return cast("list[int]", numbers)
+
+
+def _listed(own: str, group: dist.ProcessGroup | None = None) -> str:
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, own, group)
+    return "; ".join(f"process {rank}: {what}" for rank, what in enumerate(everyones))
+
+
+def check_same_widths(where: str, widths: str, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Raise `UsageError` in all processes if some train at other widths than others; "" are those of one that waits."""
+    digests = from_all(torch.tensor([zlib.crc32(widths.encode())], device=device), group).flatten().tolist()
+    if len({*digests, 0}) > 2:
+        raise UsageError(
+            f"{where}: the processes must train at the same widths, but those of {_listed(widths, group)}; draw random "
+            "ones with the same seed, and give all recipes the same arguments and number of steps"
+        )
+
+
+def averages_itself(model: nn.Module) -> bool:
+    """Tell whether DistributedDataParallel or `fully_shard` average gradients, for which all processes must run it."""
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    return wrapped or any(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
+def note_width(module: nn.Module, width: object) -> None:
+    """Note that a module gets gradients at a width, for `average_gradients` to compare between processes."""
+    _trained.append((weakref.ref(module), str(width)))
 
 
 def means_over_processes(*values: Tensor) -> list[float]:
@@ -83,6 +108,19 @@ def means_over_processes(*values: Tensor) -> list[float]:
         means /= world_size()
     found: list[float] = means.tolist()
     return found
+
+
+def where_not_finite(device: torch.device, **kinds: Iterable[Tensor]) -> str:
+    """Say in which processes tensors of the first of these kinds are not finite, unless that is so in all or none."""
+    if alone():
+        return ""
+    finite = [all(bool(tensor.isfinite().all()) for tensor in tensors) for tensors in kinds.values()]
+    everywhere = from_all(torch.tensor(finite, device=device).int()).T.tolist()
+    for kind, fine in zip(kinds, everywhere, strict=True):
+        if 0 in fine and 1 in fine:
+            ranks = ", ".join(str(rank) for rank, own in enumerate(fine) if not own)
+            return f"; the {kind} of process {ranks} are not finite"
+    return ""
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -97,7 +135,8 @@ def average_gradients(model: nn.Module) -> None:
     Args:
         model: wrapped in DistributedDataParallel or not; all processes must have started from the same weights.
 
-    Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself.
+    Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself; or, in all
+        processes, if switchable norms or a `SlimRecipe` had gradients at other widths in one process than in another.
 
     >>> layer = nn.Linear(2, 1)
     >>> layer(torch.ones(1, 2)).sum().backward()
@@ -111,7 +150,11 @@ def average_gradients(model: nn.Module) -> None:
         return
     if any(hasattr(parameter, "placements") for parameter in parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    modules, device = set(model.modules()), parameters[0].device
+    widths = {width for module, width in _trained if module() in modules}
+    _trained.clear()
+    check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
     buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
     filled: Counter[tuple[torch.dtype, torch.device]] = Counter()

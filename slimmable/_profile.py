@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import checked
+from slimmable._checks import check_whole, checked
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode, swapped
@@ -92,9 +92,8 @@ def profile(
         example_inputs: as for `slimify`, instead of `input_size`.
         repeats: timed forwards per width, after an untimed one; 0 measures no latency.
 
-    Raises:
-        ConversionError: if neither is given and the model does not say what its input looks like.
-        UsageError: if the model does not run on these inputs.
+    Raises: ConversionError: if neither is given and the model does not say what its input looks like. UsageError: if
+        the model does not run on these inputs.
 
     >>> from slimmable.layers import SlimLinear
     >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))
@@ -103,6 +102,7 @@ def profile(
          1          212              192           20           -
        0.5           90               80           10           -
     """
+    check_whole("profile", model)
     if example_inputs is None and input_size is not None:
         given: Any = input_size
         if isinstance(given, Tensor):

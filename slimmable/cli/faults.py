@@ -29,8 +29,21 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def stop(number: int) -> None:
-    """End the program as Ctrl-C does, and remember which signal asked for it."""
-    raise KeyboardInterrupt(number)
+    """End the program as Ctrl-C does, and remember which signal asked for it.
+
+    It ends already, and has yet to say why, if another process is lost: then torchrun sends a signal to those left.
+    """
+    if not _lost_contact(sys.exc_info()[1]):
+        raise KeyboardInterrupt(number)
+
+
+def _lost_contact(error: BaseException | None) -> bool:
+    """Tell whether communication between processes has failed in this error, or in what caused it."""
+    if isinstance(error, RuntimeError):
+        text = str(error).lower()
+        if type(error).__name__.startswith("Dist") or any(sign in text for sign in _NO_ANSWER):
+            return True
+    return error is not None and _lost_contact(error.__cause__)
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
@@ -49,7 +62,7 @@ def explained_fault(error: BaseException) -> str | None:
         return f"out of memory ({text}); a smaller --batch-size or --image-size, or fewer --workers, need less"
     if "dataloader worker" in lower or "pin memory thread" in lower:
         return f"a process that reads images ended ({text}); if memory was short, use fewer --workers"
-    if type(error).__name__.startswith("Dist") or any(sign in lower for sign in _NO_ANSWER):
+    if _lost_contact(error):
         from slimmable.cli.processes import lost_process
 
         with on_signals(lambda number: None):  # by which torchrun ends the processes that are left

@@ -12,17 +12,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from slimmable.cli.faults import explained_fault
 from slimmable.errors import SlimmableError
 
 _PAUSE = 0.5  # seconds between two signs of life of a process
-_SILENCE = 20.0  # seconds without one after which a process is lost
+_SILENCE = 15.0  # seconds without one after which a process is lost, well before torchrun kills the others
 _ALARM = 4.0  # the same when communication has failed
 _LEFT = "left"  # the last sign of life; the others are numbers
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if any, and yield the device of this one."""
+    """Join the processes that `torchrun` started, if any, and yield the device of this one.
+
+    Raises: SlimmableError: if another one fails or ends inside the block; it says which and why.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
@@ -37,8 +41,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         own.end()
         dist.destroy_process_group()  # not after an error, when it might wait for the others
     except BaseException as error:
+        fault = explained_fault(error)
         own.end(error)
-        raise
+        if fault is None or isinstance(error, SlimmableError):
+            raise
+        raise SlimmableError(fault) from error
     finally:
         _signs.remove(own)
 
@@ -54,8 +61,8 @@ class _Signs:
     """Signs of life of this process, which a thread gives to the next one while it watches for those of the last.
 
     Communication by gloo fails when a process is gone, though not in all others, and that by NCCL waits. So the
-    processes also talk through the store by which they met. Whoever finds one lost tells all; a process that cannot
-    tell, since it waits in communication, is ended.
+    processes also talk through the store by which they met. Whoever finds one lost tells all; one that does not end by
+    itself then, since it waits in communication, is ended.
     """
 
     def __init__(self, rank: int, count: int) -> None:
@@ -73,10 +80,13 @@ class _Signs:
         self._thread.join(_ALARM)
         with suppress(RuntimeError):  # the store is in another process
             if error is not None:
+                error = error.__cause__ if isinstance(error.__cause__, SlimmableError) else error
                 text, kind = str(error).partition("\n")[0], type(error).__name__
                 reason = text if isinstance(error, SlimmableError) else f"{kind} {text}".strip()
                 self._store.compare_set("lost", "", f"process {self._own} failed: {reason}")
             self._store.set(self._own, _LEFT)
+        if error is not None and self._own == "0":
+            time.sleep(2 * _PAUSE)  # without torchrun, this process has the store, in which the others now look
 
     def search(self) -> str | None:
         """Alarm all processes, and return what they find within the time in which a living one gives a sign."""
@@ -106,7 +116,7 @@ class _Signs:
                 if unchanged * _PAUSE > (_ALARM if alarm else _SILENCE):
                     how = "has ended" if seen == _LEFT else "was killed or hangs"
                     self._store.compare_set("lost", "", f"process {self._watched} {how}")
-            if self._found() and not self._ended.wait(_SILENCE) and (found := self._found()):
+            if self._found() and not self._ended.wait(2 * _ALARM) and (found := self._found()):
                 print(f"slimmable: {found}", file=sys.stderr, flush=True)
                 os._exit(1)
 

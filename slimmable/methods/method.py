@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._checks import check_function, check_is_module, checked
-from slimmable._distributed import means_over_processes
+from slimmable._distributed import means_over_processes, where_not_finite
 from slimmable._width import places_of, set_width
 from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.gating import GateBudget, dense, gated, has_gates
@@ -76,8 +76,6 @@ class Method(nn.Module):
 
     Args:
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
-
-    Raises: UsageError: if `encoder` is not a module.
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder, SimCLR
@@ -173,13 +171,12 @@ class Method(nn.Module):
                 et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
                 the whole training. Otherwise gates are off.
 
-        Raises:
-            DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error, as
-                a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
-                makes the CPU wait for the GPU.
-            UsageError: if the recipe belongs to another model, the batch has the wrong number of views, or `gates` is
-                given for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
-            DataError: if a view is not a tensor, or the views have different numbers of images.
+        Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
+            as a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
+            makes the CPU wait for the GPU. UsageError: if the recipe belongs to another model, the batch has the wrong
+            number of views, or `gates` is given for an encoder without gates, for a method whose encoder sees one view,
+            or with `random_widths`. DataError: if a view is not a tensor, or the views have different numbers of
+            images.
         """
         self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs
@@ -201,7 +198,7 @@ class Method(nn.Module):
                 del outcome, loss, run  # otherwise they stay alive while the next width runs
                 if diagnostics is not None:
                     diagnostics.after_backward(width)
-            losses = _finite_losses(found)
+            losses = _finite_losses(found, self.parameters())
             self.finish(batch)
         except BaseException as error:
             if isinstance(error, DivergedError):
@@ -275,13 +272,15 @@ def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module
     return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
-def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]]) -> dict[float, float]:
+def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]], weights: Iterable[Tensor]) -> dict[float, float]:
     """Return each width's own loss, averaged over the processes; raise `DivergedError` if one is not finite."""
-    numbers = means_over_processes(*(loss for pair in found.values() for loss in pair))
+    own = [loss for pair in found.values() for loss in pair]
+    numbers = means_over_processes(*own)
+    where = "" if all(map(math.isfinite, numbers)) else where_not_finite(own[0].device, weights=weights, losses=own)
     losses = dict(zip(found, numbers[::2], strict=True))
     for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at width {width:g}")
+            raise DivergedError(f"the loss is {loss} at width {width:g}{where}")
         if not math.isfinite(distilled):
-            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}")
+            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}{where}")
     return losses

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_function, checked, number_or_nan, shown
-from slimmable._distributed import averaged_once
+from slimmable._checks import check_count, check_fraction, check_function, checked, must_be, number_or_nan, shown
+from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
@@ -60,8 +60,6 @@ class SlimRecipe:
             teacher agree. The loss that is trained differs from that by a constant, see `OnlineDistillation.floor`.
         steps_done: how many steps `backward` and `total` have run.
 
-    Raises: UsageError or WidthError: if an argument is invalid.
-
     >>> from slimmable.layers import SlimLinear
     >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(model, slow_start=0.5, steps=2)
@@ -98,6 +96,7 @@ class SlimRecipe:
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
         self.slow_start = float(slow_start)
         self.steps, self.steps_done = steps, 0
+        self._compared = False  # with the recipes of other processes
         self._frozen, self._once = _modules("frozen", frozen), _modules("once", once)
         self._backward = backward
         self.losses: dict[float, Tensor] = {}
@@ -251,7 +250,7 @@ class SlimRecipe:
         done = state.get("steps_done") if isinstance(state, Mapping) and len(state) == 1 else None
         if type(done) is not int or done < 0:
             raise DataError(f"SlimRecipe.load_state_dict: expected {{'steps_done': a count}}, got {state!r}")
-        self.steps_done = done
+        self.steps_done, self._compared = done, False
 
     @property
     def first(self) -> bool:
@@ -273,8 +272,6 @@ class SlimRecipe:
             progress: fraction of the training done, in [0, 1].
             step: number of this step. If given, random widths depend only on `seed` and `step`, so training resumed
                 from a checkpoint draws the same ones; otherwise they depend on the draws before.
-
-        Raises: UsageError: if `progress` is not in [0, 1].
 
         >>> from slimmable import SlimLinear, width_of
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
@@ -344,6 +341,7 @@ class SlimRecipe:
                 f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shown(loss)}"
             )
         self.losses[step.width] = loss.detach()
+        note_width(places_of(self.model)[0][0], step.width)
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=2)
         step.excess = 0.0
@@ -368,7 +366,13 @@ class SlimRecipe:
             widest, *_, narrowest = weights
             drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
             weights = _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), self._mode)
-        step = self._step = _Step(None, {1.0: 1.0}) if slow else _Step(self.distill, weights)
+        step = _Step(None, {1.0: 1.0}) if slow else _Step(self.distill, weights)
+        if not self._compared and not alone() and averages_itself(self.model):
+            self._compared = True
+            done = f"{self.steps_done} of {self.steps} steps done, slow start {self.slow_start}, seed {self._seed}"
+            own = f"{', '.join(map(str, step.loss_weights))} ({done})"
+            check_same_widths("SlimRecipe", own, next(self.model.parameters()).device)
+        self._step = step
         self.losses, self.distillations = {}, {}
         try:
             for width in step.loss_weights:
@@ -403,6 +407,9 @@ class _Step:
     @property
     def first(self) -> bool:
         return self.width == 1.0
+
+
+check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -6,11 +6,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from slimmable._distributed import in_group
+from slimmable._distributed import alone, check_same_widths, in_group, note_width
 from slimmable._widths import check_widths
 from slimmable.view.state import WidthState
+
+_COMPARED = 8  # forwards with DistributedDataParallel in which a container compares widths
 
 
 class SwitchableContainer(nn.Module):
@@ -18,6 +21,7 @@ class SwitchableContainer(nn.Module):
 
     _slim: WidthState
     _static_graph = False  # of the DistributedDataParallel around it
+    _compared = 0  # forwards before whose backward the processes have compared their widths
 
     def __init__(self, widths: Iterable[float]) -> None:
         super().__init__()
@@ -63,7 +67,19 @@ class SwitchableContainer(nn.Module):
             self._static_graph = wrapper.static_graph
         if not torch.is_grad_enabled():
             return output
-        return _Linked.apply(output, self._static_graph, *self.parameters())
+        linked: Tensor = _Linked.apply(output, self._static_graph, *self.parameters())
+        if linked.requires_grad and not alone() and not is_compiling():
+            self._compare(wrapper, linked)
+        return linked
+
+    def _compare(self, wrapper: DistributedDataParallel | None, output: Tensor) -> None:
+        """Let the processes notice that they train at different widths: now, or when they average gradients."""
+        width = str(self._slim.active.width)
+        output.register_hook(lambda grad: note_width(self, width))  # type: ignore[no-untyped-call]
+        averages = wrapper is not None and wrapper.training and wrapper.require_backward_grad_sync
+        if wrapper is not None and averages and self._compared < _COMPARED and not wrapper._join_config.enable:
+            self._compared += 1
+            check_same_widths("DistributedDataParallel", width, output.device, wrapper.process_group)
 
     def extra_repr(self) -> str:
         """Return the widths and the active one."""

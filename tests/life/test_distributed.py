@@ -278,6 +278,9 @@ def work(rank: int) -> dict[str, Any]:
         lambda: slimmable.extract(split, 0.5),
         lambda: slimmable.save(split, "never.safetensors"),
         lambda: slimmable.slimify(split, (1.0, 0.75)),
+        lambda: slimmable.plan(split),
+        lambda: slimmable.full_state_dict(split),
+        lambda: slimmable.profile(split, (3, 32, 32)),
         lambda: slimmable.gating.gate(split),
     ):
         with pytest.raises(UsageError, match="split over processes"):
