@@ -40,7 +40,8 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
     Raises: UsageError: if another process holds it, or there are files in a new one. CheckpointError: if it cannot be
         written.
     """
-    path, made = folder / LOCK, not os.path.exists(folder)  # pathlib fails for a name that is too long
+    path = folder / LOCK
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # pathlib fails for long names
     if new and not made and not folder.is_dir():
         raise UsageError(f"{folder} exists and is no folder; choose another one with --output")
     try:
@@ -72,5 +73,5 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
         finally:
             with suppress(OSError):  # while it is held, or it could be another's; Windows keeps open files
                 path.unlink()
-                if made:
-                    folder.rmdir()  # unless it has files
+                for each in made:
+                    each.rmdir()  # unless it has files

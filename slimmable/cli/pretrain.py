@@ -200,7 +200,7 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     """Return the rows that `GradientDiagnostics.to_csv` wrote for the steps before `done`."""
-    rows = [{name: float(value) for name, value in row.items()} for row in logged_rows(path, done - 1)]
+    rows = [{name: float(value or "nan") for name, value in row.items()} for row in logged_rows(path, done - 1)]
     return [row | {"step": int(row["step"])} for row in rows]
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 from contextlib import suppress
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 
 from slimmable.__main__ import main
+from slimmable._profile import profile
 from slimmable.cli.commands import COMMANDS, make_parser
 from slimmable.cli.config import PRESETS, flag
 
@@ -46,7 +48,7 @@ NUMBERS = {
     "5,000 digits": "9" * 5000,
 }
 FLOATS = {"tiny": "1e-300", "1e300": "1e300", "1e999": "1e999"}
-INTEGERS = {"fraction": "1.5", "exponent": "1e3", "hexadecimal": "0x10", "100,000": "100000"}
+INTEGERS = {"fraction": "1.5", "exponent": "1e3", "hexadecimal": "0x10", "20,000": "20000"}
 CHOICES = {"unknown": "abacus", "number": "1", "capitals": "LINEAR"}
 NAMES = {"unknown": "abacus", "number": "1", "above": "../..", "address": "hf-hub:timm/resnet18", "unicode": "résnet18"}
 PATHS = (
@@ -71,7 +73,7 @@ TAKEN = {
     "pretrain --method": {},
     "pretrain --model": {},
     "pretrain --data": {},
-    "pretrain --num-images": {"100,000": LARGE},
+    "pretrain --num-images": {"20,000": LARGE},
     "pretrain --image-size": {},
     "pretrain --augmentation": {},
     "pretrain --min-crop-scale": {"zero": SHARE, "tiny": SHARE},
@@ -87,9 +89,9 @@ TAKEN = {
     "pretrain --proj-hidden-dim": {"zero": "one hidden unit per feature"},
     "pretrain --temperature": {},
     "pretrain --ema-momentum": {"zero": SHARE, "tiny": SHARE},
-    "pretrain --queue-size": {"100,000": "it is cut to a quarter of the images"},
+    "pretrain --queue-size": {"20,000": "it is cut to a quarter of the images"},
     "pretrain --key-parts": {},
-    "pretrain --epochs": {"100,000": LARGE},
+    "pretrain --epochs": {"20,000": LARGE},
     "pretrain --batch-size": {},
     "pretrain --opt": {},
     "pretrain --lr": {},
@@ -97,7 +99,7 @@ TAKEN = {
     "pretrain --warmup-epochs": {"zero": OFF, "tiny": "no step is shorter"},
     "pretrain --weight-decay": {"zero": OFF, "tiny": OFF},
     "pretrain --precision": {},
-    "pretrain --seed": {"zero": "the default", "100,000": "any number below 2**31 is a seed"},
+    "pretrain --seed": {"zero": "the default", "20,000": "any number below 2**31 is a seed"},
     "pretrain --preset": {},
     "pretrain --output": {
         **dict.fromkeys(("missing", "missing/below", "unknown", "number", "address", "unicode"), NEW),
@@ -105,8 +107,8 @@ TAKEN = {
     },
     "pretrain --resume": {},
     "pretrain --log": {},
-    "pretrain --log-every": {"100,000": LARGE},
-    "pretrain --knn-every": {"zero": OFF, "100,000": LARGE},
+    "pretrain --log-every": {"20,000": LARGE},
+    "pretrain --knn-every": {"zero": OFF, "20,000": LARGE},
     "pretrain --diagnostics": {},
     "pretrain --workers": {"zero": OFF},
     "pretrain --device": {},
@@ -124,7 +126,7 @@ TAKEN = {
     "export --widths": {},
     "export --checkpoint": {},
     "export --pretrained": {},
-    "export --num-classes": {"zero": "a network without a classifier", "100,000": LARGE},
+    "export --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
     "export --image-size": {},
     "profile NAME": {},
     "profile --image-size": {},
@@ -277,6 +279,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     playground()
     for name in ("cli.training.Training.take_step", "cli.evaluation.rows_of_run", "cli.export._write"):
         monkeypatch.setattr(f"slimmable.{name}", begin)
+    monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
     before = signal.signal(signal.SIGALRM, hang)
     yield Caller(run, capfd)
     signal.signal(signal.SIGALRM, before)
@@ -392,8 +395,9 @@ DEVICES = (
         # options that do not go together
         (["pretrain", "--epochs", "3", "--warmup-epochs", "3"], "--warmup-epochs 3 leaves none"),
         (["pretrain", "--epochs", "3", "--warmup-epochs", "1e6"], "--warmup-epochs 1e+06 leaves none"),
-        (["pretrain", "--num-images", "1000000", "--image-size", "4096"], "more than 250,000,000 pixels"),
+        (["pretrain", "--num-images", "1000000", "--image-size", "4096"], "memory"),
         (["pretrain", "--num-images", "16", "--batch-size", "17"], "--batch-size 17 is more than the 16"),
+        (["pretrain", "--num-images", "16", "--batch-size", "17", "--output", "a/b/c"], "--batch-size 17 is more than"),
         (["pretrain", "--universal", "--widths", "1"], "--universal needs a narrowest width"),
         (["pretrain", "--diagnostics", "--widths", "1"], "--diagnostics compares widths"),
         (["pretrain", "--method", "byol", "--distill", "kl"], "--distill kl compares logits"),
