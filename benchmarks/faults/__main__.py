@@ -329,6 +329,7 @@ def main() -> int:
         "--tries", type=int, help="for each fault; by default 3, and 10 or 20 for those that matter most"
     )
     given = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's setting would pass to the programs
     noted = {(row["fault"], row["number"]) for row in read_rows(RESULTS / "faults.csv")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
