@@ -78,11 +78,7 @@ def slimify(
 
     A model in which nothing becomes narrower is converted with a warning. On any error `model` is as it was.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-        TraceError: if the forward fails on fake tensors; the message names the operation and the module.
-        ConversionError: if another argument is invalid.
-        UsageError: if `model` is not a module, or has lazy layers without sizes.
+    Raises: TraceError: if the forward fails on fake tensors; the message names the operation and the module.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
@@ -164,9 +160,7 @@ def extract(model: M, width: Setting) -> M:
 
     `width` may be anything that `set_width` takes.
 
-    Raises:
-        ConversionError: if `model` has no slimmable part.
-        UsageError: if `fully_shard` has split it over processes.
+    Raises: ConversionError: if `model` has no slimmable part. UsageError: if `fully_shard` has split it over processes.
         WidthError: if it does not have this width.
 
     >>> net = slimify(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (1.0, 0.5), example_inputs=torch.zeros(2, 4))

@@ -92,9 +92,8 @@ def profile(
         example_inputs: as for `slimify`, instead of `input_size`.
         repeats: timed forwards per width, after an untimed one; 0 measures no latency.
 
-    Raises:
-        ConversionError: if neither is given and the model does not say what its input looks like.
-        UsageError: if the model does not run on these inputs, or `fully_shard` has split it over processes.
+    Raises: ConversionError: if neither is given and the model does not say what its input looks like. UsageError: if
+        the model does not run on these inputs.
 
     >>> from slimmable.layers import SlimLinear
     >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))

@@ -64,9 +64,8 @@ def search(
 
     Returns: one `Found` per budget, in the same order.
 
-    Raises:
-        ConversionError: if `model` was not converted, or contains several converted models.
-        UsageError: if an argument is invalid, or a budget is below the cost of the narrowest width.
+    Raises: ConversionError: if `model` was not converted, or contains several converted models. UsageError: if an
+        argument is invalid, or a budget is below the cost of the narrowest width.
 
     Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3.
 

@@ -15,6 +15,7 @@ from slimmable._modules import tensors_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
+from slimmable.layers import refuse_plain_between
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
 from slimmable.view.recompute import next_node
@@ -39,8 +40,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
     At a width or sub-network that the model was not made with, BatchNorms start from the statistics of the full width
     and lose their own at the next switch; `calibrate_bn` computes and keeps them.
 
-    Raises:
-        WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
+    Raises: WidthError: if the model, or a part of it, does not have this width; the message names the nearest.
         ConversionError: if no part of the model has widths, or if layers were added after its conversion.
 
     >>> from slimmable import SlimLinear
@@ -89,9 +89,7 @@ def widths_of(model: nn.Module) -> tuple[float, ...]:
 def width_of(model: nn.Module) -> float | tuple[int, ...]:
     """Return the active width of `model`, or the counts of its channel groups if they have different widths.
 
-    Raises:
-        WidthError: if its parts are at different widths.
-        ConversionError: as `set_width`.
+    Raises: WidthError: if its parts are at different widths. ConversionError: as `set_width`.
     """
     active = {state.active.width for _, state in places_of(model)}
     if len(active) > 1:
@@ -167,6 +165,8 @@ def places_of(model: nn.Module) -> Places:
             strangers.add(id(module))
         converted = converted or state is not None
         children = attributes["_modules"]
+        if not converted and type(module) is nn.Sequential:
+            refuse_plain_between(children)
         if children:
             pending.extend([(child, converted) for child in children.values() if child is not None])
     if strangers:

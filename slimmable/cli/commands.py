@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 ALL = "all"
-_LONGEST = 4096  # characters of an argument, as of a path
 _UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
@@ -272,15 +271,10 @@ def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     option = ""
     for text in argv:
         value = text.partition("=")[2] if text.startswith("--") and "=" in text else text
-        reason = "" if value.strip() else "is empty"
-        if len(text) > _LONGEST:
-            reason = f"has {len(text):,} characters"
-        elif _UNSEEN.search(text):
-            reason = "has a control character, or one that is not UTF-8"
-        if reason:
-            parser.exit(2, f"{parser.prog}{name}: {option}{text!a:.80} {reason}; give another value\n")
-        if text.startswith("--"):
-            option = f"{text} "
+        if not value.strip() or len(text) > 4096 or _UNSEEN.search(text):
+            wrong = "is empty, longer than 4,096 characters, or not text that can be shown; give another value"
+            parser.exit(2, f"{parser.prog}{name}: {option}{text!a:.80} {wrong}\n")
+        option = f"{text} " if text.startswith("--") else option
 
 
 def _suggestion(typed: str, known: Iterable[str]) -> str:

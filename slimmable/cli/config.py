@@ -102,6 +102,9 @@ def at_least(least: int, most: int = 1_000_000) -> Range:
     return Range(f"at least {least}", lambda value: value >= least, (least, most))
 
 
+UNITS = at_least(1, 65_536)
+
+
 def option(
     default: Any = MISSING,
     help: str = "",
@@ -172,6 +175,8 @@ def check(settings: Any) -> None:
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(one, str) and not one.strip():
+                raise UsageError(f"{flag(each.name)} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             if within and not within.holds(one):
@@ -196,9 +201,7 @@ def fits(settings: type, name: str, value: object) -> bool:
     """Return whether a value read from JSON has the type of the field `name`."""
     kinds: dict[str, Any] = get_type_hints(settings)
     parts = [get_origin(part) or part for part in _parts(kinds[name])]
-    return isinstance(value, bool) == (bool in parts) and any(
-        isinstance(value, _JSON_TYPES.get(part, (part,))) for part in parts
-    )
+    return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -246,9 +249,7 @@ class PretrainConfig:
     gate_loss_weight: float = option(100.0, "weight of the loss that keeps gates to the budget", within=POSITIVE)
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
 
-    proj_dim: int = option(
-        64, "size of the projector's output, the embedding", within=at_least(1, 65_536), group="method"
-    )
+    proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(

@@ -152,8 +152,7 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders `train`
     and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
 
-    Raises: DataError: if there is no such folder, or no readable image to train on or hold out, or a link leads to a
-        folder or out of this one.
+    Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not os.path.isdir(folder):
         raise DataError(f"--data {shown(folder)}: there is no such folder")
@@ -181,38 +180,31 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
 
 
 def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class in `root`, both in alphabetical order; `data` is the whole folder."""
+    """Return the image files of each class in `root`, both in alphabetical order.
+
+    Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
+    """
+    found: dict[str, list[Path]] = {}
     try:
-        folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
-        for each in [*folders, *([root] if root != data else [])]:
-            _check_link(each, data)
-        files = {folder.name: sorted(_images_in(folder, data)) for folder in folders}
+        for place, folders, names in os.walk(root, onerror=_raise):
+            images = [Path(place, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
+            for path in (*(Path(place, name) for name in folders), *images, *([] if root == data else [root])):
+                target = Path(os.path.realpath(path)) if path.is_symlink() else path
+                if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
+                    raise DataError(
+                        f"--data {shown(data)}: {shown(path)} is a link to {shown(target)}, but only links to files of "
+                        "the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL) of them"
+                    )
+            for part in Path(place).relative_to(root).parts[:1]:
+                found.setdefault(part, []).extend(images)
     except (OSError, RecursionError) as error:
         raise DataError(f"--data {shown(data)} cannot be listed ({error})") from error
-    files = {name: paths for name, paths in files.items() if paths}
-    if not files:
+    if not any(found.values()):
         raise DataError(
             f"--data {shown(root)} holds no images; expected one folder per class, as in cat/1.jpg "
             f"({', '.join(sorted(_SUFFIXES))})"
         )
-    return files
-
-
-def _images_in(folder: Path, data: Path) -> Iterator[Path]:
-    """Yield what is named like an image below a folder; refuse links to folders, and links out of `data`."""
-    for root, folders, names in os.walk(folder, onerror=_raise):
-        images = [Path(root, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
-        for path in (*(Path(root, name) for name in folders), *images):
-            _check_link(path, data)
-        yield from images
-
-
-def _check_link(path: Path, data: Path) -> None:
-    if path.is_symlink() and (path.is_dir() or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(data))):
-        raise DataError(
-            f"--data {shown(data)}: {shown(path)} is a link to {shown(os.path.realpath(path))}, but only links to "
-            "files of the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL) of the files"
-        )
+    return {name: sorted(paths) for name, paths in sorted(found.items()) if paths}
 
 
 def _raise(error: OSError) -> None:

@@ -133,12 +133,6 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
     The first signal in any process lets a checkpoint be written; a second one stops immediately.
     """
     asked: list[int] = []
-
-    def ask(number: int) -> None:
-        if asked:
-            stop(number)
-        asked.append(number)
-
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
     columns += [] if training.gates is None else ["gated_share"]
     usual = 0 if training.gates is None else max(1, training.config.epochs // 10)
@@ -162,7 +156,10 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
             if training.diagnostics is not None:
                 training.diagnostics.to_csv(folder / GRADIENTS)
 
-    with on_signals(ask), Progress(training.steps, training.step, training.steps_per_epoch) as progress:
+    with (
+        on_signals(lambda number: stop(number) if asked else asked.append(number)),
+        Progress(training.steps, training.step, training.steps_per_epoch) as progress,
+    ):
         while training.step < training.steps:
             losses = training.take_step()
             if is_first():

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,23 +68,17 @@ def read_rows(folder: Path) -> list[Row]:
     path = folder / "metrics.csv"
     try:
         return [_row(cells) for cells in _read_table(path)]
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
         raise CheckpointError(f"{path} is not the report of a run ({error}); move it away") from error
 
 
-def _read_table(path: Path, whole_lines: bool = False) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, none without a file; a last line that a full disk cut short may be left out."""
-    if not os.path.lexists(path):
-        return []
-    text = read_text(path, _MOST_BYTES)
-    if whole_lines:
-        text = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none without a file, and without a last line that a full disk cut short."""
+    text = read_text(path, _MOST_BYTES) if os.path.lexists(path) else ""
+    return list(csv.DictReader(text.split("\n")[:-1], strict=True))
 
 
 def _row(cells: dict[str, str]) -> Row:
-    if None in cells:
-        raise ValueError("a row has more cells than columns")
     network = cells.pop("network", "")
     width, parameters, macs = (cells.pop(name) for name in ("width", "parameters", "macs"))
     for name in cells:
@@ -240,7 +233,7 @@ def require_logger(name: str) -> Any:
 def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
     try:
-        rows = [row for row in _read_table(path, whole_lines=True) if int(row["step"]) <= last]
+        rows = [row for row in _read_table(path) if int(row["step"]) <= last]
         for row in rows:
             [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
         if any(earlier >= later for earlier, later in pairwise([-1, *(int(row["step"]) for row in rows)])):

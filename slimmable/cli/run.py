@@ -145,10 +145,8 @@ def read_config(folder: Path) -> PretrainConfig:
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     try:
-        values = json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once)
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__} instead of names and values")
-    except (OSError, ValueError, RecursionError) as error:
+        values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     differing = {each.name for each in fields(PretrainConfig)} ^ set(values)
     if differing:
@@ -214,14 +212,17 @@ def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
     found = differences(expected, given, most=10)
     if found:
         raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
+    counts = [name for name in given if name.rpartition(".")[2] in _NEVER_NEGATIVE]
     kinds = {
         "of another type": [
             f"{name} {given[name].dtype}, expected {tensor.dtype}"
             for name, tensor in expected.items()
             if given[name].dtype != tensor.dtype
         ],
-        "infinite or NaN": [name for name, tensor in given.items() if not tensor.isfinite().all()],
-        "negative": [n for n, t in given.items() if n.rpartition(".")[2] in _NEVER_NEGATIVE and bool((t < 0).any())],
+        "infinite or NaN": [
+            name for name, tensor in expected.items() if tensor.isfinite().all() and not given[name].isfinite().all()
+        ],
+        "negative": [name for name in counts if (given[name] < 0).any()],
     }
     found = "".join(f"\n  {kind}: {listed(names, 10)}" for kind, names in kinds.items() if names)
     if found:
@@ -261,7 +262,7 @@ def load_optimizer_tensors(
     example.state.clear()
     for name, parameter in _parameters_of(example).items():
         parameter.grad = torch.zeros_like(parameter) if name in asked else None
-    example.step()
+    type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
     check_alike(optimizer_tensors(example), tensors, what)
     for name, count in (steps or {}).items():
         done = tensors.get(f"{name}.step")
@@ -269,12 +270,11 @@ def load_optimizer_tensors(
         if done is not None and not (done <= most if skipped else done == most):
             raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
     state: dict[int, dict[str, Tensor]] = {}
-    numbers = {name: number for number, name in enumerate(parameters)}
     for key, tensor in tensors.items():
         owner, _, name = key.rpartition(".")
         if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
             tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(numbers[owner], {})[name] = tensor
+        state.setdefault(list(parameters).index(owner), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -125,8 +125,8 @@ class Training:
         """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was, or none can change."""
         if self.scaler.get_scale() < _LEAST_SCALE:
             raise DivergedError(f"gradients are not finite, even of losses scaled by {self.scaler.get_scale():g}")
-        for name, parameter in self.method.named_parameters():
-            if not parameter.isfinite().all():
+        for name, tensor in (*self.method.named_parameters(), *optimizer_tensors(self.optimizer).items()):
+            if not tensor.isfinite().all():
                 raise DivergedError(f"{name} is no longer finite")
 
     def save(self, path: Path) -> None:
@@ -147,13 +147,9 @@ class Training:
         check_alike(self.method.encoder.state_dict(), checkpoint.network, "the network in the checkpoint")
         check_alike(self._own(), own, "the training in the checkpoint")
         state = _under("method.", own) | {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
-        if "moco.position" in state:
-            position = done * self.config.batch_size % state["moco.queue"].shape[1]
-            if state["moco.position"] != position:
-                raise CheckpointError(
-                    f"the queue in the checkpoint is at {int(state['moco.position'])}, after step {done} it is at "
-                    f"{position}"
-                )
+        position = state.get("moco.position")
+        if position is not None and position != (done * self.config.batch_size) % state["moco.queue"].shape[1]:
+            raise CheckpointError(f"the queue in the checkpoint is at {position}, where it is not after step {done}")
         scaler = {name: tensor.item() for name, tensor in _under("scaler.", own).items()}
         scale, growing = scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0)
         constant = {name: v for name, v in self.scaler.state_dict().items() if name not in ("scale", "_growth_tracker")}
@@ -182,7 +178,7 @@ class Training:
         the kind that follows the slow start.
         """
         joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
-        images = 2 * max(self.config.key_parts, world_size()) // world_size()  # as few as a method takes
+        images = min(2 * max(self.config.key_parts, world_size()), self.config.batch_size) // world_size()
         size, channels = self.config.image_size, self.images.channels
         found: dict[str, int] = {}
         for progress, count in ((0.0, done), (1.0, joined)) if joined else ((0.0, done),):

@@ -128,9 +128,7 @@ def evaluate_widths(
             sorted, those of the narrowest width first; a part of a converted network must have them in this order.
         k: number of neighbours that vote.
 
-    Raises:
-        ConversionError: if `backbone` was never converted.
-        DataError: if a set is empty or labels do not match.
+    Raises: ConversionError: if `backbone` was never converted. DataError: if a set is empty or labels do not match.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
 
     >>> import slimmable
@@ -170,9 +168,7 @@ def evaluate_features(
             "ridge" the closed form per width (`ridge_classifier`).
         k: number of neighbours that vote.
 
-    Raises:
-        DataError: if a set is empty, or labels or features do not match.
-        WidthError: if width 1.0 is missing.
+    Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
 
     >>> wide, labels = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
@@ -256,9 +252,7 @@ def knn_accuracy(
         train_labels, test_labels: class numbers, shape (images,).
         k: number of neighbours, at most all of `train`.
 
-    Raises:
-        DataError: if a set is empty, shapes do not match, or labels are not class numbers.
-        UsageError: if `k` is not an integer of at least 1, or `temperature` is not positive.
+    Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
     >>> corners = torch.eye(3)
     >>> knn_accuracy(corners, torch.arange(3), corners + 0.1, torch.tensor([0, 1, 1]), k=1)
@@ -340,8 +334,7 @@ def train_probe(
         learning_rate: initial learning rate.
         seed: seed of the order of the images.
 
-    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing. UsageError: if
-        `epochs`, `batch_size` or `learning_rate` is out of range.
+    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing.
 
     >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)

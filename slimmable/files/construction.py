@@ -21,7 +21,7 @@ from slimmable.view.container import SwitchableContainer
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
-_LARGE = 2**16  # image sizes, depths and the like are smaller; other sizes are those of tensors
+_LARGE = 2**13  # image sizes, depths and the like are smaller; other sizes are those of tensors
 
 
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -80,7 +80,7 @@ def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None =
     with torch.device("meta"):
         if shapes is None:
             return build(recipe)
-        largest = max(_LARGE, *(size for shape in shapes for size in shape), 0)
+        largest = max(_LARGE, *(size for shape in shapes if 0 not in shape for size in shape), 0)
         if _largest(recipe) > largest:
             raise CheckpointError(f"the file is too small for the model {str(recipe)[:400]}")
         with _at_most(100 + 10 * len(shapes)):
@@ -182,8 +182,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
         model: a converted or gated model, a part or wrapper of one, a model built by hand, or a plain model.
         prefix, keep_vars: as in `torch.nn.Module.state_dict`: what to put before each name, and whether to return the
             Parameters themselves.
-
-    Raises: UsageError: if `model` is not a module, or `fully_shard` has split it over processes.
 
     >>> import torch
     >>> from slimmable import slimify

@@ -126,7 +126,7 @@ def _written(value: Any) -> Any:
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     if isinstance(value, partial):
-        return ["partial", *map(_written, (value.func, value.args, value.keywords))]
+        return ["partial", *map(_written, (value.func, value.args, sorted(value.keywords.items())))]
     if isinstance(value, (tuple, list)):
         parts = [_written(part) for part in value]
         return _ABSENT if any(part is _ABSENT for part in parts) else parts

@@ -46,7 +46,8 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 
     Args:
         model: a converted or gated model, or a plain network, such as one from `extract`.
-        path: path of the file; an existing file stays until the new one is complete.
+        path: path of the file; an existing file stays until the new one is complete. A symbolic link is replaced, and
+            what it points to stays.
         arguments: those with which `timm.create_model` makes the plain full-width model. By default, the numbers of
             classes and image channels and the image size are read off the model. If the model is not timm's, or no
             longer what timm makes (with a warning), the file has no recipe, and `load` needs the plain model.
@@ -91,7 +92,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         path: path of the file.
         model: the plain full-width network, with any weights, if the file has no recipe for timm; it is not changed.
 
-    Raises: CheckpointError: if the file is missing, damaged, foreign, or of another network; the message says which.
+    Raises: CheckpointError: if the file is missing, damaged or foreign, or of another network, one whose modules,
+        settings (such as strides and activations) or tensors differ; the message names the differences.
     """
     if model is not None:
         check_module("load", model)
@@ -161,10 +163,8 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     differing, free = unlike(plain, data["modules"], given, narrow="plan" not in data)
     if differing:
         raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
-    network = copy_of(
-        plain,
-        {id(tensor): filled(tensor, given[name], given[name].dtype) for name, tensor in own.items() if name in given},
-    )
+    kept = {name: tensor for name, tensor in own.items() if name in given}
+    network = copy_of(plain, {id(kept[name]): filled(kept[name], given[name], given[name].dtype) for name in kept})
     take_over(network, free)
     if "plan" in data:
         if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):

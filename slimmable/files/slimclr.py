@@ -42,11 +42,8 @@ def load_slimclr(
         widths: widths that the network was trained with; by default those of the released ones. Sub-networks must share
             their weights (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
 
-    Raises:
-        CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the message
-            then lists all entries that are missing, unknown or of another shape.
-        UsageError: if `checkpoint` is neither a path nor a dict.
-        WidthError: if `widths` is invalid.
+    Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the
+        message then lists all entries that are missing, unknown or of another shape.
 
     Source: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, arXiv 2209.15525.
 

@@ -66,9 +66,8 @@ def gate(
         temperature, open_at_zero, bias: passed to each `ChannelGate`.
         inplace: gate `model` itself and return it.
 
-    Raises:
-        ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced.
-        UsageError: if the model already has gates, or an argument is out of range. After an error nothing has changed.
+    Raises: ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced. UsageError:
+        if the model already has gates, or an argument is out of range. After an error nothing has changed.
 
     Source: Krishna et al. 2023 gate the inner channels of residual blocks; this package adds other architectures and
         widths.

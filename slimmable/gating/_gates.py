@@ -73,8 +73,6 @@ class ChannelGate(nn.Module):
         temperature, open_at_zero: as in `hard_mask`.
         bias: add a learned bias per unit to the logits.
 
-    Raises: UsageError: if an argument is out of range.
-
     >>> gate = ChannelGate(16, 24).eval()
     >>> gate(torch.randn(2, 16)).shape, gate.macs
     (torch.Size([2, 24]), 160)

@@ -266,8 +266,6 @@ def annealed(
 
     Before `first_epoch` it is `start`. With the defaults it is `p` of the bound loss (Krishna et al. 2023).
 
-    Raises: UsageError: if the epoch is not a number.
-
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
     """
@@ -283,8 +281,6 @@ def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
         share: multiply-adds of each image, as a share of the dense network's; any shape.
         budget: the target mean, in (0, 1).
         weight: the paper's lambda.
-
-    Raises: UsageError: if the budget is outside (0, 1).
 
     >>> budget_loss(torch.tensor([0.4, 0.6]), budget=0.3)
     tensor(0.2000)
@@ -308,7 +304,7 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
         p: tightness of the bounds, in [0, 1]; see `annealed`.
         weight: the paper's gamma.
 
-    Raises: UsageError: if `budget` or `p` is out of range. DataError: if there is no gate.
+    Raises: DataError: if there is no gate.
 
     >>> bound_loss(torch.tensor([0.1, 0.5, 1.0]), budget=0.25, p=1.0)
     tensor(0.1367)
@@ -364,8 +360,6 @@ class GateBudget(nn.Module):
         alpha: how fast the bounds widen, see `annealed`.
         first_epoch: when they begin to widen.
         closed_gradient: as in `open_fractions`.
-
-    Raises: UsageError: if the budget is outside (0, 1), or another number is negative.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))

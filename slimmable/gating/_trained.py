@@ -41,9 +41,8 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
         model: a gated model.
         loader: batches as for `calibrate_bn`.
 
-    Raises:
-        UsageError: if the model has no gates, or the loader is not an iterable of batches.
-        DataError: if the loader is empty or holds anything other than batches.
+    Raises: UsageError: if the model has no gates, or the loader is not an iterable of batches. DataError: if the loader
+        is empty or holds anything other than batches.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -78,10 +77,9 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
         loader: batches as for `calibrate_bn`; it is iterated over about 15 times.
         budget: target multiply-adds as a share of the dense network's, in (0, 1).
 
-    Raises:
-        UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all open;
-            if the model has no gates, or the loader can be iterated over only once.
-        DataError: if the loader is empty or holds anything other than batches.
+    Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
+        open; if the model has no gates, or the loader can be iterated over only once. DataError: if the loader is empty
+        or holds anything other than batches.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -175,10 +173,9 @@ def extract_gated(
             16 suit most hardware. An attention head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
-    Raises:
-        UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
-            smallest network; if the model has no gates, or `loader` can be iterated over only once.
-        DataError: as `gate_activity`.
+    Raises: UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
+        smallest network; if the model has no gates, or `loader` can be iterated over only once. DataError: as
+        `gate_activity`.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))

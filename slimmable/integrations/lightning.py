@@ -14,6 +14,7 @@ from slimmable._modules import swapped
 from slimmable._width import width_of
 from slimmable.errors import UsageError
 from slimmable.training import SlimRecipe
+from slimmable.training.recipe import check_recipe
 
 try:
     from lightning.pytorch import Callback
@@ -53,6 +54,7 @@ class SlimCallback(Callback):
     """
 
     def __init__(self, recipe: SlimRecipe) -> None:
+        check_recipe("SlimCallback", recipe=recipe)
         self.recipe = recipe
         self._counts = recipe.steps is None
         self._replaced = ExitStack()  # what is replaced while the module trains

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from slimmable._checks import check_module
 from slimmable._convert import WIDTHS, slimify
 from slimmable.analysis.fake import left_behind
 from slimmable.training import SlimRecipe
@@ -27,6 +28,7 @@ def slim_recipe(method: Any, widths: Iterable[float] = WIDTHS, *, example_inputs
 
     Raises: as `slimify` and `SlimRecipe`.
     """
+    check_module("slim_recipe", method)
     pairs = list(getattr(method, "momentum_pairs", ()))
     names = {module: name for name, module in method.named_modules()}
     weights = [momentum.state_dict() for _, momentum in pairs]

@@ -25,6 +25,7 @@ from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
 from slimmable.losses import OnlineDistillation
 from slimmable.training import SlimRecipe
+from slimmable.training.recipe import check_recipe
 
 _create_model, _load_checkpoint = models.create_model, models.load_checkpoint
 
@@ -41,6 +42,7 @@ class SlimTaskMixin(tasks.TrainingTask):
     """
 
     def __init__(self, *args: Any, recipe: SlimRecipe, **options: Any) -> None:
+        check_recipe(type(self).__name__, recipe=recipe)
         super().__init__(*args, **options)
         self.recipe = recipe
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from slimmable._width import at_width
+from slimmable._width import at_width, columns_of, places_of
+from slimmable.errors import UsageError
 from slimmable.training import SlimRecipe
+from slimmable.training.recipe import check_recipe
 
 
 class SlimTrainer(Trainer):
@@ -25,6 +27,11 @@ class SlimTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, recipe: SlimRecipe, eval_widths: tuple[float, ...] = (), **options: Any) -> None:
+        check_recipe(type(self).__name__, recipe=recipe)
+        if not isinstance(eval_widths, (tuple, list)):
+            raise UsageError(f"SlimTrainer: eval_widths must be a list of widths, got {eval_widths!r:.80}")
+        for width in eval_widths:
+            columns_of(places_of(recipe.model), width)  # which refuses what is no width of it
         super().__init__(*args, **options)
         self.recipe, self.eval_widths = recipe, eval_widths
         self._logged: dict[str, list[Tensor]] = defaultdict(list)

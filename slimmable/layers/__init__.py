@@ -1,6 +1,7 @@
 """Slimmable and switchable layers: torch's layers with `widths`, for networks built by hand."""
 
 from slimmable.layers._slim import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
+from slimmable.layers._slim import refuse_plain_between as refuse_plain_between
 from slimmable.layers._switchable import (
     SwitchableBatchNorm,
     SwitchableBatchNorm1d,

@@ -1,7 +1,7 @@
 """Slimmable layers: torch's linear layer, convolutions, LayerNorm and GroupNorm with slices of their weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -76,6 +76,11 @@ class _SlimProduct(SlimLayer):
     weight: Tensor
     _if_full = "pass slim_in=False to this layer"
 
+    def _makes_fewer_than(self, shape: Sequence[int]) -> bool:
+        """Tell whether a tensor of this shape needs all units that the layer makes, but it makes fewer if narrow."""
+        cut = self._slim.columns[-1].cuts.get("weight")
+        return cut is not None and cut.full[0] in shape and (cut.sizes[0] < cut.full[0] or 0 in dict(cut.picks))
+
     def _install(
         self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
     ) -> None:
@@ -113,8 +118,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
         slim_out: False if the output should be full at every width, such as class scores and embeddings.
         overlap: False gives the narrower widths disjoint features; see `SlimConv2d`.
 
-    Raises:
-        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -217,8 +221,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
             weights of Zhao et al., SlimCLR, IJCV 2024).
 
-    Raises:
-        WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -236,9 +239,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
         `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
 
-        Raises:
-            ConversionError: unless `conv` is exactly an `nn.Conv2d`.
-            WidthError: as the constructor.
+        Raises: ConversionError: unless `conv` is exactly an `nn.Conv2d`. WidthError: as the constructor.
         """
         return cls._from_torch(conv, widths, **options)
 
@@ -274,9 +275,6 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
-
-    Raises:
-        WidthError: if `widths` is invalid.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -332,9 +330,6 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         num_groups, num_channels, eps, affine, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
     >>> with at_width(norm, 0.5):
@@ -381,6 +376,24 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     def to_groupnorm(self) -> nn.GroupNorm:
         """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
         return self._to_torch(nn.GroupNorm)
+
+
+def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
+    """Raise `ConversionError` if, in a Sequential, a plain layer reads units of which a slim one makes fewer."""
+    maker: _SlimProduct | None = None
+    for name, layer in layers.items():
+        if isinstance(layer, _SlimProduct):
+            maker = layer
+        elif layer is not None and not is_slim(layer):
+            tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
+            across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels
+            if maker is not None and not across and any(maker._makes_fewer_than(tensor.shape) for tensor in tensors):
+                raise ConversionError(
+                    f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__} "
+                    "before it makes fewer units at narrow ones; use a layer of slimmable.layers, such as "
+                    "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimmable.slimify"
+                )
+            maker = None if tensors else maker
 
 
 # -- the units of an axis that each width keeps

@@ -47,9 +47,7 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
     def from_batchnorm(cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True) -> Norm:
         """Return a switchable norm with `norm` itself for the full width and cut copies for the narrower ones.
 
-        Raises:
-            ConversionError: if `norm` is not a batch norm.
-            WidthError: if `widths` is invalid.
+        Raises: ConversionError: if `norm` is not a batch norm.
         """
         if not isinstance(norm, _BatchNorm):
             raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
@@ -90,9 +88,6 @@ class SwitchableBatchNorm2d(_SwitchableBatchNorm):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim: False if the input is full at every width; statistics are still separate.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
     >>> list(norm.state_dict())[:4]
     ['running_mean', 'running_var', 'num_batches_tracked', 'narrow.0.running_mean']
@@ -130,9 +125,6 @@ class SwitchableProbe(Explained, SwitchableContainer):
         widths: distinct numbers in (0, 1] with 1.0 among them.
         bias, device, dtype: as in `nn.Linear`.
 
-    Raises:
-        WidthError: if `widths` is invalid.
-
     >>> import torch
     >>> from slimmable import at_width
     >>> probe = SwitchableProbe(8, 10, (1.0, 0.5))
@@ -164,9 +156,7 @@ class SwitchableProbe(Explained, SwitchableContainer):
     def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> "SwitchableProbe":
         """Return a probe with `linear` itself for the full width and cut copies of it for the narrower ones.
 
-        Raises:
-            ConversionError: if `linear` is not a linear layer.
-            WidthError: if `widths` is invalid.
+        Raises: ConversionError: if `linear` is not a linear layer.
         """
         if not isinstance(linear, nn.Linear):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")

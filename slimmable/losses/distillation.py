@@ -29,7 +29,7 @@ def soft_cross_entropy(
     The distillation of SlimCLR (Zhao et al. 2024, "online distillation", after Hinton et al. 2015). The teacher's
     entropy is not subtracted; the gradient is that of the Kullback-Leibler divergence.
 
-    Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
+    Raises: DataError: if the shapes differ.
 
     >>> soft_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), 1.0, 1.0)  # log 4
     tensor(1.3863)
@@ -45,7 +45,7 @@ def embedding_cross_entropy(
 ) -> Tensor:
     """Return `soft_cross_entropy` of embeddings scaled to unit length, with features in place of classes.
 
-    Raises: DataError: if the shapes differ. UsageError: if a temperature is not positive.
+    Raises: DataError: if the shapes differ.
 
     >>> z = torch.eye(2)
     >>> bool(embedding_cross_entropy(z, z) == embedding_cross_entropy(7 * z, z))
@@ -81,8 +81,7 @@ def decoupled_distillation(
     `alpha` weights the divergence of "target or not", `beta` that among the other classes. `target` is the column of
     the right class: one for all rows, or a tensor of shape (batch,). In this package's logits it is column 0.
 
-    Raises: DataError: if the shapes do not match, or there is only one class. UsageError: if the temperature is not
-        positive, or a weight is negative.
+    Raises: DataError: if the shapes do not match, or there is only one class.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> decoupled_distillation(logits, logits)
@@ -105,7 +104,7 @@ def standardised_distillation(student: Tensor, teacher: Tensor, temperature: flo
     This is the Kullback-Leibler divergence at `temperature`, times the temperature squared, as in the code of SlimCLR
     (Zhao et al. 2024). The gradient flows through the student's standardisation.
 
-    Raises: DataError: if the shapes differ. UsageError: if the temperature or `scale` is not positive.
+    Raises: DataError: if the shapes differ.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> standardised_distillation(logits, 10 * logits) < 1e-6
@@ -181,7 +180,7 @@ class OnlineDistillation(nn.Module):
         teachers: "widest" uses only the first of several teachers, "all wider" averages the losses over all of them.
         weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].
 
-    Raises: UsageError: if an argument is invalid. DataError: when called with shapes that differ.
+    Raises: DataError: when called with shapes that differ.
 
     >>> distill = OnlineDistillation()
     >>> distill

@@ -20,7 +20,7 @@ def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
     This is the last step of the losses below: if distillation needs the logits anyway, compute them once and call this.
     `logits` has shape (batch, 1 + negatives).
 
-    Raises: DataError: if `logits` is not a floating-point matrix. UsageError: if `temperature` is not positive.
+    Raises: DataError: if `logits` is not a floating-point matrix.
 
     >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # all columns alike: log 5
     tensor(1.6094)
@@ -114,7 +114,7 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     `query[i]`. For keys gathered from several processes, `offset` is `rank * batch`. The result has shape (batch, n):
     the positive in column 0, then the other keys in order.
 
-    Raises: DataError: if the shapes do not match. UsageError: if `temperature` is not positive.
+    Raises: DataError: if the shapes do not match.
 
     >>> moco_v3_logits(torch.eye(2), torch.eye(2), temperature=0.5)
     tensor([[2., 0.],
@@ -171,7 +171,7 @@ def vicreg_loss(
     the code of Krishna et al. 2023 (VICReg's own code halves the variance term). With several processes, gather both
     views first (`slimmable.training.gather`).
 
-    Raises: DataError: if the shapes differ, or the batch has fewer than two images. UsageError: if a factor is below 0.
+    Raises: DataError: if the shapes differ, or the batch has fewer than two images.
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # std .816 per feature, uncorrelated
     >>> vicreg_loss(z, z)

@@ -21,8 +21,6 @@ class SimCLR(Method):
     Args:
         encoder: a converted `Encoder`.
         temperature: temperature of the loss; 0.1 for ImageNet, 0.5 for CIFAR.
-
-    Raises: UsageError: if `temperature` is not positive.
     """
 
     @checked
@@ -53,8 +51,6 @@ class VICReg(Method):
     Args:
         encoder: a converted `Encoder`.
         invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg_loss`.
-
-    Raises: UsageError: if a factor is negative.
     """
 
     @checked
@@ -93,8 +89,6 @@ class Supervised(Method):
     Args:
         encoder: a converted `Encoder` whose projector is the classifier: images in, class scores out.
         label_smoothing: fraction of the probability that is spread over all classes.
-
-    Raises: UsageError: if `label_smoothing` is not in [0, 1].
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder

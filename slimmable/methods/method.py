@@ -77,8 +77,6 @@ class Method(nn.Module):
     Args:
         encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
 
-    Raises: UsageError: if `encoder` is not a module.
-
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder, SimCLR
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
@@ -173,13 +171,12 @@ class Method(nn.Module):
                 et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
                 the whole training. Otherwise gates are off.
 
-        Raises:
-            DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error, as
-                a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
-                makes the CPU wait for the GPU.
-            UsageError: if the recipe belongs to another model, the batch has the wrong number of views, or `gates` is
-                given for an encoder without gates, for a method whose encoder sees one view, or with `random_widths`.
-            DataError: if a view is not a tensor, or the views have different numbers of images.
+        Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
+            as a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
+            makes the CPU wait for the GPU. UsageError: if the recipe belongs to another model, the batch has the wrong
+            number of views, or `gates` is given for an encoder without gates, for a method whose encoder sees one view,
+            or with `random_widths`. DataError: if a view is not a tensor, or the views have different numbers of
+            images.
         """
         self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs

@@ -24,8 +24,6 @@ class MoCoV2(Method):
         proj_dim: size of an embedding.
         queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
         temperature: temperature of the loss.
-
-    Raises: UsageError: if a number is out of range.
     """
 
     two_passes = False
@@ -103,8 +101,6 @@ class MoCoV3(_WithPredictor):
         predictor: a converted module, embeddings in, embeddings of the same size out.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
-
-    Raises: UsageError: if a number is out of range.
     """
 
     @checked
@@ -120,8 +116,6 @@ class MoCoV3(_WithPredictor):
         """Return the projection head: (batch, in_features) -> (batch, proj_dim).
 
         Use 2 `layers` for ResNets, 3 for vision transformers.
-
-        Raises: UsageError: if `layers` is not an integer of at least 1.
         """
         return _mlp([in_features, *[hidden_dim] * (layers - 1), proj_dim], last_norm=True)
 
@@ -161,8 +155,6 @@ class BYOL(_WithPredictor):
         encoder: a converted `Encoder`.
         predictor: a converted module, embeddings in, embeddings of the same size out.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
-
-    Raises: UsageError: if `momentum` is not in [0, 1].
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder

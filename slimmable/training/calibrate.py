@@ -43,10 +43,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
         widths: whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics of
             its own yet keeps the new ones, in the state dict too.
 
-    Raises:
-        WidthError: if the model lacks one of `widths`.
-        DataError: if `loader` is empty or holds anything other than batches, or statistics are not finite.
-        UsageError: if `widths` is a single width, or `loader` is not iterable.
+    Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or holds anything other than
+        batches, or statistics are not finite. UsageError: if `widths` is a single width, or `loader` is not iterable.
 
     >>> from slimmable.layers import SwitchableBatchNorm1d
     >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
@@ -56,7 +54,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     tensor([4., 4., 4., 4.])
     """
     several = isinstance(widths, (Iterable, type(None))) and not isinstance(widths, Mapping)
-    if not several or not isinstance(loader, Iterable):
+    if not several or not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
         raise UsageError(
             f"calibrate_bn: loader must hold batches and widths be a list of widths, got {type(loader).__name__} and "
             f"{widths!r}"

@@ -64,7 +64,7 @@ class GradientDiagnostics:
         layer_names: names of the layers, in the order of the values in `layers`.
         layers: for each row, column -> float32 tensor of shape (layers,), the values behind the mean.
 
-    Raises: UsageError: if `every` is not a positive integer. ConversionError: if nothing in `model` reacts to widths.
+    Raises: ConversionError: if nothing in `model` reacts to widths.
 
     >>> from slimmable import SlimLinear, SlimRecipe
     >>> model = SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
@@ -174,10 +174,7 @@ class GradientDiagnostics:
         return {"step": self.step, "rows": list(self.rows), "layers": list(self.layers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where `state_dict` was called.
-
-        Raises: UsageError: if `state` is not from `state_dict`.
-        """
+        """Continue from where `state_dict` was called."""
         kinds = {"step": int, "rows": list, "layers": list}
         if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:
             raise UsageError(f"GradientDiagnostics.load_state_dict: not what its state_dict() returns: {state!r:.80}")

@@ -25,8 +25,6 @@ def cosine_momentum(progress: float, start: float = 0.99) -> float:
         progress: fraction of the training done, in [0, 1].
         start: initial momentum, in [0, 1].
 
-    Raises: UsageError: if an argument is not in [0, 1].
-
     >>> cosine_momentum(0.0), cosine_momentum(0.5), cosine_momentum(1.0)
     (0.99, 0.995, 1.0)
     """
@@ -141,10 +139,8 @@ class MoCo(nn.Module):
 
         The result has shape (batch, proj_dim).
 
-        Raises:
-            UsageError: if the key encoder was not copied from `network`.
-            DataError: if several processes cannot divide the parts evenly, or the encoder does not make a matrix of
-                embeddings, in which case it has moved.
+        Raises: UsageError: if the key encoder was not copied from `network`. DataError: if several processes cannot
+            divide the parts evenly, or the encoder does not make a matrix of embeddings, in which case it has moved.
         """
         check_tensors("MoCo.keys", images=images)
         processes, batch = world_size(), len(images)

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_function, checked, number_or_nan, shown
+from slimmable._checks import check_count, check_fraction, check_function, checked, must_be, number_or_nan, shown
 from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
@@ -59,8 +59,6 @@ class SlimRecipe:
         distillations: width -> its distillation in the last step, detached, as a divergence: zero where student and
             teacher agree. The loss that is trained differs from that by a constant, see `OnlineDistillation.floor`.
         steps_done: how many steps `backward` and `total` have run.
-
-    Raises: UsageError or WidthError: if an argument is invalid.
 
     >>> from slimmable.layers import SlimLinear
     >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
@@ -275,8 +273,6 @@ class SlimRecipe:
             step: number of this step. If given, random widths depend only on `seed` and `step`, so training resumed
                 from a checkpoint draws the same ones; otherwise they depend on the draws before.
 
-        Raises: UsageError: if `progress` is not in [0, 1].
-
         >>> from slimmable import SlimLinear, width_of
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
         >>> recipe = SlimRecipe(model)
@@ -411,6 +407,9 @@ class _Step:
     @property
     def first(self) -> bool:
         return self.width == 1.0
+
+
+check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -58,8 +58,7 @@ def install_view(
         caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
             has its own; assigning one empties those of the others.
 
-    Raises:
-        ConversionError: if the module already has a view, or a tensor does not exist or is too small.
+    Raises: ConversionError: if the module already has a view, or a tensor does not exist or is too small.
     """
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")

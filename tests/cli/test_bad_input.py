@@ -174,18 +174,19 @@ def test_configuration_with_a_value_of_another_kind(run, tmp_path, capsys, name,
         ("model", "hf-hub:timm/resnet18", "timm has no model 'hf-hub:timm/resnet18'"),
         ("model", "\ud800\n", "timm has no model '\\ud800\\n'"),
         ("data", "a\nb\0", "--data 'a\\nb\\x00': there is no such folder"),
-        ("data", "", "there is no such folder"),
+        ("data", "", "--data is empty"),
     ],
 )
 def test_configuration_with_a_value_without_meaning(run, tmp_path, capsys, name, value, message):
     config = json.loads((run / "config.json").read_text()) | {name: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoint.safetensors").write_bytes((run / "checkpoint.safetensors").read_bytes())
     for command in (["evaluate", str(tmp_path)], ["pretrain", "--resume", "--output", str(tmp_path)]):
         said = refused(capsys, *command)
         assert message in said
         assert name in ("model", "data") or "config.json: " in said
         assert len(said) < 1000
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoint.safetensors"}
 
 
 @pytest.mark.parametrize(

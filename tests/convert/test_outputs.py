@@ -106,6 +106,11 @@ def test_scores_stay_full_behind_whatever_keeps_their_units(tail):
     assert shapes_at_half(model, IMAGES) == shapes(model, IMAGES)
 
 
+def test_scores_beside_the_input_stay_full():
+    model = Fn(lambda net, x: torch.cat([net(x), x], 1), net=body(12))
+    assert shapes_at_half(model, IMAGES) == shapes(model, IMAGES)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(["tanh", "sigmoid", "normalize", "scaled and shifted", "padded", "cast", "nearest"])))
 def test_scores_stay_full_behind_any_number_of_such_steps(steps):

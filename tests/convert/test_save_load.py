@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimmable
-from slimmable.errors import CheckpointError
+from slimmable.errors import CheckpointError, ConversionError
 from slimmable.files.tensors import write_tensors
 from tests.convert import oracles
 
@@ -146,6 +146,25 @@ def test_a_network_of_the_users_own_needs_the_plain_network(tmp_path):
             slimmable.load(tmp_path / "own")
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             slimmable.load(tmp_path / "own", Tied(10) if network is model else Tied(2))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_loaded_model_takes_other_widths_and_keeps_what_its_own_have_learned(gated, tmp_path):
+    model, x, _ = converted("test_resnet")
+    model = oracles.randomise(slimmable.slimify(slimmable.extract(model, 1.0), WIDTHS, example_inputs=x)).eval()
+    file = slimmable.gating.gate(model, example_inputs=x) if gated else model
+    slimmable.save(file, tmp_path / "model")
+    again = slimmable.load(tmp_path / "model")
+    if gated:
+        with pytest.raises(ConversionError, match="gates, which are made for its widths"):
+            slimmable.slimify(again, (1.0, 0.75, 0.5), example_inputs=x)
+        again = slimmable.gating.ungate(again)
+    other = slimmable.slimify(again, (1.0, 0.75, 0.5), example_inputs=x)
+    for width in (1.0, 0.5):
+        with slimmable.at_width(other, width), slimmable.at_width(model, width):
+            same(other, model, x)
+    slimmable.save(other, tmp_path / "model")
+    assert slimmable.widths_of(slimmable.load(tmp_path / "model")) == (1.0, 0.75, 0.5)
 
 
 class WithHiddenTable(nn.Module):

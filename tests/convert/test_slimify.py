@@ -213,12 +213,13 @@ def test_norms_are_permuted_with_their_channels(images, universal):
         slim[5].weight[:] = torch.tensor([1, 2, 4, 3, 0.1, 0.2, 0.4, 0.3]).expand(4, 8)
     options = {"example_inputs": images.double(), "importance": "magnitude", "universal": universal}
     with pytest.warns(UserWarning, match="at 0.25 1. Train"):
-        again = slimmable.slimify(slim, (1.0, 0.5, 0.25), **options)
+        again = slimmable.slimify(slim, (1.0, 0.75, 0.5, 0.25), **options)
     assert torch.equal(again[1].full.weight, slim[1].full.weight[[2, 3, 1, 0, 6, 7, 5, 4]])
     for width in (1.0, 0.5):
         with slimmable.at_width(again, width), slimmable.at_width(slim, width), torch.no_grad():
             assert oracles.difference(again(images.double()), slim(images.double())) < 1e-12
-    mine, theirs = again[1].own_at(2), slim[1].own_at(1)
+    assert torch.equal(again[1].norm_at(1).running_mean, slim[1].full.running_mean[[2, 3, 1, 0, 6, 7]])  # a new width
+    mine, theirs = again[1].own_at(3), slim[1].own_at(1)
     assert torch.equal(mine.running_mean, theirs.running_mean[[2, 3]])  # both are new at 0.25, and known at 0.5
     assert int(mine.num_batches_tracked) == 3  # of which it knows when
     if not universal:

@@ -12,6 +12,7 @@ from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.evaluation import (
     accuracy_of,
     evaluate_features,
+    evaluate_widths,
     features_of,
     knn_accuracy,
     probe_loss,
@@ -110,3 +111,35 @@ def test_knn_of_one_number_per_image():
     """Features of shape (images,): a cosine of numbers is the sign of their product."""
     signs = torch.tensor([-2.0, -1.0, 1.0, 3.0])
     assert knn_accuracy(signs, (signs > 0).long(), signs, (signs > 0).long(), k=2) == 1.0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda bad: train_probe({1.0: X, 0.5: bad}, Y), r"width 0.5: 3 of 16 rows hold nan or infinity"),
+        (lambda bad: train_slimmable_probe({1.0: bad}, Y), r"width 1.0: 3 of 16 rows"),
+        (lambda bad: ridge_classifier(bad, Y), "3 of 16 rows"),
+        (lambda bad: knn_accuracy(bad, Y, X, Y), "knn_accuracy: train: 3 of 16 rows"),
+        (lambda bad: knn_accuracy(X, Y, bad, Y), "knn_accuracy: test: 3 of 16 rows"),
+        (
+            lambda bad: evaluate_features({1.0: X, 0.5: bad}, Y, {1.0: X, 0.5: X}, Y),
+            "train features at width 0.5: 3 of 16 rows",
+        ),
+        (lambda bad: evaluate_features({1.0: X}, Y, {1.0: bad}, Y), "test features at width 1.0: 3 of 16 rows"),
+        (lambda bad: accuracy_of(nn.Identity(), bad, Y), "accuracy_of: scores: 3 of 16 rows"),
+        (lambda bad: finetune(NET, bad[:3], Y[:3]), "finetune"),
+    ],
+)
+def test_features_that_are_not_finite_have_no_accuracy(call, says, value):
+    with pytest.raises(DataError, match=says):
+        call(torch.cat([X[:3] + value, X[3:]]))
+
+
+def test_the_widths_of_a_broken_network_have_no_accuracy():
+    model = slimmable.slimify(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), (1.0, 0.5), example_inputs=X, outputs="slim")
+    with torch.no_grad():
+        model[0].bias[6] = torch.nan  # which width 0.5 does not read
+    with pytest.raises(DataError, match=r"train features at width 1.0: 16 of 16 rows hold nan"):
+        evaluate_widths(model, X, Y, X, Y)
+    assert knn_accuracy(features_of(model, X, 0.5), Y, features_of(model, X, 0.5), Y, k=1) > 0

@@ -20,6 +20,7 @@ import slimmable
 from slimmable.errors import CheckpointError
 from slimmable.files.tensors import write_tensors
 from slimmable.gating import ChannelGate, LayerGates, PassNorm, gate_plan, ungate
+from slimmable.gating._plan import decode_inputs, encode_inputs
 from tests.convert.oracles import randomise
 from tests.convert.test_save_load import JUNK, leaves
 
@@ -260,3 +261,21 @@ def test_hostile_gates(change, tmp_path):
         write_tensors(tmp_path / "file", tensors, {"format": "slimmable 2", "model": json.dumps(changed)})
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             slimmable.load(tmp_path / "file", plain)
+
+
+def test_an_example_comes_back_from_its_data_or_is_refused():
+    like = torch.zeros(1, dtype=torch.float64)
+    args, kwargs = (torch.zeros(2, 3), [1, None, (True, 0.5)]), {"mask": torch.tensor([4, 5]), "name": "a"}
+    data = json.loads(json.dumps(encode_inputs(args, kwargs)))
+    (images, rest), named = decode_inputs(data, like)
+    assert (images.shape, images.dtype, rest) == ((2, 3), torch.float64, args[1])
+    assert (named["mask"].tolist(), named["mask"].dtype, named["name"]) == ([4, 5], torch.int64, "a")
+    plain = {value: ["plain", value] for value in ("a", 1, 2)}
+    for wrong in (
+        [["list", plain[1]], ["dict"]],
+        [["tuple", plain[1]], ["list", plain[2]]],
+        [["tuple"], ["dict", [plain[2], plain[1]]]],
+        [["tuple"], ["dict", [plain["a"], plain[1]], [plain[2], plain[1]]]],
+    ):
+        with pytest.raises(CheckpointError, match="does not hold the arguments of a forward"):
+            decode_inputs(["tuple", *wrong], like)

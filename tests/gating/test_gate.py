@@ -341,6 +341,19 @@ def test_every_parameter_learns_and_the_budget_is_reached():
     assert run.share().mean().item() == pytest.approx(0.4, abs=0.05)
 
 
+def test_the_loss_of_a_budget_is_the_sum_of_its_two():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    model = gate(net, example_inputs=torch.zeros(2, 4))
+    with gated(model) as run:
+        model(torch.randn(16, 4))
+    own, bounds = slimmable.gating.open_fractions(run.masks().values()), slimmable.gating.annealed(1, alpha=0.02)
+    expected = slimmable.gating.budget_loss(run.share(), 0.2, 2.0) + slimmable.gating.bound_loss(own, 0.2, bounds, 3.0)
+    criterion = slimmable.gating.GateBudget(0.2, budget_weight=2.0, bound_weight=3.0, alpha=0.02)
+    assert slimmable.gating.bound_loss(own, 0.2, bounds, 3.0) > 0
+    assert criterion(run, epoch=1) == expected
+    assert criterion.reached == run.share().mean()
+
+
 def test_mixed_precision_and_checkpointing():
     x = images("resnet18", 4).float()
     model = gate(plain("resnet18").float(), example_inputs=x[:2])

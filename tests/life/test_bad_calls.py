@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.util
 import inspect
 import re
 import signal
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable import gating, layers, losses, methods, training
-from slimmable.errors import SlimmableError
+from slimmable.errors import ConversionError, InputError, SlimmableError
 from slimmable.view.state import state_of
 from tests.life import bad_values as bad
 from tests.life.bad_values import Argument
@@ -42,7 +46,6 @@ class Call:
     arguments: dict[str, Argument]
     run: Callable[..., Any] | None = None  # instead of the callable itself
     of: Callable[[], Any] | None = None  # makes the object of a method
-    rows: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # label -> some other arguments
 
 
 # -- networks, made once and copied
@@ -134,9 +137,6 @@ def cut() -> dict[float, Tensor]:
 
 
 def saved(model: Callable[[], nn.Module] = converted) -> Any:
-    import tempfile
-    from pathlib import Path
-
     file = Path(tempfile.mkdtemp()) / "model.safetensors"
     slimmable.save(model(), file)
     return file
@@ -246,9 +246,10 @@ LOSS_WEIGHTS = Argument(
 )  # fmt: skip
 
 
-def in_loop(recipe: slimmable.SlimRecipe, **given: Any) -> Any:
+def in_loop(recipe: slimmable.SlimRecipe, **given: Any) -> None:
     for _ in recipe.widths(1.0):
-        return recipe.loss(**given)
+        recipe.loss(**given)
+        break
 
 
 def in_once(recipe: slimmable.SlimRecipe, modules: Any) -> Any:
@@ -286,14 +287,30 @@ BATCH = Argument(
 
 CALLS: dict[str, Call] = {
     # -- converting, switching
-    "slimify": Call({
-        "model": ANY_MODEL, "widths": WIDTHS_OF, "example_inputs": EXAMPLE, "skip": SKIP, "round_to": ROUND,
-        "importance": bad.choice("magnitude").optional(), "outputs": OUTPUTS, "universal": FLAG, "inplace": FLAG,
-    }),
-    "plan": Call({
-        "model": ANY_MODEL, "widths": WIDTHS_OF.optional(), "example_inputs": EXAMPLE, "skip": SKIP, "round_to": ROUND,
-        "outputs": OUTPUTS, "universal": FLAG,
-    }),
+    "slimify": Call(
+        {
+            "model": ANY_MODEL,
+            "widths": WIDTHS_OF,
+            "example_inputs": EXAMPLE,
+            "skip": SKIP,
+            "round_to": ROUND,
+            "importance": bad.choice("magnitude").optional(),
+            "outputs": OUTPUTS,
+            "universal": FLAG,
+            "inplace": FLAG,
+        }
+    ),
+    "plan": Call(
+        {
+            "model": ANY_MODEL,
+            "widths": WIDTHS_OF.optional(),
+            "example_inputs": EXAMPLE,
+            "skip": SKIP,
+            "round_to": ROUND,
+            "outputs": OUTPUTS,
+            "universal": FLAG,
+        }
+    ),
     "extract": Call({"model": MODEL, "width": WIDTH}),
     "set_width": Call({"model": MODEL, "width": WIDTH}),
     "at_width": Call({"model": MODEL, "width": WIDTH}),
@@ -301,84 +318,182 @@ CALLS: dict[str, Call] = {
     "widths_of": Call({"model": MODEL}),
     "run_widths": Call({"model": MODEL}, run=lambda model: slimmable.run_widths(model, X)),
     "AllWidths": Call({"model": MODEL}),
-    "full_state_dict": Call({"model": ANY_MODEL, "prefix": bad.choice("a.").but(empty="no prefix", text="a prefix like another"), "keep_vars": FLAG}),
-    "profile": Call({
-        "model": ANY_MODEL, "input_size": SIZE,
-        "example_inputs": EXAMPLE, "repeats": bad.natural(0),
-    }, run=lambda model, input_size=None, example_inputs=None, repeats=0: slimmable.profile(
-        model, None if example_inputs is not None and input_size == (4,) else input_size,
-        example_inputs=example_inputs if input_size == (4,) else None, repeats=repeats)),
-    "search": Call({
-        "model": Argument(universal, {**MODEL.bad, "by hand": slimmable.SlimLinear(4, 2, widths=WIDTHS)}),
-        "evaluate": Argument(lambda: lambda net: 1.0, {
-            **bad.function(len).bad, "returns none": lambda net: None, "returns text": lambda net: "three",
-            "returns nan": lambda net: bad.math.nan}),
-        "budget": Argument(lambda: 0.8, {**bad.open_fraction(0.8).bad, "of text": ["a"], "of nan": [bad.math.nan],
-                                         "too small": 1e-9}).but(one="all of it"),
-        "of": bad.choice("macs"), "step": bad.open_fraction(0.25), "calibrate": LOADER.optional(),
-        "progress": FLAG,
-    }),
-    "save": Call({
-        "model": ANY_MODEL, "path": bad.path(elsewhere),
-        "arguments": bad.mapping(lambda: None).but(none="they are read off the model", dict="no arguments"),
-    }),
-    "load": Call({"path": bad.path(saved), "model": Argument(network, {
-        **ANY_MODEL.bad, "another": nn.Linear(4, 2), "converted": bad.Of(lambda net: converted())})}),
-    "load_slimclr": Call({"checkpoint": bad.path(saved), "widths": WIDTHS_OF}, run=lambda checkpoint, widths:
-                         None if str(checkpoint).endswith("/model.safetensors") and widths == WIDTHS
-                         else slimmable.load_slimclr(checkpoint, widths=widths)),
-    "register_rule": Call({
-        "op": bad.choice("tests::op"), "rule": bad.function(lambda op: None).optional(), "replace": ON,
-    }, run=lambda op, rule, replace: slimmable.register_rule(op, rule, replace=replace)),
+    "full_state_dict": Call(
+        {
+            "model": ANY_MODEL,
+            "prefix": bad.choice("a.").but(empty="no prefix", text="a prefix like another"),
+            "keep_vars": FLAG,
+        }
+    ),
+    "profile": Call(
+        {
+            "model": ANY_MODEL,
+            "input_size": SIZE,
+            "example_inputs": EXAMPLE,
+            "repeats": bad.natural(0),
+        },
+        run=lambda model, input_size=None, example_inputs=None, repeats=0: slimmable.profile(
+            model,
+            None if example_inputs is not None and input_size == (4,) else input_size,
+            example_inputs=example_inputs if input_size == (4,) else None,
+            repeats=repeats,
+        ),
+    ),
+    "search": Call(
+        {
+            "model": Argument(universal, {**MODEL.bad, "by hand": slimmable.SlimLinear(4, 2, widths=WIDTHS)}),
+            "evaluate": Argument(
+                lambda: lambda net: 1.0,
+                {
+                    **bad.function(len).bad,
+                    "returns none": lambda net: None,
+                    "returns text": lambda net: "three",
+                    "returns nan": lambda net: bad.math.nan,
+                },
+            ),
+            "budget": Argument(
+                lambda: 0.8,
+                {**bad.open_fraction(0.8).bad, "of text": ["a"], "of nan": [bad.math.nan], "too small": 1e-9},
+            ).but(one="all of it"),
+            "of": bad.choice("macs"),
+            "step": bad.open_fraction(0.25),
+            "calibrate": LOADER.optional(),
+            "progress": FLAG,
+        }
+    ),
+    "save": Call(
+        {
+            "model": ANY_MODEL,
+            "path": bad.path(elsewhere),
+            "arguments": bad.mapping(lambda: None).but(none="they are read off the model", dict="no arguments"),
+        }
+    ),
+    "load": Call(
+        {
+            "path": bad.path(saved),
+            "model": Argument(
+                network, {**ANY_MODEL.bad, "another": nn.Linear(4, 2), "converted": bad.Of(lambda net: converted())}
+            ),
+        }
+    ),
+    "load_slimclr": Call(
+        {"checkpoint": bad.path(saved), "widths": WIDTHS_OF},
+        run=lambda checkpoint, widths: (
+            None
+            if str(checkpoint).endswith("/model.safetensors") and widths == WIDTHS
+            else slimmable.load_slimclr(checkpoint, widths=widths)
+        ),
+    ),
+    "register_rule": Call(
+        {
+            "op": bad.choice("tests::op"),
+            "rule": bad.function(lambda op: None).optional(),
+            "replace": ON,
+        },
+        run=lambda op, rule, replace: slimmable.register_rule(op, rule, replace=replace),
+    ),
     # -- layers
     **{f"layers.SlimConv{axes}d": Call(conv_arguments(axes)) for axes in (1, 2, 3)},
     **{f"layers.SwitchableBatchNorm{axes}d": Call(norm_arguments()) for axes in (1, 2, 3)},
-    "layers.SlimLinear": Call({
-        "in_features": CHANNELS, "out_features": CHANNELS, "bias": FLAG, "device": DEVICE, "dtype": DTYPE,
-        "widths": WIDTHS_OF, "slim_in": FLAG, "slim_out": FLAG, "overlap": ON,
-    }),
-    "layers.SlimLayerNorm": Call({
-        "normalized_shape": Argument(lambda: (3, 8), {**bad.count(8).bad, "of zero": (3, 0), "of text": ("a",)}),
-        "eps": EPS, "elementwise_affine": ON, "bias": FLAG, "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF,
-    }),
-    "layers.SlimGroupNorm": Call({
-        "num_groups": Argument(lambda: 4, {**bad.count(4).bad, "not a divisor": 3}), "num_channels": CHANNELS,
-        "eps": EPS, "affine": ON, "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF,
-    }),
-    "layers.SwitchableProbe": Call({
-        "in_features": CHANNELS, "num_classes": CHANNELS, "widths": WIDTHS_OF, "bias": FLAG, "device": DEVICE,
-        "dtype": DTYPE,
-    }),
+    "layers.SlimLinear": Call(
+        {
+            "in_features": CHANNELS,
+            "out_features": CHANNELS,
+            "bias": FLAG,
+            "device": DEVICE,
+            "dtype": DTYPE,
+            "widths": WIDTHS_OF,
+            "slim_in": FLAG,
+            "slim_out": FLAG,
+            "overlap": ON,
+        }
+    ),
+    "layers.SlimLayerNorm": Call(
+        {
+            "normalized_shape": Argument(lambda: (3, 8), {**bad.count(8).bad, "of zero": (3, 0), "of text": ("a",)}),
+            "eps": EPS,
+            "elementwise_affine": ON,
+            "bias": FLAG,
+            "device": DEVICE,
+            "dtype": DTYPE,
+            "widths": WIDTHS_OF,
+        }
+    ),
+    "layers.SlimGroupNorm": Call(
+        {
+            "num_groups": Argument(lambda: 4, {**bad.count(4).bad, "not a divisor": 3}),
+            "num_channels": CHANNELS,
+            "eps": EPS,
+            "affine": ON,
+            "device": DEVICE,
+            "dtype": DTYPE,
+            "widths": WIDTHS_OF,
+        }
+    ),
+    "layers.SwitchableProbe": Call(
+        {
+            "in_features": CHANNELS,
+            "num_classes": CHANNELS,
+            "widths": WIDTHS_OF,
+            "bias": FLAG,
+            "device": DEVICE,
+            "dtype": DTYPE,
+        }
+    ),
     "layers.SwitchableContainer": Call({"widths": WIDTHS_OF}),
-    "layers.SwitchableNorm": Call({
-        "full": bad.module(lambda: nn.BatchNorm1d(8)), "widths": WIDTHS_OF,
-        "kept": Argument(lambda: (None, 4), {
-            **bad.WRONG, **bad.NUMBERS, "zero": (None, 0), "negative": (None, -1), "too many": (None, 9),
-            "unknown units": (None, (8, 9)), "fraction": (None, 1.5), "one": (None,), "true": (None, True),
-            "of text": (None, "a"), "no units": (None, ())}),
-        "shared_affine": FLAG,
-    }),
-    **{f"layers.{name}.{maker}": Call({
-        "widths": WIDTHS_OF, argument: bad.module(make), **options}, of=lambda name=name: getattr(layers, name))
-       for name, maker, argument, make, options in [
-        ("SlimLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-        ("SlimConv1d", "from_conv1d", "conv", lambda: nn.Conv1d(4, 2, 1), {}),
-        ("SlimConv2d", "from_conv2d", "conv", lambda: nn.Conv2d(4, 2, 1), {}),
-        ("SlimConv3d", "from_conv3d", "conv", lambda: nn.Conv3d(4, 2, 1), {}),
-        ("SlimLayerNorm", "from_layernorm", "norm", lambda: nn.LayerNorm(4), {}),
-        ("SlimGroupNorm", "from_groupnorm", "norm", lambda: nn.GroupNorm(2, 4), {}),
-        ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-        ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), {"slim": FLAG}),
-        ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), {"slim": FLAG}),
-        ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), {"slim": FLAG}),
-    ]},
-    "layers.SwitchableNorm.from_norm": Call({
-        "norm": bad.module(lambda: nn.BatchNorm1d(8)), "widths": WIDTHS_OF,
-        "kept": Argument(lambda: (None, 4), {**bad.WRONG, **bad.NUMBERS}), "share": FLAG,
-    }, of=lambda: layers.SwitchableNorm),
+    "layers.SwitchableNorm": Call(
+        {
+            "full": bad.module(lambda: nn.BatchNorm1d(8)),
+            "widths": WIDTHS_OF,
+            "kept": Argument(
+                lambda: (None, 4),
+                {
+                    **bad.WRONG,
+                    **bad.NUMBERS,
+                    "zero": (None, 0),
+                    "negative": (None, -1),
+                    "too many": (None, 9),
+                    "unknown units": (None, (8, 9)),
+                    "fraction": (None, 1.5),
+                    "one": (None,),
+                    "true": (None, True),
+                    "of text": (None, "a"),
+                    "no units": (None, ()),
+                },
+            ),
+            "shared_affine": FLAG,
+        }
+    ),
+    **{
+        f"layers.{name}.{maker}": Call(
+            {"widths": WIDTHS_OF, argument: bad.module(make), **options}, of=lambda name=name: getattr(layers, name)
+        )
+        for name, maker, argument, make, options in [
+            ("SlimLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
+            ("SlimConv1d", "from_conv1d", "conv", lambda: nn.Conv1d(4, 2, 1), {}),
+            ("SlimConv2d", "from_conv2d", "conv", lambda: nn.Conv2d(4, 2, 1), {}),
+            ("SlimConv3d", "from_conv3d", "conv", lambda: nn.Conv3d(4, 2, 1), {}),
+            ("SlimLayerNorm", "from_layernorm", "norm", lambda: nn.LayerNorm(4), {}),
+            ("SlimGroupNorm", "from_groupnorm", "norm", lambda: nn.GroupNorm(2, 4), {}),
+            ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
+            ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), {"slim": FLAG}),
+            ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), {"slim": FLAG}),
+            ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), {"slim": FLAG}),
+        ]
+    },
+    "layers.SwitchableNorm.from_norm": Call(
+        {
+            "norm": bad.module(lambda: nn.BatchNorm1d(8)),
+            "widths": WIDTHS_OF,
+            "kept": Argument(lambda: (None, 4), {**bad.WRONG, **bad.NUMBERS}),
+            "share": FLAG,
+        },
+        of=lambda: layers.SwitchableNorm,
+    ),
     # -- losses
-    "losses.contrastive_cross_entropy": Call({"logits": MATRIX.but(a_row_less="a batch like another", meta="so is the loss"),
-                                              "temperature": TEMPERATURE}),
+    "losses.contrastive_cross_entropy": Call(
+        {"logits": MATRIX.but(a_row_less="a batch like another", meta="so is the loss"), "temperature": TEMPERATURE}
+    ),
     "losses.moco_logits": Call(two("query", "key", queue=QUEUE)),
     "losses.info_nce": Call(two("query", "key", queue=QUEUE, temperature=TEMPERATURE)),
     "losses.nt_xent_logits": Call(two("z0", "z1")),
@@ -387,203 +502,524 @@ CALLS: dict[str, Call] = {
     "losses.moco_v3_loss": Call(two("keys", query=FEWER, temperature=TEMPERATURE, offset=bad.natural(0))),
     "losses.byol_loss": Call(two("prediction", "target")),
     "losses.vicreg_loss": Call(two("z0", "z1", invariance=WEIGHT, variance=WEIGHT, covariance=WEIGHT)),
-    "losses.soft_cross_entropy": Call(two("student", "teacher", teacher_temperature=TEMPERATURE,
-                                          student_temperature=TEMPERATURE)),
-    "losses.embedding_cross_entropy": Call(two("student", "teacher", teacher_temperature=TEMPERATURE,
-                                               student_temperature=TEMPERATURE)),
+    "losses.soft_cross_entropy": Call(
+        two("student", "teacher", teacher_temperature=TEMPERATURE, student_temperature=TEMPERATURE)
+    ),
+    "losses.embedding_cross_entropy": Call(
+        two("student", "teacher", teacher_temperature=TEMPERATURE, student_temperature=TEMPERATURE)
+    ),
     "losses.squared_error": Call(two("student", "teacher")),
-    "losses.decoupled_distillation": Call(two(
-        "student", "teacher", target=Argument(lambda: torch.zeros(6).long(), {
-            **LABELS.but(none="", one_number="").bad, "column 9": 9, "none": None, "scalar": torch.tensor(1)}),
-        alpha=WEIGHT, beta=WEIGHT, temperature=TEMPERATURE)),
+    "losses.decoupled_distillation": Call(
+        two(
+            "student",
+            "teacher",
+            target=Argument(
+                lambda: torch.zeros(6).long(),
+                {**LABELS.but(none="", one_number="").bad, "column 9": 9, "none": None, "scalar": torch.tensor(1)},
+            ),
+            alpha=WEIGHT,
+            beta=WEIGHT,
+            temperature=TEMPERATURE,
+        )
+    ),
     "losses.standardised_distillation": Call(two("student", "teacher", temperature=TEMPERATURE, scale=TEMPERATURE)),
     "losses.width_weights": Call({"widths": WIDTHS_OF, "mode": bad.choice("ones")}),
-    "losses.slim_term": Call({"loss": SCALAR, "distillation": SCALAR.optional(), "weight": bad.real(1.0),
-                              "distill_weight": bad.fraction(0.5)}),
-    "losses.slim_loss": Call({
-        "losses": bad.listed(SCALAR), "distillations": bad.listed(SCALAR, 1).but(list="none", dict="none"),
-        "weights": Argument(lambda: (1.5, 1.0), {**LOSS_WEIGHTS.bad, "other length": (1.0,)}).but(
-            none="1 everywhere", negative_one="a number like another"),
-        "distill_weight": bad.fraction(0.5),
-    }),
-    "OnlineDistillation": Call({
-        "kind": bad.choice("kl"), "teacher_temperature": TEMPERATURE, "student_temperature": TEMPERATURE,
-        "teachers": bad.choice("widest"), "weight": bad.fraction(0.5),
-    }),
-    "OnlineDistillation.forward": Call({"student": MATRIX, "teachers": MATRIX, "target": Argument(
-        lambda: 0, {"none": None, "text": "three", "column 9": 9, "fraction": 0.5})},
-        of=lambda: losses.OnlineDistillation("dkd")),
-    "OnlineDistillation.floor": Call({"teachers": MATRIX.but(a_row_less="a batch like another", meta="so is the floor")},
-                                     of=losses.OnlineDistillation),
+    "losses.slim_term": Call(
+        {
+            "loss": SCALAR,
+            "distillation": SCALAR.optional(),
+            "weight": bad.real(1.0),
+            "distill_weight": bad.fraction(0.5),
+        }
+    ),
+    "losses.slim_loss": Call(
+        {
+            "losses": bad.listed(SCALAR),
+            "distillations": bad.listed(SCALAR, 1).but(list="none", dict="none"),
+            "weights": Argument(lambda: (1.5, 1.0), {**LOSS_WEIGHTS.bad, "other length": (1.0,)}).but(
+                none="1 everywhere", negative_one="a number like another"
+            ),
+            "distill_weight": bad.fraction(0.5),
+        }
+    ),
+    "OnlineDistillation": Call(
+        {
+            "kind": bad.choice("kl"),
+            "teacher_temperature": TEMPERATURE,
+            "student_temperature": TEMPERATURE,
+            "teachers": bad.choice("widest"),
+            "weight": bad.fraction(0.5),
+        }
+    ),
+    "OnlineDistillation.forward": Call(
+        {
+            "student": MATRIX,
+            "teachers": MATRIX,
+            "target": Argument(lambda: 0, {"none": None, "text": "three", "column 9": 9, "fraction": 0.5}),
+        },
+        of=lambda: losses.OnlineDistillation("dkd"),
+    ),
+    "OnlineDistillation.floor": Call(
+        {"teachers": MATRIX.but(a_row_less="a batch like another", meta="so is the floor")},
+        of=losses.OnlineDistillation,
+    ),
     **{f"losses.{name}": Call({"temperature": TEMPERATURE}) for name in ("InfoNCE", "NTXent", "MoCoV3Loss")},
     "losses.VICRegLoss": Call({"invariance": WEIGHT, "variance": WEIGHT, "covariance": WEIGHT}),
     "losses.InfoNCE.forward": Call(two("query", "key", queue=QUEUE), of=losses.InfoNCE),
     "losses.NTXent.forward": Call(two("z0", "z1"), of=losses.NTXent),
     "losses.VICRegLoss.forward": Call(two("z0", "z1"), of=losses.VICRegLoss),
-    "losses.MoCoV3Loss.forward": Call({"q0": FEWER, "q1": FEWER, **two("k0", "k1"), "offset": bad.natural(0)},
-                                      of=losses.MoCoV3Loss),
+    "losses.MoCoV3Loss.forward": Call(
+        {"q0": FEWER, "q1": FEWER, **two("k0", "k1"), "offset": bad.natural(0)}, of=losses.MoCoV3Loss
+    ),
     # -- training
-    "calibrate_bn": Call({"model": MODEL, "loader": LOADER, "widths": bad.listed(WIDTH, 1).but(
-        none="all widths", list="no width, so nothing is calibrated")}),
-    "SlimRecipe": Call({
-        "model": MODEL, "distill": DISTILL, "loss_weights": LOSS_WEIGHTS, "slow_start": bad.fraction(0.0),
-        "random_widths": bad.natural(0), "seed": bad.count(1).but(zero="a seed", negative="a seed"),
-        "steps": bad.count(1).optional(), "frozen": MODULES, "once": MODULES,
-        "backward": BACKWARD,
-    }),
-    **{f"SlimRecipe.{name}": Call({"closure": bad.function(len), "frozen": MODULES, "once": MODULES, **more},
-                                  of=recipe, run=lambda own, closure, name=name, **given:
-                                  getattr(own, name)(closed(own) if closure is len else closure, **given))
-       for name, more in [("backward", {"backward": BACKWARD}), ("total", {}), ("parts", {})]},
+    "calibrate_bn": Call(
+        {
+            "model": MODEL,
+            "loader": LOADER,
+            "widths": bad.listed(WIDTH, 1).but(none="all widths", list="no width, so nothing is calibrated"),
+        }
+    ),
+    "SlimRecipe": Call(
+        {
+            "model": MODEL,
+            "distill": DISTILL,
+            "loss_weights": LOSS_WEIGHTS,
+            "slow_start": bad.fraction(0.0),
+            "random_widths": bad.natural(0),
+            "seed": bad.count(1).but(zero="a seed", negative="a seed"),
+            "steps": bad.count(1).optional(),
+            "frozen": MODULES,
+            "once": MODULES,
+            "backward": BACKWARD,
+        }
+    ),
+    **{
+        f"SlimRecipe.{name}": Call(
+            {"closure": bad.function(len), "frozen": MODULES, "once": MODULES, **more},
+            of=recipe,
+            run=lambda own, closure, name=name, **given: getattr(own, name)(
+                closed(own) if closure is len else closure, **given
+            ),
+        )
+        for name, more in [("backward", {"backward": BACKWARD}), ("total", {}), ("parts", {})]
+    },
     "SlimRecipe.step": Call({"function": bad.function(len)}, of=recipe),
-    "SlimRecipe.load_state_dict": Call({"state": bad.mapping(
-        lambda: {"steps_done": 1}, other={"steps": 1}, negative={"steps_done": -1}, fraction={"steps_done": 0.5},
-        nan={"steps_done": bad.math.nan}, more={"steps_done": 1, "a": 2})}, of=recipe),
+    "SlimRecipe.load_state_dict": Call(
+        {
+            "state": bad.mapping(
+                lambda: {"steps_done": 1},
+                other={"steps": 1},
+                negative={"steps_done": -1},
+                fraction={"steps_done": 0.5},
+                nan={"steps_done": bad.math.nan},
+                more={"steps_done": 1, "a": 2},
+            )
+        },
+        of=recipe,
+    ),
     "SlimRecipe.widths": Call({"progress": bad.fraction(0.5), "step": bad.natural(0).optional()}, of=recipe),
-    "SlimRecipe.once": Call({"modules": bad.module(lambda: nn.Linear(2, 2)).but(list="no module", dict="no module")},
-                            of=recipe, run=in_once),
-    "SlimRecipe.loss": Call({"loss": SCALAR, "teach": bad.listed(MATRIX.but(**dict.fromkeys(
-        ("a_row_less", "empty", "an_axis_more", "an_axis_less"), "refused by the distillation, at the next width")))},
-                            of=lambda: recipe(distill=losses.OnlineDistillation()), run=in_loop),
+    "SlimRecipe.once": Call(
+        {"modules": bad.module(lambda: nn.Linear(2, 2)).but(list="no module", dict="no module")}, of=recipe, run=in_once
+    ),
+    "SlimRecipe.loss": Call(
+        {
+            "loss": SCALAR,
+            "teach": bad.listed(
+                MATRIX.but(
+                    **dict.fromkeys(
+                        ("a_row_less", "empty", "an_axis_more", "an_axis_less"),
+                        "refused by the distillation, at the next width",
+                    )
+                )
+            ),
+        },
+        of=lambda: recipe(distill=losses.OnlineDistillation()),
+        run=in_loop,
+    ),
     "training.GradientDiagnostics": Call({"model": MODEL, "every": bad.count(1)}),
     "training.GradientDiagnostics.after_backward": Call({"width": WIDTH}, of=diagnostics),
     "training.GradientDiagnostics.after_step": Call({"scale": bad.positive(1.0)}, of=lambda: measured()),
-    "training.GradientDiagnostics.load_state_dict": Call({"state": bad.mapping(
-        lambda: {"step": 1, "rows": [], "layers": []}, other={"step": 1}, text={"step": "1", "rows": [], "layers": []})},
-        of=diagnostics),
+    "training.GradientDiagnostics.load_state_dict": Call(
+        {
+            "state": bad.mapping(
+                lambda: {"step": 1, "rows": [], "layers": []},
+                other={"step": 1},
+                text={"step": "1", "rows": [], "layers": []},
+            )
+        },
+        of=diagnostics,
+    ),
     "training.GradientDiagnostics.to_csv": Call({"path": bad.path(elsewhere)}, of=diagnostics),
     "training.cosine_momentum": Call({"progress": bad.fraction(0.5), "start": bad.fraction(0.9)}),
     "training.MomentumEncoder": Call({"network": Argument(network, {**ANY_MODEL.bad, "no parameters": nn.Identity()})}),
-    "training.MomentumEncoder.update": Call({"network": Argument(network, {
-        **ANY_MODEL.bad, "another": nn.Linear(4, 2), "other shapes": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2),
-                                                                                  nn.Linear(2, 2)),
-        "on meta": bad.Of(lambda net: net.to("meta"))}), "momentum": bad.fraction(0.9)},
-        of=lambda: training.MomentumEncoder(network())),
-    "training.MoCo": Call({
-        "network": Argument(network, {**ANY_MODEL.bad, "no parameters": nn.Identity()}), "proj_dim": CHANNELS,
-        "queue_size": CHANNELS, "momentum": bad.fraction(0.9), "bn_splits": bad.count(1),
-    }),
-    "training.MoCo.keys": Call({"network": bad.module(lambda: nn.Linear(4, 4)), "images": MATRIX.but(
-        a_row_less="a batch like another")}, of=moco),
+    "training.MomentumEncoder.update": Call(
+        {
+            "network": Argument(
+                network,
+                {
+                    **ANY_MODEL.bad,
+                    "another": nn.Linear(4, 2),
+                    "other shapes": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)),
+                    "on meta": bad.Of(lambda net: net.to("meta")),
+                },
+            ),
+            "momentum": bad.fraction(0.9),
+        },
+        of=lambda: training.MomentumEncoder(network()),
+    ),
+    "training.MoCo": Call(
+        {
+            "network": Argument(network, {**ANY_MODEL.bad, "no parameters": nn.Identity()}),
+            "proj_dim": CHANNELS,
+            "queue_size": CHANNELS,
+            "momentum": bad.fraction(0.9),
+            "bn_splits": bad.count(1),
+        }
+    ),
+    "training.MoCo.keys": Call(
+        {"network": bad.module(lambda: nn.Linear(4, 4)), "images": MATRIX.but(a_row_less="a batch like another")},
+        of=moco,
+    ),
     "training.MoCo.enqueue": Call({"keys": MATRIX.but(a_row_less="a batch like another")}, of=moco),
     "training.average_gradients": Call({"model": ANY_MODEL}),
-    "training.gather": Call({"tensor": MATRIX.but(**dict.fromkeys(("empty", "bytes", "integers", "complex", "an_axis_more", "an_axis_less", "a_row_less"), "gathered as it is"))}),
+    "training.gather": Call(
+        {
+            "tensor": MATRIX.but(
+                **dict.fromkeys(
+                    ("empty", "bytes", "integers", "complex", "an_axis_more", "an_axis_less", "a_row_less"),
+                    "gathered as it is",
+                )
+            )
+        }
+    ),
     "training.synchronised_batchnorm": Call({}),
     # -- evaluation
-    "evaluation.features_of": Call({"backbone": bad.slim(backbone), "images": IMAGES.but(
-        a_row_less="images without labels", an_axis_more="the network takes it", holding_nan="so are its features",
-        holding_infinity="so are its features"),
-        "width": WIDTH, "batch_size": bad.count(4)}),
-    "evaluation.accuracy_of": Call({"model": ANY_MODEL, "images": IMAGES, "labels": LABELS, "batch_size": bad.count(4)}),
-    "evaluation.evaluate_widths": Call({
-        "backbone": bad.slim(backbone), "train": IMAGES, "train_labels": LABELS, "test": IMAGES, "test_labels": LABELS,
-        "probes": probes(), "k": bad.count(1),
-    }),
-    "evaluation.evaluate_features": Call({
-        "train": FEATURE_MAP, "train_labels": LABELS, "test": FEATURE_MAP,
-        "test_labels": LABELS, "probes": probes(), "k": bad.count(1),
-    }),
-    "evaluation.knn_accuracy": Call({
-        "train": FEATURES, "train_labels": LABELS, "test": FEATURES, "test_labels": LABELS,
-        "k": bad.count(1), "temperature": TEMPERATURE,
-    }),
-    "evaluation.probe_loss": Call({"scores": bad.maps_of(bad.tensor, lambda: {1.0: X.clone(), 0.5: X.clone()}), "labels": LABELS}),
+    "evaluation.features_of": Call(
+        {
+            "backbone": bad.slim(backbone),
+            "images": IMAGES.but(
+                a_row_less="images without labels",
+                an_axis_more="the network takes it",
+                holding_nan="so are its features",
+                holding_infinity="so are its features",
+            ),
+            "width": WIDTH,
+            "batch_size": bad.count(4),
+        }
+    ),
+    "evaluation.accuracy_of": Call(
+        {"model": ANY_MODEL, "images": IMAGES, "labels": LABELS, "batch_size": bad.count(4)}
+    ),
+    "evaluation.evaluate_widths": Call(
+        {
+            "backbone": bad.slim(backbone),
+            "train": IMAGES,
+            "train_labels": LABELS,
+            "test": IMAGES,
+            "test_labels": LABELS,
+            "probes": probes(),
+            "k": bad.count(1),
+        }
+    ),
+    "evaluation.evaluate_features": Call(
+        {
+            "train": FEATURE_MAP,
+            "train_labels": LABELS,
+            "test": FEATURE_MAP,
+            "test_labels": LABELS,
+            "probes": probes(),
+            "k": bad.count(1),
+        }
+    ),
+    "evaluation.knn_accuracy": Call(
+        {
+            "train": FEATURES,
+            "train_labels": LABELS,
+            "test": FEATURES,
+            "test_labels": LABELS,
+            "k": bad.count(1),
+            "temperature": TEMPERATURE,
+        }
+    ),
+    "evaluation.probe_loss": Call(
+        {"scores": bad.maps_of(bad.tensor, lambda: {1.0: X.clone(), 0.5: X.clone()}), "labels": LABELS}
+    ),
     "evaluation.train_probe": Call(probe_training()),
     "evaluation.train_slimmable_probe": Call(probe_training()),
-    "evaluation.ridge_classifier": Call({
-        "features": FEATURES, "labels": LABELS, "num_classes": Argument(
-            lambda: 3, {**bad.count(3).bad, "too few": 1}).optional(), "penalty": bad.positive(0.1),
-    }),
+    "evaluation.ridge_classifier": Call(
+        {
+            "features": FEATURES,
+            "labels": LABELS,
+            "num_classes": Argument(lambda: 3, {**bad.count(3).bad, "too few": 1}).optional(),
+            "penalty": bad.positive(0.1),
+        }
+    ),
     # -- gates
-    "gating.gate": Call({
-        "model": GATEABLE,
-        "example_inputs": EXAMPLE, "skip": SKIP, "separate_norms": FLAG, "temperature": TEMPERATURE,
-        "open_at_zero": FLAG, "bias": FLAG, "inplace": FLAG,
-    }),
+    "gating.gate": Call(
+        {
+            "model": GATEABLE,
+            "example_inputs": EXAMPLE,
+            "skip": SKIP,
+            "separate_norms": FLAG,
+            "temperature": TEMPERATURE,
+            "open_at_zero": FLAG,
+            "bias": FLAG,
+            "inplace": FLAG,
+        }
+    ),
     "gating.gate_plan": Call({"model": GATEABLE, "example_inputs": EXAMPLE, "skip": SKIP}),
     "gating.ungate": Call({"model": ANY_MODEL}),
     "gating.gate_parameters": Call({"model": ANY_MODEL}),
     "gating.has_gates": Call({"model": ANY_MODEL}),
-    "gating.hard_mask": Call({
-        "logits": MATRIX, "uniform": bad.tensor(lambda: torch.rand(6, 4)).optional(), "temperature": TEMPERATURE,
-        "open_at_zero": FLAG,
-    }),
-    "gating.ChannelGate": Call({
-        "channels": CHANNELS, "units": CHANNELS, "temperature": TEMPERATURE, "open_at_zero": FLAG, "bias": FLAG,
-    }),
-    "gating.ChannelGate.logits": Call({"pooled": MATRIX.but(a_row_less="a batch like another")},
-                                      of=lambda: gating.ChannelGate(4, 8).eval()),
-    "gating.ChannelGate.forward": Call({"pooled": MATRIX.but(a_row_less="a batch like another")},
-                                       of=lambda: gating.ChannelGate(4, 8).eval()),
+    "gating.hard_mask": Call(
+        {
+            "logits": MATRIX,
+            "uniform": bad.tensor(lambda: torch.rand(6, 4)).optional(),
+            "temperature": TEMPERATURE,
+            "open_at_zero": FLAG,
+        }
+    ),
+    "gating.ChannelGate": Call(
+        {
+            "channels": CHANNELS,
+            "units": CHANNELS,
+            "temperature": TEMPERATURE,
+            "open_at_zero": FLAG,
+            "bias": FLAG,
+        }
+    ),
+    "gating.ChannelGate.logits": Call(
+        {"pooled": MATRIX.but(a_row_less="a batch like another")}, of=lambda: gating.ChannelGate(4, 8).eval()
+    ),
+    "gating.ChannelGate.forward": Call(
+        {"pooled": MATRIX.but(a_row_less="a batch like another")}, of=lambda: gating.ChannelGate(4, 8).eval()
+    ),
     "gating.gated": Call({"model": GATED}),
     "gating.dense": Call({"model": GATED}),
     "gating.GatedPass.layer_macs": Call({"input_size": SIZE}, of=gated_run),
     **{f"gating.GatedPass.{name}": Call({"input_size": SIZE}, of=gated_run) for name in ("macs", "share")},
     "gating.GatedPass.dense_macs": Call({"input_size": SIZE}, of=gated_run),
-    "gating.annealed": Call({"epoch": bad.real(1.0), "start": bad.real(1.0), "end": bad.real(0.0),
-                             "alpha": bad.not_negative(0.02), "first_epoch": bad.not_negative(0)}),
-    "gating.budget_loss": Call({"share": bad.tensor(lambda: torch.rand(6)).but(
-        an_axis_more="of any shape", an_axis_less="of any shape", a_row_less="of any shape", meta="so is the loss"),
-        "budget": BUDGET, "weight": WEIGHT}),
-    "gating.bound_loss": Call({"open_fractions": bad.tensor(lambda: torch.rand(6)).but(
-        a_row_less="of any length", meta="so is the loss"),
-                               "budget": BUDGET, "p": bad.fraction(0.5), "weight": WEIGHT}),
-    "gating.open_fractions": Call({"masks": bad.listed(bad.tensor(masks).but(
-        a_row_less="a batch like another", an_axis_more="of any shape", an_axis_less="of any shape")).but(), "closed_gradient": FLAG}),
-    "gating.GateBudget": Call({
-        "budget": BUDGET, "budget_weight": WEIGHT, "bound_weight": WEIGHT, "alpha": WEIGHT, "first_epoch": WEIGHT,
-        "closed_gradient": FLAG,
-    }),
-    "gating.GateBudget.forward": Call({"run": bad.mapping(gated_run), "epoch": bad.real(1.0)},
-                                      of=lambda: gating.GateBudget(0.5)),
+    "gating.annealed": Call(
+        {
+            "epoch": bad.real(1.0),
+            "start": bad.real(1.0),
+            "end": bad.real(0.0),
+            "alpha": bad.not_negative(0.02),
+            "first_epoch": bad.not_negative(0),
+        }
+    ),
+    "gating.budget_loss": Call(
+        {
+            "share": bad.tensor(lambda: torch.rand(6)).but(
+                an_axis_more="of any shape",
+                an_axis_less="of any shape",
+                a_row_less="of any shape",
+                meta="so is the loss",
+            ),
+            "budget": BUDGET,
+            "weight": WEIGHT,
+        }
+    ),
+    "gating.bound_loss": Call(
+        {
+            "open_fractions": bad.tensor(lambda: torch.rand(6)).but(a_row_less="of any length", meta="so is the loss"),
+            "budget": BUDGET,
+            "p": bad.fraction(0.5),
+            "weight": WEIGHT,
+        }
+    ),
+    "gating.open_fractions": Call(
+        {
+            "masks": bad.listed(
+                bad.tensor(masks).but(
+                    a_row_less="a batch like another", an_axis_more="of any shape", an_axis_less="of any shape"
+                )
+            ).but(),
+            "closed_gradient": FLAG,
+        }
+    ),
+    "gating.GateBudget": Call(
+        {
+            "budget": BUDGET,
+            "budget_weight": WEIGHT,
+            "bound_weight": WEIGHT,
+            "alpha": WEIGHT,
+            "first_epoch": WEIGHT,
+            "closed_gradient": FLAG,
+        }
+    ),
+    "gating.GateBudget.forward": Call(
+        {"run": bad.mapping(gated_run), "epoch": bad.real(1.0)}, of=lambda: gating.GateBudget(0.5)
+    ),
     "gating.gate_activity": Call({"model": GATED, "loader": LOADER}),
     "gating.calibrate_gates": Call({"model": GATED, "loader": LOADER, "budget": BUDGET}),
-    "gating.extract_gated": Call({
-        "model": GATED, "loader": LOADER, "keep": bad.number(0.5).optional(),
-        "budget": BUDGET.optional(), "round_to": ROUND, "recalibrate": FLAG,
-    }, run=lambda model, loader, keep, budget, round_to, recalibrate: gating.extract_gated(
-        model, loader, None if type(budget) is not float or budget != 0.5 else keep,
-        budget=None if type(budget) is float and budget == 0.5 else budget, round_to=round_to, recalibrate=recalibrate)),
+    "gating.extract_gated": Call(
+        {
+            "model": GATED,
+            "loader": LOADER,
+            "keep": bad.number(0.5).optional(),
+            "budget": BUDGET.optional(),
+            "round_to": ROUND,
+            "recalibrate": FLAG,
+        },
+        run=lambda model, loader, keep, budget, round_to, recalibrate: gating.extract_gated(
+            model,
+            loader,
+            None if type(budget) is not float or budget != 0.5 else keep,
+            budget=None if type(budget) is float and budget == 0.5 else budget,
+            round_to=round_to,
+            recalibrate=recalibrate,
+        ),
+    ),
     # -- methods
     "methods.Encoder": Call({"backbone": ANY_MODEL, "projector": ANY_MODEL}),
+    "methods.Method": Call({"encoder": ENCODER}),
     "methods.SimCLR": Call({"encoder": ENCODER, "temperature": TEMPERATURE}),
-    "methods.VICReg": Call({"encoder": ENCODER, "invariance": WEIGHT, "variance": WEIGHT,
-                            "covariance": WEIGHT}),
+    "methods.VICReg": Call({"encoder": ENCODER, "invariance": WEIGHT, "variance": WEIGHT, "covariance": WEIGHT}),
     "methods.Supervised": Call({"encoder": ENCODER, "label_smoothing": bad.fraction(0.1)}),
-    "methods.BYOL": Call({"encoder": ENCODER, "predictor": bad.module(predictor),
-                          "momentum": bad.fraction(0.9)}),
-    "methods.MoCoV3": Call({"encoder": ENCODER, "predictor": bad.module(predictor),
-                            "momentum": bad.fraction(0.9), "temperature": TEMPERATURE}),
-    "methods.MoCoV2": Call({
-        "encoder": ENCODER, "proj_dim": CHANNELS, "queue_size": CHANNELS, "momentum": bad.fraction(0.9),
-        "bn_splits": bad.count(1), "temperature": TEMPERATURE,
-    }),
+    "methods.BYOL": Call({"encoder": ENCODER, "predictor": bad.module(predictor), "momentum": bad.fraction(0.9)}),
+    "methods.MoCoV3": Call(
+        {
+            "encoder": ENCODER,
+            "predictor": bad.module(predictor),
+            "momentum": bad.fraction(0.9),
+            "temperature": TEMPERATURE,
+        }
+    ),
+    "methods.MoCoV2": Call(
+        {
+            "encoder": ENCODER,
+            "proj_dim": CHANNELS,
+            "queue_size": CHANNELS,
+            "momentum": bad.fraction(0.9),
+            "bn_splits": bad.count(1),
+            "temperature": TEMPERATURE,
+        }
+    ),
     "methods.Supervised.projector": Call({"in_features": CHANNELS, "num_classes": CHANNELS}),
-    **{f"methods.{name}.projector": Call(heads(**({"layers": bad.count(2)} if name == "MoCoV3" else {})))
-       for name in ("SimCLR", "VICReg", "MoCoV2", "BYOL", "MoCoV3")},
+    **{
+        f"methods.{name}.projector": Call(heads(**({"layers": bad.count(2)} if name == "MoCoV3" else {})))
+        for name in ("SimCLR", "VICReg", "MoCoV2", "BYOL", "MoCoV3")
+    },
     "methods.BYOL.predictor": Call({"hidden_dim": CHANNELS, "proj_dim": CHANNELS}),
     "methods.MoCoV3.predictor": Call({"hidden_dim": CHANNELS, "proj_dim": CHANNELS, "last_norm": FLAG}),
-    "methods.Method.step": Call({
-        "recipe": Argument(lambda: ..., {**bad.WRONG, **bad.NUMBERS, "of another": bad.Of(lambda own: recipe())}),
-        "batch": BATCH, "progress": bad.fraction(0.9),
-        "step": bad.natural(0).optional(),
-        "autocast": bad.choice(torch.bfloat16).optional(), "backward": bad.function(Tensor.backward),
-        "diagnostics": bad.mapping(lambda: None).optional(), "gates": bad.mapping(lambda: None).optional(),
-    }, of=method, run=step_of),
-}  # fmt: skip
+    "methods.Method.step": Call(
+        {
+            "recipe": Argument(lambda: ..., {**bad.WRONG, **bad.NUMBERS, "of another": bad.Of(lambda own: recipe())}),
+            "batch": BATCH,
+            "progress": bad.fraction(0.9),
+            "step": bad.natural(0).optional(),
+            "autocast": bad.choice(torch.bfloat16).optional(),
+            "backward": bad.function(Tensor.backward),
+            "diagnostics": bad.mapping(lambda: None).optional(),
+            "gates": bad.mapping(lambda: None).optional(),
+        },
+        of=method,
+        run=step_of,
+    ),
+}
+
+
+# -- the layers that run, and the programs of others
+CHANNELS_OF = {
+    "SlimLinear": ((2, 8), lambda: layers.SlimLinear(8, 4, widths=WIDTHS)),
+    "SlimConv1d": ((2, 8, 5), lambda: layers.SlimConv1d(8, 4, 1, widths=WIDTHS)),
+    "SlimConv2d": ((2, 8, 5, 5), lambda: layers.SlimConv2d(8, 4, 1, widths=WIDTHS)),
+    "SlimConv3d": ((2, 8, 2, 2, 2), lambda: layers.SlimConv3d(8, 4, 1, widths=WIDTHS)),
+    "SlimLayerNorm": ((2, 8), lambda: layers.SlimLayerNorm(8, widths=WIDTHS)),
+    "SlimGroupNorm": ((2, 8, 5), lambda: layers.SlimGroupNorm(2, 8, widths=WIDTHS)),
+    "SwitchableBatchNorm1d": ((2, 8), lambda: layers.SwitchableBatchNorm1d(8, widths=WIDTHS)),
+    "SwitchableBatchNorm2d": ((2, 8, 5, 5), lambda: layers.SwitchableBatchNorm2d(8, widths=WIDTHS)),
+    "SwitchableBatchNorm3d": ((2, 8, 2, 2, 2), lambda: layers.SwitchableBatchNorm3d(8, widths=WIDTHS)),
+    "SwitchableProbe": ((2, 8), lambda: layers.SwitchableProbe(8, 4, WIDTHS)),
+}
+
+
+def narrow(layer: nn.Module) -> nn.Module:
+    slimmable.set_width(layer, 0.5)
+    return layer
+
+
+for kind, (full_shape, made) in CHANNELS_OF.items():
+    size = [*full_shape]
+    size[-1 if len(size) == 2 else 1] //= 2
+    INPUT = bad.tensor(lambda size=tuple(size): torch.rand(size), **{
+        "full": bad.Of(lambda x: torch.cat([x, x], -1 if x.ndim == 2 else 1)), "scalar": torch.tensor(1.0),
+    }).but(empty="nothing comes out", an_axis_more="of any shape", an_axis_less="without a batch",
+           a_row_less="a batch like another")  # fmt: skip
+    if "Conv" in kind:
+        INPUT = INPUT.but(meta="torch's convolutions return a tensor without numbers")
+    CALLS[f"layers.{kind}.forward"] = Call({"input": INPUT}, of=lambda made=made: narrow(made().eval()))
+
+
+def lightning_callback(recipe: Any) -> Any:
+    return importlib.import_module("slimmable.integrations.lightning").SlimCallback(recipe)
+
+
+def solo_recipe(method: Any, widths: Any, example_inputs: Any) -> Any:
+    solo = importlib.import_module("slimmable.integrations.solo")
+    return solo.slim_recipe(method, widths, example_inputs=example_inputs)
+
+
+def timm_task(recipe: Any) -> Any:
+    return importlib.import_module("slimmable.integrations.timm").SlimTask(converted(), recipe=recipe, verbose=False)
+
+
+def trainer(recipe: Any, eval_widths: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments(output_dir=tempfile.mkdtemp(), report_to=[], use_cpu=True)
+    of_model = importlib.import_module("slimmable.integrations.transformers").SlimTrainer
+    return of_model(model=converted(), args=arguments, recipe=recipe, eval_widths=eval_widths)
+
+
+RECIPE = Argument(recipe, {**bad.WRONG, **bad.NUMBERS, "model": nn.Linear(4, 2)})
+if importlib.util.find_spec("lightning"):
+    CALLS["integrations.lightning.SlimCallback"] = Call({"recipe": RECIPE}, run=lightning_callback)
+CALLS["integrations.solo.slim_recipe"] = Call(
+    {"method": ANY_MODEL, "widths": WIDTHS_OF, "example_inputs": EXAMPLE}, run=solo_recipe
+)
+if importlib.util.find_spec("timm"):
+    CALLS["integrations.timm.SlimTask"] = Call({"recipe": RECIPE}, run=timm_task)
+if importlib.util.find_spec("transformers"):
+    CALLS["integrations.transformers.SlimTrainer"] = Call(
+        {"recipe": RECIPE, "eval_widths": bad.listed(WIDTH, 1).but(list="none", dict="none")}, run=trainer
+    )
 
 
 # -- what a table without gaps has
+EXEMPT = {
+    "Inputs": "it holds any arguments",
+    "SlimmableError": "an error",
+    "*.Accuracies": "data, which the library makes",
+    "methods.Batch": "data, which `step` checks",
+    "methods.Outcome": "data, which `step` checks",
+    "gating.GatePlan": "data, which the library makes",
+    "gating.GatedPass": "`gated` makes it",
+    "gating.LayerGates*": "`gate` makes it, and calls it",
+    "gating.PassNorm*": "`gate` makes it, and calls it",
+    "methods.*.prepare": "`step` calls it with what it has checked",
+    "methods.*.embed": "`step` calls it with what it has checked",
+    "methods.*.predict": "`step` calls it with what it has checked",
+    "methods.*.finish": "`step` calls it with what it has checked",
+    "methods.*.forward": "`step` calls it with what it has checked",
+    "rules.Operation*": "a rule that says something wrong gets a RuleError, see tests/rules",
+    **{f"layers.Switchable*.{name}": "torch or the library calls it, with an index, a name or a tensor of its own"
+       for name in ("add_module", "register_parameter", "named_modules", "state_dict", "linked", "own_at", "copy_at",
+                    "inherit", "norm_at", "module_at", "forward")},
+}  # fmt: skip
+"""Patterns of names that need no rows -> why."""
+
+
 def public() -> Iterator[tuple[str, Any]]:
     """Yield the name of each public callable, class, and method with arguments, and what it is."""
     rooms = ("layers", "losses", "training", "evaluation", "gating", "methods", "rules")
-    found: dict[int, str] = {id(getattr(slimmable, name)): name for name in slimmable.__all__}
-    for room in rooms:
-        module = getattr(slimmable, room)
-        for name in module.__all__:
-            found.setdefault(id(getattr(module, name)), f"{room}.{name}")
-    for name in found.values():
-        target = resolve(name)
+    names = {f"{room}.{name}": getattr(getattr(slimmable, room), name) for room in rooms
+             for name in getattr(slimmable, room).__all__}  # fmt: skip
+    in_rooms = {id(target) for target in names.values()}
+    names |= {
+        name: getattr(slimmable, name) for name in slimmable.__all__ if id(getattr(slimmable, name)) not in in_rooms
+    }
+    for name, target in names.items():
         yield name, target
         if inspect.isclass(target):
             yield from ((f"{name}.{method}", getattr(target, method)) for method in methods_of(target))
@@ -719,6 +1155,7 @@ def fault(name: str, parameter: str, label: str, value: Callable[[], Any]) -> st
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore")
 def test_bad_arguments(name):
     carried_out(target_of(name), {each: argument.good() for each, argument in CALLS[name].arguments.items()})
     faults = {
@@ -730,16 +1167,89 @@ def test_bad_arguments(name):
     assert faults == {}
 
 
-EXEMPT: dict[str, str] = {}
-
-
 def test_every_public_callable_has_rows_for_each_parameter():
-    missing = {
-        name: [each for each in parameters(target) if each not in CALLS[name].arguments] if name in CALLS else "no rows"
-        for name, target in public()
-        if name not in EXEMPT
-    }
-    assert {name: found for name, found in missing.items() if found} == {}
+    rows: dict[Any, set[str]] = {}
+    for name, call in CALLS.items():
+        if not name.startswith("integrations."):
+            target = resolve(name)
+            rows.setdefault(getattr(target, "__func__", target), set()).update(call.arguments)
+    missing = {}
+    for name, target in public():
+        if not any(fnmatch(name, pattern) for pattern in EXEMPT):
+            known = rows.get(getattr(target, "__func__", target))
+            without = ["no rows"] if known is None else [each for each in parameters(target) if each not in known]
+            missing |= {name: without} if without else {}
+    assert missing == {}
+
+
+W = {"widths": WIDTHS}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "says"),
+    [
+        (lambda: layers.SlimConv2d(3, 8, 3, **W), (1, 3, 8, 8), "images are, pass slim_in=False to this layer"),
+        (lambda: layers.SlimLinear(8, 4, **W), (2, 8), "pass slim_in=False to this layer"),
+        (lambda: layers.SwitchableBatchNorm2d(8, **W), (2, 8, 4, 4), "pass slim=False to this norm"),
+        (lambda: layers.SlimLayerNorm(8, **W), (2, 8), "use torch's own layer"),
+        (lambda: layers.SlimGroupNorm(4, 8, **W), (2, 8, 3), "use torch's own layer"),
+        (lambda: layers.SwitchableProbe(8, 4, WIDTHS), (2, 8), "use one nn.Linear for all widths"),
+    ],
+)
+def test_a_full_input_at_a_narrow_width_says_what_to_do(layer, shape, says):
+    made = layer()
+    x = torch.rand(shape)
+    made(x)
+    slimmable.set_width(made, 0.5)
+    with pytest.raises(InputError, match=rf"(?s)at width 0\.5 cannot read a tensor of shape .*{says}") as caught:
+        made(x)
+    assert isinstance(caught.value, RuntimeError)  # as torch's own would be
+
+
+def test_memory_that_runs_out_in_a_layer_is_no_wrong_input():
+    layer = layers.SlimLinear(8, 4, **W)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    layer.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        layer(torch.rand(2, 8))
+
+
+CONV = functools.partial(layers.SlimConv2d, 3, 8, 3, slim_in=False, **W)
+LINEAR = functools.partial(layers.SlimLinear, 4, 8, slim_in=False, **W)
+
+
+@pytest.mark.parametrize(
+    ("between", "kind"),
+    [
+        (lambda: [CONV(), nn.BatchNorm2d(8), nn.ReLU()], "BatchNorm2d"),
+        (lambda: [CONV(), nn.ReLU(), nn.Conv2d(8, 8, 1)], "Conv2d"),
+        (lambda: [CONV(), nn.GroupNorm(2, 8)], "GroupNorm"),
+        (lambda: [LINEAR(), nn.ReLU(), nn.Linear(8, 8), layers.SlimLinear(8, 2, **W)], "Linear"),
+        (lambda: [LINEAR(), nn.LayerNorm(8)], "LayerNorm"),
+    ],
+)
+def test_a_plain_layer_behind_a_slim_one_is_refused(between, kind):
+    model = nn.ModuleList([nn.Sequential(*between())])
+    with pytest.raises(ConversionError, match=rf"layer '[12]', {kind}, is full at every width, but the Slim"):
+        slimmable.set_width(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (lambda: [nn.Conv2d(3, 3, 1), CONV(), layers.SwitchableBatchNorm2d(8, **W)], (2, 3, 6, 6)),
+        (lambda: [CONV(slim_out=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)], (2, 3, 6, 6)),
+        (lambda: [CONV(), nn.PReLU(), layers.SlimConv2d(8, 8, 1, **W)], (2, 3, 6, 6)),
+        (lambda: [layers.SlimConv2d(3, 4, 3, slim_in=False, **W), nn.Linear(4, 5)], (2, 3, 6, 6)),
+        (lambda: [layers.SlimLinear(4, 8, slim_in=False, widths=(1.0,)), nn.Linear(8, 8)], (2, 4)),
+    ],
+)
+def test_a_plain_layer_that_runs_at_every_width_may_stand_anywhere(rows, shape):
+    model = nn.Sequential(*rows())
+    assert len(slimmable.run_widths(model, torch.rand(shape))) == len(slimmable.widths_of(model))
 
 
 def main() -> None:
