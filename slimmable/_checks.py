@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
@@ -160,6 +161,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except (SlimmableError, torch.OutOfMemoryError):
             raise
         except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError) as error:
+            if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
+                raise  # it may be about another process
             listed = ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name != "self")
             raise UsageError(f"{where}({listed}) fails: {error}") from error
 

@@ -68,7 +68,7 @@ class SwitchableContainer(nn.Module):
         if not torch.is_grad_enabled():
             return output
         linked: Tensor = _Linked.apply(output, self._static_graph, *self.parameters())
-        if linked.requires_grad and not alone() and not is_compiling():
+        if not is_compiling() and linked.requires_grad and not alone():
             self._compare(wrapper, linked)
         return linked
 
