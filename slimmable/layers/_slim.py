@@ -391,7 +391,7 @@ def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
                 raise ConversionError(
                     f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__} "
                     "before it makes fewer units at narrow ones; use a layer of slimmable.layers, such as "
-                    "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimmable.slimify"
+                    "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimify"
                 )
             maker = None if tensors else maker
 
