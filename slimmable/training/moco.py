@@ -84,8 +84,8 @@ class MomentumEncoder(nn.Module):
             one, two = ((tuple(x.shape), x.dtype, x.device) for x in (other, mine))
             if one != two:
                 raise UsageError(
-                    f"MomentumEncoder.update: parameter {number} has shape {one[0]} in the network, {two[0]} in the copy "
-                    f"({one[1:]} and {two[1:]}); give the network that was copied"
+                    f"MomentumEncoder.update: parameter {number} has shape {one[0]} in the network, {two[0]} in the "
+                    f"copy ({one[1:]} and {two[1:]}); give the network that was copied"
                 )
         torch._foreach_lerp_(own, others, 1 - momentum)
 
