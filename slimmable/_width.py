@@ -146,7 +146,7 @@ def places_of(model: nn.Module) -> Places:
     """Collect the modules that have widths, in one walk; refuse a model without any, or that has gained layers."""
     check_is_module("switching widths", model)
     places: Places = []
-    strangers, seen = set[nn.Module](), set[nn.Module]()
+    seen, new = set[nn.Module](), set[nn.Module]()
     pending = [(model, False)]
     while pending:
         module, converted = pending.pop()
@@ -159,16 +159,14 @@ def places_of(model: nn.Module) -> Places:
             if isinstance(module, SwitchableContainer):
                 continue
         elif converted and (attributes["_parameters"] or attributes["_buffers"]):
-            strangers.add(module)
+            new.add(module)
         converted = converted or state is not None
         children = attributes["_modules"]
         if not converted and type(module) is nn.Sequential:
             refuse_plain_between(children)
         pending += [(child, converted) for child in children.values() if child is not None]
-    if strangers:
-        found = [
-            f"{name or 'the model itself'} ({type(m).__name__})" for name, m in model.named_modules() if m in strangers
-        ]
+    if new:
+        found = [f"{name or 'the model itself'} ({type(m).__name__})" for name, m in model.named_modules() if m in new]
         raise ConversionError(
             f"{type(model).__name__} gained layers after its conversion that no width applies to: {', '.join(found)}; "
             "call slimmable.slimify on it again"
@@ -186,9 +184,7 @@ def columns_of(places: Places, setting: Setting) -> list[Column]:
     given: Any = setting
     number: Any = given if not isinstance(given, bool) and isinstance(given, Real) else None
     if number is None and not isinstance(given, (Mapping, tuple, list)):
-        raise WidthError(
-            f"{setting!r} is not a number, a dict of widths by layer or a tuple of one count per channel group"
-        )
+        raise WidthError(f"{setting!r} is not a width, a dict of widths by layer or a tuple of counts by channel group")
     return [
         state.columns[state.widths.index(number)] if number in state.widths else _column(module, state, setting, number)
         for module, state in places

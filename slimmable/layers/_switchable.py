@@ -161,10 +161,9 @@ class SwitchableProbe(Explained, SwitchableContainer):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
         weight, bias = linear.weight, linear.bias
         probe = cls(linear.in_features, linear.out_features, widths, bias is not None, weight.device, weight.dtype)
+        shared = {} if bias is None else {"bias": bias}
         for narrow in map(probe.module_at, range(1, len(probe.widths))):
-            narrow.load_state_dict(
-                {"weight": weight[:, : narrow.in_features]} | ({} if bias is None else {"bias": bias})
-            )
+            narrow.load_state_dict({"weight": weight[:, : narrow.in_features]} | shared)
         probe.linears[0] = linear
         return probe.train(linear.training)
 

@@ -278,10 +278,8 @@ class _Viewed(HasWidths):
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """Register a hook; warn if it counts what a layer holds."""
         if counter := _counter(hook):
-            warnings.warn(
-                f"{counter} counts the parameters that a converted model holds, those of all widths; {_INSTEAD}",
-                stacklevel=2,
-            )
+            told = f"{counter} counts the parameters that a converted model holds, those of all widths; {_INSTEAD}"
+            warnings.warn(told, stacklevel=2)
         return super().register_forward_pre_hook(hook, **kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
