@@ -175,8 +175,7 @@ def extract(model: M, width: Setting) -> M:
         memo: dict[int, Any] = {}
         slim = []
         for module in shallow_modules(model):
-            state = state_of(module)
-            if state is None:
+            if (state := state_of(module)) is None:
                 continue
             if isinstance(module, SwitchableContainer):
                 memo[id(module)] = copy_of(module.own_at(state.index), memo)
@@ -204,14 +203,13 @@ def _refuse_derived(module: nn.Module, state: WidthState) -> None:
     """Refuse tensors that are computed from others since the conversion, which are full and not known to the plan."""
     own = (*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ()))
     for name in state.active.cuts.keys() - set(own):
-        if state.plan is not None and (state.path, name) not in state.plan.channels.sizes:
-            continue  # it never was a parameter
-        place = ".".join(filter(None, (state.path, name)))
-        raise ConversionError(
-            f"{place} of a {type(module).__name__} is no longer a parameter, as after torch.nn.utils.prune or "
-            "weight_norm; make the change permanent with torch.nn.utils.prune.remove or its counterpart, or call "
-            "slimmable.slimify on the model again, then extract"
-        )
+        if state.plan is None or (state.path, name) in state.plan.channels.sizes:  # it was a parameter
+            place = f"{state.path}.{name}".lstrip(".")
+            raise ConversionError(
+                f"{place} of a {type(module).__name__} is no longer a parameter, as after "
+                "torch.nn.utils.prune or weight_norm; make the change permanent with torch.nn.utils.prune.remove or "
+                "its counterpart, or call slimmable.slimify on the model again, then extract"
+            )
 
 
 def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
@@ -263,7 +261,6 @@ def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
                 f"skip pattern {pattern!r} matches no module of {type(model).__name__}; "
                 f"it has modules such as {', '.join(repr(name) for name in names[1:6])}"
             )
-
     return lambda name, module: any(is_under(name, pattern) for pattern in patterns)
 
 
@@ -273,12 +270,9 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if state is None or state.path else state.plan
 
 
-def _current_plan(
-    model: nn.Module, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool, outputs: Outputs
-) -> Plan | None:
-    """Return the plan of a converted model if converting it with these arguments would change nothing."""
+def _current_plan(model: nn.Module, *asked: Any) -> Plan | None:
+    """Return the plan of a converted model if converting it with these arguments, as of `_plan`, changes nothing."""
     plan = plan_of(model)
-    asked = widths, skip, round_to, universal, outputs
     if plan is None or asked != (plan.widths, (), plan.round_to, plan.universal, "auto"):
         return None
     try:
@@ -326,14 +320,12 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
             continue
         if isinstance(module, _BatchNorm) and own:
             inside = (*inside, f"{path}.") if path else inside
-            for per_width in [kept for kept in own.values() if len(kept[0]) == 1][:1]:
-                kept = [axes[0] for axes in per_width]
-                norms[id(module)] = norm = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
-                know(norm, found, path)
+            kept = next([axes[0] for axes in per_width] for per_width in own.values() if len(per_width[0]) == 1)
+            norms[id(module)] = norm = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
+            know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
-            values, caches = found.values.get(path, {}), found.caches.get(path)
-            install_view(module, found.widths, cut, values, caches)
+            install_view(module, found.widths, cut, found.values.get(path, {}), found.caches.get(path))
             know(module, found, path)
     return replace_modules(model, norms)
 

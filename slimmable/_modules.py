@@ -47,12 +47,7 @@ def swapped(new: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
 
 
 def walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Yield each of `modules`, and each module in one that `enters` accepts, once, in the order of `nn.Module.modules`.
-
-    >>> net = nn.Sequential(nn.Sequential(nn.ReLU()), nn.Tanh())
-    >>> [type(module).__name__ for module in walk([net], lambda module: module is net)]
-    ['Sequential', 'Sequential', 'Tanh']
-    """
+    """Yield each of `modules`, and each module in one that `enters` accepts, once, in the order of `Module.modules`."""
     seen: set[nn.Module] = set()
     pending = list(modules)[::-1]
     while pending:
@@ -112,13 +107,8 @@ def empty_cache(blank: object) -> object:
     return blank if isinstance(blank, Tensor) else copy.copy(blank)
 
 
-class _Unannounced:
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        """Keep generated classes out of registries in which users' classes collect their subclasses."""
-
-
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with mixins before it, without calling `base.__init_subclass__`.
+    """Return a subclass of `base`, with mixins before it, that no `__init_subclass__` puts into a registry of classes.
 
     Modules can be given this class: for that, the first class that has attributes must follow the same one without, as
     `ABC` in `class Base(ABC, nn.Module)`.
@@ -126,11 +116,8 @@ def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -
     root: type = base
     while root.__base__ is not None and root.__base__.__dictoffset__:
         root = root.__base__
-    bare = root.__base__
-    quiet: type = _Unannounced
-    if bare not in (None, object):
-        own = {name: vars(_Unannounced)[name] for name in ("__init_subclass__", "__module__")}
-        quiet = type("_Unannounced", (bare,), {**own, "__orig_bases__": ()})
+    own = {"__init_subclass__": classmethod(lambda cls, **kwargs: None), "__module__": __name__, "__orig_bases__": ()}
+    quiet = type("_Unannounced", (root.__base__ or object,), own)
     return type(base.__name__, (quiet, *mixins, base), dict(body))
 
 

@@ -19,7 +19,7 @@ from slimmable.layers import refuse_plain_between
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import GuestNorm, SwitchableNorm
 from slimmable.view.recompute import switch, switched
-from slimmable.view.state import Column, WidthState, forget
+from slimmable.view.state import Column, WidthState
 from slimmable.view.view import GuestColumn
 
 Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
@@ -81,9 +81,8 @@ def widths_of(model: nn.Module) -> tuple[float, ...]:
 
     Raises: ConversionError: as `set_width`.
     """
-    known = {state.widths for _, state in places_of(model)}
-    common = set.intersection(*({width for width in widths if isinstance(width, float)} for widths in known))
-    return tuple(sorted(common, reverse=True))
+    known = {state.numbers for _, state in places_of(model)}
+    return tuple(sorted(set.intersection(*map(set, known)), reverse=True))
 
 
 def width_of(model: nn.Module) -> float | tuple[int, ...]:
@@ -147,33 +146,29 @@ def places_of(model: nn.Module) -> Places:
     """Collect the modules that have widths, in one walk; refuse a model without any, or that has gained layers."""
     check_is_module("switching widths", model)
     places: Places = []
-    strangers: set[int] = set()
-    seen: set[int] = set()
+    seen, new = set[nn.Module](), set[nn.Module]()
     pending = [(model, False)]
     while pending:
         module, converted = pending.pop()
-        if id(module) in seen:
+        if module in seen:
             continue
-        seen.add(id(module))
+        seen.add(module)
         attributes = module.__dict__
-        state = attributes.get("_slim")
-        if state is not None:
+        if (state := attributes.get("_slim")) is not None:
             places.append((module, state))
             if isinstance(module, SwitchableContainer):
                 continue
         elif converted and (attributes["_parameters"] or attributes["_buffers"]):
-            strangers.add(id(module))
+            new.add(module)
         converted = converted or state is not None
         children = attributes["_modules"]
         if not converted and type(module) is nn.Sequential:
             refuse_plain_between(children)
-        if children:
-            pending.extend([(child, converted) for child in children.values() if child is not None])
-    if strangers:
-        found = [(name, type(module).__name__) for name, module in model.named_modules() if id(module) in strangers]
-        listed = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in found)
+        pending += [(child, converted) for child in children.values() if child is not None]
+    if new:
+        found = [f"{name or 'the model itself'} ({type(m).__name__})" for name, m in model.named_modules() if m in new]
         raise ConversionError(
-            f"{type(model).__name__} gained layers after its conversion that no width applies to: {listed}; "
+            f"{type(model).__name__} gained layers after its conversion that no width applies to: {', '.join(found)}; "
             "call slimmable.slimify on it again"
         )
     if not places:
@@ -187,13 +182,11 @@ def places_of(model: nn.Module) -> Places:
 def columns_of(places: Places, setting: Setting) -> list[Column]:
     """Return each module's column for a setting, or a new guest column if it has none; change nothing."""
     given: Any = setting
-    if not isinstance(given, (Mapping, tuple, list, Real)):
-        raise WidthError(
-            f"{setting!r} is not a width, a dict of widths by layer or a tuple of one count per channel group"
-        )
-    number: Any = None if isinstance(given, (Mapping, tuple, list, bool)) else given
+    number: Any = given if not isinstance(given, bool) and isinstance(given, Real) else None
+    if number is None and not isinstance(given, (Mapping, tuple, list)):
+        raise WidthError(f"{setting!r} is not a width, a dict of widths by layer or a tuple of counts by channel group")
     return [
-        state.columns[state.widths.index(number)] if number in state.widths else _column(module, state, setting)
+        state.columns[state.widths.index(number)] if number in state.widths else _column(module, state, setting, number)
         for module, state in places
     ]
 
@@ -211,28 +204,28 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
                     state.add(column)
         yield
     except BaseException:
+        switch(places, [state.columns[0] for _, state in places])
         for (module, state), (_, own) in zip(places, before, strict=True):
-            if len(state.columns) > own:
-                forget(module, own)
+            while len(state.columns) > own:
+                state.remove().drop(module)
         switch(places, [active for active, _ in before])
         raise
 
 
-def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
+def _column(module: nn.Module, state: WidthState, setting: Setting, number: float | None) -> Column:
     plan: Plan | None = state.plan
-    number: Any = None if isinstance(setting, (Mapping, tuple, list)) else setting
     if plan is None:
         if number is None:
             raise WidthError(
                 f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
                 "widths by layer and channel counts are for models that slimmable.slimify has converted"
             )
-        return state.columns[width_index(number, _widths(state))]
+        return state.columns[width_index(number, state.numbers)]
     try:
         found = plan.sub_network(setting)
     except WidthError:
         if number is not None and not plan.universal:
-            width_index(number, _widths(state))  # its message names all widths, including those registered later
+            width_index(number, state.numbers)  # its message names all widths, including those registered later
         raise
     for column in (*state.columns, state.now):
         if column.counts == found.counts:
@@ -246,7 +239,3 @@ def _column(module: nn.Module, state: WidthState, setting: Setting) -> Column:
         column = GuestColumn(module, width, own, found.values.get(state.path, {}))
     column.counts = found.counts
     return column
-
-
-def _widths(state: WidthState) -> tuple[float, ...]:
-    return tuple(width for width in state.widths if isinstance(width, float))

@@ -1,8 +1,8 @@
 """Slimmable layers: torch's linear layer, convolutions, LayerNorm and GroupNorm with slices of their weights."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Explained(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer at its active width."""
         try:
-            output: Tensor = super().forward(input)
+            return cast(Tensor, super().forward(input))
         except (SlimmableError, torch.OutOfMemoryError):
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -38,17 +38,14 @@ class Explained(nn.Module):
                 f"if the input is full at every width, as images are, {self._if_full}, otherwise make the layer before "
                 "it slimmable too, with the same widths"
             ) from error
-        return output
 
 
 class SlimLayer(Explained):
     """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
 
-    _slim_plain: ClassVar[type[nn.Module]]
-    """The class of torch that it is made from and converted back to."""
+    _slim_plain: ClassVar[type[nn.Module]]  # that it is made from and converted back to
 
-    def _install(self, widths: tuple[float, ...], *args: Any, **options: Any) -> None:
-        raise NotImplementedError
+    _install: Callable[..., None]  # takes the widths and the constructor's options
 
     @classmethod
     def _from_torch(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: bool) -> Layer:
@@ -99,7 +96,7 @@ class _SlimProduct(SlimLayer):
         else:
             rows = kept_at(widths, out_size, count, slim=slim_out, overlap=overlap)
             columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
-        weight = [(row, column, *(None for _ in kernel)) for row, column in zip(rows, columns, strict=True)]
+        weight = [(row, column, *kernel) for row, column in zip(rows, columns, strict=True)]
         cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
         install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
 
@@ -113,12 +110,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
-        slim_in: False if the input is full at every width, such as a vector of measurements.
-        slim_out: False if the output should be full at every width, such as class scores and embeddings.
-        overlap: False gives the narrower widths disjoint features; see `SlimConv2d`.
-
-    Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
+        widths, slim_in, slim_out, overlap: as in `SlimConv2d`; class scores and embeddings should be full.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -216,7 +208,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
-        slim_in: False if the input is full at every width, such as an image.
+        slim_in: False if the input is full at every width, such as an image or a vector of measurements.
         slim_out: False if the output should be full at every width.
         overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
             weights of Zhao et al., SlimCLR, IJCV 2024).
@@ -235,9 +227,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> "SlimConv2d":
-        """Return the slimmable twin of `conv`: it shares the Parameters and keeps the training flag.
-
-        `options` are `slim_in`, `slim_out` and `overlap` of the constructor.
+        """Return the slimmable twin of `conv`, with its Parameters and training flag; `options` of the constructor.
 
         Raises: ConversionError: unless `conv` is exactly an `nn.Conv2d`. WidthError: as the constructor.
         """
@@ -270,11 +260,8 @@ class SlimConv3d(_SlimConv, nn.Conv3d):
 class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     """`nn.LayerNorm` over part of the features: at width `w`, the first `round(w * n)` of the last axis.
 
-    Shapes: (..., *normalized_shape with a narrower last axis) -> the same.
-
-    Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
+    Shapes: (..., *normalized_shape with a narrower last axis) -> the same. Arguments: torch's, and `widths` as in
+    `SlimConv2d`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -303,10 +290,8 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
 
     def _install(self, widths: tuple[float, ...]) -> None:
         *outer, last = self.normalized_shape
-        kept = [kept_units(last, width) for width in widths]
-        cuts: list[Sequence[Kept]] = [(*(None for _ in outer), count) for count in kept]
-        shapes = [(*outer, count) for count in kept]
-        install_view(self, widths, {"weight": cuts, "bias": cuts}, {"normalized_shape": shapes})
+        shapes = [(*outer, kept_units(last, width)) for width in widths]
+        install_view(self, widths, {"weight": shapes, "bias": shapes}, {"normalized_shape": shapes})
 
     @classmethod
     def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> "SlimLayerNorm":
@@ -324,11 +309,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     If `w * num_groups` is a whole number at every width `w`, that many first groups are kept. Otherwise all groups are
     kept, each with its first channels, and the input must have `num_groups * round(w * num_channels / num_groups)`.
 
-    Shapes: (N, kept channels, ...) -> the same.
-
-    Args:
-        num_groups, num_channels, eps, affine, device, dtype: as in torch.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
+    Shapes: (N, kept channels, ...) -> the same. Arguments: torch's, and `widths` as in `SlimConv2d`.
 
     >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
@@ -357,15 +338,11 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     def _install(self, widths: tuple[float, ...]) -> None:
         size = self.num_channels // self.num_groups
         shares = [width * self.num_groups for width in widths]
-        if all(round(share) >= 1 and math.isclose(share, round(share), abs_tol=1e-9) for share in shares):
-            groups = [round(share) for share in shares]
-            counts = [count * size for count in groups]
-            kept: list[Kept] = list(counts)
-        else:
-            groups = [self.num_groups] * len(widths)
-            kept = kept_at(widths, size, self.num_groups)
-            counts = [kept_of(self.num_channels, each) for each in kept]
-        cuts = [(each,) for each in kept]
+        groups = [round(share) for share in shares]
+        kept: list[Kept] = [count * size for count in groups]
+        if min(groups) < 1 or not all(map(math.isclose, groups, shares)):
+            groups, kept = [self.num_groups] * len(widths), kept_at(widths, size, self.num_groups)
+        counts, cuts = [kept_of(self.num_channels, each) for each in kept], [(each,) for each in kept]
         install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
 
     @classmethod

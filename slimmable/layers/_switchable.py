@@ -146,8 +146,7 @@ class SwitchableProbe(Explained, SwitchableContainer):
         dtype: Any = None,
     ) -> None:
         super().__init__(widths)
-        self.in_features = in_features
-        self.num_classes = num_classes
+        self.in_features, self.num_classes = in_features, num_classes
         self.linears = nn.ModuleList(
             nn.Linear(kept_units(in_features, width), num_classes, bias, device, dtype) for width in self.widths
         )
@@ -162,11 +161,9 @@ class SwitchableProbe(Explained, SwitchableContainer):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
         weight, bias = linear.weight, linear.bias
         probe = cls(linear.in_features, linear.out_features, widths, bias is not None, weight.device, weight.dtype)
-        for index in range(1, len(probe.widths)):
-            narrow = probe.module_at(index)
-            narrow.weight.data.copy_(weight.data[:, : narrow.in_features])
-            if bias is not None:
-                narrow.bias.data.copy_(bias.data)
+        shared = {} if bias is None else {"bias": bias}
+        for narrow in map(probe.module_at, range(1, len(probe.widths))):
+            narrow.load_state_dict({"weight": weight[:, : narrow.in_features]} | shared)
         probe.linears[0] = linear
         return probe.train(linear.training)
 

@@ -11,15 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._distributed import alone, check_same_widths, in_group, note_width
 from slimmable._widths import check_widths
-from slimmable.view.state import WidthState, with_own_state
+from slimmable.view.state import HasWidths, WidthState
 
 _COMPARED = 8  # forwards with DistributedDataParallel in which a container compares widths
 
 
-class SwitchableContainer(nn.Module):
+class SwitchableContainer(HasWidths):
     """One real module per width; see `SwitchableNorm` and `SwitchableProbe`."""
 
-    _slim: WidthState
     _static_graph = False  # of the DistributedDataParallel around it
     _compared = 0  # forwards before whose backward the processes have compared their widths
 
@@ -30,7 +29,7 @@ class SwitchableContainer(nn.Module):
     @property
     def widths(self) -> tuple[float, ...]:
         """The widths, from the widest to the narrowest."""
-        return tuple(width for width in self._slim.widths if isinstance(width, float))
+        return self._slim.numbers
 
     @property
     def width(self) -> float:
@@ -80,10 +79,6 @@ class SwitchableContainer(nn.Module):
         if wrapper is not None and averages and self._compared < _COMPARED and not wrapper._join_config.enable:
             self._compared += 1
             check_same_widths("DistributedDataParallel", width, output.device, wrapper.process_group)
-
-    def _replicate_for_data_parallel(self) -> nn.Module:
-        """Give a replica, which runs in another thread, what is active here."""
-        return with_own_state(super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the widths and the active one."""

@@ -1,28 +1,23 @@
-"""Switchable norms: one real norm per width, each with its own statistics, gain and bias.
-
-The narrow ones are cut copies of the full norm, which may share its gain and bias.
-"""
-
-from __future__ import annotations
+"""Switchable norms: one real norm per width; the narrow ones are cut copies of the full one."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MethodType
 from typing import Any, ClassVar, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
-from slimmable._modules import swapped, twin_of
+from slimmable._modules import twin_of
 from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import take_channels
-from slimmable.view.state import Column, Counts, slim_state
-from slimmable.view.view import install_view, narrow_tensors, remove_view
+from slimmable.view.state import Column, Counts
+from slimmable.view.view import install_view, remove_view
 
 M = TypeVar("M")
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
@@ -30,8 +25,6 @@ _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
 class NarrowNorms(nn.ModuleList):
     """The narrower norms, from wide to narrow; one that shares still does after a converter has replaced it."""
-
-    shared_affine: bool
 
     def __init__(self, norms: Iterable[nn.Module], shared_affine: bool) -> None:
         super().__init__(norms)
@@ -82,8 +75,7 @@ class SwitchableNorm(SwitchableContainer):
         super().__init__(widths)
         if len(kept) != len(self.widths):
             raise ConversionError(
-                f"SwitchableNorm: {len(kept)} entries of kept channels, {kept!r:.40}, for {len(self.widths)} widths "
-                f"{self.widths}"
+                f"SwitchableNorm: kept has {len(kept)} entries, {kept!r:.40}, not one for each width of {self.widths}"
             )
         self.__dict__["_kept"] = tuple(kept)
         self.add_module("full", full)
@@ -101,10 +93,7 @@ class SwitchableNorm(SwitchableContainer):
                 norm.__dict__["_slim_lent"] = self.full._parameters
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse tensors that other code adds, as pruning does.
-
-        Raises: ConversionError: always.
-        """
+        """Refuse tensors that other code adds, as pruning does."""
         raise ConversionError(
             f"{name} cannot be added to a switchable norm, which has no tensors of its own; change the norms of all "
             "widths, norm.full and norm.narrow, or change the model before slimmable.slimify"
@@ -114,25 +103,15 @@ class SwitchableNorm(SwitchableContainer):
         norm = _narrow_norm(self.full, kept)
         return _share(norm, self.full._parameters, kept) if shared else norm
 
-    @classmethod
-    @checked
-    def from_norm(
-        cls, norm: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, share: bool = True
-    ) -> SwitchableNorm:
-        """Return a switchable norm whose full norm is `norm` itself or, with `share=False`, a copy of it."""
-        return SwitchableNorm(norm if share else _copy_of_norm(norm), widths, kept)
-
     def to_norm(self) -> nn.Module:
         """Return the norm of the full width, the module itself, not a copy."""
         return _unguarded(self.full)
 
     def norm_at(self, index: int) -> nn.Module:
         """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
-        if index == 0:
-            return cast(nn.Module, self._modules["full"])
-        if index == -1:
-            return cast(nn.Module, self._modules["guest"])
-        return inner_modules(self, "narrow")[str(index - 1)]
+        if index > 0:
+            return inner_modules(self, "narrow")[str(index - 1)]
+        return cast(nn.Module, self._modules["guest" if index else "full"])
 
     module_at = norm_at
 
@@ -142,14 +121,12 @@ class SwitchableNorm(SwitchableContainer):
         twin = _unguarded(twin_of(norm, type(norm)))
         if not _shares(norm):
             return twin
-        parts = narrow_tensors(norm, slim_state(norm).active)
         remove_view(twin)
         full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
-        twin.__dict__["_parameters"] = {
-            name: None if whole is None else nn.Parameter(parts.get(name, whole).detach().clone(), whole.requires_grad)
-            for name, whole in full.items()
-        }
-        twin.__dict__["affine"] = any(tensor is not None for tensor in twin._parameters.values())
+        for name, whole in full.items():
+            own = None if whole is None else nn.Parameter(getattr(norm, name).detach().clone(), whole.requires_grad)
+            twin.__dict__["_parameters"][name] = own
+            twin.__dict__["affine"] |= own is not None
         return twin
 
     def copy_at(self, index: int) -> nn.Module:
@@ -258,13 +235,11 @@ class GuestNorm(Column):
 
     def __init__(self, container: SwitchableNorm, width: float | Counts, kept: Kept) -> None:
         super().__init__(width)
-        self.kept = kept
-        self.norm: nn.Module | None = container._narrowed(kept, shared=True)
+        self.kept, self.norm = kept, container._narrowed(kept, shared=True)
 
     def enter(self, module: nn.Module) -> None:
         """Put the norm into the container as `guest`."""
-        if self.norm is not None:
-            module._modules["guest"] = self.norm.train(module.training)
+        module._modules["guest"] = self.norm.train(module.training)
 
     def leave(self, module: nn.Module) -> None:
         """Take the norm out of the container."""
@@ -272,12 +247,12 @@ class GuestNorm(Column):
 
     def keep(self, module: nn.Module) -> None:
         """Append the norm to the narrow ones, which puts its statistics into the state dict."""
-        container, norm = cast(SwitchableNorm, module), cast(nn.Module, self.norm)
-        container.narrow.append(norm)
+        container = cast(SwitchableNorm, module)
+        container.narrow.append(self.norm)
         container.__dict__["_kept"] = (*container._kept, self.kept)
         if container._slim.active is self:
             self.leave(module)
-        self.norm = None
+        del self.norm  # a converter may replace the appended one
 
     def drop(self, module: nn.Module) -> None:
         """Take back the norm that `keep` appended."""
@@ -292,9 +267,8 @@ def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        buffers = dict(_narrow_norm(norm.full, cast(GuestNorm, norm._slim.active).kept).named_buffers())
-        for name, buffer in guest.named_buffers():
-            buffer.copy_(buffers[name])
+        anew = _narrow_norm(norm.full, cast(GuestNorm, norm._slim.active).kept)
+        guest.load_state_dict(anew.state_dict(), strict=False)  # without what it shares
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
 
@@ -320,7 +294,7 @@ def _guarded(norm: M) -> M:
 
 def _unguarded(norm: M) -> M:
     for name in ("reset_running_stats", "reset_parameters"):
-        norm.__dict__.pop(name, None)
+        vars(norm).pop(name, None)
     return norm
 
 
@@ -332,8 +306,8 @@ def _refuse_reset() -> None:
 
 
 def _start_anew(norm: _BatchNorm) -> None:
-    with swapped([(vars(norm), "reset_running_stats", MethodType(type(norm).reset_running_stats, norm))]):
-        type(norm).reset_parameters(norm)
+    _unguarded(norm).reset_parameters()
+    _guarded(norm)
 
 
 def _copy_of_norm(norm: nn.Module) -> nn.Module:
@@ -352,9 +326,8 @@ def inherit(norm: SwitchableNorm, before: SwitchableNorm, moved: Sequence[int] |
     A width that keeps its channels keeps its norm. Any other starts from the nearest wider one's norm and, for the
     channels that it had, from its own. `moved` holds where each channel was before, None if that is where it is.
     """
-    own = {name: vars(norm)[name] for name in ("_slim", "_kept", "_modules")}
     norm.__class__ = type(before)
-    norm.__dict__.update(vars(before) | own)
+    norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_kept", "_modules")})
     channels = cast(int, norm.full.num_features)
     norms = {width: before.norm_at(index) for index, width in enumerate(before._slim.widths)}
     had = {width: _units(kept, channels) for width, kept in zip(norms, before._kept, strict=True)}
@@ -376,9 +349,7 @@ def inherit(norm: SwitchableNorm, before: SwitchableNorm, moved: Sequence[int] |
 
 def _take_over(norm: nn.Module, units: list[int], source: nn.Module, theirs: list[int]) -> None:
     """Copy what another norm has into a norm, for the channels that both have."""
-    places = {unit: place for place, unit in enumerate(theirs)}
-    into = [place for place, unit in enumerate(units) if unit in places]
-    out_of = [places[units[place]] for place in into]
+    _, into, out_of = np.intersect1d(units, theirs, return_indices=True)
     mine, given = norm.state_dict(), source.state_dict()
     for name in mine.keys() & given.keys():
         if mine[name].shape[:1] == (len(units),) and given[name].shape[:1] == (len(theirs),):
@@ -393,7 +364,7 @@ def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
     norm = _copy_of_norm(full)
     if kept is None:
         return norm
-    counts = [getattr(full, name, None) for name in _CHANNEL_COUNTS]
+    counts = (getattr(full, name, None) for name in _CHANNEL_COUNTS)
     channels = next((count for count in counts if isinstance(count, int)), None)
     if channels is None:
         raise ConversionError(

@@ -274,8 +274,9 @@ def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> Non
 
 
 def _show(module: Any, active: Active[Any], value: Any) -> None:
-    if active.now is not value and (_is_guest(active.now) or _is_guest(value)):
+    if active.now is not value and _is_guest(active.now):
         active.now.leave(module)
+    if active.now is not value and _is_guest(value):
         value.enter(module)
     active.now = active._shown = value
     active._last, active._unread = _NEVER, (_here.mark, _next_number())

@@ -1,8 +1,4 @@
-"""The width state of a module: a table with one column per width, one of which is active.
-
-Its rows are what depends on the width: the part of each tensor that is used, plain attributes such as `num_heads`, and
-results that the forward keeps for later calls.
-"""
+"""The width state of a module: what it has at each of its widths, as columns of a table, one of which is active."""
 
 import copy
 import operator
@@ -11,17 +7,16 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 
 from slimmable.view.cuts import Cut
-from slimmable.view.recompute import Active, switch
+from slimmable.view.recompute import Active
 
-Counts: TypeAlias = "tuple[int, ...]"
+Counts: TypeAlias = tuple[int, ...]
 """A sub-network, as the number of units that it keeps of each channel group of a plan."""
 
 
 class Column:
-    """What one module has at one width.
+    """What one module has at one width; a *guest*, which is none of the module's own, from one switch to the next.
 
-    A column that is not one of the module's own is a *guest*, which exists from one switch to the next. What else a
-    guest needs in its module, subclasses add and remove.
+    What else a guest needs in its module, subclasses add and remove.
 
     Attributes:
         width: the width, or the counts of a sub-network without a single width.
@@ -32,7 +27,7 @@ class Column:
         caches: name of an attribute in which the forward keeps results -> its contents.
     """
 
-    def __init__(self, width: "float | Counts") -> None:
+    def __init__(self, width: float | Counts) -> None:
         self.width = width
         self.index = -1
         self.counts: Counts | None = None
@@ -56,8 +51,8 @@ class Column:
 class WidthState(Active[Column]):
     """The columns of one module, the full width first, and the active one.
 
-    `plan` is the plan of the conversion that made them, None for a module built by hand, and `path` the place in it, ""
-    for the model that was converted.
+    `widths` are those of the columns, and `numbers` those of them that are no counts. `plan` is the plan of the
+    conversion that made them, None for a module built by hand, and `path` the place in it, "" for the converted model.
     """
 
     def __init__(self, widths: tuple[float, ...]) -> None:
@@ -80,25 +75,28 @@ class WidthState(Active[Column]):
         self.columns.append(column)
         self._list_widths()
 
+    def remove(self) -> Column:
+        """Remove the last column, which becomes a guest, and return it."""
+        column = self.columns.pop()
+        column.index = -1
+        self._list_widths()
+        return column
+
     def _list_widths(self) -> None:
         self.widths: tuple[float | Counts, ...] = tuple(column.width for column in self.columns)
+        self.numbers = tuple(width for width in self.widths if isinstance(width, float))
 
 
-def forget(module: nn.Module, own: int) -> None:
-    """Switch a module to its full width and remove all but its first `own` columns."""
-    state = slim_state(module)
-    switch([(module, state)], state.columns[:1])
-    while len(state.columns) > own:
-        column = state.columns.pop()
-        column.drop(module)
-        column.index = -1
-    state._list_widths()
+class HasWidths(nn.Module):
+    """A module with a width state."""
 
+    _slim: WidthState
 
-def with_own_state(module: nn.Module) -> nn.Module:
-    """Give a module, such as a shallow copy, a width state of its own, which has no users yet."""
-    module.__dict__["_slim"] = copy.copy(slim_state(module))
-    return module
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Return a replica, which runs in another thread, with a state of its own: what is active here."""
+        replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["_slim"] = copy.copy(self._slim)
+        return replica
 
 
 def slim_state(module: nn.Module) -> WidthState:

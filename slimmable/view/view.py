@@ -6,11 +6,10 @@ even if this library has never seen it. The Parameters stay full-size under thei
 dicts and weight averages look for them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import Cut, make_cut, put, take
 from slimmable.view.recompute import switched
-from slimmable.view.state import Column, Counts, WidthState, is_slim, slim_state, state_of, with_own_state
+from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, slim_state, state_of
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
@@ -46,18 +45,16 @@ def install_view(
     values: Mapping[str, Sequence[object]],
     caches: Mapping[str, object] | None = None,
 ) -> None:
-    """Let `module` run at several widths, in place, starting at the full width.
+    """Let `module`, without its children, run at several widths, in place, starting at the full width.
 
     Without tensors and values, the module is only marked as having nothing to slim and keeps its class.
 
     Args:
-        module: any module; its children are not affected.
-        widths: from the widest, 1.0, to the narrowest.
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
         values: name of a plain attribute -> its value at each width; `in_features` and the like, from which other code
             sizes its heads, are better left at full width.
-        caches: name of an attribute in which the module's forward keeps results -> its value when empty. Each width
-            has its own; assigning one empties those of the others.
+        caches: name of an attribute in which the forward keeps results -> its value when empty. Each width has its own;
+            assigning one empties those of the others.
 
     Raises: ConversionError: if the module already has a view, or a tensor does not exist or is too small.
     """
@@ -82,8 +79,7 @@ def install_view(
 
 def remove_view(module: nn.Module) -> None:
     """Undo `install_view`: restore the original class, full tensors and full values."""
-    state = state_of(module)
-    if state is None:
+    if (state := state_of(module)) is None:
         raise ConversionError(f"{type(module).__name__} has no width view to remove")
     module.__class__ = _without_view(type(module))
     state.now.leave(module)
@@ -135,24 +131,18 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
 def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
     found = {}
     for name, axes in kept.items():
-        tensor = _full_tensor(module, name)
-        cut = None if tensor is None else make_cut(tensor, axes, f"{type(module).__name__}.{name}")
-        if cut is not None:
-            found[name] = cut
-    return found
+        if (tensor := _full_tensor(module, name)) is not None:
+            found[name] = make_cut(tensor, axes, f"{type(module).__name__}.{name}")
+    return {name: cut for name, cut in found.items() if cut is not None}
 
 
 # -- the generated classes, whose properties return what the active column holds
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
-    place = ".".join(filter(None, (module.__dict__["_slim"].path, name)))
+    place = f"{slim_state(module).path}.{name}".lstrip(".")
     return ConversionError(
         f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion; "
         "call slimmable.slimify on the model again"
     )
-
-
-def _missing(module: nn.Module, name: str) -> AttributeError:
-    return AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
 
 
 def _set_plain(module: nn.Module, name: str, value: object) -> None:
@@ -162,7 +152,7 @@ def _set_plain(module: nn.Module, name: str, value: object) -> None:
 
 def _delete_plain(module: nn.Module, name: str) -> None:
     if name not in module.__dict__:
-        raise _missing(module, name)
+        raise AttributeError(name)
     del module.__dict__[name]
 
 
@@ -182,7 +172,7 @@ def _tensor_property(name: str) -> property:
         elif name in self.__dict__:
             tensor = self.__dict__[name]
         else:
-            raise _missing(self, name)
+            raise AttributeError(name)  # which `nn.Module.__getattr__` says in more words
         cut = self._slim.active.cuts.get(name)
         if cut is None or tensor is None:
             return cast("Tensor | None", tensor)
@@ -196,7 +186,7 @@ def _tensor_property(name: str) -> property:
 def _value_property(name: str) -> property:
     def get(self: Any) -> object:
         if name not in self.__dict__:
-            raise _missing(self, name)
+            raise AttributeError(name)
         values = self._slim.active.values
         # `self.__dict__` only as a last resort, since torch.compile cannot read it up to torch 2.11
         value: object = values[name] if name in values else self.__dict__[name]
@@ -229,13 +219,9 @@ def _at_full(module: nn.Module) -> AbstractContextManager[None]:
     return switched([(module, state)], state.columns[:1])
 
 
-class _Viewed(nn.Module):
-    """The common base of all generated classes, placed before the module's own class.
+class _Viewed(HasWidths):
+    """The common base of all generated classes, before the module's own; it notices tools that would be wrong."""
 
-    It also notices tools that would be silently wrong on a converted model, which has no single width.
-    """
-
-    _slim: WidthState
     _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
     _slim_lent: Mapping[str, Tensor | None] = {}  # parameters of another module, part of which this one reads
 
@@ -262,10 +248,6 @@ class _Viewed(nn.Module):
             )
         super().register_parameter(name, param)
 
-    def _replicate_for_data_parallel(self) -> nn.Module:
-        """Give a replica, which runs in another thread, what is active here."""
-        return with_own_state(super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
-
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Have the indices on the new device, too, which a compiled forward would otherwise make each time."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -287,8 +269,7 @@ class _Viewed(nn.Module):
     # -- what tools that count, quantise or script layers are told
     def apply(self, fn: Any) -> Any:
         """Apply a function to every module; refuse those of tools that know layers by their exact class."""
-        counter = _counter(fn)
-        if counter:
+        if counter := _counter(fn):
             raise ConversionError(
                 f"{counter} knows layers by their exact class, so it would miss those of a converted model; {_INSTEAD}"
             )
@@ -296,12 +277,9 @@ class _Viewed(nn.Module):
 
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:
         """Register a hook; warn if it counts what a layer holds."""
-        counter = _counter(hook)
-        if counter:
-            warnings.warn(
-                f"{counter} counts the parameters that a converted model holds, those of all widths; {_INSTEAD}",
-                stacklevel=2,
-            )
+        if counter := _counter(hook):
+            told = f"{counter} counts the parameters that a converted model holds, those of all widths; {_INSTEAD}"
+            warnings.warn(told, stacklevel=2)
         return super().register_forward_pre_hook(hook, **kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -339,7 +317,7 @@ class _ViewedWithBuffers(_Viewed):
 
 
 def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
-    viewed = _viewed_class(base, names)
+    viewed = _viewed_class(base, names)  # type: ignore[arg-type]  # mypy takes no class for hashable
     return viewed.__new__(viewed, *args)
 
 
@@ -351,26 +329,15 @@ def _add_properties(
     new = (set(tensors), set(values), set(caches), set(tensors) & module._buffers.keys())
     names = tuple(tuple(sorted({*old, *more})) for old, more in zip(known, new, strict=True))
     if any(names):
-        module.__class__ = _viewed_class(base, names)
+        module.__class__ = _viewed_class(base, names)  # type: ignore[arg-type]
 
 
-_viewed_classes: dict[tuple[type[nn.Module], _Names], type[nn.Module]] = {}
-
-
+@cache
 def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
     """Return the subclass of `base` with properties for these names; each class is made only once."""
-    if (base, names) not in _viewed_classes:
-        tensors, values, caches, buffers = names
-        body: dict[str, Any] = {
-            "_slim_base": base,
-            "_slim_view": (base, names),
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
-        body.update({name: _tensor_property(name) for name in tensors})
-        body.update({name: _value_property(name) for name in values})
-        body.update({name: _cache_property(name) for name in caches})
-        mixin = _ViewedWithBuffers if buffers else _Viewed
-        _viewed_classes[base, names] = unannounced(base, body, mixin)
-    return _viewed_classes[base, names]
+    *properties, buffers = names
+    body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"_slim_base": base, "_slim_view": (base, names)}
+    for make, own in zip((_tensor_property, _value_property, _cache_property), properties, strict=True):
+        body |= {name: make(name) for name in own}
+    return unannounced(base, body, _ViewedWithBuffers if buffers else _Viewed)

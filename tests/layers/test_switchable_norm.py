@@ -40,7 +40,7 @@ def random_norm(kind: type[nn.Module] = nn.BatchNorm2d, **options: object) -> nn
 
 
 def switched(kind: type[nn.Module] = nn.BatchNorm2d, **options: object) -> SwitchableNorm:
-    return SwitchableNorm.from_norm(random_norm(kind, **options), WIDTHS, KEPT)
+    return SwitchableNorm(random_norm(kind, **options), WIDTHS, KEPT)
 
 
 def x_at(index: int, **options: object) -> torch.Tensor:
@@ -257,8 +257,6 @@ def test_settings_are_copied():
         assert narrow.bias.requires_grad
     assert not norm.training
     assert all(module.training for module in norm.train().modules())
-    apart = SwitchableNorm.from_norm(full, WIDTHS, KEPT, share=False)
-    assert apart.full is not full
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])

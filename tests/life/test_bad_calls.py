@@ -481,15 +481,6 @@ CALLS: dict[str, Call] = {
             ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), {"slim": FLAG}),
         ]
     },
-    "layers.SwitchableNorm.from_norm": Call(
-        {
-            "norm": bad.module(lambda: nn.BatchNorm1d(8)),
-            "widths": WIDTHS_OF,
-            "kept": Argument(lambda: (None, 4), {**bad.WRONG, **bad.NUMBERS}),
-            "share": FLAG,
-        },
-        of=lambda: layers.SwitchableNorm,
-    ),
     # -- losses
     "losses.contrastive_cross_entropy": Call(
         {"logits": MATRIX.but(a_row_less="a batch like another", meta="so is the loss"), "temperature": TEMPERATURE}

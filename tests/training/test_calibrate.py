@@ -36,7 +36,7 @@ class Sliced(nn.Module):
 def test_published_calibration():
     golden = load_file(Path(__file__).parents[1] / "golden" / "usnets.safetensors")
     widths, kept = (1.0, 0.75, 0.5, 0.35, 0.25), (24, 24, 16, 8, 8)
-    model = Sliced(SwitchableNorm.from_norm(nn.BatchNorm2d(24, dtype=torch.float64), widths, kept))
+    model = Sliced(SwitchableNorm(nn.BatchNorm2d(24, dtype=torch.float64), widths, kept))
     calibrate_bn(model, [golden[f"bn/x{i}"] for i in range(3)])
     for width in widths:
         with at_width(model, width):
