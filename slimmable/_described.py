@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
 from slimmable._modules import size_axes, tensors_of
-from slimmable._reach import PROCESS, names_in
+from slimmable._reach import PROCESS, codes_in
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
 
@@ -91,13 +91,13 @@ def read_by_forward(module: nn.Module) -> set[str]:
 @cache
 def named_in_forward(kind: Any) -> set[str]:
     """Return the names in the code of a class's forward, and of the methods that it names."""
-    return {name for code in _codes_of_forward(kind) for name in names_in(code)}
+    return {name for code in _codes_of_forward(kind) for name in code.co_names}
 
 
 @cache
 def stored_by_forward(kind: Any) -> set[str]:
     """Return the names of attributes that a class's forward, or a method that it names, sets."""
-    steps = [step for code in _codes_of_forward(kind) for step in _instructions(code)]
+    steps = [step for code in _codes_of_forward(kind) for step in dis.get_instructions(code)]
     return {step.argval for step in steps if step.opname == "STORE_ATTR"}
 
 
@@ -106,17 +106,11 @@ def _codes_of_forward(kind: Any) -> list[CodeType]:
     while todo:
         code = getattr(inspect.unwrap(getattr(kind, todo.pop(), None) or object), "__code__", None)
         if code is not None:
-            found.append(code)
-            todo += set(names_in(code)) - seen
+            codes = list(codes_in(code))
+            found += codes
+            todo += {name for each in codes for name in each.co_names} - seen
             seen.update(todo)
     return found
-
-
-def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
-    yield from dis.get_instructions(code)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instructions(constant)
 
 
 def _children(twins: Twins) -> dict[str, Twins]:

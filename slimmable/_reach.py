@@ -140,7 +140,7 @@ class Reach:
             hooks = [hook for name in _MODULE if name.endswith("hooks") for hook in vars(thing)[name].values()]
             return [*kind.__mro__, *self._places[id(thing)].entries().values(), *hooks, *thing._modules.values()]
         if issubclass(kind, FunctionType):
-            names = set(names_in(thing.__code__))
+            names = {name for code in codes_in(thing.__code__) for name in code.co_names}
             self._names |= names
             self._add(thing.__globals__, self._names, space=True)
             self._add(vars(thing), space=True)
@@ -258,12 +258,12 @@ def _is_tensors(value: Any) -> bool:
     return any(type(leaf) is Tensor for leaf in leaves)
 
 
-def names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names in a function's code, also of functions inside."""
-    yield from code.co_names
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code, and that of the functions inside."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from names_in(constant)
+            yield from codes_in(constant)
 
 
 def _is_foreign(thing: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,8 @@ def make_plan(
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
                 if advise:
-
-                    def tried(skip: Skip) -> Plan:
-                        return make_plan(model, args, kwargs, widths, skip, round_to, universal, outputs, False)
-
+                    options = {"round_to": round_to, "universal": universal, "outputs": outputs, "advise": False}
+                    tried = partial(make_plan, model, args, kwargs, widths, **options)
                     error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
             try:

@@ -199,6 +199,9 @@ class Plan:
         """
         if wanted in self._found:
             return self._found[wanted]
+        if len(self._found) >= _REMEMBERED + len(self.columns):
+            own = {column.counts for column in self.columns}
+            del self._found[next(key for key in self._found if key not in own)]
         needed, counts = self.channels.needed, np.array([*wanted, 1])
         values, failures = needed.adjust(counts)
         while failures:
@@ -211,7 +214,9 @@ class Plan:
             if (counts == before).all():
                 counts = np.array([*needed.grouping.units, 1])
             values, failures = needed.fit(counts)
-        return self._remember(wanted, self.channels.sub_network(counts, values))
+        found = self.channels.sub_network(counts, values)
+        known = (other for other in self._found.values() if other.counts == found.counts)
+        return self._found.setdefault(wanted, next(known, found))
 
     def _rise(self, counts: NDArray[np.int64], groups: Sequence[int], least: int = 0) -> None:
         """Raise groups, in place, to the counts of the narrowest column where each keeps at least `least` more."""
@@ -229,27 +234,17 @@ class Plan:
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
                 raise WidthError(f"group {group} cannot keep {count!r} units; it keeps 1 to {most}")
         key = tuple(map(int, wanted))
-        if key in self._found and self._found[key].counts == key:
-            return self._found[key]
-        counts = np.array([*key, 1])
-        values, failures = self.channels.needed.fit(counts)
-        if failures:
-            groups = self.channels.needed.grouping.groups_in(failures[0].axes())
+        found = self.near(key)
+        if found.counts != key:
+            failure = self.channels.needed.fit(np.array([*key, 1]))[1][0]
+            groups = self.channels.needed.grouping.groups_in(failure.axes())
             kept = ", ".join(f"group {group} with {key[group]}" for group in groups)
-            constraint = failures[0].constraint
             raise WidthError(
-                f"these counts do not go together: {kept} ({constraint.where}: {constraint.expression}). "
-                "For counts that do, use plan.sub_network(setting).counts, with a width or widths by layer"
+                f"these counts do not go together: {kept} ({failure.constraint.where}: "
+                f"{failure.constraint.expression}). For counts that do, use plan.sub_network(setting).counts, with a "
+                "width or widths by layer"
             )
-        return self._remember(key, self.channels.sub_network(counts, values))
-
-    def _remember(self, key: tuple[int, ...], found: SubNetwork) -> SubNetwork:
-        if len(self._found) >= _REMEMBERED + len(self.columns):
-            own = {column.counts for column in self.columns}
-            del self._found[next(key for key in self._found if key not in own)]
-        known = next((column for column in self._found.values() if column.counts == found.counts), found)
-        self._found[key] = known
-        return known
+        return found
 
     def _counts_by_layer(self, widths: Mapping[str, float]) -> tuple[int, ...]:
         makers = {path for paths in self.channels.makers for path in paths}

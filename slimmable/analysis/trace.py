@@ -143,9 +143,10 @@ def trace(
         axes = [] if source is None else context.axes(source)
         result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
-    fake.on_replay, fake.on_branch, fake.on_call = pin_inputs, pin_sources, note_call
     read: set[tuple[str, str]] = set()
-    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
+    notes = {"on_replay": pin_inputs, "on_branch": pin_sources, "on_call": note_call}
+    noted = swapped([(vars(fake), name, note) for name, note in notes.items()])
+    with noted, _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
@@ -153,10 +154,9 @@ def trace(
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = fake.on_branch = fake.on_call = None
             for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
-                tensor.__dict__.pop("slim_axes", None)
-                tensor.__dict__.pop("slim_origin", None)
+                for name in ("slim_axes", "slim_origin"):
+                    tensor.__dict__.pop(name, None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.reach.caches
     for cache in ((path, name) for path, names in result.caches.items() for name in names):
