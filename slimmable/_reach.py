@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from slimmable._nested import tensors
 from slimmable.errors import ConversionError
 
 PROCESS = threading.RLock()  # held by whoever changes what all threads share, until it is as before
@@ -99,7 +100,7 @@ class _Kept:
         self.place.put(self.key, blank if self.place.space else _MISSING)
 
     def is_made_again(self) -> bool:
-        return any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.place.entries().get(self.key)))
+        return bool(tensors(self.place.entries().get(self.key)))
 
 
 class Reach:
@@ -193,7 +194,7 @@ class Reach:
                 for path, at in modules:
                     now = at.entries()
                     changed = [name for name, value in blank[path].items() if not _same(now.get(name), value)]
-                    if any(isinstance(leaf, Tensor) for leaf in tree_leaves([now.get(name) for name in changed])):
+                    if tensors([now.get(name) for name in changed]):
                         self.caches[path] = {name: blank[path][name] for name in changed}
             finally:
                 for place, entries in before:
@@ -209,8 +210,9 @@ class Reach:
         """Hide from each forward what an earlier one may have kept, so that it does not depend on that."""
         for place in self._places.values():
             if not isinstance(place.holder, _LISTS):
-                held = place.entries().items()
-                self._hidden += [_Kept(place, key, value) for key, value in held if _is_tensors(value)]
+                for key, value in place.entries().items():
+                    leaves = tree_leaves(value) if isinstance(value, (list, tuple)) else [value]
+                    self._hidden += [_Kept(place, key, value)] if Tensor in map(type, leaves) else []
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
         """Show what was no cache; return whether there is any, so that the forward must run again.
@@ -251,11 +253,6 @@ def _same(now: Any, before: Any) -> bool:
         return now is before
     first, second = ([*value, *value.values()] if isinstance(value, dict) else value for value in (now, before))
     return len(first) == len(second) and all(map(operator.is_, first, second))
-
-
-def _is_tensors(value: Any) -> bool:
-    leaves = tree_leaves(value) if isinstance(value, (list, tuple)) else [value]
-    return any(type(leaf) is Tensor for leaf in leaves)
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

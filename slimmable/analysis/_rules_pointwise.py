@@ -65,9 +65,7 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
     origin = _origin_after(ctx, args, operands)
-    for result in tensors(out):
-        if result.ndim == 0:
-            continue
+    for result in (each for each in tensors(out) if each.ndim):
         joined: list[Ids | None] = []
         for axis in range(1, result.ndim + 1):
             aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == result.shape[-axis] != 1]

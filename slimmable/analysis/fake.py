@@ -27,7 +27,6 @@ _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(thre
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
 
 
-@staticmethod
 def _ignored(*_: Any) -> None: ...
 
 
@@ -38,9 +37,11 @@ class FakeModel:
     of the next of these outputs.
     """
 
-    on_replay: Callable[[str, Any], None] = _ignored
-    on_branch: Callable[[Sequence[Tensor]], None] = _ignored  # gets what the numbers that code asks for come from
-    on_call: Callable[[str, Any, Any], None] = _ignored  # gets the path, arguments and output of what has run
+    on_replay: Callable[[str, Any], None] = staticmethod(_ignored)
+    on_branch: Callable[[Sequence[Tensor]], None] = staticmethod(
+        _ignored
+    )  # gets what numbers that code asks for come from
+    on_call: Callable[[str, Any, Any], None] = staticmethod(_ignored)  # gets path, arguments and output of what has run
 
     def __init__(
         self,
@@ -91,9 +92,7 @@ class FakeModel:
     @contextmanager
     def on_meta(self) -> Iterator[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
-        stores: list[dict[str, Any]] = []
-        for module in self.model.modules():
-            stores += module._parameters, module._buffers
+        stores = [store for module in self.model.modules() for store in (module._parameters, module._buffers)]
         bare = [(store, name, own if own is None else _bare(own)) for store in stores for name, own in store.items()]
         with swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare]):
             yield

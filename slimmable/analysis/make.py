@@ -56,7 +56,7 @@ def make_plan(
             above = _skipped(model, skip, error.module)
             if above is None or above in replayed:
                 if advise:
-                    options = {"round_to": round_to, "universal": universal, "outputs": outputs, "advise": False}
+                    options: Any = {"round_to": round_to, "universal": universal, "outputs": outputs, "advise": False}
                     tried = partial(make_plan, model, args, kwargs, widths, **options)
                     error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
@@ -109,13 +109,10 @@ def best_trace(
     first = _settled_trace(fake, widths, skip, outputs)
     solution = solve(first, widths, round_to)
     labels = first.context.labels
-    trouble = np.zeros(len(labels), bool)
-    for ids in solution.disagreed:
-        trouble[labels.find(ids)] = True
+    disagrees = labels.shared_with(*solution.disagreed)
 
     def doubtful(ids: Ids) -> bool:
-        roots = labels.find(ids)
-        return bool(labels.pinned(ids).all() or trouble[roots].any() or 2 * len(np.unique(roots)) <= len(ids))
+        return bool(labels.pinned(ids).all() or disagrees(ids) or 2 * len(np.unique(labels.find(ids))) <= len(ids))
 
     stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:

@@ -143,7 +143,7 @@ class Plan:
         members: list[dict[AxisName, NDArray[np.int64]]] = [{} for _ in grouping.units]
         for (path, name), axes in self.channels.tensors.items():
             for axis, ids in enumerate(axes):
-                for number in grouping.groups_in([ids]) if ids is not None else ():
+                for number in grouping.groups_in([ids]):
                     own = grouping.group_of[ids] == number
                     members[number][path, name, axis] = np.where(own, grouping.rank[ids], -1)
         kept = zip(*(column.counts for column in self.columns), strict=True)

@@ -94,13 +94,12 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+        if func == torch.Tensor.shape.__get__ or name in ("size", "numel"):  # type: ignore[attr-defined]
             dims = args[1:] or tuple(kwargs.values())
             if dims and dims[0] is not None:
                 return self.context.size(args[0], int(dims[0]))
-            return torch.Size([self.context.size(args[0], axis) for axis in range(args[0].ndim)])
-        if name == "numel":
-            return math.prod(self.context.size(args[0], axis) for axis in range(args[0].ndim))
+            sizes = [self.context.size(args[0], axis) for axis in range(args[0].ndim)]
+            return math.prod(sizes) if name == "numel" else torch.Size(sizes)
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):

@@ -63,18 +63,15 @@ _one_by_one("index_fill", "is indexed", "dim")
 _one_by_one("index_add index_copy index_reduce", "is indexed", "dim", also="source")
 
 for _dims in (1, 2, 3):
-    _kinds = (
+    _kinds = (  # each exists for some numbers of axes
         "max_pool{}d_with_indices max_pool{}d avg_pool{}d adaptive_max_pool{}d adaptive_avg_pool{}d "
-        "reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d"
+        "_adaptive_avg_pool{}d fractional_max_pool{}d reflection_pad{}d replication_pad{}d upsample_nearest{}d "
+        "_upsample_nearest_exact{}d upsample_linear{}d upsample_bilinear{}d upsample_bicubic{}d upsample_trilinear{}d "
+        "_upsample_bilinear{}d_aa _upsample_bicubic{}d_aa"
     )
     _one_by_one(_kinds.replace("{}", str(_dims)), NEIGHBOURS, *range(-_dims, 0))
-_one_by_one("upsample_linear1d", NEIGHBOURS, -1)
-_one_by_one("upsample_bilinear2d upsample_bicubic2d mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
-_one_by_one("_upsample_bilinear2d_aa _upsample_bicubic2d_aa _adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
-_one_by_one("fractional_max_pool2d", NEIGHBOURS, -2, -1)
-_one_by_one("upsample_trilinear3d _adaptive_avg_pool3d fractional_max_pool3d", NEIGHBOURS, -3, -2, -1)
-_one_by_one("max_unpool2d", NEIGHBOURS, -2, -1, also="indices")
-_one_by_one("max_unpool3d", NEIGHBOURS, -3, -2, -1, also="indices")
+    _one_by_one(f"max_unpool{_dims}d", NEIGHBOURS, *range(-_dims, 0), also="indices")
+_one_by_one("mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
 
 
 @_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")
