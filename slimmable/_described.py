@@ -207,12 +207,8 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     unlike = before and any(before.get(key) != known[key] for key in tensors)  # the full network, too
     if unlike or all(known[key] == wanted[key] for key in tensors):
         return
-    read = {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
-    keys = [
-        key
-        for key, fact in before.items()
-        if fact == known.get(key) and (key in tensors or key in read or isinstance(fact, float))
-    ]
+    told = tensors | {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
+    keys = [key for key, fact in before.items() if fact == known.get(key) and (key in told or type(fact) is float)]
     options = _options(leaves, known, wanted)
     guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
     saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers

@@ -99,9 +99,6 @@ class _Kept:
             blank = (None,) * len(self.value)
         self.place.put(self.key, blank if self.place.space else _MISSING)
 
-    def is_made_again(self) -> bool:
-        return bool(tensors(self.place.entries().get(self.key)))
-
 
 class Reach:
     """What the forward of a model, a throw-away copy, can read and change, except parameters and buffers.
@@ -189,7 +186,7 @@ class Reach:
                 modules = [(path, self._places[id(module)]) for path, module in self._model.named_modules()]
                 blank = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
                 yield
-                self._missing = [kept for kept in self._hidden if not kept.is_made_again()]
+                self._missing = [kept for kept in self._hidden if not tensors(kept.place.entries().get(kept.key))]
                 self.caches = {}
                 for path, at in modules:
                     now = at.entries()

@@ -120,14 +120,9 @@ def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 along[i] = ctx.labels.fresh(piece.shape[dim])
                 ctx.pin(along[i], "is joined as it is")
         axes[dim] = np.concatenate([ids for ids in along if ids is not None])
-    ctx.label(out, axes, _common_origin(ctx, pieces))
-
-
-def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
-    if all(ctx.origin(piece) == "weights" for piece in pieces):
-        return "weights"
-    origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)}
-    return origins.pop() if len(origins) == 1 else None if origins else "constant"
+    fixed = all(ctx.origin(piece) == "weights" for piece in pieces)
+    origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)} or {"weights" if fixed else "constant"}
+    ctx.label(out, axes, origins.pop() if len(origins) == 1 else None)
 
 
 @rule_of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")

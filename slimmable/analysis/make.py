@@ -53,7 +53,8 @@ def make_plan(
             found = best_trace(fake, widths, stays, round_to, outputs)
             failed = first_failure(fake, filled_plan(fake, *found, plan))
         except TraceError as error:
-            above = _skipped(model, skip, error.module)
+            outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
+            above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
             if above is None or above in replayed:
                 if advise:
                     options: Any = {"round_to": round_to, "universal": universal, "outputs": outputs, "advise": False}
@@ -91,12 +92,6 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
         if not plan.channels.units:
             return f"To skip {path!r} would leave nothing that gets narrower."
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
-
-
-def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
-    """Return the path of the outermost skipped module that contains the one at `path`, or None."""
-    above = ((name, module) for name, module in model.named_modules() if name and is_inside(path, name))
-    return next((name for name, module in above if skip(name, module)), None)
 
 
 def best_trace(

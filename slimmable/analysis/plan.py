@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimmable._checks import number_or_nan
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, kept_units, width_index
@@ -182,7 +182,7 @@ class Plan:
         if setting in self.widths or not self.universal:
             return self.columns[width_index(setting, self.widths)]
         least = self.widths[-1]
-        if isinstance(setting, bool) or not isinstance(setting, (int, float, Real)) or not least <= setting <= 1:
+        if not least <= number_or_nan(setting) <= 1:
             raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
         return self.near(tuple(kept_units(units, setting, self.round_to) for units in self.channels.units))
 
@@ -249,15 +249,14 @@ class Plan:
     def _counts_by_layer(self, widths: Mapping[str, float]) -> tuple[int, ...]:
         makers = {path for paths in self.channels.makers for path in paths}
         for pattern, width in widths.items():
-            if isinstance(width, bool) or not isinstance(width, (int, float, Real)) or not 0 < width <= 1:
+            if not 0 < number_or_nan(width) <= 1:
                 raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
             if not isinstance(pattern, str) or not any(is_under(path, pattern) for path in makers):
                 raise WidthError(
                     f"no layer that makes slimmable channels matches {pattern!r}; "
                     f"such layers are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
                 )
-        last_first = list(widths.items())[::-1]
-        width_of = {path: next((w for p, w in last_first if is_under(path, p)), 1.0) for path in makers}
+        width_of = {path: [1.0, *(w for p, w in widths.items() if is_under(path, p))][-1] for path in makers}
         return tuple(
             kept_units(units, max((width_of[path] for path in paths), default=1.0), self.round_to)
             for units, paths in zip(self.channels.units, self.channels.makers, strict=True)

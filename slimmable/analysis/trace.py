@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._known_numbers import written
 from slimmable._modules import size_axes, swapped, tensors_of, unannounced
-from slimmable._nested import named_tensors, output_tensors
+from slimmable._nested import named_tensors, output_tensors, tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise
 from slimmable.analysis import _rules_shape as _rules_shape
 from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
-from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
@@ -217,8 +216,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{lines[-1].line}\nThe forward is run on shapes alone: it can branch on numbers of buffers, constants, "
         "integer and boolean inputs, and all inputs but the first, such as masks, but not on features and weights. "
         "Which units topk, argmax and the like choose is assumed if the example has a row for each. You can convert "
-        "the part of the model that should get narrower, such as model.backbone, in place, or pass other "
-        "example_inputs."
+        "only the part that should get narrower, such as model.backbone, in place, or pass other example_inputs."
     )
     failed.module = path
     return failed

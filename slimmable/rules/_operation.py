@@ -8,8 +8,9 @@ from torch import Tensor
 
 from slimmable._checks import check_flags
 from slimmable._known_numbers import arguments
+from slimmable._nested import tensors
 from slimmable.analysis.labels import Ids
-from slimmable.analysis.trace import RULES, Context, tensors
+from slimmable.analysis.trace import RULES, Context
 from slimmable.errors import RuleError, UsageError
 
 
