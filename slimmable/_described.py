@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
 from slimmable._modules import size_axes, tensors_of
-from slimmable._reach import PROCESS, names_in
+from slimmable._reach import PROCESS, codes_in
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.state import state_of
 
@@ -91,13 +91,13 @@ def read_by_forward(module: nn.Module) -> set[str]:
 @cache
 def named_in_forward(kind: Any) -> set[str]:
     """Return the names in the code of a class's forward, and of the methods that it names."""
-    return {name for code in _codes_of_forward(kind) for name in names_in(code)}
+    return {name for code in _codes_of_forward(kind) for name in code.co_names}
 
 
 @cache
 def stored_by_forward(kind: Any) -> set[str]:
     """Return the names of attributes that a class's forward, or a method that it names, sets."""
-    steps = [step for code in _codes_of_forward(kind) for step in _instructions(code)]
+    steps = [step for code in _codes_of_forward(kind) for step in dis.get_instructions(code)]
     return {step.argval for step in steps if step.opname == "STORE_ATTR"}
 
 
@@ -106,17 +106,11 @@ def _codes_of_forward(kind: Any) -> list[CodeType]:
     while todo:
         code = getattr(inspect.unwrap(getattr(kind, todo.pop(), None) or object), "__code__", None)
         if code is not None:
-            found.append(code)
-            todo += set(names_in(code)) - seen
+            codes = list(codes_in(code))
+            found += codes
+            todo += {name for each in codes for name in each.co_names} - seen
             seen.update(todo)
     return found
-
-
-def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
-    yield from dis.get_instructions(code)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instructions(constant)
 
 
 def _children(twins: Twins) -> dict[str, Twins]:
@@ -213,12 +207,8 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     unlike = before and any(before.get(key) != known[key] for key in tensors)  # the full network, too
     if unlike or all(known[key] == wanted[key] for key in tensors):
         return
-    read = {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
-    keys = [
-        key
-        for key, fact in before.items()
-        if fact == known.get(key) and (key in tensors or key in read or isinstance(fact, float))
-    ]
+    told = tensors | {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
+    keys = [key for key, fact in before.items() if fact == known.get(key) and (key in told or type(fact) is float)]
     options = _options(leaves, known, wanted)
     guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
     saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers

@@ -33,10 +33,16 @@ def know(fake: Tensor, real: Tensor, sources: Iterable[Tensor] = (), copied: boo
     return numbers
 
 
+def arguments(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operation by name; those that were not passed have their defaults."""
+    defaults = {argument.name: argument.default_value for argument in schema.arguments}
+    return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+
+
 def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors that an operation writes into."""
-    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-    return tensors([given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write])
+    given = arguments(schema, args, kwargs)
+    return tensors([given[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write])
 
 
 class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -46,9 +52,9 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     tensors by it. Which units scores choose, such as experts, is not known: they are assumed to choose each in turn.
     """
 
-    def __init__(self, buffers: Mapping[int, Tensor], on_branch: Callable[[Sequence[Tensor]], None] | None) -> None:
+    def __init__(self, buffers: Mapping[int, Tensor], on_branch: Callable[[Sequence[Tensor]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.buffers, self.on_branch = buffers, on_branch or (lambda sources: None)
+        self.buffers, self.on_branch = buffers, on_branch
         self._stale: dict[int, Tensor] = {}  # numbers that unknown ones were written into, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -125,8 +131,7 @@ _CHOICES = {"topk", "sort", "argmax", "argmin", "max", "min"}
 
 def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
     """Assume that the rows of scores choose the first unit, the second, and so on, so that all are chosen."""
-    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
-    dim: Any = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}.get("dim")
+    dim: Any = arguments(func._schema, args, kwargs).get("dim")
     scores, units = args[0], 0 if dim is None or not args[0].numel() else args[0].shape[dim]
     if not units or indices.dtype != torch.long or indices.numel() > MOST:
         return

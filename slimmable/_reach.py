@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from slimmable._nested import tensors
 from slimmable.errors import ConversionError
 
 PROCESS = threading.RLock()  # held by whoever changes what all threads share, until it is as before
@@ -98,9 +99,6 @@ class _Kept:
             blank = (None,) * len(self.value)
         self.place.put(self.key, blank if self.place.space else _MISSING)
 
-    def is_made_again(self) -> bool:
-        return any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.place.entries().get(self.key)))
-
 
 class Reach:
     """What the forward of a model, a throw-away copy, can read and change, except parameters and buffers.
@@ -140,7 +138,7 @@ class Reach:
             hooks = [hook for name in _MODULE if name.endswith("hooks") for hook in vars(thing)[name].values()]
             return [*kind.__mro__, *self._places[id(thing)].entries().values(), *hooks, *thing._modules.values()]
         if issubclass(kind, FunctionType):
-            names = set(names_in(thing.__code__))
+            names = {name for code in codes_in(thing.__code__) for name in code.co_names}
             self._names |= names
             self._add(thing.__globals__, self._names, space=True)
             self._add(vars(thing), space=True)
@@ -188,12 +186,12 @@ class Reach:
                 modules = [(path, self._places[id(module)]) for path, module in self._model.named_modules()]
                 blank = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
                 yield
-                self._missing = [kept for kept in self._hidden if not kept.is_made_again()]
+                self._missing = [kept for kept in self._hidden if not tensors(kept.place.entries().get(kept.key))]
                 self.caches = {}
                 for path, at in modules:
                     now = at.entries()
                     changed = [name for name, value in blank[path].items() if not _same(now.get(name), value)]
-                    if any(isinstance(leaf, Tensor) for leaf in tree_leaves([now.get(name) for name in changed])):
+                    if tensors([now.get(name) for name in changed]):
                         self.caches[path] = {name: blank[path][name] for name in changed}
             finally:
                 for place, entries in before:
@@ -209,8 +207,9 @@ class Reach:
         """Hide from each forward what an earlier one may have kept, so that it does not depend on that."""
         for place in self._places.values():
             if not isinstance(place.holder, _LISTS):
-                held = place.entries().items()
-                self._hidden += [_Kept(place, key, value) for key, value in held if _is_tensors(value)]
+                for key, value in place.entries().items():
+                    leaves = tree_leaves(value) if isinstance(value, (list, tuple)) else [value]
+                    self._hidden += [_Kept(place, key, value)] if Tensor in map(type, leaves) else []
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
         """Show what was no cache; return whether there is any, so that the forward must run again.
@@ -253,17 +252,12 @@ def _same(now: Any, before: Any) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
-def _is_tensors(value: Any) -> bool:
-    leaves = tree_leaves(value) if isinstance(value, (list, tuple)) else [value]
-    return any(type(leaf) is Tensor for leaf in leaves)
-
-
-def names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names in a function's code, also of functions inside."""
-    yield from code.co_names
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code, and that of the functions inside."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from names_in(constant)
+            yield from codes_in(constant)
 
 
 def _is_foreign(thing: Any) -> bool:

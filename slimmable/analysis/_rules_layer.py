@@ -1,4 +1,4 @@
-"""Rules of operations that mix channels by weights, and of normalizations."""
+"""Rules of operations that mix channels by weights, and of group norms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -94,11 +94,10 @@ def _grouped(
         ctx.labels.merge_rows(block.T)
         if each_in == 1:
             ctx.pin(x, "every group reads one unit")
-        elif not transposed:
-            ctx.consume(block[0], inner_each)
+        elif transposed:
+            ctx.consume(x, x)
         else:
-            ctx.consumed.append(x)
-            ctx.reads.append((ctx.module, x))
+            ctx.consume(block[0], inner_each)
     else:
         ctx.consume(None, inner_each)
     if outer is not None:
@@ -115,31 +114,6 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
     ctx.label(out, [*ctx.axes(args[1]), units], "made")
-
-
-@rule_of(
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update", "native_batch_norm_legit",
-)  # fmt: skip
-def batch_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Axis 1 shrinks with every per-channel tensor; statistics of the input itself mix the units of the others."""
-    axes = ctx.axes(args[0])
-    for tensor in tensors(args[1:5]):
-        axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
-    for ids in axes[2:] if args[5] is True else ():
-        ctx.meet(ids)
-    ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
-
-
-@rule_of("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
-def layer_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """The last axes shrink with weight and bias."""
-    axes = ctx.axes(args[0])
-    for i in range(1, len(args[1]) + 1):
-        for tensor in tensors(args[2:4]):
-            axes[-i] = ctx.merge(axes[-i], ctx.axes(tensor)[-i])
-        ctx.meet(axes[-i])
-    ctx.label(tensors(out)[0], axes, ctx.origin(args[0]))
 
 
 def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
@@ -164,18 +138,6 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     for ids in axes[1:]:
         ctx.meet(ids)
     ctx.label(tensors(out)[0], axes, ctx.origin(source))
-
-
-@rule_of("_weight_norm_interface", "_weight_norm")
-def weight_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """A weight given by direction and length, which has one value per slice along one axis."""
-    direction, length = args[0], args[1]
-    axes = ctx.axes(direction)
-    for axis, ids in enumerate(ctx.axes(length)):
-        if length.shape[axis] != 1:
-            axes[axis] = ctx.merge(axes[axis], ids)
-    for i, result in enumerate(tensors(out)):
-        ctx.label(result, ctx.axes(length) if i else axes, "weights")
 
 
 def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable.analysis._context import Context, rule_of, tensors
+from slimmable.analysis._context import Context, arguments, rule_of, tensors
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids
 
@@ -65,9 +65,7 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Broadcast: aligned axes shrink together."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
     origin = _origin_after(ctx, args, operands)
-    for result in tensors(out):
-        if result.ndim == 0:
-            continue
+    for result in (each for each in tensors(out) if each.ndim):
         joined: list[Ids | None] = []
         for axis in range(1, result.ndim + 1):
             aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == result.shape[-axis] != 1]
@@ -87,14 +85,6 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(result, joined[::-1], origin)
 
 
-@rule_of("_softmax", "_log_softmax", "_safe_softmax")
-def softmax(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """The units of an axis meet, and keep their labels."""
-    axes = ctx.axes(args[0])
-    ctx.meet(axes[args[1]] if axes else None)
-    ctx.label(out, axes, ctx.origin(args[0]))
-
-
 _NUMBERING = {"max", "min", "median", "nanmedian", "mode", "kthvalue", "topk"}  # their second result holds indices
 
 
@@ -109,11 +99,8 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
     results = tensors(out)
-    position = 2 if ctx.operation in ("linalg_vector_norm", "norm", "kthvalue", "topk") else 1
-    default = -1 if ctx.operation in ("mode", "kthvalue", "topk") else None
-    given = args[position] if len(args) > position else kwargs.get("dim", default)
-    every = given is None or given == []
-    dims = range(source.ndim) if every else given if isinstance(given, (list, tuple)) else [given]
+    given = arguments(ctx.schema, args, kwargs).get("dim")
+    dims = [given] if isinstance(given, int) else given or range(source.ndim)
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = ctx.axes(source)
     for dim in reduced if ctx.origin(source) != "weights" else ():
@@ -143,10 +130,9 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
             ctx.pin(ids, "is cropped")
             axes[-1 - i] = None
             continue
-        new = [ctx.labels.fresh(before), ids, ctx.labels.fresh(after)]
-        for padding in (new[0], new[2]):
-            ctx.pin(padding, "is padding")
-        axes[-1 - i] = np.concatenate(new)
+        first, last = ctx.labels.fresh(before), ctx.labels.fresh(after)
+        ctx.pin(np.concatenate([first, last]), "is padding")
+        axes[-1 - i] = np.concatenate([first, ids, last])
     ctx.label(out, axes, ctx.origin(args[0]))
 
 

@@ -46,13 +46,13 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
     return sizes
 
 
-@rule_of("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+@rule_of("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")
 def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Fold and split blocks of axes."""
+    """Fold and split blocks of axes; those of size 1 come and go."""
     source = args[0]
     sizes = _size_arguments(ctx, {"view", "reshape", "unflatten", "view_as", "reshape_as"}, out)
     before, after = ctx.axes(source), [None] * out.ndim  # type: list[Ids | None], list[Ids | None]
-    if out.numel() == 0 or not isinstance(args[1], (list, tuple)):  # nothing to label, or another dtype
+    if out.dtype != source.dtype or (out.numel() == 0 and "squeeze" not in ctx.operation):  # blocks cannot be told
         return unknown(ctx, args, kwargs, out)
     for a, b in _blocks(source.shape, out.shape):
         ids = ctx.fold([before[i] for i in a], [source.shape[i] for i in a])
@@ -81,19 +81,6 @@ def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
-@rule_of("unsqueeze", "squeeze")
-def squeeze(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Add or remove axes of size 1."""
-    axes = ctx.axes(args[0])
-    if ctx.operation == "unsqueeze":
-        axes.insert(args[1] % out.ndim, None)
-    else:
-        dims = args[1] if len(args) > 1 else range(args[0].ndim)
-        gone = {d % args[0].ndim for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])}
-        axes = [ids for i, ids in enumerate(axes) if i not in gone or args[0].shape[i] != 1]
-    ctx.label(out, axes, ctx.origin(args[0]))
-
-
 @rule_of("expand", "repeat")
 def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Repeat along an axis: a single unit becomes any number of them, several are tiled."""
@@ -105,11 +92,12 @@ def expand(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         if old[axis] == out.shape[axis]:
             continue
         ids = axes[axis]
-        axes[axis] = ctx.labels.fresh(out.shape[axis]) if ids is None and old[axis] == 1 else ids
         if ids is not None:
             axes[axis] = spread(ids, out.shape[axis] // old[axis], 1)
-        if size is not None and int(size) != -1 and old[axis] == 1:
-            ctx.constrain(size, axes[axis], out.shape[axis])
+        elif old[axis] == 1:
+            axes[axis] = ctx.labels.fresh(out.shape[axis])
+            if size is not None and int(size) != -1:
+                ctx.constrain(size, axes[axis], out.shape[axis])
     constant = all(ids is None for ids in ctx.axes(source)) and ctx.origin(source) != "weights"
     ctx.label(out, axes, "constant" if constant else ctx.origin(source))
 
@@ -119,7 +107,7 @@ def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Join along an axis, or along a new one; pieces without labels keep their size."""
     stacked = ctx.operation == "stack"
     pieces = [piece for piece in args[0] if stacked or piece.ndim == out.ndim]
-    dim = dim_of(args, kwargs, 1, out.ndim)
+    dim = dim_of(ctx, args, kwargs, out.ndim)
     rows = [ctx.axes(piece) for piece in pieces]
     along = [] if stacked else [row.pop(dim) for row in rows]
     axes = rows[0]
@@ -132,21 +120,16 @@ def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 along[i] = ctx.labels.fresh(piece.shape[dim])
                 ctx.pin(along[i], "is joined as it is")
         axes[dim] = np.concatenate([ids for ids in along if ids is not None])
-    ctx.label(out, axes, _common_origin(ctx, pieces))
-
-
-def _common_origin(ctx: Context, pieces: Sequence[Tensor]) -> str | None:
-    if all(ctx.origin(piece) == "weights" for piece in pieces):
-        return "weights"
-    origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)}
-    return origins.pop() if len(origins) == 1 else None if origins else "constant"
+    fixed = all(ctx.origin(piece) == "weights" for piece in pieces)
+    origins = {ctx.origin(piece) for piece in pieces if ctx.is_features(piece)} or {"weights" if fixed else "constant"}
+    ctx.label(out, axes, origins.pop() if len(origins) == 1 else None)
 
 
 @rule_of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
 def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> None:
     """Cut along an axis: equal pieces shrink alike, unequal ones each by its own size."""
     source = args[0]
-    dim = dim_of(args, kwargs, 2, source.ndim)
+    dim = dim_of(ctx, args, kwargs, source.ndim)
     axes = ctx.axes(source)
     ids = axes[dim]
     pieces: list[Ids | None] = [None] * len(out)
@@ -176,7 +159,7 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
 def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The second half of an axis gates the first."""
     axes = ctx.axes(args[0])
-    dim = dim_of(args, kwargs, 1, out.ndim, default=-1)
+    dim = dim_of(ctx, args, kwargs, out.ndim)
     ids = axes[dim]
     if ids is not None:
         first, second = np.split(ids, 2)
@@ -187,7 +170,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 @rule_of("slice", "narrow")
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Take a range of an axis; if it is labelled, the ends of the range must follow the units before them."""
-    source, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
+    source, dim = args[0], dim_of(ctx, args, kwargs, args[0].ndim)
     axes, ids = ctx.axes(source), ctx.axes(source)[dim]
     if ids is not None:
         start, stop, step = [*args[2:], None, None, None][:3]

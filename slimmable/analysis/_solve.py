@@ -131,7 +131,7 @@ def _output(output: Output, labels: Labels, pack: "_Packing") -> Output:
     """Return an output with the units of its axes, and the reason if it stays full."""
     units, why = pack.axes(output.units), output.why
     made = [ids for ids in output.units if ids is not None and labels.produced(ids).any()]
-    if not pack.grouping.groups_in([ids for ids in units if ids is not None]):
+    if not pack.grouping.groups_in(units):
         reasons = dict.fromkeys(labels.reason(ids) for ids in made)
         why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
         why = why or "no units that could get thinner reach it"
@@ -145,10 +145,9 @@ def _scales(model: nn.Module, trace: Trace, pack: "_Packing") -> Iterator[tuple[
     """
     for path, ids in trace.context.contractions:
         units = pack.ids(ids)
-        if not pack.grouping.groups_in([units]):
-            continue
+        shrinks = bool(pack.grouping.groups_in([units]))
         for name, value in vars(model.get_submodule(path)).items():
-            if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
+            if shrinks and type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
                 yield path, name, units
 
 

@@ -37,9 +37,10 @@ class Grouping:
         """Return how many units of an axis are kept."""
         return int(self.mask(counts, ids).sum())
 
-    def groups_in(self, axes: Sequence[Ids]) -> list[int]:
+    def groups_in(self, axes: Sequence[Ids | None]) -> list[int]:
         """Return the numbers of the groups that have units on these axes."""
-        return sorted({int(group) for ids in axes for group in np.unique(self.group_of[ids]) if group >= 0})
+        labelled = (ids for ids in axes if ids is not None)
+        return sorted({int(group) for ids in labelled for group in np.unique(self.group_of[ids]) if group >= 0})
 
 
 @dataclass

@@ -27,6 +27,9 @@ _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(thre
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
 
 
+def _ignored(*_: Any) -> None: ...
+
+
 class FakeModel:
     """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
 
@@ -34,9 +37,11 @@ class FakeModel:
     of the next of these outputs.
     """
 
-    on_replay: Callable[[str, Any], None] | None = None
-    on_branch: Callable[[Sequence[Tensor]], None] | None = None  # gets what the numbers that code asks for come from
-    on_call: Callable[[str, Any, Any], None] | None = None  # gets the path, arguments and output of what has run
+    on_replay: Callable[[str, Any], None] = staticmethod(_ignored)
+    on_branch: Callable[[Sequence[Tensor]], None] = staticmethod(
+        _ignored
+    )  # gets what numbers that code asks for come from
+    on_call: Callable[[str, Any, Any], None] = staticmethod(_ignored)  # gets path, arguments and output of what has run
 
     def __init__(
         self,
@@ -71,8 +76,7 @@ class FakeModel:
 
     def _left(self, path: str, args: Any, output: Any) -> None:
         self._stack.pop()
-        if self.on_call is not None:
-            self.on_call(path, args, output)
+        self.on_call(path, args, output)
 
     def _fake_weight(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.is_leaf:
@@ -88,9 +92,7 @@ class FakeModel:
     @contextmanager
     def on_meta(self) -> Iterator[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
-        stores: list[dict[str, Any]] = []
-        for module in self.model.modules():
-            stores += module._parameters, module._buffers
+        stores = [store for module in self.model.modules() for store in (module._parameters, module._buffers)]
         bare = [(store, name, own if own is None else _bare(own)) for store in stores for name, own in store.items()]
         with swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare]):
             yield
@@ -109,8 +111,7 @@ class FakeModel:
 
     def _replay(self, path: str, outputs: Sequence[Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.on_replay is not None:
-                self.on_replay(path, (args, kwargs))
+            self.on_replay(path, (args, kwargs))
             self._replays[path] = self._replays.get(path, 0) + 1
             return map_tensors(self._fake_input, outputs[self._replays[path] - 1])
 
@@ -177,24 +178,18 @@ def layers_in_parts() -> Iterator[None]:
     Modes also see what torch's Python functions, such as `multi_head_attention_forward`, call inside. Deterministic
     algorithms are off, which take interpolation apart.
     """
-    functions = vars(torch.nn.functional)
-    with PROCESS:
-        overridden = [name for name in functions if name.startswith("has_torch_function")]
-        fused = torch.backends.mkldnn.set_flags(_enabled=False)[0]  # type: ignore[no-untyped-call]
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        exact, warns = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
+    functions, mha, mkldnn = vars(torch.nn.functional), torch.backends.mha, torch.backends.mkldnn
+    overridden = [(functions, name, lambda *_: False) for name in functions if name.startswith("has_torch_function")]
+    with PROCESS, swapped(overridden), ExitStack() as after:
+        after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        after.callback(
+            torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warns
         )
         torch.use_deterministic_algorithms(False)
-        try:
-            with swapped([(functions, name, lambda *_: False) for name in overridden]):
-                yield
-        finally:
-            torch.use_deterministic_algorithms(exact, warn_only=warns)
-            torch.backends.mha.set_fastpath_enabled(fast)
-            torch.backends.mkldnn.set_flags(_enabled=fused)  # type: ignore[no-untyped-call]
+        after.callback(mkldnn.set_flags, mkldnn.set_flags(_enabled=False)[0])  # type: ignore[no-untyped-call]
+        yield
 
 
 def left_behind(model: nn.Module) -> dict[int, Any]:

@@ -104,9 +104,9 @@ class Labels:
         """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
-    def shared_with(self, ids: Ids) -> Callable[[Ids], bool]:
+    def shared_with(self, *axes: Ids) -> Callable[[Ids], bool]:
         """Return a function that tells whether other ids share a class with these."""
-        roots = set(self.find(ids).tolist())
+        roots = {root for ids in axes for root in self.find(ids).tolist()}
         return lambda other: not roots.isdisjoint(self.find(other).tolist())
 
     def reason(self, ids: Ids) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,13 +53,12 @@ def make_plan(
             found = best_trace(fake, widths, stays, round_to, outputs)
             failed = first_failure(fake, filled_plan(fake, *found, plan))
         except TraceError as error:
-            above = _skipped(model, skip, error.module)
+            outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
+            above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
             if above is None or above in replayed:
                 if advise:
-
-                    def tried(skip: Skip) -> Plan:
-                        return make_plan(model, args, kwargs, widths, skip, round_to, universal, outputs, False)
-
+                    options: Any = {"round_to": round_to, "universal": universal, "outputs": outputs, "advise": False}
+                    tried = partial(make_plan, model, args, kwargs, widths, **options)
                     error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
             try:
@@ -94,12 +94,6 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def _skipped(model: nn.Module, skip: Skip, path: str) -> str | None:
-    """Return the path of the outermost skipped module that contains the one at `path`, or None."""
-    above = ((name, module) for name, module in model.named_modules() if name and is_inside(path, name))
-    return next((name for name, module in above if skip(name, module)), None)
-
-
 def best_trace(
     fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int, outputs: Outputs = "auto"
 ) -> tuple[Trace, Solution]:
@@ -110,13 +104,10 @@ def best_trace(
     first = _settled_trace(fake, widths, skip, outputs)
     solution = solve(first, widths, round_to)
     labels = first.context.labels
-    trouble = np.zeros(len(labels), bool)
-    for ids in solution.disagreed:
-        trouble[labels.find(ids)] = True
+    disagrees = labels.shared_with(*solution.disagreed)
 
     def doubtful(ids: Ids) -> bool:
-        roots = labels.find(ids)
-        return bool(labels.pinned(ids).all() or trouble[roots].any() or 2 * len(np.unique(roots)) <= len(ids))
+        return bool(labels.pinned(ids).all() or disagrees(ids) or 2 * len(np.unique(labels.find(ids))) <= len(ids))
 
     stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:

@@ -33,11 +33,13 @@ def label_outputs(
     labels = context.labels
     backbones = _backbones(model, called)
     classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
+    residuals, consumed, attended = (
+        np.unique(labels.find(np.concatenate([np.zeros(0, np.int64), *axes])))
+        for axes in (context.residuals, context.consumed, context.attended)
+    )
     inner = {
-        "features of a residual stream": np.intersect1d(
-            _roots(context, context.residuals), _roots(context, context.consumed)
-        ),
-        "keys and values of an attention": _roots(context, context.attended),
+        "features of a residual stream": np.intersect1d(residuals, consumed),
+        "keys and values of an attention": attended,
     }
 
     def features(origin: str | None, ids: Ids) -> str:
@@ -45,10 +47,8 @@ def label_outputs(
         shared = labels.shared_with(ids)
         makers = {path for path, other in context.producers if shared(other)}
         sized = [path for path, count in classes.items() if count == len(ids)]
-        if any(
-            not path or is_inside(maker, path) for path in sized for maker in makers
-        ):  # SqueezeNet rectifies its scores
-            return ""
+        if any(not path or is_inside(maker, path) for path in sized for maker in makers):
+            return ""  # class scores, which SqueezeNet rectifies
         if any(not path or all(is_inside(maker, path) for maker in makers) for path in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
@@ -91,10 +91,6 @@ def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]
         for i in matching:
             kinds[i] = kind
     return kinds
-
-
-def _roots(context: Context, axes: Sequence[Ids]) -> Ids:
-    return np.unique(context.labels.find(np.concatenate([np.zeros(0, np.int64), *axes])))
 
 
 def is_inside(path: str, outer: str) -> bool:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimmable._checks import number_or_nan
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, kept_units, width_index
@@ -143,7 +143,7 @@ class Plan:
         members: list[dict[AxisName, NDArray[np.int64]]] = [{} for _ in grouping.units]
         for (path, name), axes in self.channels.tensors.items():
             for axis, ids in enumerate(axes):
-                for number in grouping.groups_in([ids]) if ids is not None else ():
+                for number in grouping.groups_in([ids]):
                     own = grouping.group_of[ids] == number
                     members[number][path, name, axis] = np.where(own, grouping.rank[ids], -1)
         kept = zip(*(column.counts for column in self.columns), strict=True)
@@ -182,7 +182,7 @@ class Plan:
         if setting in self.widths or not self.universal:
             return self.columns[width_index(setting, self.widths)]
         least = self.widths[-1]
-        if isinstance(setting, bool) or not isinstance(setting, (int, float, Real)) or not least <= setting <= 1:
+        if not least <= number_or_nan(setting) <= 1:
             raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
         return self.near(tuple(kept_units(units, setting, self.round_to) for units in self.channels.units))
 
@@ -199,6 +199,9 @@ class Plan:
         """
         if wanted in self._found:
             return self._found[wanted]
+        if len(self._found) >= _REMEMBERED + len(self.columns):
+            own = {column.counts for column in self.columns}
+            del self._found[next(key for key in self._found if key not in own)]
         needed, counts = self.channels.needed, np.array([*wanted, 1])
         values, failures = needed.adjust(counts)
         while failures:
@@ -211,7 +214,9 @@ class Plan:
             if (counts == before).all():
                 counts = np.array([*needed.grouping.units, 1])
             values, failures = needed.fit(counts)
-        return self._remember(wanted, self.channels.sub_network(counts, values))
+        found = self.channels.sub_network(counts, values)
+        known = (other for other in self._found.values() if other.counts == found.counts)
+        return self._found.setdefault(wanted, next(known, found))
 
     def _rise(self, counts: NDArray[np.int64], groups: Sequence[int], least: int = 0) -> None:
         """Raise groups, in place, to the counts of the narrowest column where each keeps at least `least` more."""
@@ -229,40 +234,29 @@ class Plan:
             if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
                 raise WidthError(f"group {group} cannot keep {count!r} units; it keeps 1 to {most}")
         key = tuple(map(int, wanted))
-        if key in self._found and self._found[key].counts == key:
-            return self._found[key]
-        counts = np.array([*key, 1])
-        values, failures = self.channels.needed.fit(counts)
-        if failures:
-            groups = self.channels.needed.grouping.groups_in(failures[0].axes())
+        found = self.near(key)
+        if found.counts != key:
+            failure = self.channels.needed.fit(np.array([*key, 1]))[1][0]
+            groups = self.channels.needed.grouping.groups_in(failure.axes())
             kept = ", ".join(f"group {group} with {key[group]}" for group in groups)
-            constraint = failures[0].constraint
             raise WidthError(
-                f"these counts do not go together: {kept} ({constraint.where}: {constraint.expression}). "
-                "For counts that do, use plan.sub_network(setting).counts, with a width or widths by layer"
+                f"these counts do not go together: {kept} ({failure.constraint.where}: "
+                f"{failure.constraint.expression}). For counts that do, use plan.sub_network(setting).counts, with a "
+                "width or widths by layer"
             )
-        return self._remember(key, self.channels.sub_network(counts, values))
-
-    def _remember(self, key: tuple[int, ...], found: SubNetwork) -> SubNetwork:
-        if len(self._found) >= _REMEMBERED + len(self.columns):
-            own = {column.counts for column in self.columns}
-            del self._found[next(key for key in self._found if key not in own)]
-        known = next((column for column in self._found.values() if column.counts == found.counts), found)
-        self._found[key] = known
-        return known
+        return found
 
     def _counts_by_layer(self, widths: Mapping[str, float]) -> tuple[int, ...]:
         makers = {path for paths in self.channels.makers for path in paths}
         for pattern, width in widths.items():
-            if isinstance(width, bool) or not isinstance(width, (int, float, Real)) or not 0 < width <= 1:
+            if not 0 < number_or_nan(width) <= 1:
                 raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
             if not isinstance(pattern, str) or not any(is_under(path, pattern) for path in makers):
                 raise WidthError(
                     f"no layer that makes slimmable channels matches {pattern!r}; "
                     f"such layers are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
                 )
-        last_first = list(widths.items())[::-1]
-        width_of = {path: next((w for p, w in last_first if is_under(path, p)), 1.0) for path in makers}
+        width_of = {path: [1.0, *(w for p, w in widths.items() if is_under(path, p))][-1] for path in makers}
         return tuple(
             kept_units(units, max((width_of[path] for path in paths), default=1.0), self.round_to)
             for units, paths in zip(self.channels.units, self.channels.makers, strict=True)

@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimmable._known_numbers import written
 from slimmable._modules import size_axes, swapped, tensors_of, unannounced
-from slimmable._nested import named_tensors, output_tensors
+from slimmable._nested import named_tensors, output_tensors, tensors
 from slimmable.analysis import _rules_layer, _rules_pointwise
 from slimmable.analysis import _rules_shape as _rules_shape
 from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
-from slimmable.analysis._context import tensors as tensors
 from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
@@ -94,13 +93,12 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func == torch.Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+        if func == torch.Tensor.shape.__get__ or name in ("size", "numel"):  # type: ignore[attr-defined]
             dims = args[1:] or tuple(kwargs.values())
             if dims and dims[0] is not None:
                 return self.context.size(args[0], int(dims[0]))
-            return torch.Size([self.context.size(args[0], axis) for axis in range(args[0].ndim)])
-        if name == "numel":
-            return math.prod(self.context.size(args[0], axis) for axis in range(args[0].ndim))
+            sizes = [self.context.size(args[0], axis) for axis in range(args[0].ndim)]
+            return math.prod(sizes) if name == "numel" else torch.Size(sizes)
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
@@ -143,9 +141,10 @@ def trace(
         axes = [] if source is None else context.axes(source)
         result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
-    fake.on_replay, fake.on_branch, fake.on_call = pin_inputs, pin_sources, note_call
     read: set[tuple[str, str]] = set()
-    with _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
+    notes = {"on_replay": pin_inputs, "on_branch": pin_sources, "on_call": note_call}
+    noted = swapped([(vars(fake), name, note) for name, note in notes.items()])
+    with noted, _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
@@ -153,10 +152,9 @@ def trace(
         except Exception as error:
             raise _failed(fake, context, error) from error
         finally:
-            fake.on_replay = fake.on_branch = fake.on_call = None
             for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
-                tensor.__dict__.pop("slim_axes", None)
-                tensor.__dict__.pop("slim_origin", None)
+                for name in ("slim_axes", "slim_origin"):
+                    tensor.__dict__.pop(name, None)
     _follow_sizes(fake.model, result, read)
     result.caches = fake.reach.caches
     for cache in ((path, name) for path, names in result.caches.items() for name in names):
@@ -218,8 +216,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{lines[-1].line}\nThe forward is run on shapes alone: it can branch on numbers of buffers, constants, "
         "integer and boolean inputs, and all inputs but the first, such as masks, but not on features and weights. "
         "Which units topk, argmax and the like choose is assumed if the example has a row for each. You can convert "
-        "the part of the model that should get narrower, such as model.backbone, in place, or pass other "
-        "example_inputs."
+        "only the part that should get narrower, such as model.backbone, in place, or pass other example_inputs."
     )
     failed.module = path
     return failed

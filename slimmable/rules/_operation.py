@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from slimmable._checks import check_flags
+from slimmable._known_numbers import arguments
+from slimmable._nested import tensors
 from slimmable.analysis.labels import Ids
-from slimmable.analysis.trace import RULES, Context, tensors
+from slimmable.analysis.trace import RULES, Context
 from slimmable.errors import RuleError, UsageError
 
 
@@ -32,9 +34,7 @@ class Operation:
         self.name = str(context.schema.name)
         self.outputs = tensors(out)
         self._context = context
-        self._arguments = {argument.name: argument.default_value for argument in context.schema.arguments}
-        self._order = list(self._arguments)
-        self._arguments.update(zip(self._order, args, strict=False), **kwargs)
+        self._arguments = arguments(context.schema, args, kwargs)
         self.tensors: dict[str, Tensor] = {}
         for name, value in self._arguments.items():
             parts = enumerate(value) if isinstance(value, (list, tuple)) else ()
@@ -111,7 +111,7 @@ class Operation:
 
         It follows the width if it comes from an attribute of a module or the shape of a tensor; a constant pins.
         """
-        given, passed = self._axis(name, axis), self._context.call.argument(self._order.index(number), number)
+        given, passed = self._axis(name, axis), self._context.call.argument(list(self._arguments).index(number), number)
         if self._passed(name):
             self._context.constrain(self[number] if passed is None else passed, given[1], given[0])
 

@@ -1,4 +1,4 @@
-"""Rules of torch's less common operations and of torchvision's; first, of those that treat units one by one."""
+"""Rules of torch's operations and torchvision's, see `slimmable.rules`; first, of those that treat units one by one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,8 @@ NEIGHBOURS = "neighbouring units are mixed"
 def _rule_of(operations: str) -> Callable[[Callable[[Operation], Any]], Any]:
     def register(rule: Callable[[Operation], Any]) -> Any:
         for operation in operations.split():
-            register_rule(f"aten::{operation}", rule)
+            if hasattr(torch.ops.aten, operation) or hasattr(torch.ops.aten, f"{operation}_"):  # older ones lack some
+                register_rule(f"aten::{operation}", rule)
         return rule
 
     return register
@@ -62,22 +63,19 @@ _one_by_one("index_fill", "is indexed", "dim")
 _one_by_one("index_add index_copy index_reduce", "is indexed", "dim", also="source")
 
 for _dims in (1, 2, 3):
-    _kinds = (
+    _kinds = (  # each exists for some numbers of axes
         "max_pool{}d_with_indices max_pool{}d avg_pool{}d adaptive_max_pool{}d adaptive_avg_pool{}d "
-        "reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d"
+        "_adaptive_avg_pool{}d fractional_max_pool{}d reflection_pad{}d replication_pad{}d upsample_nearest{}d "
+        "_upsample_nearest_exact{}d upsample_linear{}d upsample_bilinear{}d upsample_bicubic{}d upsample_trilinear{}d "
+        "_upsample_bilinear{}d_aa _upsample_bicubic{}d_aa"
     )
     _one_by_one(_kinds.replace("{}", str(_dims)), NEIGHBOURS, *range(-_dims, 0))
-_one_by_one("upsample_linear1d", NEIGHBOURS, -1)
-_one_by_one("upsample_bilinear2d upsample_bicubic2d mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
-_one_by_one("_upsample_bilinear2d_aa _upsample_bicubic2d_aa _adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
-_one_by_one("fractional_max_pool2d", NEIGHBOURS, -2, -1)
-_one_by_one("upsample_trilinear3d _adaptive_avg_pool3d fractional_max_pool3d", NEIGHBOURS, -3, -2, -1)
-_one_by_one("max_unpool2d", NEIGHBOURS, -2, -1, also="indices")
-_one_by_one("max_unpool3d", NEIGHBOURS, -3, -2, -1, also="indices")
+    _one_by_one(f"max_unpool{_dims}d", NEIGHBOURS, *range(-_dims, 0), also="indices")
+_one_by_one("mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
 
 
-@register_rule("aten::_fused_moving_avg_obs_fq_helper")
 @_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")
+@_rule_of("_fused_moving_avg_obs_fq_helper")
 def fake_quantize(op: Operation) -> None:
     """Numbers are rounded to steps of a size for each unit of an axis; the fused way, only if asked to."""
     for output in range(len(op.outputs)):
@@ -90,6 +88,45 @@ def fake_quantize(op: Operation) -> None:
         for name in ("running_min", "running_max", "scale", "zero_point"):
             if name in op:
                 op.same("self", axis, name, 0)
+
+
+@_rule_of("_softmax _log_softmax _safe_softmax")
+def softmax(op: Operation) -> None:
+    """The units of an axis compete."""
+    op.keeps("self")
+    if op["self"].ndim:
+        op.mixes("self", op["dim"])
+
+
+@_rule_of("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm")
+@_rule_of("_batch_norm_with_update _batch_norm_no_update")
+def batch_norm(op: Operation) -> None:
+    """Axis 1 shrinks with every per-channel tensor; statistics of the input itself mix the units of the others."""
+    op.keeps("input")
+    for name in [*op.tensors][1:]:
+        op.moves(name, 0, to=1)
+    decides = "training" in op
+    for axis in range(2, op["input"].ndim) if decides and op["training"] else ():
+        op.mixes("input", axis)
+
+
+@_rule_of("native_layer_norm _fused_rms_norm layer_norm rms_norm")
+def layer_norm(op: Operation) -> None:
+    """The last axes shrink with weight and bias."""
+    op.keeps("input")
+    for axis in range(-len(op["normalized_shape"]), 0):
+        for name in [*op.tensors][1:]:
+            op.moves(name, axis, to=axis)
+        op.mixes("input", axis)
+
+
+@_rule_of("_weight_norm_interface _weight_norm")
+def weight_norm(op: Operation) -> None:
+    """A weight is given by direction and length, which has one value per slice along one axis."""
+    op.keeps("v")
+    op.keeps("g")
+    for output in range(1, len(op.outputs)):
+        op.keeps("g", output=output)
 
 
 @_rule_of("scatter scatter_add scatter_reduce")
@@ -165,7 +202,7 @@ def cdist(op: Operation) -> None:
     op.contracts("x1", -1, "x2", -1)
 
 
-@register_rule("aten::_trilinear")
+@_rule_of("_trilinear")
 def trilinear(op: Operation) -> None:
     """Products of three tensors, each with some axes, are added up along others, as in a bilinear layer."""
     axes = {name: iter(range(op[name].ndim)) for name in ("i1", "i2", "i3")}
@@ -194,6 +231,7 @@ def loss(op: Operation) -> None:
                 op.mixes(name, axis)
 
 
+@_rule_of("_grouped_mm")
 def grouped_mm(op: Operation) -> None:
     """Each run of rows is multiplied by a matrix of its own, such as that of an expert."""
     if (op["self"].ndim, op["mat2"].ndim) == (2, 3):
@@ -201,10 +239,6 @@ def grouped_mm(op: Operation) -> None:
         op.contracts("self", 1, "mat2", 1)
         op.makes("mat2", 2, to=1)
         op.pins("mat2", 0, "each has its own rows")
-
-
-if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.6 has none
-    register_rule("aten::_grouped_mm", grouped_mm)
 
 
 @register_rule("torchvision::roi_align")
