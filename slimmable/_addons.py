@@ -37,11 +37,6 @@ def detach_all(model: nn.Module) -> nn.Module:
     return model
 
 
-def described(data: Mapping[str, Any]) -> bool:
-    """Tell whether a file describes add-ons."""
-    return not data.keys().isdisjoint(_MODULES)
-
-
 def restore_all(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     """Restore, in place, the add-ons that a file describes by name, and return the model."""
     for name, module in _MODULES.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
 
 from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
@@ -63,7 +64,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
     try:
         name, arguments = recipe["timm"], recipe["arguments"]
         known = isinstance(name, str) and timm.is_model(name) and ":" not in name
-        if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
+        if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, tree_leaves(arguments))):
             raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
         return model
@@ -81,17 +82,10 @@ def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None =
         if shapes is None:
             return build(recipe)
         largest = max(_LARGE, *(size for shape in shapes if 0 not in shape for size in shape), 0)
-        if _largest(recipe) > largest:
+        if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
             raise CheckpointError(f"the file is too small for the model {str(recipe)[:400]}")
         with _at_most(100 + 10 * len(shapes)):
             return build(recipe)
-
-
-def _largest(data: Any) -> float:
-    """Return the largest number in nested data."""
-    if isinstance(data, (Mapping, list, tuple)):
-        return max((_largest(part) for part in (data.values() if isinstance(data, Mapping) else data)), default=0)
-    return abs(data) if isinstance(data, (int, float)) else 0
 
 
 @contextmanager
@@ -105,20 +99,12 @@ def _at_most(registrations: int) -> Iterator[None]:
         if left < 0:
             raise CheckpointError("it has more modules than the file has tensors for")
 
-    hooks = [
-        torch_module.register_module_parameter_registration_hook(count),
-        torch_module.register_module_module_registration_hook(count),
-    ]
-    try:
+    parameters = torch_module.register_module_parameter_registration_hook(count)
+    with parameters, torch_module.register_module_module_registration_hook(count):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
     return value is None or isinstance(value, (int, float, bool, str))
 
 

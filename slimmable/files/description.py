@@ -46,7 +46,7 @@ def compare(
         if module is None or kind != _kind(module):
             continue
         held = {**{name: getattr(type(module), name, _ABSENT) for name in settings}, **vars(module)}
-        own = {name: _written(held[name]) for name in settings}
+        own = {name: written(held[name]) for name in settings}
         differing = [name for name in settings if own[name] is not _ABSENT and not _alike(settings[name], own[name])]
         shape = shapes.get(f"{path}.weight".lstrip("."))
         bound = [
@@ -105,16 +105,15 @@ def _read_in(model: nn.Module) -> set[str]:
 
 
 def _settings(module: nn.Module, read: set[str]) -> dict[str, Any]:
-    found = {}
-    for name, value in vars(module).items():
-        if name not in _OWN and (name in read or (not name.startswith("_") and _is_number(value))):
-            written = _written(value)
-            if written is not _ABSENT:
-                found[name] = written
-    return found
+    found = {
+        name: written(value)
+        for name, value in vars(module).items()
+        if name not in _OWN and (name in read or (not name.startswith("_") and _is_number(value)))
+    }
+    return {name: value for name, value in found.items() if value is not _ABSENT}
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
     """Return plain data as JSON data, classes and functions as their names, and `_ABSENT` for everything else."""
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
@@ -126,14 +125,14 @@ def _written(value: Any) -> Any:
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     if isinstance(value, partial):
-        return ["partial", *map(_written, (value.func, value.args, sorted(value.keywords.items())))]
+        return ["partial", *map(written, (value.func, value.args, sorted(value.keywords.items())))]
     if isinstance(value, (tuple, list)):
-        parts = [_written(part) for part in value]
+        parts = [written(part) for part in value]
         return _ABSENT if any(part is _ABSENT for part in parts) else parts
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if isinstance(value, dict):
-        found = {str(key): _written(part) for key, part in value.items()}
+        found = {str(key): written(part) for key, part in value.items()}
         return _ABSENT if any(part is _ABSENT for part in found.values()) else found
     if callable(value) and not isinstance(value, nn.Module):
         return getattr(value, "__name__", type(value).__name__)
@@ -160,7 +159,7 @@ def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], shap
         channels = "out_channels" if module.transposed else "in_channels"
         here = getattr(module, channels) == module.groups * module.weight.shape[1]
         return here and bool(settings[channels] == settings[name] * shape[1])
-    return _is_smaller(module, name, settings[name], _written(vars(module).get(name)))
+    return _is_smaller(module, name, settings[name], written(vars(module).get(name)))
 
 
 def _is_smaller(module: nn.Module, name: str, given: Any, own: Any) -> bool:

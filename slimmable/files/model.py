@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._addons import addons_of, described, restore_all
+from slimmable._addons import addons_of, restore_all
 from slimmable._checks import check_module, check_path, check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
@@ -29,7 +28,7 @@ from slimmable.files.construction import (
 )
 from slimmable.files.description import describe, take_over
 from slimmable.files.plan_json import decode, encode
-from slimmable.files.tensors import CHECKSUM, read_tensors, write_tensors
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.view.state import is_slim, slim_state
 
 _FORMAT = "slimmable 2"
@@ -145,8 +144,6 @@ def _versions() -> dict[str, str]:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
-    if CHECKSUM not in metadata:
-        raise CheckpointError(f"{path} cannot be read; it is damaged: its checksum is missing")
     try:
         return dict(json.loads(metadata["model"])), tensors
     except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -158,18 +155,18 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     units = tensors.pop(_UNITS) if "plan" in data else torch.empty(0)
     plain = skeleton(data["recipe"], [tensor.shape for tensor in tensors.values()]) if model is None else model
     own = plain.state_dict(keep_vars=True) | hidden_buffers(plain)
-    more = "plan" in data or described(data)
-    given = {name: tensor for name, tensor in tensors.items() if name in own or not more}
+    given = {name: tensor for name, tensor in tensors.items() if name in own}
     differing, free = unlike(plain, data["modules"], given, narrow="plan" not in data)
     if differing:
-        raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
-    kept = {name: tensor for name, tensor in own.items() if name in given}
-    network = copy_of(plain, {id(kept[name]): filled(kept[name], given[name], given[name].dtype) for name in kept})
+        versions = [(name, data["versions"].get(name), here) for name, here in _versions().items()]
+        other = [f"\n  written with {name} {then}, here {name} {here}" for name, then, here in versions if then != here]
+        raise CheckpointError(f"it is of another network{differing}{''.join(other)}")
+    network = copy_of(plain, {id(own[name]): filled(own[name], each, each.dtype) for name, each in given.items()})
     take_over(network, free)
     if "plan" in data:
         if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
             raise CheckpointError("it has more widths than its tensors are for")
-        network = apply_plan(network, decode(data["plan"], units.numpy(), partial(_check, network)))
+        network = apply_plan(network, decode(data["plan"], units.numpy(), network))
         settings = [tuple(setting) if isinstance(setting, list) else float(setting) for setting in data["registered"]]
         with registered(network, settings):
             pass
@@ -183,31 +180,3 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         tensor.data = tensor.data.to(given[name].dtype)
     network.load_state_dict(given)
     return network
-
-
-def _written_with(data: dict[str, Any]) -> str:
-    """Say with which other versions the file was written, "" if with these."""
-    other = [f"{name} {number}" for name, number in data["versions"].items() if _versions().get(name) != number]
-    here = [f"{name} {number}" for name, number in _versions().items() if data["versions"].get(name) != number]
-    return f"\n  written with {', '.join(other)}, here {', '.join(here)}" if other or here else ""
-
-
-def _check(network: nn.Module, plan: Plan) -> None:
-    """Refuse a plan of another network, by the sizes of its tensors and the values of its attributes.
-
-    Empty caches are taken from the network into the plan.
-    """
-    modules = dict(network.named_modules())
-    for place, shape in misfits(network, plan):
-        found = "is missing" if shape is None else f"has shape {shape}"
-        raise CheckpointError(f"{place} {found}, which does not fit the file's plan")
-    for (path, name), full in plan.channels.attributes.items():
-        if vars(modules[path]).get(name) != full:
-            place, own = f"{path}.{name}".lstrip("."), vars(modules[path]).get(name)
-            raise CheckpointError(f"{place} is {own!r}, but {full!r} in the file")
-    for path, at in plan.caches.items():
-        for name in at:
-            value = vars(modules[path]).get(name, ...)
-            if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
-                raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
-            at[name] = {} if isinstance(value, dict) else value

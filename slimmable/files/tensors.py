@@ -51,8 +51,8 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
     texts = {name: text for name, text in metadata.items() if name != CHECKSUM}
-    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, texts):
-        raise CheckpointError(f"{path} is damaged or was changed: its contents do not have the checksum in it")
+    if metadata.get(CHECKSUM) != _checksum(tensors, texts):
+        raise CheckpointError(f"{path} is damaged or was changed: its checksum is missing or that of other contents")
     return metadata, tensors
 
 
