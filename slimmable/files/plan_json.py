@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from slimmable._convert import misfits
 from slimmable._widths import check_widths
 from slimmable.analysis.channels import Channels, Grouping, Output, Requirements
-from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression
+from slimmable.analysis.integers import Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.errors import CheckpointError
 from slimmable.files.description import written
 
-Units = NDArray[np.int64]
 
-
-def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
+def encode(plan: Plan) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """Return a plan as JSON data, and the units of all its axes in one array."""
     channels = plan.channels
     arrays: dict[int, tuple[int, Ids]] = {}  # number and units of each axis, by the id of the array
@@ -59,7 +57,7 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
     return {**encoded, "lengths": [len(ids) for ids in units]}, np.concatenate([*units, np.zeros(0, np.int64)])
 
 
-def decode(data: dict[str, Any], units: Units, network: nn.Module) -> Plan:
+def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -> Plan:
     """Return the plan of a plain network that `encode` wrote; attributes and empty caches are those of the network.
 
     Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan of this network.
@@ -71,9 +69,7 @@ def decode(data: dict[str, Any], units: Units, network: nn.Module) -> Plan:
     group_of = np.repeat(np.arange(len(sizes)), sizes)
     rank = np.concatenate([*map(np.arange, sizes), np.zeros(1, np.int64)])
     grouping = Grouping(sizes, np.append(group_of, -1), rank)
-    found = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1])
-
-    axis = found.__getitem__
+    axis = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1]).__getitem__
     leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
 
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
@@ -81,21 +77,17 @@ def decode(data: dict[str, Any], units: Units, network: nn.Module) -> Plan:
 
     def expression(parts: list[Any]) -> Expression:
         kind, *rest = parts
-        if kind in leaves:
-            return Expression(kind, leaves[kind](*rest))
-        if kind not in OPERATIONS:
-            raise CheckpointError(f"it has an unknown operation {kind!r}")
-        return Expression(kind, tuple(map(expression, rest)))
+        return Expression(kind, leaves[kind](*rest) if kind in leaves else tuple(map(expression, rest)))
 
     def rows(name: str, *kinds: Callable[[Any], Any]) -> list[Any]:
         return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in data[name]]
 
     modules = dict(network.named_modules())
-    originals = {(path, name): vars(modules[path])[name] for path, name, _ in data["originals"]}
+    originals = dict[tuple[str, str], Any]()
     for path, name, value in data["originals"]:
-        if written(originals[path, name]) != value:
-            place = f"{path}.{name}".lstrip(".")
-            raise CheckpointError(f"{place} is {originals[path, name]!r}, but {value!r} in the file")
+        own = originals[path, name] = vars(modules[path])[name]
+        if written(own) != value:
+            raise CheckpointError(f"{path}.{name} is {own!r}, but {value!r} in the file")
     keys = [_attribute(*row) for row in data["attributes"]]
     attributes = {key: int(reduce(getitem, key[2], originals[key[:2]])) for key in keys}
     plan = Plan(
@@ -110,10 +102,9 @@ def decode(data: dict[str, Any], units: Units, network: nn.Module) -> Plan:
         if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
             raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
         plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
+    constraints = [Constraint(*row) for row in rows("constraints", expression, expression, str)]
     plan.channels = Channels(
-        Requirements(
-            grouping, [Constraint(*row) for row in rows("constraints", expression, expression, str)], attributes
-        ),
+        Requirements(grouping, constraints, attributes),
         {(path, name): units_of for path, name, units_of in rows("tensors", str, str, axes)},
         originals,
         rows("scales", str, str, axis),
