@@ -3,14 +3,13 @@
 Each add-on registers itself when its module is imported, so the core need not know which ones exist.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-_MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that registers it
+MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that registers it
 ADDONS: "dict[str, AddOn]" = {}  # those whose modules have been imported
 
 
@@ -34,18 +33,4 @@ def detach_all(model: nn.Module) -> nn.Module:
     """Remove all add-ons from a model, in place, and return it."""
     for addon in ADDONS.values():
         model = addon.detach(model)
-    return model
-
-
-def described(data: Mapping[str, Any]) -> bool:
-    """Tell whether a file describes add-ons."""
-    return not data.keys().isdisjoint(_MODULES)
-
-
-def restore_all(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
-    """Restore, in place, the add-ons that a file describes by name, and return the model."""
-    for name, module in _MODULES.items():
-        if name in data:
-            import_module(module)
-            model = ADDONS[name].restore(model, data[name])
     return model

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from slimmable.errors import CheckpointError
 
 PARTIAL = ".partial-"
@@ -19,11 +21,9 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with _moved_up(path.parent) as aside:
             write(aside / path.name)
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            kept = "; the previous one is unharmed" if os.path.exists(path) else ""
-            raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
-        raise
+    except (OSError, SafetensorError) as error:
+        kept = "; the previous one is unharmed" if os.path.exists(path) else ""
+        raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
 
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:

@@ -26,7 +26,7 @@ from slimmable._convert import extract, slimify
 from slimmable._tables import listed
 from slimmable.cli.config import PretrainConfig, explained, fits, read_text, shown
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
-from slimmable.files.construction import differences
+from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate

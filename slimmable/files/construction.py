@@ -1,26 +1,26 @@
-"""Recipes of timm models, as far as they can be read off them, and how networks differ in their tensors."""
+"""Recipes of timm models, as far as they can be read off them, and plain networks of the full width."""
 
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
 
 from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
-from slimmable._tables import listed
 from slimmable.errors import CheckpointError
-from slimmable.files.description import Row, compare, describe, unlike_numbers
+from slimmable.files.description import describe, hidden_buffers, unlike, unlike_numbers
 from slimmable.view.container import SwitchableContainer
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
+_PLAIN = (int, float, str, type(None))
 _LARGE = 2**13  # image sizes, depths and the like are smaller; other sizes are those of tensors
 
 
@@ -39,10 +39,10 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
             raise CheckpointError(f"arguments= is for timm models; this {type(model).__name__} is not one")
         return None
     tensors, rows = model.state_dict(keep_vars=True) | hidden_buffers(model), describe(model)
-    for candidate in [arguments] if arguments is not None else _candidates(model, config, name):
+    for candidate in [arguments] if arguments is not None else _candidates(model, config, tensors):
         recipe = {"timm": name, "arguments": dict(candidate)}
         with nullcontext() if arguments is not None else suppress(CheckpointError):
-            if not unlike(skeleton(recipe), rows, tensors, narrow)[0]:
+            if not unlike(skeleton(recipe, tensors), rows, tensors, narrow)[0]:
                 return recipe
     if arguments is not None:
         raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
@@ -62,8 +62,8 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 
     try:
         name, arguments = recipe["timm"], recipe["arguments"]
-        known = isinstance(name, str) and timm.is_model(name) and ":" not in name
-        if not known or not set(arguments).isdisjoint(_NEVER) or not all(map(_is_plain, arguments.values())):
+        known = ":" not in name and timm.is_model(name) and set(arguments).isdisjoint(_NEVER)
+        if not known or not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(arguments)):
             raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
         return model
@@ -71,27 +71,17 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         raise CheckpointError(f"timm cannot make the model {str(recipe)[:400]} ({error})") from error
 
 
-def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None = None) -> nn.Module:
+def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """Make a timm model without memory for its tensors.
 
-    If `shapes` of a file's tensors are given, that takes no longer than the making of a network of such tensors may:
-    arguments that are larger, or far more modules, are refused.
+    That takes no longer than to make a network of such `tensors` may: arguments that are larger, or far more modules,
+    are refused.
     """
-    with torch.device("meta"):
-        if shapes is None:
-            return build(recipe)
-        largest = max(_LARGE, *(size for shape in shapes if 0 not in shape for size in shape), 0)
-        if _largest(recipe) > largest:
-            raise CheckpointError(f"the file is too small for the model {str(recipe)[:400]}")
-        with _at_most(100 + 10 * len(shapes)):
-            return build(recipe)
-
-
-def _largest(data: Any) -> float:
-    """Return the largest number in nested data."""
-    if isinstance(data, (Mapping, list, tuple)):
-        return max((_largest(part) for part in (data.values() if isinstance(data, Mapping) else data)), default=0)
-    return abs(data) if isinstance(data, (int, float)) else 0
+    largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
+    if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
+        raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
+    with torch.device("meta"), _at_most(100 + 10 * len(tensors)):
+        return build(recipe)
 
 
 @contextmanager
@@ -105,24 +95,12 @@ def _at_most(registrations: int) -> Iterator[None]:
         if left < 0:
             raise CheckpointError("it has more modules than the file has tensors for")
 
-    hooks = [
-        torch_module.register_module_parameter_registration_hook(count),
-        torch_module.register_module_module_registration_hook(count),
-    ]
-    try:
+    parameters = torch_module.register_module_parameter_registration_hook(count)
+    with parameters, torch_module.register_module_module_registration_hook(count):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (int, float, bool, str))
-
-
-def _candidates(model: nn.Module, config: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+def _candidates(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
     classes, first = getattr(model, "num_classes", None), config.get("first_conv")
     modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
@@ -136,40 +114,8 @@ def _candidates(model: nn.Module, config: Mapping[str, Any], name: str) -> Itera
     for count in range(len(known) + 1):
         yield dict(known[:count])
     taken = inspect.signature(type(model)).parameters
-    numbers = unlike_numbers(model, skeleton({"timm": name, "arguments": dict(known)}))
+    numbers = unlike_numbers(model, skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
     yield dict(known) | {key: value for key, value in numbers.items() if key in taken}
-
-
-def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of a plain network that are not in the state dict, by their names in files."""
-    saved = model.state_dict(keep_vars=True)
-    return {f"{HIDDEN}{name}": buffer for name, buffer in model.named_buffers() if name not in saved}
-
-
-def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, list[Row]]:
-    """Return how a network differs from `plain`, "" if it does not, and settings that may differ, to take over.
-
-    `rows` describe the other network, and `tensors` are its own, with hidden buffers; those that forwards have added or
-    cut do not count. If it may be `narrow`, it may be a sub-network of `plain`.
-    """
-    own, hidden = plain.state_dict(keep_vars=True), hidden_buffers(plain)
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(HIDDEN)}
-    kept = {name: tensor for name, tensor in tensors.items() if name in hidden}
-    narrow = narrow and any(name in own and tensor.shape != own[name].shape for name, tensor in given.items())
-    found, free = compare(plain, rows, {name: tensor.shape for name, tensor in given.items()}, narrow)
-    found["of another type"] = [
-        f"{name} {tensors[name].dtype}, expected {tensor.dtype}"
-        for name, tensor in (own | hidden).items()
-        if name in tensors and _numbers_of(tensors[name].dtype) != _numbers_of(tensor.dtype)
-    ]
-    lines = "".join(f"\n  {kind}: {listed(names, 4)}" for kind, names in found.items() if names)
-    lines += differences(own, given, most=4, narrow=narrow) + differences(hidden, kept, most=4, narrow=True)
-    return lines, free
-
-
-def _numbers_of(dtype: torch.dtype) -> object:
-    """Return what must be the same of two types: real or complex, or else all."""
-    return (dtype.is_complex, True) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
 @checked
@@ -202,41 +148,6 @@ def full_network(model: nn.Module) -> nn.Module:
     bare = plain(model)
     full = {id(each): each.module_at(0) for each in bare.modules() if isinstance(each, SwitchableContainer)}
     return replace_modules(bare, full)
-
-
-def differences(
-    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None, *, narrow: bool = False
-) -> str:
-    """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
-
-    Each line begins with a line break and two spaces, to be appended to the first line of a message. `expected` are the
-    tensors of the network, `given` those of the file, and `most` is how many names a line lists, None for all. The
-    given ones may be smaller if they are those of a `narrow` network.
-
-    >>> import torch
-    >>> one, two = torch.zeros(1), torch.zeros(2)
-    >>> print("not the same:" + differences({"a": two, "b": one}, {"a": one, "c": one}))
-    not the same:
-      missing: b
-      unknown: c
-      of another shape: a (1,), expected (2,)
-    """
-    kinds = {
-        "missing": [name for name in expected if name not in given],
-        "unknown": [name for name in given if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in given and given[name].shape != tensor.shape
-            if not (narrow and fits_inside(given[name].shape, tensor.shape))
-        ],
-    }
-    return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
-
-
-def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
-    return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 
 def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:

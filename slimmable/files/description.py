@@ -1,82 +1,127 @@
-"""What a network computes besides its tensors, as JSON data: the class and the settings of each module, by path."""
+"""What a network computes besides its tensors, as JSON data by module, and how networks and their tensors differ."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._described import counts_channels, named_in_forward, stored_by_forward
+from slimmable._tables import listed
 
 _ABSENT: Any = object()
 _OWN = {*vars(nn.Module()), "training"}
 _FREE = re.compile(r"drop|stochastic|checkpoint|fused|flash|sdpa|momentum")  # matters for training or speed alone
 _NO_SIZE = re.compile(r"stride|pad|dilat|kernel|window|patch|level|layer|depth|block|class|label|axis|scale|factor")
 _SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "unflattened_size"}  # of torch's layers
-_MOST_HEAD = 2**16  # channels of one head
+HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
 
-Row = tuple[str, str, dict[str, Any]]  # path, name of the class, settings
+Settings = dict[str, dict[str, Any]]  # by path
 
 
-def describe(model: nn.Module) -> list[Row]:
-    """Return the class and the settings of each module: numbers, and what else a forward in the model reads by name."""
+def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return path, class and settings of each module: numbers, and what else a forward in the model reads by name."""
     read = _read_in(model)
     return [(path, _kind(module), _settings(module, read)) for path, module in model.named_modules()]
 
 
-def compare(
-    model: nn.Module, rows: list[Any], shapes: Mapping[str, Any], narrow: bool
-) -> tuple[dict[str, list[str]], list[Row]]:
-    """Return, by kind, how another network differs from `model`, and the settings in which it may differ, to take over.
+def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, Settings]:
+    """Return how a network differs from `plain`, "" if it does not, and by path the settings in which it may differ.
 
-    These are numbers that forwards set themselves or do not read, settings of training and speed and, if the other
-    network is `narrow`, sizes. `rows` describe the other network, and `shapes` are those of its tensors.
+    These are numbers that forwards set themselves or do not read, settings of training and speed and, if the network
+    may be `narrow`, a sub-network of `plain`, sizes. `rows` describe the network, and `tensors` are its own, with
+    hidden buffers; those that forwards have added or cut do not count.
     """
-    modules, read = dict(model.named_modules()), _read_in(model)
-    kinds = {path: kind for path, kind, _ in rows}
-    edited, free = list[str](), list[Row]()
+    hidden = hidden_buffers(plain)
+    expected = plain.state_dict(keep_vars=True) | hidden
+    given = {name: each for name, each in tensors.items() if name in hidden or not name.startswith(HIDDEN)}
+    pairs = {name: (given[name], each) for name, each in expected.items() if name in given}
+    narrow = narrow and any(its.shape != own.shape for name, (its, own) in pairs.items() if name not in hidden)
+    modules, read = dict(plain.named_modules()), _read_in(plain)
+    there, here = {path: kind for path, kind, _ in rows}, {path: _kind(module) for path, module in modules.items()}
+    edited, free = list[str](), Settings()
     for path, kind, settings in rows:
-        module = modules.get(path)
-        if module is None or kind != _kind(module):
+        if here.get(path) != kind:
             continue
-        held = {**{name: getattr(type(module), name, _ABSENT) for name in settings}, **vars(module)}
-        own = {name: _written(held[name]) for name in settings}
+        module, cls = modules[path], cast(Any, type(modules[path]))
+        held = {**{name: getattr(cls, name, _ABSENT) for name in settings}, **vars(module)}
+        own = {name: written(held[name]) for name in settings}
         differing = [name for name in settings if own[name] is not _ABSENT and not _alike(settings[name], own[name])]
-        shape = shapes.get(f"{path}.weight".lstrip("."))
+        weight = given.get(f"{path}.weight".lstrip("."))
         bound = [
             name
             for name in differing
-            if name in read
-            and not _is_free(module, name)
-            and not (narrow and _is_narrower(module, name, settings, shape))
+            if name in read and name not in stored_by_forward(cls)
+            if not _FREE.search(kind.lower() if name == "p" else name.lower())
+            if not (narrow and _is_narrower(module, name, settings, weight))
         ]
         edited += [f"{_place(path, name)} is {settings[name]!r} in the file, {own[name]!r} here" for name in bound]
         set_here = [name for name in differing if name in vars(module) and name not in bound]
-        free.append((path, kind, {name: _like(held[name], settings[name]) for name in set_here}))
+        free[path] = {name: _like(held[name], settings[name]) for name in set_here}
     found = {
-        "modules only in the file": [f"{_place(path)} ({kind})" for path, kind in kinds.items() if path not in modules],
-        "modules only here": [f"{_place(path)} ({_kind(each)})" for path, each in modules.items() if path not in kinds],
+        "modules only in the file": [f"{_place(path)} ({kind})" for path, kind in there.items() if path not in here],
+        "modules only here": [f"{_place(path)} ({kind})" for path, kind in here.items() if path not in there],
         "other modules": [
-            f"{_place(path)} is {kinds[path]} in the file, {_kind(each)} here"
-            for path, each in modules.items()
-            if path in kinds and kinds[path] != _kind(each)
+            f"{_place(path)} is {there[path]} in the file, {kind} here"
+            for path, kind in here.items()
+            if there.get(path, kind) != kind
         ],
         "other settings": edited,
+        "of another type": [
+            f"{name} {its.dtype}, expected {own.dtype}"
+            for name, (its, own) in pairs.items()
+            if its.dtype != own.dtype and not (its.is_complex() and own.is_complex())
+            if not (its.is_floating_point() and own.is_floating_point())
+        ],
     }
-    return found, free
+    lines = "".join(f"\n  {kind}: {listed(names, 4)}" for kind, names in found.items() if names)
+    return lines + differences(expected, given, most=4, smaller=expected if narrow else hidden), free
 
 
-def take_over(model: nn.Module, free: list[Row]) -> None:
-    """Set the settings that `compare` returned."""
-    modules = dict(model.named_modules())
-    for path, _, settings in free:
-        modules[path].__dict__.update(settings)
+def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a plain network that are not in the state dict, by their names in files."""
+    saved = model.state_dict(keep_vars=True)
+    return {f"{HIDDEN}{name}": buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def differences(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None, smaller: Container[str] = ()
+) -> str:
+    """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
+
+    Each line begins with a line break and two spaces, to follow the first line of a message. `expected` are tensors of
+    the network, `given` those of the file, of which some may be `smaller`; a line lists at most `most` names.
+
+    >>> import torch
+    >>> one, two = torch.zeros(1), torch.zeros(2)
+    >>> print("not the same:" + differences({"a": two, "b": one}, {"a": one, "c": one}))
+    not the same:
+      missing: b
+      unknown: c
+      of another shape: a (1,), expected (2,)
+    """
+    kinds = {
+        "missing": [name for name in expected if name not in given],
+        "unknown": [name for name in given if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in given and given[name].shape != tensor.shape
+            if not (name in smaller and _fits_inside(given[name].shape, tensor.shape))
+        ],
+    }
+    return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
+
+
+def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
+    return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 
 def unlike_numbers(model: nn.Module, other: nn.Module) -> dict[str, Any]:
@@ -105,39 +150,37 @@ def _read_in(model: nn.Module) -> set[str]:
 
 
 def _settings(module: nn.Module, read: set[str]) -> dict[str, Any]:
-    found = {}
-    for name, value in vars(module).items():
-        if name not in _OWN and (name in read or (not name.startswith("_") and _is_number(value))):
-            written = _written(value)
-            if written is not _ABSENT:
-                found[name] = written
-    return found
+    found = {
+        name: written(value)
+        for name, value in vars(module).items()
+        if name not in _OWN and (name in read or (not name.startswith("_") and _is_number(value)))
+    }
+    return {name: value for name, value in found.items() if value is not _ABSENT}
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
     """Return plain data as JSON data, classes and functions as their names, and `_ABSENT` for everything else."""
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, np.generic):
         value = value.item()
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
+    if value is None or isinstance(value, (int, float, str)):
+        return value
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     if isinstance(value, partial):
-        return ["partial", *map(_written, (value.func, value.args, sorted(value.keywords.items())))]
+        return ["partial", *map(written, (value.func, value.args, sorted(value.keywords.items())))]
     if isinstance(value, (tuple, list)):
-        parts = [_written(part) for part in value]
+        parts = [written(part) for part in value]
         return _ABSENT if any(part is _ABSENT for part in parts) else parts
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if isinstance(value, dict):
-        found = {str(key): _written(part) for key, part in value.items()}
+        found = {str(key): written(part) for key, part in value.items()}
         return _ABSENT if any(part is _ABSENT for part in found.values()) else found
     if callable(value) and not isinstance(value, nn.Module):
         return getattr(value, "__name__", type(value).__name__)
-    return None if value is None else _ABSENT
+    return _ABSENT
 
 
 def _alike(given: Any, own: Any) -> bool:
@@ -149,37 +192,26 @@ def _alike(given: Any, own: Any) -> bool:
     return bool(given == own) or (given != given and own != own)
 
 
-def _is_free(module: nn.Module, name: str) -> bool:
-    kind: Any = type(module)
-    return bool(_FREE.search(kind.__name__.lower() if name == "p" else name.lower())) or name in stored_by_forward(kind)
-
-
-def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], shape: Any) -> bool:
-    """Tell whether a setting may be that of fewer units; `shape` is that of the other module's weight."""
-    if name == "groups" and isinstance(module, nn.modules.conv._ConvNd) and shape is not None:
+def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], weight: Tensor | None) -> bool:
+    """Tell whether a setting may be that of fewer units; `weight` is the other module's."""
+    if name == "groups" and isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
         channels = "out_channels" if module.transposed else "in_channels"
         here = getattr(module, channels) == module.groups * module.weight.shape[1]
-        return here and bool(settings[channels] == settings[name] * shape[1])
-    return _is_smaller(module, name, settings[name], _written(vars(module).get(name)))
-
-
-def _is_smaller(module: nn.Module, name: str, given: Any, own: Any) -> bool:
-    if isinstance(given, list) and isinstance(own, list) and len(given) == len(own):
-        return all(_alike(*pair) or _is_smaller(module, name, *pair) for pair in zip(given, own, strict=True))
+        return here and bool(settings[channels] == settings[name] * weight.shape[1])
     torchs = type(module).__module__.startswith("torch.nn.")
-    if type(given) is float and type(own) is float and not torchs:
-        return 1 <= _channels(given) <= _channels(own) <= _MOST_HEAD
-    if type(given) is not int or type(own) is not int or not 1 <= given < own:
-        return False
+    size = counts_channels(name) or not _NO_SIZE.search(name.lower())
     if torchs:
-        return name in _SIZES or (counts_channels(name) and name != "dim")
-    return counts_channels(name) or not _NO_SIZE.search(name.lower())
+        size = name in _SIZES or (counts_channels(name) and name != "dim")
 
+    def smaller(given: Any, own: Any) -> bool:
+        if isinstance(given, list) and isinstance(own, list) and len(given) == len(own):
+            return all(_alike(*pair) or smaller(*pair) for pair in zip(given, own, strict=True))
+        if type(given) is float and type(own) is float and not torchs:  # n ** -0.5 for the n channels of a head
+            counts = [each**-2 if 2**-8 <= each <= 1 else 0.5 for each in (given, own)]
+            return own <= given and all(math.isclose(n, round(n), rel_tol=1e-6) for n in counts)
+        return size and type(given) is int and type(own) is int and 1 <= given < own
 
-def _channels(scale: float) -> int:
-    """Return the number of a head's channels whose `n ** -0.5` a scale is, or 0."""
-    n = round(scale**-2) if 1e-6 < scale <= 1 else 0
-    return n if n and math.isclose(n**-0.5, scale, rel_tol=1e-6) else 0
+    return smaller(settings[name], written(vars(module).get(name)))
 
 
 def _is_number(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -11,25 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._addons import addons_of, described, restore_all
+from slimmable._addons import ADDONS, MODULES, addons_of
 from slimmable._checks import check_module, check_path, check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.files.construction import (
-    HIDDEN,
-    differences,
-    filled,
-    fitting_recipe,
-    full_network,
-    hidden_buffers,
-    skeleton,
-    unlike,
-)
-from slimmable.files.description import describe, take_over
+from slimmable.files.construction import filled, fitting_recipe, full_network, skeleton
+from slimmable.files.description import HIDDEN, describe, differences, hidden_buffers, unlike
 from slimmable.files.plan_json import decode, encode
-from slimmable.files.tensors import CHECKSUM, read_tensors, write_tensors
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.view.state import is_slim, slim_state
 
 _FORMAT = "slimmable 2"
@@ -64,14 +55,13 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     check_whole("save", model)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
-    bare, added = model, {}
+    bare, data = model, dict[str, Any]()
     for name, addon in addons_of(model).items():
-        bare, added[name] = addon.describe(bare)
+        bare, data[name] = addon.describe(bare)
     plan, full = _plan_to_save(bare), full_network(bare)
     tensors = model.state_dict() | hidden_buffers(full)
-    recipe = fitting_recipe(full, plan is None, arguments)
-    data: dict[str, Any] = {**added, "class": type(model).__name__, "recipe": recipe, "versions": _versions()}
-    data["modules"] = describe(full)
+    data["recipe"] = fitting_recipe(full, plan is None, arguments)
+    data |= {"class": type(model).__name__, "versions": _versions(), "modules": describe(full)}
     if plan is not None:
         data["plan"], units = encode(plan)
         data["registered"] = [column.width for column in slim_state(bare).columns[len(plan.widths) :]]
@@ -108,20 +98,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
     try:
         return _restored(data, tensors, model).eval()
-    except SlimmableError as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    except Exception as error:  # made by a description that is no such thing
-        raise CheckpointError(
-            f"{path} cannot be loaded: its description of the model is invalid ({type(error).__name__}: {error})"
-        ) from error
+    except Exception as error:  # of any class, if the description is no such thing
+        invalid = f"its description of the model is invalid ({type(error).__name__}: {error})"
+        said = error if isinstance(error, SlimmableError) else invalid
+        raise CheckpointError(f"{path} cannot be loaded: {said}") from error
 
 
 def _plan_to_save(model: nn.Module) -> Plan | None:
     """Return the plan of a converted model, or None for a plain one; raise `CheckpointError` if it is neither."""
     if not any(is_slim(module) for module in model.modules()):
         return None
-    places = places_of(model)  # raises if layers were added
-    plan = plan_of(model)
+    places, plan = places_of(model), plan_of(model)  # the first raises if layers were added
     if plan is None or any(state.plan is not plan for _, state in places):
         raise CheckpointError(
             f"{type(model).__name__} is not a model as slimmable.slimify returned it: it has slimmable layers from "
@@ -145,8 +132,6 @@ def _versions() -> dict[str, str]:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
-    if CHECKSUM not in metadata:
-        raise CheckpointError(f"{path} cannot be read; it is damaged: its checksum is missing")
     try:
         return dict(json.loads(metadata["model"])), tensors
     except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -156,24 +141,27 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
     """Return the model in a file. Nothing has memory before the file has been compared with the plain network."""
     units = tensors.pop(_UNITS) if "plan" in data else torch.empty(0)
-    plain = skeleton(data["recipe"], [tensor.shape for tensor in tensors.values()]) if model is None else model
+    plain = skeleton(data["recipe"], tensors) if model is None else model
     own = plain.state_dict(keep_vars=True) | hidden_buffers(plain)
-    more = "plan" in data or described(data)
-    given = {name: tensor for name, tensor in tensors.items() if name in own or not more}
+    given = {name: tensor for name, tensor in tensors.items() if name in own}
     differing, free = unlike(plain, data["modules"], given, narrow="plan" not in data)
     if differing:
-        raise CheckpointError(f"it is of another network{differing}{_written_with(data)}")
-    kept = {name: tensor for name, tensor in own.items() if name in given}
-    network = copy_of(plain, {id(kept[name]): filled(kept[name], given[name], given[name].dtype) for name in kept})
-    take_over(network, free)
+        versions = [(name, data["versions"].get(name), here) for name, here in _versions().items()]
+        other = [f"\n  written with {name} {then}, here {name} {here}" for name, then, here in versions if then != here]
+        raise CheckpointError(f"it is of another network{differing}{''.join(other)}")
+    network = copy_of(plain, {id(own[name]): filled(own[name], each, each.dtype) for name, each in given.items()})
+    for path, settings in free.items():
+        vars(network.get_submodule(path)).update(settings)
     if "plan" in data:
         if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
             raise CheckpointError("it has more widths than its tensors are for")
-        network = apply_plan(network, decode(data["plan"], units.numpy(), partial(_check, network)))
-        settings = [tuple(setting) if isinstance(setting, list) else float(setting) for setting in data["registered"]]
-        with registered(network, settings):
+        network = apply_plan(network, decode(data["plan"], units.numpy(), network))
+        widths = [tuple(width) if isinstance(width, list) else float(width) for width in data["registered"]]
+        with registered(network, widths):
             pass
-    network = restore_all(network, data)
+    for name in MODULES.keys() & data.keys():
+        import_module(MODULES[name])
+        network = ADDONS[name].restore(network, data[name])
     own = network.state_dict(keep_vars=True)
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(HIDDEN)}
     differing = differences(own, given, most=5)
@@ -183,31 +171,3 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         tensor.data = tensor.data.to(given[name].dtype)
     network.load_state_dict(given)
     return network
-
-
-def _written_with(data: dict[str, Any]) -> str:
-    """Say with which other versions the file was written, "" if with these."""
-    other = [f"{name} {number}" for name, number in data["versions"].items() if _versions().get(name) != number]
-    here = [f"{name} {number}" for name, number in _versions().items() if data["versions"].get(name) != number]
-    return f"\n  written with {', '.join(other)}, here {', '.join(here)}" if other or here else ""
-
-
-def _check(network: nn.Module, plan: Plan) -> None:
-    """Refuse a plan of another network, by the sizes of its tensors and the values of its attributes.
-
-    Empty caches are taken from the network into the plan.
-    """
-    modules = dict(network.named_modules())
-    for place, shape in misfits(network, plan):
-        found = "is missing" if shape is None else f"has shape {shape}"
-        raise CheckpointError(f"{place} {found}, which does not fit the file's plan")
-    for (path, name), full in plan.channels.attributes.items():
-        if vars(modules[path]).get(name) != full:
-            place, own = f"{path}.{name}".lstrip("."), vars(modules[path]).get(name)
-            raise CheckpointError(f"{place} is {own!r}, but {full!r} in the file")
-    for path, at in plan.caches.items():
-        for name in at:
-            value = vars(modules[path]).get(name, ...)
-            if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
-                raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
-            at[name] = {} if isinstance(value, dict) else value

@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from slimmable._convert import misfits
 from slimmable._widths import check_widths
-from slimmable.analysis.channels import Channels, Grouping, Output, Requirements, SubNetwork
-from slimmable.analysis.integers import OPERATIONS, Attribute, Constraint, Expression, size_of
+from slimmable.analysis.channels import Channels, Grouping, Output, Requirements
+from slimmable.analysis.integers import Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.errors import CheckpointError
+from slimmable.files.description import written
 
-Units = NDArray[np.int64]
 
-
-def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
+def encode(plan: Plan) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """Return a plan as JSON data, and the units of all its axes in one array."""
     channels = plan.channels
     arrays: dict[int, tuple[int, Ids]] = {}  # number and units of each axis, by the id of the array
@@ -41,10 +42,9 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
         "caches": [[path, name] for path, at in plan.caches.items() for name in at],
         "units": channels.units,
         "tensors": [[*key, ids] for key, ids in channels.tensors.items()],
-        # between them, as in files of earlier versions, the axis or number that `expression` equals
-        "constraints": [[each.expression, None, 0, each.where, each.required] for each in channels.needed.constraints],
-        "attributes": [[*key, value] for key, value in channels.needed.attributes.items()],
-        "originals": [[*key, _write_value(value)] for key, value in channels.attributes.items()],
+        "constraints": channels.needed.constraints,
+        "attributes": list(channels.needed.attributes),
+        "originals": [[*key, value] for key, value in channels.attributes.items()],
         "scales": channels.scales,
         "outputs": channels.outputs,
         "makers": channels.makers,
@@ -52,17 +52,15 @@ def encode(plan: Plan) -> tuple[dict[str, Any], Units]:
         "products": channels.products,
         "sizes": [[*key, shape] for key, shape in channels.sizes.items()],
     }
-    written: dict[str, Any] = json.loads(json.dumps(data, default=write))
+    encoded: dict[str, Any] = json.loads(json.dumps(data, default=write))
     units = [ids for _, ids in arrays.values()]
-    return {**written, "lengths": [len(ids) for ids in units]}, np.concatenate([*units, np.zeros(0, np.int64)])
+    return {**encoded, "lengths": [len(ids) for ids in units]}, np.concatenate([*units, np.zeros(0, np.int64)])
 
 
-def decode(data: dict[str, Any], units: Units, check: Callable[[Plan], object]) -> Plan:
-    """Return the plan that `encode` wrote, with None for empty caches, whose values are the model's.
+def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -> Plan:
+    """Return the plan of a plain network that `encode` wrote; attributes and empty caches are those of the network.
 
-    `check` raises if the plan does not belong to the model; it is called before anything is computed with its numbers.
-
-    Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan.
+    Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan of this network.
     """
     sizes = tuple(int(n) for n in data["units"])
     total = sum(sizes)
@@ -71,32 +69,27 @@ def decode(data: dict[str, Any], units: Units, check: Callable[[Plan], object]) 
     group_of = np.repeat(np.arange(len(sizes)), sizes)
     rank = np.concatenate([*map(np.arange, sizes), np.zeros(1, np.int64)])
     grouping = Grouping(sizes, np.append(group_of, -1), rank)
-    found = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1])
-
-    def axis(number: int) -> Ids:
-        return found[_natural(number)]
+    axis = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1]).__getitem__
+    leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
 
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
         return tuple(None if number is None else axis(number) for number in numbers)
 
-    leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
-
     def expression(parts: list[Any]) -> Expression:
         kind, *rest = parts
-        if kind in leaves:
-            return Expression(kind, leaves[kind](*rest))
-        if kind not in OPERATIONS:
-            raise CheckpointError(f"it has an unknown operation {kind!r}")
-        return Expression(kind, tuple(map(expression, rest)))
+        return Expression(kind, leaves[kind](*rest) if kind in leaves else tuple(map(expression, rest)))
 
     def rows(name: str, *kinds: Callable[[Any], Any]) -> list[Any]:
         return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in data[name]]
 
-    constraints = [
-        Constraint(expression(own), expression(other) if other else size_of(axes([ids])[0], int(full)), str(where))
-        for own, ids, full, where, other in data["constraints"]
-    ]
-    attributes = {_attribute(path, name, position): int(value) for path, name, position, value in data["attributes"]}
+    modules = dict(network.named_modules())
+    originals = dict[tuple[str, str], Any]()
+    for path, name, value in data["originals"]:
+        own = originals[path, name] = vars(modules[path])[name]
+        if written(own) != value:
+            raise CheckpointError(f"{path}.{name} is {own!r}, but {value!r} in the file")
+    keys = [_attribute(*row) for row in data["attributes"]]
+    attributes = {key: int(reduce(getitem, key[2], originals[key[:2]])) for key in keys}
     plan = Plan(
         check_widths(data["widths"]),
         caches={},
@@ -105,11 +98,15 @@ def decode(data: dict[str, Any], units: Units, check: Callable[[Plan], object]) 
         universal=bool(data["universal"]),
     )
     for path, name in rows("caches", str, str):
-        plan.caches.setdefault(path, {})[name] = None
+        value = vars(modules[path])[name]
+        if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
+            raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
+        plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
+    constraints = [Constraint(*row) for row in rows("constraints", expression, expression, str)]
     plan.channels = Channels(
         Requirements(grouping, constraints, attributes),
         {(path, name): units_of for path, name, units_of in rows("tensors", str, str, axes)},
-        {(path, name): value for path, name, value in rows("originals", str, str, _read_value)},
+        originals,
         rows("scales", str, str, axis),
         [Output(*row) for row in rows("outputs", str, _numbers, axes, str)],
         tuple(tuple(map(str, paths)) for paths in data["makers"]),
@@ -117,52 +114,19 @@ def decode(data: dict[str, Any], units: Units, check: Callable[[Plan], object]) 
         [(int(macs), tuple(map(axis, numbers))) for macs, numbers in data["products"]],
         {(path, name): shape for path, name, shape in rows("sizes", str, str, _numbers)},
     )
-    for (path, name, position), value in attributes.items():
-        full = reduce(getitem, position, plan.channels.attributes[path, name])
-        if value != full:
-            raise CheckpointError(f"it has two values of {path}.{name}, {value!r} and {full!r}")
-    check(plan)
-    plan.columns += [_column(plan, counts) for counts in data["counts"]]
-    if plan.columns and plan.columns[0].counts != sizes:
-        raise CheckpointError("its full width is not the full network")
-    if len(plan.columns) != len(plan.widths):
-        raise CheckpointError(f"it has {len(plan.columns)} lists of counts for {len(plan.widths)} widths")
+    for place, shape in misfits(network, plan):
+        seen = "is missing" if shape is None else f"has shape {shape}"
+        raise CheckpointError(f"{place} {seen}, which does not fit the file's plan")
+    for counts in data["counts"]:
+        plan.columns.append(plan.sub_network(tuple(counts)))
+    if len(plan.columns) != len(plan.widths) or plan.columns[0].counts != sizes:
+        raise CheckpointError("its counts are not those of its widths, of which the first is the full network")
     return plan
 
 
-def _column(plan: Plan, counts: list[int]) -> SubNetwork:
-    kept = np.array([*map(_natural, counts), 1])
-    if len(counts) != len(plan.channels.units) or (kept[:-1] < 1).any() or (kept[:-1] > plan.channels.units).any():
-        raise CheckpointError("its counts do not fit its channel groups")
-    values, failures = plan.channels.needed.fit(kept)
-    if failures:
-        raise CheckpointError(f"its counts do not satisfy {failures[0].constraint.expression}")
-    return plan.channels.sub_network(kept, values)
-
-
 def _attribute(path: str, name: str, position: list[int]) -> Attribute:
-    return str(path), str(name), tuple(map(_natural, position))
+    return str(path), str(name), _numbers(position)
 
 
 def _numbers(values: list[Any]) -> tuple[int, ...]:
     return tuple(map(int, values))
-
-
-def _natural(number: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise CheckpointError(f"it has {number!r} where a count should be")
-    return number
-
-
-def _write_value(value: Any) -> Any:
-    """Mark tuples and lists, which JSON does not tell apart."""
-    if isinstance(value, (tuple, list)):
-        return ["tuple" if isinstance(value, tuple) else "list", *map(_write_value, value)]
-    return value
-
-
-def _read_value(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    kind, *parts = value
-    return (tuple if kind == "tuple" else list)(map(_read_value, parts))

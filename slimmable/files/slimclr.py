@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.construction import differences, filled
+from slimmable.files.construction import filled
+from slimmable.files.description import differences
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
@@ -36,11 +37,10 @@ def load_slimclr(
 
     Args:
         checkpoint: path of the file, or the result of `torch.load` or `state_dict`, with or without the `module.`
-            prefix of parallel training and the other entries of a training checkpoint. A file is read with
-            `weights_only=True`, so nothing in it is executed; besides tensors and plain data it may only hold an
-            `argparse.Namespace`, which training scripts often save.
-        widths: widths that the network was trained with; by default those of the released ones. Sub-networks must share
-            their weights (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
+            prefix of parallel training and the other entries of a training checkpoint. Nothing in a file is executed;
+            besides tensors and plain data it may only hold an `argparse.Namespace`, which training scripts often save.
+        widths: those of the training; by default, of the released networks. Sub-networks must share their weights
+            (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
 
     Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the
         message then lists all entries that are missing, unknown or of another shape.
@@ -61,14 +61,12 @@ def load_slimclr(
     scores = given.get("fc.linears.0.weight" if switched else "fc.weight")
     classes = 0 if scores is None else next(iter(scores.shape), 0)
     with torch.device("meta"):  # no memory before all tensors have been compared
-        model = timm.create_model("resnet50", num_classes=0 if switched else classes)
-        model = slimify(model, checked, inplace=True)
+        model = slimify(timm.create_model("resnet50", num_classes=0 if switched else classes), checked, inplace=True)
         if switched:
             model.fc = SwitchableProbe(2048, classes, checked)
             vars(model)["num_classes"] = classes
     own = {_published(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    differing = differences(own, given)
-    if differing:
+    if differing := differences(own, given):
         raise CheckpointError(
             f"{source} is not a ResNet-50 of the published SlimCLR code with widths {checked}; "
             f"if it has other widths, pass them, as in load_slimclr(..., widths=...){differing}"
@@ -93,10 +91,8 @@ def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in tensors.items()}
     head = r"fc\.\d"  # a projection head is a sequence of layers
     for prefix in _ENCODERS:
-        part = {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
-        if part:
+        if part := {name.removeprefix(prefix): each for name, each in names.items() if name.startswith(prefix)}:
             names, head = part, r"fc\."  # under these prefixes, any `fc` is a projection head
-            break
     network = {name: tensor for name, tensor in names.items() if not re.match(head, name)}
     blocks = {name.split(".")[1] for name in network if name.startswith("features.")}
     if not blocks:
@@ -119,7 +115,10 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
         if not os.path.isfile(source):
             raise CheckpointError(f"there is no file {source}")
         try:
-            _check_archive(source)
+            if zipfile.is_zipfile(source):
+                with zipfile.ZipFile(source) as archive:  # torch.save compresses nothing
+                    if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(source):
+                        raise ValueError("its parts are larger than the file")
             with torch.serialization.safe_globals([argparse.Namespace]):
                 data = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
@@ -133,26 +132,18 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
         data = data.get("state_dict", data)
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{source} holds no state dict, but a {type(data).__name__}")
-    names = [f"a {type(name).__name__}" for name in data if not isinstance(name, str)]
-    other = names or [f"{name:.80} ({_kind(value)})" for name, value in data.items() if _kind(value) != "numbers"]
+    other = [f"a {type(name).__name__}" for name in data if not isinstance(name, str)]
+    other = other or [f"{name:.80} ({_no_numbers(value)})" for name, value in data.items() if _no_numbers(value)]
     if other:
         raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
     return source, data
 
 
-def _kind(value: object) -> str:
-    """Return "numbers" for a plain tensor with as much memory as it shows, or else what it is."""
+def _no_numbers(value: object) -> str:
+    """Return "" for a plain tensor with as much memory as it shows, or else what the value is."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
-    if not plain or value.untyped_storage().nbytes() < value.nbytes:
-        return f"a tensor of {value.dtype}, {value.layout} on {value.device}, not a plain one"
-    return "numbers"
-
-
-def _check_archive(path: str) -> None:
-    """Raise ValueError if a file is an archive that would be larger when unpacked, which `torch.save` never writes."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
-                raise ValueError("its parts are larger than the file")
+    if plain and value.untyped_storage().nbytes() >= value.nbytes:
+        return ""
+    return f"a tensor of {value.dtype}, {value.layout} on {value.device}, not a plain one"

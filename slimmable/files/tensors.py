@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slimmable._atomic import write_aside
@@ -21,14 +23,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 
     If `path` is a symbolic link, the file takes its place, and what it pointed to stays.
     """
-    from safetensors.torch import save_file
-
     plain = _plain(tensors)
     described = {**metadata, CHECKSUM: _checksum(plain, metadata)}
 
     def write(aside: Path) -> None:
         save_file(plain, aside, described)
-        _sort_metadata(aside)
+        with aside.open("r+b") as file:  # put the texts in order, which safetensors writes in a random one
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+            if len(ordered) == length:
+                file.seek(8)
+                file.write(ordered)
 
     write_aside(path, write)
 
@@ -38,8 +45,6 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
 
     The tensors are parts of the file as the system maps it, which takes no memory; copy what is to be kept.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not os.path.isfile(path):  # also of a name that is no path
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -51,8 +56,8 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
     texts = {name: text for name, text in metadata.items() if name != CHECKSUM}
-    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, texts):
-        raise CheckpointError(f"{path} is damaged or was changed: its contents do not have the checksum in it")
+    if metadata.get(CHECKSUM) != _checksum(tensors, texts):
+        raise CheckpointError(f"{path} is damaged or was changed: its checksum is missing or that of other contents")
     return metadata, tensors
 
 
@@ -79,15 +84,3 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the texts in order, which safetensors writes in a random one; the header keeps its length."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-        if len(ordered) == length:
-            file.seek(8)
-            file.write(ordered)
