@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `slimmable plan NAME | head`
         return 1
     except Exception as error:
-        fault = explained_fault(error)
-        if fault is None:
+        if (fault := explained_fault(error)) is None:
             raise
         return _end(arguments, fault.replace(GO_ON, "then start it again"), 2)
     finally:

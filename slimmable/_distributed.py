@@ -46,12 +46,6 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def wait_for_all() -> None:
-    """Wait until every process gets here."""
-    if not alone():
-        dist.barrier()
-
-
 def any_process(value: bool, device: torch.device) -> bool:
     """Return whether `value` is true in any process."""
     return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
@@ -106,20 +100,16 @@ def means_over_processes(*values: Tensor) -> list[float]:
     if not alone():
         dist.all_reduce(means)
         means /= world_size()
-    found: list[float] = means.tolist()
-    return found
+    return cast("list[float]", means.tolist())
 
 
 def where_not_finite(device: torch.device, **kinds: Iterable[Tensor]) -> str:
     """Say in which processes tensors of the first of these kinds are not finite, unless that is so in all or none."""
-    if alone():
-        return ""
-    finite = [all(bool(tensor.isfinite().all()) for tensor in tensors) for tensors in kinds.values()]
-    everywhere = from_all(torch.tensor(finite, device=device).int()).T.tolist()
-    for kind, fine in zip(kinds, everywhere, strict=True):
-        if 0 in fine and 1 in fine:
-            ranks = ", ".join(str(rank) for rank, own in enumerate(fine) if not own)
-            return f"; the {kind} of process {ranks} are not finite"
+    for kind, tensors in kinds.items():
+        fine = torch.tensor([all(tensor.isfinite().all() for tensor in tensors)], device=device).int()
+        ranks = [] if alone() else [str(rank) for rank, (own,) in enumerate(from_all(fine).tolist()) if not own]
+        if 0 < len(ranks) < world_size():
+            return f"; the {kind} of process {', '.join(ranks)} are not finite"
     return ""
 
 
@@ -143,10 +133,8 @@ def average_gradients(model: nn.Module) -> None:
     >>> average_gradients(layer)  # the only process: nothing to do
     """
     check_is_module("average_gradients", model)
-    if alone():
-        return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
+    if alone() or not parameters:
         return
     if any(hasattr(parameter, "placements") for parameter in parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")

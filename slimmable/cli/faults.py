@@ -57,7 +57,8 @@ def explained_fault(error: BaseException) -> str | None:
         return str(error)
     if not isinstance(error, (MemoryError, OSError, RuntimeError)):
         return None
-    text, lower = _last_line(error), str(error).lower()
+    lower, lines = str(error).lower(), str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[-1 if "Original Traceback" in str(error) else 0].strip()[:300]  # that of a worker is in front
     if isinstance(error, MemoryError) or any(sign in lower for sign in _NO_MEMORY):
         return f"out of memory ({text}); a smaller --batch-size or --image-size, or fewer --workers, need less"
     if "dataloader worker" in lower or "pin memory thread" in lower:
@@ -70,12 +71,6 @@ def explained_fault(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
     return text if isinstance(error, OSError) else None
-
-
-def _last_line(error: BaseException) -> str:
-    """Return the message; of one from a worker, which has a traceback in front of it, the end."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if "Original Traceback" in str(error) else 0].strip()[:300]
 
 
 def flush_or_drop() -> None:

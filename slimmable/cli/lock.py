@@ -20,18 +20,6 @@ from slimmable.errors import CheckpointError, UsageError
 
 LOCK = ".lock"
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _take(handle: int) -> None:
-        os.lseek(handle, 2**20, os.SEEK_SET)  # what is locked cannot be read, so a byte behind the text
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _take(handle: int) -> None:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by processes that read images
-
 
 @contextmanager
 def locked(folder: Path, new: bool = False) -> Iterator[None]:
@@ -75,3 +63,15 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
                 path.unlink()
                 for each in made:
                     each.rmdir()  # unless it has files
+
+
+def _take(handle: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(handle, 2**20, os.SEEK_SET)  # what is locked cannot be read, so a byte behind the text
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by processes that read images

@@ -2,15 +2,14 @@
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from slimmable._atomic import write_aside
-from slimmable._distributed import any_process, is_first, wait_for_all
+from slimmable._distributed import any_process, is_first
 from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
 from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
@@ -31,7 +30,8 @@ _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal networ
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
     """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
-    with _held(folder, not options.resume, device):
+    with locked(folder, not options.resume) if is_first() else nullcontext():
+        any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
         try:
             _tell(_introduction(config, training.images))
@@ -50,27 +50,11 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
             kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
             raise DivergedError(f"step {training.step + 1}: {error}; {kept}") from error
         except Exception as error:
-            fault = explained_fault(error)
-            if fault is None:
+            if (fault := explained_fault(error)) is None:
                 raise
             fault = fault.removesuffix(GO_ON).removesuffix(_way_on(folder)).rstrip("; ")  # another process has told it
             raise SlimmableError(f"{fault}; {_way_on(folder)}") from error
     return 0
-
-
-@contextmanager
-def _held(folder: Path, new: bool, device: torch.device) -> Iterator[None]:
-    """Hold the run folder in the first process; what it raises, all raise."""
-    refusal: SlimmableError | None = None
-    with ExitStack() as stack:
-        try:
-            if is_first():
-                stack.enter_context(locked(folder, new))
-        except SlimmableError as error:
-            refusal = error
-        if any_process(refusal is not None, device):
-            raise refusal or UsageError(f"the first process cannot use {folder}")
-        yield
 
 
 def _way_on(folder: Path) -> str:
@@ -88,13 +72,10 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = load_images(config)
-    fitted = config
-    if config.method == "mocov2":  # with a longer queue, an image could meet its own last key as a negative
-        queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
-        fitted = replace(config, queue_size=queue)
-    method = new_method(fitted, images.channels, len(images.classes))
-    least = 0.0 if config.gate_budget is None else gate_plan(method.backbone).least_share()
-    if config.gate_budget is not None and config.gate_budget < least:
+    # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
+    queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
+    method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
+    if config.gate_budget is not None and config.gate_budget < (least := gate_plan(method.backbone).least_share()):
         raise UsageError(
             f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
             "multiply-adds; choose a larger budget"
@@ -133,29 +114,15 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
     The first signal in any process lets a checkpoint be written; a second one stops immediately.
     """
     asked: list[int] = []
-    columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in training.config.widths)]
-    columns += [] if training.gates is None else ["gated_share"]
-    usual = 0 if training.gates is None else max(1, training.config.epochs // 10)
+    config, gates, watch = training.config, training.gates, None
+    columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in config.widths)]
+    columns += [] if gates is None else ["gated_share"]
+    usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
-    watch = None
     loggers: list[Logger] = []
     if is_first():
-        loggers = make_loggers(folder, columns, training.step, options.log, asdict(training.config))
+        loggers = make_loggers(folder, columns, training.step, options.log, asdict(config))
         watch = Watch(training, folder, loggers[1:]) if every else None
-
-    def save() -> None:
-        for logger in loggers:
-            logger.flush()
-        training.check_finite()
-        if every and training.step % every == 0:  # before the checkpoint, or a resumed run would lack the row
-            if watch is not None:
-                progress.note(watch.look())
-            wait_for_all()
-        if is_first():
-            training.save(folder / CHECKPOINT)
-            if training.diagnostics is not None:
-                training.diagnostics.to_csv(folder / GRADIENTS)
-
     with (
         on_signals(lambda number: stop(number) if asked else asked.append(number)),
         Progress(training.steps, training.step, training.steps_per_epoch) as progress,
@@ -166,14 +133,22 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
                 progress.advance(losses)
             if training.step % options.log_every == 0 or training.step == training.steps:
                 # a universal model's random widths have no curve
-                shown = {f"train_loss/w{width:g}": losses[width] for width in training.config.widths if width in losses}
-                if training.gates is not None and training.gates.reached is not None:
-                    shown["gated_share"] = float(training.gates.reached)
+                shown = {f"train_loss/w{width:g}": losses[width] for width in config.widths if width in losses}
+                if gates is not None and gates.reached is not None:
+                    shown["gated_share"] = float(gates.reached)
                 for logger in loggers:
                     logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
             stopping = any_process(bool(asked), training.device)
             if stopping or training.step % training.steps_per_epoch == 0:
-                save()
+                for logger in loggers:
+                    logger.flush()
+                training.check_finite()
+                if watch is not None and training.step % every == 0:  # before the checkpoint, or its row would be lost
+                    progress.note(watch.look())
+                if is_first():
+                    training.save(folder / CHECKPOINT)
+                    if training.diagnostics is not None:
+                        training.diagnostics.to_csv(folder / GRADIENTS)
             if stopping and training.step < training.steps:
                 return asked[0] if asked else signal.SIGTERM
     return 0

@@ -16,8 +16,7 @@ from slimmable.cli.faults import explained_fault
 from slimmable.errors import SlimmableError
 
 _PAUSE = 0.5  # seconds between two signs of life of a process
-_SILENCE = 15.0  # seconds without one after which a process is lost, well before torchrun kills the others
-_ALARM = 4.0  # the same when communication has failed
+_SILENCE = 10.0  # seconds without one after which a process is lost; torchrun kills the others after 30
 _LEFT = "left"  # the last sign of life; the others are numbers
 
 
@@ -42,19 +41,17 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()  # not after an error, when it might wait for the others
     except BaseException as error:
         fault = explained_fault(error)
-        own.end(error)
+        own.end(fault or f"{type(error).__name__} {error}")
         if fault is None or isinstance(error, SlimmableError):
             raise
         raise SlimmableError(fault) from error
     finally:
-        _signs.remove(own)
+        _signs.clear()
 
 
 def lost_process() -> str | None:
     """Return which process of the run is lost and why, after communication has failed, or None if all are there."""
-    for own in _signs:
-        return own.search()
-    return None
+    return _signs[0].search() if _signs else None
 
 
 class _Signs:
@@ -67,56 +64,48 @@ class _Signs:
 
     def __init__(self, rank: int, count: int) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_ALARM))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SILENCE))
         self._store = PrefixStore(f"slimmable/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._own, self._watched = str(rank), str((rank - 1) % count)
         self._ended = Event()
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Stop, and tell the others if this is because of an error."""
+    def end(self, fault: str = "") -> None:
+        """Stop, and tell the others if this is because of a fault."""
         self._ended.set()
-        self._thread.join(_ALARM)
+        self._thread.join(_SILENCE)
+        key, how = ("lost", f"failed: {fault.splitlines()[0]}") if fault else ("left", "has ended")
         with suppress(RuntimeError):  # the store is in another process
-            if error is not None:
-                error = error.__cause__ if isinstance(error.__cause__, SlimmableError) else error
-                text, kind = str(error).partition("\n")[0], type(error).__name__
-                reason = text if isinstance(error, SlimmableError) else f"{kind} {text}".strip()
-                self._store.compare_set("lost", "", f"process {self._own} failed: {reason}")
+            self._store.compare_set(key, "", f"process {self._own} {how}")
             self._store.set(self._own, _LEFT)
-        if error is not None and self._own == "0":
+        if fault and self._own == "0":
             time.sleep(2 * _PAUSE)  # without torchrun, this process has the store, in which the others now look
 
     def search(self) -> str | None:
-        """Alarm all processes, and return what they find within the time in which a living one gives a sign."""
-        with suppress(RuntimeError):
-            self._store.set("alarm", "")
-        end = time.monotonic() + 2 * _ALARM
-        while (found := self._found()) is None and time.monotonic() < end:
+        """Return which process is lost, as the one that watches it will soon say, or else which has left."""
+        end = time.monotonic() + 1.5 * _SILENCE
+        while (lost := self._read("lost")) is None and time.monotonic() < end:
             time.sleep(0.1)
-        return found
+        return lost or self._read("left")
 
-    def _found(self) -> str | None:
+    def _read(self, key: str) -> str | None:
         try:
-            return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+            return self._store.get(key).decode() if self._store.check([key]) else None
         except RuntimeError:
             return "process 0 or torchrun, by which the processes met, has ended"
 
     def _run(self) -> None:
-        beats, last, unchanged = 0, "", 0
+        beats, last, unchanged = 0, self._read(self._watched), 0
         while not self._ended.wait(_PAUSE):
             beats += 1
             with suppress(RuntimeError):
                 self._store.set(self._own, str(beats))
-                alarm = self._store.check(["alarm"])
-                seen = self._store.get(self._watched).decode() if self._store.check([self._watched]) else last
-                unchanged = 0 if seen != last or (seen == _LEFT and not alarm) else unchanged + 1
-                last = seen
-                if unchanged * _PAUSE > (_ALARM if alarm else _SILENCE):
-                    how = "has ended" if seen == _LEFT else "was killed or hangs"
-                    self._store.compare_set("lost", "", f"process {self._watched} {how}")
-            if self._found() and not self._ended.wait(2 * _ALARM) and (found := self._found()):
+                last, before = self._read(self._watched), last
+                unchanged = unchanged + 1 if last == before != _LEFT else 0
+                if unchanged * _PAUSE > _SILENCE:
+                    self._store.compare_set("lost", "", f"process {self._watched} was killed or hangs")
+            if self._read("lost") and not self._ended.wait(_SILENCE) and (found := self._read("lost")):
                 print(f"slimmable: {found}", file=sys.stderr, flush=True)
                 os._exit(1)
 

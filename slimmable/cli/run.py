@@ -1,9 +1,8 @@
 """Runs of pre-training: the network, a timm backbone with a method around it, and the folder.
 
-The folder holds the settings, a checkpoint, and the trained networks as files. The checkpoint is one safetensors file
-with the network and everything that resuming needs. Without the tensors whose names begin with `training.` (key
-encoder, queue, optimizer), it is a state dict of the converted network. It stores no random state, because every step
-seeds its own random numbers.
+The folder holds the settings, a checkpoint, and the trained networks as files. The checkpoint is one safetensors file,
+a state dict of the converted network and, under names with `training.` in front, what else resuming needs. That is no
+random state, because every step seeds its own random numbers.
 """
 
 import copy
@@ -73,15 +72,11 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
         return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
     if config.method == "vicreg":
         return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
+    both: dict[str, Any] = {"momentum": config.ema_momentum, "temperature": config.temperature}
     if config.method == "mocov2":
-        return methods.MoCoV2(
-            encoder(methods.MoCoV2.projector(features, hidden, dim)),
-            proj_dim=dim,
-            queue_size=config.queue_size,
-            momentum=config.ema_momentum,
-            bn_splits=config.key_parts,
-            temperature=config.temperature,
-        )
+        slim = encoder(methods.MoCoV2.projector(features, hidden, dim))
+        queue, parts = config.queue_size, config.key_parts
+        return methods.MoCoV2(slim, proj_dim=dim, queue_size=queue, bn_splits=parts, **both)
     if config.method == "byol":
         online = encoder(methods.BYOL.projector(features, hidden, dim))
         predictor = _slimmed(config, methods.BYOL.predictor(hidden, dim), torch.zeros(2, dim))
@@ -91,7 +86,7 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
     predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
     slim = _slimmed(config, predictor, torch.zeros(2, dim))
-    return methods.MoCoV3(encoder(projector), slim, momentum=config.ema_momentum, temperature=config.temperature)
+    return methods.MoCoV3(encoder(projector), slim, **both)
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
@@ -119,12 +114,12 @@ def timm_backbone(name: str, channels: int, image_size: int | None, **settings: 
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
-    sized: dict[str, Any] = dict(settings) if image_size is None else {**settings, "img_size": image_size}
+    sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
     try:
         try:
             return timm.create_model(name, **sized), sized
         except TypeError:  # a model for images of any size has no `img_size`
-            return timm.create_model(name, **settings), dict(settings)
+            return timm.create_model(name, **settings), {**settings}
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
@@ -148,9 +143,8 @@ def read_config(folder: Path) -> PretrainConfig:
         values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
-    differing = {each.name for each in fields(PretrainConfig)} ^ set(values)
-    if differing:
-        names = listed([f"{shown(name):.60}" for name in sorted(differing)], 10)
+    if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
+        names = listed([f"{shown(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
     for name, value in values.items():
         if not fits(PretrainConfig, name, value):
@@ -178,8 +172,8 @@ class Checkpoint:
     images: str | None = None
 
     def check_images(self, data: str, digest: str | None) -> None:
-        """Raise UsageError if `digest` differs from the checkpoint's, as split and order of the images would differ."""
-        if self.images is not None and digest != self.images:
+        """Raise UsageError if `digest` is known and another than the checkpoint's, as the split would be another."""
+        if None not in (digest, self.images) and digest != self.images:
             raise UsageError(
                 f"--data {data} no longer holds the files of the run (then {self.images}; now {digest}); "
                 "undo what was added, removed or renamed there, or start a new run"
@@ -209,23 +203,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
     """Raise CheckpointError unless the tensors have the expected names, shapes and types, and possible values."""
-    found = differences(expected, given, most=10)
-    if found:
+    if found := differences(expected, given, most=10):
         raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
-    counts = [name for name in given if name.rpartition(".")[2] in _NEVER_NEGATIVE]
-    kinds = {
-        "of another type": [
-            f"{name} {given[name].dtype}, expected {tensor.dtype}"
-            for name, tensor in expected.items()
-            if given[name].dtype != tensor.dtype
-        ],
-        "infinite or NaN": [
-            name for name, tensor in expected.items() if tensor.isfinite().all() and not given[name].isfinite().all()
-        ],
-        "negative": [name for name in counts if (given[name] < 0).any()],
-    }
-    found = "".join(f"\n  {kind}: {listed(names, 10)}" for kind, names in kinds.items() if names)
-    if found:
+    kinds: dict[str, list[str]] = {"of another type": [], "infinite or NaN": [], "negative": []}
+    for name, tensor in expected.items():
+        values = given[name]
+        if values.dtype != tensor.dtype:
+            kinds["of another type"].append(f"{name} {values.dtype}, expected {tensor.dtype}")
+        if tensor.isfinite().all() and not values.isfinite().all():
+            kinds["infinite or NaN"].append(name)
+        if name.rpartition(".")[2] in _NEVER_NEGATIVE and (values < 0).any():
+            kinds["negative"].append(name)
+    if found := "".join(f"\n  {kind}: {listed(names, 10)}" for kind, names in kinds.items() if names):
         raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
@@ -237,12 +226,9 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
-    return {
-        f"{parameter}.{name}": torch.as_tensor(value)
-        for parameter, tensor in _parameters_of(optimizer).items()
-        for name, value in optimizer.state.get(tensor, {}).items()
-        if value is not None
-    }
+    state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
+    found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
+    return {name: torch.as_tensor(value) for name, value in found.items() if value is not None}
 
 
 def load_optimizer_tensors(
@@ -287,13 +273,11 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
     """Return the trained backbone of the run in `folder`, in eval mode; `digest` is that of its images, if known."""
-    path = folder / CHECKPOINT
-    checkpoint = load_checkpoint(path)
-    if digest is not None:
-        checkpoint.check_images(config.data, digest)
+    checkpoint = load_checkpoint(folder / CHECKPOINT)
+    checkpoint.check_images(config.data, digest)
     scores = checkpoint.network.get("projector.bias", torch.empty(0))
     method = new_method(config, channels, scores.numel())  # only supervised training has a classifier
-    load_exactly(method.encoder, checkpoint.network, str(path))
+    load_exactly(method.encoder, checkpoint.network, str(folder / CHECKPOINT))
     return method.backbone.eval()
 
 
@@ -309,10 +293,9 @@ def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, cha
     alone = backbone
     if config.gate_budget is None:
         alone = converted_backbone(config, channels)
-        try:
-            load_exactly(alone, backbone.state_dict(), MODEL)
-        except CheckpointError:
+        if differences(alone.state_dict(), backbone.state_dict()):
             return False
+        alone.load_state_dict(backbone.state_dict())
         for width, network in plain.items():
             ours, theirs = extract(alone, width).state_dict(), network.state_dict()
             if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name].cpu()) for name in ours):

@@ -16,7 +16,6 @@ from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
-from slimmable.losses import OnlineDistillation
 from slimmable.losses.distillation import DistillationKind
 from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
@@ -37,8 +36,12 @@ class Training:
             raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
         if batch % processes:
             raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
-        if config.method == "mocov2":
-            _check_parts(config.key_parts, batch, processes)
+        parts = f"--key-parts {config.key_parts} of --batch-size {batch}"
+        if config.method == "mocov2" and batch < 2 * config.key_parts:
+            raise UsageError(f"{parts} have fewer than two images each; choose fewer parts")
+        shared = max(config.key_parts, processes)
+        if config.method == "mocov2" and processes > 1 and (shared % processes or batch % shared):
+            raise UsageError(f"{parts} cannot be shared by {processes} processes; choose multiples of their number")
         self.config, self.images, self.device, self.workers = config, images, device, workers
         self.method = method.to(device).train()
         crop, mirror = config.min_crop_scale, not images.handwriting
@@ -47,19 +50,26 @@ class Training:
         self.steps_per_epoch = count // batch
         self.steps = config.epochs * self.steps_per_epoch
         self.step = 0
-        self.recipe = self._recipe(method)
+        distill = method.distillation()
+        if config.distill not in ("own", "none"):
+            distill.kind = cast(DistillationKind, config.distill)
+        self.recipe = SlimRecipe(
+            method.online,
+            distill=None if config.distill == "none" else distill,
+            loss_weights=config.loss_weights,
+            slow_start=config.slow_start,
+            random_widths=_RANDOM_WIDTHS if config.universal else 0,
+            seed=config.seed,
+        )
         self.diagnostics: GradientDiagnostics | None = None
-        self.gates: GateBudget | None = None
-        if config.gate_budget is not None:
-            self.gates = GateBudget(config.gate_budget, budget_weight=config.gate_loss_weight, alpha=_GATE_ALPHA)
+        share, weight = config.gate_budget, config.gate_loss_weight
+        self.gates = None if share is None else GateBudget(share, budget_weight=weight, alpha=_GATE_ALPHA)
         self.optimizer = make_optimizer(config, method.online)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         rising = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
         warm_up = round(rising * self.steps_per_epoch)
         if warm_up >= self.steps:
-            raise UsageError(
-                f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs for training; choose fewer"
-            )
+            raise UsageError(f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs; choose fewer")
         self.schedule = CosineLRScheduler(
             self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
         )
@@ -95,16 +105,6 @@ class Training:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _recipe(self, method: Method) -> SlimRecipe:
-        return SlimRecipe(
-            method.online,
-            distill=_distillation(self.config, method),
-            loss_weights=self.config.loss_weights,
-            slow_start=self.config.slow_start,
-            random_widths=_RANDOM_WIDTHS if self.config.universal else 0,
-            seed=self.config.seed,
-        )
-
     def _next(self) -> list[Tensor]:
         batch = next(self._batches, None)
         if batch is None:  # the first step, or the first one after resuming
@@ -135,10 +135,7 @@ class Training:
         save_checkpoint(path, self.method.encoder, self._own() | optimizer, self.step, self.images.digest)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Return to the state that `checkpoint` holds, or change nothing and raise CheckpointError.
-
-        Everything is compared first with what this training would have after as many steps.
-        """
+        """Return to the state of `checkpoint`, or change nothing and raise CheckpointError if it is another's."""
         done, given = checkpoint.step, checkpoint.training
         if not 0 < done <= self.steps:
             raise CheckpointError(f"the checkpoint is of step {done}, but the run has steps 1 to {self.steps}")
@@ -156,7 +153,7 @@ class Training:
         if not constant.items() <= scaler.items() or scale <= 0 or not 0 <= growing <= done:
             raise CheckpointError(f"the gradients' scaler cannot be in the state of the checkpoint: {scaler}")
         trained = self._steps_of_parameters(done)
-        if scaler and not growing and self.config.opt != "adamw":  # perhaps every step was skipped for an overflow
+        if scaler and not growing:  # perhaps every step, or every one at all widths, was skipped for an overflow
             known = {trained.get(name.rpartition(".")[0]) for name in optimizer}
             trained = {name: count for name, count in trained.items() if count in known}
         load_optimizer_tensors(self.optimizer, optimizer, trained, skipped=bool(scaler))
@@ -172,62 +169,36 @@ class Training:
         return own | {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
 
     def _steps_of_parameters(self, done: int) -> dict[str, int]:
-        """Return how many of the first `done` steps train each parameter, without those that none trains.
-
-        Two steps of copies tell which have gradients: one of the first kind, perhaps at full width alone, and one of
-        the kind that follows the slow start.
-        """
+        """Return how many of the first `done` steps train each parameter, as steps of a copy at its ends tell."""
         joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
         images = min(2 * max(self.config.key_parts, world_size()), self.config.batch_size) // world_size()
-        size, channels = self.config.image_size, self.images.channels
+        shape = images, self.images.channels, self.config.image_size, self.config.image_size
+        labels = torch.zeros(images, dtype=torch.long, device=self.device)
+        method, recipe, gates = copy.deepcopy((self.method, self.recipe, self.gates))
         found: dict[str, int] = {}
-        for progress, count in ((0.0, done), (1.0, joined)) if joined else ((0.0, done),):
-            method = copy.deepcopy(self.method)
-            views = [torch.rand(images, channels, size, size, device=self.device) for _ in range(method.views)]
-            labels = torch.zeros(images, dtype=torch.long, device=self.device)
-            method.step(self._recipe(method), Batch(views, labels), progress, step=0, gates=copy.copy(self.gates))
-            for name, parameter in method.online.named_parameters():
-                if parameter.grad is not None:
-                    found.setdefault(name, count)
-        return found
+        for progress, count in ((0.0, done), (1.0, joined)):  # the first perhaps at full width alone
+            batch = Batch([torch.rand(shape, device=self.device) for _ in range(method.views)], labels)
+            method.step(recipe, batch, progress, step=0, gates=gates)
+            trained = [name for name, parameter in method.online.named_parameters() if parameter.grad is not None]
+            found = dict.fromkeys(trained, count) | found
+        return {name: count for name, count in found.items() if count}
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
     """Return timm's optimizer for `config`, without weight decay, and in LARS scaling, of norms, biases and gates."""
-    names = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}  # timm's "sgd" is Nesterov's
-    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
-    if config.opt == "adamw":
-        settings["fused"] = True
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(online, names[config.opt], **settings)
-    gates = {id(parameter) for parameter in gate_parameters(online)}
-    found = []
-    for group in optimizer.param_groups:
-        found += [parameter for parameter in group["params"] if id(parameter) in gates]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
-    if found:  # timm's schedule multiplies the learning rate of a group by its `lr_scale`
-        optimizer.add_param_group({"params": found, "weight_decay": 0.0, "lr_scale": config.gate_lr_scale})
-    own = {id(parameter): name for name, parameter in online.named_parameters()}
-    for group in optimizer.param_groups:
-        group["param_names"] = [own[id(parameter)] for parameter in group["params"]]
-    return optimizer
-
-
-def _check_parts(parts: int, batch: int, processes: int) -> None:
-    """Raise UsageError if MoCo cannot compute the keys of a batch in this many parts."""
-    given = f"--key-parts {parts} of --batch-size {batch}"
-    if batch < 2 * parts:
-        raise UsageError(f"{given} have fewer than two images each; choose fewer parts")
-    parts = max(parts, processes)
-    if processes > 1 and (parts % processes or batch % parts):
-        raise UsageError(f"{given} cannot be shared by {processes} processes; choose multiples of their number")
-
-
-def _distillation(config: PretrainConfig, method: Method) -> OnlineDistillation | None:
-    own = method.distillation()
-    if config.distill in ("none", "own"):
-        return own if config.distill == "own" else None
-    kind = cast(DistillationKind, config.distill)
-    return OnlineDistillation(kind, own.teacher_temperature, own.student_temperature, weight=own.weight)
+    gates = set(map(id, gate_parameters(online)))
+    plain: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
+    gating = {**plain, "params": [], "lr_scale": config.gate_lr_scale}  # timm's schedule multiplies by it
+    for name, parameter in online.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias")
+            kind = gating if id(parameter) in gates else decaying if decays else plain
+            kind["params"].append((name, parameter))
+    groups = [group for group in (plain, decaying, gating) if group["params"]]
+    name = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}[config.opt]  # timm's "sgd" is Nesterov's
+    settings = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
+    return create_optimizer_v2(groups, name, lr=config.lr, **settings)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
