@@ -99,17 +99,13 @@ class Evaluate:
 class Export:
     """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
 
-    model: str = option(
-        help="a timm model, a file written by slimmable.save, or the folder of a pre-training run",
-        metavar="MODEL_OR_RUN",
-    )
+    model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
         help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
     )
     format: tuple[str, ...] | None = option(
         None,
-        "pt2: a program for torch.export.load; onnx: one for any ONNX runtime; safetensors: weights for "
-        "slimmable.load; can be repeated",
+        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
         choices=("pt2", "onnx", "safetensors"),
         shown="pt2, and onnx if it is installed",
         action="append",

@@ -134,11 +134,7 @@ def option(
 
 
 def flag(name: str) -> str:
-    """Return the option of a field.
-
-    >>> flag("batch_size")
-    '--batch-size'
-    """
+    """Return the option of a field, as `--batch-size` of `batch_size`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -232,14 +228,11 @@ class PretrainConfig:
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
     distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
-    loss_weights: str = option(
-        "widest_plus_rest", "weights of the widths' losses, as in slimmable.losses.width_weights", metavar="MODE"
-    )
+    loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")
     slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
         None,
-        "train one width dense and gated: with channel gates, images use this share of the multiply-adds on average; "
-        f"for {', '.join(GATED_METHODS)}",
+        f"train one width dense, and gated to this mean share of multiply-adds; for {', '.join(GATED_METHODS)}",
         within=Range("in (0, 1)", lambda value: 0 < value < 1),
         metavar="SHARE",
     )
@@ -320,9 +313,7 @@ class PretrainConfig:
 class RunOptions:
     """The options of `pretrain` besides its settings."""
 
-    preset: str | None = option(
-        None, "published settings by name, such as slimclr-mocov2-imagenet; other options override them", group="run"
-    )
+    preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
     output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
     resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
     log: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)

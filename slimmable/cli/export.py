@@ -1,7 +1,4 @@
-"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card.
-
-The model is a timm model by name, a saved model, or the folder of a pre-training run.
-"""
+"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card."""
 
 import importlib.util
 import io

@@ -22,7 +22,6 @@ DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the firs
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _MOST_BYTES = 2**28  # of a table
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
-Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,9 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
-    The left panel shows two ratios of gradient norms over the steps, in one colour per narrow width: the solid line is
-    the weights that the width does not use over those that it uses (`rest_ratio`), the dotted line all weights over
-    those that it uses (`grad_ratio`). Where the solid line is below 1, the few weights of the narrow width have the
-    larger gradient. The right panel shows the cosine of each width's own gradient with that of the full width. A file
-    at `path` is replaced only when the new one is complete.
+    Left are two ratios of gradient norms for each narrow width: of the weights that it does not use to those that it
+    uses (`rest_ratio`, solid), and of all weights to those (`grad_ratio`, dotted). Where the solid line is below 1, the
+    few weights of the narrow width have the larger gradient. Right is the cosine of its gradient with the full width's.
 
     Raises: DataError: if there are no rows, or they have no ratios.
     """
@@ -177,7 +174,7 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
 class Logger:
     """Writes the metrics of a step under flat names such as `train_loss/w0.5`; `flush` empties its buffer."""
 
-    log: Callable[[int, Values], object]
+    log: Callable[[int, Mapping[str, float]], object]
     flush: Callable[[], object] = lambda: None
 
 
@@ -190,7 +187,7 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
     write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
     file = path.open("ab", buffering=0)  # line by line, so none is written in part, or again when the file is closed
 
-    def log(step: int, values: Values) -> None:
+    def log(step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
         try:  # the cell of a width that did not run stays empty
             line = csv_text(names, [row]).partition("\n")[2].encode()
