@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import slimmable
 from slimmable.cli.config import (
-    DEFAULT_WIDTHS,
-    WIDTHS_HELP,
+    DEVICE,
+    SIZE,
+    WIDTHS,
+    WORKERS,
     PretrainConfig,
     RunOptions,
     add_options,
@@ -24,17 +26,12 @@ from slimmable.cli.config import (
     check,
     checked_widths,
     configure,
-    device_option,
     flag,
     option,
     say,
     with_preset,
-    workers_option,
 )
 from slimmable.errors import UsageError, WidthError
-
-if TYPE_CHECKING:
-    import torch
 
 ALL = "all"
 _UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
@@ -47,14 +44,6 @@ def _width(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {ALL}") from None
-
-
-def _image_size() -> Any:
-    return option(None, "height and width in pixels", within=at_least(1, 4096), shown="the model's own")
-
-
-def _widths(group: str = "") -> Any:
-    return option(None, WIDTHS_HELP, shown=" ".join(map(str, DEFAULT_WIDTHS)), metavar="W", group=group)
 
 
 @dataclass(frozen=True)
@@ -87,8 +76,8 @@ class Evaluate:
         "linear: one classifier per width; slimmable: one for all widths; ridge: solved in closed form",
         choices=("knn", "linear", "slimmable", "ridge"),
     )
-    workers: int | None = workers_option()
-    device: str | None = device_option()
+    workers: int | None = option(None, **WORKERS)
+    device: str | None = option(None, **DEVICE)
 
     def _run(self) -> int:
         from slimmable.cli.data import load_images
@@ -110,58 +99,58 @@ class Evaluate:
 class Export:
     """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
 
-    model: str = option(
-        help="a timm model, a file written by slimmable.save, or the folder of a pre-training run",
-        metavar="MODEL_OR_RUN",
-    )
+    model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
         help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
     )
     format: tuple[str, ...] | None = option(
         None,
-        "pt2: a program for torch.export.load; onnx: one for any ONNX runtime; safetensors: weights for "
-        "slimmable.load; can be repeated",
+        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
         choices=("pt2", "onnx", "safetensors"),
         shown="pt2, and onnx if it is installed",
         action="append",
     )
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
-    widths: tuple[float, ...] | None = _widths("for a timm model only, except that a file also takes --image-size")
+    widths: tuple[float, ...] | None = option(
+        None, **WIDTHS, group="for a timm model only, except that a file also takes --image-size"
+    )
     checkpoint: Path | None = option(
         None, "weights of the plain or the converted model, saved by torch.save or as safetensors", metavar="FILE"
     )
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
     num_classes: int | None = option(
-        None, "size of the classifier; 0: a backbone that outputs features", within=at_least(0), metavar="N"
+        None, "size of the classifier; 0: a backbone that outputs features", within=at_least(0)
     )
-    image_size: int | None = _image_size()
+    image_size: int | None = option(None, **SIZE)
 
     def _run(self) -> int:
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
         from slimmable.cli.export import export as write
-        from slimmable.cli.export import file_source, kind_of, run_source, timm_source
+        from slimmable.cli.export import file_source, run_source, timm_source
         from slimmable.cli.lock import locked
+        from slimmable.cli.run import CONFIG, check_name
 
-        kind = kind_of(self.model)
-        if kind == "timm":
-            known = checked_widths(self.widths)
-            for asked in self.width:
-                if asked != ALL and asked not in known:
-                    raise WidthError(
-                        f"--width {asked} is not one of --widths {known}; add it there to export {self.model}"
-                    )
-            source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
-            folder = self.output or Path("runs/export", self.model)
+        path = Path(self.model)
+        if os.path.exists(path / CONFIG):
+            self._leave_out("the folder of a run", "image_size")
+            source, folder = run_source(path), path
+        elif os.path.isfile(path):
+            self._leave_out("a saved model")
+            source, folder = file_source(path, self.image_size), Path("runs/export", path.stem)
         else:
-            names = ("widths", "checkpoint", "pretrained", "num_classes", *(("image_size",) if kind == "run" else ()))
-            settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
-            if settled:
-                what = "the folder of a run" if kind == "run" else "a saved model"
-                raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
-            path = Path(self.model)
-            source = run_source(path) if kind == "run" else file_source(path, self.image_size)
-            folder = self.output or (path if kind == "run" else Path("runs/export", path.stem))
+            try:
+                check_name(self.model)
+            except UsageError as error:
+                what = f"a folder without {CONFIG}, not a run" if os.path.isdir(path) else "neither a folder nor a file"
+                raise UsageError(f"{self.model} is {what}, and not a model either: {error}") from error
+            known = checked_widths(self.widths)
+            unknown = [asked for asked in self.width if asked not in (ALL, *known)]
+            if unknown:
+                raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
+            source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
+            folder = Path("runs/export", self.model)
+        folder = self.output or folder
         widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
         with locked(folder):
             files = write(source, widths, self.format, folder)
@@ -172,19 +161,36 @@ class Export:
         say(f"wrote {folder / 'README.md'}, the model card")
         return 0
 
+    def _leave_out(self, what: str, *more: str) -> None:
+        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
+        names = ("widths", "checkpoint", "pretrained", "num_classes", *more)
+        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
+        if settled:
+            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
 
 @dataclass(frozen=True)
 class Plan:
     """Print what would be slimmed in a timm model, and what stays full and why."""
 
     name: str = option(help="a timm model", metavar="NAME")
-    image_size: int | None = _image_size()
-    widths: tuple[float, ...] | None = _widths()
+    image_size: int | None = option(None, **SIZE)
+    widths: tuple[float, ...] | None = option(None, **WIDTHS)
+
+    def _model(self) -> tuple[Any, Any]:
+        """Return the model and a batch of two zero images for it."""
+        import torch
+
+        from slimmable.cli.run import timm_backbone
+
+        model: Any = timm_backbone(self.name, channels=3, image_size=self.image_size)
+        channels, height, width = model.pretrained_cfg["input_size"]
+        return model, torch.zeros(2, channels, self.image_size or height, self.image_size or width)
 
     def _run(self) -> int:
         from slimmable._convert import plan as make_plan
 
-        model, example = _timm_model(self)
+        model, example = self._model()
         say(str(make_plan(model, checked_widths(self.widths), example_inputs=example)))
         return 0
 
@@ -202,7 +208,7 @@ class Profile(Plan):
 
         if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
             raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
-        model, example = _timm_model(self)
+        model, example = self._model()
         table = measure(slimify(model, checked_widths(self.widths), example_inputs=example), tuple(example.shape[1:]))
         say(str(table))
         if self.csv is not None:
@@ -287,27 +293,14 @@ def run(name: str, given: dict[str, Any]) -> int:
     *_, command = COMMANDS[name]
     own = command(**{each.name: given.pop(each.name) for each in fields(command) if each.name in given})
     check(own)
-    code: int = own._run(**given)
-    return code
+    return int(own._run(**given))
 
 
-def _timm_model(options: Plan) -> "tuple[torch.nn.Module, torch.Tensor]":
-    """Return a timm model and a batch of two zero images for it."""
-    import torch
-
-    from slimmable.cli.run import timm_backbone
-
-    model = timm_backbone(options.name, channels=3, image_size=options.image_size)
-    channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index]
-    return model, torch.zeros(2, channels, options.image_size or height, options.image_size or width)
-
-
-def _find_device(name: str | None) -> "torch.device":
+def _find_device(name: str | None) -> Any:
     """Return the device of this name; by default cuda if available, otherwise the CPU."""
     import torch
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers

@@ -24,12 +24,15 @@ DIGITS = "digits"
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
-_WITHOUT_LOGITS = ("byol", "vicreg")  # they distil embeddings
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST_WIDTHS = 100
-WIDTHS_HELP = "fractions of the channels, in (0, 1], including 1"
+WIDTHS: dict[str, Any] = {
+    "help": "fractions of the channels, in (0, 1], including 1",
+    "shown": " ".join(map(str, DEFAULT_WIDTHS)),
+    "metavar": "W",
+}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
@@ -44,9 +47,7 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
-        raise MissingPackageError(
-            f"this command needs {package}, which cannot be imported ({error}). Install it with: {way}"
-        ) from error
+        raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error
 
 
 @contextmanager
@@ -94,7 +95,6 @@ POSITIVE = Range("positive", lambda value: 0 < value < inf, (1e-9, 1_000_000))
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < inf)
 FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
 SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31, (0, 2**31))
-PROCESSES = Range("0 or more", lambda value: value >= 0, (0, 256))
 
 
 def at_least(least: int, most: int = 1_000_000) -> Range:
@@ -103,6 +103,13 @@ def at_least(least: int, most: int = 1_000_000) -> Range:
 
 
 UNITS = at_least(1, 65_536)
+DEVICE: dict[str, Any] = {"help": "torch device, such as cpu or cuda", "shown": "cuda if available"}
+SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": at_least(1, 4096), "shown": "the model's own"}
+WORKERS: dict[str, Any] = {
+    "help": "processes that read and augment images; the result does not depend on them",
+    "within": Range("0 or more", lambda value: value >= 0, (0, 256)),
+    "shown": "chosen by the number of processors",
+}
 
 
 def option(
@@ -127,35 +134,25 @@ def option(
 
 
 def flag(name: str) -> str:
-    """Return the option of a field.
-
-    >>> flag("batch_size")
-    '--batch-size'
-    """
+    """Return the option of a field, as `--batch-size` of `batch_size`."""
     return f"--{name.replace('_', '-')}"
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add every option of the dataclass `settings`; an option that is not given is absent from the parsed arguments."""
-    kinds: dict[str, Any] = get_type_hints(settings)
     group: argparse._ActionsContainer = parser
     for each in fields(settings):
         if each.metadata["group"]:
             group = parser.add_argument_group(each.metadata["group"])
-        parsing = dict(each.metadata["parsing"])
-        if kinds[each.name] is bool:
+        parsing, choices = dict(each.metadata["parsing"]), each.metadata["choices"]
+        (kind,) = (part for part in _parts(each.type) if part is not NoneType)
+        one, *several = get_args(kind) or (kind,)  # of a tuple, the type of its items and an ellipsis
+        if kind is bool:
             parsing["action"] = "store_true"
         else:
-            (kind,) = (part for part in _parts(kinds[each.name]) if part is not NoneType)
-            several = get_origin(kind) is tuple
+            parsing = {"type": one, **({"choices": choices} if choices else {"metavar": _METAVARS.get(one)}), **parsing}
             if several and "action" not in parsing:
                 parsing["nargs"] = "+"
-            one = get_args(kind)[0] if several else kind
-            parsing.setdefault("type", one)
-            if each.metadata["choices"]:
-                parsing["choices"] = each.metadata["choices"]
-            else:
-                parsing.setdefault("metavar", _METAVARS.get(one))
         positional = each.default is MISSING and not parsing.get("required")
         name = each.name if positional else flag(each.name)
         group.add_argument(name, default=argparse.SUPPRESS, help=help_text(each), **parsing)
@@ -179,11 +176,10 @@ def check(settings: Any) -> None:
                 raise UsageError(f"{flag(each.name)} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
-            if within and not within.holds(one):
-                raise UsageError(f"{flag(each.name)} must be {within.text}, got {one}")
-            if within and not within.ends[0] <= one <= within.ends[1]:
-                least, most = within.ends
-                raise UsageError(f"{flag(each.name)} must be from {least} to {most:,}, got {one}")
+            least, most = within.ends if within else (one, one)
+            if within and not (within.holds(one) and least <= one <= most):
+                limits = f"from {least} to {most:,}" if within.holds(one) else within.text
+                raise UsageError(f"{flag(each.name)} must be {limits}, got {one}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
@@ -199,8 +195,7 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
 
 def fits(settings: type, name: str, value: object) -> bool:
     """Return whether a value read from JSON has the type of the field `name`."""
-    kinds: dict[str, Any] = get_type_hints(settings)
-    parts = [get_origin(part) or part for part in _parts(kinds[name])]
+    parts = [get_origin(part) or part for part in _parts(get_type_hints(settings)[name])]
     return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
 
 
@@ -230,19 +225,14 @@ class PretrainConfig:
         0.56, "smallest fraction of an image in a view", within=FRACTION, shown="0.56; for a folder 0.08 or 0.2"
     )
 
-    widths: tuple[float, ...] = option(DEFAULT_WIDTHS, WIDTHS_HELP, metavar="W", group="widths and gates")
+    widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
-    distill: str = option(
-        "own", "how the full width teaches the others; own: the method's own way", choices=DISTILLATIONS
-    )
-    loss_weights: str = option(
-        "widest_plus_rest", "weights of the widths' losses, as in slimmable.losses.width_weights", metavar="MODE"
-    )
+    distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
+    loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")
     slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
         None,
-        "train one width dense and gated: with channel gates, images use this share of the multiply-adds on average; "
-        f"for {', '.join(GATED_METHODS)}",
+        f"train one width dense, and gated to this mean share of multiply-adds; for {', '.join(GATED_METHODS)}",
         within=Range("in (0, 1)", lambda value: 0 < value < 1),
         metavar="SHARE",
     )
@@ -252,9 +242,7 @@ class PretrainConfig:
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
-    ema_momentum: float = option(
-        0.99, "momentum of the averaged encoder; mocov3 and byol raise it to 1", within=FRACTION
-    )
+    ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
 
@@ -266,10 +254,7 @@ class PretrainConfig:
         None, "peak learning rate after the slow start", within=POSITIVE, shown="the same"
     )
     warmup_epochs: float | None = option(
-        None,
-        "epochs of linear warm-up, before the learning rate follows a cosine to 0",
-        within=NOT_NEGATIVE,
-        shown="a twentieth of all",
+        None, "epochs of linear warm-up, before a cosine down to 0", within=NOT_NEGATIVE, shown="a twentieth of all"
     )
     weight_decay: float = option(0.05, "weight decay, not applied to norms and biases", within=NOT_NEGATIVE)
     precision: str = option(
@@ -290,22 +275,17 @@ class PretrainConfig:
             raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
         if self.augmentation == "supervised" != self.method:
             raise UsageError(
-                f"--augmentation supervised makes one view of an image, but --method {self.method} takes two; "
-                "choose another --augmentation"
+                f"--augmentation supervised makes one view of an image, but --method {self.method} takes two"
             )
-        if self.method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
-            raise UsageError(
-                f"--distill {self.distill} compares logits, which --method {self.method} does not have; choose own, "
-                "none, embedding or mse"
-            )
+        if self.method in ("byol", "vicreg") and self.distill not in ("own", "none", "embedding", "mse"):
+            missing = f"compares logits, which --method {self.method} does not have"
+            raise UsageError(f"--distill {self.distill} {missing}; choose own, none, embedding or mse")
         gated = self.gate_budget is not None
         if gated and self.method not in GATED_METHODS:
             raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
         if gated and len(self.widths) > 1:
-            raise UsageError(
-                f"--gate-budget trains one width, got --widths {' '.join(f'{width:g}' for width in self.widths)}; "
-                "leave --widths out, or gate a slimmable model in a training loop of your own"
-            )
+            widths = " ".join(f"{width:g}" for width in self.widths)
+            raise UsageError(f"--gate-budget trains one width, got --widths {widths}; leave --widths out")
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
@@ -329,24 +309,11 @@ class PretrainConfig:
             raise UsageError("--resume keeps the settings of the run; " + "; ".join(other))
 
 
-def workers_option() -> Any:
-    """Return the field `workers` of the commands that read images."""
-    text = "processes that read and augment images; the result does not depend on them"
-    return option(None, text, within=PROCESSES, shown="chosen by the number of processors", metavar="N")
-
-
-def device_option() -> Any:
-    """Return the field `device` of the commands that compute."""
-    return option(None, "torch device, such as cpu or cuda", shown="cuda if available")
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """The options of `pretrain` besides its settings."""
 
-    preset: str | None = option(
-        None, "published settings by name, such as slimclr-mocov2-imagenet; other options override them", group="run"
-    )
+    preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
     output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
     resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
     log: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
@@ -359,17 +326,15 @@ class RunOptions:
         metavar="EPOCHS",
     )
     diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")
-    workers: int | None = workers_option()
-    device: str | None = device_option()
+    workers: int | None = option(None, **WORKERS)
+    device: str | None = option(None, **DEVICE)
 
-
-Settings = dict[str, Any]
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
-PRESETS: dict[str, Settings] = _PUBLISHED["presets"]
+PRESETS: dict[str, dict[str, Any]] = _PUBLISHED["presets"]
 
 
-def with_preset(given: Mapping[str, Any], preset: str | None) -> Settings:
+def with_preset(given: Mapping[str, Any], preset: str | None) -> dict[str, Any]:
     """Return the settings of the preset, which must be for the same method, overridden by those in `given`."""
     if preset is None:
         return dict(given)
@@ -385,7 +350,7 @@ def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainCo
     """Return the settings of a run: those `given`, then the preset's, then the defaults of the method and images."""
     values = with_preset(given, preset)
     method = values.get("method", PretrainConfig.method)
-    defaults: Settings = {} if preset is not None else _PUBLISHED["small images"].get(method, {})
+    defaults: dict[str, Any] = {} if preset is not None else _PUBLISHED["small images"].get(method, {})
     if preset is not None or values.get("data", DIGITS) != DIGITS:
         defaults = {**_PUBLISHED["photographs"].get(method, {}), **defaults}
     if values.get("gate_budget") is not None:

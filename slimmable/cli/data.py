@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from slimmable._distributed import is_first
 from slimmable._tables import listed
 from slimmable.cli.config import DIGITS, PretrainConfig, require, say, shown
-from slimmable.cli.faults import GO_ON, explained_fault
+from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
@@ -78,9 +78,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
     if size < _SMALLEST_CANVAS:
-        raise DataError(
-            f"digits cannot be drawn on a canvas of {size} pixels; use --image-size {_SMALLEST_CANVAS} or more"
-        )
+        raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size {_SMALLEST_CANVAS} or more")
     handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
     digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
     labels = torch.from_numpy(handwriting.target).long()
@@ -99,20 +97,13 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
 
 
 def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Draw `digits[chosen]` and a fragment of one of `digits[clutter]` on canvases of shape (images, 1, size, size)."""
+    """Draw `digits[chosen]` and a 4x4 fragment of one of `digits[clutter]` on canvases, (images, 1, size, size)."""
     others = clutter[torch.randint(len(clutter), (len(chosen),), generator=generator)]
-    fragments = _fragment(digits[others], generator)
-    return torch.maximum(_place(digits[chosen], size, generator), _place(fragments, size, generator))
-
-
-def _fragment(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Keep a random 4x4 corner of the inner part of every digit and clear the rest."""
-    rows, columns = torch.randint(1, 4, (2, len(digits), 1, 1, 1), generator=generator)
+    top, left = torch.randint(1, 4, (2, len(chosen), 1, 1, 1), generator=generator)
     line = torch.arange(8)
-    inside_rows = (line.view(8, 1) >= rows) & (line.view(8, 1) < rows + 4)
-    inside_columns = (line >= columns) & (line < columns + 4)
-    kept: Tensor = digits * (inside_rows & inside_columns)
-    return kept
+    rows, columns = ((start <= line) & (line < start + 4) for start in (top, left))
+    fragments = digits[others] * (rows.mT & columns)
+    return torch.maximum(_place(digits[chosen], size, generator), _place(fragments, size, generator))
 
 
 def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -123,7 +114,7 @@ def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
     room = (1 - pixels / size).unsqueeze(1)  # how far the centre can move, in canvas coordinates from -1 to 1
     centre = room * (2 * torch.rand(count, 2, generator=generator) - 1)
     cos, sin = angle.cos() * size / pixels, angle.sin() * size / pixels
-    linear = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
+    linear = torch.stack([cos, sin, -sin, cos], 1).view(count, 2, 2)
     theta = torch.cat([linear, -linear @ centre.unsqueeze(2)], 2)
     grid = F.affine_grid(theta, [count, 1, size, size], align_corners=False)
     return F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -139,7 +130,6 @@ class FolderImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Decode one file, or raise DataError if it cannot be read."""
         found = _decode(self.paths[index])
         if isinstance(found, str):
             raise DataError(f"{shown(self.paths[index])} cannot be read ({found}); replace it, then {GO_ON}")
@@ -174,8 +164,7 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     images = [FolderImages([path for path, _ in part]) for part in (train, test)]
     labels = [torch.tensor([number for _, number in part]) for part in (train, test)]
     names = [[path.relative_to(folder).as_posix() for path, _ in part] for part in (train, test)]
-    hashed = hashlib.sha256(repr(names).encode()).hexdigest()
-    digest = f"{len(train)} and {len(test)} files, hash {hashed[:16]}"
+    digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
     return Images(images[0], labels[0], images[1], labels[1], classes, digest=digest)
 
 
@@ -185,8 +174,9 @@ def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
     Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
     """
     found: dict[str, list[Path]] = {}
+    unread: list[OSError] = []
     try:
-        for place, folders, names in os.walk(root, onerror=_raise):
+        for place, folders, names in os.walk(root, onerror=unread.append):
             images = [Path(place, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
             for path in (*(Path(place, name) for name in folders), *images, *([] if root == data else [root])):
                 target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -197,18 +187,16 @@ def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
                     )
             for part in Path(place).relative_to(root).parts[:1]:
                 found.setdefault(part, []).extend(images)
+        for error in unread:
+            raise error
     except (OSError, RecursionError) as error:
         raise DataError(f"--data {shown(data)} cannot be listed ({error})") from error
     if not any(found.values()):
+        kinds = ", ".join(sorted(_SUFFIXES))
         raise DataError(
-            f"--data {shown(root)} holds no images; expected one folder per class, as in cat/1.jpg "
-            f"({', '.join(sorted(_SUFFIXES))})"
+            f"--data {shown(root)} holds no images; expected one folder per class, as in cat/1.jpg ({kinds})"
         )
     return {name: sorted(paths) for name, paths in sorted(found.items()) if paths}
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _readable(parts: Sequence[Labelled], say: Callable[[str], None]) -> list[Labelled]:
@@ -325,9 +313,8 @@ def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
 
 def _ignore_terminal(worker: int) -> None:
     """Leave Ctrl-C and the end of the terminal, which reach all its processes, to the process that trains."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in set(STOPPING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Plain(Dataset[Tensor]):

@@ -1,7 +1,4 @@
-"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card.
-
-The model is a timm model by name, a saved model, or the folder of a pre-training run.
-"""
+"""`slimmable export`: widths of a model as files for other programs, checked against it, with a model card."""
 
 import importlib.util
 import io
@@ -9,11 +6,11 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import timm
@@ -31,8 +28,8 @@ from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli.config import explained, require
-from slimmable.cli.report import Row, read_report
-from slimmable.cli.run import CONFIG, check_name, load_exactly, make_timm, output_for, read_config, trained_backbone
+from slimmable.cli.report import read_report
+from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
@@ -56,7 +53,7 @@ class Source:
     weights: str  # their origin, in words
     values: str  # scaling of the pixels, in words
     base: str | None = None  # the model on the Hugging Face Hub that the weights come from
-    accuracy: Mapping[float, Row] = field(default_factory=dict)  # measurements by width
+    accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,6 @@ class File:
     size: int  # in bytes
     off: float  # largest difference from the model's outputs, relative to the largest output
     any_batch: bool  # whether it takes any number of images, or only one per call
-
-
-def kind_of(model: str) -> Literal["run", "file", "timm"]:
-    """Return whether `model` is the folder of a run, a file of `slimmable.save`, or the name of a timm model."""
-    path = Path(model)
-    if os.path.exists(path / CONFIG):
-        return "run"
-    if os.path.isfile(path):
-        return "file"
-    try:
-        check_name(model)
-    except UsageError as error:
-        found = f"is a folder without {CONFIG}, not a run" if os.path.isdir(path) else "is neither a folder nor a file"
-        raise UsageError(f"{model} {found}, and not a model either: {error}") from error
-    return "timm"
 
 
 def run_source(run: Path) -> Source:
@@ -101,7 +83,7 @@ def run_source(run: Path) -> Source:
         arguments=arguments,
         weights=f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}.",
         values="in [0, 1]",
-        accuracy=read_report(run),
+        accuracy={width: row.shares for width, row in read_report(run).items()},
     )
 
 
@@ -109,17 +91,14 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     """Return the converted timm model that `slimmable.save` wrote to `path`, for images of its own size by default."""
     recipe: Mapping[str, Any] | None = read(path)[0].get("recipe")
     if recipe is None:
-        raise CheckpointError(
-            f"{path} holds a network that timm cannot make; load it in Python, and give torch.export what "
-            "slimmable.extract returns"
-        )
+        raise CheckpointError(f"{path} holds a network that timm cannot make; extract and export it in Python")
     model = load(path)
     if not is_slim(model):
         raise CheckpointError(f"{path} holds a single narrow network; load it with slimmable.load, and export that")
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, *size = known["input_size"]
     channels = recipe["arguments"].get("in_chans", channels)
-    size = [image_size] * 2 if image_size is not None else recipe["arguments"].get("img_size", size)
+    size = image_size or recipe["arguments"].get("img_size", size)
     height, width = size if isinstance(size, list) else (size, size)
     with torch.device("meta"):
         output_for(torch.zeros(2, channels, height, width), build(recipe), f"the model in {path}")
@@ -215,21 +194,19 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
 
     def write(folder: Path) -> None:
         for width in chosen:
-            files.extend(_write(source, width, tuple(dict.fromkeys(formats)), folder))
-        costs = profile(source.model, example_inputs=torch.zeros(1, *source.image), repeats=0)
-        card = model_card(source, costs, files)
+            files.extend(_write(source, width, dict.fromkeys(formats), folder))
+        card = model_card(source, profile(source.model, source.image, repeats=0), files)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
     return files
 
 
-def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -> list[File]:
-    """Write one width in each format."""
+def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -> Iterator[File]:
+    """Write one width in each format, and yield the files."""
     model = extract(source.model, width).eval()
     images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
     program = trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
-    files = []
     for kind in formats:
         path = folder / f"width-{width}.{kind}"
         any_batch = True
@@ -241,44 +218,20 @@ def _write(source: Source, width: float, formats: Sequence[str], folder: Path) -
             any_batch = bool(program.range_constraints)  # its number of images has a range
         off = difference(model, written, images[:1], *([images] if any_batch else []))
         if not off <= TOLERANCE:
-            raise SlimmableError(
-                f"{path.name} differs from the model by {off:.1e} of the largest output "
-                f"(allowed: {TOLERANCE:g}); no file was written"
-            )
+            by = f"{off:.1e} of the largest output (allowed: {TOLERANCE:g})"
+            raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
         size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
-        files.append(File(path.name, width, size, off, any_batch))
-    return files
+        yield File(path.name, width, size, off, any_batch)
 
 
 def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
     """Return the model card as Markdown; whoever publishes the files must add the licence."""
     text = Path(__file__).with_name("card.md.jinja").read_text()
     template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    classes = int(getattr(source.model, "num_classes", 0))
-    made_by = source.name
-    if source.arguments is not None:
-        given = (f'"{source.name}"', *(f"{key}={value!r}" for key, value in source.arguments.items()))
-        made_by = f"timm.create_model({', '.join(given)})"
-    card: str = template.render(
-        source=source,
-        costs=costs.rows,
-        files=files,
-        classes=classes,
-        task="image-classification" if classes else "image-feature-extraction",
-        widths=[f"{width:g}" for width in dict.fromkeys(file.width for file in files)],
-        made_by=made_by,
-        slimmable=slimmable,
-        timm=timm,
-        torch=torch,
-        python=platform.python_version(),
-        measured=all(
-            row.width in source.accuracy and {"knn", "linear"} <= set(source.accuracy[row.width].shares)
-            for row in costs.rows
-        ),
-        example={Path(file.name).suffix[1:]: file.name for file in reversed(files)},  # one file of each format
-        shape=", ".join(map(str, (1, *source.image))),
-        input=INPUT,
-    )
+    made = {"slimmable": slimmable, "timm": timm, "torch": torch, "python": platform.python_version()}
+    example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
+    measured = all({"knn", "linear"} <= source.accuracy.get(row.width, {}).keys() for row in costs.rows)
+    card: str = template.render(made, source=source, costs=costs.rows, files=files, example=example, measured=measured)
     return card
 
 
@@ -345,10 +298,8 @@ def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
             outputs = output_tensors(program(images))
         if [output.shape for output in outputs] != [output.shape for output in expected]:
             raise SlimmableError(f"the outputs of the written program have shapes other than {type(model).__name__}'s")
-        found += [
-            (got - out).abs().max() / out.abs().max().clamp(min=1e-12)
-            for out, got in zip(expected, outputs, strict=True)
-        ]
+        pairs = zip(expected, outputs, strict=True)
+        found += [(got - out).abs().max() / out.abs().max().clamp(min=1e-12) for out, got in pairs]
     return float(torch.stack(found).max())  # NaN if any is
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,23 +22,17 @@ DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the firs
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _MOST_BYTES = 2**28  # of a table
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
-Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Measurements of one network, the backbone without its head.
-
-    `shares` holds accuracies on the held-out images in [0, 1] by the keys of `TITLES`, with the prefix `untrained_` for
-    the same network before training. The first row of a report has all keys. `network` tells the networks of a gated
-    run apart, as in `dense`, `gated 0.3` or `static 0.5`; it is empty in other runs, which have one network per width.
-    """
+    """Measurements of one network, the backbone without its head; the first row of a report has all kinds of shares."""
 
     width: float
     parameters: int
     macs: int
-    shares: Mapping[str, float] = field(default_factory=dict)
-    network: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)  # accuracies in [0, 1] by name, as `title_of` takes it
+    network: str = ""  # in a gated run, as in "dense", "gated 0.3" or "static 0.5"
 
     @property
     def kind(self) -> str:
@@ -112,14 +107,14 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
         for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
             own = [row for row in rows if row.kind == kind and name in row.shares]
             points = [row.macs / 1e6 for row in own], [100 * row.shares[name] for row in own]
-            label = ", ".join(part for part in (title_of(name), kind) if part)
+            label = ", ".join(filter(None, (title_of(name), kind)))
             axes.plot(*points, marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in (row for row in rows if row.kind != STATIC):  # those are too close together for labels
         best = 100 * max(row.shares.values())
         axes.annotate(row.name, (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
-    labels = {"xlabel": "million multiply-accumulates per image", "ylabel": "accuracy on held-out images (%)"}
-    axes.set(**labels, title=title, ylim=(0, 100))
+    axes.set(xlabel="million multiply-accumulates per image", ylabel="accuracy on held-out images (%)")
+    axes.set(title=title, ylim=(0, 100))
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -127,7 +122,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
 
 
 def title_of(name: str) -> str:
-    """Return the title of an accuracy, such as "untrained kNN"."""
+    """Return the title of an accuracy, such as "untrained kNN" for "untrained_knn"."""
     title = TITLES[name.removeprefix(UNTRAINED)]
     return f"untrained {title}" if name.startswith(UNTRAINED) else title
 
@@ -142,39 +137,34 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
-    The left panel shows two ratios of gradient norms over the steps, in one colour per narrow width: the solid line is
-    the weights that the width does not use over those that it uses (`rest_ratio`), the dotted line all weights over
-    those that it uses (`grad_ratio`). Where the solid line is below 1, the few weights of the narrow width have the
-    larger gradient. The right panel shows the cosine of each width's own gradient with that of the full width. A file
-    at `path` is replaced only when the new one is complete.
+    Left are two ratios of gradient norms for each narrow width: of the weights that it does not use to those that it
+    uses (`rest_ratio`, solid), and of all weights to those (`grad_ratio`, dotted). Where the solid line is below 1, the
+    few weights of the narrow width have the larger gradient. Right is the cosine of its gradient with the full width's.
 
     Raises: DataError: if there are no rows, or they have no ratios.
     """
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
     others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}
     if not widths or not others <= rows[0].keys():
+        what = "rows of GradientDiagnostics of a model with at least two widths"
         raise DataError(
-            f"plot_imbalance: {len(rows)} rows without the columns rest_ratio/w..., grad_ratio/w... and "
-            "grad_cosine/w1.0_w...; give the rows of GradientDiagnostics of a model with at least two widths"
+            f"plot_imbalance: {len(rows)} rows without ratios and cosines of narrow widths; give the {what}"
         )
     ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)
     steps = [row["step"] for row in rows]
     for number, width in enumerate(widths):
-        colour = f"C{number}"
-        ratios.plot(steps, [row[f"rest_ratio/w{width}"] for row in rows], color=colour, label=f"width {width}")
-        ratios.plot(steps, [row[f"grad_ratio/w{width}"] for row in rows], ":", color=colour)
-        cosines.plot(steps, [row[f"grad_cosine/w1.0_w{width}"] for row in rows], color=colour, label=f"width {width}")
-    ratios.axhline(1, color="grey", linewidth=1)
+        curves = (ratios, "rest_ratio/w", "-"), (ratios, "grad_ratio/w", ":"), (cosines, "grad_cosine/w1.0_w", "-")
+        for axes, name, style in curves:
+            axes.plot(steps, [row[name + width] for row in rows], style, color=f"C{number}", label=f"width {width}")
+    for axes, level in ((ratios, 1), (cosines, 0)):
+        axes.axhline(level, color="grey", linewidth=1)
+        axes.grid(alpha=0.3)
     ratios.set(yscale="log", xlabel="step", ylabel="ratio of gradient norms")
-    ratios.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    ratios.yaxis.set_major_formatter("{x:g}")
-    ratios.yaxis.set_minor_locator(ticker.NullLocator())
-    ratios.grid(alpha=0.3)
-    cosines.axhline(0, color="grey", linewidth=1)
+    marks = {"major_locator": ticker.LogLocator(subs=(1, 2, 5)), "minor_locator": ticker.NullLocator()}
+    ratios.yaxis.set(**marks, major_formatter="{x:g}")
     cosines.set(ylim=(-1, 1), xlabel="step", ylabel="cosine with the full width's gradient")
-    cosines.grid(alpha=0.3)
     cosines.legend(loc="lower right", frameon=False)
     figure.suptitle(title)
     write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))
@@ -184,7 +174,7 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
 class Logger:
     """Writes the metrics of a step under flat names such as `train_loss/w0.5`; `flush` empties its buffer."""
 
-    log: Callable[[int, Values], object]
+    log: Callable[[int, Mapping[str, float]], object]
     flush: Callable[[], object] = lambda: None
 
 
@@ -197,7 +187,7 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
     write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
     file = path.open("ab", buffering=0)  # line by line, so none is written in part, or again when the file is closed
 
-    def log(step: int, values: Values) -> None:
+    def log(step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
         try:  # the cell of a width that did not run stays empty
             line = csv_text(names, [row]).partition("\n")[2].encode()
@@ -207,22 +197,6 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
             raise CheckpointError(f"cannot write {path} ({error})") from error
 
     return Logger(log)
-
-
-def tensorboard(folder: Path, done: int) -> Logger:
-    """Log to TensorBoard's event files in a folder, a curve for each name."""
-    writer: Any = require_logger("tensorboard").SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-    return Logger(
-        lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()], writer.flush
-    )
-
-
-def wandb(folder: Path, settings: Mapping[str, Any]) -> Logger:
-    """Log to a run of Weights & Biases, whose id follows from the folder, so resuming finds it again."""
-    own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
-    run: Any = require_logger("wandb").init(project="slimmable", resume="allow", **known)
-    return Logger(lambda step, values: run.log(dict(values), step=step))
 
 
 def require_logger(name: str) -> Any:
@@ -247,12 +221,22 @@ def make_loggers(
     folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Logger]:
     """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for."""
-    loggers = [tensorboard(folder / "tensorboard", done)] if "tensorboard" in asked else []
-    loggers += [wandb(folder, settings)] if "wandb" in asked else []
+    loggers = []
+    if "tensorboard" in asked:
+        start = done + 1 if done else None
+        writer = require_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        loggers += [
+            Logger(lambda step, values: [writer.add_scalar(*each, step) for each in values.items()], writer.flush)
+        ]
+    if "wandb" in asked:
+        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # so a resumed run is found again
+        known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
+        run = require_logger("wandb").init(project="slimmable", resume="allow", **known)
+        loggers += [Logger(lambda step, values: run.log(dict(values), step=step))]
     return [csv_log(folder / "losses.csv", columns, done), *loggers]
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block."""
 
     def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
@@ -260,9 +244,6 @@ class Progress:
         self.start, self.first = time.monotonic(), done
         bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
         self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
