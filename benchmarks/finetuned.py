@@ -20,8 +20,7 @@ from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of
 from slimmable.cli.report import UNTRAINED, Row
 from slimmable.cli.run import read_config, trained_backbone
 from slimmable.errors import SlimmableError, UsageError
-from slimmable.evaluation import accuracy_of
-from slimmable.evaluation.evaluate import ProbeName
+from slimmable.evaluation import ProbeName, accuracy_of
 
 
 def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PROBES) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimmable._checks import check_classes, check_finite, check_labelled, checked
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation.evaluate import as_input, outputs_of, zero_linear
+from slimmable.evaluation import as_input, outputs_of, zero_linear
 from slimmable.view.state import is_slim
 
 

@@ -205,8 +205,8 @@ def check_finite(where: str, features: Tensor) -> None:
 def check_floats(where: str, numel: int | None = None, /, **tensors: object) -> None:
     """Raise `DataError` unless all of `tensors` are floats, and as many as `numel`, or at least one."""
     for name, tensor in tensors.items():
-        floats = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        if not isinstance(tensor, Tensor) or not floats or not tensor.numel() or numel not in (None, tensor.numel()):
+        size = tensor.numel() if isinstance(tensor, Tensor) and tensor.is_floating_point() else 0
+        if not size or numel not in (None, size):
             what = "a scalar tensor" if numel == 1 else "a tensor"
             raise DataError(f"{where}: {name} must be {what} of floats that is not empty, got {shown(tensor)}")
 
@@ -216,13 +216,11 @@ def check_matrices(where: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DataError(f"{where}: {name} must be a tensor of shape (batch, features), got {type(tensor).__name__}")
-        if tensor.ndim != 2 or 0 in tensor.shape:
+        if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
             raise DataError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, expected (batch, features) with at least one of "
-                "each; flatten any further axes first"
+                f"each, in a floating-point tensor, got {tensor.dtype}; flatten any further axes first"
             )
-        if not tensor.is_floating_point():
-            raise DataError(f"{where}: {name} is {tensor.dtype}, expected a floating-point tensor")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")
@@ -257,17 +255,13 @@ def are_class_numbers(labels: Tensor) -> bool:
 def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
     """Return the number of classes: `num_classes`, which all labels must be below, or one more than the largest."""
     check_tensors(where, labels=labels)
-    if num_classes is not None:
-        check_count(where, num_classes=num_classes)
     if not are_class_numbers(labels):
         raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; pass labels.long()")
-    lowest, highest = torch.stack(labels.aminmax()).tolist()
-    classes = highest + 1 if num_classes is None else num_classes
-    if lowest < 0 or highest >= classes:
+    least, most = torch.stack(labels.aminmax()).tolist()
+    classes = most + 1 if num_classes is None else num_classes
+    if least < 0 or most >= classes:
         given = "" if num_classes is None else f", as num_classes is {num_classes}"
-        raise DataError(
-            f"{where}: labels from {lowest} to {highest} are not class numbers from 0 to {classes - 1}{given}"
-        )
+        raise DataError(f"{where}: labels from {least} to {most} are not class numbers from 0 to {classes - 1}{given}")
     return classes
 
 

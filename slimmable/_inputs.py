@@ -41,21 +41,39 @@ class Inputs:
 
 def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     """Return arguments for the forward of `model`: the example, or zeros of the size in timm's `pretrained_cfg`."""
-    if example_inputs is not None:
-        if is_size(example_inputs) and example_inputs:
-            sizes = ", ".join(map(str, example_inputs))
+    example = example_inputs
+    if example is None:
+        size = _image_size(model)
+        if size is None:
             raise ConversionError(
-                f"example_inputs is {example_inputs!r}, which looks like an input size; pass a batch of that "
-                f"size, such as torch.zeros(2, {sizes}). If the forward takes integers, pass slimmable.Inputs({sizes})"
+                f"{type(model).__name__} does not say what its input looks like. "
+                "Pass example_inputs, such as torch.zeros(2, 3, 224, 224)."
             )
-        return _taken(model, _arguments(example_inputs))
-    size = _image_size(model)
-    if size is None:
+        return (image_batch(model, size),), {}
+    if is_size(example) and example:
+        sizes = ", ".join(map(str, example))
         raise ConversionError(
-            f"{type(model).__name__} does not say what its input looks like. "
-            "Pass example_inputs, such as torch.zeros(2, 3, 224, 224)."
+            f"example_inputs is {example!r}, which looks like an input size; pass a batch of that "
+            f"size, such as torch.zeros(2, {sizes}). If the forward takes integers, pass slimmable.Inputs({sizes})"
         )
-    return (image_batch(model, size),), {}
+    args, kwargs = (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+    if isinstance(example, Inputs):
+        args, kwargs = example.args, example.kwargs
+    elif isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # compiled code has no signature
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConversionError(
+            f"{type(model).__name__}.forward{signature} does not take example_inputs: {error}. A tuple or list holds "
+            "positional arguments and a dict keyword arguments; if the forward takes it as one argument, pass "
+            "example_inputs=slimmable.Inputs(...)"
+        ) from error
+    return args, kwargs
 
 
 def is_size(value: object) -> bool:
@@ -65,30 +83,6 @@ def is_size(value: object) -> bool:
     (True, False, True)
     """
     return isinstance(value, (tuple, list)) and all(type(size) is int and size > 0 for size in value)
-
-
-def _arguments(example: Any) -> Arguments:
-    if isinstance(example, Inputs):
-        return example.args, example.kwargs
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
-
-
-def _taken(model: nn.Module, arguments: Arguments) -> Arguments:
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # compiled code has no signature
-        return arguments
-    try:
-        signature.bind(*arguments[0], **arguments[1])
-    except TypeError as error:
-        raise ConversionError(
-            f"{type(model).__name__}.forward{signature} does not take example_inputs: {error}. A tuple or list holds "
-            "positional arguments and a dict keyword arguments; if the forward takes it as one argument, pass "
-            "example_inputs=slimmable.Inputs(...)"
-        ) from error
-    return arguments
 
 
 def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Tensor:

@@ -21,7 +21,26 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
     """Return the same tensors with names such as "1.features", joined from positions, keys and attribute names."""
-    return list(_named(output, (), set()))
+    seen: set[int] = set()  # ids of objects, which may hold each other
+
+    def named(value: Any, *name: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield ".".join(name), value
+            return
+        if isinstance(value, Mapping):
+            parts = dict(value)
+        elif isinstance(value, (tuple, list)):
+            parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+        elif id(value) in seen:
+            return
+        else:
+            seen.add(id(value))
+            leaves = tree_leaves(value)  # of a container that torch knows
+            parts = _parts(value) if any(leaf is value for leaf in leaves) else dict(enumerate(leaves))
+        for key, part in parts.items():
+            yield from named(part, *name, str(key))
+
+    return list(named(output))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -38,24 +57,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return twin
 
     return tree_map(replaced, value)
-
-
-def _named(value: Any, name: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield ".".join(name), value
-        return
-    if isinstance(value, Mapping):
-        parts = dict(value)
-    elif isinstance(value, (tuple, list)):
-        parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
-    elif id(value) in seen:
-        return
-    else:
-        seen.add(id(value))
-        leaves = tree_leaves(value)  # of a container that torch knows
-        parts = _parts(value) if any(leaf is value for leaf in leaves) else dict(enumerate(leaves))
-    for key, part in parts.items():
-        yield from _named(part, (*name, str(key)), seen)
 
 
 def _parts(value: Any) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping
+import timeit
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._checks import check_whole, checked
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
-from slimmable._modules import in_eval_mode, swapped
+from slimmable._modules import in_eval_mode
 from slimmable._nested import output_tensors
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
@@ -56,20 +56,17 @@ class Profile:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        header, rows = self._cells()
-        sizes = (6, 12, 16, 12, 11)
-        lines = [[f"{cell:>{size}}" for cell, size in zip(line, sizes, strict=True)] for line in [header, *rows]]
-        return "\n".join(map(" ".join, lines))
+        return "\n".join("{:>6} {:>12} {:>16} {:>12} {:>11}".format(*line) for line in self._lines())
 
     def _repr_html_(self) -> str:
-        return html_table(*self._cells())
+        header, *rows = self._lines()
+        return html_table(header, rows)
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        rows = []
+    def _lines(self) -> Iterator[tuple[str, ...]]:
+        yield "width", "parameters", "MACs", "activations", "latency"
         for row in self.rows:
             latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"
-            rows.append([f"{row.width:g}", *(f"{n:,}" for n in (row.parameters, row.macs, row.activations)), latency])
-        return ["width", "parameters", "MACs", "activations", "latency"], rows
+            yield f"{row.width:g}", f"{row.parameters:,}", f"{row.macs:,}", f"{row.activations:,}", latency
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON data: {"rows": one dict per width, by field of `Row`}."""
@@ -107,8 +104,7 @@ def profile(
         given: Any = input_size
         if isinstance(given, Tensor):
             raise UsageError(
-                f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs=, or "
-                "pass the size of one input without the batch axis, such as (3, 224, 224)"
+                f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs="
             )
         if not is_size(input_size) or not input_size:
             raise UsageError(f"profile: input_size must be a size such as (3, 224, 224), got {input_size!r}")
@@ -122,7 +118,7 @@ def profile(
     for width in widths_of(model) if slim else (1.0,):
         with at_width(model, width) if slim else nullcontext():
             count = _count(model, args, kwargs)
-            latency = _latency_ms(lambda: model(*args, **kwargs), model, repeats) if repeats else None
+            latency = _latency_ms(model, args, kwargs, repeats) if repeats else None
             rows.append(Row(width, parameter_count(model), count.flops // 2, count.activations, latency))
     return Profile(tuple(rows))
 
@@ -147,13 +143,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.formulas, self.flops, self.activations = formulas, 0, 0
-        self.asleep = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = self.formulas.get(func._overloadpacket)
-        if formula is not None and not self.asleep:
+        if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
             self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
         return out
@@ -171,12 +166,12 @@ class _Attention(TorchFunctionMode):
         if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
         counter = self.counter
-        with swapped([(vars(counter), "asleep", True)]):
-            out = func(*args, **kwargs)
+        flops, activations = counter.flops, counter.activations  # without those of the kernel
+        out = func(*args, **kwargs)
         query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         scores = math.prod(out.shape[:-1]) * key.shape[-2]
-        counter.flops += 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values
-        counter.activations += out.numel()
+        counter.flops = flops + 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values
+        counter.activations = activations + out.numel()
         return out
 
 
@@ -199,14 +194,8 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     return counter
 
 
-def _latency_ms(run: Callable[[], Any], model: nn.Module, repeats: int) -> float:
-    weight = next(model.parameters(), None)
-    wait = torch.cuda.synchronize if weight is not None and weight.is_cuda else nullcontext
-    times = []
+def _latency_ms(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int) -> float:
+    wait = torch.cuda.synchronize if any(weight.is_cuda for weight in model.parameters()) else nullcontext
     with in_eval_mode(model), torch.no_grad():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            run()
-            wait()
-            times.append((time.perf_counter() - start) * 1000)
-    return statistics.median(times[1:])
+        _, *seconds = timeit.repeat(lambda: (model(*args, **kwargs), wait()), number=1, repeat=repeats + 1)
+    return 1000 * statistics.median(seconds)

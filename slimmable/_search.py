@@ -1,9 +1,8 @@
 """Greedy search for sub-networks within a budget, with a width of its own for each channel group."""
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,63 +85,49 @@ def search(
     plan: Plan = plans.popitem()[1]
     given: Any = budget
     budgets = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else [given]
-    _check(plan, budgets, of, step)
-    if isinstance(calibrate, (str, Tensor)) or not isinstance(calibrate, (Iterable, type(None))):
-        raise UsageError(f"search: calibrate must be a list of batches, got {calibrate!r:.80}")
-    if isinstance(calibrate, Iterator):
-        raise UsageError("search: calibrate can be read only once; pass a list of batches")
+    if of not in ("macs", "parameters"):
+        raise UsageError(f"search: of={of!r} is unknown; use 'macs' or 'parameters'")
+    if not 0 < number_or_nan(step) < 1:
+        raise UsageError(f"search: step must be in (0, 1), got {step!r}")
+    if not budgets:
+        raise UsageError("search: budget is empty; pass a share of the full network's cost, such as 0.5")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
+    for share in budgets:
+        if not 0 < number_or_nan(share) <= 1:
+            raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
+        if share < least / full:
+            raise UsageError(
+                f"search: budget {share} is too small; the narrowest width needs {least / full:.3f} of the {of}"
+            )
+    if isinstance(calibrate, (str, Tensor, Iterator)) or not isinstance(calibrate, (Iterable, type(None))):
+        raise UsageError(f"search: calibrate must be a list of batches, to read again and again, got {calibrate!r:.80}")
     limits = [max(share * full, least) for share in budgets]  # a share that is exactly the least may round to below it
 
     def score(candidate: SubNetwork) -> Found:
         with at_width(model, candidate.counts):
             if calibrate is not None:
                 collect_statistics(model, calibrate)
-            value = _number(evaluate(model))
-        return Found(candidate.counts, value, candidate.macs, candidate.parameters)
+            value: object = evaluate(model)
+        number = math.nan
+        with suppress(TypeError, ValueError):
+            number = float(value)  # type: ignore[arg-type]
+        if math.isnan(number):
+            raise UsageError(f"search: evaluate must return a number, higher is better, got {value!r}")
+        return Found(candidate.counts, number, candidate.macs, candidate.parameters)
 
-    current = plan.columns[0]
-    best = score(current)
-    path = [best]
+    path = [score(plan.columns[0])]
     with _bar(progress, f"{of} down to {min(budgets):g}") as bar:
-        while getattr(best, of) > min(limits):
-            tried = [score(candidate) for candidate in _smaller(plan, current, of, step)]
-            best = max(tried, key=lambda found: (found.score, -getattr(found, of)))
-            current = plan.sub_network(best.counts)
-            path.append(best)
+        while getattr(path[-1], of) > min(limits):
+            tried = [score(candidate) for candidate in _smaller(plan, path[-1], of, step)]
+            path.append(max(tried, key=lambda found: (found.score, -getattr(found, of))))
             if bar is not None:
-                share = getattr(best, of) / getattr(path[0], of)
-                bar.set_postfix_str(f"at {share:.3f}, score {best.score:.4g}", refresh=False)
+                share = getattr(path[-1], of) / full
+                bar.set_postfix_str(f"at {share:.3f}, score {path[-1].score:.4g}", refresh=False)
                 bar.update()
     return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
 
 
-def _check(plan: Plan, budgets: Sequence[float], of: str, step: float) -> None:
-    if of not in ("macs", "parameters"):
-        raise UsageError(f"search: of={of!r} is unknown; use 'macs' or 'parameters'")
-    if not 0 < number_or_nan(step) < 1:
-        raise UsageError(f"search: step must be in (0, 1), got {step!r}")
-    least = getattr(plan.columns[-1], of) / getattr(plan.columns[0], of)
-    for share in budgets:
-        if not 0 < number_or_nan(share) <= 1:
-            raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
-        if share < least:
-            raise UsageError(f"search: budget {share} cannot be met; the narrowest width needs {least:.3f} of the {of}")
-    if not budgets:
-        raise UsageError("search: budget is empty; pass a share of the full network's cost, such as 0.5")
-
-
-def _number(score: object) -> float:
-    try:
-        value = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        value = math.nan
-    if math.isnan(value):
-        raise UsageError(f"search: evaluate must return a number, higher is better, got {score!r}")
-    return value
-
-
-def _smaller(plan: Plan, current: SubNetwork, of: Cost, step: float) -> list[SubNetwork]:
+def _smaller(plan: Plan, current: Found, of: Cost, step: float) -> list[SubNetwork]:
     """Return `current` with one group a step smaller, for each group where that makes it cheaper."""
     found: dict[tuple[int, ...], SubNetwork] = {}
     for group, (units, count, least) in enumerate(
@@ -160,7 +145,6 @@ def _bar(show: bool, what: str) -> AbstractContextManager[Any]:
     try:
         from tqdm import tqdm
     except ImportError:
-        show = False
-    if not show or not sys.stderr.isatty():
         return nullcontext()
-    return tqdm(desc=f"search: {what}", unit="round", dynamic_ncols=True)  # type: ignore[no-any-return]
+    hidden = None if show else True  # None: unless it is on a terminal
+    return tqdm(desc=f"search: {what}", unit="round", dynamic_ncols=True, disable=hidden)  # type: ignore[no-any-return]

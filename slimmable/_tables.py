@@ -8,7 +8,9 @@ from html import escape
 
 def html_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Return an HTML table with its cells escaped."""
-    return f"<table>{_row('th', header)}{''.join(_row('td', row) for row in rows)}</table>"
+    lines = [("th", header), *(("td", row) for row in rows)]
+    cells = ["".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in line) for tag, line in lines]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
@@ -24,7 +26,3 @@ def listed(names: Sequence[str], most: int | None = None) -> str:
     """Return the first names, separated by commas, and how many more there are; `most` is None for all of them."""
     more = 0 if most is None else len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def _row(tag: str, cells: Iterable[object]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"

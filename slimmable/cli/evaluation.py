@@ -21,8 +21,7 @@ from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, c
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
-from slimmable.evaluation import evaluate_features, knn_accuracy
-from slimmable.evaluation.evaluate import ProbeName, narrowest_first
+from slimmable.evaluation import ProbeName, evaluate_features, knn_accuracy, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")

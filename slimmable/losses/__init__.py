@@ -1,4 +1,7 @@
-"""Losses for training all widths of a network at once: plain functions of tensors for any training code."""
+"""Losses for training all widths of a network at once: plain functions of tensors for any training code.
+
+All raise DataError for tensors whose shapes or types do not fit, and UsageError for numbers out of range.
+"""
 
 from slimmable.losses.distillation import (
     OnlineDistillation,

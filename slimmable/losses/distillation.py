@@ -9,12 +9,13 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimmable._checks import are_class_numbers, check_floats, check_fraction, check_number, check_same_shape, checked
 from slimmable._numerics import at_least_float32, unit_vectors
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, UsageError, WidthError
+from slimmable.losses.self_supervised import LossModule
 
 DistillationKind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
 Teachers = Literal["widest", "all wider"]
@@ -28,8 +29,6 @@ def soft_cross_entropy(
 
     The distillation of SlimCLR (Zhao et al. 2024, "online distillation", after Hinton et al. 2015). The teacher's
     entropy is not subtracted; the gradient is that of the Kullback-Leibler divergence.
-
-    Raises: DataError: if the shapes differ.
 
     >>> soft_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), 1.0, 1.0)  # log 4
     tensor(1.3863)
@@ -45,8 +44,6 @@ def embedding_cross_entropy(
 ) -> Tensor:
     """Return `soft_cross_entropy` of embeddings scaled to unit length, with features in place of classes.
 
-    Raises: DataError: if the shapes differ.
-
     >>> z = torch.eye(2)
     >>> bool(embedding_cross_entropy(z, z) == embedding_cross_entropy(7 * z, z))
     True
@@ -57,8 +54,6 @@ def embedding_cross_entropy(
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference over all elements, of logits or of embeddings already scaled to unit length.
-
-    Raises: DataError: if the shapes differ.
 
     >>> squared_error(torch.zeros(2, 2), torch.full((2, 2), 3.0))
     tensor(9.)
@@ -87,12 +82,25 @@ def decoupled_distillation(
     >>> decoupled_distillation(logits, logits)
     tensor(0.)
     """
-    student, teacher = _prepare("decoupled_distillation", student, teacher)
+    where = "decoupled_distillation"
+    student, teacher = _prepare(where, student, teacher)
+    batch, classes = student.shape
+    if classes < 2:
+        raise DataError(f"{where}: logits of shape {tuple(student.shape)} have no class other than the target")
+    if isinstance(target, int) and not isinstance(target, bool):
+        if not 0 <= target < classes:
+            raise DataError(f"{where}: target column {target} is not among the {classes} classes")
+        target = torch.full((batch,), target, device=student.device)
+    if not isinstance(target, Tensor) or target.shape != (batch,) or not are_class_numbers(target):
+        found = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
+        raise DataError(f"{where}: target must be a column number or {batch} column numbers, got {found}")
+    right = target.long()[:, None]
+    columns = torch.arange(classes - 1, device=student.device)
     of_target, of_others = [], []
     for logits in (student / temperature, teacher / temperature):
-        right, others = _split(logits, target)
-        total = logits.logsumexp(1, keepdim=True)
-        of_target.append(torch.cat([right, others.logsumexp(1, keepdim=True)], dim=1) - total)
+        others = logits.gather(1, columns + (columns >= right))
+        both = torch.cat([logits.gather(1, right), others.logsumexp(1, keepdim=True)], dim=1)
+        of_target.append(both - logits.logsumexp(1, keepdim=True))
         of_others.append(others.log_softmax(1))
     return temperature**2 * (alpha * _divergence(*of_target) + beta * _divergence(*of_others))
 
@@ -103,8 +111,6 @@ def standardised_distillation(student: Tensor, teacher: Tensor, temperature: flo
 
     This is the Kullback-Leibler divergence at `temperature`, times the temperature squared, as in the code of SlimCLR
     (Zhao et al. 2024). The gradient flows through the student's standardisation.
-
-    Raises: DataError: if the shapes differ.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> standardised_distillation(logits, 10 * logits) < 1e-6
@@ -125,29 +131,6 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _split(logits: Tensor, target: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logit of the target, shape (batch, 1), and the others, shape (batch, classes - 1)."""
-    batch, classes = logits.shape
-    if classes < 2:
-        raise DataError(
-            f"decoupled_distillation: logits of shape {tuple(logits.shape)} have no class other than the target"
-        )
-    if isinstance(target, int) and not isinstance(target, bool):
-        if not 0 <= target < classes:
-            raise DataError(f"decoupled_distillation: target column {target} is not among the {classes} classes")
-        target = torch.full((batch,), target, device=logits.device)
-    if not isinstance(target, Tensor):
-        raise DataError(f"decoupled_distillation: target must be a column number or a tensor of them, got {target!r}")
-    if target.shape != (batch,) or not are_class_numbers(target):
-        raise DataError(
-            f"decoupled_distillation: target has shape {tuple(target.shape)} and type {target.dtype}, expected {batch} "
-            f"column numbers for logits of shape {tuple(logits.shape)}"
-        )
-    right = target.long()[:, None]
-    columns = torch.arange(classes - 1, device=logits.device)
-    return logits.gather(1, right), logits.gather(1, columns + (columns >= right))
-
-
 _COMPARE: dict[str, Callable[..., Tensor]] = {
     "kl": soft_cross_entropy,
     "embedding": embedding_cross_entropy,
@@ -157,7 +140,7 @@ _COMPARE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class OnlineDistillation(nn.Module):
+class OnlineDistillation(LossModule):
     """The loss that pulls a narrow width's output towards the outputs of wider ones (SlimCLR, Zhao et al. 2024).
 
     Call it with the student's output and that of one teacher, or of several teachers from the widest down, all of shape
@@ -180,8 +163,6 @@ class OnlineDistillation(nn.Module):
         teachers: "widest" uses only the first of several teachers, "all wider" averages the losses over all of them.
         weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].
 
-    Raises: DataError: when called with shapes that differ.
-
     >>> distill = OnlineDistillation()
     >>> distill
     OnlineDistillation(kind='kl', teacher_temperature=5.0, student_temperature=5.0, teachers='widest', weight=0.5)
@@ -199,16 +180,13 @@ class OnlineDistillation(nn.Module):
         weight: float = 0.5,
     ) -> None:
         super().__init__()
-        kinds = get_args(DistillationKind)
-        if not isinstance(kind, str) or kind not in kinds:
-            raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(kinds)}")
+        if not isinstance(kind, str) or kind not in _COMPARE:
+            raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(_COMPARE)}")
         if not isinstance(teachers, str) or teachers not in get_args(Teachers):
             raise UsageError(f"OnlineDistillation: teachers must be 'widest' or 'all wider', got {teachers!r}")
         check_fraction("OnlineDistillation", weight=weight)
-        self.kind: DistillationKind = kind
+        self.kind, self.teachers, self.weight = kind, teachers, weight
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
-        self.teachers: Teachers = teachers
-        self.weight = weight
 
     def forward(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: int | Tensor = 0) -> Tensor:
         """Return the loss of `student`; `target` is the column of the right class, which only `dkd` needs."""
@@ -250,30 +228,6 @@ class OnlineDistillation(nn.Module):
     def _temperatures(self) -> tuple[float, float]:
         return self.teacher_temperature, self.student_temperature
 
-    def extra_repr(self) -> str:
-        """Return the arguments of the constructor."""
-        names = ("kind", "teacher_temperature", "student_temperature", "teachers", "weight")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _widest_plus(widths: list[float], extra: float) -> list[float]:
-    return [1 + extra if width == max(widths) else 1.0 for width in widths]
-
-
-def _with_mean_one(values: list[float]) -> list[float]:
-    return [len(values) * value / sum(values) for value in values]
-
-
-_MODES: dict[str, Callable[[list[float]], list[float]]] = {
-    "ones": lambda widths: [1.0] * len(widths),
-    "share": lambda widths: [width / sum(widths) for width in widths],
-    "width": lambda widths: widths,
-    "scaled_share": _with_mean_one,
-    "widest_plus_rest": lambda widths: _widest_plus(widths, sum(widths) - max(widths)),
-    "narrower_sums": lambda widths: _with_mean_one([1 + sum(w for w in widths if w < width) for width in widths]),
-    "widest_plus_second": lambda widths: _widest_plus(widths, sorted(widths)[-2]),
-}
-
 
 def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tuple[float, ...]:
     """Return the weight `k` of each width's loss, in the order of `widths`.
@@ -296,12 +250,23 @@ def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tu
     >>> width_weights((1.0, 0.75, 0.5, 0.25))
     (2.5, 1.0, 1.0, 1.0)
     """
-    check_widths(widths)
-    if not isinstance(mode, str) or mode not in _MODES:
-        raise UsageError(f"unknown mode {mode!r} of width weights; choose one of {', '.join(_MODES)}")
-    if mode == "widest_plus_second" and len(widths) < 2:
+    widest, *narrower = check_widths(widths)
+    count, total, second = len(widths), sum(widths), max(narrower, default=0.0)
+    sums = [1 + sum(other for other in widths if other < width) for width in widths]
+    modes = {
+        "ones": [1.0] * count,
+        "share": [width / total for width in widths],
+        "width": widths,
+        "scaled_share": [count * width / total for width in widths],
+        "widest_plus_rest": [1 + (total - widest) if width == widest else 1.0 for width in widths],
+        "narrower_sums": [count * each / sum(sums) for each in sums],
+        "widest_plus_second": [1 + second if width == widest else 1.0 for width in widths],
+    }
+    if not isinstance(mode, str) or mode not in modes:
+        raise UsageError(f"unknown mode {mode!r} of width weights; choose one of {', '.join(modes)}")
+    if mode == "widest_plus_second" and not narrower:
         raise WidthError(f"mode 'widest_plus_second' needs at least two widths, got {list(widths)}")
-    return tuple(float(weight) for weight in _MODES[mode](list(widths)))
+    return tuple(map(float, modes[mode]))
 
 
 @checked
@@ -355,8 +320,7 @@ def slim_loss(
         raise UsageError("slim_loss: losses is empty; give at least the loss of the widest width")
     if len(distillations) not in (0, widths - 1):
         raise UsageError(
-            f"slim_loss: {widths} losses and {len(distillations)} distillation losses; "
-            f"give {widths - 1}, one per width except the widest, or none"
+            f"slim_loss: {widths} losses and {len(distillations)} distillation losses; give {widths - 1} or none"
         )
     if weights is not None and len(weights) != widths:
         raise UsageError(f"slim_loss: {widths} losses and {len(weights)} weights; give one weight for each")

@@ -4,6 +4,8 @@ All `*_logits` functions put the positive pair in column 0 and the negatives in 
 unit length, so raw and normalised ones give the same value, and compute half-precision input in float32.
 """
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,14 +22,11 @@ def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
     This is the last step of the losses below: if distillation needs the logits anyway, compute them once and call this.
     `logits` has shape (batch, 1 + negatives).
 
-    Raises: DataError: if `logits` is not a floating-point matrix.
-
     >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # all columns alike: log 5
     tensor(1.6094)
     """
     check_matrices("contrastive_cross_entropy", logits=logits)
-    positive = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-    return F.cross_entropy(at_least_float32(logits) / temperature, positive)
+    return F.cross_entropy(at_least_float32(logits) / temperature, logits.new_zeros(len(logits), dtype=torch.long))
 
 
 def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -36,8 +35,6 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     `query` and `key` have shape (batch, dim), `queue` has shape (dim, negatives) as in MoCo; the result has shape
     (batch, 1 + negatives), with the cosine of `query[i]` and `key[i]` in column 0. Later changes to `queue` do not
     affect it.
-
-    Raises: DataError: if the shapes do not match.
 
     >>> moco_logits(torch.eye(2), torch.eye(2), torch.tensor([[3.0], [4.0]]))
     tensor([[1.0000, 0.6000],
@@ -59,7 +56,7 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
     """Return the InfoNCE loss of MoCo v2, a scalar in nats (He et al. 2020, eq. 1; temperature of Chen et al. 2020).
 
-    Shapes and errors are those of `moco_logits`. The queue must not yet hold the keys of this batch.
+    Shapes are those of `moco_logits`. The queue must not yet hold the keys of this batch.
 
     >>> query = torch.eye(4, 8)
     >>> queue = torch.eye(8)[:, 4:]  # orthogonal to all queries
@@ -75,8 +72,6 @@ def nt_xent_logits(z0: Tensor, z1: Tensor) -> Tensor:
     `z0` and `z1` have shape (n, dim), with row i of both from the same image; the result has shape (2n, 2n - 1), with
     the rows of `z0` first. Column 0 is the other view of the same image, followed by the other images in the other view
     and then in the same view. With several processes, gather both views first (`slimmable.training.gather`).
-
-    Raises: DataError: if the shapes differ or are not those of matrices.
 
     >>> nt_xent_logits(torch.eye(2), torch.eye(2))
     tensor([[1., 0., 0.],
@@ -98,7 +93,7 @@ def nt_xent_logits(z0: Tensor, z1: Tensor) -> Tensor:
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:
     """Return the NT-Xent loss of SimCLR, a scalar in nats: the mean over all 2n embeddings (Chen et al. 2020, eq. 1).
 
-    Shapes and errors are those of `nt_xent_logits`.
+    Shapes are those of `nt_xent_logits`.
 
     >>> nt_xent(torch.ones(4, 8), torch.ones(4, 8))  # all alike: log(2n - 1)
     tensor(1.9459)
@@ -113,8 +108,6 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     `query` has shape (batch, dim) and `keys` (n, dim) with n >= batch; row `offset + i` of `keys` is the positive of
     `query[i]`. For keys gathered from several processes, `offset` is `rank * batch`. The result has shape (batch, n):
     the positive in column 0, then the other keys in order.
-
-    Raises: DataError: if the shapes do not match.
 
     >>> moco_v3_logits(torch.eye(2), torch.eye(2), temperature=0.5)
     tensor([[2., 0.],
@@ -137,7 +130,7 @@ def moco_v3_loss(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: 
     """Return the loss of MoCo v3 for one direction, a scalar: cross-entropy times `2 * temperature`.
 
     A step's loss is symmetric: `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` (Chen et al. 2021, algorithm 1; the
-    temperature is 1.0 for ResNets and 0.2 for vision transformers). Shapes and errors are those of `moco_v3_logits`.
+    temperature is 1.0 for ResNets and 0.2 for vision transformers). Shapes are those of `moco_v3_logits`.
 
     >>> moco_v3_loss(torch.ones(4, 8), torch.ones(4, 8))  # all alike: 2 log 4
     tensor(2.7726)
@@ -150,8 +143,6 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     Both arguments have shape (batch, dim). No gradient flows into `target`, the momentum encoder's embedding of the
     other view. A step's loss is symmetric: `byol_loss(p0, z1) + byol_loss(p1, z0)` (Grill et al. 2020, eq. 2).
-
-    Raises: DataError: if the shapes differ or are not those of matrices.
 
     >>> byol_loss(torch.eye(2), torch.ones(2, 2))  # 2 - sqrt(2)
     tensor(0.5858)
@@ -169,9 +160,7 @@ def vicreg_loss(
     `z0` and `z1` are raw embeddings of shape (batch, dim), with row i of both from the same image. The invariance term
     is the mean squared difference. The variance and covariance terms are summed over the two views, not averaged, as in
     the code of Krishna et al. 2023 (VICReg's own code halves the variance term). With several processes, gather both
-    views first (`slimmable.training.gather`).
-
-    Raises: DataError: if the shapes differ, or the batch has fewer than two images.
+    views first (`slimmable.training.gather`). A batch has at least two images.
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # std .816 per feature, uncorrelated
     >>> vicreg_loss(z, z)
@@ -181,22 +170,14 @@ def vicreg_loss(
     if z0.shape[0] < 2:
         raise DataError(f"vicreg_loss: batch of shape {tuple(z0.shape)} has no variance; give at least two images")
     z0, z1 = at_least_float32(z0), at_least_float32(z1)
-    spread = _variance_term(z0) + _variance_term(z1)
-    correlation = _covariance_term(z0) + _covariance_term(z1)
-    return invariance * F.mse_loss(z0, z1) + variance * spread + covariance * correlation
-
-
-def _variance_term(z: Tensor) -> Tensor:
-    """Return how far the standard deviation falls short of 1, averaged over the features."""
-    return F.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean()
-
-
-def _covariance_term(z: Tensor) -> Tensor:
-    """Return the sum of the squared covariances of different features, divided by the number of features."""
-    centred = z - z.mean(0)
-    covariances = matmul_without_autocast(centred.T, centred) / (z.shape[0] - 1)
-    off_diagonal = covariances - torch.diag(covariances.diagonal())
-    return off_diagonal.square().sum() / z.shape[1]
+    loss = invariance * F.mse_loss(z0, z1)
+    for z in (z0, z1):
+        loss = loss + variance * F.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean()
+        centred = z - z.mean(0)
+        covariances = matmul_without_autocast(centred.T, centred) / (len(z) - 1)
+        others = covariances - torch.diag(covariances.diagonal())  # of different features
+        loss = loss + covariance * others.square().sum() / z.shape[1]
+    return loss
 
 
 def _off_diagonal(square: Tensor) -> Tensor:
@@ -206,14 +187,21 @@ def _off_diagonal(square: Tensor) -> Tensor:
     return square.reshape(-1)[1:].reshape(n - 1, n + 1)[:, :n].reshape(n, n - 1)
 
 
-class _WithTemperature(nn.Module):
+class LossModule(nn.Module):
+    """A loss that has the arguments of its constructor as attributes."""
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor."""
+        return ", ".join(
+            f"{name}={vars(self)[name]!r}" for name in signature(type(self)).parameters if name in vars(self)
+        )
+
+
+class _WithTemperature(LossModule):
     @checked
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
 
 
 class InfoNCE(_WithTemperature):
@@ -262,7 +250,7 @@ class MoCoV3Loss(_WithTemperature):
         return moco_v3_loss(q0, k1, self.temperature, offset) + moco_v3_loss(q1, k0, self.temperature, offset)
 
 
-class VICRegLoss(nn.Module):
+class VICRegLoss(LossModule):
     """`vicreg_loss` as a module.
 
     >>> VICRegLoss()
@@ -277,7 +265,3 @@ class VICRegLoss(nn.Module):
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         """Return `vicreg_loss(z0, z1)` with the module's factors."""
         return vicreg_loss(z0, z1, self.invariance, self.variance, self.covariance)
-
-    def extra_repr(self) -> str:
-        """Return the factors, as in the constructor."""
-        return f"invariance={self.invariance}, variance={self.variance}, covariance={self.covariance}"

@@ -1,4 +1,4 @@
-"""Evaluation of frozen features at every width: kNN, linear classifiers by steps, and the ridge classifier."""
+"""Evaluate the frozen features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,11 +33,17 @@ from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
+__all__ = [
+    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy", "probe_loss",
+    "ridge_classifier", "train_probe", "train_slimmable_probe",
+]  # fmt: skip
+
+Features = Mapping[float, Tensor]
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
 
 _CHUNK = 1024  # images whose neighbours are found together
 _NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
-_NO_EPS = 1e-30  # too small to change a variance from `_moments`; torch 2.11 does not allow 0
+_NO_EPS = 1e-30  # too small to change a variance from `_scaled`; torch 2.11 does not allow 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,8 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
 
     Args:
         model: images in, class scores of shape (batch, classes) out; it runs in eval mode, as in `features_of`.
-        images: shape (images, ...); uint8 images are scaled to [0, 1].
+        images, batch_size: as in `features_of`.
         labels: class numbers, shape (images,).
-        batch_size: number of images that run together.
 
     Raises: DataError: if there are no images, not one class number for each, or the model's output is not class scores.
 
@@ -123,13 +128,11 @@ def evaluate_widths(
     Args:
         backbone: a converted network; images in, features of shape (batch, features) out.
         train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1].
-        train_labels, test_labels: class numbers, shape (images,).
-        probes: which classifiers, as in `evaluate_features`. For "slimmable" the features of a converted backbone are
-            sorted, those of the narrowest width first; a part of a converted network must have them in this order.
-        k: number of neighbours that vote.
+        train_labels, test_labels, k: as in `evaluate_features`.
+        probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
+            width first; a part of a converted network must have them in this order.
 
-    Raises: ConversionError: if `backbone` was never converted. DataError: if a set is empty or labels do not match.
-        UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
+    Raises: ConversionError: if `backbone` was never converted. The others are as in `evaluate_features`.
 
     >>> import slimmable
     >>> backbone = slimmable.slimify(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)),
@@ -150,9 +153,9 @@ def evaluate_widths(
 
 @checked
 def evaluate_features(
-    train: Mapping[float, Tensor],
+    train: Features,
     train_labels: Tensor,
-    test: Mapping[float, Tensor],
+    test: Features,
     test_labels: Tensor,
     *,
     probes: Sequence[ProbeName] = ("knn", "linear"),
@@ -181,16 +184,8 @@ def evaluate_features(
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
     for width in widths:
-        check_labelled(f"evaluate_features: train at width {width}", train[width], train_labels)
-        check_labelled(f"evaluate_features: test at width {width}", test[width], test_labels)
-        for name, features in {"train": train, "test": test}.items():
-            check_finite(f"evaluate_features: {name} features at width {width}", features[width])
-        if train[width].shape[1:] != test[width].shape[1:]:
-            raise DataError(
-                f"evaluate_features: at width {width} train has shape {tuple(train[width].shape)}, test "
-                f"{tuple(test[width].shape)}; expected the same number of features"
-            )
-    classes = max(check_classes("evaluate_features", labels, None) for labels in (train_labels, test_labels))
+        at = f" features at width {width}"
+        classes = _check_sets("evaluate_features", at, train[width], train_labels, test[width], test_labels)
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     kinds: dict[str, Callable[..., nn.Module]] = {"linear": train_probe, "slimmable": train_slimmable_probe}
@@ -215,6 +210,19 @@ def _check_probes(where: str, probes: Sequence[ProbeName]) -> None:
     listed = isinstance(probes, Iterable) and not isinstance(probes, str)
     if not listed or not probes or any(name not in get_args(ProbeName) for name in probes):
         raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(ProbeName))}; got {probes!r}")
+
+
+def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
+    """Return the number of classes of two sets of features, which must be finite and as many in both."""
+    for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
+        check_labelled(f"{where}: {name}{at}", features, labels)
+        check_finite(f"{where}: {name}{at}", features)
+    if train[0].numel() != test[0].numel():
+        raise DataError(
+            f"{where}: train{at} has {train[0].numel()} features, test {test[0].numel()}, in shapes: train "
+            f"{tuple(train.shape)}, test {tuple(test.shape)}"
+        )
+    return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -258,15 +266,9 @@ def knn_accuracy(
     >>> knn_accuracy(corners, torch.arange(3), corners + 0.1, torch.tensor([0, 1, 1]), k=1)
     0.6666666666666666
     """
-    check_labelled("knn_accuracy: train", train, train_labels)
-    check_labelled("knn_accuracy: test", test, test_labels)
-    check_finite("knn_accuracy: train", train)
-    check_finite("knn_accuracy: test", test)
-    classes = max(check_classes("knn_accuracy", labels, None) for labels in (train_labels, test_labels))
+    classes = _check_sets("knn_accuracy", "", train, train_labels, test, test_labels)
     bank = F.normalize(train.float().reshape(len(train), -1), dim=1)
     queries = F.normalize(test.float().reshape(len(test), -1), dim=1)
-    if bank.shape[1] != queries.shape[1]:
-        raise DataError(f"knn_accuracy: train has {bank.shape[1]} features, test {queries.shape[1]}")
     right = 0
     for features, labels in zip(torch.split(queries, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
         cosines, nearest = (features @ bank.T).topk(min(k, len(bank)))
@@ -277,7 +279,7 @@ def knn_accuracy(
 
 
 @checked
-def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
+def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     """Return the loss of a switchable probe, a scalar in nats (SlimCLR, Zhao et al. 2024, linear evaluation).
 
     It is the widest width's cross-entropy with the labels, plus for every narrower width the mean of its cross-entropy
@@ -312,7 +314,7 @@ def probe_loss(scores: Mapping[float, Tensor], labels: Tensor) -> Tensor:
 
 @checked
 def train_probe(
-    features: Mapping[float, Tensor],
+    features: Features,
     labels: Tensor,
     *,
     num_classes: int | None = None,
@@ -331,8 +333,7 @@ def train_probe(
         labels: class numbers, shape (images,), on the device of the features.
         num_classes: number of classes; by default one more than the largest label.
         epochs, batch_size: length of the training, and images per step.
-        learning_rate: initial learning rate.
-        seed: seed of the order of the images.
+        learning_rate, seed: the first learning rate, and the seed of the order of the images.
 
     Raises: DataError: if labels and features do not match. WidthError: if the full width is missing.
 
@@ -342,13 +343,11 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    classes = _classes("train_probe", features, labels, num_classes)
-    moments = {width: _moments(features[width]) for width in check_widths(features)}
-    scaled = {width: (features[width].float() - mean) / deviation for width, (mean, deviation) in moments.items()}
+    classes, moments, scaled = _scaled("train_probe", features, labels, num_classes)
     probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
     linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
     probe.linears = nn.ModuleList(linears.values())
-    _minimise(probe, linears, scaled, labels, epochs, batch_size, learning_rate, seed)
+    _minimise(linears, scaled, labels, epochs, batch_size, learning_rate, seed)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
@@ -358,7 +357,7 @@ def train_probe(
 
 @checked
 def train_slimmable_probe(
-    features: Mapping[float, Tensor],
+    features: Features,
     labels: Tensor,
     *,
     num_classes: int | None = None,
@@ -369,18 +368,15 @@ def train_slimmable_probe(
 ) -> nn.Sequential:
     """Train one linear classifier for all widths, whose first columns serve the narrow widths; for comparison.
 
-    In linear regression, such a classifier is optimal at every width only if the features of a narrow width are
-    orthogonal to the others over the images (SlimCLR, Zhao et al. 2024, theory), so `train_probe` trains one classifier
-    per width. Arguments, loss, steps and the scaling of the features are as in `train_probe`; only weights and bias are
-    shared. The widths have different scales, which cannot be folded into shared weights, so a BatchNorm per width in
-    front applies them.
+    In linear regression it is optimal at every width only if the features of a narrow width are orthogonal to the
+    others over the images (SlimCLR, Zhao et al. 2024, theory). Arguments and training are as in `train_probe`, but the
+    widths share weights and bias, so the scales, which differ, stay in a BatchNorm per width in front.
 
-    The features of a narrow width must be the first ones of the full width. `slimify` ensures this unless the features
-    are concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. It does not
-    apply to layers made with `overlap=False`.
+    The features of a narrow width must be the first ones of the full width. `slimify` ensures this unless they are
+    concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. Layers made with
+    `overlap=False` have no such features.
 
-    Returns: BatchNorm and classifier, which switch widths together and take the unscaled features. They are in eval
-        mode and must stay in it.
+    Returns: BatchNorm and classifier, which switch widths together, take unscaled features, and must stay in eval mode.
 
     Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
 
@@ -391,25 +387,16 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
-    classes = _classes("train_slimmable_probe", features, labels, num_classes)
-    widths = check_widths(features)
-    full, kept = features[1.0].shape[1], [features[width].shape[1] for width in widths]
+    classes, moments, scaled = _scaled("train_slimmable_probe", features, labels, num_classes)
+    widths, kept = tuple(scaled), [part.shape[1] for part in scaled.values()]
+    full = kept[0]
     if max(kept) > full:
-        raise DataError(
-            f"train_slimmable_probe: {kept} features at widths {widths}; none may have more than the full width"
-        )
+        raise DataError(f"train_slimmable_probe: {kept} features at widths {widths}; the full width must have most")
     norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
-    for index, width in enumerate(widths):
-        mean, deviation = _moments(features[width])
+    for index, (mean, deviation) in enumerate(moments.values()):
         norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
-    norm.eval()
     linear = zero_linear(full, classes, labels.device)
-    scaled = {width: norm.norm_at(index)(features[width].float()) for index, width in enumerate(widths)}
-
-    def classify(part: Tensor) -> Tensor:
-        return F.linear(part, linear.weight[:, : part.shape[1]], linear.bias)
-
-    _minimise(linear, dict.fromkeys(scaled, classify), scaled, labels, epochs, batch_size, learning_rate, seed)
+    _minimise(dict.fromkeys(scaled, linear), scaled, labels, epochs, batch_size, learning_rate, seed)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
@@ -422,41 +409,36 @@ def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
     return linear
 
 
-def _classes(where: str, features: Mapping[float, Tensor], labels: Tensor, num_classes: int | None) -> int:
-    """Check the features of every width; return the number of classes."""
-    return max(
-        check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
-        for width in check_widths(features)
-    )
+def _scaled(
+    where: str, features: Features, labels: Tensor, num_classes: int | None
+) -> tuple[int, dict[float, tuple[Tensor, Tensor]], dict[float, Tensor]]:
+    """Return the number of classes, and for each width the mean and deviation of its features, and them scaled."""
+    widths = check_widths(features)
+    for width in widths:
+        classes = check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
+    exact = {width: features[width].float() for width in widths}
+    moments = {width: (x.mean(0), x.std(0, correction=0).clamp(min=1e-6)) for width, x in exact.items()}
+    return classes, moments, {width: (exact[width] - mean) / std for width, (mean, std) in moments.items()}
 
 
 def _minimise(
-    probe: nn.Module,
-    classifiers: Mapping[float, Callable[[Tensor], Tensor]],
-    features: Mapping[float, Tensor],
-    labels: Tensor,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    linears: dict[float, nn.Linear], features: Features, labels: Tensor, epochs: int, size: int, rate: float, seed: int
 ) -> None:
-    """Minimise `probe_loss` of the widths' classifiers over the parameters of `probe`."""
-    optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.9)
+    """Minimise `probe_loss` of linear layers, the first columns of which serve a width with fewer features."""
+    optimizer = torch.optim.SGD(nn.ModuleList(linears.values()).parameters(), lr=rate, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for rows in torch.split(order, batch_size):
+        for rows in torch.split(order, size):
             optimizer.zero_grad()
-            scores = {width: classify(features[width][rows]) for width, classify in classifiers.items()}
+            scores = {
+                width: F.linear(features[width][rows], linear.weight[:, : features[width].shape[1]], linear.bias)
+                for width, linear in linears.items()
+            }
             probe_loss(scores, labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and standard deviation of each feature."""
-    return features.float().mean(0), features.float().std(0, correction=0).clamp(min=1e-6)
 
 
 @torch.no_grad()
@@ -468,12 +450,9 @@ def ridge_classifier(
 
     It minimises `mean over images of |W x + b - onehot|^2 + penalty v |W|^2` in closed form, in float64 (Hoerl and
     Kennard, *Ridge Regression*, 1970). `v` is the mean variance of the features, and `b` is not penalised, so neither
-    scaling all features nor shifting any of them changes a prediction, and one penalty suits any features. With one-hot
-    labels the scores estimate the class probabilities and sum to 1; targets of 1 and -1, as in scikit-learn's
-    `RidgeClassifier`, would give `2 score - 1` and the same predictions.
-
-    Unlike `train_probe` it has no steps to tune, and the widths of a network do not teach each other: call it for the
-    features of each width. It solves for as many unknowns as there are features, or images if there are fewer.
+    scaling all features nor shifting any of them changes a prediction, and one penalty suits any features. The scores
+    estimate the class probabilities and sum to 1; targets of 1 and -1, as in scikit-learn's `RidgeClassifier`, would
+    give `2 score - 1`. It solves for as many unknowns as there are features, or images if there are fewer.
 
     Args:
         features: unscaled features, shape (images, features).
