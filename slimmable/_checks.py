@@ -6,9 +6,12 @@
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from numbers import Integral, Real
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
@@ -109,6 +112,8 @@ def check_whole(where: str, model: nn.Module) -> None:
             )
 
 
+_KNOWN = ("<", *(str(Path(module.__file__ or "").parent) for module in (os, np, torch, sys.modules["slimmable"])))
+
 _NAMES: dict[Callable[..., None], str] = {
     check_sizes: "dilation kernel_size normalized_shape stride",
     check_count: "batch_size bn_splits channels every groups hidden_dim in_channels in_features k layers "
@@ -137,6 +142,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check flags, and the arguments that `BY_NAME` knows, before the function runs; None only where it may be None.
 
     What torch or Python then say of the others becomes a `UsageError` that shows the call, unless memory ran out.
+    Errors of the caller's own code, such as a closure or a loader, stay what they are.
     """
     signature = inspect.signature(function)
     given_as = signature.parameters.items()
@@ -163,6 +169,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError) as error:
             if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
                 raise  # it may be about another process
+            if any(not frame.f_code.co_filename.startswith(_KNOWN) for frame, _ in walk_tb(error.__traceback__)):
+                raise
             listed = ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name != "self")
             raise UsageError(f"{where}({listed}) fails: {error}") from error
 

@@ -88,7 +88,7 @@ def skeleton(recipe: Mapping[str, Any], shapes: Sequence[Sequence[int]] | None =
 
 
 def _largest(data: Any) -> float:
-    """Return the largest number in nested data; strings count as their lengths."""
+    """Return the largest number in nested data."""
     if isinstance(data, (Mapping, list, tuple)):
         return max((_largest(part) for part in (data.values() if isinstance(data, Mapping) else data)), default=0)
     return abs(data) if isinstance(data, (int, float)) else 0

@@ -79,11 +79,11 @@ class MomentumEncoder(nn.Module):
                 "network that was copied"
             )
         for number, (mine, other) in enumerate(zip(own, others, strict=True)):
-            one, two = (f"shape {tuple(x.shape)} and type {x.dtype} on {x.device}" for x in (other, mine))
+            one, two = ((tuple(x.shape), x.dtype, x.device) for x in (other, mine))
             if one != two:
                 raise UsageError(
-                    f"MomentumEncoder.update: parameter {number} has {one} in the network, {two} in the copy; give the "
-                    "network that was copied"
+                    f"MomentumEncoder.update: parameter {number} has shape {one[0]} in the network, {two[0]} in the "
+                    f"copy ({one[1:]} and {two[1:]}); give the network that was copied"
                 )
         torch._foreach_lerp_(own, others, 1 - momentum)
 

@@ -371,7 +371,6 @@ def inherit(norm: SwitchableNorm, before: SwitchableNorm, moved: Sequence[int] |
             _take_over(norm.narrow[place], units, norms[source], had[source])
         if width in norms and (loses_affine or set(units) != set(had[width])):
             lost.append(width)
-    norm.train(norm.full.training)
     return lost
 
 

@@ -503,7 +503,7 @@ def test_targets_outside_their_range(target):
     ):
         with pytest.raises(UsageError, match=r"must be in \(0, 1\)"):
             call()
-    with pytest.raises(UsageError, match=r"must be in \[0, 1\]"):
+    with pytest.raises(UsageError, match=r"must be a number in \[0, 1\]"):
         slimmable.gating.bound_loss(torch.ones(2), 0.5, 1.1)
     with pytest.raises(slimmable.errors.DataError, match="one number per gate"):
         slimmable.gating.bound_loss(torch.ones(2, 2), 0.5, 0.5)

@@ -356,6 +356,8 @@ def test_draws_are_anew_in_each_step_and_the_same_for_the_same_seed():
     steps = [[*recipe.widths(1.0)] for _ in range(3)]
     assert steps[0] == first
     assert steps[0] != steps[1] != steps[2]
+    by_step = {s: [*SlimRecipe(universal(), random_widths=2, seed=s).widths(1.0, step=5)] for s in (3, 4)}
+    assert by_step[3] == [*recipe.widths(1.0, step=5)] != by_step[4]
     assert [*SlimRecipe(universal(), slow_start=0.5, random_widths=2).widths(0.1)] == [1.0]
 
 
