@@ -4,7 +4,8 @@ Files store the arguments of `gate`, and loading calls `gate` with them again.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -20,10 +21,9 @@ from slimmable._modules import replace_modules
 from slimmable._tables import listed
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
-from slimmable.gating._find import SKIPPED, gate_plan
 from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, GateHook, LayerGates, NoGates, gates_in, has_gates
 from slimmable.gating._passes import PassNorm
-from slimmable.gating._plan import PLAN, GatePlan, PlannedGate, decode_inputs
+from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, PlannedGate, decode_inputs, gate_plan
 from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,13 +49,11 @@ def gate(
     everything between them treats channels separately. In Transformers these are the hidden units of the MLPs and whole
     attention heads. The gate sees the input of the layer that makes the units; its mask multiplies the inputs of the
     layers that read them, which is equivalent to dropping the channels. `print(gate_plan(model))` shows which groups
-    get a gate, which do not, and why.
-
-    The first axis of every tensor must be the batch; other layouts cannot be detected.
+    get a gate, which do not, and why. The first axis of every tensor must be the batch.
 
     Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it. `save` and `load` support gates. Loading a state dict
-    whose gates differ from the model's raises a CheckpointError and changes nothing.
+    gates for each of its widths; convert it first, then gate it. Loading a state dict whose gates differ from the
+    model's raises a CheckpointError and changes nothing.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
@@ -69,8 +67,7 @@ def gate(
     Raises: ConversionError: if there is nothing to gate, with the reasons, or the model cannot be traced. UsageError:
         if the model already has gates, or an argument is out of range. After an error nothing has changed.
 
-    Source: Krishna et al. 2023 gate the inner channels of residual blocks; this package adds other architectures and
-        widths.
+    Source: Krishna et al. 2023 gate the inner channels of residual blocks; other architectures and widths are new here.
 
     >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
@@ -121,17 +118,16 @@ def ungate(model: M) -> M:
     >>> len(model.state_dict()), len(ungate(model).state_dict())
     (15, 6)
     """
+
+    def ours(each: object) -> bool:
+        return isinstance(each, (GateHook, LayerGates, NoGates)) or getattr(each, "hook", None) is _refuse_other_gates
+
     for module in list(model.modules()):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, GateHook):
-                del module._forward_pre_hooks[key]
-        for key, check in list(module._load_state_dict_pre_hooks.items()):
-            if getattr(check, "hook", None) is _refuse_other_gates:
-                del module._load_state_dict_pre_hooks[key]
         module.__dict__.pop(PLAN, None)
-        for name, child in list(module._modules.items()):
-            if isinstance(child, (LayerGates, NoGates)):
-                del module._modules[name]
+        held: Any
+        for held in module._forward_pre_hooks, module._load_state_dict_pre_hooks, module._modules:
+            for key in [key for key, each in held.items() if ours(each)]:
+                del held[key]
     norms = [module for module in model.modules() if isinstance(module, PassNorm)]
     return cast(M, replace_modules(model, {id(norm): norm.without() for norm in norms}))
 
@@ -180,15 +176,11 @@ def _layer_gates(
 
 
 def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Refuse a state dict whose gates, or norms of the gated pass, differ from the module's, before it is loaded.
-
-    A state dict without any gates is accepted: hooks cannot tell whether it is loaded with `strict=False`, as a dense
-    checkpoint is.
-    """
+    """Refuse to load a state dict whose gates, or norms of the gated pass, differ; one without gates may be dense."""
     given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and _PART.match(name)}
     if not _parts(given, only_gates=True):
         return
-    tensors = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    tensors = module.state_dict(prefix=prefix, keep_vars=True)
     own = {name: tensor for name, tensor in tensors.items() if _PART.match(name)}
     shapes = {name: (tuple(getattr(given[name], "shape", ())), tuple(own[name].shape)) for name in own if name in given}
     kinds = {
@@ -214,13 +206,10 @@ def _parts(names: Iterable[str], only_gates: bool = False) -> list[str]:
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Return a copy of a gated model without its gates, and JSON data from which `_restore` makes the same ones."""
-    found: GatePlan | None = model.__dict__.get(PLAN)
-    if found is None:
-        raise CheckpointError(
-            f"this {type(model).__name__} or a part of it has gates, but it is not the model that "
-            "slimmable.gating.gate returned; save that model"
-        )
-    gates = _channel_gates(model)
+    kind, found = type(model).__name__, model.__dict__.get(PLAN)
+    if not isinstance(found, GatePlan):
+        raise CheckpointError(f"this {kind} has gates, but it is not the model that slimmable.gating.gate returned")
+    gates = list(_channel_gates(model))
     data = {
         "example": found.example,
         "skipped": [maker for maker, _, reason in found.refused if reason == SKIPPED],
@@ -229,18 +218,11 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         "settings": [[own.temperature, own.open_at_zero] for own in gates],
     }
     bare = ungate(copy_of(model))
-    arguments = _arguments(bare, data)
-    changed = CheckpointError(
-        f"this {type(model).__name__} was changed after it was gated; remove the gates with "
-        "slimmable.gating.ungate, gate it again, then save it"
-    )
-    try:
-        again = [(planned.name, planned.units) for planned in gate_plan(bare, **arguments).gates]
-    except SlimmableError as error:
-        raise changed from error
-    before = [(planned.name, planned.units) for planned in found.gates]
+    before, again = [(planned.name, planned.units) for planned in found.gates], None
+    with suppress(SlimmableError):
+        again = [(planned.name, planned.units) for planned in gate_plan(bare, **_arguments(bare, data)).gates]
     if again != before or {own.name for own in gates_in(model)} != {name for name, _ in before}:
-        raise changed
+        raise CheckpointError(f"this {kind} was changed after it was gated; remove the gates with ungate, gate again")
     return bare, data
 
 
@@ -261,15 +243,13 @@ def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
     return {"example_inputs": Inputs(*args, **kwargs), "skip": lambda path, module: path in skipped}
 
 
-def _channel_gates(model: nn.Module) -> list[ChannelGate]:
-    """Return the gates of all widths, in the order of their layers; refuse others, whose class no file can name."""
-    found = []
+def _channel_gates(model: nn.Module) -> Iterator[ChannelGate]:
+    """Yield the gates of all widths, in the order of their layers; refuse others, whose class no file can name."""
     for gates in gates_in(model):
         for own in gates.at:
             if not isinstance(own, ChannelGate):
                 raise CheckpointError(f"the gate of {gates.name} is a {type(own).__name__}; a file holds ChannelGates")
-            found.append(own)
-    return found
+            yield own
 
 
 ADDONS["gating"] = AddOn(

@@ -17,6 +17,7 @@ from slimmable.view.recompute import Active, in_backward, switch
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
 TEMPERATURE = 2 / 3
+Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
 _TINY = 1e-8  # keeps the logarithms of the noise finite
 
 
@@ -30,12 +31,10 @@ def hard_mask(
     gradient is that of `soft` (straight-through). Without noise, units with positive logits are open, and there is no
     gradient.
 
-    Source: the binary Gumbel-softmax of Krishna et al. 2023. Their code uses the temperature 0.66667, and without noise
-    also opens units at logit 0, so a gate whose hidden units are all zeroed by their ReLU opens everything.
+    Source: the binary Gumbel-softmax of Krishna et al. 2023, whose code also opens units at logit 0 without noise.
 
     Args:
-        logits: any shape.
-        uniform: `u`, random numbers in [0, 1), of the same shape; None for no noise.
+        logits, uniform: two tensors of any one shape; `u` is random in [0, 1), and None for no noise.
         temperature: positive.
         open_at_zero: without noise, open units with logit 0, as published.
 
@@ -61,15 +60,13 @@ class ChannelGate(nn.Module):
     in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
     logits; it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023; these linear layers are their 1x1 convolutions on pooled features. Theirs have no bias,
-    so an image without an active hidden unit has logit 0 for every unit: with noise half of the units are open, without
-    noise none are, and the network that runs is not the one that was trained.
+    Source: Krishna et al. 2023, whose gates have no bias: an image without an active hidden unit then has logit 0 for
+    every unit, so with noise half of the units are open, and without noise none.
 
     Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
 
     Args:
-        channels: number of channels of the layer's input.
-        units: number of units that the gate opens or closes.
+        channels, units: how many channels the layer's input has, and how many units the gate opens or closes.
         temperature, open_at_zero: as in `hard_mask`.
         bias: add a learned bias per unit to the logits.
 
@@ -99,8 +96,7 @@ class ChannelGate(nn.Module):
             nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
         if self.expand.bias is not None:
             nn.init.zeros_(self.expand.bias)
-        self.temperature = temperature
-        self.open_at_zero = open_at_zero
+        self.temperature, self.open_at_zero = temperature, open_at_zero
         self.register_buffer("threshold", torch.zeros(()))
 
     @property
@@ -112,11 +108,6 @@ class ChannelGate(nn.Module):
     def logits(self, pooled: Tensor) -> Tensor:
         """Return one logit per unit: (images, channels) -> (images, units)."""
         check_matrices("ChannelGate", pooled=pooled)
-        if pooled.shape[1] != self.reduce.in_features:
-            raise DataError(
-                f"ChannelGate: expected pooled features of shape (images, {self.reduce.in_features}), "
-                f"got {tuple(pooled.shape)}"
-            )
         logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
         return logits
 
@@ -136,24 +127,14 @@ def _hidden(channels: int) -> int:
     return max(1, channels // 4)
 
 
-class Pass(Enum):
-    """Which of the two networks of a gated model runs."""
-
-    DENSE = 0
-    GATED = 1
-
-
 @dataclass(frozen=True, eq=False)
 class Decision:
     """The decision of a gate in one forward."""
 
-    mask: Tensor | None  # of shape (images, units); None before the gate has decided
-    positions: tuple[int, ...]  # shape of the layer's input without its image and channel axes
-    index: int  # of the width
-    record: "list[Decision] | None"  # of those in the same `gated` block
-
-
-_UNDECIDED = Decision(None, (), 0, None)
+    mask: Tensor | None = None  # of shape (images, units); None before the gate has decided
+    positions: tuple[int, ...] = ()  # shape of the layer's input without its image and channel axes
+    index: int = 0  # of the width
+    record: "list[Decision] | None" = None  # of those in the same `gated` block
 
 
 class LayerGates(SwitchableContainer):
@@ -163,8 +144,7 @@ class LayerGates(SwitchableContainer):
     second group that the same layer makes are in `channel_gate_1`.
 
     Args:
-        name: name of the layer that makes the units, for messages and results.
-        axis: channel axis of this layer's input.
+        name, axis: of the layer that makes the units, and the channel axis of its input.
         widths: the model's widths.
         gates: one module per width: pooled features (images, channels) -> mask (images, units).
         readers: for each layer that reads the units, the axis of its input that holds them, and for each width the unit
@@ -184,7 +164,7 @@ class LayerGates(SwitchableContainer):
         self.at = nn.ModuleList(gates)
         self.reader_axes = tuple(axis for axis, _ in readers)
         self.active_pass = Active(Pass.DENSE)
-        self.decision = Active(_UNDECIDED)
+        self.decision = Active(Decision())
         self._units = {  # unit -1 is always open, and the first of the mask
             (number, index): Indices([unit + 1 for unit in units])
             for number, (_, per_width) in enumerate(readers)
@@ -231,8 +211,7 @@ class LayerGates(SwitchableContainer):
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
             raise UsageError(
-                f"a layer reads the output of {self.name}, but its gate has {found}; in a gated pass run the whole "
-                "model"
+                f"a layer reads the output of {self.name}, but its gate has {found}; run the whole model gated"
             )
         units = self._units.get((number, self._slim.index))
         if units is not None:
@@ -243,7 +222,7 @@ class LayerGates(SwitchableContainer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a running forward."""
-        return {**self.__dict__, "decision": Active(_UNDECIDED)}
+        return {**self.__dict__, "decision": Active(Decision())}
 
 
 class NoGates(nn.Identity):

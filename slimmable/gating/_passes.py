@@ -13,9 +13,8 @@ from slimmable._checks import check_floats, check_module, check_not_negative, ch
 from slimmable._distributed import gather
 from slimmable._inputs import image_batch, is_size
 from slimmable.errors import DataError, UsageError
-from slimmable.gating._find import macs_for
 from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
-from slimmable.gating._plan import PLAN, GatePlan, LayerMacs
+from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, macs_for
 from slimmable.view.container import inner_modules
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.recompute import Active, switched
@@ -91,13 +90,11 @@ class GatedPass:
         Raises: UsageError: if the model has not run in the block, ran at several widths, or broke off.
         """
         self._width_index()
-        idle = [gates.name for gates, record in self._records.items() if not record]
-        if idle:
-            raise UsageError(f"the gate of {idle[0]} has decided nothing: run the model inside `with gated(model)`")
-        found = {
-            gates.name: torch.cat([decision.mask for decision in record if decision.mask is not None])
-            for gates, record in self._records.items()
-        }
+        found = {}
+        for gates, record in self._records.items():
+            if not record:
+                raise UsageError(f"the gate of {gates.name} has decided nothing: run the model in `with gated(model)`")
+            found[gates.name] = torch.cat([decision.mask for decision in record if decision.mask is not None])
         if len({len(mask) for mask in found.values()}) > 1:
             counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
             raise UsageError(
@@ -110,10 +107,8 @@ class GatedPass:
         """Return layer -> its multiply-adds for each image, float64, shape (images,).
 
         They cover the convolutions and matrix products of the network with only the open channels, as `profile` counts
-        them. A gate's own are under the name of its layer followed by `.channel_gate`.
-
-        Args:
-            input_size: size of one image, such as (3, 224, 224); None for that of `gate`'s example inputs.
+        them. A gate's own are under the name of its layer followed by `.channel_gate`. `input_size` is that of one
+        image, such as (3, 224, 224); None stands for that of `gate`'s example inputs.
 
         Raises: UsageError: as `masks`; also if the model has run on images of another size.
         """
@@ -128,10 +123,7 @@ class GatedPass:
         return layers
 
     def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
-        """Return the multiply-adds of each image, including the gates: shape (images,), float64.
-
-        Args and errors: as `layer_macs`.
-        """
+        """Return the multiply-adds of each image, with the gates: shape (images,), float64; else as `layer_macs`."""
         return torch.stack(list(self.layer_macs(input_size).values())).sum(0)
 
     def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
@@ -179,8 +171,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     """Run a block with the gates on, and yield the record of their decisions; the previous pass is restored afterwards.
 
     In training mode the gates decide with noise, in eval mode without; untrained gates give a warning in eval mode.
-    Works on a gated model and on any wrapper around it. A copy made inside the block stays gated, so make copies
-    outside.
+    `model` may be wrapped. A copy made inside the block stays gated, so make copies outside.
 
     Raises: UsageError: if the model has no gates, or holds several gated models.
 
@@ -206,13 +197,12 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
             name = type(model).__name__
             warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
     run = GatedPass(model, gates)
-    undecided = [Decision(None, (), 0, record) for record in run._records.values()]
+    undecided = [Decision(record=record) for record in run._records.values()]
     with _during(Pass.GATED, model), switched([(None, each.decision) for each in gates], undecided):
         yield run
 
 
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
+def dense(model: nn.Module) -> AbstractContextManager[None]:
     """Run a block with the gates off, even inside `gated`; the previous pass is restored afterwards.
 
     Raises: UsageError: if the model has no gates.
@@ -225,8 +215,7 @@ def dense(model: nn.Module) -> Iterator[None]:
     True
     """
     gates_of("dense", model)
-    with _during(Pass.DENSE, model):
-        yield
+    return _during(Pass.DENSE, model)
 
 
 def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
@@ -263,10 +252,8 @@ def annealed(
 def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
     """Return `weight * (mean share - budget)^2` (Krishna et al. 2023, computational budget).
 
-    Args:
-        share: multiply-adds of each image, as a share of the dense network's; any shape.
-        budget: the target mean, in (0, 1).
-        weight: the paper's lambda.
+    `share` holds the multiply-adds of each image as a share of the dense network's, in any shape; `budget`, the target
+    mean, is in (0, 1). The weight is the paper's lambda.
 
     >>> budget_loss(torch.tensor([0.4, 0.6]), budget=0.3)
     tensor(0.2000)
@@ -286,7 +273,7 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
 
     Args:
         open_fractions: of shape (gates,), from the function `open_fractions`.
-        budget: the target share of the dense network's multiply-adds, in (0, 1).
+        budget: as for `budget_loss`.
         p: tightness of the bounds, in [0, 1]; see `annealed`.
         weight: the paper's gamma.
 
@@ -319,9 +306,8 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
     >>> open_fractions([torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.zeros(2, 4)])
     tensor([0.7500, 0.0000])
     """
-    masks = list(masks) if isinstance(masks, Iterable) else [masks]
-    for at, mask in enumerate(masks):
-        check_floats("open_fractions", **{f"masks[{at}]": mask})
+    masks = list(masks)
+    check_floats("open_fractions", **{f"masks[{at}]": mask for at, mask in enumerate(masks)})
     found = [mask.mean() if closed_gradient else mask.abs().mean() for mask in masks]
     if not found:
         raise DataError("open_fractions: there is no mask; run the model in a gated pass first")
@@ -332,19 +318,13 @@ class GateBudget(nn.Module):
     """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
 
     With several processes both losses are those of the joined batch, in every process; average the gradients, as
-    DistributedDataParallel and `slimmable.training.average_gradients` do.
-
-    `reached` is the mean share of multiply-adds of the last batch, without gradient; None at first.
-
-    Source: Krishna et al. 2023; the defaults are theirs.
+    DistributedDataParallel and `slimmable.training.average_gradients` do. `reached` is the mean share of multiply-adds
+    of the last batch, without gradient; None at first. The defaults are those of Krishna et al. 2023.
 
     Args:
-        budget: target multiply-adds of the gated network, including the gates, as a share of the dense network's; in
-            (0, 1).
-        budget_weight: weight of the budget loss, the paper's lambda.
-        bound_weight: weight of the bound loss, the paper's gamma.
-        alpha: how fast the bounds widen, see `annealed`.
-        first_epoch: when they begin to widen.
+        budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.
+        budget_weight, bound_weight: weights of the two losses, the paper's lambda and gamma.
+        alpha, first_epoch: how fast the bounds widen, and from when on, see `annealed`.
         closed_gradient: as in `open_fractions`.
 
     >>> import slimmable

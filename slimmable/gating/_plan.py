@@ -1,22 +1,34 @@
-"""Gate plans as pure data: which groups of units have a gate, which have none, and what gated passes cost."""
+"""Gate plans: which groups of units get a gate, which get none and why, and what gated passes cost.
+
+The plan of a model is pure data. It is made from one trace of the plain model, of which each channel group is examined.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._inputs import MOST, Arguments, is_index
+from slimmable._checks import checked
+from slimmable._convert import Skip, plain, plan_of, skipper
+from slimmable._inputs import MOST, Arguments, example_of, is_index
+from slimmable._nested import output_tensors
 from slimmable.analysis.channels import Grouping
+from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
+from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
-from slimmable.errors import CheckpointError
+from slimmable.analysis.trace import ModuleCall, Trace
+from slimmable.errors import CheckpointError, ConversionError
 from slimmable.gating._gates import gate_macs
+from slimmable.view.state import is_slim
 
 PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
+SKIPPED = "skipped"  # the reason where the caller wants no gate
 _PLAIN = (type(None), bool, int, float, str)  # values that JSON holds as they are
 
 
@@ -64,21 +76,13 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GatePlan:
-    """Where `gate` puts gates, as pure data; `print` shows it. Copies of a model share it.
+    """Where `gate` puts gates, as pure data; `print` shows it. Copies of a model share it."""
 
-    Attributes:
-        gates: in the order of the layers.
-        refused: the groups without a gate.
-        plan: the channel groups.
-        macs: multiply-adds for images of the example's size.
-        example: the example inputs as data for JSON.
-    """
-
-    gates: tuple[PlannedGate, ...]
-    refused: tuple[Refused, ...]
-    plan: Plan
-    macs: "LayerMacs"
-    example: list[Any]
+    gates: tuple[PlannedGate, ...]  # in the order of the layers
+    refused: tuple[Refused, ...]  # the groups without a gate
+    plan: Plan  # the channel groups
+    macs: "LayerMacs"  # for images of the example's size
+    example: list[Any]  # the example inputs as data for JSON
 
     def __deepcopy__(self, memo: Any) -> "GatePlan":
         return self
@@ -150,6 +154,198 @@ class LayerMacs:
     def without(self, gates: Sequence[PlannedGate], counts: Sequence[int]) -> float:
         """Return the sum over all layers with all units of some gates closed."""
         return float(self.total({gate.group: torch.zeros(1, gate.units).double() for gate in gates}, counts))
+
+
+@checked
+def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) -> GatePlan:
+    """Return which channel groups `gate` would give gates, and why the others get none; the model is not changed.
+
+    Args and errors are those of `gate`, but finding no place for a gate is not an error. For a gated model, without
+    `example_inputs` and `skip`, this is the plan that its gates follow.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> import torch
+    >>> print(gate_plan(net, example_inputs=torch.zeros(2, 4)))
+     units  gate looks at the input of            masks the input of
+        16  2                                     4
+    without a gate:
+         8  0: its layer reads the model's input, of which a gate learns little
+    """
+    own: GatePlan | None = model.__dict__.get(PLAN)
+    if own is not None and example_inputs is None and skip == ():
+        return own
+    plan = plan_of(model)
+    if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
+        raise ConversionError(
+            f"a part of this {type(model).__name__} was converted; gate the model that slimify returned before it "
+            "becomes a part of another"
+        )
+    args, kwargs = example_of(model, example_inputs)
+    skips = skipper(model, skip)
+    images = _image_count(args, kwargs)
+    fake, trace, solution = _traced(model, args, kwargs, (1.0,) if plan is None else plan.widths)
+    plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
+    finder = _Finder(trace, plan)
+    possible, refused = [], []
+    for group, units in enumerate(plan.channels.units):
+        try:
+            possible.append(finder.gate_of(group, fake.model, images, skips))
+        except _RefusedError as error:
+            refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
+    macs = finder.layer_macs(possible, images)
+    full = plan.channels.units
+    order = {path: number for number, path in enumerate(trace.calls)}
+    gates: list[PlannedGate] = []
+    for gate in sorted(possible, key=lambda gate: order[gate.maker]):
+        saved = macs.without((), full) - macs.without([gate], full)
+        if gate.macs < saved:
+            gates.append(replace(gate, number=sum(other.maker == gate.maker for other in gates)))
+        else:
+            reason = f"a gate would cost more multiply-adds than the {saved:.0f} that it could save"
+            refused.append(Refused(gate.maker, gate.units, reason))
+    return GatePlan(tuple(gates), tuple(refused), plan, macs, encode_inputs(args, kwargs))
+
+
+def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
+    """Return the multiply-adds of a gated model for inputs whose size differs from its example's."""
+    args, kwargs = example_of(model, example_inputs)
+    _, trace, _ = _traced(model, args, kwargs, found.plan.widths)
+    return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
+
+
+def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    tensors = output_tensors((args, kwargs))
+    if not tensors or not tensors[0].ndim or not len(tensors[0]):
+        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
+        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
+    return len(tensors[0])
+
+
+@torch.inference_mode(False)
+def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
+    """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
+    bare = plain(model)
+    fake = FakeModel(bare, args, kwargs)
+    return fake, *best_trace(fake, widths, lambda path, module: False, 1)
+
+
+class _RefusedError(Exception):
+    """A group gets no gate; the message says why."""
+
+
+class _Finder:
+    def __init__(self, trace: Trace, plan: Plan) -> None:
+        context, channels = trace.context, plan.channels
+        self.trace, self.plan, self.labels, self.grouping = trace, plan, context.labels, channels.needed.grouping
+        self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for full axes
+        for key, axes in trace.tensors.items():
+            for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
+                if ids is not None and units is not None:
+                    self._units[self.labels.find(ids)] = units
+        self.makers: list[list[str]] = [[] for _ in channels.units]
+        for path, ids in context.producers:
+            for group in self._groups_on(ids):
+                if path not in self.makers[group]:
+                    self.makers[group].append(path)
+        self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
+        for path, ids in context.reads:
+            for group in self._groups_on(ids):
+                self.reads[group].append((path, ids))
+        self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
+        self.summed = {group for ids in context.sums for group in self._groups_on(ids)}
+        outputs = [ids for output in trace.outputs for ids in output.units if ids is not None]
+        self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
+
+    def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
+        """Return the multiply-adds of the trace, which ran on this many images."""
+        products = [(path, macs, tuple(map(self._units_on, axes))) for macs, axes, path in self.trace.context.products]
+        positions = {}
+        for gate in gates:
+            source = self.trace.calls[gate.maker][0].source
+            assert source is not None
+            positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
+        return LayerMacs(products, self.grouping, images, positions)
+
+    def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
+        """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
+        units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
+        if units < 2:
+            raise _RefusedError("it has one unit")
+        if group in self.outputs:
+            raise _RefusedError("it is in the model's output")
+        if group in self.summed and len(makers) > 1:
+            raise _RefusedError(f"features of {len(makers)} layers are added up in it (a residual stream)")
+        if group in self.meeting:
+            raise _RefusedError(f"its units meet in {self.meeting[group]}")
+        if not reads or not makers:
+            raise _RefusedError("no layer reads it by weights")
+        maker = makers[0]
+        if skip(maker, model.get_submodule(maker)):
+            raise _RefusedError(SKIPPED)
+        axis, channels = self._looked_at(maker, images)
+        readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
+        counts = np.array([*self.plan.channels.units, 1])
+        counts[group] -= 1
+        _, failures = self.plan.channels.needed.fit(counts)
+        if failures:
+            constraint = failures[0].constraint
+            raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
+        norms = self._norms(group, readers, model)
+        return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
+
+    def _units_on(self, ids: Ids) -> Ids:
+        units: Ids = self._units[self.labels.find(ids)]
+        return units
+
+    def _groups_on(self, ids: Ids) -> list[int]:
+        return self.grouping.groups_in([self._units_on(ids)])
+
+    def _call(self, path: str, role: str, images: int) -> ModuleCall:
+        calls = self.trace.calls.get(path, [])
+        if len(calls) != 1:
+            raise _RefusedError(f"{path} {role} and runs {len(calls)} times in one forward")
+        source = calls[0].source
+        if source is None or source.ndim < 2 or len(source) != images:
+            raise _RefusedError(f"{path} {role}, but not from a tensor with one row per image")
+        return calls[0]
+
+    def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
+        """Return the axis of a module's input that carries these labels, and its units; never the batch axis."""
+        wanted = set(self.labels.find(ids).tolist())
+        for axis, own in enumerate(call.axes):
+            if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
+                return axis, self._units_on(own)
+        return None
+
+    def _looked_at(self, maker: str, images: int) -> tuple[int, Ids]:
+        """Return the channel axis of the maker's input, and the units on it."""
+        call = self._call(maker, "makes it", images)
+        for path, ids in self.trace.context.reads:
+            found = self._input_axis(call, ids) if path == maker else None
+            if found is not None:
+                return found
+        raise _RefusedError("its layer reads the model's input, of which a gate learns little")
+
+    def _reader(self, path: str, ids: Ids, group: int, images: int) -> Reader:
+        found = self._input_axis(self._call(path, "reads it", images), ids)
+        if found is None:
+            raise _RefusedError(f"{path} reads it, but not as its input")
+        axis, units = found
+        ranks = np.where(self.grouping.group_of[units] == group, self.grouping.rank[units], -1)
+        return Reader(path, axis, units, ranks)
+
+    def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
+        """Return the BatchNorms on the group's channels, and those directly after the layers that read it."""
+        outputs = {id(self.trace.calls[path][0].out) for path in readers}
+        found = []
+        for path, module in model.named_modules():
+            if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
+                continue
+            axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
+            inside = any(ids is not None and group in self._groups_on(ids) for ids in axes)
+            if inside or any(id(call.source) in outputs for call in self.trace.calls[path]):
+                found.append(path)
+        return tuple(found)
 
 
 def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -2,12 +2,13 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimmable._checks import checked, number_or_nan
@@ -26,20 +27,14 @@ from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 M = TypeVar("M", bound=nn.Module)
 Taken = TypeVar("Taken")
 
-_HALVINGS = 40
-_CLOSE = 5e-4  # tolerance, as a share of the dense multiply-adds
-
 
 @checked
 @torch.no_grad()
 def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
     """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64.
 
-    The gates decide in eval mode, without noise; training modes are restored afterwards.
-
-    Args:
-        model: a gated model.
-        loader: batches as for `calibrate_bn`.
+    The gates decide in eval mode, without noise; training modes are restored afterwards. `loader` is as for
+    `calibrate_bn`.
 
     Raises: UsageError: if the model has no gates, or the loader is not an iterable of batches. DataError: if the loader
         is empty or holds anything other than batches.
@@ -68,9 +63,8 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
 
     Training keeps gates near a budget while they decide with noise; without noise they may open fewer or more units.
     One threshold for the logits of all gates corrects this, and lets a trained network run at other budgets nearby.
-    It is found by bisection, with gated passes in eval mode over all images at every step. Where many logits are
-    equal, as in untrained gates, the share jumps; the closest one possible is then chosen. Only the gates of the active
-    width change; after an error none have.
+    It is found by bisection, in eval mode. Where many logits are equal, as in untrained gates, the closest share is
+    chosen. Only the gates of the active width change; after an error none have.
 
     Args:
         model: a gated model; its training modes are restored afterwards.
@@ -78,8 +72,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
         budget: target multiply-adds as a share of the dense network's, in (0, 1).
 
     Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
-        open; if the model has no gates, or the loader can be iterated over only once. DataError: if the loader is empty
-        or holds anything other than batches.
+        open; if the model has no gates, or the loader can be iterated over only once. DataError: as `gate_activity`.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -89,9 +82,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     0.5
     """
     if isinstance(loader, Iterator):
-        raise UsageError(
-            "calibrate_gates: the loader is iterated over many times; give a list or a DataLoader, not an iterator"
-        )
+        raise UsageError("calibrate_gates: the loader is iterated over many times; give a list or a DataLoader")
     gates = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
     thresholds = [gate.threshold for gate in gates if isinstance(gate, ChannelGate)]
     before = [threshold.clone() for threshold in thresholds]
@@ -102,31 +93,24 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
         return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
 
     try:
-        return _set_to_budget(share_at, budget)
+        least, most = share_at(math.inf), share_at(-math.inf)
+        if not least <= budget <= most:
+            costs = f"with all gates closed the network costs {least:.3f}, with all open {most:.3f}, of the dense one"
+            raise UsageError(f"calibrate_gates: budget is {budget}, but {costs}")
+        low, high, misses = -1.0, 1.0, {}
+        for _ in range(40):
+            middle = (low + high) / 2
+            value = math.tan(middle * math.pi / 2)
+            share = share_at(value)
+            misses[value] = abs(share - budget)
+            if misses[value] <= 5e-4:  # of the dense multiply-adds
+                break
+            low, high = (middle, high) if share > budget else (low, middle)
+        return share_at(min(misses, key=misses.__getitem__))
     except BaseException:
         for threshold, old in zip(thresholds, before, strict=True):
             threshold.copy_(old)
         raise
-
-
-def _set_to_budget(share_at: Callable[[float], float], budget: float) -> float:
-    least, most = share_at(math.inf), share_at(-math.inf)
-    if not least <= budget <= most:
-        raise UsageError(
-            f"calibrate_gates: budget is {budget}, but with all gates closed the network costs {least:.3f}, with all "
-            f"open {most:.3f}, of the dense one"
-        )
-    low, high = -1.0, 1.0
-    closest, at = math.inf, 0.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        share = share_at(math.tan(middle * math.pi / 2))
-        if abs(share - budget) < abs(closest - budget):
-            closest, at = share, middle
-        if abs(closest - budget) <= _CLOSE:
-            break
-        low, high = (middle, high) if share > budget else (low, middle)
-    return share_at(math.tan(at * math.pi / 2))
 
 
 def _over_batches(
@@ -185,15 +169,11 @@ def extract_gated(
     (<class 'torch.nn.modules.linear.Linear'>, 14)
     """
     if (keep is None) == (budget is None):
-        raise UsageError(
-            "extract_gated: give either keep, a fraction of the images, or budget, a share of multiply-adds"
-        )
+        raise UsageError("extract_gated: give either keep, a fraction of the images, or budget, a share of the cost")
     if keep is not None and not 0 < number_or_nan(keep) <= 1:
         raise UsageError(f"extract_gated: keep is a fraction of the images and must be in (0, 1], got {keep!r}")
     if recalibrate and isinstance(loader, Iterator):
-        raise UsageError(
-            "extract_gated: the loader is iterated over twice; give a list or a DataLoader, not an iterator"
-        )
+        raise UsageError("extract_gated: the loader is iterated over twice; give a list or a DataLoader")
     found: GatePlan | None = model.__dict__.get(PLAN)
     if found is None:
         raise UsageError(f"extract_gated: this {type(model).__name__} is not a model that gate returned; give that one")
@@ -204,44 +184,41 @@ def extract_gated(
         norm.full = norm.of_gated_pass(0)
     strip(ungate(twin))
     channels = found.plan.channels
-    activity = {gate.group: opened[gate.name].cpu().numpy() for gate in found.gates if not channels.ordered[gate.group]}
+    activity = {gate.group: opened[gate.name].tolist() for gate in found.gates if not channels.ordered[gate.group]}
     read = {gate.group: min((each.units >= 0).sum() for each in gate.readers) // gate.units for gate in found.gates}
     steps = {group: round_to // math.gcd(round_to, int(per_unit)) for group, per_unit in read.items()}
-    if keep is None:
-        kept = _within(found, activity, budget or 0.0, steps)
-    else:
-        kept = {
-            group: kept_units(len(own), np.mean(own >= keep).item(), steps[group]) for group, own in activity.items()
-        }
-    orders = {group: np.argsort(-own, kind="stable") for group, own in activity.items()}
+    kept = _kept(found, activity, steps, keep, budget or 0.0)
+    orders = {group: np.argsort(np.negative(own), kind="stable") for group, own in activity.items()}
     permute(twin, found.plan, [orders.get(group, np.arange(units)) for group, units in enumerate(channels.units)])
     slim = apply_plan(twin, found.plan)
-    counts = found.plan.near(tuple(kept.get(group, units) for group, units in enumerate(channels.units))).counts
+    counts = found.plan.near(kept).counts
     if recalibrate:
         calibrate_bn(slim, loader, [counts])
     return cast(M, extract(slim, counts))
 
 
-def _within(
-    found: GatePlan, activity: Mapping[int, NDArray[np.float64]], budget: float, steps: Mapping[int, int]
-) -> dict[int, int]:
-    """Return group -> how many units to keep: the most often open ones, as many as the budget allows."""
+def _kept(
+    found: GatePlan, opened: Mapping[int, Sequence[float]], steps: Mapping[int, int], keep: float | None, budget: float
+) -> tuple[int, ...]:
+    """Return how many units of each group to keep: those open often enough, or as many as the budget allows."""
     full = found.plan.channels.units
-    group_of = np.concatenate([np.full(len(own), group) for group, own in activity.items()])
-    order = np.argsort(-np.concatenate(list(activity.values())), kind="stable")
-    dense = float(found.macs.total({}, full))
+    every = ((share, group) for group, own in opened.items() for share in own)
+    ranked = sorted(every, key=itemgetter(0), reverse=True)
 
-    def counts(units: int) -> dict[int, int]:
-        first = np.bincount(group_of[order[:units]], minlength=len(full))
-        return {
-            group: kept_units(len(own), float(first[group] / len(own)), steps[group]) for group, own in activity.items()
-        }
+    def counts(units: int) -> tuple[int, ...]:
+        most = Counter(group for _, group in ranked[:units])
+        return tuple(
+            kept_units(whole, most[group] / whole, steps[group]) if group in opened else whole
+            for group, whole in enumerate(full)
+        )
 
     def macs(units: int) -> float:
-        masks = {group: (torch.arange(full[group]) < count).double()[None] for group, count in counts(units).items()}
-        return float(found.macs.total(masks, full))
+        return float(found.macs.total({}, counts(units)))
 
-    fitting = bisect_right(range(len(order) + 1), budget * dense, key=macs)
+    if keep is not None:
+        return counts(sum(share >= keep for share, _ in ranked))
+    dense = float(found.macs.total({}, full))
+    fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=macs)
     if not fitting:
         raise UsageError(
             f"extract_gated: the budget is {budget}, but the smallest network costs {macs(0) / dense:.3f}; "

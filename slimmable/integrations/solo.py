@@ -25,8 +25,6 @@ def slim_recipe(method: Any, widths: Iterable[float] = WIDTHS, *, example_inputs
         method: as its constructor returns it.
         widths, example_inputs: as for `slimmable.slimify`; a batch of images of the size that the method is trained on.
         options: as for `SlimRecipe`.
-
-    Raises: as `slimify` and `SlimRecipe`.
     """
     check_module("slim_recipe", method)
     pairs = list(getattr(method, "momentum_pairs", ()))

@@ -76,15 +76,13 @@ class SlimTaskMixin(tasks.TrainingTask):
         own = {"widths": list(self.recipe.loss_weights), "recipe": self.recipe.state_dict()}
         return {**super().get_task_state(module, ema), "slimmable": own}
 
-    def load_checkpoint_state(
-        self, state_dict: Any, task_state: Any = None, ema: bool = False, strict: bool = True
-    ) -> None:
+    def load_checkpoint_state(self, state_dict: Any, task_state: Any = None, *args: Any, **options: Any) -> None:
         """Load weights and, unless the checkpoint is a plain one, the state of the recipe; its widths must agree."""
         widths = list(self.recipe.loss_weights)
         own = (task_state or {}).get("slimmable", {"widths": widths, "recipe": self.recipe.state_dict()})
         if own["widths"] != widths:
             raise CheckpointError(f"the checkpoint has widths {own['widths']}, the model {widths} (--slim-widths)")
-        super().load_checkpoint_state(state_dict, task_state, ema, strict)
+        super().load_checkpoint_state(state_dict, task_state, *args, **options)
         self.recipe.load_state_dict(own["recipe"])
 
 

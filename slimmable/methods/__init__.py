@@ -1,7 +1,6 @@
 """Training methods as modules: SimCLR, MoCo v2 and v3, BYOL, VICReg, and supervised training, each at every width."""
 
-from slimmable.methods.encoder_only import SimCLR, Supervised, VICReg
 from slimmable.methods.method import Batch, Encoder, Method, Outcome
-from slimmable.methods.momentum import BYOL, MoCoV2, MoCoV3
+from slimmable.methods.published import BYOL, MoCoV2, MoCoV3, SimCLR, Supervised, VICReg
 
 __all__ = ["BYOL", "Batch", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome", "SimCLR", "Supervised", "VICReg"]

@@ -18,6 +18,7 @@ from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.gating import GateBudget, dense, gated, has_gates
 from slimmable.losses import OnlineDistillation
 from slimmable.training import GradientDiagnostics, SlimRecipe, synchronised_batchnorm
+from slimmable.training.recipe import check_recipe
 
 
 class Encoder(nn.Module):
@@ -37,8 +38,7 @@ class Encoder(nn.Module):
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
         check_is_module("Encoder: projector", projector)
-        self.backbone = backbone
-        self.projector = projector
+        self.backbone, self.projector = backbone, projector
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings of `images`, not scaled to unit length."""
@@ -69,13 +69,10 @@ class Outcome:
 
 
 class Method(nn.Module):
-    """A training method around a converted encoder; subclasses define what happens once per step, and at each width.
+    """A training method around a converted `Encoder`; subclasses define what happens once per step, and at each width.
 
     With several processes, each sees its own part of the batch. A step followed by `average_gradients` then gives the
     gradients, and the BatchNorm statistics, of one process that sees the whole batch.
-
-    Args:
-        encoder: an `Encoder`, converted; images in, embeddings (for `Supervised`: scores) out.
 
     >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder, SimCLR
@@ -106,16 +103,11 @@ class Method(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The encoder without its projection head, which is kept after training.
-
-        Raises: UsageError: if the encoder has no submodule of this name.
-        """
+        """The encoder's submodule of this name, without the projection head, which is kept after training."""
         kept = getattr(self.encoder, "backbone", None)
         if not isinstance(kept, nn.Module):
-            raise UsageError(
-                f"{type(self).__name__}.backbone: the encoder, {type(self.encoder).__name__}, has no module of this "
-                "name; make it a slimmable.methods.Encoder"
-            )
+            kind = type(self.encoder).__name__
+            raise UsageError(f"backbone: the encoder, {kind}, has no module of this name; make it a methods.Encoder")
         return kept
 
     @staticmethod
@@ -161,8 +153,7 @@ class Method(nn.Module):
         Args:
             recipe: the recipe made from `online`.
             batch: views, and labels for methods that use them.
-            progress: fraction of the training done, in [0, 1].
-            step: number of this step, see `SlimRecipe.widths`.
+            progress, step: as for `SlimRecipe.widths`.
             autocast: dtype for mixed precision, such as `torch.bfloat16`, or None.
             backward: function to call with each width's loss. float16 needs that of a `torch.amp.GradScaler`,
                 `lambda loss: scaler.scale(loss).backward()`, and `scaler.step(optimizer)` for the optimizer's step.
@@ -172,11 +163,9 @@ class Method(nn.Module):
                 the whole training. Otherwise gates are off.
 
         Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
-            as a GradScaler looks for them. Losses are read once, after the last `backward`, because reading a number
-            makes the CPU wait for the GPU. UsageError: if the recipe belongs to another model, the batch has the wrong
+            as a GradScaler looks for them. UsageError: if the recipe belongs to another model, the batch has the wrong
             number of views, or `gates` is given for an encoder without gates, for a method whose encoder sees one view,
-            or with `random_widths`. DataError: if a view is not a tensor, or the views have different numbers of
-            images.
+            or with `random_widths`. DataError: if a view is not a tensor, or their numbers of images differ.
         """
         self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs
@@ -211,37 +200,29 @@ class Method(nn.Module):
         return losses
 
     def _check(
-        self, recipe: object, batch: object, autocast: object, backward: object, diagnostics: object, gates: object
+        self, recipe: SlimRecipe, batch: object, autocast: object, backward: object, diagnostics: object, gates: object
     ) -> None:
         where = f"{type(self).__name__}.step"
-        if not isinstance(recipe, SlimRecipe):
-            raise UsageError(f"{where}: recipe must be a SlimRecipe(method.online, ...), got {type(recipe).__name__}")
+        check_recipe(where, recipe=recipe)
         switched = {id(module) for module, _ in places_of(recipe.model)}
         if not switched.issuperset(id(module) for module, _ in places_of(self.online)):
-            raise UsageError(
-                f"{where}: the recipe switches the widths of another model, or of a part of this one; "
-                "make it from `online`: SlimRecipe(method.online, ...)"
-            )
-        if autocast is not None and not isinstance(autocast, torch.dtype):
-            raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
+            wrong = "the recipe switches the widths of another model, or of a part of this one"
+            raise UsageError(f"{where}: {wrong}; make it from `online`: SlimRecipe(method.online, ...)")
         check_function(where, backward=backward)
+        if not isinstance(autocast, (torch.dtype, type(None))):
+            raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
         if not isinstance(diagnostics, (GradientDiagnostics, type(None))):
             raise UsageError(f"{where}: diagnostics must be a GradientDiagnostics or None, got {diagnostics!r:.80}")
         if gates is not None:
             if not self.two_passes:
-                raise UsageError(
-                    f"{where}: its encoder sees one view, but training gates takes two, one for each pass; "
-                    "choose SimCLR, VICReg, BYOL or MoCoV3, or run both passes in your own loop"
-                )
+                others = "SimCLR, VICReg, BYOL or MoCoV3"
+                raise UsageError(f"{where}: its encoder sees one view, but gates need one for each pass; take {others}")
             if not isinstance(gates, GateBudget):
                 raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
             if not has_gates(self.encoder):
                 raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
             if recipe.random_widths:
-                raise UsageError(
-                    f"{where}: the recipe has random_widths, but gates are for the widths that slimify was given; "
-                    "make it without them"
-                )
+                raise UsageError(f"{where}: the recipe has random_widths, but gates are for the widths of slimify")
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if not isinstance(batch.views, Collection) or len(batch.views) != self.views:
@@ -260,10 +241,8 @@ class Method(nn.Module):
         kind = "embeddings" if distill.kind in ("embedding", "mse") else "logits"
         found: Sequence[Tensor] = getattr(outcome, kind)
         if not found:
-            raise UsageError(
-                f"{type(self).__name__} has no {kind}, which distillation of kind {distill.kind!r} compares; its own "
-                f"is {self.distillation().kind!r}"
-            )
+            kinds = f"distillation of kind {distill.kind!r} compares; its own is {self.distillation().kind!r}"
+            raise UsageError(f"{type(self).__name__} has no {kind}, which {kinds}")
         return found
 
 
@@ -277,10 +256,8 @@ def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]], weights: Iterab
     own = [loss for pair in found.values() for loss in pair]
     numbers = means_over_processes(*own)
     where = "" if all(map(math.isfinite, numbers)) else where_not_finite(own[0].device, weights=weights, losses=own)
-    losses = dict(zip(found, numbers[::2], strict=True))
-    for (width, loss), distilled in zip(losses.items(), numbers[1::2], strict=True):
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at width {width:g}{where}")
-        if not math.isfinite(distilled):
-            raise DivergedError(f"the loss with distillation is {distilled} at width {width:g}{where}")
-    return losses
+    for at, number in enumerate(numbers):
+        if not math.isfinite(number):
+            what = "loss with distillation" if at % 2 else "loss"
+            raise DivergedError(f"the {what} is {number} at width {list(found)[at // 2]:g}{where}")
+    return dict(zip(found, numbers[::2], strict=True))

@@ -172,7 +172,7 @@ def test_bad_arguments():
         with pytest.raises(UsageError, match=f"with gated.*got {type(given).__name__}"):
             GateBudget(0.3)(given, 0)
     for epoch in (None, "1", float("nan")):
-        with pytest.raises(UsageError, match="epoch must be a number"):
+        with pytest.raises(UsageError, match="epoch must be a finite number"):
             annealed(epoch)
     for setting in ({"budget_weight": -1}, {"bound_weight": "x"}, {"alpha": float("nan")}, {"first_epoch": "a"}):
         with pytest.raises(UsageError, match=next(iter(setting))):
