@@ -72,7 +72,7 @@ class Once:
 
 def shared_by_widths(modules: Iterable[nn.Module], without: Collection[nn.Module] = ()) -> list[nn.Module]:
     """Return the modules in `modules` whose state does not belong to a width, as that of a switchable norm does."""
-    parts = (part for module in modules for part in shallow_modules(module) if part not in without)
+    parts = dict.fromkeys(part for each in modules for part in shallow_modules(each) if part not in without)
     return [part for part in parts if not isinstance(part, (SwitchableContainer, DistributedDataParallel))]
 
 
@@ -136,7 +136,9 @@ class Replay:
         for module in self._modules:
             if widest and not any(part in self._outputs for part in walk([module], _is_plain)):
                 kind = type(module).__name__
-                warnings.warn(f"SlimRecipe: the step did not call frozen {kind}; give the one it calls", stacklevel=2)
+                warnings.warn(
+                    f"SlimRecipe: the step did not call frozen {kind}; give the one that it calls", stacklevel=2
+                )
 
     def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._busy:  # a part of a module that is being recorded

@@ -151,7 +151,7 @@ def _counts(input: Tensor) -> list[int]:
     advice = "run the same layers at the same width in all processes"
     counts = from_all_alike("synchronised_batchnorm", own, advice, input.device, input.numel() // max(1, channels))
     if sum(counts) < 2:
-        raise DataError(f"synchronised_batchnorm: {sum(counts)} values per channel, expected more than 1, in all")
+        raise DataError(f"synchronised_batchnorm: all have {sum(counts)} values per channel, expected more than 1")
     return counts
 
 

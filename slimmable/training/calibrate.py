@@ -99,9 +99,7 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
     if not isinstance(batch, Inputs):
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, Tensor):
-            what = (
-                f"a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts with one"
-            )
+            what = f"a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list starting with one"
             raise DataError(f"{where}: {what}; give (batch['image'] for batch in loader), or slimmable.Inputs(...)")
         batch = Inputs(first)
     if any(tensor.numel() == 0 for tensor in output_tensors((batch.args, batch.kwargs))):

@@ -120,8 +120,7 @@ class GradientDiagnostics:
         Args:
             scale: the factor that all gradients still have, such as `scaler.get_scale()`; norms are divided by it.
 
-        Raises: UsageError: if the step is sampled, but `after_backward` was not called or no shared parameter has a
-            gradient.
+        Raises: UsageError: if a sampled step had no `after_backward`, or no shared parameter has a gradient.
         """
         if self.step % self.every == 0:
             self._sample(scale)
@@ -247,8 +246,7 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
 def values_of(sums: Sums, widths: Sequence[float]) -> dict[str, Tensor]:
     """Return column -> value for the sums of one or several parameters; NaN where there is no sum."""
     missing = torch.tensor(math.nan, dtype=torch.float64)
-    total = {width: sums.get(("total", width, width), missing) for width in widths}
-    own = {width: sums.get(("own", width, width), missing) for width in widths}
+    total, own = ({w: sums.get((kind, w, w), missing) for w in widths} for kind in ("total", "own"))
     values = {f"grad_norm/w{width}": total[width].sqrt() for width in widths}
     values |= {f"grad_ratio/w{width}": (total[1.0] / total[width]).sqrt() for width in widths[1:]}
     values |= {f"rest_ratio/w{w}": ((total[1.0] - total[w]).clamp(min=0) / total[w]).sqrt() for w in widths[1:]}

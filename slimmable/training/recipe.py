@@ -49,7 +49,8 @@ class SlimRecipe:
             widest width only, and narrower widths get the same outputs.
         once: modules whose state the step changes, such as a criterion with a queue. It changes once per step, see
             the method `once`. So do the model's own buffers in `backward` and `total`, unless they belong to a width.
-        backward: called with each width's loss instead of `Tensor.backward`, such as `accelerator.backward`.
+        backward: function to call with each width's loss instead of `Tensor.backward`, such as `accelerator.backward`
+            or `lambda loss: scaler.scale(loss).backward()`.
 
     Attributes:
         losses: width -> its own loss in the last step, detached.
