@@ -30,8 +30,7 @@ def synchronised_batchnorm() -> Iterator[None]:
 
     Run forward passes in the block, and with activation checkpointing `backward` too. The block replaces the function
     in `torch` itself, so it applies to all threads; it does not reach into TorchScript, and there are no second
-    derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` (for timm's models
-    `timm.layers.convert_sync_batchnorm`) is faster, and works on slimmable models as well.
+    derivatives. On GPUs `convert_sync_batchnorm` of `nn.SyncBatchNorm` or `timm.layers` is faster, and works as well.
 
     Raises: DataError: in all processes, if the input of a batch norm differs between them in channels, dtype or need
         for gradients, or has fewer than two values per channel in the joined batch.
@@ -152,9 +151,7 @@ def _counts(input: Tensor) -> list[int]:
     advice = "run the same layers at the same width in all processes"
     counts = from_all_alike("synchronised_batchnorm", own, advice, input.device, input.numel() // max(1, channels))
     if sum(counts) < 2:
-        raise DataError(
-            f"synchronised_batchnorm: the joined batch has {sum(counts)} values per channel, expected more than 1"
-        )
+        raise DataError(f"synchronised_batchnorm: all have {sum(counts)} values per channel, expected more than 1")
     return counts
 
 

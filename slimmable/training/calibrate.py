@@ -29,17 +29,15 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     """Recompute the running statistics of the BatchNorms at `widths` (None: all) as the mean over `loader`'s batches.
 
     These are the post-statistics of US-Nets (Yu and Huang 2019, section 3.2), for widths whose statistics training did
-    not keep up to date. Each norm is reset and then collects the cumulative average of the batches' means and unbiased
-    variances, with the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one that
-    several widths share gets the average over them. Momenta, training modes and the width are restored, and after an
-    error the statistics too.
+    not keep up to date. Each norm collects the average of the batches' means and unbiased variances, with the rest of
+    the model in eval mode. Norms that do not run at `widths` are not touched; one that several widths share gets the
+    average over them. Momenta, training modes and the width are restored, and after an error the statistics too.
 
     Args:
         model: converted, or built from slimmable layers.
         loader: batches, each the model's input, a tuple or list that starts with it, or `slimmable.Inputs` for a
-            forward that takes something other than one tensor; they are moved to the model's device. A few thousand
-            images are enough: `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count equally, so leave
-            out a smaller last one.
+            forward that takes something other than one tensor. A few thousand images are enough:
+            `calibrate_bn(model, itertools.islice(loader, 16))`. All batches count equally; leave out a smaller one.
         widths: whatever `set_width` takes. A width of a universal model, or a sub-network, that has no statistics of
             its own yet keeps the new ones, in the state dict too.
 
@@ -55,10 +53,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     """
     several = isinstance(widths, (Iterable, type(None))) and not isinstance(widths, Mapping)
     if not several or not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
-        raise UsageError(
-            f"calibrate_bn: loader must hold batches and widths be a list of widths, got {type(loader).__name__} and "
-            f"{widths!r}"
-        )
+        given = f"{type(loader).__name__} and {widths!r}"
+        raise UsageError(f"calibrate_bn: loader must hold batches and widths be a list of widths, got {given}")
     chosen = widths_of(model) if widths is None else tuple(widths)
     with registered(model, chosen):
         if chosen:
@@ -82,21 +78,17 @@ def _collect(
     if not norms:
         return
     if not torch.is_inference_mode_enabled() and any(each.is_inference() for norm in norms for each in norm.buffers()):
-        raise UsageError(
-            "calibrate_bn: the model was made in torch.inference_mode, so its statistics can only be changed in it; "
-            "make or load the model outside, or call calibrate_bn inside"
-        )
+        raise UsageError("calibrate_bn: the model was made in torch.inference_mode, so call calibrate_bn in that too")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with _collecting(model, norms):
-        empty = True
+        batch = None
         for batch in loader:
-            empty = False
             args, kwargs = arguments_of(batch, device)
             for width in widths:
                 if width is not None:
                     set_width(model, width)
                 model(*args, **kwargs)
-        if empty:
+        if batch is None:
             raise DataError("calibrate_bn: loader is empty; give at least one batch, in a list if it is needed again")
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers()):
             raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
@@ -107,10 +99,8 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
     if not isinstance(batch, Inputs):
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, Tensor):
-            raise DataError(
-                f"{where}: a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list that starts "
-                "with one; give (batch['image'] for batch in loader), or slimmable.Inputs(...) for each batch"
-            )
+            what = f"a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list starting with one"
+            raise DataError(f"{where}: {what}; give (batch['image'] for batch in loader), or slimmable.Inputs(...)")
         batch = Inputs(first)
     if any(tensor.numel() == 0 for tensor in output_tensors((batch.args, batch.kwargs))):
         raise DataError(f"{where}: a batch is empty")

@@ -1,7 +1,7 @@
 """Measure how the widths' gradients interact: which one dominates the shared weights, and how well they agree."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -32,9 +32,8 @@ class GradientDiagnostics:
     One step out of `every` is sampled: the gradients are read after each width's `backward` and before the update.
     `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, and `L_w` width w's part of
     it. Only parameters that all widths share count; those of switchable norms and probes belong to one width each. A
-    value without `_total` is the mean over layers, i.e. over shared parameters with two or more axes; layers in which
-    it is not finite are left out. A value with `_total` is that of all shared parameters as one vector. Values missing
-    from a step, such as those of a width that did not run, are NaN.
+    value without `_total` is the mean over those with two or more axes ("layers") in which it is finite, one with
+    `_total` that of all as one vector. Values missing from a step, such as those of a width that did not run, are NaN.
 
     | column | value |
     |---|---|
@@ -46,13 +45,10 @@ class GradientDiagnostics:
     | `own_ratio/w0.25` | norm of the gradient of `L_1.0` divided by that of `L_0.25` |
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
 
-    Norms are those of the gradients as they are; for a `GradScaler`, give its scale to `after_step`. A width's own
-    gradient is the change that its `backward` made to the summed gradients, including their rounding: use float32
-    parameters, as mixed precision does, rather than half-precision ones. Random widths of a recipe count in `L`, but
-    have no columns. With several processes, own gradients are those of the process, or of all if each `backward`
-    averages; total gradients are those present at `after_step`.
-
-    A sampled step needs about three times the memory of the gradients, other steps none.
+    A width's own gradient is the change that its `backward` made to the summed gradients, including their rounding: use
+    float32 parameters, as mixed precision does. Random widths of a recipe count in `L`, but have no columns. With
+    several processes, own gradients are those of the process, or of all if each `backward` averages; total gradients
+    are those present at `after_step`. A sampled step needs three times the memory of the gradients, others none.
 
     Args:
         model: anything that `set_width` takes; not sharded.
@@ -85,10 +81,7 @@ class GradientDiagnostics:
         self.widths = widths_of(model)
         self._shared = shared_parameters(model, self.widths)
         if any(hasattr(shared.parameter, "placements") for shared in self._shared):
-            raise UsageError(
-                "GradientDiagnostics: the parameters are sharded, so their blocks lie in several processes; give a "
-                "model that is not"
-            )
+            raise UsageError("GradientDiagnostics: the parameters are sharded over processes; give a model that is not")
         self.layer_names = tuple(shared.name for shared in self._shared if shared.parameter.ndim > 1)
         self.step = 0
         self.rows: list[dict[str, float]] = []
@@ -127,33 +120,30 @@ class GradientDiagnostics:
         Args:
             scale: the factor that all gradients still have, such as `scaler.get_scale()`; norms are divided by it.
 
-        Raises: UsageError: if the step is sampled, but `after_backward` was not called or no shared parameter has a
-            gradient.
+        Raises: UsageError: if a sampled step had no `after_backward`, or no shared parameter has a gradient.
         """
         if self.step % self.every == 0:
             self._sample(scale)
         self.step += 1
 
     def _sample(self, scale: float) -> None:
+        where = "GradientDiagnostics.after_step"
         if not self._own:
-            raise UsageError(
-                f"GradientDiagnostics.after_step: step {self.step} is sampled, but after_backward was not called in "
-                "it; call it after each width's backward"
-            )
+            raise UsageError(f"{where}: step {self.step} is sampled, but after_backward was not called in it")
         sums: list[Sums] = []
         for shared in self._shared:
             gradient, name = shared.parameter.grad, shared.name
             own = {width: self._own[width][name] for width in self.widths if name in self._own.get(width, {})}
             sums.append({} if gradient is None else sums_of(shared, gradient.detach(), own))
         if not any(sums):
-            raise UsageError(
-                "GradientDiagnostics.after_step: no shared parameter has a gradient; call it after the step's last "
-                "backward, and before the gradients are cleared"
-            )
+            raise UsageError(f"{where}: no shared parameter has a gradient; call it before the gradients are cleared")
+        whole: Sums = {}
+        for own_sums in sums:
+            whole |= {key: whole[key] + value if key in whole else value for key, value in own_sums.items()}
         layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if shared.name in self.layer_names]
         total, *each = (
             {name: value / scale if "_norm/" in name else value for name, value in values_of(own, self.widths).items()}
-            for own in (added(sums), *layer_sums)
+            for own in (whole, *layer_sums)
         )
         layers = {name: torch.stack([values[name] for values in each]) for name in total} if each else {}
         row: dict[str, float] = {"step": self.step}
@@ -203,8 +193,7 @@ class SharedParameter:
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
     """Return the parameters of `model` that all `widths` share, in the order of `named_parameters`.
 
-    Parameters of switchable norms and probes belong to one width each and are left out, unless the model shares gains
-    and biases between widths. A parameter that several modules hold appears once, with the first module's block.
+    A parameter that several modules hold appears once, with the first module's block.
     """
     places = places_of(model)
     columns = {width: columns_of(places, width) for width in widths}
@@ -242,36 +231,25 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
     A width's own gradient has the shape of its block.
     """
     blocks, total = shared.blocks, at_least_float32(gradient)
-    sums = {("total", width, width): _square(take(total, block)) for width, block in blocks.items()}
-    sums |= {("own", width, width): _square(part) for width, part in own.items()}
+    sums = {("total", width, width): _product(take(total, block)) for width, block in blocks.items()}
+    sums |= {("own", width, width): _product(part) for width, part in own.items()}
     zeros = total.new_zeros(()).expand(total.shape)
     spread = {width: put(zeros, blocks[width], part) for width, part in own.items()}
     for first, second in combinations(own, 2):
         part = take(spread[first], blocks[second])
         sums["product", first, second] = _product(part, own[second])
-        sums["first", first, second] = _square(part)
-        sums["second", first, second] = _square(take(spread[second], blocks[first]))
+        sums["first", first, second] = _product(part)
+        sums["second", first, second] = _product(take(spread[second], blocks[first]))
     return dict(zip(sums, torch.stack(list(sums.values())).cpu().double(), strict=True))
-
-
-def added(all_sums: Iterable[Sums]) -> Sums:
-    """Return the sums of several parameters taken together as one vector."""
-    result: Sums = {}
-    for sums in all_sums:
-        result |= {key: result[key] + value if key in result else value for key, value in sums.items()}
-    return result
 
 
 def values_of(sums: Sums, widths: Sequence[float]) -> dict[str, Tensor]:
     """Return column -> value for the sums of one or several parameters; NaN where there is no sum."""
     missing = torch.tensor(math.nan, dtype=torch.float64)
-    total = {width: sums.get(("total", width, width), missing) for width in widths}
-    own = {width: sums.get(("own", width, width), missing) for width in widths}
+    total, own = ({w: sums.get((kind, w, w), missing) for w in widths} for kind in ("total", "own"))
     values = {f"grad_norm/w{width}": total[width].sqrt() for width in widths}
     values |= {f"grad_ratio/w{width}": (total[1.0] / total[width]).sqrt() for width in widths[1:]}
-    values |= {
-        f"rest_ratio/w{width}": ((total[1.0] - total[width]).clamp(min=0) / total[width]).sqrt() for width in widths[1:]
-    }
+    values |= {f"rest_ratio/w{w}": ((total[1.0] - total[w]).clamp(min=0) / total[w]).sqrt() for w in widths[1:]}
     values |= {f"own_norm/w{width}": own[width].sqrt() for width in widths}
     values |= {f"own_ratio/w{width}": (own[1.0] / own[width]).sqrt() for width in widths[1:]}
     for pair in combinations(widths, 2):
@@ -280,10 +258,6 @@ def values_of(sums: Sums, widths: Sequence[float]) -> dict[str, Tensor]:
     return values
 
 
-def _square(tensor: Tensor) -> Tensor:
-    return _product(tensor, tensor)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of products, in float64 where the device has it, to subtract the squares of a part exactly."""
-    return (a * b).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)
+def _product(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return the sum of products, or squares, in float64 where the device has it, so that differences are exact."""
+    return (a * (a if b is None else b)).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)

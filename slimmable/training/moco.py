@@ -19,11 +19,7 @@ def cosine_momentum(progress: float, start: float = 0.99) -> float:
     """Return the momentum `1 - (1 - start) (1 + cos(pi progress)) / 2`, which rises from `start` to 1.
 
     It is the fraction of its own weights that a momentum encoder keeps in a step (Grill et al., BYOL, 2020, section
-    3.2; MoCo v3, Chen et al. 2021, starts from 0.99).
-
-    Args:
-        progress: fraction of the training done, in [0, 1].
-        start: initial momentum, in [0, 1].
+    3.2; MoCo v3, Chen et al. 2021, starts from 0.99). `progress` is the fraction of the training done, in [0, 1].
 
     >>> cosine_momentum(0.0), cosine_momentum(0.5), cosine_momentum(1.0)
     (0.99, 0.995, 1.0)
@@ -35,10 +31,9 @@ def cosine_momentum(progress: float, start: float = 0.99) -> float:
 class MomentumEncoder(nn.Module):
     """A copy of `network` at full width, without gradients, that follows it as an exponential moving average.
 
-    Calling it runs the copy, `self.network`. Only parameters are averaged; buffers such as BatchNorm statistics come
-    from the copy's own forward passes.
+    Calling it runs the copy, `self.network`. Buffers such as BatchNorm statistics come from its own forward passes.
 
-    Raises: UsageError: if `network` is not a module, or has no parameters to follow.
+    Raises: UsageError: if `network` has no parameters to follow.
 
     >>> network = nn.Linear(2, 2)
     >>> encoder = MomentumEncoder(network)
@@ -68,23 +63,18 @@ class MomentumEncoder(nn.Module):
     def update(self, network: nn.Module, momentum: float) -> None:
         """Replace each parameter `p` of the copy by `momentum * p + (1 - momentum) * q`, with `q` from `network`.
 
-        Raises: UsageError: if `momentum` is not in [0, 1], or the number or shapes of the parameters of `network`
-            differ from the copy's.
+        Raises: UsageError: if the number or shapes of the parameters of `network` differ from the copy's.
         """
         own: list[Tensor] = list(self.network.parameters())
         others: list[Tensor] = list(network.parameters())
         if len(own) != len(others):
-            raise UsageError(
-                f"MomentumEncoder.update: the network has {len(others)} parameters, the copy has {len(own)}; give the "
-                "network that was copied"
-            )
+            found = f"the network has {len(others)} parameters, the copy has {len(own)}"
+            raise UsageError(f"MomentumEncoder.update: {found}; give the network that was copied")
         for number, (mine, other) in enumerate(zip(own, others, strict=True)):
             one, two = ((tuple(x.shape), x.dtype, x.device) for x in (other, mine))
             if one != two:
-                raise UsageError(
-                    f"MomentumEncoder.update: parameter {number} has shape {one[0]} in the network, {two[0]} in the "
-                    f"copy ({one[1:]} and {two[1:]}); give the network that was copied"
-                )
+                found = f"{one[0]} in the network, {two[0]} in the copy ({one[1:]} and {two[1:]})"
+                raise UsageError(f"MomentumEncoder.update: parameter {number} has shape {found}")
         torch._foreach_lerp_(own, others, 1 - momentum)
 
 
@@ -102,13 +92,11 @@ class MoCo(nn.Module):
             does not meet its own key from the last epoch among the negatives.
         momentum: fraction of its own weights that the key encoder keeps in each step.
         bn_splits: number of random parts of a batch on which the key encoder runs in turn. With one part, a query and
-            its key share their batch's statistics in every BatchNorm, which gives the pair away. MoCo shuffles batches
-            between processes to prevent this (He et al. 2020, section 3.3); several parts have the same effect in one
-            process. A batch with fewer images is split into single images. Several processes split the joined batch,
-            into at least one part per process.
+            its key share their batch's statistics in every BatchNorm, which gives the pair away; several parts do in
+            one process what MoCo's shuffling does between several (He et al. 2020, section 3.3). A batch with fewer
+            images is split into single images. Several processes split the joined batch, each at least into one part.
 
-    Raises: UsageError: if `proj_dim`, `queue_size` or `bn_splits` is not an integer of at least 1, `momentum` is not in
-        [0, 1], or `network` has no parameters.
+    Raises: UsageError: if `network` has no parameters.
 
     >>> network = nn.Linear(3, 8)
     >>> moco = MoCo(network, proj_dim=8, queue_size=32)
@@ -135,9 +123,7 @@ class MoCo(nn.Module):
     @checked
     @torch.no_grad()
     def keys(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Move the key encoder towards `network`, then return its unit-length embeddings of `images`.
-
-        The result has shape (batch, proj_dim).
+        """Move the key encoder towards `network`, then return its unit-length embeddings, shape (batch, proj_dim).
 
         Raises: UsageError: if the key encoder was not copied from `network`. DataError: if several processes cannot
             divide the parts evenly, or the encoder does not make a matrix of embeddings, in which case it has moved.
@@ -146,18 +132,15 @@ class MoCo(nn.Module):
         processes, batch = world_size(), len(images)
         splits = max(processes, min(self.bn_splits, batch * processes))
         if processes > 1 and (splits % processes or batch * processes % splits):
-            raise DataError(
-                f"MoCo.keys: {splits} parts of {processes} x {batch} images cannot be divided among {processes} "
-                "processes; choose multiples of their number"
-            )
+            what = f"{splits} parts of {processes} x {batch} images cannot be divided among {processes} processes"
+            raise DataError(f"MoCo.keys: {what}; choose multiples of their number")
         self.key_encoder.update(network, self.momentum)
         if splits == 1:
             keys = self.key_encoder(images)
             check_matrices("MoCo.keys", keys=keys)
             return F.normalize(keys, dim=1)
         images = gather(images)
-        order = torch.randperm(len(images), device=images.device)
-        order = gather(order[None])[0]  # the same in all processes
+        order = gather(torch.randperm(len(images), device=images.device)[None])[0]  # the same in all processes
         parts = order.tensor_split(splits)  # process r makes the keys of parts r, r + processes, ...
         own = [self.key_encoder(images[part]) for part in parts[rank() :: processes]]
         keys = F.normalize(gather(torch.cat(own)), dim=1)

@@ -4,7 +4,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
@@ -17,8 +17,7 @@ from slimmable._distributed import alone, averaged_once, averages_itself, check_
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
-from slimmable.training.once import Once, Replay, SameDraws, shared_by_widths
-from slimmable.training.watch import Calls, OptimizerCheck, compared
+from slimmable.training import around
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Teach: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -32,32 +31,31 @@ class SlimRecipe:
 
     `backward` takes the place of a step's forward and backward passes. It runs them at one width after another, the
     widest first. The gradients add up to those of the summed loss, while only one graph is alive at a time. For full
-    control, loop over `widths` and give each width's loss to `loss`. Put several models that switch together, such as
-    an encoder and a predictor, into one `nn.ModuleList`.
+    control, loop over `widths` and give each width's loss to `loss`.
 
     Args:
-        model: anything that `set_width` takes.
+        model: anything that `set_width` takes; several that switch together, such as an encoder and a predictor, in one
+            `nn.ModuleList`.
         distill: how wider widths teach narrower ones, or None.
         loss_weights: a mode of `slimmable.losses.width_weights`, one number per width from the widest down, or a
             mapping from width to number.
         slow_start: fraction of the training, in [0, 1], before which only the widest width is trained, unweighted.
-        random_widths: how many widths to draw in each step, between the widest and the narrowest, which both run too.
-            This is the sandwich rule for universal models (Yu and Huang, Universally Slimmable Networks, ICCV 2019,
-            section 3.1; they draw 2), and `loss_weights` must be a mode. With 0 the model's own widths run.
+        random_widths: how many widths to draw in each step, between the widest and the narrowest, which both run too:
+            the sandwich rule for universal models (Yu and Huang 2019, section 3.1; they draw 2). `loss_weights` must be
+            a mode. With 0 the model's own widths run.
         seed: seed of the draws; processes that train together need the same one.
         steps: how often the whole training will call `backward` or `total`; needed there for a slow start.
         frozen: modules without gradient that the step calls, such as a momentum encoder or a teacher. They run at the
             widest width only, and narrower widths get the same outputs.
-        once: modules whose state the step changes, such as a criterion with a queue. It changes once per step; see the
-            method of this name. In `backward` and `total` the model's own buffers are treated alike, such as a queue,
-            but not BatchNorm statistics and others that belong to a width.
+        once: modules whose state the step changes, such as a criterion with a queue. It changes once per step, see
+            the method `once`. So do the model's own buffers in `backward` and `total`, unless they belong to a width.
         backward: function to call with each width's loss instead of `Tensor.backward`, such as `accelerator.backward`
             or `lambda loss: scaler.scale(loss).backward()`.
 
     Attributes:
         losses: width -> its own loss in the last step, detached.
-        distillations: width -> its distillation in the last step, detached, as a divergence: zero where student and
-            teacher agree. The loss that is trained differs from that by a constant, see `OnlineDistillation.floor`.
+        distillations: width -> its distillation in the last step, detached, less its floor, so zero where student and
+            teacher agree (see `OnlineDistillation.floor`).
         steps_done: how many steps `backward` and `total` have run.
 
     >>> from slimmable.layers import SlimLinear
@@ -92,18 +90,18 @@ class SlimRecipe:
         self.model = model
         self.distill = distill
         self.loss_weights = _weight_of_each(widths_of(model), loss_weights)
-        self._mode = _check_sandwich(model, loss_weights, random_widths) if random_widths else None
+        self._mode = _check_sandwich(model, loss_weights) if random_widths else None
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
         self.slow_start = float(slow_start)
         self.steps, self.steps_done = steps, 0
         self._compared = False  # with the recipes of other processes
         self._frozen, self._once = _modules("frozen", frozen), _modules("once", once)
-        self._backward = backward
+        self._backward = Tensor.backward if backward is None else backward
         self.losses: dict[float, Tensor] = {}
         self.distillations: dict[float, Tensor] = {}
         self._step: _Step | None = None
-        self._calls: Calls | None = None
-        self._optimizers = OptimizerCheck(model)
+        self._calls: around.Calls | None = None
+        self._optimizers = around.OptimizerCheck(model)
 
     def __repr__(self) -> str:
         weights = tuple(self.loss_weights.values()) if self._mode is None else self._mode
@@ -126,28 +124,26 @@ class SlimRecipe:
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
-        The closure runs once per width, and each width's graph is gone before the next one runs. Set gradients to zero
-        before, not after. If the model is wrapped in DistributedDataParallel, the gradients are averaged once, after
-        the last width (or not, under its `no_sync`).
+        Set gradients to zero before, not after. If the model is wrapped in DistributedDataParallel, the gradients are
+        averaged once, after the last width (or not, under its `no_sync`).
 
         Args:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
-                see `loss`. With `distill` and without `teach`, distillation compares what the calls of the model
-                returned: scores or embeddings of shape (..., classes), feature maps or score maps of shape
-                (batch, classes, height, width), and the entry `logits` of a dict; for a model that returns its loss,
-                what the last module directly in it returned. If these are two matrices of one shape, the embeddings of
-                two views, kinds that compare logits get their `nt_xent_logits`.
+                see `loss`. Without `teach`, distillation compares what the calls of the model returned: scores or
+                embeddings of shape (..., classes), maps of shape (batch, classes, height, width), and the entry
+                `logits` of a dict; for a model that returns its loss, what the last module directly in it returned. If
+                these are two matrices of one shape, two views, kinds that compare logits get their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
             Otherwise as `loss`.
         """
-        given = self._backward if backward is None else backward
-        run_backward = Tensor.backward if given is None else given
+        run_backward = self._backward if backward is None else backward
         check_function("SlimRecipe", closure=closure, backward=run_backward)
         with averaged_once(self.model):
             for part in self.parts(closure, frozen=frozen, once=once):
-                with _without_autocast(part.device.type):  # in which the whole step may be
+                kind = part.device.type  # the whole step may be in autocast
+                with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
                     run_backward(part)
         return self.losses[1.0]
 
@@ -156,8 +152,7 @@ class SlimRecipe:
     ) -> Tensor:
         """Return the weighted sum of all widths' losses, for code that calls `backward` itself.
 
-        All widths' graphs are alive until then: for the widths 1, 0.75, 0.5 and 0.25 about 2.5 times the activations
-        that `backward` needs. Arguments and errors are those of `backward`.
+        All widths' graphs are alive until then. Arguments and errors are those of `backward`.
 
         >>> from slimmable.layers import SlimLinear
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
@@ -174,38 +169,31 @@ class SlimRecipe:
     ) -> Iterator[Tensor]:
         """Run the closure at one width after another, and yield each width's part of the loss; then count the step.
 
-        This is `backward` without its backward passes, for code that decides when these run. Each belongs before the
-        next width. Arguments and errors are those of `backward`.
+        This is `backward` without its backward passes, each of which belongs before the next width. Arguments and
+        errors are those of `backward`.
         """
         check_function("SlimRecipe", closure=closure)
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
-        teachers = [*self._frozen, *_modules("frozen", frozen)]
-        replayed = {part: None for module in teachers for part in module.modules()}
-        changing = [*self._once, *_modules("once", once)]
-        given = {part: None for module in changing for part in shared_by_widths(module) if part not in replayed}
-        own = [part for part in shared_by_widths(self.model) if part not in replayed and part not in given]
-        replay, draws, state_of_replayed = Replay(), SameDraws(self.model), Once(from_before=False)
-        state_of_given, state_of_own = Once(), Once(only_buffers=True)
+        teachers, changing = [*self._frozen, *_modules("frozen", frozen)], [*self._once, *_modules("once", once)]
+        replayed = {part for module in teachers for part in module.modules()}
+        given = around.shared_by_widths(changing, without=replayed)
+        own = around.shared_by_widths([self.model], without=replayed.union(given))
+        stores, left = [*around.stores_of(given), *(part._buffers for part in own)], around.stores_of(replayed)
+        state, draws, replay = around.Once(), around.SameDraws(self.model), around.Replay(teachers)
         if self._calls is None or self._calls.model is not self.model:
-            self._calls = Calls(self.model)
+            self._calls = around.Calls(self.model)
         outputs: dict[float, Sequence[Tensor]] = {}
         for width in self.widths(self.progress, self.steps_done):
-            with (
-                state_of_replayed.changes(replayed, self.first),
-                state_of_given.changes(given, self.first),
-                state_of_own.changes(own, self.first),
-                draws.run(self.first),
-                self._calls.noted(),
-                replay.run(teachers, self.first),
-            ):
+            changes = state.changes(stores, self.first, left)
+            with changes, draws.run(self.first), self._calls.noted(), replay.run(self.first):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
             returned = self._calls.outputs()
             step = self._step
             if returned is not None and teach is None and step is not None and step.distill is not None:
                 with torch.set_grad_enabled(not self.first):
-                    *wider, teach = compared({**outputs, width: returned}, step.distill.kind).values()
+                    *wider, teach = around.compared({**outputs, width: returned}, step.distill.kind).values()
                 step.teachers = dict(zip(outputs, wider, strict=True))
                 outputs[width] = [tensor.detach() for tensor in returned]
             part = self.loss(loss, teach)
@@ -213,6 +201,7 @@ class SlimRecipe:
             yield part
         self.steps_done += 1
 
+    @checked
     def step(self, function: Callable[P, Loss]) -> Callable[P, Tensor]:
         """Decorate a function that returns a loss, so that calling it is `backward` on it, with its arguments.
 
@@ -224,8 +213,6 @@ class SlimRecipe:
         >>> training_step(torch.ones(2, 4)).requires_grad
         False
         """
-
-        check_function("SlimRecipe.step", function=function)
 
         @wraps(function)
         def stepped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -254,11 +241,9 @@ class SlimRecipe:
 
     @property
     def first(self) -> bool:
-        """Whether the loop is at the widest width: the place for what must happen once per step.
+        """Whether the loop is at the widest width: the place for what must happen once per step, such as MoCo's keys.
 
-        In a loop over `widths`, compute a momentum encoder's keys here. Add them to a queue only after the loop:
-        narrower widths must not meet the keys of their own batch among the negatives. For criteria that change when
-        called, see `once`.
+        Add them to a queue only after the loop: narrower widths must not meet the keys of their own batch in it.
         """
         return self._step is not None and self._step.first
 
@@ -270,8 +255,8 @@ class SlimRecipe:
 
         Args:
             progress: fraction of the training done, in [0, 1].
-            step: number of this step. If given, random widths depend only on `seed` and `step`, so training resumed
-                from a checkpoint draws the same ones; otherwise they depend on the draws before.
+            step: number of this step. With it, random widths depend only on `seed` and `step`, also after resuming from
+                a checkpoint; otherwise on the draws before.
 
         >>> from slimmable import SlimLinear, width_of
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
@@ -294,8 +279,7 @@ class SlimRecipe:
 
         This is for criteria that change when called: a queue, a centre, prototypes, a counter. It covers buffers,
         parameters without gradient, and attributes that are numbers, tensors, arrays or containers of these. Every
-        width's block starts with them as they were before the widest width's block, and only the widest width's change
-        is kept.
+        block starts with them as they were before the widest width's, and only that one's change is kept.
 
         Raises: UsageError: if called outside the loop, or at a narrower width but not at the widest.
 
@@ -308,11 +292,9 @@ class SlimRecipe:
         >>> int(norm.num_batches_tracked)
         1
         """
-        step = self._step
-        if step is None:
-            raise UsageError("SlimRecipe.once: no loop is running; use it inside the loop over recipe.widths(progress)")
-        given = [part for module in _modules("once", modules) for part in shared_by_widths(module)]
-        with step.once.changes(given, step.first):
+        step = self._running("once")
+        given = around.shared_by_widths(_modules("once", modules))
+        with step.once.changes(around.stores_of(given), step.first):
             yield
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -320,32 +302,23 @@ class SlimRecipe:
 
         Args:
             loss: the method's own loss at this width, a scalar.
-            teach: logits or embeddings that distillation compares between widths, shape (batch, classes). Of several
-                tensors, such as the two directions of MoCo v3, each is compared with its counterpart, and the losses
-                are added. Not needed without `distill` and during the slow start.
+            teach: logits or embeddings that `distill` compares between widths, shape (batch, classes). Of several
+                tensors, such as the two directions of MoCo v3, each has its own distillation; these are added.
 
         Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
             DataError: if `loss` is not a scalar, or `teach` is not one or several tensors.
         """
-        step = self._step
-        if step is None:
-            raise UsageError(
-                "SlimRecipe.loss: no loop is running; call it inside `for width in recipe.widths(progress):`"
-            )
-        if step.width in self.losses:
-            raise UsageError(
-                f"SlimRecipe.loss: called twice at width {step.width}; add up the losses, then call it once"
-            )
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point() or loss.is_meta:
-            raise DataError(
-                f"SlimRecipe.loss: the loss of width {step.width} must be a scalar tensor, got {shown(loss)}"
-            )
-        self.losses[step.width] = loss.detach()
-        note_width(places_of(self.model)[0][0], step.width)
+        step = self._running("loss")
+        width, weight = step.width, step.loss_weights[step.width]
+        if width in self.losses:
+            raise UsageError(f"SlimRecipe.loss: called twice at width {width}; add up the losses first")
+        if not _are_floats(loss) or loss.numel() != 1:
+            raise DataError(f"SlimRecipe.loss: the loss of width {width} must be a scalar tensor, got {shown(loss)}")
+        self.losses[width] = loss.detach()
+        note_width(places_of(self.model)[0][0], width)
         if teach is not None and self.distill is None:
             warnings.warn("SlimRecipe: teach is given, but without distill nothing is taught", stacklevel=2)
         step.excess = 0.0
-        weight = step.loss_weights[step.width]
         if step.distill is None:
             return slim_term(loss, weight=weight)
         views = _views(step, teach)
@@ -354,11 +327,16 @@ class SlimRecipe:
             taught = [(view, teachers) for view, *teachers in zip(views, *step.teachers.values(), strict=True)]
             distillation = torch.stack([step.distill(view, teachers) for view, teachers in taught]).sum()
             floor = torch.stack([step.distill.floor(teachers) for _, teachers in taught]).sum()
-            self.distillations[step.width] = distillation.detach() - floor
+            self.distillations[width] = distillation.detach() - floor
             step.excess = weight * step.distill.weight * floor
         if step.first or step.distill.teachers == "all wider":
-            step.teachers[step.width] = [view.detach() for view in views]
+            step.teachers[width] = [view.detach() for view in views]
         return slim_term(loss, distillation, weight, step.distill.weight)
+
+    def _running(self, where: str) -> "_Step":
+        if self._step is None:
+            raise UsageError(f"SlimRecipe.{where}: no loop is running; use it in that over recipe.widths(progress)")
+        return self._step
 
     def _run(self, slow: bool) -> Iterator[float]:
         weights = self.loss_weights
@@ -382,11 +360,8 @@ class SlimRecipe:
                 if self._step is not step:  # this loop was left early, and another one has begun
                     return
                 if width not in self.losses:
-                    warnings.warn(
-                        f"SlimRecipe: width {width} ran without recipe.loss, so its loss was neither weighted nor "
-                        "distilled; call it once per width",
-                        stacklevel=2,
-                    )
+                    what = f"width {width} ran without recipe.loss, so its loss was neither weighted nor distilled"
+                    warnings.warn(f"SlimRecipe: {what}", stacklevel=2)
         finally:
             if self._step is step:
                 self._step = None
@@ -402,7 +377,7 @@ class _Step:
     width: float = math.nan
     excess: Tensor | float = 0.0  # of this width's loss over the one with distillation as a divergence
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
-    once: Once = field(default_factory=Once)  # for the method of this name
+    once: around.Once = field(default_factory=around.Once)  # for the method of this name
 
     @property
     def first(self) -> bool:
@@ -412,30 +387,24 @@ class _Step:
 check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+def _are_floats(*values: object) -> bool:
+    return all(isinstance(each, Tensor) and each.is_floating_point() and not each.is_meta for each in values)
 
 
 def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     """Return the outputs by which the active width teaches or learns, one tensor per view or direction."""
+    where = f"at width {step.width}"
     if teach is None:
-        raise UsageError(
-            f"SlimRecipe.loss: distill is on, but teach is missing at width {step.width}; a closure must "
-            "call the model that the recipe has, compiled or not, or return (loss, teach)"
-        )
+        what = f"distill is on, but teach is missing {where}"
+        raise UsageError(f"SlimRecipe.loss: {what}; call the model that the recipe has, or return (loss, teach)")
     if not step.first and not step.teachers:
-        raise UsageError(
-            f"SlimRecipe.loss: width {step.width} has no teacher; call loss(..., teach=...) at the widest width too"
-        )
+        raise UsageError(f"SlimRecipe.loss: width {step.width} has no teacher; give teach at the widest width too")
     views = [teach] if isinstance(teach, Tensor) else list(teach) if isinstance(teach, Iterable) else [None]
-    if not all(isinstance(view, Tensor) and view.is_floating_point() and not view.is_meta for view in views):
+    if not _are_floats(*views):
         raise DataError(f"SlimRecipe.loss: teach must be one or several tensors of floats, got {teach!r:.200}")
     expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
     if len(views) != expected:
-        raise UsageError(
-            f"SlimRecipe.loss: teach has {len(views)} tensors at width {step.width}, expected {expected}, "
-            "as many as at the widest width"
-        )
+        raise UsageError(f"SlimRecipe.loss: teach has {len(views)} tensors {where}, expected {expected} as at 1.0")
     return views
 
 
@@ -448,16 +417,12 @@ def _modules(name: str, given: Any) -> list[nn.Module]:
     return modules
 
 
-def _check_sandwich(model: nn.Module, loss_weights: LossWeights, random_widths: int) -> str:
+def _check_sandwich(model: nn.Module, loss_weights: LossWeights) -> str:
     """Return the mode of the loss weights; raise an error if the model or the weights do not allow random widths."""
     if not isinstance(loss_weights, str):
-        raise UsageError(
-            f"SlimRecipe: with random_widths, loss_weights must be a mode such as 'ones', got {loss_weights!r}"
-        )
+        raise UsageError(f"SlimRecipe: with random_widths, loss_weights must be a mode, got {loss_weights!r}")
     if not all(state.plan is not None and state.plan.universal for _, state in places_of(model)):
-        raise WidthError(
-            "SlimRecipe: random_widths is for universal models; convert the model with slimify(..., universal=True)"
-        )
+        raise WidthError("SlimRecipe: random_widths needs a model converted with slimify(..., universal=True)")
     if len(widths_of(model)) < 2:
         raise WidthError("SlimRecipe: random_widths needs a narrowest width below 1.0, the model's only one")
     return loss_weights
@@ -469,19 +434,14 @@ def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[
         loss_weights = width_weights(widths, loss_weights)
     elif isinstance(loss_weights, Mapping):
         if set(loss_weights) != set(widths):
-            raise WidthError(
-                f"SlimRecipe: loss_weights are for widths {sorted(loss_weights)}, the model has {sorted(widths)}"
-            )
+            raise WidthError(f"SlimRecipe: loss_weights are for {sorted(loss_weights)}, the model has {sorted(widths)}")
         loss_weights = [loss_weights[width] for width in widths]
     elif not hasattr(loss_weights, "__len__"):
         raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict of numbers, got {loss_weights!r}")
     if len(loss_weights) != len(widths):
-        raise WidthError(
-            f"SlimRecipe: {len(loss_weights)} loss weights {tuple(loss_weights)} for the {len(widths)} widths {widths}"
-        )
+        given = f"{len(loss_weights)} loss weights {tuple(loss_weights)}"
+        raise WidthError(f"SlimRecipe: {given} for the {len(widths)} widths {widths}")
     for width, weight in zip(widths, loss_weights, strict=True):
         if not 0 <= number_or_nan(weight) < math.inf:
-            raise WidthError(
-                f"SlimRecipe: the loss weight of width {width} must be a finite number of at least 0, got {weight!r}"
-            )
+            raise WidthError(f"SlimRecipe: the loss weight of width {width} must be a number from 0, got {weight!r}")
     return dict(zip(widths, map(float, loss_weights), strict=True))

@@ -1,0 +1,343 @@
+"""What a recipe does around a step: state that changes once, frozen modules, random numbers, calls, and optimizers."""
+
+import copy
+import random
+import re
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_map
+
+from slimmable._convert import shallow_modules
+from slimmable._modules import swapped, walk
+from slimmable._nested import map_tensors, named_tensors, output_tensors
+from slimmable.errors import UsageError
+from slimmable.losses import nt_xent_logits
+from slimmable.losses.distillation import DistillationKind
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.state import is_slim
+
+Store: TypeAlias = dict[str, Any]
+"""The buffers, parameters or attributes of a module itself."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's own attributes, such as the hooks
+_CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
+
+
+class Once:
+    """Lets the state of modules change once per step: at the widest width, which must be the first of the step.
+
+    State is what calling a module may change: buffers, parameters without gradient, and its own attributes. What has a
+    gradient is the optimizer's. The narrower widths work on copies.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Store] = {}  # by the id of the store
+
+    @contextmanager
+    def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
+        """Run a block of the widest width, or of a narrower one, which starts from the state that the widest did.
+
+        Of `left`, a narrower width starts from the state that the widest left.
+
+        Raises: UsageError: at a narrower width, if stores were not given at the widest.
+        """
+        if widest:
+            self._before = {id(store): _copied(_state(store)) for store in stores} | self._before
+            yield
+            return
+        if not {id(store) for store in stores} <= self._before.keys():
+            raise UsageError("SlimRecipe.once: used at a narrower width, but not used at the widest width of this step")
+        after = [(store, _state(store)) for store in (*stores, *left)]
+        for store, state in after:
+            store.update(_copied(self._before.get(id(store), state)))
+        try:
+            yield
+        finally:
+            for store, state in after:
+                for added in _state(store).keys() - state.keys():
+                    del store[added]
+                store.update(state)
+
+
+def shared_by_widths(modules: Iterable[nn.Module], without: Collection[nn.Module] = ()) -> list[nn.Module]:
+    """Return the modules in `modules` whose state does not belong to a width, as that of a switchable norm does."""
+    parts = dict.fromkeys(part for each in modules for part in shallow_modules(each) if part not in without)
+    return [part for part in parts if not isinstance(part, (SwitchableContainer, DistributedDataParallel))]
+
+
+def stores_of(modules: Iterable[nn.Module]) -> list[Store]:
+    """Return where modules themselves keep state; of slim layers, the attributes are the package's own."""
+    stores: list[Store] = []
+    for module in modules:
+        stores += [module._buffers, module._parameters, *([] if is_slim(module) else [vars(module)])]
+    return stores
+
+
+def _state(store: Store) -> Store:
+    return {
+        name: value
+        for name, value in store.items()
+        if name not in _OF_EVERY_MODULE
+        and not name.startswith("_slim")
+        and not (isinstance(value, Tensor) and value.requires_grad)
+    }
+
+
+def _copied(state: Store) -> Store:
+    """Return copies of tensors, arrays and containers; other objects themselves."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            return nn.Parameter(value.detach().clone(), requires_grad=False)
+        if isinstance(value, Tensor) and not value.requires_grad:
+            return value.clone()
+        return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+
+    copies: Store = tree_map(copied, state) if state else {}  # most modules have none
+    return copies
+
+
+class Replay:
+    """Runs modules without gradient at the widest width only; narrower widths get the same outputs again.
+
+    The calls of a narrower width are matched with those of the widest by their order, for each module.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._outputs: dict[nn.Module, list[Any]] = defaultdict(list)  # in the order of the calls
+        self._busy = False
+
+    @contextmanager
+    def run(self, widest: bool) -> Iterator[None]:
+        """Run a block of the widest width, or of a narrower one.
+
+        Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
+        """
+
+        def stand_in(part: nn.Module) -> Callable[..., Any]:
+            if widest:
+                return partial(self._record, part, getattr(part, _entry(part)))
+            return partial(self._repeat, part, iter(self._outputs[part]))
+
+        with swapped([(vars(part), _entry(part), stand_in(part)) for part in walk(self._modules, _is_plain)]):
+            yield
+        for module in self._modules:
+            if widest and not any(part in self._outputs for part in walk([module], _is_plain)):
+                kind = type(module).__name__
+                warnings.warn(
+                    f"SlimRecipe: the step did not call frozen {kind}; give the one that it calls", stacklevel=2
+                )
+
+    def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._busy:  # a part of a module that is being recorded
+            return forward(*args, **kwargs)
+        self._busy = True
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self._busy = False
+        if any(tensor.requires_grad for tensor in output_tensors(output)):
+            raise UsageError(
+                f"SlimRecipe: frozen {type(module).__name__} returned a tensor with a gradient, which depends on "
+                "the width; freeze only what has none in parameters and inputs, such as a momentum encoder or a teacher"
+            )
+        self._outputs[module].append(map_tensors(Tensor.clone, output))
+        return output
+
+    def _repeat(self, module: nn.Module, outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            return map_tensors(Tensor.clone, output)
+        kind = type(module).__name__
+        raise UsageError(f"SlimRecipe: frozen {kind} is called more often at a narrower width than at the widest")
+
+
+class SameDraws:
+    """Lets narrower widths draw the random numbers of the widest; afterwards, the program goes on as after the widest.
+
+    So all widths see the same masks and crops that a step draws, and a program's random numbers stay what they were.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        parameters = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        devices = {tensor.device for tensor in parameters if tensor.device.type == "cuda"}
+        self._generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+            (random.getstate, random.setstate),
+            (np.random.get_state, np.random.set_state),  # what others draw from
+            (torch.get_rng_state, torch.set_rng_state),
+            *((partial(get, device), partial(put, device=device)) for device in devices),
+        ]
+
+    @contextmanager
+    def run(self, widest: bool) -> Iterator[None]:
+        """Run a block of the widest width, or of a narrower one."""
+        put_back = [partial(put, get()) for get, put in self._generators]
+        if widest:
+            self._put_widest = put_back
+            yield
+            return
+        try:
+            for put in self._put_widest:
+                put()
+            yield
+        finally:
+            for put in put_back:
+                put()
+
+
+class Calls:
+    """Notes what calls of a model, and of the modules directly in it, return while a block runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._calls: list[tuple[nn.Module, Any]] = []
+        self._outer = _callable_parts(model)
+        children = (child for part in self._outer if _is_plain(part) for child in part.children())
+        noted = {*self._outer, *(each for child in children for each in _callable_parts(child))}
+        # the same functions in every step, so that a compiler that has seen them need not compile again
+        self._noting = [(vars(part), _entry(part), self._noted(part, getattr(part, _entry(part)))) for part in noted]
+
+    def _noted(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                self._calls.append((part, output))
+            return output
+
+        return noted
+
+    def noted(self) -> AbstractContextManager[None]:
+        """Note the calls in a block."""
+        self._calls.clear()
+        return swapped(self._noting)
+
+    def outputs(self) -> list[Tensor] | None:
+        """Return what the model returned that can learn, and forget the calls; None if there were none.
+
+        Of several models, and of what is in one that returns its loss, the one that was called last counts.
+        """
+        found = [(part, _learnable(output)) for part, output in self._calls]
+        self._calls.clear()
+        inner = [call for call in found if call[1]]
+        outer = [call for call in inner if call[0] in self._outer]
+        calls = outer or inner or found
+        return [tensor for part, tensors in calls if part is calls[-1][0] for tensor in tensors] if calls else None
+
+
+def _entry(module: nn.Module) -> str:
+    """Return the name of the attribute that a call of `module` runs."""
+    return "_compiled_call_impl" if "_compiled_call_impl" in vars(module) else "forward"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether a module is not compiled, so that what is inside it is called one by one."""
+    return _entry(module) == "forward" and "_orig_mod" not in module._modules
+
+
+def _callable_parts(model: nn.Module) -> list[nn.Module]:
+    if isinstance(model, DistributedDataParallel):
+        return _callable_parts(model.module)
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        return [part for child in model.children() for part in _callable_parts(child)]
+    return [model]
+
+
+def _learnable(output: Any) -> list[Tensor]:
+    """Return the tensors of an output that can learn, or its `logits` alone if it has some."""
+    named = [
+        (name.split(".")[-1], tensor)
+        for name, tensor in named_tensors(output)
+        if tensor.requires_grad and tensor.is_floating_point() and tensor.ndim >= 2
+    ]
+    return [tensor for name, tensor in named if name == "logits"] or [tensor for _, tensor in named]
+
+
+def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:
+    """Return what distillation of this kind compares, for each width; features that get thinner are left out.
+
+    Raises: UsageError: if nothing is left, or `kind` needs to know the right class.
+    """
+    if len({len(tensors) for tensors in outputs.values()}) > 1:
+        counts = ", ".join(f"{len(tensors)} at width {width}" for width, tensors in outputs.items())
+        raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
+    same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
+    if not same:
+        raise UsageError(
+            "SlimRecipe: distillation finds nothing to compare in what the model returned, which should be scores or "
+            "embeddings of shape (batch, ...), of one size at all widths; return (loss, teach) from the closure"
+        )
+    shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
+    if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
+        return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}
+    if kind == "dkd":
+        raise UsageError("SlimRecipe: kind 'dkd' needs logits with the right class in column 0; return (loss, teach)")
+    return {width: [_rows(tensor) for tensor in tensors] for width, tensors in of_widths.items()}
+
+
+def _rows(scores: Tensor) -> Tensor:
+    return (scores.movedim(1, -1) if scores.ndim == 4 else scores).flatten(0, -2)
+
+
+class OptimizerCheck:
+    """Notices optimizers that train nothing or not all: made before the conversion, or left without gradients.
+
+    It looks at the parameters of every optimizer that steps between the first gradients and the next ones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._updated: set[int] = set()  # ids of parameters
+        self._hook: Any = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_hook": None, "_updated": set()}
+
+    def before_gradients(self) -> None:
+        """Begin to look or, once an optimizer has stepped, say what the optimizers lack."""
+        if self._hook is None:
+            own = weakref.WeakMethod(self._look)
+
+            def look(optimizer: torch.optim.Optimizer, *step: Any) -> None:
+                if (check := own()) is not None:
+                    check(optimizer)
+
+            self._hook = register_optimizer_step_post_hook(look)
+            weakref.finalize(self, self._hook.remove)
+        elif self._updated:
+            self._hook.remove()
+            updated, self._updated = self._updated, set()
+            held = {name: id(parameter) in updated for name, parameter in self._model.named_parameters()}
+            full = {name: re.sub(r"\bnarrow\.\d+\.", "", name) for name in held}  # the name in the full norm
+            missing = [name for name in held if not held[name] and held.get(full[name])]
+            if missing:
+                what = f"the model's {missing[0]}, one of {len(missing)} of narrow norms"
+                advice = "make the optimizer after slimmable.slimify"
+                warnings.warn(f"SlimRecipe: no optimizer has {what}, which do not learn; {advice}", stacklevel=4)
+
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+        kind, held = type(optimizer).__name__, [each for group in optimizer.param_groups for each in group["params"]]
+        ids = {id(parameter) for parameter in held}
+        if not ids.isdisjoint(map(id, self._model.parameters())):
+            self._updated |= ids
+            if all(parameter.grad is None for parameter in self._model.parameters()):
+                raise UsageError(
+                    f"SlimRecipe: the model has no gradients when {kind} steps; call zero_grad before recipe.backward"
+                )
+        elif all(parameter.grad is None for parameter in held):
+            raise UsageError(
+                f"SlimRecipe: this {kind} trains nothing: none of its parameters is the model's or has a gradient; "
+                "make it after slimmable.slimify, from the parameters of the converted model"
+            )
