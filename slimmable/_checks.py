@@ -159,7 +159,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except TypeError:
             return function(*args, **kwargs)  # which says what is missing or unknown
         where = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
-        for name in checks.keys() & given.keys():
+        for name in filter(given.__contains__, checks):  # in the order of the checks
             if not (given[name] is None and name in optional):
                 checks[name](where, **{name: given[name]})
         try:
