@@ -136,9 +136,7 @@ class Replay:
         for module in self._modules:
             if widest and not any(part in self._outputs for part in walk([module], _is_plain)):
                 kind = type(module).__name__
-                warnings.warn(
-                    f"SlimRecipe: the step did not call frozen {kind}; give the one that it calls", stacklevel=2
-                )
+                warnings.warn(f"SlimRecipe: the step did not call frozen {kind}; give the one it calls", stacklevel=2)
 
     def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._busy:  # a part of a module that is being recorded
