@@ -33,7 +33,6 @@ _SAY_OTHERS = re.compile(
 )
 _AXES = 4  # a smaller integer may as well be the number of an axis
 
-
 Twins: TypeAlias = tuple[nn.Module, nn.Module]  # a module of the full model, and that of the extracted network
 Facts: TypeAlias = "dict[tuple[str, str], Any]"  # module path and name -> the shape of a tensor, or a plain number
 Edits: TypeAlias = "dict[int, int]"  # position of a configuration's leaf -> its new value

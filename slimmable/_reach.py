@@ -212,11 +212,7 @@ class Reach:
                     self._hidden += [_Kept(place, key, value)] if Tensor in map(type, leaves) else []
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
-        """Show what was no cache; return whether there is any, so that the forward must run again.
-
-        That is what the last forward has not made again, or, if it has `failed` in this module, what is most likely
-        missing.
-        """
+        """Show what was not made again, or what `failed` most likely lacked; return if the forward must run again."""
         shown = self._missing
         if failed is not None:
             near = [kept for kept in self._hidden if kept.key in vars(failed)]

@@ -226,8 +226,6 @@ class Context:
 
 # -- the table of rules
 Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
-
-
 RULES: dict[str, Rule] = {}
 """By the name of the ATen operation; a rule is called after its operation has run, and labels the output."""
 

@@ -143,10 +143,7 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 class _Shortcuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the tensors that operations make, and runs norms by shape alone.
-
-    On fake tensors, torch splits norms into a dozen operations.
-    """
+    """Notes the tensors that operations make, and runs norms by shape alone, which torch splits on fake tensors."""
 
     def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,4 @@
-"""Traced integers, which remember how they were computed, so that sizes computed in Python can follow a width.
-
-While a model is traced, its integer attributes and the labelled sizes of its tensors are `TracedInt`s: integers with an
-expression over attributes and sizes, which arithmetic extends.
-"""
+"""Traced integers, which remember how they were computed, so that sizes computed in Python can follow a width."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +51,7 @@ class Expression:
 
 
 class TracedInt(int):
-    """An integer with an `Expression`, which arithmetic with integers extends.
+    """An integer attribute or labelled size of a model that is traced, with an `Expression` that arithmetic extends.
 
     When two of them compare equal, `on_equal` is called, since a branch in the model's code may depend on that.
     """

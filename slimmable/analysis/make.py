@@ -97,10 +97,7 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
 def best_trace(
     fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int, outputs: Outputs = "auto"
 ) -> tuple[Trace, Solution]:
-    """Trace, then again with second choices of which folded axis carries labels, if first ones look bad.
-
-    Returns: the trace that keeps fewer parameters at the narrowest width, with its solution.
-    """
+    """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
     first = _settled_trace(fake, widths, skip, outputs)
     solution = solve(first, widths, round_to)
     labels = first.context.labels
