@@ -216,7 +216,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{lines[-1].line}\nThe forward is run on shapes alone: it can branch on numbers of buffers, constants, "
         "integer and boolean inputs, and all inputs but the first, such as masks, but not on features and weights. "
         "Which units topk, argmax and the like choose is assumed if the example has a row for each. You can convert "
-        "only the part that should get narrower, such as model.backbone, in place, or pass other example_inputs."
+        "the part of the model that should get narrower, such as its backbone, in place, or pass other example_inputs."
     )
     failed.module = path
     return failed
