@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slimmable
+import slimmable.rules
 from slimmable.analysis import trace
 from tests.convert import oracles
 
