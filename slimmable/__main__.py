@@ -1,7 +1,4 @@
-"""Entry point of the program `slimmable`, also run by `python -m slimmable`.
-
-The commands are imported inside `main`, so that it also answers what happens meanwhile.
-"""
+"""Entry point of the program `slimmable`, also run by `python -m slimmable`."""
 
 import signal
 import sys
@@ -13,10 +10,9 @@ from slimmable.cli.faults import GO_ON, exit_code, explained_fault, flush_or_dro
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code: 0, 2 for unusable input and a machine that does not do what it should.
 
-    It is 0, 2 for unusable input and for a machine that does not do what it should, or 130, 143 or 129 if the program
-    was asked to stop by Ctrl-C, SIGTERM or SIGHUP.
+    It is 130, 143 or 129 if the program was asked to stop by Ctrl-C, SIGTERM or SIGHUP.
 
     >>> main(["plan", "resnet1"])
     2
@@ -24,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         with on_signals(stop):
-            from slimmable.cli.commands import parse, run
+            from slimmable.cli.commands import parse, run  # here, so that what happens meanwhile is answered, too
 
             command, given = parse(arguments)
             return run(command, given)

@@ -1,7 +1,4 @@
-"""The commands of the program `slimmable`: dataclasses of their options that can run, and the parser.
-
-Only the commands import torch, which keeps `--help` fast.
-"""
+"""The parser of the program `slimmable`, and its commands: dataclasses of options, which import torch when they run."""
 
 import argparse
 import difflib
@@ -14,23 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import slimmable
-from slimmable.cli.config import (
-    DEVICE,
-    SIZE,
-    WIDTHS,
-    WORKERS,
-    PretrainConfig,
-    RunOptions,
-    add_options,
-    at_least,
-    check,
-    checked_widths,
-    configure,
-    flag,
-    option,
-    say,
-    with_preset,
-)
+from slimmable.cli import config as settings
+from slimmable.cli.config import DEVICE, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
 from slimmable.errors import UsageError, WidthError
 
 ALL = "all"
@@ -59,9 +41,9 @@ class Pretrain(RunOptions):
 
         if self.resume:
             config = read_config(self.output)
-            config.check_same(with_preset(given, self.preset))
+            config.check_same(settings.with_preset(given, self.preset))
         else:
-            config = configure(given, self.preset)
+            config = settings.configure(given, self.preset)
         with process_group(_find_device(self.device)) as device:
             return run(config, replace(self, workers=_count_workers(self.workers)), device)
 
@@ -119,7 +101,7 @@ class Export:
     )
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
     num_classes: int | None = option(
-        None, "size of the classifier; 0: a backbone that outputs features", within=at_least(0)
+        None, "size of the classifier; 0: a backbone that outputs features", within=settings.at_least(0)
     )
     image_size: int | None = option(None, **SIZE)
 
@@ -178,7 +160,6 @@ class Plan:
     widths: tuple[float, ...] | None = option(None, **WIDTHS)
 
     def _model(self) -> tuple[Any, Any]:
-        """Return the model and a batch of two zero images for it."""
         import torch
 
         from slimmable.cli.run import timm_backbone
@@ -216,14 +197,13 @@ class Profile(Plan):
         return 0
 
 
-COMMANDS: dict[str, tuple[type, ...]] = {
-    "pretrain": (PretrainConfig, Pretrain),
+COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
+    "pretrain": (settings.PretrainConfig, Pretrain),
     "evaluate": (Evaluate,),
     "export": (Export,),
     "profile": (Profile,),
     "plan": (Plan,),
 }
-"""The dataclasses of the options of each command; the last one runs it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -235,16 +215,15 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the program `slimmable`."""
-    parser = _Parser(
-        prog="slimmable", description="Slimmable networks: one set of weights, several widths.", allow_abbrev=False
-    )
+    about = "Slimmable networks: one set of weights, several widths."
+    parser = _Parser(prog="slimmable", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"slimmable {slimmable.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, classes in COMMANDS.items():
         text = classes[-1].__doc__
         own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for options in classes:
-            add_options(own, options)
+            settings.add_options(own, options)
     return parser
 
 
@@ -292,7 +271,7 @@ def run(name: str, given: dict[str, Any]) -> int:
     """Check the given options, run the command of this name, and return its exit code."""
     *_, command = COMMANDS[name]
     own = command(**{each.name: given.pop(each.name) for each in fields(command) if each.name in given})
-    check(own)
+    settings.check(own)
     return int(own._run(**given))
 
 

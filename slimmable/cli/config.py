@@ -20,7 +20,6 @@ from slimmable._widths import check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
-
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
@@ -28,11 +27,8 @@ AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST_WIDTHS = 100
-WIDTHS: dict[str, Any] = {
-    "help": "fractions of the channels, in (0, 1], including 1",
-    "shown": " ".join(map(str, DEFAULT_WIDTHS)),
-    "metavar": "W",
-}
+_USUAL = " ".join(map(str, DEFAULT_WIDTHS))
+WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
@@ -122,12 +118,11 @@ def option(
     shown: str = "",
     **parsing: Any,
 ) -> Any:
-    """Return a dataclass field that is an option of a command.
+    """Return a dataclass field that is an option of a command; without a default, a positional or `required` one.
 
-    Without a default it is a positional argument, or with `required=True` a required option. It accepts `choices`, one
-    or several depending on the field's type, or numbers `within` a range, and None if the type allows it. `group` is
-    the heading above this option and those after it, `shown` the default in words, where its value does not say enough,
-    and `parsing` holds further arguments for `ArgumentParser.add_argument`.
+    It accepts `choices`, one or several by the field's type, or numbers `within` a range, and None if the type does.
+    `group` is the heading above it and those after it, `shown` the default in words, where its value does not say
+    enough, and `parsing` is for `ArgumentParser.add_argument`.
     """
     known = {"help": help, "choices": choices, "within": within, "group": group, "shown": shown, "parsing": parsing}
     return field(default=default, metadata=known)
@@ -224,7 +219,6 @@ class PretrainConfig:
     min_crop_scale: float = option(
         0.56, "smallest fraction of an image in a view", within=FRACTION, shown="0.56; for a folder 0.08 or 0.2"
     )
-
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
     distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
@@ -238,14 +232,12 @@ class PretrainConfig:
     )
     gate_loss_weight: float = option(100.0, "weight of the loss that keeps gates to the budget", within=POSITIVE)
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
-
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
-
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step over all processes", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
@@ -274,9 +266,8 @@ class PretrainConfig:
         except SlimmableError as error:
             raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
         if self.augmentation == "supervised" != self.method:
-            raise UsageError(
-                f"--augmentation supervised makes one view of an image, but --method {self.method} takes two"
-            )
+            views = f"makes one view of an image, but --method {self.method} takes two"
+            raise UsageError(f"--augmentation supervised {views}")
         if self.method in ("byol", "vicreg") and self.distill not in ("own", "none", "embedding", "mse"):
             missing = f"compares logits, which --method {self.method} does not have"
             raise UsageError(f"--distill {self.distill} {missing}; choose own, none, embedding or mse")
@@ -300,11 +291,8 @@ class PretrainConfig:
 
     def check_same(self, given: Mapping[str, Any]) -> None:
         """Raise UsageError if values of `given` differ from these settings, which a resumed run must keep."""
-        other = [
-            f"{flag(name)}: the run has {getattr(self, name)}, now {value}"
-            for name, value in given.items()
-            if getattr(self, name) != value
-        ]
+        changed = {name: value for name, value in given.items() if getattr(self, name) != value}
+        other = [f"{flag(name)}: the run has {getattr(self, name)}, now {value}" for name, value in changed.items()]
         if other:
             raise UsageError("--resume keeps the settings of the run; " + "; ".join(other))
 

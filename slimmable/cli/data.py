@@ -31,11 +31,11 @@ _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
 _MOST_STRETCHED = 100  # times as long as wide
-_TEST_SHARE = 0.2
 _NAMED = 10  # broken files listed in one message
 _TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
 
 Labelled = list[tuple[Path, int]]  # files, each with the number of its class
+Key = tuple[int, int]  # an epoch, and the index of an image
 
 
 class ImageSet(Protocol):
@@ -192,10 +192,8 @@ def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
     except (OSError, RecursionError) as error:
         raise DataError(f"--data {shown(data)} cannot be listed ({error})") from error
     if not any(found.values()):
-        kinds = ", ".join(sorted(_SUFFIXES))
-        raise DataError(
-            f"--data {shown(root)} holds no images; expected one folder per class, as in cat/1.jpg ({kinds})"
-        )
+        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(_SUFFIXES))})"
+        raise DataError(f"--data {shown(root)} holds no images; expected {expected}")
     return {name: sorted(paths) for name, paths in sorted(found.items()) if paths}
 
 
@@ -242,13 +240,10 @@ def _hold_out(files: Labelled, seed: int) -> tuple[Labelled, Labelled]:
     for _, group in groupby(files, key=lambda pair: pair[1]):
         own = list(group)
         order = torch.randperm(len(own), generator=generator).tolist()
-        count = min(len(own) - 1, max(1, round(_TEST_SHARE * len(own))))
+        count = min(len(own) - 1, max(1, round(0.2 * len(own))))
         test += [own[place] for place in sorted(order[:count])]
         train += [own[place] for place in sorted(order[count:])]
     return train, test
-
-
-Key = tuple[int, int]
 
 
 def seed_of(*numbers: int) -> int:
@@ -263,7 +258,6 @@ class Views(Dataset[list[Tensor]]):
         self.images, self.labels, self.transforms, self.seed = images, labels, transforms, seed
 
     def __getitem__(self, key: Key) -> list[Tensor]:
-        """Return the views, each with its own random numbers, and the label."""
         image = self.images[key[1]]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, *key))
@@ -305,8 +299,7 @@ def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
     except (MemoryError, OSError, RuntimeError) as error:
-        fault = explained_fault(error)
-        if fault is None:
+        if (fault := explained_fault(error)) is None:
             raise
         raise SlimmableError(f"{fault}; {GO_ON}") from error
 
@@ -328,7 +321,6 @@ class Plain(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return one image of shape (channels, size, size)."""
         return self.transform(self.images[index])  # type: ignore[no-any-return]
 
     def stacked(self) -> Tensor:

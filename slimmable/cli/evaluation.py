@@ -72,8 +72,7 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
     title = f"{config.model}, {config.epochs} epochs of {config.method}"
     if config.gate_budget is not None:
         title += f", gated to {config.gate_budget:g}"
-    size = min(config.image_size, 32)
-    train, test = (Plain(part, size).stacked() for part in (images.train, images.test))
+    train, test = (Plain(part, min(config.image_size, 32)).stacked() for part in (images.train, images.test))
     pixels = knn_accuracy(train, images.train_labels, test, images.test_labels)
     write_report(folder, rows, pixels, title)
     return to_markdown(rows, pixels)
@@ -141,9 +140,7 @@ class _Prober:
             return self._accuracies(narrowest_first(network, known), narrowest_first(network, asked)), cost
         return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, cost
 
-    def _accuracies(
-        self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]
-    ) -> dict[float, dict[str, float]]:
+    def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
         found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
         return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 

@@ -75,16 +75,11 @@ def run_source(run: Path) -> Source:
         _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
     data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
-    return Source(
-        name=config.model,
-        model=trained_backbone(config, run, channels),
-        widths=config.widths,
-        image=(channels, config.image_size, config.image_size),
-        arguments=arguments,
-        weights=f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}.",
-        values="in [0, 1]",
-        accuracy={width: row.shares for width, row in read_report(run).items()},
-    )
+    weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
+    image = (channels, config.image_size, config.image_size)
+    model = trained_backbone(config, run, channels)
+    accuracy = {width: row.shares for width, row in read_report(run).items()}
+    return Source(config.model, model, config.widths, image, arguments, weights, "in [0, 1]", accuracy=accuracy)
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
@@ -96,21 +91,14 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     if not is_slim(model):
         raise CheckpointError(f"{path} holds a single narrow network; load it with slimmable.load, and export that")
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    arguments = recipe["arguments"]
     channels, *size = known["input_size"]
-    channels = recipe["arguments"].get("in_chans", channels)
-    size = image_size or recipe["arguments"].get("img_size", size)
+    size = image_size or arguments.get("img_size", size)
     height, width = size if isinstance(size, list) else (size, size)
+    image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
-        output_for(torch.zeros(2, channels, height, width), build(recipe), f"the model in {path}")
-    return Source(
-        name=recipe["timm"],
-        model=model,
-        widths=widths_of(model),
-        image=(channels, height, width),
-        arguments=recipe["arguments"],
-        weights=f"`{path.name}`.",
-        values=_values(known),
-    )
+        output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
+    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", _values(known))
 
 
 def timm_source(
@@ -147,16 +135,9 @@ def timm_source(
     model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None and slimmed:
         load_exactly(model, tensors, str(checkpoint))
-    return Source(
-        name=name,
-        model=model,
-        widths=tuple(widths),
-        image=image,
-        arguments={key: value for key, value in used.items() if key != "pretrained"},
-        weights=weights,
-        values=_values(known),
-        base=known.get("hf_hub_id") if pretrained else None,
-    )
+    arguments = {key: value for key, value in used.items() if key != "pretrained"}
+    base = known.get("hf_hub_id") if pretrained else None
+    return Source(name, model, tuple(widths), image, arguments, weights, _values(known), base)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -231,8 +212,7 @@ def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
     made = {"slimmable": slimmable, "timm": timm, "torch": torch, "python": platform.python_version()}
     example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
     measured = all({"knn", "linear"} <= source.accuracy.get(row.width, {}).keys() for row in costs.rows)
-    card: str = template.render(made, source=source, costs=costs.rows, files=files, example=example, measured=measured)
-    return card
+    return str(template.render(made, source=source, costs=costs.rows, files=files, example=example, measured=measured))
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:

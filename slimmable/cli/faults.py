@@ -29,10 +29,7 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def stop(number: int) -> None:
-    """End the program as Ctrl-C does, and remember which signal asked for it.
-
-    It ends already, and has yet to say why, if another process is lost: then torchrun sends a signal to those left.
-    """
+    """End the program as Ctrl-C does, unless it ends already: after a lost process, torchrun signals those left."""
     if not _lost_contact(sys.exc_info()[1]):
         raise KeyboardInterrupt(number)
 

@@ -1,7 +1,6 @@
 """The lock on a folder of results: one process writes into it at a time, and others are told which one.
 
-The operating system keeps the lock, and drops it when the process ends, however it ends; a file left behind holds
-nothing.
+The operating system drops the lock when the process ends, however it ends; a file left behind holds nothing.
 """
 
 import errno
@@ -25,8 +24,7 @@ LOCK = ".lock"
 def locked(folder: Path, new: bool = False) -> Iterator[None]:
     """Hold a folder, made if necessary, and remove what a killed process left half-written; a new one must be empty.
 
-    Raises: UsageError: if another process holds it, or there are files in a new one. CheckpointError: if it cannot be
-        written.
+    Raises: UsageError: if another process holds it, or a new one has files. CheckpointError: if it cannot be written.
     """
     path = folder / LOCK
     made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # pathlib fails for long names

@@ -76,10 +76,8 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
     method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
     if config.gate_budget is not None and config.gate_budget < (least := gate_plan(method.backbone).least_share()):
-        raise UsageError(
-            f"--gate-budget {config.gate_budget:g}: {config.model} with all gates closed costs {least:.3f} of its "
-            "multiply-adds; choose a larger budget"
-        )
+        closed = f"{config.model} with all gates closed costs {least:.3f} of its multiply-adds"
+        raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.workers or 0)
     checkpoint = options.output / CHECKPOINT
     if options.resume and checkpoint.exists():
@@ -102,10 +100,8 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
         networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
     later = config.slow_start if len(config.widths) > 1 else 0
     joins = f"; narrower widths join after {later:.0%}" if later else ""
-    return (
-        f"pre-training {config.model} by {config.method}{networks} on {len(images.train)} images of "
-        f"{config.image_size} x {config.image_size} pixels for {config.epochs} epochs{joins}"
-    )
+    seen = f"{len(images.train)} images of {config.image_size} x {config.image_size} pixels for {config.epochs} epochs"
+    return f"pre-training {config.model} by {config.method}{networks} on {seen}{joins}"
 
 
 def _train(training: Training, folder: Path, options: RunOptions) -> int:

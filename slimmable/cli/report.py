@@ -146,10 +146,8 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
     others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}
     if not widths or not others <= rows[0].keys():
-        what = "rows of GradientDiagnostics of a model with at least two widths"
-        raise DataError(
-            f"plot_imbalance: {len(rows)} rows without ratios and cosines of narrow widths; give the {what}"
-        )
+        way = "give the rows of GradientDiagnostics of a model with at least two widths"
+        raise DataError(f"plot_imbalance: {len(rows)} rows without ratios and cosines of narrow widths; {way}")
     ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)

@@ -1,8 +1,7 @@
 """Runs of pre-training: the network, a timm backbone with a method around it, and the folder.
 
 The folder holds the settings, a checkpoint, and the trained networks as files. The checkpoint is one safetensors file,
-a state dict of the converted network and, under names with `training.` in front, what else resuming needs. That is no
-random state, because every step seeds its own random numbers.
+a state dict of the converted network and, under names with `training.` in front, what else resuming needs.
 """
 
 import copy
@@ -18,6 +17,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
@@ -174,10 +174,9 @@ class Checkpoint:
     def check_images(self, data: str, digest: str | None) -> None:
         """Raise UsageError if `digest` is known and another than the checkpoint's, as the split would be another."""
         if None not in (digest, self.images) and digest != self.images:
-            raise UsageError(
-                f"--data {data} no longer holds the files of the run (then {self.images}; now {digest}); "
-                "undo what was added, removed or renamed there, or start a new run"
-            )
+            files = f"the files of the run (then {self.images}; now {digest})"
+            way = "undo what was added, removed or renamed there, or start a new run"
+            raise UsageError(f"--data {data} no longer holds {files}; {way}")
 
 
 def save_checkpoint(
@@ -224,7 +223,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
     module.load_state_dict(dict(tensors))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
     state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
     found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
@@ -232,10 +231,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    steps: Mapping[str, int] | None = None,
-    skipped: bool = False,
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int] | None = None, skipped: bool = False
 ) -> None:
     """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
 
@@ -264,7 +260,7 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the parameters in their order, by the optimizer's names for them, or else by number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]

@@ -68,11 +68,10 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         rising = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
         warm_up = round(rising * self.steps_per_epoch)
-        if warm_up >= self.steps:
+        rest = self.steps - warm_up
+        if rest <= 0:
             raise UsageError(f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs; choose fewer")
-        self.schedule = CosineLRScheduler(
-            self.optimizer, t_initial=self.steps - warm_up, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False
-        )
+        self.schedule = CosineLRScheduler(self.optimizer, rest, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False)
         self._batches: Iterator[list[Tensor]] = iter(())
 
     def take_step(self) -> dict[float, float]:

@@ -91,10 +91,9 @@ class SlimCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Run the narrower widths if no backward pass did, as when `StochasticWeightAveraging` updates norms."""
         if self._loss.grad is not None:
-            raise UsageError(
-                f"SlimCallback: {type(trainer.strategy).__name__} ran its own backward pass, which trains width 1.0; "
-                "return recipe.total(closure) from training_step instead, without this callback"
-            )
+            fault = f"{type(trainer.strategy).__name__} ran its own backward pass, which trains width 1.0"
+            way = "return recipe.total(closure) from training_step instead, without this callback"
+            raise UsageError(f"SlimCallback: {fault}; {way}")
         while self._part is not None:
             self._run_next(pl_module)
 
