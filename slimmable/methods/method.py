@@ -57,11 +57,7 @@ class Batch:
 
 @dataclass
 class Outcome:
-    """The result of a method for a batch at one width.
-
-    `loss` is the method's scalar loss. Distillation can compare `logits` or `embeddings` between widths: one tensor of
-    shape (rows, classes) for each direction or view.
-    """
+    """A method's scalar loss at one width, and what distillation may compare: tensors (rows, classes), one per view."""
 
     loss: Tensor
     logits: Sequence[Tensor] = ()
@@ -155,12 +151,10 @@ class Method(nn.Module):
             batch: views, and labels for methods that use them.
             progress, step: as for `SlimRecipe.widths`.
             autocast: dtype for mixed precision, such as `torch.bfloat16`, or None.
-            backward: function to call with each width's loss. float16 needs that of a `torch.amp.GradScaler`,
-                `lambda loss: scaler.scale(loss).backward()`, and `scaler.step(optimizer)` for the optimizer's step.
+            backward: function to call with each width's loss; for float16 `lambda loss: scaler.scale(loss).backward()`.
             diagnostics: records every `backward`; after an error, its records of this step are discarded.
-            gates: if given, the first view goes through the gated network and the second through the dense one (Krishna
-                et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
-                the whole training. Otherwise gates are off.
+            gates: if given, the first view goes through the gated network, the second through the dense one (Krishna et
+                al. 2023), and its losses, with `progress` as the epoch, are added. Otherwise gates are off.
 
         Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
             as a GradScaler looks for them. UsageError: if the recipe belongs to another model, the batch has the wrong
