@@ -100,9 +100,8 @@ class GatedPass:
     def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         """Return layer -> its multiply-adds for each image, float64, shape (images,).
 
-        They cover the convolutions and matrix products of the network with only the open channels, as `profile` counts
-        them. A gate's own are under the name of its layer followed by `.channel_gate`. `input_size` is that of one
-        image, such as (3, 224, 224); None stands for that of `gate`'s example inputs.
+        They cover convolutions and matrix products of open channels, as `profile` counts them; a gate's own are under
+        its name and `.channel_gate`. `input_size` is one image's, such as (3, 224, 224), by default the example's.
 
         Raises: UsageError: as `masks`; also if the model has run on images of another size.
         """
@@ -306,9 +305,8 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 class GateBudget(nn.Module):
     """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
 
-    With several processes both losses are those of the joined batch, in every process; average the gradients, as
-    DistributedDataParallel and `slimmable.training.average_gradients` do. `reached` is the mean share of multiply-adds
-    of the last batch, without gradient; None at first. The defaults are those of Krishna et al. 2023.
+    With several processes the losses are those of the joined batch; average the gradients. `reached` is the mean share
+    of multiply-adds of the last batch, without gradient; None at first. The defaults are those of Krishna et al. 2023.
 
     Args:
         budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.

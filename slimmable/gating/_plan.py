@@ -126,11 +126,9 @@ class LayerMacs:
         ]
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
-        """Return module path -> multiply-adds of each image, or of any image if there are no masks: shape (images,).
+        """Return module path -> multiply-adds of each image, shape (images,); of any one if there are no masks.
 
-        Args:
-            masks: group -> zeros and ones, float64, shape (images, kept units); missing groups are open.
-            counts: how many units of each group the width keeps.
+        `masks` map groups to (images, kept units), float64; others are open. `counts` are each group's kept units.
         """
         like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
         open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]

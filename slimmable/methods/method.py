@@ -142,9 +142,8 @@ class Method(nn.Module):
     ) -> dict[float, float]:
         """Add up the gradients of one training step over its widths; return width -> loss, the widest first.
 
-        Clear the gradients first. Afterwards average them over the processes, if there are several, and step the
-        optimizer. After an error the width is 1.0, but the widths that ran have changed gradients and BatchNorm
-        statistics, and a momentum encoder has moved.
+        Clear the gradients first; then average them over several processes, and step the optimizer. After an error the
+        width is 1.0, but gradients and BatchNorm statistics have changed, and a momentum encoder has moved.
 
         Args:
             recipe: the recipe made from `online`.
@@ -157,9 +156,8 @@ class Method(nn.Module):
                 al. 2023), and its losses, with `progress` as the epoch, are added. Otherwise gates are off.
 
         Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
-            as a GradScaler looks for them. UsageError: if the recipe belongs to another model, the batch has the wrong
-            number of views, or `gates` is given for an encoder without gates, for a method whose encoder sees one view,
-            or with `random_widths`. DataError: if a view is not a tensor, or their numbers of images differ.
+            as a GradScaler looks for them. UsageError: if the recipe belongs to another model, or the `gates` or the
+            number of views do not fit. DataError: if a view is not a tensor, or their numbers of images differ.
         """
         self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs

@@ -202,9 +202,8 @@ class _WithPredictor(Method):
     def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
         super().__init__(encoder)
         check_module(f"{type(self).__name__}: predictor", predictor)
-        self.online_predictor = predictor
+        self.online_predictor, self.momentum = predictor, momentum
         self.momentum_encoder = MomentumEncoder(encoder)
-        self.momentum = momentum
 
     @property
     def online(self) -> nn.ModuleList:

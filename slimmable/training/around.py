@@ -35,10 +35,7 @@ _CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.Random
 
 
 class Once:
-    """Lets the state of modules change once per step: at the widest width, which must be the first of the step.
-
-    State is what a call may change: buffers, parameters without gradient, attributes. Narrower widths work on copies.
-    """
+    """Lets buffers, parameters without gradient and attributes change once per step, at its first and widest width."""
 
     def __init__(self) -> None:
         self._before: dict[int, Store] = {}  # by the id of the store
@@ -115,10 +112,7 @@ class Replay:
 
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
-        """Run a block of the widest width, or of a narrower one.
-
-        Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
-        """
+        """Run a block; raise `UsageError` in it if an output has a gradient, or a narrower width calls more often."""
 
         def stand_in(part: nn.Module) -> Callable[..., Any]:
             if widest:

@@ -234,10 +234,7 @@ class SlimRecipe:
 
     @property
     def first(self) -> bool:
-        """Whether the loop is at the widest width: the place for what must happen once per step, such as MoCo's keys.
-
-        Add them to a queue only after the loop: narrower widths must not meet the keys of their own batch in it.
-        """
+        """Whether the loop is at the widest width, for what happens once per step; fill a queue only after the loop."""
         return self._step is not None and self._step.first
 
     def widths(self, progress: float, step: int | None = None) -> Iterator[float]:
