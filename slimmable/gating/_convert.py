@@ -45,7 +45,7 @@ def gate(
     A channel group gets a gate if it lies inside a block: one layer makes it, others read it as their input, and all
     between treats channels separately. In Transformers these are the MLPs' hidden units and whole attention heads. The
     gate sees the input of the layer that makes the units; its mask multiplies the inputs of those that read them, as if
-    the channels were dropped. `print(gate_plan(model))` shows the groups. The batch must be every tensor's first axis.
+    the channels were dropped. `print(gate_plan(model))` shows where and why. Every tensor has the batch first.
 
     Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
     gates for each of its widths; convert it first, then gate it. Loading a state dict whose gates differ from the

@@ -59,7 +59,7 @@ class ChannelGate(nn.Module):
     in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
     logits; it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023, without bias: without an active hidden unit all logits are then 0, random with noise.
+    Source: Krishna et al. 2023, whose gates have no bias, so all logits are 0 for an image without active hidden units.
 
     Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
 

@@ -46,8 +46,9 @@ class GradientDiagnostics:
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
 
     A width's own gradient is what its `backward` added to the sum, with its rounding: use float32 parameters. Random
-    widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of one, or of
-    all if each `backward` averages. A sampled step needs three times the memory of the gradients, others none.
+    widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of the
+    process, or of all if each `backward` averages, and total gradients those present at `after_step`. A sampled step
+    needs three times the memory of the gradients, others none.
 
     Args:
         model: anything that `set_width` takes; not sharded.

@@ -41,7 +41,7 @@ class SlimRecipe:
         random_widths: how many widths to draw in each step between the widest and the narrowest, which run too: the
             sandwich rule of universal models (Yu and Huang 2019, section 3.1, with 2). `loss_weights` must be a mode.
         seed: seed of the draws; processes that train together need the same one.
-        steps: how often the training will call `backward` or `total`; needed there for a slow start.
+        steps: how often the whole training will call `backward` or `total`; needed there for a slow start.
         frozen: modules without gradient that the step calls, such as a momentum encoder or a teacher. They run at the
             widest width only, and narrower widths get the same outputs.
         once: modules whose state the step changes, such as a criterion with a queue. It changes once per step, see
@@ -125,7 +125,8 @@ class SlimRecipe:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
                 see `loss`. Without `teach`, distillation compares what the model returned: scores or embeddings (...,
                 classes), maps (batch, classes, height, width), the `logits` of a dict; for a model that returns its
-                loss, what the last module in it returned; of two views' embeddings, mostly their `nt_xent_logits`.
+                loss, what the last module directly in it returned; of two matrices of one shape, two views, kinds that
+                compare logits get their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
