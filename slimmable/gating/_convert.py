@@ -1,7 +1,4 @@
-"""Add gates to the layers of any model with `gate`, remove them with `ungate`, and restore them from files.
-
-Files store the arguments of `gate`, and loading calls `gate` with them again.
-"""
+"""Add gates to any model with `gate`, remove them with `ungate`; files store the arguments and loading gates again."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,11 +42,10 @@ def gate(
 ) -> M:
     """Return a model with the weights of `model`, and with gates that open and close channels for each image.
 
-    A channel group gets a gate if it lies inside a block: one layer makes it, others read it as their input, and
-    everything between them treats channels separately. In Transformers these are the hidden units of the MLPs and whole
-    attention heads. The gate sees the input of the layer that makes the units; its mask multiplies the inputs of the
-    layers that read them, which is equivalent to dropping the channels. `print(gate_plan(model))` shows which groups
-    get a gate, which do not, and why. The first axis of every tensor must be the batch.
+    A channel group gets a gate if it lies inside a block: one layer makes it, others read it as their input, and all
+    between treats channels separately. In Transformers these are the MLPs' hidden units and whole attention heads. The
+    gate sees the input of the layer that makes the units; its mask multiplies the inputs of those that read them, as if
+    the channels were dropped. `print(gate_plan(model))` shows where and why. Every tensor has the batch first.
 
     Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
     gates for each of its widths; convert it first, then gate it. Loading a state dict whose gates differ from the

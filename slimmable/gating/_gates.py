@@ -27,9 +27,8 @@ def hard_mask(
 ) -> Tensor:
     """Return a mask: 1 where a unit is open, 0 where it is closed.
 
-    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5; the
-    gradient is that of `soft` (straight-through). Without noise, units with positive logits are open, and there is no
-    gradient.
+    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5, with
+    the gradient of `soft` (straight-through). Without noise, positive logits are open, and there is no gradient.
 
     Source: the binary Gumbel-softmax of Krishna et al. 2023, whose code also opens units at logit 0 without noise.
 
@@ -60,8 +59,7 @@ class ChannelGate(nn.Module):
     in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
     logits; it is 0 until `calibrate_gates` sets it.
 
-    Source: Krishna et al. 2023, whose gates have no bias: an image without an active hidden unit then has logit 0 for
-    every unit, so with noise half of the units are open, and without noise none.
+    Source: Krishna et al. 2023, whose gates have no bias, so all logits are 0 for an image without active hidden units.
 
     Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
 
@@ -176,10 +174,8 @@ class LayerGates(SwitchableContainer):
         """Return the gate of the width with this index; raise `UsageError` if it has none."""
         gates = inner_modules(self, "at")
         if str(index) not in gates:
-            raise UsageError(
-                f"the gates of {self.name} are for the widths {self.widths[: len(self.at)]}, not for the active "
-                f"{self._slim.active.width}; set one of these, or run the dense pass"
-            )
+            what = f"for the widths {self.widths[: len(self.at)]}, not for the active {self._slim.active.width}"
+            raise UsageError(f"the gates of {self.name} are {what}; set one of these, or run the dense pass")
         return gates[str(index)]
 
     @property
@@ -210,9 +206,8 @@ class LayerGates(SwitchableContainer):
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
-            raise UsageError(
-                f"a layer reads the output of {self.name}, but its gate has {found}; run the whole model gated"
-            )
+            what = f"a layer reads the output of {self.name}, but its gate has {found}"
+            raise UsageError(f"{what}; run the whole model gated")
         units = self._units.get((number, self._slim.index))
         if units is not None:
             mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))

@@ -23,9 +23,7 @@ from slimmable.view.recompute import Active, switched
 class PassNorm(SwitchableNorm):
     """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
 
-    A checkpoint without them loads into the norms of both passes.
-
-    Source: the separate batch norms of Krishna et al. 2023.
+    Source: Krishna et al. 2023. A checkpoint without them loads into the norms of both passes.
     """
 
     active_pass: Active[Pass]
@@ -36,8 +34,7 @@ class PassNorm(SwitchableNorm):
     def of(norm: nn.Module, widths: int) -> "PassNorm":
         """Give a norm, switchable or not, norms for the gated pass, which start as copies.
 
-        Only the first `widths` widths get them; those that `calibrate_bn` added run dense. A switchable norm is changed
-        in place, any other is put inside a new one.
+        Only the first `widths` widths get them. A switchable norm is changed in place, others are put inside a new one.
         """
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
         copies = [own.copy_at(index) for index in range(min(widths, 1 + len(own.narrow)))]
@@ -83,9 +80,7 @@ class GatedPass:
         self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
     def masks(self) -> dict[str, Tensor]:
-        """Return gate name -> mask of shape (images, units); a gate has the name of the layer that makes its units.
-
-        If a layer makes several groups, the names from the second on end with `/1` and so on.
+        """Return gate name -> mask, shape (images, units). The name is the maker's, with `/1` from its second gate on.
 
         Raises: UsageError: if the model has not run in the block, ran at several widths, or broke off.
         """
@@ -97,18 +92,16 @@ class GatedPass:
             found[gates.name] = torch.cat([decision.mask for decision in record if decision.mask is not None])
         if len({len(mask) for mask in found.values()}) > 1:
             counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
-            raise UsageError(
-                f"the gates have decided for different numbers of images ({counts}): either a forward was broken off, "
-                "so use a new `with gated(model)` block, or at this image size some layers see windows, not images"
-            )
+            broken = "a forward was broken off, so use a new `with gated(model)` block"
+            why = f"either {broken}, or at this image size some layers see windows, not images"
+            raise UsageError(f"the gates have decided for different numbers of images ({counts}): {why}")
         return found
 
     def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         """Return layer -> its multiply-adds for each image, float64, shape (images,).
 
-        They cover the convolutions and matrix products of the network with only the open channels, as `profile` counts
-        them. A gate's own are under the name of its layer followed by `.channel_gate`. `input_size` is that of one
-        image, such as (3, 224, 224); None stands for that of `gate`'s example inputs.
+        They cover convolutions and matrix products of open channels, as `profile` counts them; a gate's own are under
+        its name and `.channel_gate`. `input_size` is one image's, such as (3, 224, 224), by default the example's.
 
         Raises: UsageError: as `masks`; also if the model has run on images of another size.
         """
@@ -159,10 +152,8 @@ class GatedPass:
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
             for positions in {decision.positions for decision in record} - {expected}:
-                raise UsageError(
-                    f"{gates.name} has read {positions} positions, but would read {expected} for the counted size; "
-                    "give the input_size that the model has run on"
-                )
+                what = f"has read {positions} positions, but would read {expected} for the counted size"
+                raise UsageError(f"{gates.name} {what}; give the input_size that the model has run on")
         return found, macs, found.plan.columns[self._width_index()].counts
 
 
@@ -186,10 +177,8 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     gates = gates_of("gated", model)
     roots = [path for path, module in model.named_modules() if PLAN in module.__dict__]
     if len(roots) > 1:
-        raise UsageError(
-            f"gated: this {type(model).__name__} holds {len(roots)} gated models, {', '.join(roots)}; give each a "
-            "`with gated(...)` of its own"
-        )
+        held = f"{len(roots)} gated models, {', '.join(roots)}"
+        raise UsageError(f"gated: this {type(model).__name__} holds {held}; give each a `with gated(...)` of its own")
     norm = getattr(gates[0].at[0], "norm", None)
     if isinstance(norm, nn.BatchNorm1d) and not norm.training:
         batches = norm.num_batches_tracked
@@ -267,9 +256,8 @@ def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
 def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 1.0) -> Tensor:
     """Return the penalty on gates that open less than `p s` or more than `1 - p + p s` of their units.
 
-    `s` is the square root of the budget, since the cost of a layer is proportional to the product of its open inputs
-    and outputs. As `p` goes from 1 to 0 the bounds widen, so no gate closes or opens for good early on (Krishna et al.
-    2023, bound loss).
+    `s` is the square root of the budget, as a layer's cost is proportional to its open inputs times its open outputs.
+    As `p` goes from 1 to 0 the bounds widen, so no gate closes or opens for good early on (Krishna et al. 2023).
 
     Args:
         open_fractions: of shape (gates,), from the function `open_fractions`.
@@ -317,9 +305,8 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 class GateBudget(nn.Module):
     """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
 
-    With several processes both losses are those of the joined batch, in every process; average the gradients, as
-    DistributedDataParallel and `slimmable.training.average_gradients` do. `reached` is the mean share of multiply-adds
-    of the last batch, without gradient; None at first. The defaults are those of Krishna et al. 2023.
+    With several processes the losses are those of the joined batch; average the gradients. `reached` is the mean share
+    of multiply-adds of the last batch, without gradient; None at first. The defaults are those of Krishna et al. 2023.
 
     Args:
         budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.

@@ -1,7 +1,4 @@
-"""Gate plans: which groups of units get a gate, which get none and why, and what gated passes cost.
-
-The plan of a model is pure data. It is made from one trace of the plain model, of which each channel group is examined.
-"""
+"""Gate plans, data from one trace of a model: which groups of units get a gate, which none and why, and the cost."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -129,11 +126,9 @@ class LayerMacs:
         ]
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
-        """Return module path -> multiply-adds of each image, or of any image if there are no masks: shape (images,).
+        """Return module path -> multiply-adds of each image, shape (images,); of any one if there are no masks.
 
-        Args:
-            masks: group -> zeros and ones, float64, shape (images, kept units); missing groups are open.
-            counts: how many units of each group the width keeps.
+        `masks` map groups to (images, kept units), float64; others are open. `counts` are each group's kept units.
         """
         like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
         open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]
@@ -176,10 +171,8 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         return own
     plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
-        raise ConversionError(
-            f"a part of this {type(model).__name__} was converted; gate the model that slimify returned before it "
-            "becomes a part of another"
-        )
+        what = f"a part of this {type(model).__name__} was converted"
+        raise ConversionError(f"{what}; gate the model that slimify returned before it becomes a part of another")
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
     images = _image_count(args, kwargs)

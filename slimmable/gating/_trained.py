@@ -33,8 +33,7 @@ Taken = TypeVar("Taken")
 def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
     """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64.
 
-    The gates decide in eval mode, without noise; training modes are restored afterwards. `loader` is as for
-    `calibrate_bn`.
+    The gates decide in eval mode, without noise; modes are restored afterwards. `loader` is as for `calibrate_bn`.
 
     Raises: UsageError: if the model has no gates, or the loader is not an iterable of batches. DataError: if the loader
         is empty or holds anything other than batches.
@@ -61,10 +60,9 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
 def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: float) -> float:
     """Set the gates' thresholds in place so that gated passes cost `budget` on average; return their actual share.
 
-    Training keeps gates near a budget while they decide with noise; without noise they may open fewer or more units.
-    One threshold for the logits of all gates corrects this, and lets a trained network run at other budgets nearby.
-    It is found by bisection, in eval mode. Where many logits are equal, as in untrained gates, the closest share is
-    chosen. Only the gates of the active width change; after an error none have.
+    Gates that are near a budget with noise may open fewer or more units without. One threshold for all logits, found by
+    bisection in eval mode, corrects this, and allows other budgets nearby. Where many logits are equal, as in untrained
+    gates, the closest share is chosen. Only the gates of the active width change; after an error none have.
 
     Args:
         model: a gated model; its training modes are restored afterwards.
@@ -220,8 +218,6 @@ def _kept(
     dense = float(found.macs.total({}, full))
     fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=macs)
     if not fitting:
-        raise UsageError(
-            f"extract_gated: the budget is {budget}, but the smallest network costs {macs(0) / dense:.3f}; "
-            "give a larger budget or a smaller round_to"
-        )
+        what = f"the budget is {budget}, but the smallest network costs {macs(0) / dense:.3f}"
+        raise UsageError(f"extract_gated: {what}; give a larger budget or a smaller round_to")
     return counts(fitting - 1)

@@ -57,11 +57,7 @@ class Batch:
 
 @dataclass
 class Outcome:
-    """The result of a method for a batch at one width.
-
-    `loss` is the method's scalar loss. Distillation can compare `logits` or `embeddings` between widths: one tensor of
-    shape (rows, classes) for each direction or view.
-    """
+    """A method's scalar loss at one width, and what distillation may compare: tensors (rows, classes), one per view."""
 
     loss: Tensor
     logits: Sequence[Tensor] = ()
@@ -146,26 +142,22 @@ class Method(nn.Module):
     ) -> dict[float, float]:
         """Add up the gradients of one training step over its widths; return width -> loss, the widest first.
 
-        Clear the gradients first. Afterwards average them over the processes, if there are several, and step the
-        optimizer. After an error the width is 1.0, but the widths that ran have changed gradients and BatchNorm
-        statistics, and a momentum encoder has moved.
+        Clear the gradients first; then average them over several processes, and step the optimizer. After an error the
+        width is 1.0, but gradients and BatchNorm statistics have changed, and a momentum encoder has moved.
 
         Args:
             recipe: the recipe made from `online`.
             batch: views, and labels for methods that use them.
             progress, step: as for `SlimRecipe.widths`.
             autocast: dtype for mixed precision, such as `torch.bfloat16`, or None.
-            backward: function to call with each width's loss. float16 needs that of a `torch.amp.GradScaler`,
-                `lambda loss: scaler.scale(loss).backward()`, and `scaler.step(optimizer)` for the optimizer's step.
+            backward: function to call with each width's loss; for float16 `lambda loss: scaler.scale(loss).backward()`.
             diagnostics: records every `backward`; after an error, its records of this step are discarded.
-            gates: if given, the first view goes through the gated network and the second through the dense one (Krishna
-                et al. 2023), and its losses are added. It receives `progress` as the epoch, so its `alpha` is that of
-                the whole training. Otherwise gates are off.
+            gates: if given, the first view goes through the gated network, the second through the dense one (Krishna et
+                al. 2023), and its losses, with `progress` as the epoch, are added. Otherwise gates are off.
 
         Raises: DivergedError: if a loss is not finite; all gradients are then cleared. Infinite gradients are no error,
-            as a GradScaler looks for them. UsageError: if the recipe belongs to another model, the batch has the wrong
-            number of views, or `gates` is given for an encoder without gates, for a method whose encoder sees one view,
-            or with `random_widths`. DataError: if a view is not a tensor, or their numbers of images differ.
+            as a GradScaler looks for them. UsageError: if the recipe belongs to another model, or the `gates` or the
+            number of views do not fit. DataError: if a view is not a tensor, or their numbers of images differ.
         """
         self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs

@@ -50,8 +50,7 @@ class SimCLR(Method):
 class VICReg(Method):
     """VICReg (Bardes, Ponce, LeCun, ICLR 2022), at every width.
 
-    VICReg has no logits. Narrow widths learn the full width's embeddings with VICReg's own invariance term.
-    The example of `Method` shows a step.
+    Narrow widths learn the full width's embeddings with the invariance term. The example of `Method` shows a step.
 
     Args:
         encoder: a converted `Encoder`.
@@ -136,10 +135,9 @@ class Supervised(Method):
         probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
         if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
             found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-            raise DataError(
-                f"Supervised: labels are {found}, expected class numbers of shape {tuple(scores.shape[:1])}, or "
-                f"probabilities of shape {tuple(scores.shape)}"
-            )
+            numbers, shares = tuple(scores.shape[:1]), tuple(scores.shape)
+            wanted = f"class numbers of shape {numbers}, or probabilities of shape {shares}"
+            raise DataError(f"Supervised: labels are {found}, expected {wanted}")
         if not probabilities:
             check_classes("Supervised", labels, scores.shape[1])
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
@@ -204,9 +202,8 @@ class _WithPredictor(Method):
     def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
         super().__init__(encoder)
         check_module(f"{type(self).__name__}: predictor", predictor)
-        self.online_predictor = predictor
+        self.online_predictor, self.momentum = predictor, momentum
         self.momentum_encoder = MomentumEncoder(encoder)
-        self.momentum = momentum
 
     @property
     def online(self) -> nn.ModuleList:
@@ -266,10 +263,8 @@ class MoCoV3(_WithPredictor):
         """Return the symmetric loss (algorithm 1)."""
         queries = self.predict(batch)
         offset = rank() * len(queries[0])
-        logits = [
-            losses.moco_v3_logits(query, keys, self.temperature, offset)
-            for query, keys in zip(queries, batch.targets, strict=True)
-        ]
+        pairs = zip(queries, batch.targets, strict=True)
+        logits = [losses.moco_v3_logits(query, keys, self.temperature, offset) for query, keys in pairs]
         first, second = (losses.contrastive_cross_entropy(each, 1.0) for each in logits)
         return Outcome(2 * self.temperature * (first + second), logits, queries)
 

@@ -35,20 +35,14 @@ _CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.Random
 
 
 class Once:
-    """Lets the state of modules change once per step: at the widest width, which must be the first of the step.
-
-    State is what calling a module may change: buffers, parameters without gradient, and its own attributes. What has a
-    gradient is the optimizer's. The narrower widths work on copies.
-    """
+    """Lets buffers, parameters without gradient and attributes change once per step, at its first and widest width."""
 
     def __init__(self) -> None:
         self._before: dict[int, Store] = {}  # by the id of the store
 
     @contextmanager
     def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
-        """Run a block of the widest width, or of a narrower one, which starts from the state that the widest did.
-
-        Of `left`, a narrower width starts from the state that the widest left.
+        """Run a block of a width; narrower ones start from the state that the widest did; of `left`, from what it left.
 
         Raises: UsageError: at a narrower width, if stores were not given at the widest.
         """
@@ -109,10 +103,7 @@ def _copied(state: Store) -> Store:
 
 
 class Replay:
-    """Runs modules without gradient at the widest width only; narrower widths get the same outputs again.
-
-    The calls of a narrower width are matched with those of the widest by their order, for each module.
-    """
+    """Runs modules without gradient at the widest width only; narrower ones get its outputs, in the same order."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
@@ -121,10 +112,7 @@ class Replay:
 
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
-        """Run a block of the widest width, or of a narrower one.
-
-        Raises: UsageError: in the block, if an output carries a gradient, or at a narrower width there are more calls.
-        """
+        """Run a block; raise `UsageError` in it if an output has a gradient, or a narrower width calls more often."""
 
         def stand_in(part: nn.Module) -> Callable[..., Any]:
             if widest:
@@ -147,10 +135,9 @@ class Replay:
         finally:
             self._busy = False
         if any(tensor.requires_grad for tensor in output_tensors(output)):
-            raise UsageError(
-                f"SlimRecipe: frozen {type(module).__name__} returned a tensor with a gradient, which depends on "
-                "the width; freeze only what has none in parameters and inputs, such as a momentum encoder or a teacher"
-            )
+            what = f"frozen {type(module).__name__} returned a tensor with a gradient, which depends on the width"
+            advice = "freeze only what has none in parameters and inputs, such as a momentum encoder or a teacher"
+            raise UsageError(f"SlimRecipe: {what}; {advice}")
         self._outputs[module].append(map_tensors(Tensor.clone, output))
         return output
 
@@ -162,10 +149,7 @@ class Replay:
 
 
 class SameDraws:
-    """Lets narrower widths draw the random numbers of the widest; afterwards, the program goes on as after the widest.
-
-    So all widths see the same masks and crops that a step draws, and a program's random numbers stay what they were.
-    """
+    """Lets narrower widths draw the random numbers of the widest; then the program goes on as after the widest."""
 
     def __init__(self, model: nn.Module) -> None:
         get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
@@ -273,10 +257,9 @@ def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) 
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
     same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
     if not same:
-        raise UsageError(
-            "SlimRecipe: distillation finds nothing to compare in what the model returned, which should be scores or "
-            "embeddings of shape (batch, ...), of one size at all widths; return (loss, teach) from the closure"
-        )
+        what = "distillation finds nothing to compare in what the model returned"
+        wanted = "scores or embeddings of shape (batch, ...), of one size at all widths"
+        raise UsageError(f"SlimRecipe: {what}, which should be {wanted}; return (loss, teach) from the closure")
     shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
     if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
         return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}
@@ -290,10 +273,7 @@ def _rows(scores: Tensor) -> Tensor:
 
 
 class OptimizerCheck:
-    """Notices optimizers that train nothing or not all: made before the conversion, or left without gradients.
-
-    It looks at the parameters of every optimizer that steps between the first gradients and the next ones.
-    """
+    """Notices optimizers that train nothing or not all, of those that step between the first gradients and the next."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -331,11 +311,9 @@ class OptimizerCheck:
         if not ids.isdisjoint(map(id, self._model.parameters())):
             self._updated |= ids
             if all(parameter.grad is None for parameter in self._model.parameters()):
-                raise UsageError(
-                    f"SlimRecipe: the model has no gradients when {kind} steps; call zero_grad before recipe.backward"
-                )
+                what = f"the model has no gradients when {kind} steps"
+                raise UsageError(f"SlimRecipe: {what}; call zero_grad before recipe.backward")
         elif all(parameter.grad is None for parameter in held):
-            raise UsageError(
-                f"SlimRecipe: this {kind} trains nothing: none of its parameters is the model's or has a gradient; "
-                "make it after slimmable.slimify, from the parameters of the converted model"
-            )
+            what = f"this {kind} trains nothing: none of its parameters is the model's or has a gradient"
+            advice = "make it after slimmable.slimify, from the parameters of the converted model"
+            raise UsageError(f"SlimRecipe: {what}; {advice}")

@@ -22,15 +22,13 @@ _originals: list[Any] = []  # torch's functions, once for each block that is ope
 def synchronised_batchnorm() -> Iterator[None]:
     """Run a block in which every batch norm in training mode works on the joined batch of all processes.
 
-    Outputs, gradients and running statistics are those of one process with the joined batch. No module is replaced: the
-    block applies to everything that calls `torch.nn.functional.batch_norm`, such as the batch norms of torch, timm and
-    each width of a slimmable model, on CPU and GPU. The processes must run the same layers in the same order, at the
-    same width; their batches may differ in size. Half precision is computed in float32. Layers in eval mode that have
-    running statistics are not affected. Without a process group, or with one process, nothing changes.
+    Outputs, gradients and running statistics are those of one process with the joined batch. The block applies to all
+    that calls `torch.nn.functional.batch_norm`, as the norms of torch, timm and slimmable models do, but not to layers
+    in eval mode that have running statistics. The processes must run the same layers in the same order, at the same
+    width; their batches may differ in size. Half precision is computed in float32. With one process nothing changes.
 
-    Run forward passes in the block, and with activation checkpointing `backward` too. The block replaces the function
-    in `torch` itself, so it applies to all threads; it does not reach into TorchScript, and there are no second
-    derivatives. On GPUs `convert_sync_batchnorm` of `nn.SyncBatchNorm` or `timm.layers` is faster, and works as well.
+    Run forward passes in the block, with activation checkpointing `backward` too. It applies to all threads, but not to
+    TorchScript or second derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` is faster and works as well.
 
     Raises: DataError: in all processes, if the input of a batch norm differs between them in channels, dtype or need
         for gradients, or has fewer than two values per channel in the joined batch.
@@ -99,10 +97,9 @@ def joined_batch_norm(
 
 
 def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means of several samples taken together, and the sums of squared distances to them.
+    """Return the means of several samples taken together, and the sums of squared distances to them (Chan et al. 1979).
 
-    This is the pairwise update of Chan, Golub and LeVeque (1979) for any number of samples; a sample may be empty.
-    `counts` are their values per channel; `means` and `squares` have shape (samples, channels).
+    `counts` are the samples' values per channel, 0 if empty; `means` and `squares` have shape (samples, channels).
     """
     sizes = torch.tensor(counts, dtype=means.dtype, device=means.device)[:, None]
     mean = (sizes / sum(counts) * means).sum(0)

@@ -28,10 +28,9 @@ ModelInput: TypeAlias = "Tensor | Sequence[Tensor] | Inputs"
 def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterable[Setting] | None = None) -> None:
     """Recompute the running statistics of the BatchNorms at `widths` (None: all) as the mean over `loader`'s batches.
 
-    These are the post-statistics of US-Nets (Yu and Huang 2019, section 3.2), for widths whose statistics training did
-    not keep up to date. Each norm collects the average of the batches' means and unbiased variances, with the rest of
-    the model in eval mode. Norms that do not run at `widths` are not touched; one that several widths share gets the
-    average over them. Momenta, training modes and the width are restored, and after an error the statistics too.
+    These are the post-statistics of US-Nets (Yu and Huang 2019, section 3.2): the average of means and of unbiased
+    variances, the rest of the model in eval mode. Norms that do not run at `widths` are not touched; one that several
+    share gets the average over them. Modes, momenta and the width are restored, and after an error the statistics too.
 
     Args:
         model: converted, or built from slimmable layers.

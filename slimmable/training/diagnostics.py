@@ -45,10 +45,10 @@ class GradientDiagnostics:
     | `own_ratio/w0.25` | norm of the gradient of `L_1.0` divided by that of `L_0.25` |
     | `grad_cosine/w1.0_w0.25` | cosine of the gradients of `L_1.0` and `L_0.25` in the part that both widths read |
 
-    A width's own gradient is the change that its `backward` made to the summed gradients, including their rounding: use
-    float32 parameters, as mixed precision does. Random widths of a recipe count in `L`, but have no columns. With
-    several processes, own gradients are those of the process, or of all if each `backward` averages; total gradients
-    are those present at `after_step`. A sampled step needs three times the memory of the gradients, others none.
+    A width's own gradient is what its `backward` added to the sum, with its rounding: use float32 parameters. Random
+    widths of a recipe count in `L`, but have no columns. With several processes, own gradients are those of the
+    process, or of all if each `backward` averages, and total gradients those present at `after_step`. A sampled step
+    needs three times the memory of the gradients, others none.
 
     Args:
         model: anything that `set_width` takes; not sharded.
@@ -76,8 +76,7 @@ class GradientDiagnostics:
 
     @checked
     def __init__(self, model: nn.Module, every: int = 50) -> None:
-        self.model = model
-        self.every = every
+        self.model, self.every = model, every
         self.widths = widths_of(model)
         self._shared = shared_parameters(model, self.widths)
         if any(hasattr(shared.parameter, "placements") for shared in self._shared):
@@ -91,8 +90,7 @@ class GradientDiagnostics:
     def after_backward(self, width: float) -> None:
         """Record what the `backward` of `width` added to the gradients; call it after each `backward`.
 
-        It does nothing in steps that are not sampled. Several calls with one width, as for a batch in parts, add up.
-        The gradients must have been cleared before the first `backward` of the step.
+        It does nothing in steps that are not sampled. Calls with one width add up. Clear gradients before each step.
 
         Raises: WidthError: if the model does not have this width.
         """
@@ -191,10 +189,7 @@ class SharedParameter:
 
 
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
-    """Return the parameters of `model` that all `widths` share, in the order of `named_parameters`.
-
-    A parameter that several modules hold appears once, with the first module's block.
-    """
+    """Return the parameters that all `widths` share, in the model's order, each once, with its first module's block."""
     places = places_of(model)
     columns = {width: columns_of(places, width) for width in widths}
     column_of = {id(place[0]): {w: columns[w][index] for w in widths} for index, place in enumerate(places)}
@@ -224,11 +219,10 @@ def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | Non
 
 
 def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:
-    """Return the sums of one parameter, as scalar float64 tensors on the CPU.
+    """Return the sums of one parameter, float64 scalars on the CPU; own gradients have the shape of their block.
 
     The kinds are `total` and `own` (squares of the total and of each width's own gradient in the width's block),
     `product` (of two widths' own gradients), and `first` and `second` (squares of the two in what both widths read).
-    A width's own gradient has the shape of its block.
     """
     blocks, total = shared.blocks, at_least_float32(gradient)
     sums = {("total", width, width): _product(take(total, block)) for width, block in blocks.items()}

@@ -88,13 +88,11 @@ class MoCo(nn.Module):
     Args:
         network: the query encoder, converted or not; images in, embeddings of shape (batch, proj_dim) out.
         proj_dim: size of an embedding.
-        queue_size: number of keys kept as negatives. Keep it well below the number of training images, so that an image
-            does not meet its own key from the last epoch among the negatives.
+        queue_size: number of keys kept as negatives, well below that of the images, so that none meets its own old key.
         momentum: fraction of its own weights that the key encoder keeps in each step.
-        bn_splits: number of random parts of a batch on which the key encoder runs in turn. With one part, a query and
-            its key share their batch's statistics in every BatchNorm, which gives the pair away; several parts do in
-            one process what MoCo's shuffling does between several (He et al. 2020, section 3.3). A batch with fewer
-            images is split into single images. Several processes split the joined batch, each at least into one part.
+        bn_splits: number of random parts of a batch on which the key encoder runs in turn, so that BatchNorm statistics
+            do not give pairs away: MoCo's shuffling (He et al. 2020, section 3.3) in one process. A smaller batch is
+            split into single images. Several processes split the joined batch, each at least into one part.
 
     Raises: UsageError: if `network` has no parameters.
 
@@ -114,8 +112,7 @@ class MoCo(nn.Module):
     ) -> None:
         super().__init__()
         self.key_encoder = MomentumEncoder(network)
-        self.momentum = momentum
-        self.bn_splits = bn_splits
+        self.momentum, self.bn_splits = momentum, bn_splits
         device = next(network.parameters()).device
         self.register_buffer("queue", F.normalize(torch.randn(proj_dim, queue_size, device=device), dim=0))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
@@ -161,9 +158,8 @@ class MoCo(nn.Module):
         check_matrices("MoCo.enqueue", keys=keys)
         keys = gather(keys)
         if keys.shape[1] != dim or len(keys) > size:
-            raise DataError(
-                f"MoCo.enqueue: keys of shape {tuple(keys.shape)} do not fit a queue of shape ({dim}, {size})"
-            )
+            given = tuple(keys.shape)
+            raise DataError(f"MoCo.enqueue: keys of shape {given} do not fit a queue of shape ({dim}, {size})")
         places = (torch.arange(len(keys), device=self.queue.device) + self.position) % size
         self.queue[:, places] = keys.T.to(self.queue.dtype)
         self.position.copy_((self.position + len(keys)) % size)

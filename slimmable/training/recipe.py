@@ -34,15 +34,12 @@ class SlimRecipe:
     control, loop over `widths` and give each width's loss to `loss`.
 
     Args:
-        model: anything that `set_width` takes; several that switch together, such as an encoder and a predictor, in one
-            `nn.ModuleList`.
+        model: anything that `set_width` takes; several, such as an encoder and a predictor, in one `nn.ModuleList`.
         distill: how wider widths teach narrower ones, or None.
-        loss_weights: a mode of `slimmable.losses.width_weights`, one number per width from the widest down, or a
-            mapping from width to number.
+        loss_weights: a mode of `losses.width_weights`, a number per width from the widest down, or width -> number.
         slow_start: fraction of the training, in [0, 1], before which only the widest width is trained, unweighted.
-        random_widths: how many widths to draw in each step, between the widest and the narrowest, which both run too:
-            the sandwich rule for universal models (Yu and Huang 2019, section 3.1; they draw 2). `loss_weights` must be
-            a mode. With 0 the model's own widths run.
+        random_widths: how many widths to draw in each step between the widest and the narrowest, which run too: the
+            sandwich rule of universal models (Yu and Huang 2019, section 3.1, with 2). `loss_weights` must be a mode.
         seed: seed of the draws; processes that train together need the same one.
         steps: how often the whole training will call `backward` or `total`; needed there for a slow start.
         frozen: modules without gradient that the step calls, such as a momentum encoder or a teacher. They run at the
@@ -54,8 +51,7 @@ class SlimRecipe:
 
     Attributes:
         losses: width -> its own loss in the last step, detached.
-        distillations: width -> its distillation in the last step, detached, less its floor, so zero where student and
-            teacher agree (see `OnlineDistillation.floor`).
+        distillations: width -> its distillation in the last step, detached, less its `OnlineDistillation.floor`.
         steps_done: how many steps `backward` and `total` have run.
 
     >>> from slimmable.layers import SlimLinear
@@ -87,8 +83,7 @@ class SlimRecipe:
     ) -> None:
         if distill is not None and not (callable(distill) and hasattr(distill, "teachers")):
             raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
-        self.model = model
-        self.distill = distill
+        self.model, self.distill = model, distill
         self.loss_weights = _weight_of_each(widths_of(model), loss_weights)
         self._mode = _check_sandwich(model, loss_weights) if random_widths else None
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
@@ -124,15 +119,14 @@ class SlimRecipe:
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
-        Set gradients to zero before, not after. If the model is wrapped in DistributedDataParallel, the gradients are
-        averaged once, after the last width (or not, under its `no_sync`).
+        Clear gradients before, not after. DistributedDataParallel averages them once, at the end (not under `no_sync`).
 
         Args:
             closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
-                see `loss`. Without `teach`, distillation compares what the calls of the model returned: scores or
-                embeddings of shape (..., classes), maps of shape (batch, classes, height, width), and the entry
-                `logits` of a dict; for a model that returns its loss, what the last module directly in it returned. If
-                these are two matrices of one shape, two views, kinds that compare logits get their `nt_xent_logits`.
+                see `loss`. Without `teach`, distillation compares what the model returned: scores or embeddings (...,
+                classes), maps (batch, classes, height, width), the `logits` of a dict; for a model that returns its
+                loss, what the last module directly in it returned; of two matrices of one shape, two views, kinds that
+                compare logits get their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
         Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
@@ -241,10 +235,7 @@ class SlimRecipe:
 
     @property
     def first(self) -> bool:
-        """Whether the loop is at the widest width: the place for what must happen once per step, such as MoCo's keys.
-
-        Add them to a queue only after the loop: narrower widths must not meet the keys of their own batch in it.
-        """
+        """Whether the loop is at the widest width, for what happens once per step; fill a queue only after the loop."""
         return self._step is not None and self._step.first
 
     def widths(self, progress: float, step: int | None = None) -> Iterator[float]:
@@ -255,8 +246,7 @@ class SlimRecipe:
 
         Args:
             progress: fraction of the training done, in [0, 1].
-            step: number of this step. With it, random widths depend only on `seed` and `step`, also after resuming from
-                a checkpoint; otherwise on the draws before.
+            step: number of this step; random widths then depend only on it and `seed`, not on the draws before.
 
         >>> from slimmable import SlimLinear, width_of
         >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
@@ -302,8 +292,7 @@ class SlimRecipe:
 
         Args:
             loss: the method's own loss at this width, a scalar.
-            teach: logits or embeddings that `distill` compares between widths, shape (batch, classes). Of several
-                tensors, such as the two directions of MoCo v3, each has its own distillation; these are added.
+            teach: logits or embeddings (batch, classes) that `distill` compares; several tensors' distillations add up.
 
         Raises: UsageError: if called outside the loop, twice at one width, or without the `teach` that `distill` needs.
             DataError: if `loss` is not a scalar, or `teach` is not one or several tensors.
