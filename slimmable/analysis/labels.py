@@ -115,7 +115,7 @@ class Labels:
     def groups(self) -> list[Ids]:
         """Return the channel groups: one array per group, with the roots of its classes in order.
 
-        Classes with the same multiset of roles are in one group; they are compared as sums of one random number each.
+        Classes with the same multiset of roles are in one group, compared as sums of one random number per role.
         """
         signature = np.zeros(len(self), np.uint64)
         draw = np.random.default_rng(0).integers(0, 2**64, len(self.roles), np.uint64)

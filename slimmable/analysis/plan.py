@@ -84,9 +84,8 @@ class Plan:
         """Return the plan as HTML tables for notebooks."""
         header, *groups = _groups(self)
         pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
-        html = html_table(header, groups)
-        html += html_table(["kept at full width", "units", "reason"], pins) if pins else ""
-        return html + html_table(["output", "shape", "kind", "reason"], _outputs(self))
+        full = html_table(["kept at full width", "units", "reason"], pins) if pins else ""
+        return html_table(header, groups) + full + html_table(["output", "shape", "kind", "reason"], _outputs(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data.

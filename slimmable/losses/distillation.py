@@ -1,7 +1,6 @@
 """Online distillation, in which wider widths teach narrower ones, and the total loss over all widths, as in SlimCLR.
 
-The functions of distillation take a student's and a teacher's output, both of shape (batch, classes), and return a
-scalar. No gradient flows into the teacher.
+Distillation compares two outputs of shape (batch, classes) and returns a scalar; no gradient flows into the teacher.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
