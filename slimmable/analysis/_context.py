@@ -55,7 +55,6 @@ class Context:
     schema: Any = None  # of the operation
     call: Call = field(default_factory=Call)
 
-    # -- labels of tensors
     def axes(self, tensor: Tensor) -> list[Ids | None]:
         """Return the labels of each axis of `tensor`; an axis of size 1 has none."""
         known: Axes | None = getattr(tensor, "slim_axes", None)
@@ -72,10 +71,8 @@ class Context:
 
     def is_features(self, tensor: Tensor) -> bool:
         """Tell whether `tensor` has labelled units that layers made."""
-        known = any(ids is not None for ids in self.axes(tensor))
-        return known and self.origin(tensor) not in ("weights", "constant")
+        return any(ids is not None for ids in self.axes(tensor)) and self.origin(tensor) not in ("weights", "constant")
 
-    # -- what rules do with labels
     def at(self, operation: str, module: str) -> None:
         """Set the operation and the module that the trace is in."""
         self.operation, self.module = operation, module
@@ -90,9 +87,8 @@ class Context:
         if ids is not None:
             self.labels.pin(ids, f"{self.where}{': ' + why if why else ''}")
 
-    def pin_all(self, tensors: Iterable[Tensor], why: str = "") -> None:
+    def pin_all(self, tensors: Sequence[Tensor], why: str = "") -> None:
         """Keep all axes of these tensors at full width because of the current operation."""
-        tensors = list(tensors)
         self.use(tensors)
         for tensor in tensors:
             for ids in self.axes(tensor):
@@ -179,7 +175,6 @@ class Context:
         ids, size = self.axes(tensor)[axis], int(tensor.size(axis))
         return size if ids is None else TracedInt(size, Expression("size", ids), self.on_equal)
 
-    # -- splitting one labelled axis into several
     def split(self, ids: Ids, shape: Sequence[int], sizes: Sequence[Any]) -> list[Ids | None]:
         """Label the axes of `shape` into which an axis labelled `ids` is folded; one of them carries the labels.
 
@@ -224,7 +219,6 @@ class Context:
         return flat
 
 
-# -- the table of rules
 Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
 """By the name of the ATen operation; a rule is called after its operation has run, and labels the output."""

@@ -37,8 +37,7 @@ def product(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 @rule_of("convolution", "_convolution")
 def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """A convolution is slimmed within each of its groups; a depthwise one loses whole groups."""
-    source, weight, bias, groups = args[0], args[1], args[2], int(args[8])
-    transposed = bool(args[6])
+    (source, weight, bias), transposed, groups = args[:3], bool(args[6]), int(args[8])
     x, w = ctx.axes(source), ctx.axes(weight)
     space = list(x[2:])
     strides, paddings = (list(sizes) * (1 if len(sizes) > 1 else len(space)) for sizes in args[3:5])  # "valid" is [0]
@@ -87,8 +86,7 @@ def _grouped(
         ctx.consumed.append(x)
         ctx.constrain(given, x, channels)
         return outer
-    if isinstance(given, TracedInt):
-        ctx.constrain(given, None, groups)
+    ctx.constrain(given, None, groups)
     if x is not None:
         block = x.reshape(groups, each_in)
         ctx.labels.merge_rows(block.T)
@@ -144,7 +142,6 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Scaled dot-product attention as one operation: batches and heads agree, queries and keys share their units."""
     query, key, value = args[:3]
     q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
-
     batch = []
     for i in range(query.ndim - 2):
         alike = query.shape[i] == key.shape[i] == value.shape[i]

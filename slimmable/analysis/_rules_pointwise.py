@@ -74,12 +74,10 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
             for other in labels[1:]:
                 ids = ctx.merge(ids, other)
             if ids is not None and ctx.operation not in ("mul", "div"):
-                features = [
-                    own for t, own in zip(aligned, labels, strict=True) if own is not None and ctx.is_features(t)
-                ]
-                if len(features) > 1:
+                made = [own for t, own in zip(aligned, labels, strict=True) if own is not None and ctx.is_features(t)]
+                if len(made) > 1:
                     ctx.sums.append(ids)
-                    if ctx.operation == "add" and not all(_equal([own], [features[0]]) for own in features):
+                    if ctx.operation == "add" and not all(_equal([own], [made[0]]) for own in made):
                         ctx.residuals.append(ids)
             joined.append(ids)
         ctx.label(result, joined[::-1], origin)
@@ -124,15 +122,13 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     amounts = [int(amount) for amount in args[1]]
     for i in range(len(amounts) // 2):
         ids, (before, after) = axes[-1 - i], amounts[2 * i : 2 * i + 2]
-        if ids is None or before == after == 0:
-            continue
         if min(before, after) < 0:
             ctx.pin(ids, "is cropped")
             axes[-1 - i] = None
-            continue
-        first, last = ctx.labels.fresh(before), ctx.labels.fresh(after)
-        ctx.pin(np.concatenate([first, last]), "is padding")
-        axes[-1 - i] = np.concatenate([first, ids, last])
+        elif ids is not None and before + after:
+            first, last = ctx.labels.fresh(before), ctx.labels.fresh(after)
+            ctx.pin(np.concatenate([first, last]), "is padding")
+            axes[-1 - i] = np.concatenate([first, ids, last])
     ctx.label(out, axes, ctx.origin(args[0]))
 
 

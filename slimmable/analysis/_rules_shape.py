@@ -41,9 +41,7 @@ def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
         front = int(dim) % (out.ndim - len(sizes) + 1)
         return nothing[:front] + list(sizes) + nothing[front + len(sizes) :]
     sizes = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
-    if not all(isinstance(size, int) for size in sizes) or len(sizes) != out.ndim:
-        return nothing
-    return sizes
+    return sizes if len(sizes) == out.ndim and all(isinstance(size, int) for size in sizes) else nothing
 
 
 @rule_of("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "unsqueeze", "squeeze")

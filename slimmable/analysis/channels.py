@@ -121,14 +121,10 @@ class Requirements:
 
 def _value(asking: list[Constraint], key: Attribute, full: int, values: Values, count: Count) -> tuple[int, Constraint]:
     """Return the value of an attribute with which most of its constraints hold, and the first that asked for it."""
-
-    def held(value: int) -> int:
-        return sum(each.holds({**values, key: value}, count) for each in asking)
-
     first_to_ask: dict[int, Constraint] = {}
     for constraint in asking:
         first_to_ask.setdefault(_fitting(constraint, key, full, values, count), constraint)
-    best = max(first_to_ask, key=held)
+    best = max(first_to_ask, key=lambda value: sum(each.holds({**values, key: value}, count) for each in asking))
     return best, first_to_ask[best]
 
 
@@ -243,9 +239,7 @@ class Channels:
             if name == NESTED and changed.get(attention, {}).get("num_heads", 0) % 2:  # as torch's constructor does
                 changed.setdefault(path, {})[name] = False
         shapes = [narrow(output.shape, output.units) for output in self.outputs]
-        macs = sum(
-            full // math.prod(map(len, axes)) * math.prod(count(ids) for ids in axes) for full, axes in self.products
-        )
+        macs = sum(full // math.prod(map(len, axes)) * math.prod(map(count, axes)) for full, axes in self.products)
         parameters = sum(math.prod(narrow(shape, self.tensors[key])) for key, shape in self.sizes.items())
         return SubNetwork(tuple(map(int, counts[:-1])), tensors, changed, shapes, macs, parameters)
 

@@ -38,9 +38,7 @@ class FakeModel:
     """
 
     on_replay: Callable[[str, Any], None] = staticmethod(_ignored)
-    on_branch: Callable[[Sequence[Tensor]], None] = staticmethod(
-        _ignored
-    )  # gets what numbers that code asks for come from
+    on_branch: Callable[[Sequence[Tensor]], None] = staticmethod(_ignored)  # gets tensors whose numbers code asks for
     on_call: Callable[[str, Any, Any], None] = staticmethod(_ignored)  # gets path, arguments and output of what has run
 
     def __init__(
@@ -69,8 +67,7 @@ class FakeModel:
         for path, module in self.model.named_modules():
             module.register_forward_pre_hook(lambda module, args, path=path: stack.append(path))
             module.register_forward_hook(lambda module, args, output, path=path: self._left(path, args, output))
-            # a forward may call `to`, which fakes do not support
-            module.__dict__["_apply"] = lambda *_, own=module: own
+            module.__dict__["_apply"] = lambda *_, own=module: own  # a forward may call `to`, which fakes refuse
         for path, outputs in (replayed or {}).items():
             self.model.get_submodule(path).forward = self._replay(path, outputs)
 
@@ -172,18 +169,15 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
 def layers_in_parts() -> Iterator[None]:
     """Let an LSTM or TransformerEncoder run as separate matrix products, not as one fused operation.
 
-    Modes also see what torch's Python functions, such as `multi_head_attention_forward`, call inside. Deterministic
-    algorithms are off, which take interpolation apart.
+    Modes also see what torch's Python functions call inside. Deterministic algorithms, which split resampling, are off.
     """
     functions, mha, mkldnn = vars(torch.nn.functional), torch.backends.mha, torch.backends.mkldnn
     overridden = [(functions, name, lambda *_: False) for name in functions if name.startswith("has_torch_function")]
     with PROCESS, swapped(overridden), ExitStack() as after:
         after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        after.callback(
-            torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warns
-        )
+        was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        after.callback(torch.use_deterministic_algorithms, was, warn_only=warns)
         torch.use_deterministic_algorithms(False)
         after.callback(mkldnn.set_flags, mkldnn.set_flags(_enabled=False)[0])  # type: ignore[no-untyped-call]
         yield

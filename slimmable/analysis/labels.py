@@ -19,9 +19,8 @@ _PINNED, _PRODUCED, _ORDERED = 1, 2, 4  # marks of a class, as bits
 class Labels:
     """A vectorized union-find over ids; the smallest id of a class is its root.
 
-    A class can be *pinned* (kept at full width, for a reason), *produced* (on the output axis of a convolution, linear
-    layer or embedding; only these are slimmed) and *ordered* (with neighbours on its axis: it may be slimmed, but not
-    permuted).
+    A class can be *pinned* (kept at full width), *produced* (by a layer with weights; only these are slimmed) and
+    *ordered* (with neighbours on its axis: it may be slimmed, but not permuted).
     """
 
     def __init__(self) -> None:
@@ -45,12 +44,10 @@ class Labels:
     def find(self, ids: Ids) -> Ids:
         """Return the root of each id."""
         roots = self._parent[ids]
-        while True:
-            above = self._parent[roots]
-            if np.array_equal(above, roots):
-                self._parent[ids] = roots
-                return roots
+        while not np.array_equal(above := self._parent[roots], roots):
             roots = above
+        self._parent[ids] = roots
+        return roots
 
     def merge(self, first: Ids, second: Ids) -> None:
         """Put `first[i]` and `second[i]` into one class, for every i."""
@@ -118,8 +115,7 @@ class Labels:
     def groups(self) -> list[Ids]:
         """Return the channel groups: one array per group, with the roots of its classes in order.
 
-        Two classes are in one group if they play the same roles equally often. These multisets of roles are compared as
-        sums of one random number per role.
+        Classes with the same multiset of roles are in one group, compared as sums of one random number per role.
         """
         signature = np.zeros(len(self), np.uint64)
         draw = np.random.default_rng(0).integers(0, 2**64, len(self.roles), np.uint64)

@@ -35,10 +35,7 @@ def make_plan(
     outputs: Outputs = "auto",
     advise: bool = True,
 ) -> Plan:
-    """Trace `model`, which has no views, and return its plan.
-
-    An error tells, if it is to `advise`, whether skipping the module that fails would help.
-    """
+    """Return the plan of `model`, which has no views; with `advise`, an error tells whether a skip would help."""
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
 
@@ -133,8 +130,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     """Fill an empty plan with what a trace and its solution have found, and return it."""
     plan.channels = channels_of(fake.model, found, solution)
     plan.caches = found.caches
-    for counts, values in zip(solution.counts, solution.values, strict=True):
-        plan.columns.append(plan.channels.sub_network(counts, values))
+    plan.columns += map(plan.channels.sub_network, solution.counts, solution.values)
     labels, grouping = found.context.labels, solution.grouping
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):
@@ -170,9 +166,8 @@ def _failure(fake: FakeModel, width: float, column: SubNetwork) -> Exception | N
             out = fake.run()
         except Exception as error:
             return error
-    got = [tuple(tensor.shape) for tensor in output_tensors(out)]
-    if got != column.output_shapes:
-        planned = column.output_shapes
+    got, planned = [tuple(tensor.shape) for tensor in output_tensors(out)], column.output_shapes
+    if got != planned:
         return ConversionError(f"the outputs at width {width} have shapes {got}, but {planned} were planned")
     return None
 

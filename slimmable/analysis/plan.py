@@ -55,8 +55,7 @@ class Plan:
         widths: from the widest to the narrowest.
         channels: the channel groups, their axes, and what they size.
         columns: the sub-network of each width.
-        caches: module path -> attribute in which the forward keeps tensors -> its value when empty. Each width needs
-            its own.
+        caches: module path -> attribute in which the forward keeps tensors -> its empty value. Each width has its own.
         pins: the axes that stay at full width although a layer with weights makes them.
         round_to: groups of at least this many channels keep a multiple of it.
         universal: whether any width from the narrowest up can be set, not only `widths`.
@@ -85,9 +84,8 @@ class Plan:
         """Return the plan as HTML tables for notebooks."""
         header, *groups = _groups(self)
         pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
-        html = html_table(header, groups)
-        html += html_table(["kept at full width", "units", "reason"], pins) if pins else ""
-        return html + html_table(["output", "shape", "kind", "reason"], _outputs(self))
+        full = html_table(["kept at full width", "units", "reason"], pins) if pins else ""
+        return html_table(header, groups) + full + html_table(["output", "shape", "kind", "reason"], _outputs(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data.
@@ -105,23 +103,22 @@ class Plan:
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
         """
-        groups = [
-            {
-                "units": group.units,
-                "kept": list(group.kept),
-                "makers": list(group.makers),
-                "ordered": group.ordered,
-                "axes": [_axis_data(axis) for axis in group.members],
-            }
-            for group in self.groups
-        ]
         return {
             "widths": list(self.widths),
             "round_to": self.round_to,
             "universal": self.universal,
             "macs": [column.macs for column in self.columns],
             "parameters": [column.parameters for column in self.columns],
-            "groups": groups,
+            "groups": [
+                {
+                    "units": group.units,
+                    "kept": list(group.kept),
+                    "makers": list(group.makers),
+                    "ordered": group.ordered,
+                    "axes": [_axis_data(axis) for axis in group.members],
+                }
+                for group in self.groups
+            ],
             "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
             "outputs": [
                 {"name": output.name, "shapes": list(map(list, shapes)), "reason": output.why}
@@ -169,7 +166,6 @@ class Plan:
         """For each width, the shapes of the model's output tensors."""
         return [column.output_shapes for column in self.columns]
 
-    # -- sub-networks
     def sub_network(self, setting: Setting) -> SubNetwork:
         """Return the sub-network of a width, of widths by layer, or of one count per channel group.
 
@@ -257,10 +253,8 @@ class Plan:
                     f"such layers are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
                 )
         width_of = {path: [1.0, *(w for p, w in widths.items() if is_under(path, p))][-1] for path in makers}
-        return tuple(
-            kept_units(units, max((width_of[path] for path in paths), default=1.0), self.round_to)
-            for units, paths in zip(self.channels.units, self.channels.makers, strict=True)
-        )
+        at = [max((width_of[path] for path in paths), default=1.0) for paths in self.channels.makers]
+        return tuple(kept_units(n, width, self.round_to) for n, width in zip(self.channels.units, at, strict=True))
 
 
 def _groups(plan: Plan) -> list[list[Any]]:

@@ -198,8 +198,7 @@ def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -
         size = size_of(axes[axis], module._parameters["weight"].shape[axis])  # type: ignore[union-attr]
         if axis and "groups" in module.__dict__:
             size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
-        value = Expression("attribute", (path, name, ()))
-        context.constraints.append(Constraint(value, size, context.where))
+        context.constraints.append(Constraint(Expression("attribute", (path, name, ())), size, context.where))
 
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:

@@ -1,7 +1,6 @@
 """Online distillation, in which wider widths teach narrower ones, and the total loss over all widths, as in SlimCLR.
 
-The functions of distillation take a student's and a teacher's output, both of shape (batch, classes), and return a
-scalar. No gradient flows into the teacher.
+Distillation compares two outputs of shape (batch, classes) and returns a scalar; no gradient flows into the teacher.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,8 +57,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     >>> squared_error(torch.zeros(2, 2), torch.full((2, 2), 3.0))
     tensor(9.)
     """
-    student, teacher = _prepare("squared_error", student, teacher)
-    return F.mse_loss(student, teacher)
+    return F.mse_loss(*_prepare("squared_error", student, teacher))
 
 
 @checked
@@ -199,8 +197,7 @@ class OnlineDistillation(LossModule):
     def floor(self, teachers: Tensor | Sequence[Tensor]) -> Tensor:
         """Return the loss of a student that agrees with each of its teachers, which has no gradient.
 
-        A cross-entropy is then the teacher's entropy, not zero; without this floor it is a divergence. The other kinds
-        are zero anyway.
+        A cross-entropy is then the teacher's entropy, and above this floor a divergence; other kinds are zero anyway.
 
         >>> teacher = torch.zeros(2, 4)
         >>> distill = OnlineDistillation()
@@ -242,8 +239,7 @@ def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tu
     | `narrower_sums` | 1 + sum of the narrower widths, scaled to sum to the number of widths | 6 |
     | `widest_plus_second` | widest: 1 + second widest; others: 1 | 7 |
 
-    From SlimCLR (Zhao et al. 2024, "loss re-weighting"). Nothing is rounded here; the published code rounds modes 1, 3
-    and 6 to three decimals.
+    From SlimCLR (Zhao et al. 2024, "loss re-weighting"), whose code rounds modes 1, 3 and 6 to three decimals.
 
     Raises: WidthError: if `widths` is invalid, or too short for the mode. UsageError: if the mode is unknown.
 
@@ -297,8 +293,7 @@ def slim_loss(
 ) -> Tensor:
     """Return the loss of SlimCLR, `k_1 C_1 + sum of k_w ((1 - a) C_w + a A_w)` (Zhao et al. 2024).
 
-    The gradient is the sum of the terms' gradients, so a training loop need not hold all widths' graphs at once:
-    `SlimRecipe` calls `backward` term by term.
+    A training loop need not hold all widths' graphs at once: `SlimRecipe` calls `backward` term by term.
 
     Args:
         losses: the scalar `C_w` of each width, from the widest down; during the slow start only the widest's.
@@ -315,16 +310,14 @@ def slim_loss(
     for name, given in {"losses": losses, "distillations": distillations, "weights": weights}.items():
         if isinstance(given, (str, Mapping)):
             raise UsageError(f"slim_loss: {name} must be a list with an entry for each width, got {given!r:.80}")
-    widths = len(losses)
+    widths, taught = len(losses), len(distillations)
     if not widths:
         raise UsageError("slim_loss: losses is empty; give at least the loss of the widest width")
-    if len(distillations) not in (0, widths - 1):
-        raise UsageError(
-            f"slim_loss: {widths} losses and {len(distillations)} distillation losses; give {widths - 1} or none"
-        )
+    if taught not in (0, widths - 1):
+        raise UsageError(f"slim_loss: {widths} losses and {taught} distillation losses; give {widths - 1} or none")
     if weights is not None and len(weights) != widths:
         raise UsageError(f"slim_loss: {widths} losses and {len(weights)} weights; give one weight for each")
-    taught: list[Tensor | None] = [None, *distillations] if len(distillations) else [None] * widths
-    terms = zip(losses, taught, [1.0] * widths if weights is None else weights, strict=True)
+    lessons: list[Tensor | None] = [None, *distillations] if taught else [None] * widths
+    terms = zip(losses, lessons, [1.0] * widths if weights is None else weights, strict=True)
     check_floats("slim_loss", 1, **{f"distillations[{at}]": each for at, each in enumerate(distillations)})
     return torch.stack([slim_term(loss, a, weight, distill_weight).reshape(()) for loss, a, weight in terms]).sum()

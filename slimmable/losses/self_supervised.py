@@ -19,8 +19,7 @@ from slimmable.errors import DataError
 def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
     """Return the mean cross-entropy of `logits / temperature` with column 0 as the right class, a scalar in nats.
 
-    This is the last step of the losses below: if distillation needs the logits anyway, compute them once and call this.
-    `logits` has shape (batch, 1 + negatives).
+    `logits` has shape (batch, 1 + negatives). If distillation needs them anyway, compute them once and call this.
 
     >>> contrastive_cross_entropy(torch.zeros(3, 5), temperature=0.2)  # all columns alike: log 5
     tensor(1.6094)
@@ -32,9 +31,8 @@ def contrastive_cross_entropy(logits: Tensor, temperature: float) -> Tensor:
 def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     """Return the cosines of MoCo (He et al. 2020, algorithm 1), not divided by a temperature.
 
-    `query` and `key` have shape (batch, dim), `queue` has shape (dim, negatives) as in MoCo; the result has shape
-    (batch, 1 + negatives), with the cosine of `query[i]` and `key[i]` in column 0. Later changes to `queue` do not
-    affect it.
+    `query` and `key` have shape (batch, dim), `queue` (dim, negatives), the result (batch, 1 + negatives), with the
+    cosine of `query[i]` and `key[i]` in column 0. Later changes to `queue` do not affect it.
 
     >>> moco_logits(torch.eye(2), torch.eye(2), torch.tensor([[3.0], [4.0]]))
     tensor([[1.0000, 0.6000],
@@ -83,11 +81,9 @@ def nt_xent_logits(z0: Tensor, z1: Tensor) -> Tensor:
     z0, z1 = unit_vectors(z0), unit_vectors(z1)
     across = matmul_without_autocast(z0, z1.T)
     positives = across.diagonal()[:, None]
-    rows = [
-        torch.cat([positives, _off_diagonal(other), _off_diagonal(matmul_without_autocast(z, z.T))], dim=1)
-        for z, other in ((z0, across), (z1, across.T))
-    ]
-    return torch.cat(rows)
+    within = (matmul_without_autocast(z, z.T) for z in (z0, z1))
+    rows = zip(map(_off_diagonal, (across, across.T)), map(_off_diagonal, within), strict=True)
+    return torch.cat([torch.cat([positives, *negatives], dim=1) for negatives in rows])
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:
@@ -157,10 +153,9 @@ def vicreg_loss(
 ) -> Tensor:
     """Return the VICReg loss, a scalar: its three terms times the three factors (Bardes et al. 2022, eq. 1-6).
 
-    `z0` and `z1` are raw embeddings of shape (batch, dim), with row i of both from the same image. The invariance term
-    is the mean squared difference. The variance and covariance terms are summed over the two views, not averaged, as in
-    the code of Krishna et al. 2023 (VICReg's own code halves the variance term). With several processes, gather both
-    views first (`slimmable.training.gather`). A batch has at least two images.
+    `z0` and `z1` are raw embeddings of shape (batch >= 2, dim), with row i of both from the same image. The variance
+    and covariance terms are summed over the two views, not averaged, as in the code of Krishna et al. 2023 (VICReg's
+    own halves the variance term). With several processes, gather both views first (`slimmable.training.gather`).
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # std .816 per feature, uncorrelated
     >>> vicreg_loss(z, z)
@@ -192,9 +187,8 @@ class LossModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments of the constructor."""
-        return ", ".join(
-            f"{name}={vars(self)[name]!r}" for name in signature(type(self)).parameters if name in vars(self)
-        )
+        names = (name for name in signature(type(self)).parameters if name in vars(self))
+        return ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
 
 
 class _WithTemperature(LossModule):

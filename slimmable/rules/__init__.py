@@ -1,7 +1,6 @@
 """Rules of operations: what an operation does with the units on the axes of its tensors.
 
-`register_rule` gives your own operations one. The rules here are written in the same way; the basic ones are part of
-`slimmable.analysis`.
+`register_rule` gives your own operations one, as it does those here; the basic ones are in `slimmable.analysis`.
 """
 
 from slimmable.rules import _torch as _torch

@@ -178,9 +178,8 @@ def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> A
         rule: a function of one `slimmable.rules.Operation`; without it, the decorator of such a function is returned.
         replace: take the place of a rule that the operation has already, also of one of slimmable's own.
 
-    Raises: UsageError: if `op` is no operation, or has a rule and `replace` is not set.
-
-    A rule that raises, or names an axis that a tensor does not have, stops `slimify` with a `RuleError`.
+    Raises: UsageError: if `op` is no operation, or has a rule and `replace` is not set. RuleError: from `slimify`, if
+        a rule raises, or names an axis that a tensor does not have.
 
     >>> @torch.library.custom_op("doctest::scale", mutates_args=())
     ... def scale(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,7 @@ def _rule_of(operations: str) -> Callable[[Callable[[Operation], Any]], Any]:
 
 
 def _one_by_one(operations: str, why: str = "", *special: int | str, also: str = "") -> None:
-    """Register operations that treat units one by one, except along `special` axes: numbers, or arguments with numbers.
-
-    They work on their first tensor, and alike on the one that `also` names.
-    """
+    """Register operations on single units of the first tensor and of `also`; `special` axes or arguments are pinned."""
 
     @_rule_of(operations)
     def rule(op: Operation) -> None:
@@ -124,8 +121,7 @@ def layer_norm(op: Operation) -> None:
 def weight_norm(op: Operation) -> None:
     """A weight is given by direction and length, which has one value per slice along one axis."""
     op.keeps("v")
-    op.keeps("g")
-    for output in range(1, len(op.outputs)):
+    for output in range(len(op.outputs)):
         op.keeps("g", output=output)
 
 
