@@ -120,7 +120,6 @@ def differences(
 
 
 def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
     return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 

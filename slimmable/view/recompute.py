@@ -222,7 +222,6 @@ def in_backward() -> bool:
 
 
 def _node() -> tuple[int, int] | None:
-    """Return the backward pass and the number of the node that it is at."""
     node = torch._C._current_autograd_node()
     return None if node is None else (_task(), node._sequence_nr())
 
@@ -247,7 +246,6 @@ def _own_user() -> _User:
 
 
 def _others(user: _User, active: Active[C]) -> "Iterator[C]":
-    """Yield what is active for users that this one does not follow."""
     line = list(user.line())
     return (other.has[active] for other in (*_blocks, *_owners) if other not in line and active in other.has)
 
