@@ -1,7 +1,4 @@
-"""Switching between widths: resolve a width, widths by layer or channel counts to each module's column.
-
-A module has one column per width (`slimmable.view.state.Column`); switching makes one of them active.
-"""
+"""Switching between widths: resolve a width, widths by layer or channel counts to each module's column."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -292,8 +292,7 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
     tensor(2.7726)
     """
-    widths = check_widths(scores)
-    check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in widths})
+    check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in check_widths(scores)})
     check_tensors("probe_loss", labels=labels)
     if labels.shape != scores[1.0].shape[:1] or not are_class_numbers(labels):
         raise DataError(

@@ -95,8 +95,7 @@ def differences(
 ) -> str:
     """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
 
-    Each line begins with a line break and two spaces, to follow the first line of a message. `expected` are tensors of
-    the network, `given` those of the file, of which some may be `smaller`; a line lists at most `most` names.
+    `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.
 
     >>> import torch
     >>> one, two = torch.zeros(1), torch.zeros(2)

@@ -5,9 +5,8 @@ and what `asyncio.to_thread` runs, follows the user that has started it until it
 user, and for it counts the last switch outside of blocks.
 
 Checkpointing repeats a forward inside the backward pass, when the model may have been switched. Autograd numbers the
-nodes of each thread in the order of creation. So the number of the node that the backward pass is at tells which
-forward is repeated, if it was noted for each thread from which node on what was active. It does not tell the thread:
-where that matters, an error is raised.
+nodes of each thread in order, so the number of the node that the backward pass is at tells which forward is repeated,
+if it was noted for each thread from which node on what was active. Where the thread matters, an error is raised.
 """
 
 import asyncio

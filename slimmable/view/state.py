@@ -9,8 +9,7 @@ from torch import nn
 from slimmable.view.cuts import Cut
 from slimmable.view.recompute import Active
 
-Counts: TypeAlias = tuple[int, ...]
-"""A sub-network, as the number of units that it keeps of each channel group of a plan."""
+Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units that it keeps of each group of a plan
 
 
 class Column:
