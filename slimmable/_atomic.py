@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 
 from slimmable.errors import CheckpointError
 
-PARTIAL = ".partial-"
-"""How the names of temporary folders begin; only a killed process leaves one."""
+PARTIAL = ".partial-"  # how the names of temporary folders begin; only a killed process leaves one
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:

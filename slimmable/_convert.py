@@ -156,9 +156,7 @@ def plan(
 
 
 def extract(model: M, width: Setting) -> M:
-    """Return the plain network of one width: the original classes, with its own memory.
-
-    `width` may be anything that `set_width` takes.
+    """Return the plain network of one width, as `set_width` takes it: the original classes, with its own memory.
 
     Raises: ConversionError: if `model` has no slimmable part. UsageError: if `fully_shard` has split it over processes.
         WidthError: if it does not have this width.

@@ -83,8 +83,7 @@ def read_by_forward(module: nn.Module) -> set[str]:
     if state is None:
         return found
     attributes = () if state.plan is None else state.plan.channels.attributes
-    planned = {name for path, name in attributes if path == state.path}
-    return {*found, *planned, *state.active.values}
+    return {*found, *(name for path, name in attributes if path == state.path), *state.active.values}
 
 
 @cache

@@ -120,10 +120,8 @@ def average_gradients(model: nn.Module) -> None:
     DistributedDataParallel expects a single pass that uses every parameter: run the loop under its `no_sync`, then call
     this. A gradient that only some processes have counts as zero in the others; one that is None in all stays None.
     Call it before the `unscale_` of a `GradScaler`, so that all processes find what is infinite in one and skip the
-    step. Without a process group, or with one process, nothing happens.
-
-    Args:
-        model: wrapped in DistributedDataParallel or not; all processes must have started from the same weights.
+    step. Without a process group, or with one process, nothing happens. `model` may be wrapped in
+    DistributedDataParallel or not; all processes must have started from the same weights.
 
     Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself; or, in all
         processes, if switchable norms or a `SlimRecipe` had gradients at other widths in one process than in another.
@@ -185,8 +183,7 @@ def gather(tensor: Tensor) -> Tensor:
     communicates too, so all processes must run it. Without a process group, or with one process, the result is `tensor`
     itself. Gathering two views at once saves a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`.
 
-    Args:
-        tensor: of any type and shape (batch, ...), the same in all processes; the result is (processes * batch, ...).
+    Shapes: (batch, ...), the same in all processes -> (processes * batch, ...), of any type.
 
     Raises: DataError: in all processes, if their tensors differ in shape, type or `requires_grad`, or are scalars.
 

@@ -104,8 +104,7 @@ def _image_size(model: nn.Module) -> tuple[int, ...] | None:
     channels = getattr(layers.get(str(config.get("first_conv"))), "in_channels", None)
     if not channels or channels % size[0] == 0:  # a multiple: the model first folds pixels into channels
         channels = size[0]
-    made_for = getattr(layers.get("patch_embed"), "img_size", None)
-    return (channels, *(made_for or size[1:]))
+    return (channels, *(getattr(layers.get("patch_embed"), "img_size", None) or size[1:]))
 
 
 def is_index(value: Any) -> bool:

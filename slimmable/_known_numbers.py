@@ -92,7 +92,6 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _value(self, tensor: Tensor) -> Tensor | None:
-        """Return the numbers of a tensor, or None if they are not known."""
         value: Tensor | None = tensor.__dict__.get("slim_value")
         if value is None:
             real = self.buffers.get(id(tensor)) if isinstance(tensor, FakeTensor) else tensor
@@ -151,7 +150,6 @@ def _sources(tensor: Tensor) -> list[Tensor]:
 
 
 def _like(value: Any, given: Tensor) -> Any:
-    """Return a fake tensor of the shape of a real one, on the device of a given one."""
     return torch.empty_like(value, device=given.device) if isinstance(value, Tensor) else value
 
 

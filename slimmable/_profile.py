@@ -33,12 +33,10 @@ class Row:
     """The costs of one width.
 
     Attributes:
-        width: the width.
         parameters: elements of all parameters that the width uses.
         macs: multiply-adds of all convolutions and matrix products of a forward, for the whole batch: half of torch's
             flop count. Attention counts as two full products, whatever its mask.
-        activations: elements of the outputs of these operations; for `scaled_dot_product_attention`, without the
-            intermediate scores.
+        activations: elements of the outputs of these operations; of attention, without the intermediate scores.
         latency_ms: median time of a forward in milliseconds, or None if not measured.
     """
 
@@ -101,11 +99,9 @@ def profile(
     """
     check_whole("profile", model)
     if example_inputs is None and input_size is not None:
-        given: Any = input_size
-        if isinstance(given, Tensor):
-            raise UsageError(
-                f"profile: input_size is a tensor of shape {tuple(given.shape)}; pass it as example_inputs="
-            )
+        its: Any = input_size
+        if isinstance(its, Tensor):
+            raise UsageError(f"profile: input_size is a tensor of shape {tuple(its.shape)}; pass it as example_inputs=")
         if not is_size(input_size) or not input_size:
             raise UsageError(f"profile: input_size must be a size such as (3, 224, 224), got {input_size!r}")
         example_inputs = image_batch(model, tuple(input_size), images=1)
@@ -138,8 +134,6 @@ def parameter_count(model: nn.Module) -> int:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts flops by the formulas of torch's flop counter, and the elements of the outputs."""
-
     def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.formulas, self.flops, self.activations = formulas, 0, 0

@@ -35,15 +35,11 @@ _CALLED = {"forward", "__call__", "__init__", "__getitem__", "__contains__", "__
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """An object that holds others: a module, a class, a container, the cell of a closure, or a dict of names.
-
-    Only `names` count, if given. A `space` has names, which hold None while nothing is kept there; another dict then
-    lacks the key.
-    """
+    """An object that holds others: a module, a class, a container, the cell of a closure, or a dict of names."""
 
     holder: Any
-    names: Set[str] | None = None
-    space: bool = False
+    names: Set[str] | None = None  # if given, only these count
+    space: bool = False  # whether it has names, which hold None while nothing is kept; another dict then lacks the key
 
     def entries(self) -> dict[Any, Any]:
         """Return the held objects by name, key or position."""
@@ -105,13 +101,10 @@ class Reach:
 
     That is what the names in its code lead to: attributes of modules, globals, closures and defaults of functions,
     attributes of classes, contents of containers and instances; not those of torch, numpy and the standard library.
-
-    Attributes:
-        caches: module path -> attribute -> its value before, of all that the last forward has set, in modules in which
-            it has kept tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        # module path -> attribute -> its value before, of all that the last forward has set where it has kept tensors
         self.caches: dict[str, dict[str, Any]] = {}
         self._model, self._hidden, self._missing = model, list[_Kept](), list[_Kept]()
         self._places: dict[int, _Place] = {}
@@ -131,7 +124,6 @@ class Reach:
                     todo += [thing for thing in found if id(thing) not in self._met and not isinstance(thing, _ATOMS)]
 
     def _follow(self, thing: Any) -> Iterable[Any]:
-        """Note a thing, and return others to which it leads."""
         kind = type(thing)
         if issubclass(kind, nn.Module):
             self._add(thing, space=True)
@@ -241,7 +233,6 @@ def _copy(value: Any) -> Any:
 
 
 def _same(now: Any, before: Any) -> bool:
-    """Tell whether a value is the same object, or a dict or list with the same contents."""
     if not isinstance(now, (dict, list)) or type(now) is not type(before):
         return now is before
     first, second = ([*value, *value.values()] if isinstance(value, dict) else value for value in (now, before))
@@ -290,6 +281,5 @@ def sweep(made: Sequence[weakref.ref[Tensor]]) -> None:
 
 
 def _is_space(names: dict[Any, Any]) -> bool:
-    """Tell whether a dict holds the attributes of a class, a module or an instance."""
     owners = gc.get_referrers(names)
     return any(isinstance(owner, type) or getattr(owner, "__dict__", None) is names for owner in owners)

@@ -95,10 +95,9 @@ def search(
     for share in budgets:
         if not 0 < number_or_nan(share) <= 1:
             raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
-        if share < least / full:
-            raise UsageError(
-                f"search: budget {share} is too small; the narrowest width needs {least / full:.3f} of the {of}"
-            )
+        needed = least / full
+        if share < needed:
+            raise UsageError(f"search: budget {share} is too small; the narrowest width needs {needed:.3f} of the {of}")
     if isinstance(calibrate, (str, Tensor, Iterator)) or not isinstance(calibrate, (Iterable, type(None))):
         raise UsageError(f"search: calibrate must be a list of batches, to read again and again, got {calibrate!r:.80}")
     limits = [max(share * full, least) for share in budgets]  # a share that is exactly the least may round to below it
@@ -130,9 +129,8 @@ def search(
 def _smaller(plan: Plan, current: Found, of: Cost, step: float) -> list[SubNetwork]:
     """Return `current` with one group a step smaller, for each group where that makes it cheaper."""
     found: dict[tuple[int, ...], SubNetwork] = {}
-    for group, (units, count, least) in enumerate(
-        zip(plan.channels.units, current.counts, plan.columns[-1].counts, strict=True)
-    ):
+    groups = zip(plan.channels.units, current.counts, plan.columns[-1].counts, strict=True)
+    for group, (units, count, least) in enumerate(groups):
         fewer = max(least, count - max(1, round(step * units / plan.round_to)) * plan.round_to)
         if fewer < count:
             candidate = plan.near((*current.counts[:group], fewer, *current.counts[group + 1 :]))

@@ -21,9 +21,8 @@ def small_resnet(
 
     Args:
         pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: passed by timm; there are no pretrained weights.
-        in_chans: channels of the images.
+        in_chans, channels: channels of the images, and of the four stages.
         num_classes: of the classifier; 0 for a backbone that returns features.
-        channels: of the four stages.
 
     >>> import timm, torch
     >>> timm.create_model("small_resnet", in_chans=1)(torch.zeros(2, 1, 24, 24)).shape

@@ -1,7 +1,4 @@
-"""Switching between widths: resolve a width, widths by layer or channel counts to each module's column.
-
-A module has one column per width (`slimmable.view.state.Column`); switching makes one of them active.
-"""
+"""Switching between widths: resolve a width, widths by layer or channel counts to each module's column."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,9 +37,8 @@ def set_width(model: nn.Module, width: Setting) -> None:
     At a width or sub-network that the model was not made with, BatchNorms start from the statistics of the full width
     and lose their own at the next switch; `calibrate_bn` computes and keeps them.
 
-    Raises: WidthError: if the model, or a part of it, does not have this width; the message names the nearest. Or if it
-            is not one of the model's own, and another thread or task uses the model.
-        ConversionError: if no part of the model has widths, or if layers were added after its conversion.
+    Raises: WidthError: if a part of the model does not have this width; the message names the nearest. Or if it is none
+        of its own, and another thread uses the model. ConversionError: if no part has widths, or layers were added.
 
     >>> from slimmable import SlimLinear
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -59,9 +55,7 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     """Run a block at `width`, then return every part to its previous width, even after an error.
 
     The width is that of the thread or asyncio task that runs the block, and of tasks and `asyncio.to_thread` that it
-    starts there; any other thread or task has its own.
-
-    Raises: as `set_width`.
+    starts there; any other thread or task has its own. Raises: as `set_width`.
 
     >>> from slimmable import SlimLinear
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -77,10 +71,7 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
 
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
-    """Return the widths that all parts of `model` have, from the widest to the narrowest.
-
-    Raises: ConversionError: as `set_width`.
-    """
+    """Return the widths that all parts of `model` have, the widest first. Raises: ConversionError: as `set_width`."""
     known = {state.numbers for _, state in places_of(model)}
     return tuple(sorted(set.intersection(*map(set, known)), reverse=True))
 
@@ -102,9 +93,7 @@ def width_of(model: nn.Module) -> float | tuple[int, ...]:
 def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
     """Run `model` once at each of its widths, the widest first, and return width -> output.
 
-    Afterwards, even after an error, every part is back at its previous width.
-
-    Raises: ConversionError: as `set_width`.
+    Afterwards, even after an error, every part is back at its previous width. Raises: ConversionError: as `set_width`.
 
     >>> import torch
     >>> from slimmable import SlimLinear

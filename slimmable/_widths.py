@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from slimmable.errors import WidthError
 
-Kept: TypeAlias = "int | tuple[int, ...] | None"
-"""The units kept along one axis at one width: all, the first k, or these indices (ascending)."""
+Kept: TypeAlias = "int | tuple[int, ...] | None"  # units of an axis at a width: the first k, these (ascending), or all
 
 
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:

@@ -19,12 +19,9 @@ class ConversionError(SlimmableError, RuntimeError):
 
 
 class TraceError(ConversionError):
-    """A model whose forward cannot be traced; the message names the operation and the module.
+    """A model whose forward cannot be traced; the message names the operation and the module; `module` is its path."""
 
-    `module` is the path of the module, "" for the model itself.
-    """
-
-    module: str = ""
+    module: str = ""  # the model itself
 
 
 class RuleError(ConversionError):

@@ -63,8 +63,7 @@ def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: i
     Args:
         backbone: a converted network; its width and training mode are restored afterwards.
         images: shape (images, ...); uint8 images are scaled to [0, 1].
-        width: one of the network's widths.
-        batch_size: number of images that run together.
+        width, batch_size: one of the network's widths, and the number of images that run together.
 
     Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
     """
@@ -285,9 +284,7 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     It is the widest width's cross-entropy with the labels, plus for every narrower width the mean of its cross-entropy
     with the labels and that with the widest's class probabilities, detached.
 
-    Args:
-        scores: width -> class scores of shape (batch, classes), including width 1.0.
-        labels: class numbers, shape (batch,).
+    Shapes: width, including 1.0, -> scores (batch, classes), and class numbers (batch,) -> ().
 
     Raises: DataError: if scores and labels do not match. WidthError: if the full width is missing.
 
@@ -295,8 +292,7 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     >>> probe_loss({1.0: even, 0.5: even}, torch.tensor([0, 1, 2]))  # 2 log 4
     tensor(2.7726)
     """
-    widths = check_widths(scores)
-    check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in widths})
+    check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in check_widths(scores)})
     check_tensors("probe_loss", labels=labels)
     if labels.shape != scores[1.0].shape[:1] or not are_class_numbers(labels):
         raise DataError(

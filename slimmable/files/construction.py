@@ -28,9 +28,7 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
     """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
 
     If it may be `narrow`, they make one of which it may be a sub-network. A network that surgery has changed from what
-    timm makes has no recipe either; a warning says so.
-
-    Raises: CheckpointError: if arguments are given but make another model.
+    timm makes has no recipe either; a warning says so. Given arguments that make another model are refused.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
@@ -72,11 +70,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 
 
 def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make a timm model without memory for its tensors.
-
-    That takes no longer than to make a network of such `tensors` may: arguments that are larger, or far more modules,
-    are refused.
-    """
+    """Make a timm model without memory; refuse arguments and numbers of modules far too large for such `tensors`."""
     largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
     if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
         raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
@@ -126,8 +120,7 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
 
     Args:
         model: a converted or gated model, a part or wrapper of one, a model built by hand, or a plain model.
-        prefix, keep_vars: as in `torch.nn.Module.state_dict`: what to put before each name, and whether to return the
-            Parameters themselves.
+        prefix, keep_vars: as in `torch.nn.Module.state_dict`.
 
     >>> import torch
     >>> from slimmable import slimify
@@ -139,8 +132,7 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     <All keys matched successfully>
     """
     check_whole("full_state_dict", model)
-    found: dict[str, Tensor] = full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
-    return found
+    return full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
 
 
 def full_network(model: nn.Module) -> nn.Module:

@@ -95,8 +95,7 @@ def differences(
 ) -> str:
     """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
 
-    Each line begins with a line break and two spaces, to follow the first line of a message. `expected` are tensors of
-    the network, `given` those of the file, of which some may be `smaller`; a line lists at most `most` names.
+    `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.
 
     >>> import torch
     >>> one, two = torch.zeros(1), torch.zeros(2)
@@ -120,7 +119,6 @@ def differences(
 
 
 def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Tell whether a tensor of shape `small` can be part of one of shape `large`."""
     return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 

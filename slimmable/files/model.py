@@ -37,8 +37,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 
     Args:
         model: a converted or gated model, or a plain network, such as one from `extract`.
-        path: path of the file; an existing file stays until the new one is complete. A symbolic link is replaced, and
-            what it points to stays.
+        path: an existing file stays until the new one is complete. A symbolic link is replaced, its target stays.
         arguments: those with which `timm.create_model` makes the plain full-width model. By default, the numbers of
             classes and image channels and the image size are read off the model. If the model is not timm's, or no
             longer what timm makes (with a warning), the file has no recipe, and `load` needs the plain model.

@@ -67,8 +67,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     if min(sizes, default=1) < 1 or total > len(units) or (len(units) and not 0 <= units.min() <= units.max() <= total):
         raise CheckpointError("its channel groups do not fit its axes")
     group_of = np.repeat(np.arange(len(sizes)), sizes)
-    rank = np.concatenate([*map(np.arange, sizes), np.zeros(1, np.int64)])
-    grouping = Grouping(sizes, np.append(group_of, -1), rank)
+    grouping = Grouping(sizes, np.append(group_of, -1), np.concatenate([*map(np.arange, sizes), np.zeros(1, np.int64)]))
     axis = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1]).__getitem__
     leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
 

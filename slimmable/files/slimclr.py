@@ -108,7 +108,6 @@ def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Tensor]]:
-    """Return the name of the checkpoint for messages, and its state dict."""
     source, data = "the checkpoint", checkpoint
     if isinstance(checkpoint, (str, os.PathLike)):
         source = str(checkpoint)

@@ -19,10 +19,7 @@ CHECKSUM = "checksum"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write strided tensors and texts to one file, or raise CheckpointError and leave an earlier one as it was.
-
-    If `path` is a symbolic link, the file takes its place, and what it pointed to stays.
-    """
+    """Write strided tensors and texts to one file, or raise CheckpointError and leave an earlier one as it was."""
     plain = _plain(tensors)
     described = {**metadata, CHECKSUM: _checksum(plain, metadata)}
 

@@ -60,7 +60,6 @@ class SlimLayer(Explained):
         return slim
 
     def _to_torch(self, kind: type[Plain]) -> Plain:
-        """Return the full-width layer of torch's class `kind`, which shares the Parameters."""
         twin: Any = twin_of(self, type(self))
         if is_slim(twin):
             remove_view(twin)

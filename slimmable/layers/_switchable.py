@@ -45,10 +45,7 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
 
     @classmethod
     def from_batchnorm(cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True) -> Norm:
-        """Return a switchable norm with `norm` itself for the full width and cut copies for the narrower ones.
-
-        Raises: ConversionError: if `norm` is not a batch norm.
-        """
+        """Return a switchable norm of `norm` and cut copies of it; `ConversionError` if it is not a batch norm."""
         if not isinstance(norm, _BatchNorm):
             raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
         switchable = cls.__new__(cls)
@@ -153,10 +150,7 @@ class SwitchableProbe(Explained, SwitchableContainer):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> "SwitchableProbe":
-        """Return a probe with `linear` itself for the full width and cut copies of it for the narrower ones.
-
-        Raises: ConversionError: if `linear` is not a linear layer.
-        """
+        """Return a probe of `linear` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
         if not isinstance(linear, nn.Linear):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
         weight, bias = linear.weight, linear.bias

@@ -56,8 +56,7 @@ class SwitchableContainer(HasWidths):
     def linked(self, output: Any) -> Any:
         """Return `output`; with a process group, its graph then has the idle modules' parameters too, unused.
 
-        DistributedDataParallel waits for the gradient of every parameter. That of an idle one counts as zero there, and
-        stays None without it.
+        DistributedDataParallel waits for the gradient of every parameter; that of an idle one counts as zero there.
         """
         if not in_group() or not isinstance(output, Tensor):
             return output

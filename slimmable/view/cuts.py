@@ -51,10 +51,7 @@ class Cut(NamedTuple):
 
 
 def make_cut(tensor: Tensor, kept: Sequence[Kept], what: str) -> Cut | None:
-    """Turn the units kept along each axis into a block and indices, or into None for the whole tensor.
-
-    Raises: ConversionError: if an axis has too few units; `what` is the tensor's name.
-    """
+    """Turn the units kept along each axis into a block and indices, or into None for the whole of the tensor `what`."""
     shape = tuple(tensor.shape)
     block: list[slice] = []
     picks: list[tuple[int, Indices]] = []
@@ -71,8 +68,7 @@ def make_cut(tensor: Tensor, kept: Sequence[Kept], what: str) -> Cut | None:
     starts = tuple(part.start for part in block)
     if sizes == shape and not picks:
         return None
-    block = block if sizes != shape else []
-    return Cut(shape, tuple(block), starts if any(starts) else (), sizes, tuple(picks))
+    return Cut(shape, tuple(block) if sizes != shape else (), starts if any(starts) else (), sizes, tuple(picks))
 
 
 def take(tensor: Tensor, cut: Cut) -> Tensor:

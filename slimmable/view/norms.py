@@ -348,7 +348,6 @@ def inherit(norm: SwitchableNorm, before: SwitchableNorm, moved: Sequence[int] |
 
 
 def _take_over(norm: nn.Module, units: list[int], source: nn.Module, theirs: list[int]) -> None:
-    """Copy what another norm has into a norm, for the channels that both have."""
     _, into, out_of = np.intersect1d(units, theirs, return_indices=True)
     mine, given = norm.state_dict(), source.state_dict()
     for name in mine.keys() & given.keys():

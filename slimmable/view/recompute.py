@@ -5,9 +5,8 @@ and what `asyncio.to_thread` runs, follows the user that has started it until it
 user, and for it counts the last switch outside of blocks.
 
 Checkpointing repeats a forward inside the backward pass, when the model may have been switched. Autograd numbers the
-nodes of each thread in the order of creation. So the number of the node that the backward pass is at tells which
-forward is repeated, if it was noted for each thread from which node on what was active. It does not tell the thread:
-where that matters, an error is raised.
+nodes of each thread in order, so the number of the node that the backward pass is at tells which forward is repeated,
+if it was noted for each thread from which node on what was active. Where the thread matters, an error is raised.
 """
 
 import asyncio
@@ -222,7 +221,6 @@ def in_backward() -> bool:
 
 
 def _node() -> tuple[int, int] | None:
-    """Return the backward pass and the number of the node that it is at."""
     node = torch._C._current_autograd_node()
     return None if node is None else (_task(), node._sequence_nr())
 
@@ -247,7 +245,6 @@ def _own_user() -> _User:
 
 
 def _others(user: _User, active: Active[C]) -> "Iterator[C]":
-    """Yield what is active for users that this one does not follow."""
     line = list(user.line())
     return (other.has[active] for other in (*_blocks, *_owners) if other not in line and active in other.has)
 

@@ -9,31 +9,22 @@ from torch import nn
 from slimmable.view.cuts import Cut
 from slimmable.view.recompute import Active
 
-Counts: TypeAlias = tuple[int, ...]
-"""A sub-network, as the number of units that it keeps of each channel group of a plan."""
+Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units that it keeps of each group of a plan
 
 
 class Column:
     """What one module has at one width; a *guest*, which is none of the module's own, from one switch to the next.
 
     What else a guest needs in its module, subclasses add and remove.
-
-    Attributes:
-        width: the width, or the counts of a sub-network without a single width.
-        index: position among the module's own columns, or -1 for a guest.
-        counts: units that the sub-network keeps of each group of the plan, if the module has one.
-        cuts: name of a tensor -> the part of it that is used; a tensor without an entry is used whole.
-        values: name of a plain attribute -> its value.
-        caches: name of an attribute in which the forward keeps results -> its contents.
     """
 
     def __init__(self, width: float | Counts) -> None:
-        self.width = width
-        self.index = -1
-        self.counts: Counts | None = None
-        self.cuts: dict[str, Cut] = {}
-        self.values: dict[str, object] = {}
-        self.caches: dict[str, object] = {}
+        self.width = width  # or the counts of a sub-network without a single width
+        self.index = -1  # position among the module's own columns, or -1 for a guest
+        self.counts: Counts | None = None  # units kept of each group of the plan, if the module has one
+        self.cuts: dict[str, Cut] = {}  # name of a tensor -> the part of it that is used; without an entry, the whole
+        self.values: dict[str, object] = {}  # name of a plain attribute -> its value
+        self.caches: dict[str, object] = {}  # name of an attribute in which the forward keeps results -> its contents
 
     def enter(self, module: nn.Module) -> None:
         """Add what a guest needs to the module, before it becomes active."""

@@ -129,11 +129,9 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
-    found = {}
-    for name, axes in kept.items():
-        if (tensor := _full_tensor(module, name)) is not None:
-            found[name] = make_cut(tensor, axes, f"{type(module).__name__}.{name}")
-    return {name: cut for name, cut in found.items() if cut is not None}
+    full = ((name, _full_tensor(module, name), axes) for name, axes in kept.items())
+    cuts = {name: make_cut(it, axes, f"{type(module).__name__}.{name}") for name, it, axes in full if it is not None}
+    return {name: cut for name, cut in cuts.items() if cut is not None}
 
 
 # -- the generated classes, whose properties return what the active column holds
@@ -146,7 +144,6 @@ def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
 
 
 def _set_plain(module: nn.Module, name: str, value: object) -> None:
-    """Store an attribute that is neither a Parameter nor a registered buffer."""
     module.__dict__[name] = value
 
 
