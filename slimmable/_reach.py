@@ -139,7 +139,7 @@ class Reach:
         if issubclass(kind, (type, ModuleType)):
             self._spaces.append(thing)
             self._add(thing if issubclass(kind, type) else vars(thing), self._names, space=True)
-            return getattr(thing, "__mro__", ())
+            return thing.__mro__ if issubclass(kind, type) else ()
         if kind is _Memo:
             self._memos[id(thing)] = thing
             return [thing.__wrapped__]

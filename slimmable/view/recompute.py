@@ -43,12 +43,13 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.mark, self.seen, self.since, self.sure = _Mark(), _NEVER, 0, True
+        self.alive = _Mark()  # which nothing else holds
 
 
 class _User:
     """A thread, task or block: what it has, and the user that it follows in everything else."""
 
-    def __init__(self, follows: "_User | None", who: object, is_block: bool = False) -> None:
+    def __init__(self, follows: "_User | None", who: Any, is_block: bool = False) -> None:
         self.mark, self.follows, self.who, self.is_block, self.left = _Mark(), follows, who, is_block, False
         self.has: MutableMapping[Active[Any], Any] = {} if is_block else weakref.WeakKeyDictionary()
 
@@ -226,12 +227,12 @@ def _node() -> tuple[int, int] | None:
 
 
 # -- users
-def _who() -> object:
+def _who() -> Any:
     try:
         task = asyncio.current_task()
     except RuntimeError:  # no event loop is running
         task = None
-    return _here.mark if task is None else weakref.ref(task)
+    return weakref.ref(_here.alive if task is None else task)
 
 
 def _own_user() -> _User:
@@ -246,7 +247,8 @@ def _own_user() -> _User:
 
 def _others(user: _User, active: Active[C]) -> "Iterator[C]":
     line = list(user.line())
-    return (other.has[active] for other in (*_blocks, *_owners) if other not in line and active in other.has)
+    others = (each for each in (*_blocks, *_owners) if each.who() and each not in line)  # whose thread is alive
+    return (other.has[active] for other in others if active in other.has)
 
 
 def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> None:
@@ -294,7 +296,7 @@ def _settle() -> None:
 
 def _users_differ() -> bool:
     found: dict[Active[Any], tuple[Any, object]] = {}
-    for user in (*reversed(_blocks), *_owners):
+    for user in (each for each in (*reversed(_blocks), *_owners) if each.who()):
         for active, value in user.has.items():
             other, who = found.setdefault(active, (value, user.who))
             if other is not value and who is not user.who:

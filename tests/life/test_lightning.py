@@ -332,7 +332,7 @@ def test_stochastic_weight_averaging_computes_the_statistics_of_every_width():
     expected = copy.deepcopy(method.network).train()
     norms = [module for module in expected.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.reset_running_stats()
+        type(norm).reset_running_stats(norm)
         norm.momentum = None
     for width in WIDTHS:
         slimmable.set_width(expected, width)
