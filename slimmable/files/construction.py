@@ -74,6 +74,8 @@ def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Mod
     largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
     if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
         raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
+    import timm  # noqa: F401  here, since its own imports make tensors and modules
+
     with torch.device("meta"), _at_most(100 + 10 * len(tensors)):
         return build(recipe)
 
