@@ -15,6 +15,7 @@ import torch
 
 import slimmable
 from slimmable.analysis.plan import Plan
+from tests.kept import keep, kept
 
 KEPT = Path(__file__).parents[1] / "golden" / "plans.json"
 WIDTHS = (1.0, 0.6, 0.25)
@@ -68,11 +69,8 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_is_what_it_was(name):
-    if timm.__version__ != "1.0.31":
-        pytest.skip("the plans are of the models of timm 1.0.31")
-    assert summary(plan_of(name)) == json.loads(KEPT.read_text())[name]
+    assert summary(plan_of(name)) == kept(KEPT, name)
 
 
 if __name__ == "__main__":
-    lines = (f"{json.dumps(name)}: {json.dumps(summary(plan_of(name)))}" for name in MODELS)
-    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    keep(KEPT, {name: summary(plan_of(name)) for name in MODELS})

@@ -14,6 +14,7 @@ import timm
 import torch
 
 from slimmable.gating import GatePlan, gate_plan
+from tests.kept import keep, kept
 
 KEPT = Path(__file__).parents[1] / "golden" / "gate_plans.json"
 MODELS = (
@@ -45,11 +46,8 @@ def summary(found: GatePlan) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gates_are_where_they_were(name):
-    if timm.__version__ != "1.0.31":
-        pytest.skip("the plans are of the models of timm 1.0.31")
-    assert summary(plan_of(name)) == json.loads(KEPT.read_text())[name]
+    assert summary(plan_of(name)) == kept(KEPT, name)
 
 
 if __name__ == "__main__":
-    lines = (f"{json.dumps(name)}: {json.dumps(summary(plan_of(name)))}" for name in MODELS)
-    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    keep(KEPT, {name: summary(plan_of(name)) for name in MODELS})
