@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -99,11 +99,16 @@ def check_module(where: str, model: nn.Module) -> None:
             raise UsageError(f"{where}: {name} has no size yet; run the model once first")
 
 
+def has_shards(parameters: Iterable[nn.Parameter | None]) -> bool:
+    """Tell whether `fully_shard` has split some of these parameters over processes."""
+    return any(hasattr(parameter, "placements") for parameter in parameters)
+
+
 def check_whole(where: str, model: nn.Module) -> None:
     """Raise `UsageError` unless `model` is a module as for `check_module`, not split over processes."""
     check_module(where, model)
     for module in model.modules():
-        split = any(hasattr(parameter, "placements") for parameter in module._parameters.values())
+        split = has_shards(module._parameters.values())
         joined = "_fsdp_wrapped_module" in module._modules
         if split or joined or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             raise UsageError(

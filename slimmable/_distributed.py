@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from slimmable._checks import check_is_module, check_tensors
+from slimmable._checks import check_is_module, check_tensors, has_shards
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
@@ -86,7 +86,7 @@ def check_same_widths(where: str, widths: str, device: torch.device, group: dist
 def averages_itself(model: nn.Module) -> bool:
     """Tell whether DistributedDataParallel or `fully_shard` average gradients, for which all processes must run it."""
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    return wrapped or any(hasattr(parameter, "placements") for parameter in model.parameters())
+    return wrapped or has_shards(model.parameters())
 
 
 def note_width(module: nn.Module, width: object) -> None:
@@ -134,7 +134,7 @@ def average_gradients(model: nn.Module) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if alone() or not parameters:
         return
-    if any(hasattr(parameter, "placements") for parameter in parameters):
+    if has_shards(parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
     modules, device = set(model.modules()), parameters[0].device
     widths = {width for module, width in _trained if module() in modules}

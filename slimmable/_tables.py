@@ -26,3 +26,8 @@ def listed(names: Sequence[str], most: int | None = None) -> str:
     """Return the first names, separated by commas, and how many more there are; `most` is None for all of them."""
     more = 0 if most is None else len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def listing(kinds: Mapping[str, Sequence[str]], most: int | None = None) -> str:
+    """Return a line for each kind that has names, after a line break and two spaces, as `listed` lists them."""
+    return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)

@@ -66,7 +66,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def shown(text: object) -> str:
+def printable(text: object) -> str:
     """Return a name or path for a message: as it is, or quoted if it could not be seen otherwise."""
     return str(text) if str(text).isprintable() else ascii(str(text))
 

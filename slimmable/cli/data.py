@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable._tables import listed
-from slimmable.cli.config import DIGITS, PretrainConfig, require, say, shown
+from slimmable.cli.config import DIGITS, PretrainConfig, printable, require, say
 from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
@@ -132,7 +132,7 @@ class FolderImages:
     def __getitem__(self, index: int) -> Tensor:
         found = _decode(self.paths[index])
         if isinstance(found, str):
-            raise DataError(f"{shown(self.paths[index])} cannot be read ({found}); replace it, then {GO_ON}")
+            raise DataError(f"{printable(self.paths[index])} cannot be read ({found}); replace it, then {GO_ON}")
         return found
 
 
@@ -145,14 +145,13 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not os.path.isdir(folder):
-        raise DataError(f"--data {shown(folder)}: there is no such folder")
+        raise DataError(f"--data {printable(folder)}: there is no such folder")
     held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()][:1]
     split = [folder / "train", *held_out] if held_out and (folder / "train").is_dir() else [folder]
     found = [_classes(root, folder) for root in split]
     classes = tuple(found[0])
-    unknown = [shown(name) for name in found[-1] if name not in found[0]]
-    if unknown:
-        raise DataError(f"--data {shown(folder)}: nothing to train on for the held-out classes {listed(unknown, 5)}")
+    if unknown := listed([printable(name) for name in found[-1] if name not in found[0]], 5):
+        raise DataError(f"--data {printable(folder)}: nothing to train on for the held-out classes {unknown}")
     parts = [[(path, at) for at, name in enumerate(classes) for path in part.get(name, [])] for part in found]
     total = sum(map(len, parts))
     if total <= _TRIED:
@@ -160,7 +159,7 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
     for purpose, part in (("train on", train), ("hold out", test)):
         if not part:
-            raise DataError(f"--data {shown(folder)}: no image left to {purpose}; {total} files were found there")
+            raise DataError(f"--data {printable(folder)}: no image left to {purpose}; {total} files were found there")
     images = [FolderImages([path for path, _ in part]) for part in (train, test)]
     labels = [torch.tensor([number for _, number in part]) for part in (train, test)]
     names = [[path.relative_to(folder).as_posix() for path, _ in part] for part in (train, test)]
@@ -182,18 +181,19 @@ def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
                 target = Path(os.path.realpath(path)) if path.is_symlink() else path
                 if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
                     raise DataError(
-                        f"--data {shown(data)}: {shown(path)} is a link to {shown(target)}, but only links to files of "
-                        "the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL) of them"
+                        f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only "
+                        "links to files of the same folder are followed; replace it by copies (cp -rL) or hard links "
+                        "(cp -rlL) of them"
                     )
             for part in Path(place).relative_to(root).parts[:1]:
                 found.setdefault(part, []).extend(images)
         for error in unread:
             raise error
     except (OSError, RecursionError) as error:
-        raise DataError(f"--data {shown(data)} cannot be listed ({error})") from error
+        raise DataError(f"--data {printable(data)} cannot be listed ({error})") from error
     if not any(found.values()):
         expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(_SUFFIXES))})"
-        raise DataError(f"--data {shown(root)} holds no images; expected {expected}")
+        raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
     return {name: sorted(paths) for name, paths in sorted(found.items()) if paths}
 
 
@@ -205,7 +205,7 @@ def _readable(parts: Sequence[Labelled], say: Callable[[str], None]) -> list[Lab
         reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
         broken = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
     if broken:
-        lines = "".join(f"\n  {shown(path)} ({reason})" for path, reason in list(broken.items())[:_NAMED])
+        lines = "".join(f"\n  {printable(path)} ({reason})" for path, reason in list(broken.items())[:_NAMED])
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         say(f"left out {len(broken)} files that cannot be read:{lines}{more}")
     return [[pair for pair in part if pair[0] not in broken] for part in parts]

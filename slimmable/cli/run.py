@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import extract, slimify
-from slimmable._tables import listed
-from slimmable.cli.config import PretrainConfig, explained, fits, read_text, shown
+from slimmable._tables import listed, listing
+from slimmable.cli.config import PretrainConfig, explained, fits, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.description import differences
 from slimmable.files.model import save
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> PretrainConfig:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
-        names = listed([f"{shown(name):.60}" for name in differing], 10)
+        names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
     for name, value in values.items():
         if not fits(PretrainConfig, name, value):
@@ -213,7 +213,7 @@ def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
             kinds["infinite or NaN"].append(name)
         if name.rpartition(".")[2] in _NEVER_NEGATIVE and (values < 0).any():
             kinds["negative"].append(name)
-    if found := "".join(f"\n  {kind}: {listed(names, 10)}" for kind, names in kinds.items() if names):
+    if found := listing(kinds, 10):
         raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
@@ -252,11 +252,12 @@ def load_optimizer_tensors(
         if done is not None and not (done <= most if skipped else done == most):
             raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
     state: dict[int, dict[str, Tensor]] = {}
+    numbers = {name: number for number, name in enumerate(parameters)}
     for key, tensor in tensors.items():
         owner, _, name = key.rpartition(".")
         if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
             tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(list(parameters).index(owner), {})[name] = tensor
+        state.setdefault(numbers[owner], {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

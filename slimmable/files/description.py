@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._described import counts_channels, named_in_forward, stored_by_forward
-from slimmable._tables import listed
+from slimmable._tables import listing
 
 _ABSENT: Any = object()
 _OWN = {*vars(nn.Module()), "training"}
@@ -80,8 +80,7 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], nar
             if not (its.is_floating_point() and own.is_floating_point())
         ],
     }
-    lines = "".join(f"\n  {kind}: {listed(names, 4)}" for kind, names in found.items() if names)
-    return lines + differences(expected, given, most=4, smaller=expected if narrow else hidden), free
+    return listing(found, 4) + differences(expected, given, most=4, smaller=expected if narrow else hidden), free
 
 
 def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +114,7 @@ def differences(
             if not (name in smaller and _fits_inside(given[name].shape, tensor.shape))
         ],
     }
-    return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
+    return listing(kinds, most)
 
 
 def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:

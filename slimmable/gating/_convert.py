@@ -15,7 +15,7 @@ from slimmable._checks import check_positive, check_whole, checked
 from slimmable._convert import Skip, copy_of, know
 from slimmable._inputs import Inputs
 from slimmable._modules import replace_modules
-from slimmable._tables import listed
+from slimmable._tables import listing
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, GateHook, LayerGates, NoGates, gates_in, has_gates
@@ -184,14 +184,13 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
         "not in the model": _parts(name for name in given if name not in own),
         "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
     }
-    lines = [f"  {kind}: {listed(found, most=4)}" for kind, found in kinds.items() if found]
-    if lines:
+    if lines := listing(kinds, 4):
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
         advice = (
             "gate the model like the checkpoint's: the same model, widths, skip and separate_norms. To load only the "
             "other tensors, leave out those with channel_gate or gated in their names, and use strict=False"
         )
-        raise CheckpointError("\n".join([first, *lines, advice]))
+        raise CheckpointError(f"{first}{lines}\n{advice}")
 
 
 def _parts(names: Iterable[str], only_gates: bool = False) -> list[str]:

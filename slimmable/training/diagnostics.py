@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
-from slimmable._checks import check_positive, checked
+from slimmable._checks import check_positive, checked, has_shards
 from slimmable._convert import shallow_modules
 from slimmable._numerics import at_least_float32
 from slimmable._tables import csv_text
@@ -79,7 +79,7 @@ class GradientDiagnostics:
         self.model, self.every = model, every
         self.widths = widths_of(model)
         self._shared = shared_parameters(model, self.widths)
-        if any(hasattr(shared.parameter, "placements") for shared in self._shared):
+        if has_shards(shared.parameter for shared in self._shared):
             raise UsageError("GradientDiagnostics: the parameters are sharded over processes; give a model that is not")
         self.layer_names = tuple(shared.name for shared in self._shared if shared.parameter.ndim > 1)
         self.step = 0
