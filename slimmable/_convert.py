@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
-from slimmable._checks import check_flags, check_whole
+from slimmable._checks import check_flags, check_rounding, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
@@ -44,6 +44,8 @@ def slimify(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    rounding: str = "nearest",
+    overlap: bool = True,
     importance: str | None = None,
     outputs: Outputs = "auto",
     universal: bool = False,
@@ -65,6 +67,8 @@ def slimify(
             bool`. A skipped module that cannot be traced is run once on the real example. Converting a converted model
             again without `skip` keeps what it skips, unless layers were added to it.
         round_to: keep a multiple of this many channels, in groups that have at least as many.
+        rounding: "floor" keeps `int(w * n)`, as the published code does, but at least one.
+        overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest.
         importance: "magnitude" first moves the channels with the largest weights in the layers that read them to the
             front; the full network still computes the same function. None leaves them where they are.
         outputs: "full" keeps the sizes of all outputs, for a backbone whose features other code reads; "slim" lets them
@@ -90,10 +94,10 @@ def slimify(
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
     check_whole("slimify", model)
-    check_flags("slimify", universal=universal, inplace=inplace)
+    check_flags("slimify", inplace=inplace)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
-    asked = check_widths(widths), skip, round_to, universal, outputs
+    asked = _rules(widths, round_to, rounding, overlap, universal), skip, outputs
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
     if importance is None and _current_plan(model, *asked) is not None:
@@ -129,6 +133,8 @@ def plan(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    rounding: str = "nearest",
+    overlap: bool = True,
     outputs: Outputs = "auto",
     universal: bool = False,
 ) -> Plan:
@@ -147,11 +153,10 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_whole("plan", model)
-    check_flags("plan", universal=universal)
-    own = plan_of(model)
-    if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
-        widths, round_to, universal = own.widths, own.round_to, own.universal
-    asked = check_widths(WIDTHS if widths is None else widths), skip, round_to, universal, outputs
+    own, rules = plan_of(model), _rules(WIDTHS if widths is None else widths, round_to, rounding, overlap, universal)
+    if own is not None and widths is None and (rules.rules(), skip, outputs) == (Plan(WIDTHS).rules(), (), "auto"):
+        rules = own
+    asked = rules, skip, outputs
     return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
 
@@ -220,14 +225,21 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 
 
 # -- the steps of a conversion
-@torch.inference_mode(False)  # in which operations are not seen one by one
-def _plan(
-    model: nn.Module, given: Any, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool, how: Outputs
-) -> Plan:
-    args, kwargs = example_of(model, given)
+def _rules(widths: Iterable[float], round_to: int, rounding: str, overlap: bool, universal: bool) -> Plan:
+    """Return an empty plan of these rules, which are checked."""
+    check_flags("slimify", overlap=overlap, universal=universal)
+    check_rounding("slimify", rounding=rounding)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
-    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, how)
+    if universal and not overlap:
+        raise ConversionError("universal=True needs overlap=True, since its widths share their channels")
+    return Plan(check_widths(widths), round_to, rounding, bool(overlap), bool(universal))
+
+
+@torch.inference_mode(False)  # in which operations are not seen one by one
+def _plan(model: nn.Module, given: Any, rules: Plan, skip: Skip, how: Outputs) -> Plan:
+    args, kwargs = example_of(model, given)
+    return make_plan(plain(model), args, kwargs, rules, skipper(model, skip), how)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -268,10 +280,10 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if state is None or state.path else state.plan
 
 
-def _current_plan(model: nn.Module, *asked: Any) -> Plan | None:
+def _current_plan(model: nn.Module, rules: Plan, *others: Any) -> Plan | None:
     """Return the plan of a converted model if converting it with these arguments, as of `_plan`, changes nothing."""
     plan = plan_of(model)
-    if plan is None or asked != (plan.widths, (), plan.round_to, plan.universal, "auto"):
+    if plan is None or others != ((), "auto") or rules.rules() != plan.rules():
         return None
     try:
         widths_of(model)

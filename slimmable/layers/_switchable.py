@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._checks import check_flags, checked
+from slimmable._checks import check_flags, check_rounding, checked
 from slimmable._widths import check_widths, kept_units
 from slimmable.errors import ConversionError
 from slimmable.layers._slim import Explained
@@ -33,23 +33,27 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
         *,
         widths: Iterable[float],
         slim: bool = True,
+        rounding: str = "nearest",
     ) -> None:
         norm = self._torch_class(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._fill(norm, widths, slim)
+        self._fill(norm, widths, slim, rounding)
 
-    def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool) -> None:
+    def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool, rounding: str) -> None:
         check_flags(type(self).__name__, slim=slim)
-        checked = check_widths(widths)
-        kept = [kept_units(norm.num_features, width) if slim and width < 1 else None for width in checked]
-        SwitchableNorm.__init__(self, norm, checked, kept)
+        check_rounding(type(self).__name__, rounding=rounding)
+        known, size = check_widths(widths), norm.num_features
+        kept = [kept_units(size, width, rounding=rounding) if slim and width < 1 else None for width in known]
+        SwitchableNorm.__init__(self, norm, known, kept)
 
     @classmethod
-    def from_batchnorm(cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True) -> Norm:
+    def from_batchnorm(
+        cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True, rounding: str = "nearest"
+    ) -> Norm:
         """Return a switchable norm of `norm` and cut copies of it; `ConversionError` if it is not a batch norm."""
         if not isinstance(norm, _BatchNorm):
             raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
         switchable = cls.__new__(cls)
-        switchable._fill(norm, widths, slim)
+        switchable._fill(norm, widths, slim, rounding)
         return switchable
 
     def to_batchnorm(self) -> _BatchNorm:
@@ -84,6 +88,7 @@ class SwitchableBatchNorm2d(_SwitchableBatchNorm):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim: False if the input is full at every width; statistics are still separate.
+        rounding: as in `SlimConv2d`.
 
     >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
     >>> list(norm.state_dict())[:4]
@@ -121,6 +126,7 @@ class SwitchableProbe(Explained, SwitchableContainer):
         num_classes: number of scores, at every width.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         bias, device, dtype: as in `nn.Linear`.
+        rounding: as in `SlimConv2d`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -141,20 +147,23 @@ class SwitchableProbe(Explained, SwitchableContainer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(widths)
         self.in_features, self.num_classes = in_features, num_classes
         self.linears = nn.ModuleList(
-            nn.Linear(kept_units(in_features, width), num_classes, bias, device, dtype) for width in self.widths
+            nn.Linear(kept_units(in_features, width, rounding=rounding), num_classes, bias, device, dtype)
+            for width in self.widths
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> "SwitchableProbe":
+    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], rounding: str = "nearest") -> "SwitchableProbe":
         """Return a probe of `linear` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
         if not isinstance(linear, nn.Linear):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
         weight, bias = linear.weight, linear.bias
-        probe = cls(linear.in_features, linear.out_features, widths, bias is not None, weight.device, weight.dtype)
+        sizes, own = (linear.in_features, linear.out_features), (weight.device, weight.dtype)
+        probe = cls(*sizes, widths, bias is not None, *own, rounding)
         shared = {} if bias is None else {"bias": bias}
         for narrow in map(probe.module_at, range(1, len(probe.widths))):
             narrow.load_state_dict({"weight": weight[:, : narrow.in_features]} | shared)
