@@ -20,7 +20,7 @@ Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
 """A width, widths by patterns of layer names (the last match decides), or one count per channel group."""
 
 _REMEMBERED = 64  # sub-networks
-_RULES = ("widths", "round_to", "rounding", "overlap", "universal")
+_RULES = ("widths", "round_to", "rounding", "overlap", "switchable", "universal")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Plan:
         round_to: groups of at least this many channels keep a multiple of it.
         rounding: which one, the "nearest" or the "floor".
         overlap: whether narrower widths share channels; otherwise they keep disjoint ones, the narrowest the first.
+        switchable: the layers that have their own weights at each width.
         universal: whether any width from the narrowest up can be set, not only `widths`.
         channels: the channel groups, their axes, and what they size.
         columns: the sub-network of each width.
@@ -68,6 +69,7 @@ class Plan:
     round_to: int = 1
     rounding: str = "nearest"
     overlap: bool = True
+    switchable: tuple[str, ...] = ()
     universal: bool = False
     channels: Channels = field(init=False)
     columns: list[SubNetwork] = field(default_factory=list)

@@ -93,6 +93,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
         int(data["round_to"]),
         str(data.get("rounding", "nearest")),
         bool(data.get("overlap", True)),
+        tuple(map(str, data.get("switchable", ()))),
         bool(data["universal"]),
         pins=[Pin(row[:3], *row[3:]) for row in rows("pins", str, str, int, int, str)],
     )

@@ -12,6 +12,8 @@ from slimmable._checks import check_flags, check_rounding, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
 from slimmable.errors import ConversionError, InputError, SlimmableError
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableNorm
 from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
@@ -373,6 +375,8 @@ def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, _SlimProduct):
             maker = layer
+        elif isinstance(layer, SwitchableContainer) and not isinstance(layer, SwitchableNorm):
+            maker = None  # it makes units of its own
         elif layer is not None and not is_slim(layer):
             tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
             across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels

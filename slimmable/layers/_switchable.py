@@ -14,6 +14,7 @@ from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.norms import SwitchableNorm
 
 Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
+Linear = TypeVar("Linear", bound="SwitchableLinear")
 
 
 class _SwitchableBatchNorm(Explained, SwitchableNorm):
@@ -111,8 +112,76 @@ class SwitchableBatchNorm3d(_SwitchableBatchNorm):
 SwitchableBatchNorm = SwitchableBatchNorm2d
 
 
-class SwitchableProbe(Explained, SwitchableContainer):
-    """One linear classifier per width, on the features of that width.
+class SwitchableLinear(Explained, SwitchableContainer):
+    """One `nn.Linear` per width, `linears.0` and so on, for a layer in which widths should share no weights.
+
+    Source: the switchable linear layers of the published code of Zhao et al., SlimCLR, IJCV 2024.
+
+    Shapes: (..., kept in_features) -> (..., kept out_features).
+
+    Args:
+        in_features, out_features: numbers of features at the full width.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        bias, device, dtype: as in `nn.Linear`.
+        slim_in, slim_out, rounding: as in `SlimConv2d`.
+
+    >>> layer = SwitchableLinear(8, 4, (1.0, 0.5))
+    >>> [tuple(parameter.shape) for parameter in layer.parameters()]
+    [(4, 8), (4,), (2, 4), (2,)]
+    """
+
+    _if_full = "pass slim_in=False to this layer"
+
+    @checked
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        widths: Iterable[float],
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        slim_in: bool = True,
+        slim_out: bool = True,
+        rounding: str = "nearest",
+    ) -> None:
+        super().__init__(widths)
+        self.in_features, self.out_features = in_features, out_features
+        ins, outs = (
+            [kept_units(size, width, rounding=rounding) if slim else size for width in self.widths]
+            for size, slim in ((in_features, slim_in), (out_features, slim_out))
+        )
+        self.linears = nn.ModuleList(nn.Linear(*kept, bias, device, dtype) for kept in zip(ins, outs, strict=True))
+
+    @classmethod
+    def from_linear(cls: type[Linear], linear: nn.Linear, widths: Iterable[float], **options: Any) -> Linear:
+        """Return a layer of `linear` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
+        if not isinstance(linear, nn.Linear):
+            raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
+        weight, bias, sizes = linear.weight, linear.bias, (linear.in_features, linear.out_features)
+        layer = cls(*sizes, widths, bias is not None, weight.device, weight.dtype, **options)
+        for narrow in map(layer.module_at, range(1, len(layer.widths))):
+            outs, ins = narrow.weight.shape
+            narrow.load_state_dict({"weight": weight[:outs, :ins]} | ({} if bias is None else {"bias": bias[:outs]}))
+        layer.linears[0] = linear
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the layer of the full width, the module itself, not a copy."""
+        return cast(nn.Linear, self.linears[0])
+
+    def module_at(self, index: int) -> nn.Linear:
+        """Return the layer of the width with this index; 0 is the full width."""
+        return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
+
+    def __repr__(self) -> str:
+        settings = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{type(self).__name__}({settings}, bias={self.to_linear().bias is not None}, {self.extra_repr()})"
+
+
+class SwitchableProbe(SwitchableLinear):
+    """One linear classifier per width, on the features of that width: a `SwitchableLinear` whose outputs are full.
 
     The best classifier on part of the features is not a slice of the best classifier on all of them, unless they are
     orthogonal. To compare with a sliced classifier, use `SlimLinear(..., slim_out=False)`.
@@ -124,9 +193,7 @@ class SwitchableProbe(Explained, SwitchableContainer):
     Args:
         in_features: number of features at the full width.
         num_classes: number of scores, at every width.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
-        bias, device, dtype: as in `nn.Linear`.
-        rounding: as in `SlimConv2d`.
+        widths, bias, device, dtype, rounding: as in `SwitchableLinear`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -149,35 +216,8 @@ class SwitchableProbe(Explained, SwitchableContainer):
         dtype: Any = None,
         rounding: str = "nearest",
     ) -> None:
-        super().__init__(widths)
-        self.in_features, self.num_classes = in_features, num_classes
-        self.linears = nn.ModuleList(
-            nn.Linear(kept_units(in_features, width, rounding=rounding), num_classes, bias, device, dtype)
-            for width in self.widths
-        )
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], rounding: str = "nearest") -> "SwitchableProbe":
-        """Return a probe of `linear` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
-        if not isinstance(linear, nn.Linear):
-            raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
-        weight, bias = linear.weight, linear.bias
-        sizes, own = (linear.in_features, linear.out_features), (weight.device, weight.dtype)
-        probe = cls(*sizes, widths, bias is not None, *own, rounding)
-        shared = {} if bias is None else {"bias": bias}
-        for narrow in map(probe.module_at, range(1, len(probe.widths))):
-            narrow.load_state_dict({"weight": weight[:, : narrow.in_features]} | shared)
-        probe.linears[0] = linear
-        return probe.train(linear.training)
-
-    def to_linear(self) -> nn.Linear:
-        """Return the classifier of the full width, the module itself, not a copy."""
-        return cast(nn.Linear, self.linears[0])
-
-    def module_at(self, index: int) -> nn.Linear:
-        """Return the classifier of the width with this index; 0 is the full width."""
-        return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
+        super().__init__(in_features, num_classes, widths, bias, device, dtype, slim_out=False, rounding=rounding)
+        self.num_classes = num_classes
 
     def __repr__(self) -> str:
-        settings = f"in_features={self.in_features}, num_classes={self.num_classes}"
-        return f"{type(self).__name__}({settings}, bias={self.to_linear().bias is not None}, {self.extra_repr()})"
+        return super().__repr__().replace("out_features", "num_classes")

@@ -251,3 +251,20 @@ def test_slimify_with_and_without_overlap_as_published(head, mode):
         key = f"{mode}/{head}" if overlap else f"{mode}/1-0.75-0.25/{head}"
         set_width(net, width)
         assert relative_error(net(images), TENSORS[f"{key}/{width:g}/out_f64"]) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_slimify_with_a_switchable_classifier_as_published(mode):
+    built = build("supervised_switch", torch.float64)
+    images = TENSORS["x"].double()
+    net = slimmable.slimify(plain_twin(built), WIDTHS, example_inputs=images, switchable="fc")
+    state = built.state_dict()
+    for index in range(len(WIDTHS)):
+        for name in ("weight", "bias"):
+            ours = f"fc.narrow.{index - 1}.{name}" if index else f"fc.{name}"
+            state[ours] = state.pop(f"fc.linears.{index}.{name}")
+    net.load_state_dict(state)
+    net.train(mode == "train")
+    for width in WIDTHS:
+        set_width(net, width)
+        assert relative_error(net(images), TENSORS[f"{mode}/supervised_switch/{width:g}/out_f64"]) <= 1e-12

@@ -154,6 +154,7 @@ WIDTHS_OF = bad.widths(WIDTHS)
 FLAG, ON = bad.flag(), bad.flag(True)
 EXAMPLE = bad.mapping(lambda: X, size=(4,), other=bad.Of(lambda x: x[:, :-1])).but(none="timm's models need no example")
 ROUNDING = bad.choice("floor")
+SWITCHABLE = bad.function(lambda name, module: name == "0").but(list="nothing is switched", dict="nothing is switched")
 NORM = {"slim": FLAG, "rounding": ROUNDING}
 ROUND = bad.count(1).but(huge="it keeps every group whole")
 OUTPUTS = bad.choice("auto").but(dict="no output is said anything about", list="no output is said anything about")
@@ -298,6 +299,7 @@ CALLS: dict[str, Call] = {
             "round_to": ROUND,
             "rounding": ROUNDING,
             "overlap": ON,
+            "switchable": SWITCHABLE,
             "importance": bad.choice("magnitude").optional(),
             "outputs": OUTPUTS,
             "universal": FLAG,
@@ -313,6 +315,7 @@ CALLS: dict[str, Call] = {
             "round_to": ROUND,
             "rounding": ROUNDING,
             "overlap": ON,
+            "switchable": SWITCHABLE,
             "outputs": OUTPUTS,
             "universal": FLAG,
         }
@@ -439,6 +442,19 @@ CALLS: dict[str, Call] = {
             "rounding": ROUNDING,
         }
     ),
+    "layers.SwitchableLinear": Call(
+        {
+            "in_features": CHANNELS,
+            "out_features": CHANNELS,
+            "widths": WIDTHS_OF,
+            "bias": FLAG,
+            "device": DEVICE,
+            "dtype": DTYPE,
+            "slim_in": FLAG,
+            "slim_out": FLAG,
+            "rounding": ROUNDING,
+        }
+    ),
     "layers.SwitchableProbe": Call(
         {
             "in_features": CHANNELS,
@@ -485,6 +501,7 @@ CALLS: dict[str, Call] = {
             ("SlimConv3d", "from_conv3d", "conv", lambda: nn.Conv3d(4, 2, 1), {}),
             ("SlimLayerNorm", "from_layernorm", "norm", lambda: nn.LayerNorm(4), {}),
             ("SlimGroupNorm", "from_groupnorm", "norm", lambda: nn.GroupNorm(2, 4), {}),
+            ("SwitchableLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
             ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {"rounding": ROUNDING}),
             ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), NORM),
             ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), NORM),
