@@ -96,7 +96,7 @@ class Switchable(SwitchableContainer):
         return _share(module, self.full._parameters, part) if shared else module
 
     def to_plain(self) -> nn.Module:
-        """Return the module of the full width itself, not a copy."""
+        """Return the module of the full width, the module itself, not a copy."""
         return _unguarded(self.full)
 
     def module_at(self, index: int) -> nn.Module:
@@ -250,15 +250,14 @@ class SwitchableNorm(Switchable):
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
     ) -> None:
-        super().__init__(full, widths, [_part_of_norm(full, keep) for keep in kept], shared_affine=shared_affine)
+        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep) for keep in kept]
+        super().__init__(full, widths, parts, shared_affine=shared_affine)
 
     def norm_at(self, index: int) -> nn.Module:
         """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
         return self.module_at(index)
 
-    def to_norm(self) -> nn.Module:
-        """Return the norm of the full width, the module itself, not a copy."""
-        return self.to_plain()
+    to_norm = Switchable.to_plain
 
 
 class Guest(Column):
@@ -360,10 +359,10 @@ def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mappin
     return Part(own, {**sizes, **values})
 
 
-def _part_of_norm(norm: nn.Module, kept: "Kept | Part") -> Part:
+def _part_of_norm(norm: nn.Module, kept: Kept) -> Part:
     """Return what a width has of a norm that keeps these channels, and of modules inside, such as an activation."""
-    if kept is None or isinstance(kept, Part):
-        return kept or Part({}, {})
+    if kept is None:
+        return Part({}, {})
     counts = (getattr(norm, name, None) for name in _CHANNEL_COUNTS)
     channels = next((count for count in counts if isinstance(count, int)), None)
     if channels is None:
@@ -378,13 +377,9 @@ def _part_of_norm(norm: nn.Module, kept: "Kept | Part") -> Part:
         )
     tensors = (*norm.named_parameters(), *norm.named_buffers())
     axes = {name: (kept, *[None] * (each.ndim - 1)) for name, each in tensors if each.shape[:1] == (channels,)}
-    own = [
-        (path, name)
-        for path, each in norm.named_modules()
-        for name in _CHANNEL_COUNTS
-        if getattr(each, name, None) == channels
-    ]
-    return Part(axes, {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name in own})
+    places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)
+    sizes = {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name, size in places if size == channels}
+    return Part(axes, sizes)
 
 
 def _cut(tensor: Tensor, part: Part, name: str) -> Tensor:
@@ -396,13 +391,10 @@ def _units(tensors: Mapping[str, Tensor], part: Part, moved: Moved) -> _Units:
     """Return the units that are kept of each axis of a full module's tensors, by where they were before they moved."""
     found: _Units = {}
     for name, tensor in tensors.items():
-        kept = zip(tensor.shape, part.axes.get(name, [None] * tensor.ndim), strict=True)
-        units = [list(keep if isinstance(keep, tuple) else range(kept_of(size, keep))) for size, keep in kept]
-        orders = [moved.get((name, axis)) for axis in range(tensor.ndim)]
-        found[name] = [
-            each if order is None else [int(order[unit]) for unit in each]
-            for order, each in zip(orders, units, strict=True)
-        ]
+        orders = [moved.get((name, axis), range(size)) for axis, size in enumerate(tensor.shape)]
+        kept = zip(orders, part.axes.get(name, [None] * tensor.ndim), strict=True)
+        units = ((of, keep if isinstance(keep, tuple) else range(kept_of(len(of), keep))) for of, keep in kept)
+        found[name] = [[int(order[unit]) for unit in each] for order, each in units]
     return found
 
 
