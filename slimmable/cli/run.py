@@ -58,6 +58,11 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     backbone.train()
 
     def encoder(projector: nn.Module) -> nn.Module:
+        for layer in projector.modules():
+            if isinstance(layer, nn.Linear) and config.head_std is not None:
+                nn.init.normal_(layer.weight, std=config.head_std)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         if config.gate_budget is None:
             return _slimmed(config, methods.Encoder(backbone, projector), example)
         slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
