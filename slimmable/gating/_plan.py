@@ -155,7 +155,7 @@ class LayerMacs:
 
     def without(self, gates: Sequence[PlannedGate], counts: Sequence[int]) -> float:
         """Return the sum over all layers with all units of some gates closed."""
-        return float(self.total({gate.group: torch.zeros(1, gate.units).double() for gate in gates}, counts))
+        return float(self.total({gate.group: torch.zeros(1, counts[gate.group]).double() for gate in gates}, counts))
 
 
 @checked
