@@ -57,16 +57,7 @@ def small_resnet(
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """Return ResNet-18 for images of 32 x 32 pixels, with a stem of 3x3 and no pooling, as in Krishna et al. 2023.
-
-    Args:
-        pretrained: passed by timm; there are no pretrained weights.
-        settings: as for `small_resnet`.
-
-    >>> import timm, torch
-    >>> timm.create_model("resnet18_cifar")(torch.zeros(2, 3, 32, 32)).shape
-    torch.Size([2, 512])
-    """
+    """Return ResNet-18 for images of 32 x 32 pixels (Krishna et al. 2023), with the arguments of `small_resnet`."""
     given = {"channels": (64, 128, 256, 512), "blocks": (2, 2, 2, 2), "zero_init_last": False, **settings}
     network: nn.Module = small_resnet(**given)
     size = (given.get("in_chans", 3), 32, 32)

@@ -204,10 +204,7 @@ class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
-    model: str = option(
-        "small_resnet",
-        "a timm model; or for small images small_resnet, a narrow ResNet-10, or resnet18_cifar, with a stem of 3x3",
-    )
+    model: str = option("small_resnet", "a timm model; small_resnet, a ResNet-10, and resnet18_cifar for small images")
     data: str = option(
         DIGITS,
         "digits: cluttered digits, made from those in scikit-learn; or the path of a folder with one folder of images "
@@ -240,10 +237,7 @@ class PretrainConfig:
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
     head_std: float | None = option(
-        None,
-        "standard deviation of the projector's first weights, with biases of 0",
-        within=POSITIVE,
-        shown="torch's own start",
+        None, "deviation of the projector's first weights, with biases of 0", within=POSITIVE, shown="torch's start"
     )
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)

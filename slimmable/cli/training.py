@@ -1,6 +1,7 @@
 """Training steps of a run, each of which seeds its own random numbers, so a run can resume after any step."""
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -36,11 +37,10 @@ class Training:
             raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
         if batch % processes:
             raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
-        groups = f"--bn-groups {config.bn_groups} of --batch-size {batch}"
-        if batch % config.bn_groups or batch < 2 * config.bn_groups:
-            raise UsageError(f"{groups} are not equal, or have fewer than two images each; choose fewer")
-        if config.bn_groups > 1 and config.bn_groups % processes:
-            raise UsageError(f"{groups} cannot be shared by {processes} processes; choose a multiple of their number")
+        groups = config.bn_groups
+        if groups > 1 and (batch < 2 * groups or batch % groups or groups % processes):
+            needed = "must be equal, of two images or more, and a multiple of the number of processes"
+            raise UsageError(f"--bn-groups {groups} of --batch-size {batch}: they {needed} ({processes})")
         parts = f"--key-parts {config.key_parts} of --batch-size {batch}"
         if config.method == "mocov2" and batch < 2 * config.key_parts:
             raise UsageError(f"{parts} have fewer than two images each; choose fewer parts")
@@ -179,8 +179,8 @@ class Training:
     def _steps_of_parameters(self, done: int) -> dict[str, int]:
         """Return how many of the first `done` steps train each parameter, as steps of a copy at its ends tell."""
         joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
-        config = self.config
-        images = min(2 * max(config.key_parts, config.bn_groups, world_size()), config.batch_size) // world_size()
+        shared = math.lcm(self.config.key_parts, self.config.bn_groups, world_size())
+        images = min(2 * shared, self.config.batch_size) // world_size()
         shape = images, self.images.channels, self.config.image_size, self.config.image_size
         labels = torch.zeros(images, dtype=torch.long, device=self.device)
         method, recipe, gates = copy.deepcopy((self.method, self.recipe, self.gates))

@@ -79,11 +79,6 @@ class GatedPass:
         self._records: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
         self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
-    @property
-    def width(self) -> float:
-        """The width at which the model has run."""
-        return next(iter(self._records)).widths[self._width_index()]
-
     def masks(self) -> dict[str, Tensor]:
         """Return gate name -> mask, shape (images, units). The name is the maker's, with `/1` from its second gate on.
 
@@ -357,7 +352,8 @@ class GateBudget(nn.Module):
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)
         own = open_fractions(run.masks().values(), closed_gradient=self.closed_gradient)
         share = gather(run.share())
-        self.reached = self.reached_at[run.width] = share.detach().mean()
+        width = next(iter(run._records)).widths[run._width_index()]
+        self.reached = self.reached_at[width] = share.detach().mean()
         bound = bound_loss(gather(own[None]).mean(0), self.budget, p, self.bound_weight)
         return budget_loss(share, self.budget, self.budget_weight) + bound
 

@@ -87,10 +87,7 @@ class GatePlan:
         return self
 
     def least_share(self, width: float = 1.0) -> float:
-        """Return the multiply-adds with all gates closed as a share of the dense pass's, at one of the model's widths.
-
-        Raises: WidthError: if the model does not have this width.
-        """
+        """Return the multiply-adds with all gates closed as a share of the dense pass's, at one of the widths."""
         counts = self.plan.columns[width_index(width, self.plan.widths)].counts
         kept_on = partial(self.plan.channels.needed.grouping.count, np.array([*counts, 1]))
         gates = sum(gate_macs(kept_on(gate.channels), counts[gate.group]) for gate in self.gates)

@@ -228,16 +228,17 @@ class Method(nn.Module):
         if batch.narrow is not narrow or (narrow and not set(recipe.loss_weights) - {1.0} >= set(narrow)):
             expected = "views for narrower widths of the model, as in {0.5: views}"
             raise UsageError(f"{where}: batch.narrow must hold {expected}, got {batch.narrow!r:.80}")
-        views = [batch.views, *narrow.values()]
-        for each in views:
+        views: list[Tensor] = []
+        for each in (batch.views, *narrow.values()):
             if not isinstance(each, Collection) or len(each) != self.views:
                 found = len(each) if isinstance(each, Collection) else repr(each)
                 raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
-            for view in each:
-                if not isinstance(view, Tensor) or not view.ndim or view.is_meta:
-                    raise DataError(f"{where}: a view must be a tensor of shape (batch, ...), got {view!r}")
-        if len({len(view) for each in views for view in each}) > 1:
-            shapes = " and ".join(str(tuple(view.shape)) for each in views for view in each)
+            views.extend(each)
+        for view in views:
+            if not isinstance(view, Tensor) or not view.ndim or view.is_meta:
+                raise DataError(f"{where}: a view must be a tensor of shape (batch, ...), got {view!r}")
+        if len({len(view) for view in views}) > 1:
+            shapes = " and ".join(str(tuple(view.shape)) for view in views)
             raise DataError(f"{where}: views have shapes {shapes}; row i of each must belong to the same image")
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:

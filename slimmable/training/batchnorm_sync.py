@@ -80,7 +80,10 @@ def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor
         groups = next(reversed(_groups.values()), 1)
         if not given.pop("training", False) or (groups == 1 and alone()):
             return original(*args, **kwargs)
-        return cast(Tensor, joined(**given) if groups == 1 else grouped(groups, **given))
+        if groups > 1:
+            states = given.pop("running_mean"), given.pop("running_var")
+            return cast(Tensor, grouped(groups, given.pop("input"), *states, **given))
+        return cast(Tensor, joined(**given))
 
     return batch_norm
 
@@ -110,31 +113,22 @@ def joined_batch_norm(
     return cast(Tensor, _Normalise.apply(input, weight, bias, mean, scale, total))
 
 
-def grouped_batch_norm(
-    groups: int,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Return this process's part of the batch norm of `groups` equal parts of the joined batch, each on its own."""
+def grouped_batch_norm(groups: int, input: Tensor, *states: Tensor | None, **given: Any) -> Tensor:
+    """Return this process's part of the batch norm of equal `groups` of the joined batch; `states` are running ones."""
     own, rest = divmod(groups, world_size())
     if rest or len(input) % own or input.numel() // (own * max(1, input.shape[1])) < 2:
         what = f"{groups} groups of a batch norm's input, of shape {tuple(input.shape)} in each of {world_size()}"
         raise DataError(f"synchronised_batchnorm: {what} processes, must be equal, and of two values per channel each")
-    running = [state for state in (running_mean, running_var) if state is not None]
-    copies = [[state.clone() for state in running] for _ in range(own)]
-    cudnn = torch.backends.cudnn.enabled
-    outputs = [
-        torch.ops.aten.batch_norm(part, weight, bias, *(copy or (None, None)), True, momentum, eps, cudnn)
-        for part, copy in zip(input.chunk(own), copies, strict=True)
-    ]
-    for state, parts in zip(running, zip(*copies, strict=True), strict=True):
-        mean = torch.stack(parts).mean(0)
-        state.copy_(mean if alone() else from_all(mean).mean(0))
+    weight, bias, more = given.get("weight"), given.get("bias"), (given.get("momentum", 0.1), given.get("eps", 1e-5))
+    outputs, found = [], []
+    for part in input.chunk(own):
+        found.append([None if state is None else state.clone() for state in states])
+        settings = True, *more, torch.backends.cudnn.enabled
+        outputs.append(torch.ops.aten.batch_norm(part, weight, bias, *found[-1], *settings))
+    for state, copies in zip(states, zip(*found, strict=True), strict=True):
+        if state is not None:
+            mean = torch.stack(copies).mean(0)
+            state.copy_(mean if alone() else from_all(mean).mean(0))
     return torch.cat(outputs)
 
 

@@ -412,7 +412,7 @@ DEVICES = (
         (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
         (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", "0.5", "--universal"], "no gates"),
         (["pretrain", "--views-per-width", "--universal"], "--views-per-width is for fixed widths"),
-        (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64 are not equal"),
+        (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),
         (["pretrain", "--preset", "byol-imagenet", "--method", "simclr"], "is for --method byol, not simclr"),
         (["pretrain", "--preset", "byol-imagenet", "--data", "missing"], "--data missing: there is no such folder"),
         (["pretrain", "--data", "folder"], "holds no images"),
