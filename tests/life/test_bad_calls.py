@@ -493,21 +493,21 @@ CALLS: dict[str, Call] = {
         }
     ),
     **{
-        f"layers.{name}.{maker}": Call(
-            {"widths": WIDTHS_OF, argument: bad.module(make), **options}, of=lambda name=name: getattr(layers, name)
+        f"layers.{name}.from_plain": Call(
+            {"widths": WIDTHS_OF, "module": bad.module(make), **options}, of=lambda name=name: getattr(layers, name)
         )
-        for name, maker, argument, make, options in [
-            ("SlimLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-            ("SlimConv1d", "from_conv1d", "conv", lambda: nn.Conv1d(4, 2, 1), {}),
-            ("SlimConv2d", "from_conv2d", "conv", lambda: nn.Conv2d(4, 2, 1), {}),
-            ("SlimConv3d", "from_conv3d", "conv", lambda: nn.Conv3d(4, 2, 1), {}),
-            ("SlimLayerNorm", "from_layernorm", "norm", lambda: nn.LayerNorm(4), {}),
-            ("SlimGroupNorm", "from_groupnorm", "norm", lambda: nn.GroupNorm(2, 4), {}),
-            ("SwitchableLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-            ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {"rounding": ROUNDING}),
-            ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), NORM),
-            ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), NORM),
-            ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), NORM),
+        for name, make, options in [
+            ("SlimLinear", lambda: nn.Linear(4, 2), {}),
+            ("SlimConv1d", lambda: nn.Conv1d(4, 2, 1), {}),
+            ("SlimConv2d", lambda: nn.Conv2d(4, 2, 1), {}),
+            ("SlimConv3d", lambda: nn.Conv3d(4, 2, 1), {}),
+            ("SlimLayerNorm", lambda: nn.LayerNorm(4), {}),
+            ("SlimGroupNorm", lambda: nn.GroupNorm(2, 4), {}),
+            ("SwitchableLinear", lambda: nn.Linear(4, 2), {}),
+            ("SwitchableProbe", lambda: nn.Linear(4, 2), {"rounding": ROUNDING}),
+            ("SwitchableBatchNorm1d", lambda: nn.BatchNorm1d(4), NORM),
+            ("SwitchableBatchNorm2d", lambda: nn.BatchNorm2d(4), NORM),
+            ("SwitchableBatchNorm3d", lambda: nn.BatchNorm3d(4), NORM),
         ]
     },
     # -- losses
