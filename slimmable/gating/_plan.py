@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import MOST, Arguments, example_of, is_index
 from slimmable._nested import output_tensors
+from slimmable._widths import width_index
 from slimmable.analysis.channels import Grouping
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
@@ -84,10 +86,12 @@ class GatePlan:
     def __deepcopy__(self, memo: Any) -> "GatePlan":
         return self
 
-    def least_share(self) -> float:
-        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width."""
-        counts = self.plan.channels.units
-        left = self.macs.without(self.gates, counts) + sum(gate.macs for gate in self.gates)
+    def least_share(self, width: float = 1.0) -> float:
+        """Return the multiply-adds with all gates closed as a share of the dense pass's, at one of the widths."""
+        counts = self.plan.columns[width_index(width, self.plan.widths)].counts
+        kept_on = partial(self.plan.channels.needed.grouping.count, np.array([*counts, 1]))
+        gates = sum(gate_macs(kept_on(gate.channels), counts[gate.group]) for gate in self.gates)
+        left = self.macs.without(self.gates, counts) + gates
         return left / self.macs.without((), counts)
 
     def __str__(self) -> str:
@@ -148,7 +152,7 @@ class LayerMacs:
 
     def without(self, gates: Sequence[PlannedGate], counts: Sequence[int]) -> float:
         """Return the sum over all layers with all units of some gates closed."""
-        return float(self.total({gate.group: torch.zeros(1, gate.units).double() for gate in gates}, counts))
+        return float(self.total({gate.group: torch.zeros(1, counts[gate.group]).double() for gate in gates}, counts))
 
 
 @checked

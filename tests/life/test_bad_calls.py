@@ -280,6 +280,8 @@ BATCH = Argument(
         **bad.WRONG, **bad.NUMBERS, "views": [X, X], "one view": methods.Batch([X]), "no views": methods.Batch([]),
         "views of text": methods.Batch("ab"), "nothing for views": methods.Batch(None),
         "a number for views": methods.Batch(3),
+        "narrow views of no width": methods.Batch([X, X], narrow={0.3: [X, X]}),
+        "narrow views that are a list": methods.Batch([X, X], narrow=[X, X]),
         **{f"view: {label}": bad.Of(lambda whole, value=value: methods.Batch([whole.views[0], value()]))
            for label, value in MATRIX.but(an_axis_more="refused by the encoder, by its own message",
                                           integers="refused by the encoder", complex="refused by the encoder",
@@ -710,7 +712,9 @@ CALLS: dict[str, Call] = {
             )
         }
     ),
-    "training.synchronised_batchnorm": Call({}),
+    "training.synchronised_batchnorm": Call(
+        {"groups": bad.count(1)}, run=lambda groups: training.synchronised_batchnorm(groups).__enter__()
+    ),
     # -- evaluation
     "evaluation.features_of": Call(
         {
