@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from slimmable._widths import check_widths
+from slimmable._widths import ROUNDINGS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
@@ -29,6 +29,7 @@ DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST_WIDTHS = 100
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
+ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
@@ -221,6 +222,7 @@ class PretrainConfig:
     )
     views_per_width: bool = option(False, "draw views of its own for each width; keys and targets see the full width's")
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
+    rounding: str = option("nearest", **ROUNDING)
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
     distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
     loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")

@@ -104,7 +104,8 @@ def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
 
 
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
-    return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+    rules: dict[str, Any] = {"rounding": config.rounding, "universal": config.universal}
+    return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
 
 
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:

@@ -58,13 +58,11 @@ class PassNorm(SwitchableNorm):
             raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
         return norms[str(index)]
 
-    def norm_at(self, index: int) -> nn.Module:
+    def module_at(self, index: int) -> nn.Module:
         """Return the active pass's norm of the width with this index."""
         if self.__dict__["active_pass"].active is Pass.DENSE:
-            return super().norm_at(index)
+            return super().module_at(index)
         return self.of_gated_pass(index)
-
-    module_at = norm_at
 
 
 class GatedPass:

@@ -180,7 +180,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
     images = _image_count(args, kwargs)
-    fake, trace, solution = _traced(model, args, kwargs, (1.0,) if plan is None else plan.widths)
+    fake, trace, solution = _traced(model, args, kwargs, plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
     finder = _Finder(trace, plan)
     possible, refused = [], []
@@ -206,7 +206,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
 def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
     """Return the multiply-adds of a gated model for inputs whose size differs from its example's."""
     args, kwargs = example_of(model, example_inputs)
-    _, trace, _ = _traced(model, args, kwargs, found.plan.widths)
+    _, trace, _ = _traced(model, args, kwargs, found.plan)
     return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
 
 
@@ -219,11 +219,11 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 @torch.inference_mode(False)
-def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
+def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
     bare = plain(model)
     fake = FakeModel(bare, args, kwargs)
-    return fake, *best_trace(fake, widths, lambda path, module: False, 1)
+    return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
 class _RefusedError(Exception):

@@ -79,6 +79,7 @@ TAKEN = {
     "pretrain --min-crop-scale": {"zero": SHARE, "tiny": SHARE},
     "pretrain --views-per-width": {},
     "pretrain --widths": {},
+    "pretrain --rounding": {},
     "pretrain --universal": {},
     "pretrain --distill": {},
     "pretrain --loss-weights": {},
@@ -131,6 +132,7 @@ TAKEN = {
         **dict.fromkeys(("folder", "full", "above"), "files are added to a folder"),
     },
     "export --widths": {},
+    "export --rounding": {},
     "export --checkpoint": {},
     "export --pretrained": {},
     "export --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
@@ -138,10 +140,12 @@ TAKEN = {
     "profile NAME": {},
     "profile --image-size": {},
     "profile --widths": {},
+    "profile --rounding": {},
     "profile --csv": {**dict.fromkeys(("missing", "unknown", "number", "unicode"), NEW), "file": "it is replaced"},
     "plan NAME": {},
     "plan --image-size": {},
     "plan --widths": {},
+    "plan --rounding": {},
 }
 
 
