@@ -32,7 +32,7 @@ _MOST = 100  # values of an option
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
-_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float)}
+_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
 
 class MissingPackageError(SlimmableError, ImportError):
@@ -168,7 +168,7 @@ def check(settings: Any) -> None:
     """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
-        if isinstance(value, (list, tuple)) and len(set(value)) > _MOST:
+        if within and isinstance(value, (list, tuple)) and len(value) > _MOST:
             raise UsageError(f"{flag(each.name)}: got {len(value):,} of them; choose at most {_MOST}")
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if isinstance(one, str) and not one.strip():
@@ -176,14 +176,17 @@ def check(settings: Any) -> None:
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             least, most = within.ends if within else (one, one)
-            if within and not (within.holds(one) and least <= one <= most):
-                limits = f"from {least} to {most:,}" if within.holds(one) else within.text
-                raise UsageError(f"{flag(each.name)} must be {limits}, got {one}")
+            inside = not within or (isinstance(one, (int, float)) and within.holds(one))
+            if not inside or (within and not least <= one <= most):
+                limits = f"from {least} to {most:,}" if inside else within.text
+                raise UsageError(f"{flag(each.name)} must be {limits}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
     widths = DEFAULT_WIDTHS if given is None else given
+    if len(widths) > _MOST:
+        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST}")
     try:
         return check_widths(widths)
     except WidthError as error:
@@ -192,13 +195,8 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
 
 def fits(settings: type, name: str, value: object) -> bool:
     """Return whether a value read from JSON has the type of the field `name`."""
-
-    def is_one(kind: Any, part: object) -> bool:
-        if items := get_args(kind):
-            return type(part) is list and all(is_one(items[0], item) for item in part)
-        return type(part) in _JSON_TYPES.get(kind, (kind,))  # a bool is no int
-
-    return any(is_one(kind, value) for kind in _parts(get_type_hints(settings)[name]))
+    parts = [get_origin(part) or part for part in _parts(get_type_hints(settings)[name])]
+    return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -317,7 +315,7 @@ class PretrainConfig:
             raise UsageError(f"--data {data} needs its folder; add --data-dir FOLDER")
         for name in ("mean", "std"):
             if (values := getattr(self, name)) is not None and len(values) not in (1, self.channels):
-                count = f"got {len(values):,} values for images of {self.channels} channels"
+                count = f"got {len(values):,} values, the number of channels is {self.channels}"
                 raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
 
     @property

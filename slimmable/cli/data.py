@@ -190,17 +190,16 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
-    whole = Path(os.path.abspath(folder))
     parts = []
-    for root in _roots(whole):
-        tarred = _is_tar(root) or not _holds_images(root, whole)
+    for root in _roots(folder):
+        tarred = _is_tar(root) or not _holds_images(root, folder)
         with explained(f"--data {printable(root)} cannot be listed"):
             if tarred:  # none stays open, for workers would share its position, and no cache is written beside it
                 reader: Any = ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
             else:
                 reader = ReaderImageFolder(str(root), input_key=";".join(_SUFFIXES))
             parts.append(_listed(reader, str(root)))
-    return _split(str(whole), parts, seed, say)
+    return _split(str(folder), parts, seed, say)
 
 
 def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
@@ -215,13 +214,12 @@ def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
             held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits]
             found += [create_reader(name, root=root, split=split) for split in held_out[:1]]
         elif name.lower() in ("torch/image_folder", "torch/folder"):
-            whole = Path(os.path.abspath(str(root)))
-            roots = [part for part in _roots(whole) if _holds_images(part, whole)]
+            roots = [part for part in _roots(Path(str(root))) if _holds_images(part, Path(str(root)))]
             found = [create_dataset(name, str(part), search_split=False) for part in roots]
         else:
             found = [create_dataset(name, root, split=split) for split in ("train", "validation")]
         parts = [_listed(part, f"{name} {kind}", config.channels) for part, kind in zip(found, _PARTS, strict=False)]
-    return _split(os.path.abspath(root or ""), parts, 0, say, config.channels == 1 and "fashion" not in name.lower())
+    return _split(str(root), parts, 0, say, config.channels == 1 and "fashion" not in name.lower())
 
 
 def _is_tar(path: Path) -> bool:
@@ -314,7 +312,7 @@ def _split(
         if not part.names:
             raise DataError(f"--data {printable(place)}: no image left to {purpose}; {total} files were found there")
     labels = [torch.tensor([numbers[label] for label in part.labels]) for part in (train, test)]
-    names = [[name.removeprefix(place) for name in part.names] for part in (train, test)]
+    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in (train, test)]
     content = repr((names, train.labels, test.labels)).encode()
     digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(content).hexdigest()[:16]}"
     return Images(train, labels[0], test, labels[1], classes, train.channels, handwriting, digest)
