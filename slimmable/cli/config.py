@@ -25,6 +25,7 @@ METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+_AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -217,18 +218,11 @@ class PretrainConfig:
         "used for evaluation only, except with --method supervised",
         metavar="NAME",
     )
-    data_dir: str | None = option(
-        None, "the folder of a torch/NAME data set, or where to keep one from the Hub", metavar="FOLDER"
-    )
+    data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
     mean: tuple[float, ...] | None = option(
-        None,
-        "what is subtracted from each channel, of values in [0, 1], before it is divided by --std",
-        within=FRACTION,
-        shown="as timm says for the model; for digits 0",
+        None, "what is subtracted from each channel, of values in [0, 1]", within=FRACTION, shown=_AS_TIMM
     )
-    std: tuple[float, ...] | None = option(
-        None, "see --mean", within=POSITIVE, shown="as timm says for the model; for digits 1"
-    )
+    std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
     augmentation: str = option(
@@ -279,10 +273,20 @@ class PretrainConfig:
 
         object.__setattr__(self, "widths", checked_widths(self.widths))
         for name in ("mean", "std"):
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(given))
+            if (values := getattr(self, name)) is not None:
+                if len(values) not in (1, self.channels):
+                    count = f"got {len(values):,} values, the number of channels is {self.channels}"
+                    raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
+                object.__setattr__(self, name, tuple(values))
         check(self)
-        self._check_data()
+        if self.kind in _IN_ORDER:
+            way = "in their order, so a run could not be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
+            raise UsageError(f"--data {printable(self.data)}: timm reads the images of {self.kind}/ {way}")
+        if (self.data_dir is None) == (self.kind == "torch") and self.kind != "hfds":
+            given = "is missing" if self.data_dir is None else printable(self.data_dir)
+            raise UsageError(
+                f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {printable(self.data)}"
+            )
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
@@ -302,26 +306,11 @@ class PretrainConfig:
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
-    def _check_data(self) -> None:
-        kind, data = self.data.lower().partition("/")[0], printable(self.data)
-        if "/" in self.data and kind in _IN_ORDER:
-            way = "which allows no split, and no run to be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
-            raise UsageError(f"--data {data}: timm reads {kind}/ from the first to the last image, {way}")
-        if self.data_dir is not None and not self.is_named:
-            raise UsageError(
-                f"--data-dir {printable(self.data_dir)} is for torch/NAME and hfds/NAME, not --data {data}"
-            )
-        if self.data_dir is None and self.is_named and kind == "torch":
-            raise UsageError(f"--data {data} needs its folder; add --data-dir FOLDER")
-        for name in ("mean", "std"):
-            if (values := getattr(self, name)) is not None and len(values) not in (1, self.channels):
-                count = f"got {len(values):,} values, the number of channels is {self.channels}"
-                raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
-
     @property
-    def is_named(self) -> bool:
-        """Whether the images are a data set that timm knows by name."""
-        return self.data.lower().startswith(("torch/", "hfds/"))
+    def kind(self) -> str:
+        """The kind of data set that timm knows by name, as in torch/cifar10; empty for all others."""
+        kind, slash, _ = self.data.lower().partition("/")
+        return kind if slash and kind in ("torch", "hfds", *_IN_ORDER) else ""
 
     @property
     def channels(self) -> int:
