@@ -235,7 +235,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parser.exit(2)
     _check_text(parser, argv)
     if argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        parser.error(f"there is no command {argv[0]}{_suggestion(argv[0], COMMANDS)}")
+        parser.error(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
     given = vars(arguments)
     name = given.pop("command")
@@ -244,7 +244,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if unknown:
         typed = unknown[0].partition("=")[0]
         known = ["--help", *(flag(each.name) for options in COMMANDS[name] for each in fields(options))]
-        parser.exit(2, f"slimmable {name}: there is no option {typed}{_suggestion(typed, known)}\n")
+        parser.exit(2, f"slimmable {name}: there is no option {typed}{suggestion(typed, known)}\n")
     return name, given
 
 
@@ -262,7 +262,8 @@ def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         option = f"{text} " if text.startswith("--") else option
 
 
-def _suggestion(typed: str, known: Iterable[str]) -> str:
+def suggestion(typed: str, known: Iterable[str]) -> str:
+    """Return a question that ends a message about an unknown word, if a known one is similar."""
     similar = difflib.get_close_matches(typed, list(known), n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 
