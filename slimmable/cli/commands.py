@@ -33,6 +33,7 @@ class Pretrain(RunOptions):
     """Pre-train a slimmable network, evaluate every width, and fill the run folder."""
 
     def _run(self, **given: Any) -> int:
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if "widths" in given:
             given["widths"] = checked_widths(given["widths"])
         from slimmable.cli.pretrain import pretrain as run
@@ -58,6 +59,11 @@ class Evaluate:
         "linear: one classifier per width; slimmable: one for all widths; ridge: solved in closed form",
         choices=("knn", "linear", "slimmable", "ridge"),
     )
+    label_fraction: tuple[float, ...] = option(
+        (),
+        "train the probes also with these fractions of the labels, as many of each class, such as 0.01 0.1",
+        within=settings.Range("in (0, 1)", lambda value: 0 < value < 1),
+    )
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)
 
@@ -65,15 +71,18 @@ class Evaluate:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.lock import locked
+        from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_backbone
 
         config = read_config(self.run)
         with locked(self.run):
             images = load_images(config)
             backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
-            probes: list[Any] = list(dict.fromkeys(self.probes))
-            rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
-            say(report_run(config, self.run, rows, images))
+            parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
+            probes = list(dict.fromkeys(probe + part for part in parts for probe in self.probes))
+            workers = _count_workers(self.workers)
+            rows = rows_of_run(config, backbone, images, probes, workers)
+            say(report_run(config, self.run, rows, images, workers))
         return 0
 
 

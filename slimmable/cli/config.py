@@ -6,6 +6,7 @@ Options are fields of dataclasses, the one source of the parser, the checks and 
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -24,13 +25,14 @@ METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+_IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-_MOST_WIDTHS = 100
+_MOST = 100  # values of an option
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
-_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
+_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float)}
 
 
 class MissingPackageError(SlimmableError, ImportError):
@@ -172,6 +174,8 @@ def check(settings: Any) -> None:
     """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
+        if isinstance(value, (list, tuple)) and len(set(value)) > _MOST:
+            raise UsageError(f"{flag(each.name)}: got {len(value):,} of them; choose at most {_MOST}")
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if isinstance(one, str) and not one.strip():
                 raise UsageError(f"{flag(each.name)} is empty")
@@ -186,8 +190,6 @@ def check(settings: Any) -> None:
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
     widths = DEFAULT_WIDTHS if given is None else given
-    if len(widths) > _MOST_WIDTHS:
-        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST_WIDTHS}")
     try:
         return check_widths(widths)
     except WidthError as error:
@@ -196,8 +198,13 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
 
 def fits(settings: type, name: str, value: object) -> bool:
     """Return whether a value read from JSON has the type of the field `name`."""
-    parts = [get_origin(part) or part for part in _parts(get_type_hints(settings)[name])]
-    return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
+
+    def is_one(kind: Any, part: object) -> bool:
+        if items := get_args(kind):
+            return type(part) is list and all(is_one(items[0], item) for item in part)
+        return type(part) in _JSON_TYPES.get(kind, (kind,))  # a bool is no int
+
+    return any(is_one(kind, value) for kind in _parts(get_type_hints(settings)[name]))
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -213,9 +220,22 @@ class PretrainConfig:
     model: str = option("small_resnet", "a timm model, or small_resnet: a narrow ResNet-10 for small images")
     data: str = option(
         DIGITS,
-        "digits: cluttered digits, made from those in scikit-learn; or the path of a folder with one folder of images "
-        "per class; the classes are used for evaluation only, except with --method supervised",
+        "digits: cluttered digits, made from those in scikit-learn; the path of a folder with one folder of images per "
+        "class, or of a tar file; or a name that timm knows, as in torch/cifar10 or hfds/USER/NAME; the classes are "
+        "used for evaluation only, except with --method supervised",
         metavar="NAME",
+    )
+    data_dir: str | None = option(
+        None, "the folder of a torch/NAME data set, or where to keep one from the Hub", metavar="FOLDER"
+    )
+    mean: tuple[float, ...] | None = option(
+        None,
+        "what is subtracted from each channel, of values in [0, 1], before it is divided by --std",
+        within=FRACTION,
+        shown="as timm says for the model; for digits 0",
+    )
+    std: tuple[float, ...] | None = option(
+        None, "see --mean", within=POSITIVE, shown="as timm says for the model; for digits 1"
     )
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
@@ -266,7 +286,11 @@ class PretrainConfig:
         from slimmable.losses import width_weights
 
         object.__setattr__(self, "widths", checked_widths(self.widths))
+        for name in ("mean", "std"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(given))
         check(self)
+        self._check_data()
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
@@ -286,10 +310,31 @@ class PretrainConfig:
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
+    def _check_data(self) -> None:
+        kind, data = self.data.lower().partition("/")[0], printable(self.data)
+        if "/" in self.data and kind in _IN_ORDER:
+            way = "which allows no split, and no run to be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
+            raise UsageError(f"--data {data}: timm reads {kind}/ from the first to the last image, {way}")
+        if self.data_dir is not None and not self.is_named:
+            raise UsageError(
+                f"--data-dir {printable(self.data_dir)} is for torch/NAME and hfds/NAME, not --data {data}"
+            )
+        if self.data_dir is None and self.is_named and kind == "torch":
+            raise UsageError(f"--data {data} needs its folder; add --data-dir FOLDER")
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None and len(values) not in (1, self.channels):
+                count = f"got {len(values):,} values for images of {self.channels} channels"
+                raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
+
     @property
-    def is_folder(self) -> bool:
-        """Whether the images come from a folder."""
-        return self.data != DIGITS
+    def is_named(self) -> bool:
+        """Whether the images are a data set that timm knows by name."""
+        return self.data.lower().startswith(("torch/", "hfds/"))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 for digits and torchvision's kinds of MNIST, which are grey, otherwise 3."""
+        return 1 if self.data == DIGITS or re.fullmatch("torch/.*mnist", self.data.lower()) else 3
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
