@@ -87,21 +87,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Export:
-    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+class Network:
+    """Which network of a run, a file or timm."""
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
         help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
     )
-    format: tuple[str, ...] | None = option(
-        None,
-        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
-        choices=("pt2", "onnx", "safetensors"),
-        shown="pt2, and onnx if it is installed",
-        action="append",
-    )
-    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
     widths: tuple[float, ...] | None = option(
         None, **WIDTHS, group="for a timm model only, except that a file also takes --image-size"
     )
@@ -114,12 +106,12 @@ class Export:
     )
     image_size: int | None = option(None, **SIZE)
 
-    def _run(self) -> int:
+    def source(self) -> tuple[Any, list[float], Path]:
+        """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
+        settings.check(self)
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
-        from slimmable.cli.export import export as write
         from slimmable.cli.export import file_source, run_source, timm_source
-        from slimmable.cli.lock import locked
         from slimmable.cli.run import CONFIG, check_name
 
         path = Path(self.model)
@@ -141,8 +133,36 @@ class Export:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
             source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", self.model)
+        return source, [*source.widths] if ALL in self.width else [*map(float, self.width)], folder
+
+    def _leave_out(self, what: str, *more: str) -> None:
+        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
+        names = ("widths", "checkpoint", "pretrained", "num_classes", *more)
+        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Network, name)]
+        if settled:
+            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+
+    format: tuple[str, ...] | None = option(
+        None,
+        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
+        choices=("pt2", "onnx", "safetensors"),
+        shown="pt2, and onnx if it is installed",
+        action="append",
+        group="what to write",
+    )
+    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
+
+    def _run(self, **network: Any) -> int:
+        from slimmable.cli.export import export as write
+        from slimmable.cli.lock import locked
+
+        source, widths, folder = Network(**network).source()
         folder = self.output or folder
-        widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
         with locked(folder):
             files = write(source, widths, self.format, folder)
         for file in files:
@@ -152,12 +172,27 @@ class Export:
         say(f"wrote {folder / 'README.md'}, the model card")
         return 0
 
-    def _leave_out(self, what: str, *more: str) -> None:
-        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
-        names = ("widths", "checkpoint", "pretrained", "num_classes", *more)
-        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
-        if settled:
-            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
+@dataclass(frozen=True)
+class Embed:
+    """Write the features of all images in a folder, at any widths of a timm model, a saved model or a run."""
+
+    images: Path = option(help="folder of images, at any depth", metavar="FOLDER", group="what to write")
+    output: Path = option(Path("features.npz"), "file to write, for numpy.load; it is replaced", metavar="FILE.npz")
+    workers: int | None = option(None, **WORKERS)
+    device: str | None = option(None, **DEVICE)
+
+    def _run(self, **network: Any) -> int:
+        from slimmable.cli.embed import embed
+
+        if self.output.suffix != ".npz":
+            raise UsageError(f"--output {self.output} must end in .npz")
+        source, widths, _ = Network(**network).source()
+        device, workers = _find_device(self.device), _count_workers(self.workers)
+        for name, shape in embed(source, self.images, widths, self.output, device, workers).items():
+            say(f"{name}: {' x '.join(map(str, shape))}")
+        say(f"wrote {self.output}")
+        return 0
 
 
 @dataclass(frozen=True)
@@ -209,7 +244,8 @@ class Profile(Plan):
 COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
     "pretrain": (settings.PretrainConfig, Pretrain),
     "evaluate": (Evaluate,),
-    "export": (Export,),
+    "export": (Network, Export),
+    "embed": (Network, Embed),
     "profile": (Profile,),
     "plan": (Plan,),
 }
