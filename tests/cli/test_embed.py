@@ -147,7 +147,10 @@ def test_what_cannot_be_embedded_is_refused(change, message, pictures, tmp_path,
 
 
 def test_a_network_that_gives_maps_is_refused(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(timm.models.ResNet, "forward_head", lambda self, x, pre_logits: x)
+    head = timm.models.ResNet.forward_head
+    monkeypatch.setattr(
+        timm.models.ResNet, "forward_head", lambda self, x, pre_logits=False: x if pre_logits else head(self, x)
+    )
     line = ["embed", "test_resnet", str(pictures), "--width", "1", "--output", str(tmp_path / "features.npz"), *HERE]
     assert main(line) == 2
     assert "test_resnet does not output one feature vector per image" in capsys.readouterr().err

@@ -952,19 +952,15 @@ def option_argument(each: Any) -> Argument:
         wrong = bad.count(1).bad
     elif one is float:
         wrong = {**bad.number(0.5).bad, "huge": 1e30}
-    fine = {label: why for (label, why), names in FINE.items() if each.name in names.split()}
+    within = each.metadata["within"]
+    fine = {"none": "the default"} if each.default is None else {}
+    fine |= {"list": "the default"} if each.default == () else {}
+    fine |= {"zero": "in its range"} if within and within.holds(0) else {}
+    fine |= {"fractional": "in its range"} if one is float and within and within.holds(1.5) else {}
+    fine |= {"text": "a new name"} if each.name == "output" else {}
     return Argument(lambda: good, wrong).but(**fine)
 
 
-FINE = {
-    ("none", "the default"): "preset gate_budget lr_after_slow_start warmup_epochs knn_every workers device",
-    ("zero", "one end of the range"): "min_crop_scale slow_start ema_momentum proj_hidden_dim warmup_epochs "
-    "weight_decay seed knn_every workers",
-    ("fractional", "a number like another"): "gate_loss_weight gate_lr_scale temperature lr lr_after_slow_start "
-    "warmup_epochs weight_decay",
-    ("text", "a new name"): "output",
-    ("list", "none"): "logger",
-}
 PRETRAIN = [each for options in COMMANDS["pretrain"] for each in fields(options)]
 CALLS["pretrain"] = Call({each.name: option_argument(each) for each in PRETRAIN}, run=taken)
 
