@@ -25,6 +25,7 @@ METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+_AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -32,7 +33,7 @@ _MOST = 100  # values of an option
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
-_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float)}
+_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
 
 class MissingPackageError(SlimmableError, ImportError):
@@ -174,7 +175,7 @@ def check(settings: Any) -> None:
     """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
-        if isinstance(value, (list, tuple)) and len(set(value)) > _MOST:
+        if within and isinstance(value, (list, tuple)) and len(value) > _MOST:
             raise UsageError(f"{flag(each.name)}: got {len(value):,} of them; choose at most {_MOST}")
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if isinstance(one, str) and not one.strip():
@@ -182,14 +183,17 @@ def check(settings: Any) -> None:
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             least, most = within.ends if within else (one, one)
-            if within and not (within.holds(one) and least <= one <= most):
-                limits = f"from {least} to {most:,}" if within.holds(one) else within.text
-                raise UsageError(f"{flag(each.name)} must be {limits}, got {one}")
+            inside = not within or (isinstance(one, (int, float)) and within.holds(one))
+            if not inside or (within and not least <= one <= most):
+                limits = f"from {least} to {most:,}" if inside else within.text
+                raise UsageError(f"{flag(each.name)} must be {limits}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
     widths = DEFAULT_WIDTHS if given is None else given
+    if len(widths) > _MOST:
+        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST}")
     try:
         return check_widths(widths)
     except WidthError as error:
@@ -198,13 +202,8 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
 
 def fits(settings: type, name: str, value: object) -> bool:
     """Return whether a value read from JSON has the type of the field `name`."""
-
-    def is_one(kind: Any, part: object) -> bool:
-        if items := get_args(kind):
-            return type(part) is list and all(is_one(items[0], item) for item in part)
-        return type(part) in _JSON_TYPES.get(kind, (kind,))  # a bool is no int
-
-    return any(is_one(kind, value) for kind in _parts(get_type_hints(settings)[name]))
+    parts = [get_origin(part) or part for part in _parts(get_type_hints(settings)[name])]
+    return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -225,18 +224,11 @@ class PretrainConfig:
         "used for evaluation only, except with --method supervised",
         metavar="NAME",
     )
-    data_dir: str | None = option(
-        None, "the folder of a torch/NAME data set, or where to keep one from the Hub", metavar="FOLDER"
-    )
+    data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
     mean: tuple[float, ...] | None = option(
-        None,
-        "what is subtracted from each channel, of values in [0, 1], before it is divided by --std",
-        within=FRACTION,
-        shown="as timm says for the model; for digits 0",
+        None, "what is subtracted from each channel, of values in [0, 1]", within=FRACTION, shown=_AS_TIMM
     )
-    std: tuple[float, ...] | None = option(
-        None, "see --mean", within=POSITIVE, shown="as timm says for the model; for digits 1"
-    )
+    std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
     augmentation: str = option(
@@ -287,10 +279,20 @@ class PretrainConfig:
 
         object.__setattr__(self, "widths", checked_widths(self.widths))
         for name in ("mean", "std"):
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(given))
+            if (values := getattr(self, name)) is not None:
+                if len(values) not in (1, self.channels):
+                    count = f"got {len(values):,} values, the number of channels is {self.channels}"
+                    raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
+                object.__setattr__(self, name, tuple(values))
         check(self)
-        self._check_data()
+        if self.kind in _IN_ORDER:
+            way = "in their order, so a run could not be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
+            raise UsageError(f"--data {printable(self.data)}: timm reads the images of {self.kind}/ {way}")
+        if (self.data_dir is None) == (self.kind == "torch") and self.kind != "hfds":
+            given = "is missing" if self.data_dir is None else printable(self.data_dir)
+            raise UsageError(
+                f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {printable(self.data)}"
+            )
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
@@ -310,26 +312,11 @@ class PretrainConfig:
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
-    def _check_data(self) -> None:
-        kind, data = self.data.lower().partition("/")[0], printable(self.data)
-        if "/" in self.data and kind in _IN_ORDER:
-            way = "which allows no split, and no run to be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
-            raise UsageError(f"--data {data}: timm reads {kind}/ from the first to the last image, {way}")
-        if self.data_dir is not None and not self.is_named:
-            raise UsageError(
-                f"--data-dir {printable(self.data_dir)} is for torch/NAME and hfds/NAME, not --data {data}"
-            )
-        if self.data_dir is None and self.is_named and kind == "torch":
-            raise UsageError(f"--data {data} needs its folder; add --data-dir FOLDER")
-        for name in ("mean", "std"):
-            if (values := getattr(self, name)) is not None and len(values) not in (1, self.channels):
-                count = f"got {len(values):,} values for images of {self.channels} channels"
-                raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
-
     @property
-    def is_named(self) -> bool:
-        """Whether the images are a data set that timm knows by name."""
-        return self.data.lower().startswith(("torch/", "hfds/"))
+    def kind(self) -> str:
+        """The kind of data set that timm knows by name, as in torch/cifar10; empty for all others."""
+        kind, slash, _ = self.data.lower().partition("/")
+        return kind if slash and kind in ("torch", "hfds", *_IN_ORDER) else ""
 
     @property
     def channels(self) -> int:

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader import Reader
 from timm.data.readers.reader_factory import create_reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -73,7 +72,7 @@ def load_images(config: PretrainConfig) -> Images:
     if config.data == DIGITS:
         return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
     told = say if is_first() else lambda text: None
-    return named_images(config, told) if config.is_named else folder_images(Path(config.data), 0, told)
+    return named_images(config, told) if config.kind else folder_images(Path(config.data), 0, told)
 
 
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
@@ -190,38 +189,37 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
-    whole = Path(os.path.abspath(folder))
     parts = []
-    for root in _roots(whole):
-        tarred = _is_tar(root) or not _holds_images(root, whole)
+    for root in _roots(folder):
+        tarred = _is_tar(root) or not _holds_images(root, folder)
         with explained(f"--data {printable(root)} cannot be listed"):
             if tarred:  # none stays open, for workers would share its position, and no cache is written beside it
                 reader: Any = ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
             else:
                 reader = ReaderImageFolder(str(root), input_key=";".join(SUFFIXES))
             parts.append(_listed(reader, str(root)))
-    return _split(str(whole), parts, seed, say)
+    return _split(str(folder), parts, seed, say)
 
 
 def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
     """Return the images of a data set that timm's `create_dataset` knows by name, with its own split if it has one."""
     name, root = config.data, config.data_dir
-    if hub := name.lower().startswith("hfds/"):
+    if config.kind == "hfds":
         require("datasets", "datasets", extra=None)
     with explained(f"--data {printable(name)} cannot be read"):
-        if hub:
+        if config.kind == "hfds":
             found: list[Any] = [create_reader(name, root=root, split="train")]
             splits = found[0].dataset.info.splits or {}
             held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits]
             found += [create_reader(name, root=root, split=split) for split in held_out[:1]]
         elif name.lower() in ("torch/image_folder", "torch/folder"):
-            whole = Path(os.path.abspath(str(root)))
-            roots = [part for part in _roots(whole) if _holds_images(part, whole)]
+            roots = [part for part in _roots(Path(str(root))) if _holds_images(part, Path(str(root)))]
             found = [create_dataset(name, str(part), search_split=False) for part in roots]
         else:
             found = [create_dataset(name, root, split=split) for split in ("train", "validation")]
         parts = [_listed(part, f"{name} {kind}", config.channels) for part, kind in zip(found, _PARTS, strict=False)]
-    return _split(os.path.abspath(root or ""), parts, 0, say, config.channels == 1 and "fashion" not in name.lower())
+    characters = config.channels == 1 and "fashion" not in name.lower()
+    return replace(_split(str(root), parts, 0, say), handwriting=characters)
 
 
 def _is_tar(path: Path) -> bool:
@@ -230,11 +228,13 @@ def _is_tar(path: Path) -> bool:
 
 def _roots(folder: Path) -> list[Path]:
     """Return the folders or tar files with the images to train on and those held out, or the one with all of them."""
-    train, held_out = (
-        [path for name in names for path in (folder / name, folder / f"{name}.tar") if path.is_dir() or _is_tar(path)]
-        for names in (_TRAIN, _HELD_OUT)
-    )
-    return [train[0], held_out[0]] if train and held_out else [folder]
+
+    def found(names: Sequence[str]) -> list[Path]:
+        paths = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
+        return [path for path in paths if path.is_dir() or (_is_tar(path) and not path.is_symlink())][:1]
+
+    split = found(_TRAIN) + found(_HELD_OUT)
+    return split if len(split) == 2 else [folder]
 
 
 def _holds_images(root: Path, data: Path) -> bool:
@@ -281,10 +281,10 @@ def _listed(found: Any, name: str, channels: int = 3) -> Pictures:
         names, numbers = ["/".join([name, *filter(None, parts)]) for parts in paths], found.targets
     else:
         names = [f"{name} {number:07}" for number in range(len(found))]
-        hub, targets = isinstance(found, Reader), getattr(found, "targets", [])
-        numbers = (
-            found.dataset[found.label_key] if hub else torch.as_tensor(targets).view(len(found), -1)[:, 0].tolist()
-        )
+        if hasattr(found, "label_key"):  # on the Hub
+            numbers = found.dataset[found.label_key]
+        else:
+            numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
     kinds = ("wnid_to_idx", "class_name_to_idx", "class_to_idx")  # two classes of ImageNet have the same name
     known = next(getattr(found, kind) for kind in kinds if hasattr(found, kind))
     classes = {number: name for name, number in known.items()}
@@ -292,9 +292,7 @@ def _listed(found: Any, name: str, channels: int = 3) -> Pictures:
     return Pictures(pairs if isinstance(pairs, list) else found, names, labels, channels)
 
 
-def _split(
-    place: str, parts: list[Pictures], seed: int, say: Callable[[str], None], handwriting: bool = False
-) -> Images:
+def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], None]) -> Images:
     """Return the images of two parts, or of one, a fifth of which is held out; `place` begins the names of files."""
     known = [set(part.labels) - {"", "."} for part in parts]  # files beside the folders of classes have none
     if unknown := listed(sorted(map(printable, known[-1] - known[0])), 5):
@@ -302,10 +300,8 @@ def _split(
     classes = tuple(sorted(known[0], key=lambda name: (natural_key(name), name)))
     numbers = {name: number for number, name in enumerate(classes)}
     for at, part in enumerate(parts):  # in an order of their own, as the order of a listing depends on the file system
-        rows = sorted(
-            (numbers[label], part.names[row], row) for row, label in enumerate(part.labels) if label in numbers
-        )
-        parts[at] = part.take([row for *_, row in rows])
+        keys = [(numbers.get(label, -1), name) for label, name in zip(part.labels, part.names, strict=True)]
+        parts[at] = part.take(sorted((row for row, key in enumerate(keys) if key[0] >= 0), key=keys.__getitem__))
     total = sum(map(len, parts))
     if total <= _TRIED:
         parts = _readable(parts, say)
@@ -314,10 +310,10 @@ def _split(
         if not part.names:
             raise DataError(f"--data {printable(place)}: no image left to {purpose}; {total} files were found there")
     labels = [torch.tensor([numbers[label] for label in part.labels]) for part in (train, test)]
-    names = [[name.removeprefix(place) for name in part.names] for part in (train, test)]
+    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in (train, test)]
     content = repr((names, train.labels, test.labels)).encode()
     digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(content).hexdigest()[:16]}"
-    return Images(train, labels[0], test, labels[1], classes, train.channels, handwriting, digest)
+    return Images(train, labels[0], test, labels[1], classes, train.channels, digest=digest)
 
 
 def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pictures]:
