@@ -81,7 +81,9 @@ TAKEN = {
     "pretrain --image-size": {},
     "pretrain --augmentation": {},
     "pretrain --min-crop-scale": {"zero": SHARE, "tiny": SHARE},
+    "pretrain --views-per-width": {},
     "pretrain --widths": {},
+    "pretrain --rounding": {},
     "pretrain --universal": {},
     "pretrain --distill": {},
     "pretrain --loss-weights": {},
@@ -91,17 +93,23 @@ TAKEN = {
     "pretrain --gate-lr-scale": {},
     "pretrain --proj-dim": {"20,000": LARGE},
     "pretrain --proj-hidden-dim": {"zero": "one hidden unit per feature", "20,000": LARGE},
+    "pretrain --head-std": {},
     "pretrain --temperature": {},
     "pretrain --ema-momentum": {"zero": SHARE, "tiny": SHARE},
     "pretrain --queue-size": {"20,000": "it is cut to a quarter of the images"},
     "pretrain --key-parts": {},
+    "pretrain --bn-groups": {},
     "pretrain --epochs": {"20,000": LARGE},
     "pretrain --batch-size": {},
     "pretrain --opt": {},
     "pretrain --lr": {},
     "pretrain --lr-after-slow-start": {},
     "pretrain --warmup-epochs": {"zero": OFF, "tiny": "no step is shorter"},
+    "pretrain --lars-trust": {},
+    "pretrain --lars-clip": {},
+    "pretrain --lars-gates": {},
     "pretrain --weight-decay": {"zero": OFF, "tiny": OFF},
+    "pretrain --decay-norms": {},
     "pretrain --precision": {},
     "pretrain --seed": {"zero": "the default", "20,000": "any number below 2**31 is a seed"},
     "pretrain --preset": {},
@@ -130,6 +138,7 @@ TAKEN = {
         **dict.fromkeys(("folder", "full", "above"), "files are added to a folder"),
     },
     "export --widths": {},
+    "export --rounding": {},
     "export --checkpoint": {},
     "export --pretrained": {},
     "export --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
@@ -137,6 +146,7 @@ TAKEN = {
     "embed MODEL_OR_RUN": {},
     "embed --width": {"hundreds of one": "it is written once"},
     "embed --widths": {},
+    "embed --rounding": {},
     "embed --checkpoint": {},
     "embed --pretrained": {},
     "embed --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
@@ -148,10 +158,12 @@ TAKEN = {
     "profile NAME": {},
     "profile --image-size": {},
     "profile --widths": {},
+    "profile --rounding": {},
     "profile --csv": {**dict.fromkeys(("missing", "unknown", "number", "unicode"), NEW), "file": "it is replaced"},
     "plan NAME": {},
     "plan --image-size": {},
     "plan --widths": {},
+    "plan --rounding": {},
 }
 
 
@@ -295,7 +307,8 @@ def caller(run, tmp_path, monkeypatch, capfd):
     def hang(*_):
         raise Hung
 
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
     work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed._features")
     for name in (f"cli.{name}" for name in work):
@@ -356,7 +369,7 @@ def names(said, each, words):
     """Return whether a message names an option and its value; of paths, models and switches, the value is enough."""
     values = [form for word in words[:2] for form in forms(word)]
     if not values or len(words) > 2 or "expected " in said or "is for --method" in said:
-        return name_of(each) in said
+        return name_of(each) in said or (is_positional(each) and "the following arguments are required" in said)
     enough = (
         is_positional(each)
         or each.default is False
@@ -427,7 +440,9 @@ DEVICES = (
         (["pretrain", "--method", "byol", "--distill", "kl"], "--distill kl compares logits"),
         (["pretrain", "--method", "simclr", "--augmentation", "supervised"], "--augmentation supervised makes one"),
         (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
-        (["pretrain", "--method", "simclr", "--gate-budget", "0.5", "--widths", "1", "0.5"], "trains one width"),
+        (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", "0.5", "--universal"], "no gates"),
+        (["pretrain", "--views-per-width", "--universal"], "--views-per-width is for fixed widths"),
+        (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),
         (["pretrain", "--preset", "byol-imagenet", "--method", "simclr"], "is for --method byol, not simclr"),
         (["pretrain", "--preset", "byol-imagenet", "--data", "missing"], "--data missing: there is no such folder"),
         (["pretrain", "--data", "folder"], "holds no images"),
