@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,9 @@ def pretrain(**options: Any) -> Run:
     """Pre-train a slimmable network, evaluate every width, and fill the run folder, as `slimmable pretrain` does.
 
     The arguments are the options of the command, with underscores: those that take several values are sequences, those
-    without a value are True or False. The result is the command's, bit for bit, and so are the checks and the messages;
-    `quiet=True` leaves out the latter. Random numbers, the default device and type, and signal handlers are put back.
-    After Ctrl-C or another signal a checkpoint is written; then the program gets the signal, so that a notebook shows
-    KeyboardInterrupt. `resume=True` continues. Started by `torchrun`, all processes must call it. Where processes that
+    without a value True or False. The run is the command's, bit for bit. The caller's random numbers, default device
+    and type, and signal handlers are as before. After Ctrl-C or another signal a checkpoint is written, and then the
+    program gets the signal; `resume=True` continues. Under `torchrun`, all processes must call it. Where processes that
     read images are spawned, call it under `if __name__ == "__main__":`, or with `workers=0`.
 
     Raises: SlimmableError: where the command ends with exit code 2. MissingPackageError: without the extra `cli`.
@@ -86,32 +85,27 @@ def _in_python(text: str) -> str:
 
 
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options as the parser makes them of words on the command line, which cannot say None, False or ()."""
-    for name in options.keys() - _OPTIONS.keys():
-        raise UsageError(f"there is no option {name}{suggestion(name, _OPTIONS)}")
-    absent = {name: each.default for name, each in _OPTIONS.items() if name in options and _is_off(each, options[name])}
-    words = [word for name, value in options.items() if name not in absent for word in _words(name, value)]
+    """Return the options as the parser makes them of words, which cannot say None, False or that there are none."""
+    words, off = ["pretrain"], {}
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise UsageError(f"there is no option {name}{suggestion(name, _OPTIONS)}")
+        (one, several), default = kind_of(_OPTIONS[name]), _OPTIONS[name].default
+        if (value is default in (None, False)) or (default == () and value in ((), [])):
+            off[name] = default
+        elif several and isinstance(value, (tuple, list)):
+            words += [flag(name), *map(str, value)]
+        elif one in (str, Path) and not isinstance(value, (str, Path)):
+            raise UsageError(f"{flag(name)} must be a text, got {value!r:.80}")
+        elif one is bool or str(value).startswith("-"):
+            words += [flag(name)] if value is True else [f"{flag(name)}={value}"]
+        else:
+            words += [flag(name), str(value)]
     with redirect_stderr(io.StringIO()) as said:
         try:
-            return parse(["pretrain", *words])[1] | absent
+            return parse(words)[1] | off
         except SystemExit:
             raise UsageError(said.getvalue().splitlines()[0].removeprefix("slimmable pretrain: ")) from None
-
-
-def _is_off(option: Field[Any], value: object) -> bool:
-    return (value is option.default in (None, False)) or (value in ((), []) and option.default == ())
-
-
-def _words(name: str, value: object) -> list[str]:
-    one, several = kind_of(_OPTIONS[name])
-    if one is bool and value is True:
-        return [flag(name)]
-    if several and isinstance(value, (tuple, list)):
-        return [flag(name), *map(str, value)]
-    if one in (str, Path) and not isinstance(value, (str, Path)):
-        raise UsageError(f"{flag(name)} must be a text, got {value!r:.80}")
-    joined = one is bool or str(value).startswith("-")
-    return [f"{flag(name)}={value}"] if joined else [flag(name), str(value)]
 
 
 @contextmanager
@@ -127,10 +121,10 @@ def _as_in_a_new_process() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-_ARGUMENTS = [
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-    for name, each in _OPTIONS.items()
-]
 _MEANINGS = "".join(f"        {name}: {_in_python(help_text(each))}\n" for name, each in _OPTIONS.items())
-pretrain.__signature__ = inspect.Signature(_ARGUMENTS, return_annotation=Run)  # type: ignore[attr-defined]
 pretrain.__doc__ = (pretrain.__doc__ or "").replace("    Raises:", f"    Args:\n{_MEANINGS}\n    Raises:")
+pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+     for name, each in _OPTIONS.items()],
+    return_annotation=Run,
+)  # fmt: skip

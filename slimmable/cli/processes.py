@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -33,10 +33,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or in_group():
         yield device
         return
-    own_device: AbstractContextManager[object] = nullcontext()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        own_device = torch.cuda.device(device)
+        torch.cuda.set_device(device)
     store, rank, world = _met()
     name = f"slimmable/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_runs)}"
     backend, own_keys = "nccl" if device.type == "cuda" else "gloo", PrefixStore(f"{name}/group", store)
@@ -44,8 +43,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     own = _Signs(rank, world, name)
     _signs.append(own)
     try:
-        with own_device:
-            yield device
+        yield device
         own.end()
         dist.destroy_process_group()  # not after an error, when it might wait for the others
     except BaseException as error:
