@@ -26,8 +26,8 @@ def embed(
 ) -> dict[str, tuple[int, ...]]:
     """Write the features of the images in `folder` as an npz file, whole or not at all; return its arrays' shapes.
 
-    They are `w0.5` and so on, float32 of shape (images, features); `names`, the paths in the folder; and, where the
-    images are in folders, `classes`, the names of these, and `labels`, int64 with -1 for images that are in none.
+    They are `w0.5` and so on, float32 of shape (images, features); `names`, the paths in the folder; and, where images
+    are in folders, `classes`, the names of these, and `labels`, -1 for images that are in none.
     """
     channels, height, side = source.image
     if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):
@@ -44,7 +44,9 @@ def embed(
     pictures = Pictures([(path, 0) for path in paths], paths, labels, channels)
     images = Plain(pictures, side, v2.Normalize(source.mean, source.std))
     model = source.model.to(device).eval()
-    chosen = {f"w{width:g}": source.widths[width_index(width, source.widths)] for width in widths}
+    chosen = {f"w{known}": known for known in (source.widths[width_index(each, source.widths)] for each in widths)}
+
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def write(path: Path) -> None:
         with TemporaryDirectory(dir=path.parent) as room:  # a file for each width, as memory may be too small
@@ -59,9 +61,11 @@ def embed(
                     arrays[name][done : done + len(found)] = found.numpy()
                 done += len(batch)
             np.savez(path, **arrays)
+            shapes.update((name, array.shape) for name, array in arrays.items())
+            arrays.clear()  # or the files could not be removed on Windows
 
     write_aside(output, write)
-    return {name: array.shape for name, array in arrays.items()}
+    return shapes
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
+from slimmable.cli import report
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, load, normalisation, some_of
-from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at, write_report
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
@@ -95,7 +96,7 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
     train, test = (some_of(Plain(part, size), _VOTERS) for part in (images.train, images.test))
     known, asked = (torch.cat(list(load(part, workers, batch_size=_CHUNK))) for part in (train, test))
     pixels = knn_accuracy(known, images.train_labels[train.indices], asked, images.test_labels[test.indices])
-    return write_report(folder, rows, pixels, title)
+    return report.write_report(folder, rows, pixels, title)
 
 
 def rows_of_run(

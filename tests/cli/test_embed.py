@@ -56,7 +56,7 @@ def test_features_of_a_saved_model_are_those_of_its_extracted_networks(name, pic
     line = ["embed", str(tmp_path / "model.safetensors"), str(pictures), "--width", "all", *HERE]
     assert main([*line, "--output", str(tmp_path / "features.npz")]) == 0
     found = np.load(tmp_path / "features.npz")
-    assert set(found) == {"names", "labels", "classes", "w1", "w0.5"}
+    assert set(found) == {"names", "labels", "classes", "w1.0", "w0.5"}
     assert found["names"].tolist() == NAMES
     assert found["classes"].tolist() == ["cat", "small"]
     assert found["labels"].tolist() == [0, 0, 1, 1, -1]
@@ -66,8 +66,8 @@ def test_features_of_a_saved_model_are_those_of_its_extracted_networks(name, pic
         small = slimmable.extract(model, width)
         small.reset_classifier(0)
         expected = small.eval()(images)
-        assert found[f"w{width:g}"].dtype == np.float32
-        torch.testing.assert_close(torch.from_numpy(found[f"w{width:g}"]), expected, rtol=1e-5, atol=1e-5)
+        assert found[f"w{width}"].dtype == np.float32
+        torch.testing.assert_close(torch.from_numpy(found[f"w{width}"]), expected, rtol=1e-5, atol=1e-5)
         assert expected.std(0).max() > 1e-3  # so the images differ
 
 
@@ -90,7 +90,7 @@ def test_features_do_not_depend_on_batches_and_workers(pictures, tmp_path, monke
         monkeypatch.setattr("slimmable.cli.data.batches_of.__defaults__", (int(batch), 0))
         options = ("--width", "1", "--workers", workers, "--device", "cpu", "--output", str(tmp_path / f"{batch}.npz"))
         assert main(["embed", str(tmp_path / "model.safetensors"), str(pictures), *options]) == 0
-        found.append(np.load(tmp_path / f"{batch}.npz")["w1"])
+        found.append(np.load(tmp_path / f"{batch}.npz")["w1.0"])
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_a_flat_folder_has_no_labels(pictures, tmp_path):
     options = ("--width", "1", "--output", str(tmp_path / "features.npz"), *HERE)
     assert main(["embed", "test_resnet", str(pictures), *options]) == 0
     found = np.load(tmp_path / "features.npz")
-    assert set(found) == {"names", "w1"}
+    assert set(found) == {"names", "w1.0"}
     assert found["names"].tolist() == [name.replace("/", "-") for name in NAMES]
 
 
@@ -119,7 +119,7 @@ def test_a_file_is_written_whole_or_not_at_all(pictures, tmp_path, capsys, monke
     assert out.read_bytes() == b"before"
     assert {path.name for path in tmp_path.iterdir()} == {"features.npz", "pictures"}
     assert main(line) == 0
-    assert np.load(out)["w1"].shape[0] == 4
+    assert np.load(out)["w1.0"].shape[0] == 4
 
 
 def fail(*args, **kwargs):
