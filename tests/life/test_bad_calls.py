@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable import gating, layers, losses, methods, training
+from slimmable.cli.commands import COMMANDS
+from slimmable.cli.config import kind_of
+from slimmable.cli.training import Training
 from slimmable.errors import ConversionError, InputError, SlimmableError
 from slimmable.view.state import state_of
 from tests.life import bad_values as bad
@@ -940,6 +944,56 @@ CALLS: dict[str, Call] = {
         run=step_of,
     ),
 }
+
+
+# -- the command as a function
+def taken(**options: Any) -> None:
+    """Call `slimmable.pretrain` up to where it would train."""
+    before, place = Training.take_step, os.getcwd()
+    Training.take_step = stopped  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Stopped):
+            os.chdir(folder)
+            slimmable.pretrain(**{"output": "run", "quiet": True, **options})
+    finally:
+        os.chdir(place)
+        Training.take_step = before  # type: ignore[method-assign]
+
+
+class Stopped(BaseException):
+    """The training began."""
+
+
+def stopped(*_: object) -> None:
+    raise Stopped
+
+
+def option_argument(each: Any) -> Argument:
+    """A right value of an option of `pretrain`, beside those that its kind makes wrong."""
+    one, _ = kind_of(each)
+    small = {"num_images": 16, "batch_size": 8, "device": "cpu", "workers": 0, "output": "run", "quiet": True,
+             "widths": WIDTHS, "preset": None, "knn_every": 0}  # fmt: skip
+    good = small.get(each.name, each.default)
+    wrong = {**bad.WRONG, **bad.NUMBERS, "zero byte": "a\0b", "empty": "", "blank": " ", "long": "m" * 5000}
+    if each.name == "widths":
+        wrong = {**bad.widths().bad, "huge": 1e30}
+    elif one is bool:
+        wrong = bad.flag().bad
+    elif one is int:
+        wrong = bad.count(1).bad
+    elif one is float:
+        wrong = {**bad.number(0.5).bad, "huge": 1e30}
+    within = each.metadata["within"]
+    fine = {"none": "the default"} if each.default is None else {}
+    fine |= {"list": "the default"} if each.default == () else {}
+    fine |= {"zero": "in its range"} if within and within.holds(0) else {}
+    fine |= {"fractional": "in its range"} if one is float and within and within.holds(1.5) else {}
+    fine |= {"text": "a new name"} if each.name == "output" else {}
+    return Argument(lambda: good, wrong).but(**fine)
+
+
+PRETRAIN = [each for options in COMMANDS["pretrain"] for each in fields(options)]
+CALLS["pretrain"] = Call({each.name: option_argument(each) for each in PRETRAIN}, run=taken)
 
 
 # -- the layers that run, and the programs of others
