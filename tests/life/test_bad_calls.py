@@ -822,6 +822,7 @@ CALLS: dict[str, Call] = {
     ),
     "gating.gated": Call({"model": GATED}),
     "gating.dense": Call({"model": GATED}),
+    "gating.GatePlan.least_share": Call({"width": bad.number(1.0)}, of=lambda: gating.gate_plan(gated_model())),
     "gating.GatedPass.layer_macs": Call({"input_size": SIZE}, of=gated_run),
     **{f"gating.GatedPass.{name}": Call({"input_size": SIZE}, of=gated_run) for name in ("macs", "share")},
     "gating.GatedPass.dense_macs": Call({"input_size": SIZE}, of=gated_run),
