@@ -191,9 +191,8 @@ class Embed:
             raise UsageError(f"--output {self.output} must end in .npz")
         source, widths, _ = Network(**network).source()
         device, workers = _find_device(self.device), _count_workers(self.workers)
-        for name, shape in embed(source, self.images, widths, self.output, device, workers).items():
-            say(f"{name}: {' x '.join(map(str, shape))}")
-        say(f"wrote {self.output}")
+        count = embed(source, self.images, widths, self.output, device, workers)
+        say(f"wrote {self.output}, the features of {count} images")
         return 0
 
 

@@ -23,11 +23,11 @@ from slimmable.errors import DataError, UsageError
 
 def embed(
     source: Source, folder: Path, widths: Sequence[float], output: Path, device: torch.device, workers: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Write the features of the images in `folder` as an npz file, whole or not at all; return its arrays' shapes.
+) -> int:
+    """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
 
-    They are `w0.5` and so on, float32 of shape (images, features); `names`, the paths in the folder; and, where images
-    are in folders, `classes`, the names of these, and `labels`, -1 for images that are in none.
+    Its arrays are `w0.5` and so on, float32 of shape (images, features); `names`, the paths in the folder; and, where
+    images are in folders, `classes`, the names of these, and `labels`, -1 for images that are in none.
     """
     channels, height, side = source.image
     if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):
@@ -46,8 +46,6 @@ def embed(
     model = source.model.to(device).eval()
     chosen = {f"w{known}": known for known in (source.widths[width_index(each, source.widths)] for each in widths)}
 
-    shapes: dict[str, tuple[int, ...]] = {}
-
     def write(path: Path) -> None:
         with TemporaryDirectory(dir=path.parent) as room:  # a file for each width, as memory may be too small
             done = 0
@@ -61,11 +59,10 @@ def embed(
                     arrays[name][done : done + len(found)] = found.numpy()
                 done += len(batch)
             np.savez(path, **arrays)
-            shapes.update((name, array.shape) for name, array in arrays.items())
             arrays.clear()  # or the files could not be removed on Windows
 
     write_aside(output, write)
-    return shapes
+    return len(names)
 
 
 @torch.no_grad()
