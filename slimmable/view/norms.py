@@ -256,8 +256,6 @@ class SwitchableNorm(Switchable):
         """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
         return self.module_at(index)
 
-    to_norm = Switchable.to_plain
-
 
 class Guest(Column):
     """A guest of a switchable module: a module that shares the full one's parameters and starts from its statistics."""
