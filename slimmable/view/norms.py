@@ -78,8 +78,8 @@ class Switchable(SwitchableContainer):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse tensors that other code adds, as pruning does."""
         raise ConversionError(
-            f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own; change the modules "
-            "of all widths, in its full and narrow, or change the model before slimmable.slimify"
+            f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own; change those of all "
+            "widths, norm.full and norm.narrow, or change the model before slimmable.slimify"
         )
 
     @torch.inference_mode(False)  # it is used outside of that, too
