@@ -7,22 +7,21 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader_factory import create_reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -32,7 +31,6 @@ from slimmable.cli.config import DIGITS, PretrainConfig, explained, printable, r
 from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
-_SMALLEST_CANVAS = 20
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
@@ -40,17 +38,9 @@ _MOST_STRETCHED = 100  # times as long as wide
 _NAMED = 10  # broken files listed in one message
 _TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
 
-_PARTS = ("training image", "held-out image")
 _TRAIN, _HELD_OUT = ("train", "training"), ("test", "val", "valid", "validation", "eval", "evaluation")
 Key = tuple[int, int]  # an epoch, and the index of an image
-
-
-class ImageSet(Protocol):
-    """Images by index, uint8 of shape (channels, height, width), of any sizes; a tensor of images is one too."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Tensor: ...
+ImageSet: TypeAlias = "Tensor | Pictures"  # by index, uint8 of shape (channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -72,6 +62,8 @@ def load_images(config: PretrainConfig) -> Images:
     if config.data == DIGITS:
         return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
     told = say if is_first() else lambda text: None
+    if config.data.lower() in ("torch/image_folder", "torch/folder"):
+        return folder_images(Path(str(config.data_dir)), 0, told, config.data)
     return named_images(config, told) if config.kind else folder_images(Path(config.data), 0, told)
 
 
@@ -85,8 +77,8 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
-    if size < _SMALLEST_CANVAS:
-        raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size {_SMALLEST_CANVAS} or more")
+    if size < 20:
+        raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size 20 or more")
     handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
     digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
     labels = torch.from_numpy(handwriting.target).long()
@@ -100,8 +92,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         chosen = source[torch.arange(count) % len(source)]  # every digit equally often
         canvas = _draw(digits, chosen, source, size, generator)
         parts.append((canvas.mul(255).round().to(torch.uint8), labels[chosen]))
-    (train_images, train_labels), (test_images, test_labels) = parts
-    return Images(train_images, train_labels, test_images, test_labels, tuple("0123456789"), 1, handwriting=True)
+    return Images(*parts[0], *parts[1], tuple("0123456789"), 1, handwriting=True)
 
 
 def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -152,10 +143,7 @@ class Pictures:
             source = self.pairs[index][0]
             if isinstance(source, str) and not os.path.isfile(source):  # a pipe could be waited for without end
                 return "it is no file, or leads to none"
-            with (
-                nullcontext(source) if isinstance(source, str) else source as given,
-                given if isinstance(given, Image.Image) else Image.open(given, formats=_FORMATS) as picture,
-            ):
+            with source if isinstance(source, Image.Image) else Image.open(source, formats=_FORMATS) as picture:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS or max(width, height) > _MOST_STRETCHED * min(width, height):
                     return f"{width} x {height} pixels are too many, or too long a strip"
@@ -179,45 +167,37 @@ def _eight_bits(picture: Any) -> Any:
     return picture
 
 
-def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images:
+def folder_images(folder: Path, seed: int, say: Callable[[str], None], name: str = "") -> Images:
     """Return the images in a folder, a tar file or a folder of tar files, listed by timm: their last folder is a class.
 
     A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders, or tar
     files, `train` and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
+    `name` is that of torchvision's `ImageFolder` in timm, for which the first folder is the class.
 
     Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
-    parts = []
-    for root in _roots(folder):
-        tarred = _is_tar(root) or not _holds_images(root, folder)
-        with explained(f"--data {printable(root)} cannot be listed"):
-            if tarred:  # none stays open, for workers would share its position, and no cache is written beside it
-                reader: Any = ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
-            else:
-                reader = ReaderImageFolder(str(root), input_key=";".join(SUFFIXES))
-            parts.append(_listed(reader, str(root)))
+    with explained(f"--data {printable(folder)} cannot be listed"):
+        parts = [_listed(_reader(root, folder, name), str(root)) for root in _roots(folder)]
     return _split(str(folder), parts, seed, say)
 
 
 def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
     """Return the images of a data set that timm's `create_dataset` knows by name, with its own split if it has one."""
-    name, root = config.data, config.data_dir
+    name, root, held_out = config.data, config.data_dir, ["validation"]
     if config.kind == "hfds":
         require("datasets", "datasets", extra=None)
     with explained(f"--data {printable(name)} cannot be read"):
+        found: list[Any] = [create_dataset(name, root, split="train")]
         if config.kind == "hfds":
-            found: list[Any] = [create_reader(name, root=root, split="train")]
-            splits = found[0].dataset.info.splits or {}
-            held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits]
-            found += [create_reader(name, root=root, split=split) for split in held_out[:1]]
-        elif name.lower() in ("torch/image_folder", "torch/folder"):
-            roots = [part for part in _roots(Path(str(root))) if _holds_images(part, Path(str(root)))]
-            found = [create_dataset(name, str(part), search_split=False) for part in roots]
-        else:
-            found = [create_dataset(name, root, split=split) for split in ("train", "validation")]
-        parts = [_listed(part, f"{name} {kind}", config.channels) for part, kind in zip(found, _PARTS, strict=False)]
+            splits = found[0].reader.dataset.info.splits or {}
+            held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits][:1]
+        found += [create_dataset(name, root, split=split) for split in held_out]
+        parts = [
+            _listed(getattr(part, "reader", part), f"{name} {kind} image", config.channels)
+            for part, kind in zip(found, ("training", "held-out"), strict=False)
+        ]
     characters = config.channels == 1 and "fashion" not in name.lower()
     return replace(_split(str(root), parts, 0, say), handwriting=characters)
 
@@ -228,68 +208,64 @@ def _is_tar(path: Path) -> bool:
 
 def _roots(folder: Path) -> list[Path]:
     """Return the folders or tar files with the images to train on and those held out, or the one with all of them."""
-
-    def found(names: Sequence[str]) -> list[Path]:
-        paths = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
-        return [path for path in paths if path.is_dir() or (_is_tar(path) and not path.is_symlink())][:1]
-
-    split = found(_TRAIN) + found(_HELD_OUT)
-    return split if len(split) == 2 else [folder]
+    found: list[Path] = []
+    for names in (_TRAIN, _HELD_OUT):
+        paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
+        found += [path for path in paths if path.is_dir() or (_is_tar(path) and not path.is_symlink())][:1]
+    return found if len(found) == 2 else [folder]
 
 
-def _holds_images(root: Path, data: Path) -> bool:
-    """Return whether there are images in folders of `root`, otherwise there must be tar files.
+def _reader(root: Path, data: Path, name: str) -> Any:
+    """Return what lists the images in folders of `root`, or, if there are none, those in its tar files.
 
     Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
     """
-    found = False
+    in_folders, tars = False, [root] if root.is_file() else [*root.glob("*.tar")]
     unread: list[OSError] = []
-    try:
-        for place, folders, names in os.walk(root, onerror=unread.append):
-            files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
-            for path in (*(Path(place, name) for name in folders), *files, *([] if root == data else [root])):
-                target = Path(os.path.realpath(path)) if path.is_symlink() else path
-                if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
-                    raise DataError(
-                        f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only "
-                        "links to files of the same folder are followed; replace it by copies (cp -rL) or hard links "
-                        "(cp -rlL) of them"
-                    )
-            found = found or (Path(place) != root and any(path.suffix.lower() != ".tar" for path in files))
-        for error in unread:
-            raise error
-        tars = list(root.glob("*.tar"))
-        if not found and not all(map(_is_tar, tars)):
-            raise OSError("it has tar files that are no files")
-    except (OSError, RecursionError) as error:
-        raise DataError(f"--data {printable(data)} cannot be listed ({error})") from error
-    if not found and not tars:
+    for place, folders, names in os.walk(root, onerror=unread.append) if root.is_dir() else ():
+        files = [file for file in names if Path(file).suffix.lower() in {*SUFFIXES, ".tar"}]
+        in_folders = in_folders or (Path(place) != root and not all(file.lower().endswith(".tar") for file in files))
+        for path in (*(Path(place, each) for each in (*folders, *files)), *([] if root == data else [root])):
+            target = Path(os.path.realpath(path)) if path.is_symlink() else path
+            if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
+                raise DataError(
+                    f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only links to "
+                    "files of the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL)"
+                )
+    if unread:
+        raise unread[0]
+    if in_folders:
+        formats = ";".join(SUFFIXES)
+        return (
+            create_dataset(name, str(root), search_split=False) if name else ReaderImageFolder(str(root), "", formats)
+        )
+    if not tars:
         expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))})"
         raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
-    return found
+    if not all(map(_is_tar, tars)):
+        raise DataError(f"--data {printable(root)} has tar files that are no files")
+    # none stays open, for workers would share its position, and no cache is written beside it
+    return ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
 
 
 def _listed(found: Any, name: str, channels: int = 3) -> Pictures:
     """Return the images of one of timm's readers or of torchvision's data sets, which messages call `name`."""
-    pairs = getattr(found, "imgs", getattr(found, "samples", None))
-    names: Sequence[str]
+    samples = getattr(found, "samples", None)
+    names: Sequence[str] = [f"{name} {number:07}" for number in range(len(found))]
     numbers: Sequence[Any]
-    if isinstance(pairs, list):
-        names, numbers = zip(*pairs, strict=True)
+    if isinstance(samples, list):
+        names, numbers = zip(*samples, strict=True)
     elif isinstance(found, ReaderImageInTar):
         paths = ((tar, inner and inner.name, info.path) for info, tar, inner in found.samples)
         names, numbers = ["/".join([name, *filter(None, parts)]) for parts in paths], found.targets
+    elif hasattr(found, "label_key"):  # on the Hub
+        numbers = found.dataset[found.label_key]
     else:
-        names = [f"{name} {number:07}" for number in range(len(found))]
-        if hasattr(found, "label_key"):  # on the Hub
-            numbers = found.dataset[found.label_key]
-        else:
-            numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
-    kinds = ("wnid_to_idx", "class_name_to_idx", "class_to_idx")  # two classes of ImageNet have the same name
-    known = next(getattr(found, kind) for kind in kinds if hasattr(found, kind))
-    classes = {number: name for name, number in known.items()}
+        numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
+    known = getattr(found, "class_to_idx", None) or getattr(found, "class_name_to_idx", {})
+    classes = {number: label for label, number in known.items()}
     labels = [classes.get(number, str(number)) for number in numbers]
-    return Pictures(pairs if isinstance(pairs, list) else found, names, labels, channels)
+    return Pictures(samples if isinstance(samples, list) else found, names, labels, channels)
 
 
 def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], None]) -> Images:
@@ -318,33 +294,28 @@ def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], No
 
 def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pictures]:
     """Leave out and report the images that cannot be read."""
-    tried = [(part, at) for part in parts for at in range(len(part))]
 
     def fault(part: Pictures, at: int) -> str:
-        return found if isinstance(found := part.decode(at), str) else ""
+        found = part.decode(at)
+        return f"{printable(part.names[at])} ({found})" if isinstance(found, str) else ""
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
-        reasons = list(pool.map(fault, *zip(*tried, strict=True)))
-    broken = [f"{printable(part.names[at])} ({why})" for (part, at), why in zip(tried, reasons, strict=True) if why]
-    if broken:
+        faults = [list(pool.map(partial(fault, part), range(len(part)))) for part in parts]
+    if broken := list(filter(None, chain(*faults))):
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         say("\n  ".join([f"left out {len(broken)} files that cannot be read:", *broken[:_NAMED]]) + more)
-    faults = iter(reasons)
-    return [part.take([at for at in range(len(part)) if not next(faults)]) for part in parts]
+    return [part.take([at for at, why in enumerate(own) if not why]) for part, own in zip(parts, faults, strict=True)]
 
 
 def _hold_out(images: Pictures, seed: int) -> tuple[Pictures, Pictures]:
-    generator = torch.Generator().manual_seed(seed)
-    train: list[int] = []
-    test: list[int] = []
+    """Return a part to train on, and a fifth of each class."""
+    generator, test = torch.Generator().manual_seed(seed), set[int]()
     for _, group in groupby(range(len(images)), key=lambda place: images.labels[place]):
         own = list(group)
-        order = torch.randperm(len(own), generator=generator).tolist()
         count = min(len(own) - 1, max(1, round(0.2 * len(own))))
-        test += [own[place] for place in sorted(order[:count])]
-        train += [own[place] for place in sorted(order[count:])]
-    return images.take(train), images.take(test)
+        test.update(own[place] for place in torch.randperm(len(own), generator=generator)[:count].tolist())
+    return images.take([place for place in range(len(images)) if place not in test]), images.take(sorted(test))
 
 
 def seed_of(*numbers: int) -> int:
@@ -365,32 +336,22 @@ class Views(Dataset[list[Tensor]]):
             return [*(transform(image) for transform in self.transforms), self.labels[key[1]]]
 
 
-class Steps(Sampler[list[Key]]):
-    """One process's share of the images of each step, as lists of (epoch, index of the image).
+def keys_of_steps(
+    count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
+) -> Iterator[list[Key]]:
+    """Yield one process's share of the images of each step, after the first `start` steps.
 
     Of `count` images an incomplete batch at the end of an epoch is dropped. `batch_size` is that of all processes
-    together, a multiple of their number; `start` is the number of steps done.
+    together, a multiple of their number.
     """
-
-    def __init__(
-        self, count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
-    ) -> None:
-        self.count, self.batch_size, self.epochs = count, batch_size, epochs
-        self.start, self.seed, self.per_epoch = start, seed, count // batch_size
-        self.share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-
-    def __len__(self) -> int:
-        return max(0, self.epochs * self.per_epoch - self.start)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        first, skipped = divmod(self.start, self.per_epoch)
-        for epoch in range(first, self.epochs):
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            order = torch.randperm(self.count, generator=generator).tolist()
-            for step in range(skipped, self.per_epoch):
-                batch = order[step * self.batch_size :][: self.batch_size]
-                yield [(epoch, number) for number in batch[self.share]]
-            skipped = 0
+    share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+    first, skipped = divmod(start, count // batch_size)
+    for epoch in range(first, epochs):
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        order = torch.randperm(count, generator=generator).tolist()
+        for step in range(skipped, count // batch_size):
+            yield [(epoch, number) for number in order[step * batch_size :][:batch_size][share]]
+        skipped = 0
 
 
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
@@ -414,31 +375,29 @@ def _ignore_terminal(worker: int) -> None:
 class Plain(Dataset[Tensor]):
     """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped.
 
-    `batches_of` turns them into floats in [0, 1], and then applies `normalise`.
+    With `most`, only so many are taken, evenly spaced, because a folder is ordered by class. `batches_of` turns them
+    into floats in [0, 1], and then applies `normalise`.
     """
 
-    def __init__(self, images: ImageSet, size: int, normalise: nn.Module | None = None) -> None:
+    def __init__(
+        self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None
+    ) -> None:
         self.images, self.normalise = images, normalise or nn.Identity()
         self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        count = len(images) if most is None else min(most, len(images))
+        self.places = [place * len(images) // count for place in range(count)]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self.images[index])  # type: ignore[no-any-return]
+        return self.transform(self.images[self.places[index]])  # type: ignore[no-any-return]
 
 
-def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
-    """Return up to `most` of the images, or all, evenly spaced, because a folder is ordered by class."""
-    count = len(images) if most is None else min(most, len(images))
-    return Subset(images, [place * len(images) // count for place in range(count)])
-
-
-def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
+def batches_of(images: Plain, batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
     """Yield the images in order, as floats."""
-    plain: Any = images.dataset if isinstance(images, Subset) else images
     for batch in load(images, workers, batch_size=batch_size):
-        yield plain.normalise(batch.float() / 255)
+        yield images.normalise(batch.float() / 255)
 
 
 def normalisation(config: PretrainConfig) -> nn.Module:
@@ -456,26 +415,19 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
     All draw torch's global random numbers.
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
-
-    def view(*changes: nn.Module) -> nn.Module:
-        flip = [v2.RandomHorizontalFlip()] if mirror else []
-        return v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])  # type: ignore[no-any-return]
-
-    def blur(share: float) -> nn.Module:
-        kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
-        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=share)  # type: ignore[no-any-return]
-
-    if name == "digits":
-        turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
-        light = v2.ColorJitter(brightness=0.4, contrast=0.4)
-        softer = v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5)
-        return [view(turn, crop, light, softer)] * 2
-    if name == "supervised":
-        return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
     first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
-    if name == "byol":
-        return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
-    if name == "gated":
-        return [view(*first, v2.RandomSolarize(128, p=0.1))] * 2
-    return [view(*first, blur(0.5))] * 2
+    kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
+
+    def blur(share: float, kernel: int = kernel, most: float = 2.0) -> nn.Module:
+        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, most))], p=share)  # type: ignore[no-any-return]
+
+    turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
+    known: dict[str, list[tuple[nn.Module, ...]]] = {
+        "digits": [(turn, crop, v2.ColorJitter(brightness=0.4, contrast=0.4), blur(0.5, 3, 1.0))] * 2,
+        "supervised": [(crop, v2.ColorJitter(0.4, 0.4, 0.4))],
+        "byol": [(*first, blur(1.0)), (*first, blur(0.1), v2.RandomSolarize(128, p=0.2))],
+        "gated": [(*first, v2.RandomSolarize(128, p=0.1))] * 2,
+    }
+    last = (*([v2.RandomHorizontalFlip()] if mirror else []), v2.ToDtype(torch.float32, scale=True))
+    return [v2.Compose([*changes, *last]) for changes in known.get(name, [(*first, blur(0.5))] * 2)]
