@@ -32,6 +32,7 @@ from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_FOLDER = partial(ReaderImageFolder, input_key=";".join(SUFFIXES))
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
 _MOST_STRETCHED = 100  # times as long as wide
@@ -58,22 +59,37 @@ class Images:
 
 
 def load_images(config: PretrainConfig) -> Images:
-    """Return the images of `config`; the split does not depend on the run's seed."""
-    if config.data == DIGITS:
-        return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
+    """Return the images of `config`, of data sets that timm knows by name in their own split, if they have one."""
+    name, root, held_out = config.data, config.data_dir, ["validation"]
     told = say if is_first() else lambda text: None
-    if config.data.lower() in ("torch/image_folder", "torch/folder"):
-        return folder_images(Path(str(config.data_dir)), 0, told, config.data)
-    return named_images(config, told) if config.kind else folder_images(Path(config.data), 0, told)
+    if name == DIGITS:
+        return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
+    if not config.kind:
+        return folder_images(Path(name), 0, told)
+    if name.lower() in ("torch/image_folder", "torch/folder"):
+        return folder_images(Path(str(root)), 0, told, lambda part: create_dataset(name, part, search_split=False))
+    if config.kind == "hfds":
+        require("datasets", "datasets", extra=None)
+    with explained(f"--data {printable(name)} cannot be read"):
+        found: list[Any] = [create_dataset(name, root, split="train")]
+        if config.kind == "hfds":
+            splits = found[0].reader.dataset.info.splits or {}
+            held_out = [split for split in (*_HELD_OUT[1:], "test") if split in splits][:1]
+        found += [create_dataset(name, root, split=split) for split in held_out]
+        kinds = zip(found, ("training", "held-out"), strict=False)
+        parts = [
+            _listed(getattr(part, "reader", part), f"{name} {kind} image", config.channels) for part, kind in kinds
+        ]
+    characters = config.channels == 1 and "fashion" not in name.lower()
+    return replace(_split(str(root), parts, 0, told), handwriting=characters)
 
 
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
     """Return `train` and `test` cluttered digits of `size` x `size` pixels, the same ones for the same `seed`.
 
-    The digits ship with scikit-learn and are made too hard to classify by their pixels alone: each 8x8 handwritten
-    digit is drawn at a random place, scale and rotation on a larger canvas, with a fragment of another digit as clutter
-    (Mnih et al., *Recurrent Models of Visual Attention*, 2014, section 4). Training and held-out images are made from
-    different handwritten digits.
+    They are too hard to classify by their pixels alone: each 8x8 handwritten digit of scikit-learn is drawn at a random
+    place, scale and rotation on a larger canvas, with a fragment of another digit as clutter (Mnih et al., *Recurrent
+    Models of Visual Attention*, 2014, section 4). Training and held-out images are made from different ones.
 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
@@ -147,7 +163,12 @@ class Pictures:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS or max(width, height) > _MOST_STRETCHED * min(width, height):
                     return f"{width} x {height} pixels are too many, or too long a strip"
-                found: Tensor = pil_to_tensor(_eight_bits(picture).convert("L" if self.channels == 1 else "RGB"))
+                pixels: Any = picture
+                if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+                    pixels = picture.convert("I").point(lambda value: value / 256).convert("L")  # it would be clipped
+                elif picture.mode in ("I", "F"):
+                    return "pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits"
+                found: Tensor = pil_to_tensor(pixels.convert("L" if self.channels == 1 else "RGB"))
             return found.contiguous()
         except Exception as error:  # decoders raise many kinds of errors on broken files
             return str(error) or type(error).__name__
@@ -158,48 +179,19 @@ class Pictures:
         return replace(self, pairs=Subset(self.pairs, places), names=names, labels=labels)
 
 
-def _eight_bits(picture: Any) -> Any:
-    """Return the picture, reduced from 16 to 8 bits if necessary, because Pillow would clip its values at 255."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        return picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
-    return picture
-
-
-def folder_images(folder: Path, seed: int, say: Callable[[str], None], name: str = "") -> Images:
+def folder_images(folder: Path, seed: int, say: Callable[[str], None], read: Callable[[str], Any] = _FOLDER) -> Images:
     """Return the images in a folder, a tar file or a folder of tar files, listed by timm: their last folder is a class.
 
-    A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders, or tar
-    files, `train` and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
-    `name` is that of torchvision's `ImageFolder` in timm, for which the first folder is the class.
+    A fifth of each class, chosen by `seed`, is held out, unless there are folders, or tar files, `train` and `test` (or
+    `val`). Among up to 50,000 files, broken ones are left out and reported to `say`. `read` lists a folder otherwise.
 
     Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
     with explained(f"--data {printable(folder)} cannot be listed"):
-        parts = [_listed(_reader(root, folder, name), str(root)) for root in _roots(folder)]
+        parts = [_listed(_reader(root, folder, read), str(root)) for root in _roots(folder)]
     return _split(str(folder), parts, seed, say)
-
-
-def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
-    """Return the images of a data set that timm's `create_dataset` knows by name, with its own split if it has one."""
-    name, root, held_out = config.data, config.data_dir, ["validation"]
-    if config.kind == "hfds":
-        require("datasets", "datasets", extra=None)
-    with explained(f"--data {printable(name)} cannot be read"):
-        found: list[Any] = [create_dataset(name, root, split="train")]
-        if config.kind == "hfds":
-            splits = found[0].reader.dataset.info.splits or {}
-            held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits][:1]
-        found += [create_dataset(name, root, split=split) for split in held_out]
-        parts = [
-            _listed(getattr(part, "reader", part), f"{name} {kind} image", config.channels)
-            for part, kind in zip(found, ("training", "held-out"), strict=False)
-        ]
-    characters = config.channels == 1 and "fashion" not in name.lower()
-    return replace(_split(str(root), parts, 0, say), handwriting=characters)
 
 
 def _is_tar(path: Path) -> bool:
@@ -211,61 +203,54 @@ def _roots(folder: Path) -> list[Path]:
     found: list[Path] = []
     for names in (_TRAIN, _HELD_OUT):
         paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
-        found += [path for path in paths if path.is_dir() or (_is_tar(path) and not path.is_symlink())][:1]
-    return found if len(found) == 2 else [folder]
+        found += [path for path in paths if path.is_dir() or _is_tar(path)][:1]
+    return found if len(found) == 2 and not any(path.is_symlink() for path in found) else [folder]
 
 
-def _reader(root: Path, data: Path, name: str) -> Any:
-    """Return what lists the images in folders of `root`, or, if there are none, those in its tar files.
+def _reader(root: Path, data: Path, read: Callable[[str], Any]) -> Any:
+    """Return `read` of a folder `root`, or if there are no images in folders of it, timm's reader of its tar files.
 
     Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
     """
-    in_folders, tars = False, [root] if root.is_file() else [*root.glob("*.tar")]
     unread: list[OSError] = []
+    found: list[Path] = []
     for place, folders, names in os.walk(root, onerror=unread.append) if root.is_dir() else ():
-        files = [file for file in names if Path(file).suffix.lower() in {*SUFFIXES, ".tar"}]
-        in_folders = in_folders or (Path(place) != root and not all(file.lower().endswith(".tar") for file in files))
-        for path in (*(Path(place, each) for each in (*folders, *files)), *([] if root == data else [root])):
-            target = Path(os.path.realpath(path)) if path.is_symlink() else path
-            if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
+        files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
+        for path in filter(Path.is_symlink, [*(Path(place, name) for name in folders), *files]):
+            target = Path(os.path.realpath(path))
+            if path.is_dir() or not target.is_relative_to(os.path.realpath(data)):
                 raise DataError(
                     f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only links to "
                     "files of the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL)"
                 )
+        found += files
     if unread:
         raise unread[0]
-    if in_folders:
-        formats = ";".join(SUFFIXES)
-        return (
-            create_dataset(name, str(root), search_split=False) if name else ReaderImageFolder(str(root), "", formats)
-        )
-    if not tars:
-        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))})"
+    if any(path.parent != root and path.suffix.lower() != ".tar" for path in found):
+        return read(str(root))
+    tars = [*root.glob("*.tar")] if root.is_dir() else [root]
+    if not tars or not all(map(_is_tar, tars)):
+        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))}), or tar files"
         raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
-    if not all(map(_is_tar, tars)):
-        raise DataError(f"--data {printable(root)} has tar files that are no files")
     # none stays open, for workers would share its position, and no cache is written beside it
     return ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
 
 
 def _listed(found: Any, name: str, channels: int = 3) -> Pictures:
     """Return the images of one of timm's readers or of torchvision's data sets, which messages call `name`."""
-    samples = getattr(found, "samples", None)
-    names: Sequence[str] = [f"{name} {number:07}" for number in range(len(found))]
-    numbers: Sequence[Any]
-    if isinstance(samples, list):
-        names, numbers = zip(*samples, strict=True)
-    elif isinstance(found, ReaderImageInTar):
+    files, names = found, [f"{name} {number:07}" for number in range(len(found))]
+    if isinstance(found, ReaderImageInTar):
         paths = ((tar, inner and inner.name, info.path) for info, tar, inner in found.samples)
         names, numbers = ["/".join([name, *filter(None, parts)]) for parts in paths], found.targets
+    elif hasattr(found, "samples"):
+        files, names, numbers = found.samples, *map(list, zip(*found.samples, strict=True))
     elif hasattr(found, "label_key"):  # on the Hub
         numbers = found.dataset[found.label_key]
     else:
         numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
     known = getattr(found, "class_to_idx", None) or getattr(found, "class_name_to_idx", {})
     classes = {number: label for label, number in known.items()}
-    labels = [classes.get(number, str(number)) for number in numbers]
-    return Pictures(samples if isinstance(samples, list) else found, names, labels, channels)
+    return Pictures(files, names, [classes.get(number, str(number)) for number in numbers], channels)
 
 
 def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], None]) -> Images:
@@ -281,12 +266,20 @@ def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], No
     total = sum(map(len, parts))
     if total <= _TRIED:
         parts = _readable(parts, say)
-    train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
-    for purpose, part in (("train on", train), ("hold out", test)):
+    if len(parts) == 1:
+        held_out = set[int]()
+        generator, (whole,) = torch.Generator().manual_seed(seed), parts
+        for _, group in groupby(range(len(whole)), key=whole.labels.__getitem__):
+            own = list(group)
+            count = min(len(own) - 1, max(1, round(0.2 * len(own))))
+            held_out.update(own[at] for at in torch.randperm(len(own), generator=generator)[:count].tolist())
+        parts = [whole.take(sorted(places)) for places in ({*range(len(whole))} - held_out, held_out)]
+    for purpose, part in zip(("train on", "hold out"), parts, strict=True):
         if not part.names:
             raise DataError(f"--data {printable(place)}: no image left to {purpose}; {total} files were found there")
-    labels = [torch.tensor([numbers[label] for label in part.labels]) for part in (train, test)]
-    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in (train, test)]
+    train, test = parts
+    labels = [torch.tensor([numbers[label] for label in part.labels]) for part in parts]
+    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in parts]
     content = repr((names, train.labels, test.labels)).encode()
     digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(content).hexdigest()[:16]}"
     return Images(train, labels[0], test, labels[1], classes, train.channels, digest=digest)
@@ -306,16 +299,6 @@ def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pic
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         say("\n  ".join([f"left out {len(broken)} files that cannot be read:", *broken[:_NAMED]]) + more)
     return [part.take([at for at, why in enumerate(own) if not why]) for part, own in zip(parts, faults, strict=True)]
-
-
-def _hold_out(images: Pictures, seed: int) -> tuple[Pictures, Pictures]:
-    """Return a part to train on, and a fifth of each class."""
-    generator, test = torch.Generator().manual_seed(seed), set[int]()
-    for _, group in groupby(range(len(images)), key=lambda place: images.labels[place]):
-        own = list(group)
-        count = min(len(own) - 1, max(1, round(0.2 * len(own))))
-        test.update(own[place] for place in torch.randperm(len(own), generator=generator)[:count].tolist())
-    return images.take([place for place in range(len(images)) if place not in test]), images.take(sorted(test))
 
 
 def seed_of(*numbers: int) -> int:
@@ -408,11 +391,10 @@ def normalisation(config: PretrainConfig) -> nn.Module:
 def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
-    `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; MoCo v3 and VICReg use the same), "gated" (Krishna et al. 2023, for small images), "supervised"
-    (crop, mirror and jitter), or "digits" (for handwriting: geometry, brightness and blur). A view has `size` x `size`
-    pixels of at least `min_crop_scale` of the image's area. With `mirror`, half of the views are flipped left to right.
-    All draw torch's global random numbers.
+    `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
+    in MoCo v3 and VICReg), "gated" (Krishna et al. 2023, for small images), "supervised", or "digits" (no colours). A
+    view has `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views
+    are flipped left to right. All draw torch's global random numbers.
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))

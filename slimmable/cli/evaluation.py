@@ -37,9 +37,8 @@ def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]
     """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass at each."""
     if config.gate_budget is None:
         return {width: partial(at_width, backbone, width) for width in widths}
-    return {
-        named_at(kind, width): partial(_pass_at, backbone, kind, width) for width in widths for kind in (DENSE, GATED)
-    }
+    pairs = [(kind, width) for width in widths for kind in (DENSE, GATED)]
+    return {named_at(*pair): partial(_pass_at, backbone, *pair) for pair in pairs}
 
 
 @contextmanager
@@ -88,9 +87,8 @@ def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> di
 
 def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images, workers: int = 0) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
-    title = f"{config.model}, {config.epochs} epochs of {config.method}"
-    if config.gate_budget is not None:
-        title += f", gated to {config.gate_budget:g}"
+    gates = "" if config.gate_budget is None else f", gated to {config.gate_budget:g}"
+    title = f"{config.model}, {config.epochs} epochs of {config.method}{gates}"
     size = min(config.image_size, 32)
     train, test = (Plain(part, size, most=_VOTERS) for part in (images.train, images.test))
     known, asked = (torch.cat(list(load(part, workers, batch_size=256))) for part in (train, test))
@@ -105,8 +103,8 @@ def rows_of_run(
 
     A probe such as "knn@0.1" learns from this fraction of the labels.
     """
-    device = next(backbone.parameters()).device
-    untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
+    untrained = new_method(config, images.channels, len(images.classes)).backbone
+    untrained.to(next(backbone.parameters()).device)
     prober = _Prober(config, images, probes, workers)
     shares, share_of = prober.measure(backbone, _passes(config, backbone, config.widths))
     with warnings.catch_warnings():
