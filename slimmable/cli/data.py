@@ -71,15 +71,13 @@ def load_images(config: PretrainConfig) -> Images:
     if config.kind == "hfds":
         require("datasets", "datasets", extra=None)
     with explained(f"--data {printable(name)} cannot be read"):
-        found: list[Any] = [create_dataset(name, root, split="train")]
+        found: dict[str, Any] = {"train": create_dataset(name, root, split="train")}
         if config.kind == "hfds":
-            splits = found[0].reader.dataset.info.splits or {}
+            splits = found["train"].reader.dataset.info.splits or {}
             held_out = [split for split in (*_HELD_OUT[1:], "test") if split in splits][:1]
-        found += [create_dataset(name, root, split=split) for split in held_out]
-        kinds = zip(found, ("training", "held-out"), strict=False)
-        parts = [
-            _listed(getattr(part, "reader", part), f"{name} {kind} image", config.channels) for part, kind in kinds
-        ]
+        found |= {split: create_dataset(name, root, split=split) for split in held_out}
+        readers = {split: getattr(part, "reader", part) for split, part in found.items()}
+        parts = [_listed(reader, f"{name} {split}", config.channels) for split, reader in readers.items()]
     characters = config.channels == 1 and "fashion" not in name.lower()
     return replace(_split(str(root), parts, 0, told), handwriting=characters)
 

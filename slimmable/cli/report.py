@@ -91,11 +91,9 @@ def _row(cells: dict[str, str]) -> Row:
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     """Return the rows as a Markdown table, followed by a line of explanation."""
     first = "network" if rows[0].network else "width"
-    tables: dict[str, list[str]] = {}  # by the fraction of the labels
-    for name in rows[0].shares:
-        tables.setdefault(name.partition(PART)[2], []).append(name)
     lines = []
-    for names in tables.values():
+    for part in dict.fromkeys(name.partition(PART)[2] for name in rows[0].shares):  # a table for each
+        names = [name for name in rows[0].shares if name.partition(PART)[2] == part]
         titles = " | ".join(map(title_of, names))
         lines += [f"| {first} | parameters | MACs | {titles} |", "|" + "---:|" * (3 + len(names))]
         for row in rows:
