@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +35,15 @@ Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run 
 
 def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
     """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass at each."""
+
+    @contextmanager
+    def entered(kind: str, width: float) -> Iterator[GatedPass | None]:
+        with at_width(backbone, width), gated(backbone) if kind == GATED else nullcontext() as run:
+            yield run
+
     if config.gate_budget is None:
-        return {width: partial(at_width, backbone, width) for width in widths}
-    pairs = [(kind, width) for width in widths for kind in (DENSE, GATED)]
-    return {named_at(*pair): partial(_pass_at, backbone, *pair) for pair in pairs}
-
-
-@contextmanager
-def _pass_at(backbone: nn.Module, kind: str, width: float) -> Iterator[GatedPass | None]:
-    with at_width(backbone, width), gated(backbone) if kind == GATED else nullcontext() as run:
-        yield run
+        return {width: partial(entered, DENSE, width) for width in widths}
+    return {named_at(kind, width): partial(entered, kind, width) for width in widths for kind in (DENSE, GATED)}
 
 
 @torch.no_grad()
@@ -67,8 +66,8 @@ def features_in(
                     parts[name].append(backbone(scaled).float().cpu())
                 if isinstance(run, GatedPass):
                     shares.setdefault(name, []).append(run.share().cpu())
-    costs = {name: float(torch.cat(found).mean()) for name, found in shares.items()}
-    return {name: torch.cat(found) for name, found in parts.items()}, costs
+    features = {name: torch.cat(found) for name, found in parts.items()}
+    return features, {name: float(torch.cat(found).mean()) for name, found in shares.items()}
 
 
 def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
@@ -106,7 +105,8 @@ def rows_of_run(
     untrained = new_method(config, images.channels, len(images.classes)).backbone
     untrained.to(next(backbone.parameters()).device)
     prober = _Prober(config, images, probes, workers)
-    shares, share_of = prober.measure(backbone, _passes(config, backbone, config.widths))
+    passes = _passes(config, backbone, config.widths)
+    shares, share_of = prober.measure(backbone, passes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         if config.gate_budget is not None:
@@ -119,7 +119,7 @@ def rows_of_run(
     rows = []
     for own, kind in product(costs, (DENSE, GATED)):
         name = named_at(kind, own.width)
-        with _pass_at(backbone, kind, own.width):
+        with passes[name]():
             parameters = parameter_count(backbone)
         shown = name.replace(GATED, f"{GATED} {config.gate_budget:g}")
         rows.append(Row(own.width, parameters, round(share_of.get(name, 1) * own.macs), shares[name], shown))
@@ -166,12 +166,11 @@ class _Prober:
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
         accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
         for name in self.probes:
-            probe: Any
             probe, _, fraction = name.partition(PART)
             part: Any = labelled_part(self.train_labels, float(fraction)) if fraction else slice(None)
             some = {width: features[part] for width, features in known.items()}
-            found = evaluate_features(some, self.train_labels[part], asked, self.test_labels, probes=[probe])
-            for width, each in found.items():
+            sets = some, self.train_labels[part], asked, self.test_labels
+            for width, each in evaluate_features(*sets, probes=cast("list[ProbeName]", [probe])).items():
                 accuracies[width][name] = getattr(each, probe)
         return accuracies
 
