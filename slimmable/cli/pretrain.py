@@ -13,7 +13,7 @@ from torch import nn
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
 from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
-from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation, some_of
+from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
@@ -177,7 +177,7 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal:
-        some = some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)
+        some = Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)
         calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Steps, Views, load, make_views, normalisation, seed_of
+from slimmable.cli.data import Images, Views, keys_of_steps, load, make_views, normalisation, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
@@ -117,9 +117,10 @@ class Training:
         batch = next(self._batches, None)
         if batch is None:  # the first step, or the first one after resuming
             count, config = len(self.views.images), self.config
-            steps = Steps(count, config.batch_size, config.epochs, self.step, config.seed, rank(), world_size())
+            share = rank(), world_size()
+            keys = keys_of_steps(count, config.batch_size, config.epochs, self.step, config.seed, *share)
             pinned = self.device.type == "cuda"
-            self._batches = load(self.views, self.workers, batch_sampler=steps, pin_memory=pinned)
+            self._batches = load(self.views, self.workers, batch_sampler=keys, pin_memory=pinned)
             batch = next(self._batches)
         *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
         return [*map(self.normalise, views), labels]
