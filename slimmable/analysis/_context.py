@@ -1,5 +1,6 @@
 """The state of a trace, which the rules of operations read and change, and the table of these rules."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from slimmable._known_numbers import arguments as arguments
 from slimmable._nested import tensors as tensors
 from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
-from slimmable.analysis.labels import Axes, Ids, Labels, pattern
+from slimmable.analysis.labels import Axes, Ids, Labels, spread
 
 
 @dataclass
@@ -213,7 +214,7 @@ class Context:
             return bool((self.labels.produced(ids) & ~self.labels.pinned(ids)).any()), len(ids)
 
         carrier = max(labelled, key=weight)
-        flat: Ids = pattern(shape, carrier, labelled.pop(carrier)).reshape(-1)
+        flat = spread(labelled.pop(carrier), math.prod(shape[:carrier]), math.prod(shape[carrier + 1 :]))
         for ids in labelled.values():
             self.pin(ids, "is flattened together with another labelled axis")
         return flat
@@ -229,8 +230,6 @@ def rule_of(*names: str) -> Callable[[Rule], Rule]:
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            if name in RULES:
-                raise ValueError(f"operation {name} has two rules")
             RULES[name] = rule
         return rule
 
