@@ -21,13 +21,9 @@ def is_under(name: str, pattern: str) -> bool:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put all of `model` into evaluation mode while the block runs, then restore each module's own mode."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with swapped([(vars(module), "training", module.training) for module in model.modules()]):
+        model.eval()
         yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager

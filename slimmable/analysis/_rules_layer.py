@@ -16,17 +16,16 @@ def product(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Matrix product, to which an addend may be added."""
     *addends, first, second = args
     a, b = ctx.axes(first), ctx.axes(second)
-    weights = "weights" in (ctx.origin(first), ctx.origin(second))
+    weights = [ctx.origin(tensor) == "weights" for tensor in (first, second)]
     ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
     ctx.contract(first, a[-1], second, b[-2 if len(b) > 1 else -1])
     batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
     result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]
     moved = ctx.origin(second if ctx.is_features(second) else first)  # attention weights move the values, for one
-    origin = "made" if weights else moved
-    if ctx.origin(first) == ctx.origin(second) == "weights":
-        origin = "weights"
-    elif weights:
-        ctx.produce(result[-1] if ctx.origin(second) == "weights" else result[-2])
+    origin = "weights" if all(weights) else "made" if any(weights) else moved
+    if origin == "made" and any(weights):
+        for ids in (b[-1:] if len(b) > 1 else []) if weights[1] else a[-2:-1]:
+            ctx.produce(ids)
     for bias in addends if kwargs.get("beta") != 0 else ():
         for i, ids in enumerate(reversed(ctx.axes(bias)), 1):
             if bias.shape[-i] != 1:

@@ -54,15 +54,13 @@ def _origin_after(ctx: Context, args: Args, operands: Sequence[Tensor]) -> str |
 
 
 @rule_of(
-    "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "lerp",
-    "hardswish", "hardsigmoid", "hardtanh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
-    "randn_like", "bernoulli", "bernoulli_p", "_prelu_kernel", "complex", "fill", "zero", "nan_to_num", "addcmul",
-    "addcdiv", "contiguous", "rrelu_with_noise", "_conj", "resolve_conj", "isnan", "isinf", "polar",
-    "floor_divide", "uniform", "normal", "exponential", "dropout", "log_sigmoid_forward", "conj_physical",
-    "_conj_physical", "leaky_relu", "elu", "celu", "selu",  # some of these lack torch's tag up to 2.11
+    "detach", "alias", "_to_copy", "copy", "lift_fresh", "native_dropout", "where", "masked_fill", "hardswish",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "_prelu_kernel",
+    "complex", "fill", "zero", "rrelu_with_noise", "_conj", "polar", "floor_divide", "uniform", "normal", "exponential",
+    "log_sigmoid_forward", "hardsigmoid", "hardtanh", "_conj_physical", "leaky_relu", "elu", "celu",
 )  # fmt: skip
 def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Broadcast: aligned axes shrink together."""
+    """Broadcast: aligned axes shrink together. Listed are the operations without torch's tag, some only up to 2.11."""
     operands = [tensor for tensor in tensors((args, kwargs)) if tensor.ndim]
     origin = _origin_after(ctx, args, operands)
     for result in (each for each in tensors(out) if each.ndim):

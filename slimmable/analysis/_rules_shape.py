@@ -65,7 +65,7 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return None
 
 
-@rule_of("permute", "transpose", "t", "numpy_T", "movedim")
+@rule_of("permute", "transpose", "t")
 def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Reorder axes."""
     axes = ctx.axes(args[0])

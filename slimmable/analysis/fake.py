@@ -27,19 +27,16 @@ _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(thre
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
 
 
-def _ignored(*_: Any) -> None: ...
-
-
 class FakeModel:
     """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
 
     Modules in `replayed` do not run: each call passes the module's path and inputs to `on_replay`, and returns a copy
-    of the next of these outputs.
+    of the next of these outputs. `on_branch` gets tensors whose numbers code asks for, and `on_call` the path, the
+    arguments and the output of each module that has run.
     """
 
-    on_replay: Callable[[str, Any], None] = staticmethod(_ignored)
-    on_branch: Callable[[Sequence[Tensor]], None] = staticmethod(_ignored)  # gets tensors whose numbers code asks for
-    on_call: Callable[[str, Any, Any], None] = staticmethod(_ignored)  # gets path, arguments and output of what has run
+    on_replay: Callable[..., None] = staticmethod(lambda *_: None)
+    on_branch = on_call = on_replay
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """The plan of a conversion: what each width keeps of each parameter axis, and the integers that depend on it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,27 +113,22 @@ class Plan:
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
         """
-        return {
+        data = {
             **self.rules(),
-            "widths": list(self.widths),
             "macs": [column.macs for column in self.columns],
             "parameters": [column.parameters for column in self.columns],
             "groups": [
-                {
-                    "units": group.units,
-                    "kept": list(group.kept),
-                    "makers": list(group.makers),
-                    "ordered": group.ordered,
-                    "axes": [_axis_data(axis) for axis in group.members],
-                }
+                {name: value for name, value in vars(group).items() if name != "members"}
+                | {"axes": [_axis_data(axis) for axis in group.members]}
                 for group in self.groups
             ],
             "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
             "outputs": [
-                {"name": output.name, "shapes": list(map(list, shapes)), "reason": output.why}
+                {"name": output.name, "shapes": shapes, "reason": output.why}
                 for output, *shapes in zip(self.channels.outputs, *self.output_shapes, strict=True)
             ],
         }
+        return dict(json.loads(json.dumps(data)))  # in which tuples are lists
 
     def rules(self) -> dict[str, Any]:
         """Return what was asked for: the arguments that make an empty plan."""
@@ -207,9 +203,10 @@ class Plan:
             return self._of_counts(setting)
         if setting in self.widths or not self.universal:
             return self.columns[width_index(setting, self.widths)]
-        least = self.widths[-1]
-        if not least <= number_or_nan(setting) <= 1:
-            raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
+        if not self.widths[-1] <= number_or_nan(setting) <= 1:
+            raise WidthError(
+                f"width {setting!r} is not a number in [{self.widths[-1]}, 1], this model's range of widths"
+            )
         return self.near(tuple(self.kept(units, setting) for units in self.channels.units))
 
     @cached_property
