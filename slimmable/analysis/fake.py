@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimmable._inputs import is_index
+from slimmable._inputs import Arguments, is_index
 from slimmable._known_numbers import KnownNumbers, ReadInMemory, fits, know
 from slimmable._modules import swapped
 from slimmable._nested import map_tensors, output_tensors, tensors
@@ -39,25 +39,20 @@ class FakeModel:
     on_branch = on_call = on_replay
 
     def __init__(
-        self,
-        model: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        replayed: Mapping[str, Sequence[Any]] | None = None,
+        self, model: nn.Module, example: Arguments, replayed: Mapping[str, Sequence[Any]] | None = None
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._where: Any = self.mode  # the context of a forward
         memo: dict[int, Any] = left_behind(model)
-        for module in model.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = self._fake_weight(tensor)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._fake_weight(tensor)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
         self.made: list[weakref.ref[Tensor]] = []  # by the runs
         self.reach = Reach(self.model)
         self._buffers = {id(memo[id(real)]): real for real in model.buffers() if fits(real)}
-        self._given = tuple(args), dict(kwargs)
-        inputs = output_tensors(self._given)
+        self._given = example
+        inputs = output_tensors(example)
         self._known = {id(tensor) for tensor in inputs if tensor is not inputs[0] and fits(tensor)}
         self._input: Callable[[Tensor], Tensor] = self._fake_input
         self._stack = stack = [""]  # the modules that are running
@@ -193,11 +188,10 @@ def left_behind(model: nn.Module) -> dict[int, Any]:
     return found
 
 
-def recorded_outputs(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], paths: Sequence[str]
-) -> dict[str, list[Any]]:
+def recorded_outputs(model: nn.Module, example: Arguments, paths: Sequence[str]) -> dict[str, list[Any]]:
     """Run a copy of the model on real values; return the outputs of each call of the modules at `paths`."""
     twin = copy.deepcopy(model, left_behind(model)).eval()
+    args, kwargs = example
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))

@@ -223,8 +223,7 @@ class Plan:
         if wanted in self._found:
             return self._found[wanted]
         if len(self._found) >= _REMEMBERED + len(self.columns):
-            own = {column.counts for column in self.columns}
-            del self._found[next(key for key in self._found if key not in own)]
+            vars(self).pop("_found", None)  # it starts anew, with the columns
         needed, counts = self.channels.needed, np.array([*wanted, 1])
         values, failures = needed.adjust(counts)
         while failures:
@@ -264,8 +263,7 @@ class Plan:
             kept = ", ".join(f"group {group} with {key[group]}" for group in groups)
             raise WidthError(
                 f"these counts do not go together: {kept} ({failure.constraint.where}: "
-                f"{failure.constraint.expression}). For counts that do, use plan.sub_network(setting).counts, with a "
-                "width or widths by layer"
+                f"{failure.constraint.expression}); some that do are plan.sub_network(width).counts"
             )
         return found
 
@@ -275,10 +273,8 @@ class Plan:
             if not 0 < number_or_nan(width) <= 1:
                 raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
             if not isinstance(pattern, str) or not any(is_under(path, pattern) for path in makers):
-                raise WidthError(
-                    f"no layer that makes slimmable channels matches {pattern!r}; "
-                    f"such layers are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
-                )
+                known = listed(sorted(makers), most=6)
+                raise WidthError(f"no layer that makes slimmable channels matches {pattern!r}; such layers are {known}")
         width_of = {path: [1.0, *(w for p, w in widths.items() if is_under(path, p))][-1] for path in makers}
         at = [max((width_of[path] for path in paths), default=1.0) for paths in self.channels.makers]
         return tuple(map(self.kept, self.channels.units, at))

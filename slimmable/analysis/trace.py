@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._known_numbers import written
 from slimmable._modules import size_axes, swapped, tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors, tensors
-from slimmable.analysis import _rules_layer, _rules_pointwise
+from slimmable.analysis import _rules_arithmetic as arithmetic
 from slimmable.analysis import _rules_shape as _rules_shape
 from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call
@@ -67,19 +67,17 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results = out if tensors(out) else written(func._schema, args, kwargs)
             name = func._schema.name.removeprefix("aten::").rstrip("_")  # in place, that of its counterpart
             self.context.at(name, self.fake.running)
-            if self.context.numbered:
-                self.context.use(tensors((args, kwargs)))
+            self.context.use(tensors((args, kwargs)))
             if tensors(results):
                 self.context.schema = func._schema
-                pointwise = torch.Tag.pointwise in func.tags
-                other = _rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown
+                other = arithmetic.pointwise if torch.Tag.pointwise in func.tags else arithmetic.unknown
                 try:
                     RULES.get(name, other)(self.context, args, kwargs, results)
                 except RuleError:
                     raise
                 except Exception as error:  # a fault of ours, for which the model still converts
                     fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
-                    _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
+                    arithmetic.unknown(self.context, args, kwargs, results, fault)
         return out
 
 
@@ -104,16 +102,13 @@ class _Calls(TorchFunctionMode):
                 out = func(*args, **kwargs)
             self.context.at(name, self.operations.fake.running)
             tensors_by_name = (kwargs[n] for n in ("query", "key", "value")[len(args) :])
-            _rules_layer.attention(self.context, [*args, *tensors_by_name], kwargs, out)
+            arithmetic.attention(self.context, [*args, *tensors_by_name], kwargs, out)
             return out
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
             self.context.operation = name
-            _rules_layer.normalized_shape(self.context, args[0], args[1])
-        self.context.call = Call(name, args, kwargs)
-        try:
+            arithmetic.normalized_shape(self.context, args[0], args[1])
+        with swapped([(vars(self.context), "call", Call(name, args, kwargs))]):
             return func(*args, **kwargs)
-        finally:
-            self.context.call = Call()
 
 
 def trace(
@@ -149,7 +144,7 @@ def trace(
             raise _failed(fake, context, error) from error
         finally:
             for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
-                for name in ("slim_axes", "slim_origin"):
+                for name in ("slim_axes", "slim_origin", "slim_shape"):
                     tensor.__dict__.pop(name, None)
     result.caches = fake.reach.caches
     for cache in ((path, name) for path, names in result.caches.items() for name in names):
