@@ -78,13 +78,11 @@ class FakeModel:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         return self._wrap(torch.empty(shape, dtype=like.dtype, device="meta"), like)
 
-    @contextmanager
-    def on_meta(self) -> Iterator[None]:
+    def on_meta(self) -> AbstractContextManager[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
         stores = [store for module in self.model.modules() for store in (module._parameters, module._buffers)]
         bare = [(store, name, own if own is None else _bare(own)) for store in stores for name, own in store.items()]
-        with swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare]):
-            yield
+        return swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare])
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
         fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as by `from_tensor`, in a tenth of the time

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import permutations
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -150,23 +149,20 @@ def solve(trace: Trace, rules: Plan) -> Solution:
     while True:
         solution = _count(labels, rules)
         needed = Requirements(solution.grouping, context.constraints, trace.attributes)
-        failures: dict[int, Failure] = {}
+        failures: list[Failure] = []
         for width, counts in enumerate(solution.counts):
-            _, found = needed.adjust(counts) if width else needed.fit(counts)
-            for failure in found:
-                failures.setdefault(id(failure.constraint), failure)
+            failures += (needed.adjust(counts) if width else needed.fit(counts))[1]
         if not failures:
             return replace(solution, disagreed=disagreed)
-        disagreed += [ids for failure in failures.values() for ids in failure.axes()]
-        failure = next(iter(failures.values()))
-        mended = []
+        disagreed += [ids for failure in failures for ids in failure.axes()]
+        failure, mended = failures[0], []
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
             tried = copy.deepcopy(labels)
             if mend(tried, failure):
-                mended.append((_count(tried, rules).parameters(trace), tried))
+                mended.append(tried)
         coupled.add(id(failure.constraint))
         if mended:
-            labels = context.labels = min(mended, key=itemgetter(0))[1]
+            labels = context.labels = min(mended, key=lambda each: _count(each, rules).parameters(trace))
         else:  # nothing in it can shrink: it does not depend on the width
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 

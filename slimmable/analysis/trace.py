@@ -112,7 +112,7 @@ class _Calls(TorchFunctionMode):
 
 
 def trace(
-    fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs = "auto"
+    fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs
 ) -> Trace:
     """Run `fake` once and return the labels of all parameters, buffers and outputs."""
     context = Context(widths, choices)
