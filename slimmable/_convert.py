@@ -265,8 +265,7 @@ def _switchable_layers(model: nn.Module, switchable: Skip) -> tuple[str, ...]:
 
 @torch.inference_mode(False)  # in which operations are not seen one by one
 def _plan(model: nn.Module, given: Any, rules: Plan, skip: Skip, how: Outputs) -> Plan:
-    args, kwargs = example_of(model, given)
-    return make_plan(plain(model), args, kwargs, rules, skipper(model, skip), how)
+    return make_plan(plain(model), example_of(model, given), rules, skipper(model, skip), how)
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -172,7 +172,7 @@ class _Attention(TorchFunctionMode):
 def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counter:
     from torch.utils.flop_counter import flop_registry  # slow to import
 
-    fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
+    fake, counter = FakeModel(model, (args, kwargs)), _Counter(flop_registry)
     try:
         fake.run(counter, _Attention(counter))
     except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on values

@@ -222,7 +222,7 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
     bare = plain(model)
-    fake = FakeModel(bare, args, kwargs)
+    fake = FakeModel(bare, (args, kwargs))
     return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
