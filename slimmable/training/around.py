@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any, TypeAlias
 
@@ -92,11 +92,9 @@ def _copied(state: Store) -> Store:
     """Return copies of tensors, arrays and containers; other objects themselves."""
 
     def copied(value: Any) -> Any:
-        if isinstance(value, nn.Parameter) and not value.requires_grad:
-            return nn.Parameter(value.detach().clone(), requires_grad=False)
-        if isinstance(value, Tensor) and not value.requires_grad:
-            return value.clone()
-        return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            return value if value.requires_grad else value.clone()
+        return copy.deepcopy(value) if isinstance(value, (nn.Parameter, *_CHANGEABLE)) else value
 
     copies: Store = tree_map(copied, state) if state else {}  # most modules have none
     return copies
@@ -135,9 +133,8 @@ class Replay:
         finally:
             self._busy = False
         if any(tensor.requires_grad for tensor in output_tensors(output)):
-            what = f"frozen {type(module).__name__} returned a tensor with a gradient, which depends on the width"
-            advice = "freeze only what has none in parameters and inputs, such as a momentum encoder or a teacher"
-            raise UsageError(f"SlimRecipe: {what}; {advice}")
+            what = f"frozen {type(module).__name__} returned a tensor with a gradient"
+            raise UsageError(f"SlimRecipe: {what}; freeze only what has none in parameters and inputs, as a teacher")
         self._outputs[module].append(map_tensors(Tensor.clone, output))
         return output
 
@@ -154,29 +151,26 @@ class SameDraws:
     def __init__(self, model: nn.Module) -> None:
         get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
         parameters = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-        devices = {tensor.device for tensor in parameters if tensor.device.type == "cuda"}
+        gpus = {parameter.device for parameter in parameters if parameter.is_cuda}
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
             (random.getstate, random.setstate),
             (np.random.get_state, np.random.set_state),  # what others draw from
             (torch.get_rng_state, torch.set_rng_state),
-            *((partial(get, device), partial(put, device=device)) for device in devices),
+            *((partial(get, gpu), partial(put, device=gpu)) for gpu in gpus),
         ]
 
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one."""
         put_back = [partial(put, get()) for get, put in self._generators]
-        if widest:
-            self._put_widest = put_back
+        with ExitStack() as after:
+            if widest:
+                self._put_widest = put_back
+            else:
+                for put, back in zip(self._put_widest, put_back, strict=True):
+                    after.callback(back)
+                    put()
             yield
-            return
-        try:
-            for put in self._put_widest:
-                put()
-            yield
-        finally:
-            for put in put_back:
-                put()
 
 
 class Calls:
@@ -286,13 +280,7 @@ class OptimizerCheck:
     def before_gradients(self) -> None:
         """Begin to look or, once an optimizer has stepped, say what the optimizers lack."""
         if self._hook is None:
-            own = weakref.WeakMethod(self._look)
-
-            def look(optimizer: torch.optim.Optimizer, *step: Any) -> None:
-                if (check := own()) is not None:
-                    check(optimizer)
-
-            self._hook = register_optimizer_step_post_hook(look)
+            self._hook = register_optimizer_step_post_hook(partial(OptimizerCheck._look, weakref.proxy(self)))
             weakref.finalize(self, self._hook.remove)
         elif self._updated:
             self._hook.remove()
@@ -301,11 +289,11 @@ class OptimizerCheck:
             full = {name: re.sub(r"\bnarrow\.\d+\.", "", name) for name in held}  # the name in the full norm
             missing = [name for name in held if not held[name] and held.get(full[name])]
             if missing:
-                what = f"the model's {missing[0]}, one of {len(missing)} of narrow norms"
+                what = f"the model's {missing[0]}, one of {len(missing)} of narrow norms that do not learn"
                 advice = "make the optimizer after slimmable.slimify"
-                warnings.warn(f"SlimRecipe: no optimizer has {what}, which do not learn; {advice}", stacklevel=4)
+                warnings.warn(f"SlimRecipe: no optimizer has {what}; {advice}", stacklevel=4)
 
-    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+    def _look(self, optimizer: torch.optim.Optimizer, *step: Any) -> None:
         kind, held = type(optimizer).__name__, [each for group in optimizer.param_groups for each in group["params"]]
         ids = {id(parameter) for parameter in held}
         if not ids.isdisjoint(map(id, self._model.parameters())):
@@ -314,6 +302,5 @@ class OptimizerCheck:
                 what = f"the model has no gradients when {kind} steps"
                 raise UsageError(f"SlimRecipe: {what}; call zero_grad before recipe.backward")
         elif all(parameter.grad is None for parameter in held):
-            what = f"this {kind} trains nothing: none of its parameters is the model's or has a gradient"
             advice = "make it after slimmable.slimify, from the parameters of the converted model"
-            raise UsageError(f"SlimRecipe: {what}; {advice}")
+            raise UsageError(f"SlimRecipe: this {kind} trains nothing: it has no parameter of the model; {advice}")
