@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm
 from slimmable.view.state import Column, state_of
 
-Key: TypeAlias = "tuple[str, float, float]"
-Sums: TypeAlias = "dict[Key, float]"
+Sums: TypeAlias = "dict[tuple[str, float, float], float]"
 """(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
 
 
@@ -102,15 +100,13 @@ class GradientDiagnostics:
             columns_of(places_of(self.model), width)
         own = self._own.setdefault(width, {})
         for shared in self._shared:
-            gradient = shared.parameter.grad
-            if gradient is None:
+            if shared.parameter.grad is None:
                 continue
-            before = self._before.get(shared.name)
-            if (block := shared.blocks.get(width)) is not None:  # not a random width
-                part = at_least_float32(take(gradient.detach(), block))
-                part = part.clone() if before is None else part - at_least_float32(take(before, block))
-                own[shared.name] = own[shared.name] + part if shared.name in own else part
-            self._before[shared.name] = gradient.detach().clone()
+            gradient = at_least_float32(shared.parameter.grad.detach())
+            added = gradient - self._before.get(shared.name, 0.0)
+            self._before[shared.name] = gradient.clone()
+            if width in shared.blocks:  # not a random one
+                own[shared.name] = own.get(shared.name, 0.0) + take(added, shared.blocks[width])
 
     @checked
     def after_step(self, scale: float = 1.0) -> None:
@@ -177,8 +173,7 @@ class GradientDiagnostics:
         write_aside(Path(path), lambda aside: aside.write_text(text, newline=""))
 
 
-@dataclass(frozen=True)
-class SharedParameter:
+class SharedParameter(NamedTuple):
     """A parameter that all widths share, and the block of it that each width reads."""
 
     name: str
@@ -189,14 +184,13 @@ class SharedParameter:
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
     """Return the parameters that all `widths` share, in the model's order, each once, with its first module's block."""
     places = places_of(model)
-    columns = {width: columns_of(places, width) for width in widths}
-    column_of = {id(place[0]): {w: columns[w][index] for w in widths} for index, place in enumerate(places)}
+    column_of = {(m, w): column for w in widths for (m, _), column in zip(places, columns_of(places, w), strict=True)}
     found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
-        at = column_of.get(id(module), {})
         for name, parameter in _parameters_at_all_widths(module).items():
             if parameter is not None:
-                found.setdefault(id(parameter), {w: _block(module, name, parameter, at.get(w)) for w in widths})
+                blocks = {w: _block(module, name, parameter, column_of.get((module, w))) for w in widths}
+                found.setdefault(id(parameter), blocks)
     named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in found]
     return [SharedParameter(name, parameter, found[id(parameter)]) for name, parameter in named]
 
@@ -235,8 +229,8 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
-def values_of(sums: Mapping[Key, Tensor], widths: Sequence[float], scale: float) -> dict[str, Tensor]:
-    """Return column -> values for the sums of several groups of parameters; NaN where there is no sum."""
+def values_of(sums: Mapping[Any, Tensor], widths: Sequence[float], scale: float) -> dict[str, Tensor]:
+    """Return column -> values for `Sums` that are tensors, an entry for each group; NaN where there is no sum."""
     missing = torch.full_like(sums["total", 1.0, 1.0], math.nan)
     total, own = ({w: sums.get((kind, w, w), missing) for w in widths} for kind in ("total", "own"))
     values = {f"grad_norm/w{width}": total[width].sqrt() / scale for width in widths}
