@@ -248,8 +248,7 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
     least, most = torch.stack(labels.aminmax()).tolist()
     classes = most + 1 if num_classes is None else num_classes
     if least < 0 or most >= classes:
-        what = f"are not class numbers from 0 to {classes - 1} (num_classes={num_classes})"
-        raise DataError(f"{where}: labels from {least} to {most} {what}")
+        raise DataError(f"{where}: labels from {least} to {most} are not class numbers from 0 to {classes - 1}")
     return classes
 
 
