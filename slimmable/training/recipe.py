@@ -102,7 +102,7 @@ class SlimRecipe:
         return f"SlimRecipe({given}, slow_start={self.slow_start}, random_widths={self.random_widths})"
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
+        """Leave out the running loop and what is noted of optimizers; a copy starts outside any loop."""
         return {**self.__dict__, "_step": None, "_calls": None, "_optimizers": around.OptimizerCheck(self.model)}
 
     def backward(
