@@ -97,7 +97,7 @@ NETWORK = nn.Linear(2, 2)
             r"label_smoothing must be .* in \[0, 1\], got 2.0",
         ),
         (lambda: methods.VICReg(NETWORK, variance=-1.0), "VICReg: variance must be a finite number .* got -1.0"),
-        (lambda: methods.MoCoV3.projector(2, 2, 2, layers=0), "layers must be an integer of at least 1, got 0"),
+        (lambda: methods.MoCoV3.projector(2, 2, 2, layers=0), "layers must be a 64-bit integer of at least 1, got 0"),
         (lambda: methods.SimCLR(NETWORK).backbone, "the encoder, Linear, has no module of this name"),
     ],
 )
