@@ -4,11 +4,9 @@ All `*_logits` functions put the positive pair in column 0 and the negatives in 
 unit length, so raw and normalised ones give the same value, and compute half-precision input in float32.
 """
 
-from inspect import signature
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimmable._checks import check_matrices, check_same_shape, checked
 from slimmable._numerics import at_least_float32, matmul_without_autocast, unit_vectors
@@ -180,82 +178,3 @@ def _off_diagonal(square: Tensor) -> Tensor:
     n = square.shape[0]
     # After its first entry, the flattened matrix is n - 1 runs of n entries, each followed by a diagonal one.
     return square.reshape(-1)[1:].reshape(n - 1, n + 1)[:, :n].reshape(n, n - 1)
-
-
-class LossModule(nn.Module):
-    """A loss that has the arguments of its constructor as attributes."""
-
-    def extra_repr(self) -> str:
-        """Return the arguments of the constructor."""
-        names = (name for name in signature(type(self)).parameters if name in vars(self))
-        return ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
-
-
-class _WithTemperature(LossModule):
-    @checked
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-
-class InfoNCE(_WithTemperature):
-    """`info_nce` as a module.
-
-    >>> InfoNCE()
-    InfoNCE(temperature=0.2)
-    """
-
-    def __init__(self, temperature: float = 0.2) -> None:
-        super().__init__(temperature)
-
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-        """Return `info_nce(query, key, queue)` at the module's temperature."""
-        return info_nce(query, key, queue, self.temperature)
-
-
-class NTXent(_WithTemperature):
-    """`nt_xent` as a module.
-
-    >>> NTXent(temperature=0.5)(torch.ones(4, 8), torch.ones(4, 8))
-    tensor(1.9459)
-    """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__(temperature)
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return `nt_xent(z0, z1)` at the module's temperature."""
-        return nt_xent(z0, z1, self.temperature)
-
-
-class MoCoV3Loss(_WithTemperature):
-    """The symmetric loss of MoCo v3 as a module: `moco_v3_loss` in both directions.
-
-    >>> q = k = torch.ones(4, 8)
-    >>> MoCoV3Loss()(q, q, k, k)
-    tensor(5.5452)
-    """
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__(temperature)
-
-    def forward(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, offset: int = 0) -> Tensor:
-        """Return `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` at the module's temperature."""
-        return moco_v3_loss(q0, k1, self.temperature, offset) + moco_v3_loss(q1, k0, self.temperature, offset)
-
-
-class VICRegLoss(LossModule):
-    """`vicreg_loss` as a module.
-
-    >>> VICRegLoss()
-    VICRegLoss(invariance=25.0, variance=25.0, covariance=1.0)
-    """
-
-    @checked
-    def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
-        super().__init__()
-        self.invariance, self.variance, self.covariance = invariance, variance, covariance
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return `vicreg_loss(z0, z1)` with the module's factors."""
-        return vicreg_loss(z0, z1, self.invariance, self.variance, self.covariance)
