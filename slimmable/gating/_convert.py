@@ -18,14 +18,14 @@ from slimmable._modules import replace_modules
 from slimmable._tables import listing
 from slimmable._width import set_width, width_of
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
-from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, GateHook, LayerGates, NoGates, gates_in, has_gates
+from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, LayerGates, gates_in, has_gates
 from slimmable.gating._passes import PassNorm
-from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, PlannedGate, decode_inputs, gate_plan
+from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, PlannedGate, decode, gate_plan
 from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)
 
-_PART = re.compile(r"(?:.*\.)?(?:(?P<gate>channel_gate(?:_\d+)?\.at)|gated)\.\d+(?=\.)")  # of a state dict's name
+_PART = re.compile(r"((?:.*\.)?(?:channel_gate(?:_\d+)?\.at|gated)\.\d+)\..*")  # a gate or norm, of a state dict's name
 
 
 @checked
@@ -93,11 +93,11 @@ def gate(
     target = model if inplace else copy_of(model)
     for planned, gates in built:
         for number, reader in enumerate(planned.readers):
-            target.get_submodule(reader.path).register_forward_pre_hook(GateHook(gates, number))
+            target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(_child(planned), gates.train(maker.training))
     for planned, gates in built:  # after the masks on the same layer's input
-        target.get_submodule(planned.maker).register_forward_pre_hook(GateHook(gates))
+        target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
@@ -120,7 +120,9 @@ def ungate(model: M) -> M:
     """
 
     def ours(each: object) -> bool:
-        return isinstance(each, (GateHook, LayerGates, NoGates)) or getattr(each, "hook", None) is _refuse_other_gates
+        hook = getattr(each, "hook", each)
+        owner = getattr(getattr(hook, "func", hook), "__self__", each)  # of a method, perhaps in a `partial`
+        return isinstance(owner, LayerGates) or hook is _refuse_other_gates
 
     for module in list(model.modules()):
         module.__dict__.pop(PLAN, None)
@@ -177,16 +179,21 @@ def _layer_gates(
 
 def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Refuse to load a state dict whose gates, or norms of the gated pass, differ; one without gates may be dense."""
-    given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix) and _PART.match(name)}
-    if not _parts(given, only_gates=True):
+
+    def sizes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        ours = (name for name in tensors if name.startswith(prefix) and _PART.match(name))
+        return {name: tuple(getattr(tensors[name], "shape", ())) for name in ours}
+
+    def parts(names: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(_PART.sub(r"\1", name) for name in names))
+
+    given, own = sizes(state_dict), sizes(module.state_dict(prefix=prefix, keep_vars=True))
+    if not any(GATE in name for name in given):
         return
-    tensors = module.state_dict(prefix=prefix, keep_vars=True)
-    own = {name: tensor for name, tensor in tensors.items() if _PART.match(name)}
-    shapes = {name: (tuple(getattr(given[name], "shape", ())), tuple(own[name].shape)) for name in own if name in given}
     kinds = {
-        "missing": _parts((name for name in own if name not in given), only_gates=True),
-        "not in the model": _parts(name for name in given if name not in own),
-        "of other sizes": [f"{name} {one}, in the model {two}" for name, (one, two) in shapes.items() if one != two],
+        "missing": parts(name for name in own if name not in given and GATE in name),
+        "not in the model": parts(name for name in given if name not in own),
+        "of other sizes": [f"{n} {given[n]}, in the model {own[n]}" for n in own if given.get(n, own[n]) != own[n]],
     }
     if lines := listing(kinds, 4):
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
@@ -195,12 +202,6 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
             "other tensors, leave out those with channel_gate or gated in their names, and use strict=False"
         )
         raise CheckpointError(f"{first}{lines}\n{advice}")
-
-
-def _parts(names: Iterable[str], only_gates: bool = False) -> list[str]:
-    """Return the gates and norms that tensors belong to, each once."""
-    found = filter(None, map(_PART.match, names))
-    return list(dict.fromkeys(part.group() for part in found if part["gate"] or not only_gates))
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -238,7 +239,7 @@ def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
 
 def _arguments(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    args, kwargs = decode_inputs(data["example"], like)
+    args, kwargs = decode(data["example"], like)
     skipped = set(map(str, data["skipped"]))
     return {"example_inputs": Inputs(*args, **kwargs), "skip": lambda path, module: path in skipped}
 

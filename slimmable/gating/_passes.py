@@ -51,18 +51,11 @@ class PassNorm(SwitchableNorm):
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
         return self.to_plain() if self.__dict__.pop("inside") else self
 
-    def of_gated_pass(self, index: int) -> nn.Module:
-        """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""
-        norms = inner_modules(self, "gated")
-        if str(index) not in norms:
-            raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
-        return norms[str(index)]
-
     def module_at(self, index: int) -> nn.Module:
         """Return the active pass's norm of the width with this index."""
         if self.__dict__["active_pass"].active is Pass.DENSE:
             return super().module_at(index)
-        return self.of_gated_pass(index)
+        return inner_modules(self, "gated")[str(index)]
 
 
 class GatedPass:
@@ -120,7 +113,7 @@ class GatedPass:
     def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
         """Return the multiply-adds of one image in the dense pass, at the width at which the model has run."""
         _, macs, counts = self._plan(input_size)
-        return float(macs.total({}, counts))
+        return macs.total(counts)
 
     def share(self, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Return the multiply-adds of each image as a share of the dense pass's: shape (images,)."""

@@ -179,7 +179,7 @@ def extract_gated(
         opened = gate_activity(model, loader)
         twin = copy_of(model)
     for norm in [module for module in twin.modules() if isinstance(module, PassNorm)]:
-        norm.full = norm.of_gated_pass(0)
+        norm.full = norm.gated[0]
     strip(ungate(twin))
     channels = found.plan.channels
     activity = {gate.group: opened[gate.name].tolist() for gate in found.gates if not channels.ordered[gate.group]}
@@ -211,11 +211,11 @@ def _kept(
         )
 
     def macs(units: int) -> float:
-        return float(found.macs.total({}, counts(units)))
+        return found.macs.total(counts(units))
 
     if keep is not None:
         return counts(sum(share >= keep for share, _ in ranked))
-    dense = float(found.macs.total({}, full))
+    dense = found.macs.total(full)
     fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=macs)
     if not fitting:
         what = f"the budget is {budget}, but the smallest network costs {macs(0) / dense:.3f}"
