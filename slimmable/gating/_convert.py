@@ -81,9 +81,7 @@ def gate(
         raise UsageError(f"this {type(model).__name__} already has gates; remove them with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
     if found.plan.switchable or not found.plan.overlap:
-        raise ConversionError(
-            "gates need widths that share their weights: convert without overlap=False and switchable"
-        )
+        raise ConversionError("gates need widths that share their weights: no overlap=False, and nothing switchable")
     if not found.gates:
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
@@ -197,11 +195,9 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
     }
     if lines := listing(kinds, 4):
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
-        advice = (
-            "gate the model like the checkpoint's: the same model, widths, skip and separate_norms. To load only the "
-            "other tensors, leave out those with channel_gate or gated in their names, and use strict=False"
-        )
-        raise CheckpointError(f"{first}{lines}\n{advice}")
+        advice = "gate the model like the checkpoint's: the same model, widths, skip and separate_norms"
+        rest = "to load all others, leave out tensors with channel_gate or gated in their names; use strict=False"
+        raise CheckpointError(f"{first}{lines}\n{advice}; {rest}")
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

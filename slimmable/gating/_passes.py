@@ -83,8 +83,7 @@ class GatedPass:
             found[gates.name] = torch.cat([decision.mask for decision in record if decision.mask is not None])
         if len({len(mask) for mask in found.values()}) > 1:
             counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
-            broken = "a forward was broken off, so use a new `with gated(model)` block"
-            why = f"either {broken}, or at this image size some layers see windows, not images"
+            why = "a forward was broken off, so use a new `with` block, or at this image size some layers see windows"
             raise UsageError(f"the gates have decided for different numbers of images ({counts}): {why}")
         return found
 
@@ -170,10 +169,10 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     if len(roots) > 1:
         held = f"{len(roots)} gated models, {', '.join(roots)}"
         raise UsageError(f"gated: this {type(model).__name__} holds {held}; give each a `with gated(...)` of its own")
-    norm = getattr(gates[0].at[0], "norm", None)
-    if isinstance(norm, nn.BatchNorm1d) and not norm.training:
-        batches = norm.num_batches_tracked
-        if batches is not None and not batches.is_meta and bool(batches == 0):
+    first = gates[0].at[0]
+    if isinstance(first, ChannelGate) and not first.training:
+        batches = first.norm.num_batches_tracked
+        if batches is not None and not batches.is_meta and batches == 0:
             name = type(model).__name__
             warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
     run = GatedPass(model, gates)

@@ -270,7 +270,12 @@ class _Finder:
         maker = makers[0]
         if skip(maker, model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
-        axis, channels = self._looked_at(maker, images)
+        call = self._call(maker, "makes it", images)
+        read = (self._input_axis(call, ids) for path, ids in self.trace.context.reads if path == maker)
+        found = next(filter(None, read), None)
+        if found is None:
+            raise _RefusedError("its layer reads the model's input, of which a gate learns little")
+        axis, channels = found
         readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
         counts = np.array([*self.plan.channels.units, 1])
         counts[group] -= 1
@@ -304,15 +309,6 @@ class _Finder:
             if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
                 return axis, self._units_on(own)
         return None
-
-    def _looked_at(self, maker: str, images: int) -> tuple[int, Ids]:
-        """Return the channel axis of the maker's input, and the units on it."""
-        call = self._call(maker, "makes it", images)
-        for path, ids in self.trace.context.reads:
-            found = self._input_axis(call, ids) if path == maker else None
-            if found is not None:
-                return found
-        raise _RefusedError("its layer reads the model's input, of which a gate learns little")
 
     def _reader(self, path: str, ids: Ids, group: int, images: int) -> Reader:
         found = self._input_axis(self._call(path, "reads it", images), ids)

@@ -40,10 +40,8 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     check_matrices("moco_logits", query=query, queue=queue)
     if queue.shape[0] != query.shape[1]:
         hint = "; it seems transposed" if queue.shape[1] == query.shape[1] else ""
-        raise DataError(
-            f"moco_logits: queue has shape {tuple(queue.shape)}, expected ({query.shape[1]}, negatives) "
-            f"for queries of shape {tuple(query.shape)}{hint}"
-        )
+        expected = f"expected ({query.shape[1]}, negatives) for queries of shape {tuple(query.shape)}"
+        raise DataError(f"moco_logits: queue has shape {tuple(queue.shape)}, {expected}{hint}")
     query = unit_vectors(query)
     positives = (query * unit_vectors(key)).sum(1, keepdim=True)
     return torch.cat([positives, matmul_without_autocast(query, unit_vectors(queue, dim=0))], dim=1)
@@ -110,10 +108,9 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     check_matrices("moco_v3_logits", query=query, keys=keys)
     batch, end = query.shape[0], offset + query.shape[0]
     if keys.shape[1] != query.shape[1] or not 0 <= offset <= keys.shape[0] - batch:
-        raise DataError(
-            f"moco_v3_logits: query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}: expected "
-            f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
-        )
+        given = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}"
+        expected = f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
+        raise DataError(f"moco_v3_logits: {given}: expected {expected}")
     logits = matmul_without_autocast(unit_vectors(query), unit_vectors(keys).T) / temperature
     own = logits[:, offset:end]
     return torch.cat([own.diagonal()[:, None], logits[:, :offset], _off_diagonal(own), logits[:, end:]], dim=1)
