@@ -65,8 +65,8 @@ class GatedPass:
     `torch.utils.checkpoint.checkpoint` need `use_reentrant=False` for that.
     """
 
-    def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
-        self._model = model
+    def __init__(self, root: nn.Module | None, gates: list[LayerGates]) -> None:
+        self._root = root  # that `gate` returned
         self._records: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
         self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
@@ -127,17 +127,16 @@ class GatedPass:
 
     def _plan(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, LayerMacs, tuple[int, ...]]:
         """Return the gate plan, the multiply-adds for images of a size, and the units that the width keeps."""
-        root = next((module for module in self._model.modules() if PLAN in module.__dict__), None)
-        if root is None:
+        if self._root is None:
             raise UsageError("multiply-adds are known only for the model that gate returned; this is a part of it")
-        found: GatePlan = root.__dict__[PLAN]
+        found: GatePlan = self._root.__dict__[PLAN]
         macs = found.macs
         if input_size is not None:
             if not is_size(input_size) or not input_size:
                 raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
             size = tuple(input_size)
             if size not in self._sizes:
-                self._sizes[size] = macs_for(root, found, image_batch(root, size, images=1))
+                self._sizes[size] = macs_for(self._root, found, image_batch(self._root, size, images=1))
             macs = self._sizes[size]
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
@@ -165,7 +164,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     (torch.Size([3]), 352.0)
     """
     gates = gates_of("gated", model)
-    roots = [path for path, module in model.named_modules() if PLAN in module.__dict__]
+    roots = {path: module for path, module in model.named_modules() if PLAN in module.__dict__}
     if len(roots) > 1:
         held = f"{len(roots)} gated models, {', '.join(roots)}"
         raise UsageError(f"gated: this {type(model).__name__} holds {held}; give each a `with gated(...)` of its own")
@@ -175,7 +174,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
         if batches is not None and not batches.is_meta and batches == 0:
             name = type(model).__name__
             warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
-    run = GatedPass(model, gates)
+    run = GatedPass(next(iter(roots.values()), None), gates)
     undecided = [Decision(record=record) for record in run._records.values()]
     with _during(Pass.GATED, model), switched([(None, each.decision) for each in gates], undecided):
         yield run
