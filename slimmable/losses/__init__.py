@@ -15,10 +15,6 @@ from slimmable.losses.distillation import (
     width_weights,
 )
 from slimmable.losses.self_supervised import (
-    InfoNCE,
-    MoCoV3Loss,
-    NTXent,
-    VICRegLoss,
     byol_loss,
     contrastive_cross_entropy,
     info_nce,
@@ -31,8 +27,7 @@ from slimmable.losses.self_supervised import (
 )
 
 __all__ = [
-    "InfoNCE", "MoCoV3Loss", "NTXent", "OnlineDistillation", "VICRegLoss", "byol_loss", "contrastive_cross_entropy",
-    "decoupled_distillation", "embedding_cross_entropy", "info_nce", "moco_logits", "moco_v3_logits", "moco_v3_loss",
-    "nt_xent", "nt_xent_logits", "slim_loss", "slim_term", "soft_cross_entropy", "squared_error",
-    "standardised_distillation", "vicreg_loss", "width_weights",
+    "OnlineDistillation", "byol_loss", "contrastive_cross_entropy", "decoupled_distillation", "embedding_cross_entropy",
+    "info_nce", "moco_logits", "moco_v3_logits", "moco_v3_loss", "nt_xent", "nt_xent_logits", "slim_loss", "slim_term",
+    "soft_cross_entropy", "squared_error", "standardised_distillation", "vicreg_loss", "width_weights",
 ]  # fmt: skip

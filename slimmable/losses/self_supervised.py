@@ -4,11 +4,9 @@ All `*_logits` functions put the positive pair in column 0 and the negatives in 
 unit length, so raw and normalised ones give the same value, and compute half-precision input in float32.
 """
 
-from inspect import signature
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimmable._checks import check_matrices, check_same_shape, checked
 from slimmable._numerics import at_least_float32, matmul_without_autocast, unit_vectors
@@ -42,10 +40,8 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     check_matrices("moco_logits", query=query, queue=queue)
     if queue.shape[0] != query.shape[1]:
         hint = "; it seems transposed" if queue.shape[1] == query.shape[1] else ""
-        raise DataError(
-            f"moco_logits: queue has shape {tuple(queue.shape)}, expected ({query.shape[1]}, negatives) "
-            f"for queries of shape {tuple(query.shape)}{hint}"
-        )
+        expected = f"expected ({query.shape[1]}, negatives) for queries of shape {tuple(query.shape)}"
+        raise DataError(f"moco_logits: queue has shape {tuple(queue.shape)}, {expected}{hint}")
     query = unit_vectors(query)
     positives = (query * unit_vectors(key)).sum(1, keepdim=True)
     return torch.cat([positives, matmul_without_autocast(query, unit_vectors(queue, dim=0))], dim=1)
@@ -112,10 +108,9 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     check_matrices("moco_v3_logits", query=query, keys=keys)
     batch, end = query.shape[0], offset + query.shape[0]
     if keys.shape[1] != query.shape[1] or not 0 <= offset <= keys.shape[0] - batch:
-        raise DataError(
-            f"moco_v3_logits: query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}: expected "
-            f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
-        )
+        given = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}"
+        expected = f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
+        raise DataError(f"moco_v3_logits: {given}: expected {expected}")
     logits = matmul_without_autocast(unit_vectors(query), unit_vectors(keys).T) / temperature
     own = logits[:, offset:end]
     return torch.cat([own.diagonal()[:, None], logits[:, :offset], _off_diagonal(own), logits[:, end:]], dim=1)
@@ -180,82 +175,3 @@ def _off_diagonal(square: Tensor) -> Tensor:
     n = square.shape[0]
     # After its first entry, the flattened matrix is n - 1 runs of n entries, each followed by a diagonal one.
     return square.reshape(-1)[1:].reshape(n - 1, n + 1)[:, :n].reshape(n, n - 1)
-
-
-class LossModule(nn.Module):
-    """A loss that has the arguments of its constructor as attributes."""
-
-    def extra_repr(self) -> str:
-        """Return the arguments of the constructor."""
-        names = (name for name in signature(type(self)).parameters if name in vars(self))
-        return ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
-
-
-class _WithTemperature(LossModule):
-    @checked
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-
-class InfoNCE(_WithTemperature):
-    """`info_nce` as a module.
-
-    >>> InfoNCE()
-    InfoNCE(temperature=0.2)
-    """
-
-    def __init__(self, temperature: float = 0.2) -> None:
-        super().__init__(temperature)
-
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-        """Return `info_nce(query, key, queue)` at the module's temperature."""
-        return info_nce(query, key, queue, self.temperature)
-
-
-class NTXent(_WithTemperature):
-    """`nt_xent` as a module.
-
-    >>> NTXent(temperature=0.5)(torch.ones(4, 8), torch.ones(4, 8))
-    tensor(1.9459)
-    """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__(temperature)
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return `nt_xent(z0, z1)` at the module's temperature."""
-        return nt_xent(z0, z1, self.temperature)
-
-
-class MoCoV3Loss(_WithTemperature):
-    """The symmetric loss of MoCo v3 as a module: `moco_v3_loss` in both directions.
-
-    >>> q = k = torch.ones(4, 8)
-    >>> MoCoV3Loss()(q, q, k, k)
-    tensor(5.5452)
-    """
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__(temperature)
-
-    def forward(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, offset: int = 0) -> Tensor:
-        """Return `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` at the module's temperature."""
-        return moco_v3_loss(q0, k1, self.temperature, offset) + moco_v3_loss(q1, k0, self.temperature, offset)
-
-
-class VICRegLoss(LossModule):
-    """`vicreg_loss` as a module.
-
-    >>> VICRegLoss()
-    VICRegLoss(invariance=25.0, variance=25.0, covariance=1.0)
-    """
-
-    @checked
-    def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
-        super().__init__()
-        self.invariance, self.variance, self.covariance = invariance, variance, covariance
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return `vicreg_loss(z0, z1)` with the module's factors."""
-        return vicreg_loss(z0, z1, self.invariance, self.variance, self.covariance)

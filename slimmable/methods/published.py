@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimmable import losses
-from slimmable._checks import check_classes, check_module, checked
+from slimmable._checks import check_classes, check_module, checked, shown
 from slimmable._distributed import gather, rank
 from slimmable._numerics import unit_vectors
 from slimmable.errors import DataError, UsageError
@@ -134,10 +134,9 @@ class Supervised(Method):
             raise UsageError("Supervised learns from labels; give the batch some")
         probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
         if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
-            found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-            numbers, shares = tuple(scores.shape[:1]), tuple(scores.shape)
-            wanted = f"class numbers of shape {numbers}, or probabilities of shape {shares}"
-            raise DataError(f"Supervised: labels are {found}, expected {wanted}")
+            size = tuple(scores.shape)
+            wanted = f"class numbers of shape {size[:1]}, or probabilities of shape {size}"
+            raise DataError(f"Supervised: labels are {shown(labels)}, expected {wanted}")
         if not probabilities:
             check_classes("Supervised", labels, scores.shape[1])
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)

@@ -587,14 +587,6 @@ CALLS: dict[str, Call] = {
         {"teachers": MATRIX.but(a_row_less="a batch like another", meta="so is the floor")},
         of=losses.OnlineDistillation,
     ),
-    **{f"losses.{name}": Call({"temperature": TEMPERATURE}) for name in ("InfoNCE", "NTXent", "MoCoV3Loss")},
-    "losses.VICRegLoss": Call({"invariance": WEIGHT, "variance": WEIGHT, "covariance": WEIGHT}),
-    "losses.InfoNCE.forward": Call(two("query", "key", queue=QUEUE), of=losses.InfoNCE),
-    "losses.NTXent.forward": Call(two("z0", "z1"), of=losses.NTXent),
-    "losses.VICRegLoss.forward": Call(two("z0", "z1"), of=losses.VICRegLoss),
-    "losses.MoCoV3Loss.forward": Call(
-        {"q0": FEWER, "q1": FEWER, **two("k0", "k1"), "offset": bad.natural(0)}, of=losses.MoCoV3Loss
-    ),
     # -- training
     "calibrate_bn": Call(
         {
