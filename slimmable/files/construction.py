@@ -16,7 +16,7 @@ from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
 from slimmable._modules import replace_modules
 from slimmable.errors import CheckpointError
-from slimmable.files.description import describe, hidden_buffers, unlike, unlike_numbers
+from slimmable.files.description import describe, hidden_buffers, unlike
 from slimmable.view.container import SwitchableContainer
 
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -37,7 +37,7 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
             raise CheckpointError(f"arguments= is for timm models; this {type(model).__name__} is not one")
         return None
     tensors, rows = model.state_dict(keep_vars=True) | hidden_buffers(model), describe(model)
-    for candidate in [arguments] if arguments is not None else _candidates(model, config, tensors):
+    for candidate in [arguments] if arguments is not None else _candidates(model, config, tensors, rows):
         recipe = {"timm": name, "arguments": dict(candidate)}
         with nullcontext() if arguments is not None else suppress(CheckpointError):
             if not unlike(skeleton(recipe, tensors), rows, tensors, narrow)[0]:
@@ -96,7 +96,9 @@ def _at_most(registrations: int) -> Iterator[None]:
         yield
 
 
-def _candidates(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+def _candidates(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: list[Any]
+) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
     classes, first = getattr(model, "num_classes", None), config.get("first_conv")
     modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
@@ -109,9 +111,14 @@ def _candidates(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[st
     known = [(key, value) for key, value in read.items() if value is not None]
     for count in range(len(known) + 1):
         yield dict(known[:count])
-    taken = inspect.signature(type(model)).parameters
-    numbers = unlike_numbers(model, skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
-    yield dict(known) | {key: value for key, value in numbers.items() if key in taken}
+    with suppress(CheckpointError):  # timm may not take them
+        made = describe(skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
+        there = {path: settings for path, _, settings in made}
+        taken, found = inspect.signature(type(model)).parameters, dict(known)
+        for path, _, settings in reversed(rows):  # the outermost module has the last word
+            own = {name: value for name, value in settings.items() if name in taken}
+            found |= {name: value for name, value in own.items() if there.get(path, own).get(name, value) != value}
+        yield found
 
 
 @checked

@@ -1,5 +1,6 @@
 """What a network computes besides its tensors, as JSON data by module, and how networks and their tensors differ."""
 
+import json
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -65,12 +66,10 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], nar
         set_here = [name for name in differing if name in vars(module) and name not in bound]
         free[path] = {name: _like(held[name], settings[name]) for name in set_here}
     found = {
-        "modules only in the file": [f"{_place(path)} ({kind})" for path, kind in there.items() if path not in here],
-        "modules only here": [f"{_place(path)} ({kind})" for path, kind in here.items() if path not in there],
         "other modules": [
-            f"{_place(path)} is {there[path]} in the file, {kind} here"
-            for path, kind in here.items()
-            if there.get(path, kind) != kind
+            f"{_place(path)} is {there.get(path, 'missing')} in the file, {here.get(path, 'missing')} here"
+            for path in here | there
+            if there.get(path) != here.get(path)
         ],
         "other settings": edited,
         "of another type": [
@@ -121,16 +120,6 @@ def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
     return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 
-def unlike_numbers(model: nn.Module, other: nn.Module) -> dict[str, Any]:
-    """Return the numbers that the modules of `model` hold and those of `other` do not, if all that differ are one."""
-    twins, found = dict(other.named_modules()), dict[str, list[Any]]()
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if path in twins and _is_number(value) and vars(twins[path]).get(name, value) != value:
-                found.setdefault(name, []).append(value)
-    return {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
-
-
 def _kind(module: nn.Module) -> str:
     """Return the name of a module's class; converters swap BatchNorms for those of other dimensions or processes."""
     name = type(module).__name__
@@ -157,27 +146,25 @@ def _settings(module: nn.Module, read: set[str]) -> dict[str, Any]:
 
 def written(value: Any) -> Any:
     """Return plain data as JSON data, classes and functions as their names, and `_ABSENT` for everything else."""
-    if isinstance(value, Enum):
-        return f"{type(value).__name__}.{value.name}"
+    try:
+        return json.loads(json.dumps(value, default=_written, skipkeys=True))
+    except (TypeError, ValueError, RecursionError):
+        return _ABSENT
+
+
+def _written(value: Any) -> Any:
+    """Return what JSON does not know in its terms."""
     if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (int, float, str)):
-        return value
-    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return value.item()
+    if isinstance(value, (Enum, torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     if isinstance(value, partial):
-        return ["partial", *map(written, (value.func, value.args, sorted(value.keywords.items())))]
-    if isinstance(value, (tuple, list)):
-        parts = [written(part) for part in value]
-        return _ABSENT if any(part is _ABSENT for part in parts) else parts
+        return ["partial", value.func, value.args, sorted(value.keywords.items())]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    if isinstance(value, dict):
-        found = {str(key): written(part) for key, part in value.items()}
-        return _ABSENT if any(part is _ABSENT for part in found.values()) else found
     if callable(value) and not isinstance(value, nn.Module):
         return getattr(value, "__name__", type(value).__name__)
-    return _ABSENT
+    raise TypeError(f"{type(value).__name__} is no plain data")
 
 
 def _alike(given: Any, own: Any) -> bool:

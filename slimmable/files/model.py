@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._addons import ADDONS, MODULES, addons_of
-from slimmable._checks import check_module, check_path, check_whole, checked
+from slimmable._checks import check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
@@ -72,6 +72,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 def load(path: str | Path, model: None = None) -> nn.Module: ...
 @overload
 def load(path: str | Path, model: M) -> M: ...
+@checked
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote, with all its widths and gates, or as a plain network if it was one.
 
@@ -84,9 +85,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises: CheckpointError: if the file is missing, damaged or foreign, or of another network, one whose modules,
         settings (such as strides and activations) or tensors differ; the message names the differences.
     """
-    if model is not None:
-        check_module("load", model)
-    check_path("load", path=path)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
         raise CheckpointError(
@@ -107,18 +105,14 @@ def _plan_to_save(model: nn.Module) -> Plan | None:
     """Return the plan of a converted model, or None for a plain one; raise `CheckpointError` if it is neither."""
     if not any(is_slim(module) for module in model.modules()):
         return None
-    places, plan = places_of(model), plan_of(model)  # the first raises if layers were added
+    places, plan, kind = places_of(model), plan_of(model), type(model).__name__  # the first raises if layers were added
     if plan is None or any(state.plan is not plan for _, state in places):
         raise CheckpointError(
-            f"{type(model).__name__} is not a model as slimmable.slimify returned it: it has slimmable layers from "
-            "elsewhere, or is a part or a wrapper of a converted model; save the converted model itself"
+            f"this {kind} is a part or a wrapper of a converted model, or built by hand; save the converted model itself"
         )
-    gone = [name for name, shape in misfits(model, plan) if shape is None]
+    gone = ", ".join([name for name, shape in misfits(model, plan) if shape is None][:6])
     if gone:
-        raise CheckpointError(
-            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "
-            "with slimmable.slimify, then save it"
-        )
+        raise CheckpointError(f"{gone}: gone from this {kind} since it was converted; convert it again, then save it")
     return plan
 
 
@@ -139,7 +133,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
     """Return the model in a file. Nothing has memory before the file has been compared with the plain network."""
-    units = tensors.pop(_UNITS) if "plan" in data else torch.empty(0)
     plain = skeleton(data["recipe"], tensors) if model is None else model
     own = plain.state_dict(keep_vars=True) | hidden_buffers(plain)
     given = {name: tensor for name, tensor in tensors.items() if name in own}
@@ -154,7 +147,7 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     if "plan" in data:
         if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
             raise CheckpointError("it has more widths than its tensors are for")
-        network = apply_plan(network, decode(data["plan"], units.numpy(), network))
+        network = apply_plan(network, decode(data["plan"], tensors.pop(_UNITS).numpy(), network))
         widths = [tuple(width) if isinstance(width, list) else float(width) for width in data["registered"]]
         with registered(network, widths):
             pass
@@ -163,8 +156,7 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         network = ADDONS[name].restore(network, data[name])
     own = network.state_dict(keep_vars=True)
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(HIDDEN)}
-    differing = differences(own, given, most=5)
-    if differing:
+    if differing := differences(own, given, most=5):
         raise CheckpointError(f"its tensors are those of another network{differing}")
     for name, tensor in own.items():
         tensor.data = tensor.data.to(given[name].dtype)
