@@ -138,19 +138,17 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = self.formulas.get(func._overloadpacket)
-        if formula is not None:
+        if formula := self.formulas.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
             self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
         return out
 
 
+@dataclass(eq=False)
 class _Attention(TorchFunctionMode):
     """Counts attention as one operation, since the kernels that torch has formulas for vary by version."""
 
-    def __init__(self, counter: _Counter) -> None:
-        super().__init__()
-        self.counter = counter
+    counter: _Counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

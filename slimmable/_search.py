@@ -91,13 +91,13 @@ def search(
         raise UsageError(f"search: of={of!r} is unknown; use 'macs' or 'parameters'")
     if not 0 < number_or_nan(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
-    if not budgets:
-        raise UsageError("search: budget is empty; pass a share of the full network's cost, such as 0.5")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
-    for share in budgets:
-        if not least / full <= number_or_nan(share) <= 1:
-            needs = f"from {least / full:.3f}, which the narrowest width needs, to 1"
-            raise UsageError(f"search: a budget is a share of the full network's {of}, {needs}; got {share!r}")
+    unfit = [share for share in budgets if not least / full <= number_or_nan(share) <= 1]
+    if unfit or not budgets:
+        needs = f"from {least / full:.3f}, which the narrowest width needs, to 1"
+        raise UsageError(
+            f"search: a budget is a share of the full network's {of}, {needs}; got {[*unfit, budget][0]!r}"
+        )
     if isinstance(calibrate, (str, Tensor, Iterator)) or not isinstance(calibrate, (Iterable, type(None))):
         raise UsageError(f"search: calibrate must be a list of batches, to read again and again, got {calibrate!r:.80}")
     limits = [max(share * full, least) for share in budgets]  # a share that is exactly the least may round to below it

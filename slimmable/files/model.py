@@ -52,8 +52,6 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     (1.0, 0.5)
     """
     check_whole("save", model)
-    if arguments is not None and not isinstance(arguments, Mapping):
-        raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, data = model, dict[str, Any]()
     for name, addon in addons_of(model).items():
         bare, data[name] = addon.describe(bare)
@@ -87,10 +85,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
-        raise CheckpointError(
-            f"{path} holds a {data.get('class')} and no recipe for timm to make it; build the plain full-width network "
-            "and pass it, as in load(path, model=...)"
-        )
+        known = f"{path} holds a {data.get('class')} and no recipe for timm to make it"
+        raise CheckpointError(f"{known}; pass the plain full-width network, as in load(path, model=...)")
     if model is not None and any(is_slim(module) for module in model.modules()):
         raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
     try:
@@ -108,7 +104,7 @@ def _plan_to_save(model: nn.Module) -> Plan | None:
     places, plan, kind = places_of(model), plan_of(model), type(model).__name__  # the first raises if layers were added
     if plan is None or any(state.plan is not plan for _, state in places):
         raise CheckpointError(
-            f"this {kind} is a part or a wrapper of a converted model, or built by hand; save the converted model itself"
+            f"this {kind} is a part or a wrapper of a converted model, or made by hand; save the converted model itself"
         )
     gone = ", ".join([name for name, shape in misfits(model, plan) if shape is None][:6])
     if gone:
