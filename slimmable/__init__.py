@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
     from slimmable.cli.calls import pretrain
     from slimmable.errors import SlimmableError
-    from slimmable.files.construction import full_state_dict
-    from slimmable.files.model import load, save
+    from slimmable.files.model import full_state_dict, load, save
     from slimmable.files.slimclr import load_slimclr
     from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm, SwitchableProbe
     from slimmable.losses import OnlineDistillation
@@ -49,7 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inputs", "_profile", "_search", "_width", "errors", "files.construction", "files.model",
+    "_convert", "_inputs", "_profile", "_search", "_width", "errors", "files.model",
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")

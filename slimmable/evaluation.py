@@ -166,9 +166,8 @@ def evaluate_features(
     Args:
         train, test: width -> features of shape (images, features of this width), including width 1.0.
         train_labels, test_labels: class numbers, shape (images,); moved to the device of the features.
-        probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "slimmable" one for all widths
-            (`train_slimmable_probe`, which needs the features of a width to be the first ones of every wider width),
-            "ridge" the closed form per width (`ridge_classifier`).
+        probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "ridge" one in closed form
+            (`ridge_classifier`), "slimmable" one for all widths (`train_slimmable_probe`, which says what it needs).
         k: number of neighbours that vote.
 
     Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
