@@ -62,6 +62,8 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     (1.0, 0.5)
     """
     check_whole("save", model)
+    if not isinstance(arguments, (Mapping, type(None))):
+        raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, data = model, dict[str, Any]()
     for name, addon in addons_of(model).items():
         bare, data[name] = addon.describe(bare)
@@ -205,7 +207,6 @@ def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
 
 
-# -- recipes
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
 
