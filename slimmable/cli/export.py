@@ -31,8 +31,7 @@ from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
-from slimmable.files.construction import build
-from slimmable.files.model import load, read, save
+from slimmable.files.model import build, load, read, save
 from slimmable.view.state import is_slim
 
 INPUT, OUTPUT = "images", "output"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.construction import filled
 from slimmable.files.description import differences
+from slimmable.files.model import filled
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
