@@ -196,7 +196,8 @@ def extract(model: M, width: Setting) -> M:
             for name, part in narrow_tensors(module, state.active).items():
                 full = {**module._parameters, **module._buffers, **module.__dict__}[name]
                 if id(full) not in memo:
-                    own = _laid_out_as(full, part)
+                    like = full.detach()[tuple(map(slice, part.shape))]  # so that it keeps, say, `channels_last`
+                    own = torch.empty_like(like).copy_(part.detach())
                     memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
         small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
         for module, active in slim:
@@ -221,15 +222,6 @@ def _refuse_derived(module: nn.Module, state: WidthState) -> None:
                 "torch.nn.utils.prune or weight_norm; make the change permanent with torch.nn.utils.prune.remove or "
                 "its counterpart, or call slimmable.slimify on the model again, then extract"
             )
-
-
-def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
-    """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
-    part, order = part.detach(), sorted(range(full.ndim), key=full.stride, reverse=True)
-    if order == sorted(order):  # also of quantised tensors, which have no `permute`
-        return part.clone(memory_format=torch.contiguous_format)
-    copied = part.permute(order).clone(memory_format=torch.contiguous_format)
-    return copied.permute([order.index(axis) for axis in range(full.ndim)])
 
 
 # -- the steps of a conversion
@@ -357,10 +349,12 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
             continue
         if (isinstance(module, _BatchNorm) and own) or path in found.switchable:
             inside = (*inside, f"{path}.") if path else inside
-            values = [column.values.get(path, {}) for column in found.columns]
-            parts = [part_of(module, {name: own[name][at] for name in own}, each) for at, each in enumerate(values)]
+            parts = [
+                part_of(module, {name: own[name][at] for name in own}, column.values.get(path, {}), found.universal)
+                for at, column in enumerate(found.columns)
+            ]
             kind: type[Switchable] = SwitchableNorm if isinstance(module, _BatchNorm) else Switchable
-            norms[id(module)] = norm = kind(module, found.widths, parts, shared_affine=found.universal)
+            norms[id(module)] = norm = kind(module, found.widths, parts)
             know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}

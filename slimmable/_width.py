@@ -224,7 +224,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting, number: floa
     own = {name: kept[state.path, name] for name in tensors_of(module) if (state.path, name) in kept}
     values = found.values.get(state.path, {})
     if isinstance(module, Switchable):
-        column = Guest(module, width, part_of(module.full, own, values))
+        column = Guest(module, width, part_of(module.full, own, values, shared=True))
     else:
         column = GuestColumn(module, width, own, values)
     column.counts = found.counts

@@ -20,7 +20,7 @@ from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import Column, state_of
+from slimmable.view.state import Column, is_slim, state_of
 
 Sums: TypeAlias = "dict[tuple[str, float, float], Tensor]"
 """(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
@@ -205,7 +205,7 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedP
 
 def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     if isinstance(module, SwitchableNorm):
-        return module.full._parameters if module.narrow.shared_affine else {}
+        return module.full._parameters if all(map(is_slim, module.narrow)) else {}
     return {} if isinstance(module, SwitchableContainer) else module._parameters
 
 

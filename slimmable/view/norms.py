@@ -20,7 +20,7 @@ from slimmable.view.state import Column, Counts
 from slimmable.view.view import install_view, remove_view
 
 M = TypeVar("M")
-_Units: TypeAlias = "dict[str, list[list[int]]]"  # name of a tensor -> the units of each axis
+_Units: TypeAlias = "dict[tuple[str, int], list[int]]"  # name of a tensor, and axis -> units
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
 
@@ -29,51 +29,39 @@ class Part(NamedTuple):
 
     axes: Mapping[str, Sequence[Kept]]
     values: Mapping[str, object]
-
-
-class NarrowNorms(nn.ModuleList):
-    """The narrower norms, from wide to narrow; one that shares still does after a converter has replaced it."""
-
-    def __init__(self, norms: Iterable[nn.Module], shared_affine: bool) -> None:
-        super().__init__(norms)
-        self.shared_affine = shared_affine
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Insert a norm, as converters such as that of `SyncBatchNorm` do."""
-        before = self._modules.get(name)
-        if before is not None and module is not None and _shares(before) and not _shares(module):
-            _share(module, before.__dict__["_slim_lent"], before.__dict__["_slim_shared"])
-        super().add_module(name, _guarded(module))
+    shared: bool = False  # whether it reads its part of the full module's parameters, instead of having its own
 
 
 class Switchable(SwitchableContainer):
     """One real module per width, a norm or any layer; see `SwitchableNorm`."""
 
     full: nn.Module
-    narrow: NarrowNorms
+    narrow: nn.ModuleList
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
-    def __init__(
-        self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part], *, shared_affine: bool = False
-    ) -> None:
+    def __init__(self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part]) -> None:
         super().__init__(widths)
         if len(parts) != len(self.widths):
             known = f"{len(parts)} entries, not one for each width of {self.widths}"
             raise ConversionError(f"{type(self).__name__}: kept has {known}")
         self.__dict__["_parts"] = tuple(parts)
         self.add_module("full", full)
-        narrow = (self._narrowed(part, shared_affine) for part in parts[1:])
-        self.add_module("narrow", NarrowNorms(narrow, shared_affine))
-        self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
+        self.add_module("narrow", nn.ModuleList(map(self._narrowed, parts[1:])))
+        self.__dict__["training"] = self.narrow.training = full.training
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Insert a module, as converters do; the container uses the parameter and buffer dicts of its full norm."""
-        super().add_module(name, _guarded(module) if name == "full" else module)
-        if name == "full":
-            self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
-            for norm in filter(_shares, self.norms()):
-                norm.__dict__["_slim_lent"] = self.full._parameters
+        super().add_module(name, module)
+        self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
+        _guarded(self.full)
+        narrow: Any = self._modules.get("narrow") or ()
+        for norm, part in zip(narrow, self._parts[1:], strict=False):
+            _guarded(norm)
+            if part.shared and not _shares(norm):
+                _share(norm, self.full._parameters, part)
+        for norm in filter(_shares, self.norms()):
+            norm.__dict__["_slim_lent"] = self.full._parameters
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse tensors that other code adds, as pruning does."""
@@ -83,7 +71,7 @@ class Switchable(SwitchableContainer):
         )
 
     @torch.inference_mode(False)  # it is used outside of that, too
-    def _narrowed(self, part: Part, shared: bool) -> nn.Module:
+    def _narrowed(self, part: Part) -> nn.Module:
         """Return a cut copy of the full module, which may read the parameters of that."""
         module = _copy_of_norm(self.full)
         tensors = dict((*module.named_parameters(), *module.named_buffers()))
@@ -92,7 +80,7 @@ class Switchable(SwitchableContainer):
         for name, value in part.values.items():
             owner, _, own = name.rpartition(".")
             setattr(module.get_submodule(owner), own, value)
-        return _share(module, self.full._parameters, part) if shared else module
+        return _share(module, self.full._parameters, part) if part.shared else module
 
     def to_plain(self) -> nn.Module:
         """Return the module of the full width, the module itself, not a copy."""
@@ -111,8 +99,7 @@ class Switchable(SwitchableContainer):
         if not _shares(norm):
             return twin
         remove_view(twin)
-        full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
-        for name, whole in full.items():
+        for name, whole in twin.__dict__.pop("_slim_lent").items():
             own = None if whole is None else nn.Parameter(getattr(norm, name).detach().clone(), whole.requires_grad)
             twin.__dict__["_parameters"][name] = own
             twin.__dict__.update({"affine": True} if own is not None and "affine" in twin.__dict__ else {})
@@ -249,8 +236,8 @@ class SwitchableNorm(Switchable):
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
     ) -> None:
-        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep) for keep in kept]
-        super().__init__(full, widths, parts, shared_affine=shared_affine)
+        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep, shared_affine) for keep in kept]
+        super().__init__(full, widths, parts)
 
     def norm_at(self, index: int) -> nn.Module:
         """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
@@ -258,11 +245,11 @@ class SwitchableNorm(Switchable):
 
 
 class Guest(Column):
-    """A guest of a switchable module: a module that shares the full one's parameters and starts from its statistics."""
+    """A guest of a switchable module: a module that starts from the full one's statistics; its part is a shared one."""
 
     def __init__(self, container: Switchable, width: float | Counts, part: Part) -> None:
         super().__init__(width)
-        self.part, self.norm = part, container._narrowed(part, shared=True)
+        self.part, self.norm = part, container._narrowed(part)
 
     def enter(self, module: nn.Module) -> None:
         """Put the norm into the container as `guest`."""
@@ -294,7 +281,7 @@ def _report_plain_names(norm: Switchable, _: Any) -> None:
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        anew = norm._narrowed(cast(Guest, norm._slim.active).part, shared=False)
+        anew = norm._narrowed(cast(Guest, norm._slim.active).part._replace(shared=False))
         guest.load_state_dict(anew.state_dict(), strict=False)  # without what it shares
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
@@ -303,7 +290,7 @@ def _report_plain_names(norm: Switchable, _: Any) -> None:
 def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], part: Part) -> nn.Module:
     """Let a narrow module read its part of `lent`, the full module's parameters, instead of having its own."""
     own = {name: None for name, tensor in lent.items() if tensor is None}
-    norm.__dict__.update(_parameters=own, _slim_lent=lent, _slim_shared=part)
+    norm.__dict__.update(_parameters=own, _slim_lent=lent)
     norm.__dict__.update({"affine": False} if "affine" in norm.__dict__ else {})  # which converters read
     whole = {name: [None] * tensor.ndim for name, tensor in lent.items() if tensor is not None}
     install_view(norm, (1.0,), {name: [part.axes.get(name, every)] for name, every in whole.items()}, {})
@@ -345,21 +332,21 @@ def _copy_of_norm(norm: nn.Module) -> nn.Module:
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
-def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mapping[str, object]) -> Part:
+def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mapping[str, object], shared: bool) -> Part:
     """Return what a width has of a norm or layer, by what a plan keeps of its tensors, and its attributes then."""
     if isinstance(module, _BatchNorm):
-        return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1))
+        return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1), shared)
     sizes = {}
     for name, axis in size_axes(module).items() if "weight" in own else ():
         groups = values.get("groups", getattr(module, "groups", 1)) if axis == 1 else 1
         sizes[name] = kept_of(cast(Tensor, module.weight).shape[axis], own["weight"][axis]) * cast(int, groups)
-    return Part(own, {**sizes, **values})
+    return Part(own, {**sizes, **values}, shared)
 
 
-def _part_of_norm(norm: nn.Module, kept: Kept) -> Part:
+def _part_of_norm(norm: nn.Module, kept: Kept, shared: bool) -> Part:
     """Return what a width has of a norm that keeps these channels, and of modules inside, such as an activation."""
     if kept is None:
-        return Part({}, {})
+        return Part({}, {}, shared)
     counts = (getattr(norm, name, None) for name in _CHANNEL_COUNTS)
     channels = next((count for count in counts if isinstance(count, int)), None)
     if channels is None:
@@ -376,7 +363,7 @@ def _part_of_norm(norm: nn.Module, kept: Kept) -> Part:
     axes = {name: (kept, *[None] * (each.ndim - 1)) for name, each in tensors if each.shape[:1] == (channels,)}
     places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)
     sizes = {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name, size in places if size == channels}
-    return Part(axes, sizes)
+    return Part(axes, sizes, shared)
 
 
 def _cut(tensor: Tensor, part: Part, name: str) -> Tensor:
@@ -389,10 +376,10 @@ def _units(tensors: Mapping[str, Tensor], part: Part, moved: Mapping[Any, Sequen
     found: _Units = {}
     for name, tensor in tensors.items():
         place = f"{path}.{name}".lstrip(".").rpartition(".")[::2]
-        orders = [moved.get((*place, axis), range(size)) for axis, size in enumerate(tensor.shape)]
-        kept = zip(orders, part.axes.get(name, [None] * tensor.ndim), strict=True)
-        units = ((of, keep if isinstance(keep, tuple) else range(kept_of(len(of), keep))) for of, keep in kept)
-        found[name] = [[int(order[unit]) for unit in each] for order, each in units]
+        kept = part.axes.get(name, [None] * tensor.ndim)
+        for axis, (size, keep) in enumerate(zip(tensor.shape, kept, strict=True)):
+            units, order = keep if isinstance(keep, tuple) else range(kept_of(size, keep)), moved.get((*place, axis))
+            found[name, axis] = [unit if order is None else int(order[unit]) for unit in units]
     return found
 
 
@@ -408,30 +395,27 @@ def inherit(
     norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_parts", "_modules")})
     norms = {width: before.module_at(index) for index, width in enumerate(before._slim.widths)}
     tensors = norm.full.state_dict(keep_vars=True)
-    had = {width: _units(tensors, part, {}, path) for width, part in zip(norms, before._parts, strict=True)}
-    shared, shared_before = norm.narrow.shared_affine, before.narrow.shared_affine
-    loses_affine = shared and not shared_before and norm.full.affine
+    parts = dict(zip(norms, before._parts, strict=True))
+    had = {width: _units(tensors, part, {}, path) for width, part in parts.items()}
     lost = []
     for place, (width, part) in enumerate(zip(norm._slim.widths[1:], norm._parts[1:], strict=True)):
-        units = _units(tensors, part, moved, path)
-        if (units, shared) == (had.get(width), shared_before):
+        units, known = _units(tensors, part, moved, path), width in norms
+        if known and units == had[width] and part.shared == parts[width].shared:
             norm.narrow[place] = norms[width]
             continue
         wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
-        for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
+        for source in (*sorted(wider, reverse=True), *([width] if known else [])):
             _take_over(norm.narrow[place], units, norms[source], had[source])
-        if width in norms and (loses_affine or _as_sets(units) != _as_sets(had[width])):
+        loses_affine = known and part.shared and not parts[width].shared and norm.full.affine
+        if loses_affine or (known and any(set(units[axis]) != set(had[width][axis]) for axis in units)):
             lost.append(width)
     return lost
-
-
-def _as_sets(units: _Units) -> dict[str, list[set[int]]]:
-    return {name: list(map(set, axes)) for name, axes in units.items()}
 
 
 def _take_over(norm: nn.Module, units: _Units, source: nn.Module, theirs: _Units) -> None:
     mine, given = norm.state_dict(), source.state_dict()
     for name in mine.keys() & given.keys():
-        shared = [np.intersect1d(*axes, return_indices=True) for axes in zip(units[name], theirs[name], strict=True)]
+        axes = [(name, axis) for axis in range(mine[name].ndim)]
+        shared = [np.intersect1d(units[axis], theirs[axis], return_indices=True) for axis in axes]
         into, out_of = (np.ix_(*(places[of] for places in shared)) for of in (1, 2))
         mine[name][into] = given[name][out_of].to(mine[name])
