@@ -17,7 +17,7 @@ from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import make_cut, take
 from slimmable.view.state import Column, Counts
-from slimmable.view.view import install_view, remove_view
+from slimmable.view.view import install_view
 
 M = TypeVar("M")
 _Units: TypeAlias = "dict[tuple[str, int], list[int]]"  # name of a tensor, and axis -> units
@@ -95,15 +95,12 @@ class Switchable(SwitchableContainer):
     def own_at(self, index: int) -> nn.Module:
         """Return a module like that of the width with this index, on the same tensors except shared ones."""
         norm = self.module_at(index)
-        twin = _unguarded(twin_of(norm, type(norm)))
         if not _shares(norm):
-            return twin
-        remove_view(twin)
-        for name, whole in twin.__dict__.pop("_slim_lent").items():
-            own = None if whole is None else nn.Parameter(getattr(norm, name).detach().clone(), whole.requires_grad)
-            twin.__dict__["_parameters"][name] = own
-            twin.__dict__.update({"affine": True} if own is not None and "affine" in twin.__dict__ else {})
-        return twin
+            return _unguarded(twin_of(norm, type(norm)))
+        part = self._parts[index] if index > 0 else cast(Guest, self._slim.active).part
+        own = self._narrowed(part._replace(shared=False)).train(norm.training)
+        own.load_state_dict(norm.state_dict(), strict=False)  # its statistics
+        return _unguarded(own)
 
     def copy_at(self, index: int) -> nn.Module:
         """Return a copy of the module of the width with this index, with its own parameters."""
@@ -177,30 +174,22 @@ class Switchable(SwitchableContainer):
             name = key.removeprefix(prefix)
             if name.partition(".")[0] not in self._lists:
                 state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
-        theirs = local_metadata.get("widths", ())
+        theirs, full = local_metadata.get("widths", ()), self.full.state_dict(keep_vars=True)
         same = all(mine == other for mine, other in zip(self._slim.widths, theirs, strict=False))
         for name, first in self._lists.items():
             if any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 if not same:
                     reports[-1].append(f"{prefix}{name} has norms of the widths {theirs}, not {self._slim.widths}")
-            else:
-                for index, norm in enumerate(getattr(self, name), first):
-                    state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
+                continue
+            for place, norm in enumerate(getattr(self, name)):
+                index = first + place
+                dense = f"narrow.{index - 1}" if index else "full"
+                for key, own in norm.state_dict(keep_vars=True).items():  # of the dense pass, or parts of the full norm
+                    given = state_dict.get(f"{prefix}{dense}.{key}", state_dict.get(f"{prefix}full.{key}"))
+                    if given is not None and given.shape in (own.shape, full[key].shape):
+                        part = given.clone() if given.shape == own.shape else _cut(given, self._parts[index], key)
+                        state_dict[f"{prefix}{name}.{place}.{key}"] = part
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
-
-    def _filled(
-        self, norm: nn.Module, index: int, given: Mapping[str, Tensor], prefix: str, name: str
-    ) -> dict[str, Tensor]:
-        """Return entries for a norm that has none: the dense pass's at this width, or else parts of the full norm's."""
-        dense = f"{prefix}narrow.{index - 1}." if index else f"{prefix}full."
-        full = self.full.state_dict(keep_vars=True)
-        found = {}
-        for key, own in norm.state_dict(keep_vars=True).items():
-            tensor = given.get(f"{dense}{key}", given.get(f"{prefix}full.{key}"))
-            if tensor is not None and tensor.shape in (own.shape, full[key].shape):
-                fits = tensor.shape == own.shape
-                found[f"{prefix}{name}{key}"] = tensor.clone() if fits else _cut(tensor, self._parts[index], key)
-        return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
@@ -281,8 +270,7 @@ def _report_plain_names(norm: Switchable, _: Any) -> None:
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        anew = norm._narrowed(cast(Guest, norm._slim.active).part._replace(shared=False))
-        guest.load_state_dict(anew.state_dict(), strict=False)  # without what it shares
+        guest.load_state_dict(norm._narrowed(cast(Guest, norm._slim.active).part).state_dict())
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
 

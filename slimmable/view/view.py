@@ -29,15 +29,6 @@ _COUNTERS = ("ptflops", "thop", "torchinfo")
 _INSTEAD = "give it slimmable.extract(model, width), the plain network of one width"
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of the module without its view; for this library's layers, torch's class.
-
-    A subclass of one of these layers is returned as it is, since it may have its own forward.
-    """
-    base = getattr(type(module), "_slim_base", type(module))
-    return cast("type[nn.Module]", base.__dict__.get("_slim_plain", base))
-
-
 def install_view(
     module: nn.Module,
     widths: tuple[float, ...],
@@ -61,14 +52,9 @@ def install_view(
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
-    for name, per_width in (*tensors.items(), *values.items()):
-        if len(per_width) != len(widths):
-            raise ConversionError(
-                f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
-            )
     for index, column in enumerate(state.columns):
         column.cuts = _cuts(module, {name: per_width[index] for name, per_width in tensors.items()})
-        column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
+        column.values = {name: per_width[index] for name, per_width in values.items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
     module.__dict__["_slim"] = state
@@ -79,8 +65,7 @@ def install_view(
 
 def remove_view(module: nn.Module) -> None:
     """Undo `install_view`: restore the original class, full tensors and full values."""
-    if (state := state_of(module)) is None:
-        raise ConversionError(f"{type(module).__name__} has no width view to remove")
+    state = slim_state(module)
     module.__class__ = _without_view(type(module))
     state.now.leave(module)
     del module.__dict__["_slim"]
