@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from slimmable._checks import check_flags, check_rounding, checked, shown
+from slimmable._checks import BY_NAME, check_flags, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
 from slimmable.errors import ConversionError, InputError, SlimmableError
@@ -18,7 +18,6 @@ from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
 Layer = TypeVar("Layer", bound="SlimLayer")
-_Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
 class Explained(nn.Module):
@@ -45,7 +44,6 @@ class SlimLayer(Explained):
     """A layer of torch that runs at several widths."""
 
     _slim_plain: ClassVar[type[nn.Module]]  # that it is made from and converted back to
-
     _install: Callable[..., None]  # takes the widths and the constructor's options
 
     @classmethod
@@ -61,6 +59,8 @@ class SlimLayer(Explained):
                 f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
                 "which may compute something else; slimmable.slimify converts any module"
             )
+        for name, value in options.items():
+            BY_NAME.get(name, check_flags)(cls.__name__, **{name: value})
         slim = twin_of(module, cls)
         slim._install(check_widths(widths), **options)
         return slim
@@ -68,8 +68,7 @@ class SlimLayer(Explained):
     def to_plain(self) -> Any:
         """Return torch's layer of the full width, which shares the Parameters."""
         twin = twin_of(self, type(self))
-        if is_slim(twin):
-            remove_view(twin)
+        remove_view(twin)
         if type(twin) is not self._slim_plain:
             raise ConversionError(f"a {type(self).__name__} has no torch twin of class {self._slim_plain.__name__}")
         return twin
@@ -87,8 +86,6 @@ class _SlimProduct(SlimLayer):
         overlap: bool = True,
         rounding: str = "nearest",
     ) -> None:
-        check_flags(type(self).__name__, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
-        check_rounding(type(self).__name__, rounding=rounding)
         (outs, in_size, *kernel), count = self.weight.shape, getattr(self, "groups", 1)
         out_size, groups = outs // count, [count] * len(widths)
         if in_size == 1 and count > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
@@ -100,7 +97,7 @@ class _SlimProduct(SlimLayer):
             rows = kept_at(widths, out_size, count, slim_out, overlap, rounding)
             columns = kept_at(widths, in_size, 1, slim_in, overlap, rounding)
         weight = [(row, column, *kernel) for row, column in zip(rows, columns, strict=True)]
-        cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
+        cuts: dict[str, Sequence[Sequence[Kept]]] = {"weight": weight, "bias": [(row,) for row in rows]}
         install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
 
 
@@ -257,7 +254,6 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         self._install(check_widths(widths), rounding)
 
     def _install(self, widths: tuple[float, ...], rounding: str = "nearest") -> None:
-        check_rounding(type(self).__name__, rounding=rounding)
         *outer, last = self.normalized_shape
         shapes = [(*outer, kept_units(last, width, rounding=rounding)) for width in widths]
         install_view(self, widths, {"weight": shapes, "bias": shapes}, {"normalized_shape": shapes})
@@ -297,7 +293,6 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         self._install(check_widths(widths), rounding)
 
     def _install(self, widths: tuple[float, ...], rounding: str = "nearest") -> None:
-        check_rounding(type(self).__name__, rounding=rounding)
         size = self.num_channels // self.num_groups
         shares = [width * self.num_groups for width in widths]
         groups = [round(share) for share in shares]
@@ -335,11 +330,7 @@ def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
 def kept_at(
     widths: Sequence[float], size: int, groups: int, slim: bool = True, overlap: bool = True, rounding: str = "nearest"
 ) -> list[tuple[int, ...] | None]:
-    """Return what each width keeps of an axis of groups of `size` units, the same of each: everything unless `slim`.
-
-    >>> kept_at((1.0, 0.67), 3, groups=2)
-    [None, (0, 1, 3, 4)]
-    """
+    """Return the units that each width keeps of an axis of groups of `size`, the same of each; None for all."""
     if not slim:
         return [None] * len(widths)
     counts = [kept_units(size, width, rounding=rounding) for width in widths]

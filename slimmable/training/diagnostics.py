@@ -212,7 +212,7 @@ def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | 
 def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | None) -> Cut:
     """Return the block of a parameter that a module's column reads (None for a module without widths)."""
     if column is not None and isinstance(module, SwitchableNorm):
-        state = state_of(module.norm_at(column.index))  # narrow norms have a view of the full one's gain and bias
+        state = state_of(module.module_at(column.index))  # narrow norms have a view of the full one's gain and bias
         column = None if state is None else state.columns[0]
     cut = None if column is None else column.cuts.get(name)
     return cut or Cut(tuple(parameter.shape), (), (), (), ())

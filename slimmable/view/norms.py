@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
-from slimmable._modules import size_axes, twin_of
+from slimmable._modules import twin_of
 from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import make_cut, take
-from slimmable.view.state import Column, Counts
+from slimmable.view.state import Column, Counts, is_slim
 from slimmable.view.view import install_view
 
 M = TypeVar("M")
@@ -42,8 +42,7 @@ class Switchable(SwitchableContainer):
     def __init__(self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part]) -> None:
         super().__init__(widths)
         if len(parts) != len(self.widths):
-            known = f"{len(parts)} entries, not one for each width of {self.widths}"
-            raise ConversionError(f"{type(self).__name__}: kept has {known}")
+            raise ConversionError(f"{type(self).__name__}: kept has {len(parts)} entries for the widths {self.widths}")
         self.__dict__["_parts"] = tuple(parts)
         self.add_module("full", full)
         self.add_module("narrow", nn.ModuleList(map(self._narrowed, parts[1:])))
@@ -58,9 +57,9 @@ class Switchable(SwitchableContainer):
         narrow: Any = self._modules.get("narrow") or ()
         for norm, part in zip(narrow, self._parts[1:], strict=False):
             _guarded(norm)
-            if part.shared and not _shares(norm):
+            if part.shared and not is_slim(norm):
                 _share(norm, self.full._parameters, part)
-        for norm in filter(_shares, self.norms()):
+        for norm in filter(is_slim, self.norms()):
             norm.__dict__["_slim_lent"] = self.full._parameters
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -73,7 +72,7 @@ class Switchable(SwitchableContainer):
     @torch.inference_mode(False)  # it is used outside of that, too
     def _narrowed(self, part: Part) -> nn.Module:
         """Return a cut copy of the full module, which may read the parameters of that."""
-        module = _copy_of_norm(self.full)
+        module = copy_of_norm(self.full)
         tensors = dict((*module.named_parameters(), *module.named_buffers()))
         for name in tensors.keys() & part.axes.keys():
             tensors[name].data = _cut(tensors[name].data, part, name)
@@ -95,16 +94,12 @@ class Switchable(SwitchableContainer):
     def own_at(self, index: int) -> nn.Module:
         """Return a module like that of the width with this index, on the same tensors except shared ones."""
         norm = self.module_at(index)
-        if not _shares(norm):
+        if not is_slim(norm):
             return _unguarded(twin_of(norm, type(norm)))
         part = self._parts[index] if index > 0 else cast(Guest, self._slim.active).part
         own = self._narrowed(part._replace(shared=False)).train(norm.training)
         own.load_state_dict(norm.state_dict(), strict=False)  # its statistics
         return _unguarded(own)
-
-    def copy_at(self, index: int) -> nn.Module:
-        """Return a copy of the module of the width with this index, with its own parameters."""
-        return _copy_of_norm(self.own_at(index))
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the modules of all widths and of an active guest."""
@@ -217,7 +212,7 @@ class SwitchableNorm(Switchable):
     >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
     >>> [name for name, _ in norm.named_parameters()]
     ['weight', 'bias', 'narrow.0.weight', 'narrow.0.bias']
-    >>> norm.norm_at(1).num_features
+    >>> norm.module_at(1).num_features
     4
     """
 
@@ -227,10 +222,6 @@ class SwitchableNorm(Switchable):
     ) -> None:
         parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep, shared_affine) for keep in kept]
         super().__init__(full, widths, parts)
-
-    def norm_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
-        return self.module_at(index)
 
 
 class Guest(Column):
@@ -285,10 +276,6 @@ def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], part: Part) ->
     return norm
 
 
-def _shares(norm: nn.Module) -> bool:
-    return "_slim_lent" in norm.__dict__
-
-
 def _guarded(norm: M) -> M:
     """Let a norm refuse to be reset without those of other widths, unless its parameters are, too."""
     if isinstance(norm, _BatchNorm):
@@ -304,8 +291,8 @@ def _unguarded(norm: M) -> M:
 
 def _refuse_reset() -> None:
     raise UsageError(
-        "the statistics of a switchable BatchNorm cannot be reset as torch.optim.swa_utils.update_bn does: it computes "
-        "those of the active width and loses the others. Call slimmable.calibrate_bn(model, loader), for all widths"
+        "the statistics of a switchable BatchNorm cannot be reset: torch.optim.swa_utils.update_bn would lose those of "
+        "all widths but the active one; call slimmable.calibrate_bn(model, loader) instead"
     )
 
 
@@ -314,7 +301,7 @@ def _start_anew(norm: _BatchNorm) -> None:
     _guarded(norm)
 
 
-def _copy_of_norm(norm: nn.Module) -> nn.Module:
+def copy_of_norm(norm: nn.Module) -> nn.Module:
     """Copy a norm, except for the process group of a SyncBatchNorm, which cannot be copied."""
     group = getattr(norm, "process_group", None)
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
@@ -324,11 +311,7 @@ def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mappin
     """Return what a width has of a norm or layer, by what a plan keeps of its tensors, and its attributes then."""
     if isinstance(module, _BatchNorm):
         return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1), shared)
-    sizes = {}
-    for name, axis in size_axes(module).items() if "weight" in own else ():
-        groups = values.get("groups", getattr(module, "groups", 1)) if axis == 1 else 1
-        sizes[name] = kept_of(cast(Tensor, module.weight).shape[axis], own["weight"][axis]) * cast(int, groups)
-    return Part(own, {**sizes, **values}, shared)
+    return Part(own, values, shared)
 
 
 def _part_of_norm(norm: nn.Module, kept: Kept, shared: bool) -> Part:
@@ -338,10 +321,7 @@ def _part_of_norm(norm: nn.Module, kept: Kept, shared: bool) -> Part:
     counts = (getattr(norm, name, None) for name in _CHANNEL_COUNTS)
     channels = next((count for count in counts if isinstance(count, int)), None)
     if channels is None:
-        raise ConversionError(
-            f"{type(norm).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
-            "only norms that do can be switched"
-        )
+        raise ConversionError(f"{type(norm).__name__} has no num_features or num_channels, its number of channels")
     units = kept if isinstance(kept, tuple) and kept else [kept - 1] if type(kept) is int else [-1]
     if not set(units) <= set(range(channels)):
         raise ConversionError(

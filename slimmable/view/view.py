@@ -21,7 +21,7 @@ from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import Cut, make_cut, put, take
 from slimmable.view.recompute import switched
-from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, slim_state, state_of
+from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, state_of
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
@@ -42,12 +42,9 @@ def install_view(
 
     Args:
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
-        values: name of a plain attribute -> its value at each width; `in_features` and the like, from which other code
-            sizes its heads, are better left at full width.
+        values: name of a plain attribute -> its value at each width.
         caches: name of an attribute in which the forward keeps results -> its value when empty. Each width has its own;
             assigning one empties those of the others.
-
-    Raises: ConversionError: if the module already has a view, or a tensor does not exist or is too small.
     """
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
@@ -65,11 +62,8 @@ def install_view(
 
 def remove_view(module: nn.Module) -> None:
     """Undo `install_view`: restore the original class, full tensors and full values."""
-    state = slim_state(module)
     module.__class__ = _without_view(type(module))
-    state.now.leave(module)
-    del module.__dict__["_slim"]
-    module.__dict__.update(state.blanks)
+    module.__dict__.update(module.__dict__.pop("_slim").blanks)
 
 
 def _without_view(kind: type) -> type:
@@ -90,7 +84,7 @@ class GuestColumn(Column):
     ) -> None:
         super().__init__(width)
         self.cuts, self.values = _cuts(module, kept), dict(values)
-        self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
+        self.caches = {name: empty_cache(blank) for name, blank in module.__dict__["_slim"].blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
         """Add the properties."""
@@ -101,8 +95,8 @@ class GuestColumn(Column):
 
 def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
     """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
-    found = {name: (_full_tensor(module, name), cut) for name, cut in column.cuts.items()}
-    return {name: take(tensor, cut) for name, (tensor, cut) in found.items() if tensor is not None}
+    full = ((name, _full_tensor(module, name), cut) for name, cut in column.cuts.items())
+    return {name: take(tensor, cut) for name, tensor, cut in full if tensor is not None}
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -121,7 +115,7 @@ def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cu
 
 # -- the generated classes, whose properties return what the active column holds
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
-    place = f"{slim_state(module).path}.{name}".lstrip(".")
+    place = f"{module.__dict__['_slim'].path}.{name}".lstrip(".")
     return ConversionError(
         f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion; "
         "call slimmable.slimify on the model again"
@@ -197,7 +191,7 @@ def _cache_property(name: str) -> property:
 
 
 def _at_full(module: nn.Module) -> AbstractContextManager[None]:
-    state = slim_state(module)
+    state = module.__dict__["_slim"]
     return switched([(module, state)], state.columns[:1])
 
 
