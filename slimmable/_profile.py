@@ -122,7 +122,7 @@ def parameter_count(model: nn.Module) -> int:
     used = list(shallow_modules(model))
     for module in used:  # which grows
         if isinstance(module, SwitchableContainer):
-            used += [] if module.idle else module.module_at(module._slim.index).modules()
+            used += [] if getattr(module, "idle", False) else module.module_at(module._slim.index).modules()
             continue
         for name, full in module._parameters.items():
             if full is not None:

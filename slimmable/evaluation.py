@@ -384,7 +384,7 @@ def train_slimmable_probe(
         raise DataError(f"train_slimmable_probe: {kept} features at widths {widths}; the full width must have most")
     norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
-        norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
+        norm.module_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
     linear = zero_linear(full, classes, labels.device)
     _minimise(dict.fromkeys(scaled, linear), scaled, labels, epochs, batch_size, learning_rate, seed)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})

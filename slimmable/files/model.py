@@ -28,7 +28,7 @@ from slimmable.files.description import HIDDEN, describe, differences, hidden_bu
 from slimmable.files.plan_json import decode, encode
 from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.state import is_slim, slim_state
+from slimmable.view.state import is_slim
 
 _FORMAT = "slimmable 2"
 _UNITS = "slimmable/units"
@@ -73,7 +73,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     data |= {"class": type(model).__name__, "versions": _versions(), "modules": describe(full)}
     if plan is not None:
         data["plan"], units = encode(plan)
-        data["registered"] = [column.width for column in slim_state(bare).columns[len(plan.widths) :]]
+        data["registered"] = [column.width for column in bare.__dict__["_slim"].columns[len(plan.widths) :]]
         tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
     write_tensors(Path(path), tensors, {"format": _FORMAT, "model": json.dumps(data)})
 

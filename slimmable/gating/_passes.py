@@ -16,7 +16,7 @@ from slimmable.errors import DataError, UsageError
 from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, macs_for
 from slimmable.view.container import inner_modules
-from slimmable.view.norms import SwitchableNorm
+from slimmable.view.norms import SwitchableNorm, copy_of_norm
 from slimmable.view.recompute import Active, switched
 
 
@@ -37,7 +37,7 @@ class PassNorm(SwitchableNorm):
         Only the first `widths` widths get them. A switchable norm is changed in place, others are put inside a new one.
         """
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
-        copies = [own.copy_at(index) for index in range(min(widths, 1 + len(own.narrow)))]
+        copies = [copy_of_norm(own.own_at(index)) for index in range(min(widths, 1 + len(own.narrow)))]
         own.__dict__["inside"] = own is not norm
         own.__dict__["active_pass"] = Active(Pass.DENSE)
         own.__class__ = PassNorm

@@ -19,7 +19,7 @@ from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import Column, state_of
+from slimmable.view.state import Column, is_slim, state_of
 
 Sums: TypeAlias = "dict[tuple[str, float, float], float]"
 """(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
@@ -197,14 +197,14 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedP
 
 def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     if isinstance(module, SwitchableNorm):
-        return module.full._parameters if module.narrow.shared_affine else {}
+        return module.full._parameters if all(map(is_slim, module.narrow)) else {}
     return {} if isinstance(module, SwitchableContainer) else module._parameters
 
 
 def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | None) -> Cut:
     """Return the block of a parameter that a module's column reads (None for a module without widths)."""
     if column is not None and isinstance(module, SwitchableNorm):
-        state = state_of(module.norm_at(column.index))  # narrow norms have a view of the full one's gain and bias
+        state = state_of(module.module_at(column.index))  # narrow norms have a view of the full one's gain and bias
         column = None if state is None else state.columns[0]
     cut = None if column is None else column.cuts.get(name)
     return cut or Cut(tuple(parameter.shape), (), (), (), ())

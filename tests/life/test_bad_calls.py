@@ -1073,8 +1073,8 @@ EXEMPT = {
     "methods.*.forward": "`step` calls it with what it has checked",
     "rules.Operation*": "a rule that says something wrong gets a RuleError, see tests/rules",
     **{f"layers.Switchable*.{name}": "torch or the library calls it, with an index, a name or a tensor of its own"
-       for name in ("add_module", "register_parameter", "named_modules", "state_dict", "linked", "own_at", "copy_at",
-                    "inherit", "norm_at", "module_at", "forward")},
+       for name in ("add_module", "register_parameter", "named_modules", "state_dict", "linked", "own_at",
+                    "inherit", "module_at", "forward")},
 }  # fmt: skip
 """Patterns of names that need no rows -> why."""
 
