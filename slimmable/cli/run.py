@@ -149,26 +149,19 @@ def read_config(folder: Path) -> PretrainConfig:
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     try:
-        values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
+        values = dict(json.loads(read_text(path, _MOST_BYTES)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
-    for name, value in values.items():
-        if not fits(PretrainConfig, name, value):
-            raise CheckpointError(f"{path}: {name} cannot be {value!r:.80}")
+    for each in fields(PretrainConfig):
+        if not fits(each, values[each.name]):
+            raise CheckpointError(f"{path}: {each.name} cannot be {values[each.name]!r:.80}")
     try:
         return PretrainConfig(**values)
     except SlimmableError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
 
 
 @dataclass(frozen=True)
