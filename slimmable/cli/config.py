@@ -30,7 +30,6 @@ AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _CROPS = "0.56; for folders 0.08 or 0.2"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
-PRECISIONS = ("float32", "bfloat16", "float16")
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST = 100  # widths
@@ -253,15 +252,21 @@ class PretrainConfig:
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step over all processes", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
-    lr: float = option(0.006, "peak learning rate, for the given batch size; a cosine to 0 follows", within=POSITIVE)
+    lr: float = option(0.006, "peak learning rate, for the given batch size", within=POSITIVE)
     lr_after_slow_start: float | None = option(None, "peak after the slow start", within=POSITIVE, shown="the same")
-    warmup_epochs: float | None = option(None, "epochs of linear warm-up", within=at_least(0), shown="a twentieth")
+    warmup_epochs: float | None = option(
+        None, "epochs of linear warm-up, before a cosine down to 0", within=at_least(0), shown="a twentieth of all"
+    )
     lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
     lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
     lars_gates: bool = option(False, "adapt the rates of gates in lars too")
     weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=at_least(0))
     decay_norms: bool = option(False, "apply the weight decay to norms and biases too, but not to gates")
-    precision: str = option("float32", "16 bits are mixed; float16 skips steps that overflow", choices=PRECISIONS)
+    precision: str = option(
+        "float32",
+        "bfloat16, float16: mixed precision; float16 scales the losses, and skips steps whose gradients overflow",
+        choices=("float32", "bfloat16", "float16"),
+    )
     seed: int = option(0, "seed of the weights, the order of the images and the views", within=SEED)
 
     def __post_init__(self) -> None:
@@ -332,10 +337,7 @@ class RunOptions:
     logger: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
     log_every: int = option(10, "steps between log entries", within=at_least(1), metavar="STEPS")
     knn_every: int | None = option(
-        None,
-        "epochs between kNN accuracies of held-out images; 0: none",
-        within=at_least(0),
-        shown="0; if gated a tenth",
+        None, "epochs between kNN accuracies of held-out images; 0: none", within=at_least(0), shown="0; gated: a tenth"
     )
     quiet: bool = option(False, "tell of faults only, not of the progress and the results")
     diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")

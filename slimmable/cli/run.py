@@ -10,7 +10,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +77,18 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 
     if config.method == "supervised":
         return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
-    if config.method == "simclr":
-        return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
-    if config.method == "vicreg":
-        return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
-    both: dict[str, Any] = {"momentum": config.ema_momentum, "temperature": config.temperature}
-    if config.method == "mocov2":
-        slim = encoder(methods.MoCoV2.projector(features, hidden, dim))
-        queue, parts = config.queue_size, config.key_parts
-        return methods.MoCoV2(slim, proj_dim=dim, queue_size=queue, bn_splits=parts, **both)
-    if config.method == "byol":
-        online = encoder(methods.BYOL.projector(features, hidden, dim))
-        predictor = _slimmed(config, methods.BYOL.predictor(hidden, dim), torch.zeros(2, dim))
-        return methods.BYOL(online, predictor, momentum=config.ema_momentum)
-    if isinstance(patches, nn.Module):
+    kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
+    known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
+    settings = {name: known[name] for name in signature(kind).parameters if name in known}
+    head, last = {}, {}
+    if config.method == "mocov3" and isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
-    projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
-    predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
-    slim = _slimmed(config, predictor, torch.zeros(2, dim))
-    return methods.MoCoV3(encoder(projector), slim, **both)
+        head, last = {"layers": 3}, {"last_norm": True}
+    slim = [encoder(kind.projector(features, hidden, dim, **head))]
+    if hasattr(kind, "predictor"):
+        slim.append(_slimmed(config, kind.predictor(hidden, dim, **last), torch.zeros(2, dim)))
+    method: methods.Method = kind(*slim, **settings)
+    return method
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
@@ -177,8 +171,7 @@ class Checkpoint:
         """Raise UsageError if `digest` is known and another than the checkpoint's, as the split would be another."""
         if None not in (digest, self.images) and digest != self.images:
             files = f"the files of the run (then {self.images}; now {digest})"
-            way = "undo what was added, removed or renamed there, or start a new run"
-            raise UsageError(f"--data {data} no longer holds {files}; {way}")
+            raise UsageError(f"--data {data} no longer holds {files}; put them back, or start a new run")
 
 
 def save_checkpoint(
@@ -226,29 +219,28 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
+    """Return the optimizer's state as tensors named `<parameter>.<name>`."""
     state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
     found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
     return {name: torch.as_tensor(value) for name, value in found.items() if value is not None}
 
 
 def load_optimizer_tensors(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int] | None = None, skipped: bool = False
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int], skipped: bool = False
 ) -> None:
     """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
 
-    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes. If
-    `steps` is given, it has the parameters with state, and how many steps they took, of which some may be `skipped`.
+    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes.
+    `steps` has the parameters with state, and how many steps they took, of which some may be `skipped`.
     """
     parameters, what = _parameters_of(optimizer), "the optimizer's state in the checkpoint"
-    asked = {key.rpartition(".")[0] for key in tensors} if steps is None else steps
     example = copy.deepcopy(optimizer)
     example.state.clear()
     for name, parameter in _parameters_of(example).items():
-        parameter.grad = torch.zeros_like(parameter) if name in asked else None
+        parameter.grad = torch.zeros_like(parameter) if name in steps else None
     type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
     check_alike(optimizer_tensors(example), tensors, what)
-    for name, count in (steps or {}).items():
+    for name, count in steps.items():
         done = tensors.get(f"{name}.step")
         most = min(count, 2**24)  # where a float32 stops to count
         if done is not None and not (done <= most if skipped else done == most):
@@ -264,10 +256,9 @@ def load_optimizer_tensors(
 
 
 def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the parameters in their order, by the optimizer's names for them, or else by number."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-    return dict(zip(names or map(str, range(len(parameters))), parameters, strict=True))
+    """Return the parameters in their order, by the optimizer's names for them."""
+    groups = optimizer.param_groups
+    return {name: each for group in groups for name, each in zip(group["param_names"], group["params"], strict=True)}
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
