@@ -198,13 +198,6 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
         raise WidthError(f"--widths: {error}") from error
 
 
-def fits(each: Field[Any], value: object) -> bool:
-    """Return whether a value read from JSON has the type of an option."""
-    one, several = kind_of(each)
-    kinds = {list} if several else {int, float} if one is float else {one}
-    return type(value) in kinds | {type(each.default)}  # a bool is no int
-
-
 @dataclass(frozen=True)
 class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""

@@ -24,7 +24,7 @@ import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
-from slimmable.cli.config import PretrainConfig, explained, fits, printable, read_text
+from slimmable.cli.config import PretrainConfig, explained, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.description import differences
 from slimmable.files.model import save
@@ -150,8 +150,10 @@ def read_config(folder: Path) -> PretrainConfig:
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
     for each in fields(PretrainConfig):
-        if not fits(each, values[each.name]):
-            raise CheckpointError(f"{path}: {each.name} cannot be {values[each.name]!r:.80}")
+        (one, several), value = kind_of(each), values[each.name]
+        kinds = {list} if several else {int, float} if one is float else {one}
+        if type(value) not in kinds | {type(each.default)}:  # a bool is no int
+            raise CheckpointError(f"{path}: {each.name} cannot be {value!r:.80}")
     try:
         return PretrainConfig(**values)
     except SlimmableError as error:
@@ -222,7 +224,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named `<parameter>.<name>`."""
     state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
     found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
-    return {name: torch.as_tensor(value) for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def load_optimizer_tensors(
@@ -230,11 +232,10 @@ def load_optimizer_tensors(
 ) -> None:
     """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
 
-    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes.
-    `steps` has the parameters with state, and how many steps they took, of which some may be `skipped`.
+    Raises CheckpointError, and loads nothing, unless they are like those that a step of this optimizer makes, of the
+    parameters in `steps`, which says how many steps each took, of which some may be `skipped`.
     """
-    parameters, what = _parameters_of(optimizer), "the optimizer's state in the checkpoint"
-    example = copy.deepcopy(optimizer)
+    example, what = copy.deepcopy(optimizer), "the optimizer's state in the checkpoint"
     example.state.clear()
     for name, parameter in _parameters_of(example).items():
         parameter.grad = torch.zeros_like(parameter) if name in steps else None
@@ -245,14 +246,9 @@ def load_optimizer_tensors(
         most = min(count, 2**24)  # where a float32 stops to count
         if done is not None and not (done <= most if skipped else done == most):
             raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
-    state: dict[int, dict[str, Tensor]] = {}
-    numbers = {name: number for number, name in enumerate(parameters)}
-    for key, tensor in tensors.items():
-        owner, _, name = key.rpartition(".")
-        if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
-            tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(numbers[owner], {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, own in optimizer_tensors(example).items():  # in their memory layout, which fused optimizers need
+        own.copy_(tensors[name])
+    optimizer.load_state_dict(example.state_dict())
 
 
 def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
