@@ -111,24 +111,16 @@ WORKERS: dict[str, Any] = {
 }
 
 
-def option(
-    default: Any = MISSING,
-    help: str = "",
-    *,
-    choices: Sequence[str] = (),
-    within: Range | None = None,
-    group: str = "",
-    shown: str = "",
-    **parsing: Any,
-) -> Any:
+def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     """Return a dataclass field that is an option of a command; without a default, a positional or `required` one.
 
     It accepts `choices`, one or several by the field's type, or numbers `within` a range, and None if the type does.
     `group` is the heading above it and those after it, `shown` the default in words, where its value does not say
-    enough, and `parsing` is for `ArgumentParser.add_argument`.
+    enough. What else is given is for `ArgumentParser.add_argument`.
     """
-    known = {"help": help, "choices": choices, "within": within, "group": group, "shown": shown, "parsing": parsing}
-    return field(default=default, metadata=known)
+    known = {"help": help, "choices": (), "within": None, "group": "", "shown": ""}
+    parsing = {name: value for name, value in more.items() if name not in known}
+    return field(default=default, metadata={**known, **more, "parsing": parsing})
 
 
 def flag(name: str) -> str:

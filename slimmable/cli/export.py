@@ -78,16 +78,15 @@ class File:
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
     config = read_config(run)
-    channels = config.channels
+    channels, size = config.channels, config.image_size
     with torch.device("meta"):
-        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
+        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, size)
     data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
-    image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
     accuracy = {width: row.shares for width, row in read_report(run).items()}
-    mean, std = config.mean or (0.0,), config.std or (1.0,)
+    image, mean, std = (channels, size, size), config.mean or (0.0,), config.std or (1.0,)
     return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 
 

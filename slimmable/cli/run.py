@@ -138,14 +138,12 @@ def check_name(name: str) -> None:
 
 
 def read_config(folder: Path) -> PretrainConfig:
-    """Return the configuration of the run in `folder`, or raise CheckpointError if there is none, or names differ."""
+    """Return the configuration of the run in `folder`, or raise SlimmableError if there is none, or names differ."""
     path = folder / CONFIG
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
-    try:
+    with explained(f"{path} is not the configuration of a run"):
         values = dict(json.loads(read_text(path, _MOST_BYTES)))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
@@ -270,8 +268,7 @@ def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest
 def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
     """Write the networks of a run for `slimmable.load`: each width as a plain network, and one network of all widths.
 
-    Returns: whether the latter was written. Without gates the backbone was converted together with its head; in the
-        rare case that a backbone converted alone keeps other channels, that file is left out.
+    Returns: whether the latter was written: not in the rare case that a backbone without its head keeps other channels.
     """
     plain = {width: extract(backbone, width) for width in config.widths}
     for width, network in plain.items():
