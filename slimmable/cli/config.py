@@ -32,7 +32,7 @@ _CROPS = "0.56; for folders 0.08 or 0.2"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-_MOST = 100  # widths
+_MOST = 100  # numbers in a list
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
@@ -168,7 +168,10 @@ def check(settings: Any) -> None:
     for each in fields(settings):
         name, value = flag(each.name), getattr(settings, each.name)
         choices, within = each.metadata["choices"], each.metadata["within"]
-        for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if within and len(values) > _MOST:
+            raise UsageError(f"{name}: got {len(values):,} of them; choose at most {_MOST}")
+        for one in values:
             if isinstance(one, str) and not one.strip():
                 raise UsageError(f"{name} is empty")
             if choices and one not in choices:
