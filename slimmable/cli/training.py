@@ -32,19 +32,17 @@ class Training:
     def __init__(
         self, config: PretrainConfig, method: Method, images: Images, device: torch.device, workers: int = 0
     ) -> None:
-        count, batch, processes = len(images.train), config.batch_size, world_size()
+        count, batch, processes, groups = len(images.train), config.batch_size, world_size(), config.bn_groups
         if batch > count:
             raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
         if batch % processes:
             raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
-        groups = config.bn_groups
         if groups > 1 and (batch < 2 * groups or batch % groups or groups % processes):
-            needed = "must be equal, of two images or more, and a multiple of the number of processes"
-            raise UsageError(f"--bn-groups {groups} of --batch-size {batch}: they {needed} ({processes})")
-        parts = f"--key-parts {config.key_parts} of --batch-size {batch}"
+            needed = f"must be equal, of two images or more, and a multiple of the {processes} processes"
+            raise UsageError(f"--bn-groups {groups} of --batch-size {batch}: they {needed}")
+        parts, shared = f"--key-parts {config.key_parts} of --batch-size {batch}", max(config.key_parts, processes)
         if config.method == "mocov2" and batch < 2 * config.key_parts:
             raise UsageError(f"{parts} have fewer than two images each; choose fewer parts")
-        shared = max(config.key_parts, processes)
         if config.method == "mocov2" and processes > 1 and (shared % processes or batch % shared):
             raise UsageError(f"{parts} cannot be shared by {processes} processes; choose multiples of their number")
         self.config, self.images, self.device, self.workers = config, images, device, workers
@@ -79,11 +77,11 @@ class Training:
         if rest <= 0:
             raise UsageError(f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs; choose fewer")
         self.schedule = CosineLRScheduler(self.optimizer, rest, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False)
-        self._batches: Iterator[list[Tensor]] = iter(())
+        self._batches = self._draw()
 
     def take_step(self) -> dict[float, float]:
         """Train on the next batch; return each width's loss, the widest first; a DivergedError changes no weight."""
-        *drawn, labels = self._next()
+        *drawn, labels = next(self._batches)
         views, *others = (drawn[at : at + self.method.views] for at in range(0, len(drawn), self.method.views))
         narrow = dict(zip(self.config.widths[1:], others, strict=False))  # none, unless each width has its own
         progress = self.step / self.steps
@@ -113,17 +111,14 @@ class Training:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _next(self) -> list[Tensor]:
-        batch = next(self._batches, None)
-        if batch is None:  # the first step, or the first one after resuming
-            count, config = len(self.views.images), self.config
-            share = rank(), world_size()
-            keys = keys_of_steps(count, config.batch_size, config.epochs, self.step, config.seed, *share)
-            pinned = self.device.type == "cuda"
-            self._batches = load(self.views, self.workers, batch_sampler=keys, pin_memory=pinned)
-            batch = next(self._batches)
-        *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
-        return [*map(self.normalise, views), labels]
+    def _draw(self) -> Iterator[list[Tensor]]:
+        """Yield the views and the labels of each step that is left when the first of them is asked for."""
+        count, config, device = len(self.views.images), self.config, self.device
+        share = rank(), world_size()
+        keys = keys_of_steps(count, config.batch_size, config.epochs, self.step, config.seed, *share)
+        for *views, labels in load(self.views, self.workers, batch_sampler=keys, pin_memory=device.type == "cuda"):
+            moved = (view.to(device, non_blocking=True) for view in views)
+            yield [*map(self.normalise, moved), labels.to(device, non_blocking=True)]
 
     def _set_learning_rate(self, progress: float) -> None:
         later = self.config.lr_after_slow_start
@@ -170,7 +165,7 @@ class Training:
         self.method.load_state_dict(state)
         self.scaler.load_state_dict(scaler)
         self.step = done
-        self._batches = iter(())
+        self._batches = self._draw()
 
     def _own(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides encoder and optimizer."""

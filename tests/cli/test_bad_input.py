@@ -64,7 +64,7 @@ def refused(capsys, *arguments):
         ([*VICREG, "--gate-budget", "0.01"], "--gate-budget 0.01: small_resnet with all gates closed costs 0.0"),
         (
             [*VICREG, "--gate-budget", "0.3", "--widths", "1", "0.5", "--universal"],
-            "--universal trains random widths, for which --gate-budget has no gates",
+            "--gate-budget is for fixed widths, but --universal draws some; leave one out",
         ),
         (["--views-per-width", "--universal"], "--views-per-width is for fixed widths, but --universal draws some"),
         (["--bn-groups", "3"], "--bn-groups 3 of --batch-size 64: they must be equal, of two"),

@@ -39,7 +39,7 @@ def refused(capsys, *arguments):
         ([NAME, "--width", "nan"], "--width nan is not one of"),
         ([NAME, "--width", "1", "--widths", "0.5", "0.25"], "full width 1.0 is missing"),
         ([NAME, "--width", "1", "--checkpoint", "none.pth"], "there is no file none.pth"),
-        ([NAME, "--width", "1", "--num-classes", "-1"], "--num-classes must be at least 0, got -1"),
+        ([NAME, "--width", "1", "--num-classes", "-1"], "--num-classes must be 0 or more, got -1"),
         ([NAME, "--width", "1", "--image-size", "0"], "--image-size must be at least 1, got 0"),
         (["test_vit", "--width", "1", "--image-size", "20"], "Input height (20) should be divisible by patch size"),
         (["vit_base_patch16_18x2_224", "--width", "1", "--pretrained"], "timm has no pretrained weights"),
