@@ -175,8 +175,7 @@ class Embed:
         if self.output.suffix != ".npz":
             raise UsageError(f"--output {self.output} must end in .npz")
         source, widths, _ = Network(**network).source()
-        device, workers = _find_device(self.device), _count_workers(self.workers)
-        count = embed(source, self.images, widths, self.output, device, workers)
+        count = embed(source, self.images, widths, self.output, _find_device(self.device), _count_workers(self.workers))
         say(f"wrote {self.output}, the features of {count} images")
 
 
