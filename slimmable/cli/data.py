@@ -28,8 +28,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from slimmable._distributed import is_first
 from slimmable._tables import listed
 from slimmable.cli.config import DIGITS, PretrainConfig, explained, printable, require, say
-from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
-from slimmable.errors import DataError, SlimmableError
+from slimmable.cli.faults import STOPPING
+from slimmable.errors import DataError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FOLDER = partial(ReaderImageFolder, input_key=";".join(SUFFIXES))
@@ -148,7 +148,7 @@ class Pictures:
     def __getitem__(self, index: int) -> Tensor:
         found = self.decode(index)
         if isinstance(found, str):
-            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it, then {GO_ON}")
+            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it")
         return found
 
     def decode(self, index: int) -> Tensor | str:
@@ -336,15 +336,11 @@ def keys_of_steps(
 
 
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
-    """Yield batches as a DataLoader with these settings does, but errors of its processes as this package's."""
+    """Yield batches as a DataLoader with these settings does, but the DataErrors of its processes as if raised here."""
     try:
         yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_terminal, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
-    except (MemoryError, OSError, RuntimeError) as error:
-        if (fault := explained_fault(error)) is None:
-            raise
-        raise SlimmableError(f"{fault}; {GO_ON}") from error
 
 
 def _ignore_terminal(worker: int) -> None:

@@ -310,7 +310,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
     monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed._features")
+    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed.features_in")
     for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
@@ -461,7 +461,7 @@ DEVICES = (
         (["export", "test_resnet", "--width", "1", "--pretrained", "--checkpoint", "x"], "--pretrained is not allowed"),
         (["export", "test_resnet", "--width", "1", "--checkpoint", "file"], "file is not a file of weights"),
         (["export", "test_resnet", "--width", "all", "--widths", "0.5"], "the full width 1.0 is missing"),
-        (["export", "test_resnet", "--width", "0.5", "--widths", "1", "0.75"], "--width 0.5 is not one of"),
+        (["export", "test_resnet", "--width", "0.5", "--widths", "1", "0.75"], "width 0.5 is not one of"),
         (["export", "file", "--width", "1"], "file cannot be read"),
         (["export", "RUN", "--width", "0.3"], "width 0.3 is not one of this model's widths"),
         (["export", "RUN", "--width", "1", "--num-classes", "0"], "already determines --num-classes"),
