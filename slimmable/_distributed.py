@@ -2,7 +2,7 @@
 
 import weakref
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import compress
@@ -18,6 +18,7 @@ from slimmable._checks import check_is_module, check_tensors, has_shards
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
+_BUCKET = 25 * 2**20  # about the bytes in one reduction, as in DistributedDataParallel
 _trained: "deque[tuple[weakref.ref[nn.Module], str]]" = deque(maxlen=10_000)  # modules that had gradients, at a width
 
 
@@ -138,15 +139,19 @@ def average_gradients(model: nn.Module) -> None:
     check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = defaultdict(list)
+    filled: Counter[tuple[torch.dtype, torch.device]] = Counter()
     for parameter in compress(parameters, used.tolist()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        kinds[parameter.grad.dtype, parameter.grad.device].append(parameter.grad)
-    for gradients in kinds.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        kind = parameter.grad.dtype, parameter.grad.device
+        buckets[(*kind, filled[kind] // _BUCKET)].append(parameter.grad)
+        filled[kind] += parameter.grad.nbytes
+    for bucket in buckets.values():
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
-        parts = torch.split(flat / world_size(), [gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(grad) for part, grad in zip(parts, gradients, strict=True)])
+        flat /= dist.get_world_size()
+        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
 
 
 @contextmanager
