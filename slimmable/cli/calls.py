@@ -65,9 +65,10 @@ def pretrain(**options: Any) -> Run:
         try:
             code = run("pretrain", _parsed(options))
         except Exception as error:
-            if isinstance(error, SlimmableError) or (fault := explained_fault(error)) is None:
+            if (fault := explained_fault(error)) is None:
                 raise
-            raise SlimmableError(fault) from error
+            kind = type(error) if isinstance(error, SlimmableError) else SlimmableError
+            raise kind(f"pretrain: {fault}") from error
     if code:
         signal.raise_signal(code - 128)
         raise KeyboardInterrupt(code - 128)  # if the program ignores the signal
@@ -87,8 +88,10 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
             words += [flag(name), *map(str, value)]
         elif one in (str, Path) and not isinstance(value, (str, Path)):
             raise UsageError(f"{flag(name)} must be a text, got {value!r:.80}")
+        elif one is bool or str(value).startswith("-"):
+            words.append(flag(name) if value is True else f"{flag(name)}={value}")
         else:
-            words.append(flag(name) if one is bool and value is True else f"{flag(name)}={value}")
+            words += [flag(name), str(value)]
     return parse(words)[1] | unsaid
 
 

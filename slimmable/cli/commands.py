@@ -14,7 +14,7 @@ import slimmable
 from slimmable._widths import width_index
 from slimmable.cli import config as settings
 from slimmable.cli.config import DEVICE, ROUNDING, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
-from slimmable.errors import UsageError
+from slimmable.errors import UsageError, WidthError
 
 ALL = "all"
 _UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
@@ -117,7 +117,10 @@ class Network:
                 check_name(self.model)
             except UsageError as error:
                 raise UsageError(f"{self.model} is neither a folder with {CONFIG} nor a file, and {error}") from error
-            rules = {"widths": checked_widths(self.widths), "rounding": self.rounding or "nearest"}
+            known = checked_widths(self.widths)
+            if unknown := [asked for asked in self.width if asked not in (ALL, *known)]:
+                raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
+            rules = {"widths": known, "rounding": self.rounding or "nearest"}
             source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", self.model)
         widths = source.widths if ALL in self.width else self.width

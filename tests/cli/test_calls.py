@@ -128,7 +128,7 @@ def test_bad_options_are_errors_and_nothing_is_written(options, kind, message, t
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(MissingPackageError, match=r'this command needs tqdm .*pip install "\.\[cli\]"'):
+    with pytest.raises(MissingPackageError, match=r'pretrain: this command needs tqdm .*pip install "\.\[cli\]"'):
         slimmable.pretrain(**TINY, output=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -138,7 +138,7 @@ def test_a_training_that_diverges_is_an_error(tmp_path, monkeypatch):
         raise DivergedError("the loss at width 1 is nan")
 
     monkeypatch.setattr(Training, "take_step", diverge)
-    with pytest.raises(DivergedError, match="step 1: the loss at width 1 is nan; there is no checkpoint yet"):
+    with pytest.raises(DivergedError, match="pretrain: step 1: the loss at width 1 is nan; there is no checkpoint yet"):
         slimmable.pretrain(**TINY, output=tmp_path / "run")
 
 
