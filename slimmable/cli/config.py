@@ -20,8 +20,9 @@ from slimmable._widths import check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
-METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
-GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
+METHODS = ("mocov2", "mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins", "dino", "supervised")
+GATED_METHODS = ("mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins")  # whose encoder sees two views
+_WITHOUT_LOGITS = ("byol", "simsiam", "vicreg", "barlowtwins")
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
 LOGGERS = ("tensorboard", "wandb")
@@ -234,8 +235,17 @@ class PretrainConfig:
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
-    temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
-    ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
+    temperature: float = option(0.2, "temperature of the contrastive loss, or of dino's student", within=POSITIVE)
+    teacher_temperature: float = option(
+        0.07, "temperature of dino's teacher, after a tenth of the training that begins at 0.04", within=POSITIVE
+    )
+    local_crops: int = option(0, "smaller crops of an image that only dino's student sees", within=at_least(0, 100))
+    local_crop_size: int = option(
+        10, "their height and width in pixels", within=at_least(4, 4096), shown="10; for a folder 32"
+    )
+    ema_momentum: float = option(
+        0.99, "momentum of the averaged encoder; mocov3, byol, dino: rising to 1", within=FRACTION
+    )
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
@@ -248,6 +258,7 @@ class PretrainConfig:
     warmup_epochs: float | None = option(
         None, "epochs of linear warm-up, before a cosine down to 0", within=NOT_NEGATIVE, shown="a twentieth of all"
     )
+    norm_lr_scale: float = option(1.0, "factor on the learning rate of norms and biases", within=POSITIVE)
     weight_decay: float = option(0.05, "weight decay, not applied to norms and biases", within=NOT_NEGATIVE)
     precision: str = option(
         "float32",
@@ -268,7 +279,9 @@ class PretrainConfig:
         if self.augmentation == "supervised" != self.method:
             views = f"makes one view of an image, but --method {self.method} takes two"
             raise UsageError(f"--augmentation supervised {views}")
-        if self.method in ("byol", "vicreg") and self.distill not in ("own", "none", "embedding", "mse"):
+        if self.local_crops and self.method != "dino":
+            raise UsageError(f"--local-crops is for --method dino, not {self.method}")
+        if self.method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
             missing = f"compares logits, which --method {self.method} does not have"
             raise UsageError(f"--distill {self.distill} {missing}; choose own, none, embedding or mse")
         gated = self.gate_budget is not None

@@ -340,21 +340,25 @@ def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: i
         yield batch.float() / 255
 
 
-def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
+def make_views(
+    name: str, size: int, *, min_crop_scale: float, mirror: bool, local_crops: int = 0, local_size: int = 1
+) -> list[nn.Module]:
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits" (for
+    2020, appendix B; others use the same), "supervised" (crop, mirror and jitter), or "digits" (for
     handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
     image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
+    Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale` (Caron et al. 2021).
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
+    local = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)
 
     def view(*changes: nn.Module) -> nn.Module:
         flip = [v2.RandomHorizontalFlip()] if mirror else []
         return v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])  # type: ignore[no-any-return]
 
-    def blur(share: float) -> nn.Module:
+    def blur(share: float, size: int = size) -> nn.Module:
         kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
         return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=share)  # type: ignore[no-any-return]
 
@@ -362,11 +366,13 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
         light = v2.ColorJitter(brightness=0.4, contrast=0.4)
         softer = v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5)
-        return [view(turn, crop, light, softer)] * 2
+        return [view(turn, crop, light, softer)] * 2 + [view(turn, local, light, softer)] * local_crops
     if name == "supervised":
         return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
-    first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
+    colours = v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)
+    parts = [view(local, *colours, blur(0.5, local_size))] * local_crops
     if name == "byol":
-        return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
-    return [view(*first, blur(0.5))] * 2
+        solarize = v2.RandomSolarize(128, p=0.2)
+        return [view(crop, *colours, blur(1.0)), view(crop, *colours, blur(0.1), solarize), *parts]
+    return [view(crop, *colours, blur(0.5))] * 2 + parts

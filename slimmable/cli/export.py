@@ -29,7 +29,7 @@ from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli.config import explained, require
 from slimmable.cli.report import read_report
-from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
+from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
@@ -72,7 +72,7 @@ def run_source(run: Path) -> Source:
     config = read_config(run)
     channels = 3 if config.is_folder else 1
     with torch.device("meta"):
-        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
+        _, arguments = make_timm(config.model, {**backbone_settings(config), "in_chans": channels}, config.image_size)
     data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."

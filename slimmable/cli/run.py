@@ -10,7 +10,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,13 @@ _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
     """Return the method of `config` with weights from its seed; supervised training tells `classes` classes apart."""
     torch.manual_seed(config.seed)
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
     return build_method(config, backbone, channels, classes)
+
+
+def backbone_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return timm's arguments for a backbone, which has no classifier, and takes local crops as well, if it can."""
+    return {"num_classes": 0} | ({"dynamic_img_size": True} if config.local_crops else {})
 
 
 def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
@@ -52,6 +58,9 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     output = output_for(example, backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
+    if config.local_crops:
+        local = torch.zeros(2, channels, config.local_crop_size, config.local_crop_size)
+        output_for(local, backbone, config.model, "--local-crop-size")
     features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
@@ -68,30 +77,25 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 
     if config.method == "supervised":
         return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
-    if config.method == "simclr":
-        return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
-    if config.method == "vicreg":
-        return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
-    both: dict[str, Any] = {"momentum": config.ema_momentum, "temperature": config.temperature}
-    if config.method == "mocov2":
-        slim = encoder(methods.MoCoV2.projector(features, hidden, dim))
-        queue, parts = config.queue_size, config.key_parts
-        return methods.MoCoV2(slim, proj_dim=dim, queue_size=queue, bn_splits=parts, **both)
-    if config.method == "byol":
-        online = encoder(methods.BYOL.projector(features, hidden, dim))
-        predictor = _slimmed(config, methods.BYOL.predictor(hidden, dim), torch.zeros(2, dim))
-        return methods.BYOL(online, predictor, momentum=config.ema_momentum)
-    if isinstance(patches, nn.Module):
+    kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
+    known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
+    known["freeze"] = 1 / config.epochs
+    settings = {name: known[name] for name in signature(kind).parameters if name in known}
+    transformer = config.method == "mocov3" and patches is not None
+    if isinstance(patches, nn.Module) and transformer:
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
-    projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
-    predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
-    slim = _slimmed(config, predictor, torch.zeros(2, dim))
-    return methods.MoCoV3(encoder(projector), slim, **both)
+    slim = [encoder(kind.projector(features, hidden, dim, **({"layers": 3} if transformer else {})))]
+    if hasattr(kind, "predictor"):
+        inner = max(1, dim // 4) if config.method == "simsiam" else hidden
+        predictor = kind.predictor(inner, dim, **({"last_norm": True} if transformer else {}))
+        slim.append(_slimmed(config, predictor, torch.zeros(2, dim)))
+    method: methods.Method = kind(*slim, **settings)
+    return method
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method."""
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -99,10 +103,10 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.
     return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
 
 
-def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
+def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--image-size") -> Any:
     """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
     size = " x ".join(map(str, images.shape[2:]))
-    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", "; choose another --image-size"):
+    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", f"; choose another {option}"):
         return model.eval()(images)
 
 
@@ -115,13 +119,17 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
+    asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+    sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
     try:
-        try:
-            return timm.create_model(name, **sized), sized
-        except TypeError:  # a model for images of any size has no `img_size`
-            return timm.create_model(name, **settings), {**settings}
+        while True:
+            try:
+                return timm.create_model(name, **sized), sized
+            except TypeError:  # a model for images of any size has neither
+                if not sizes:
+                    raise
+                del sized[sizes.pop(0)]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 

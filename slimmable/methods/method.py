@@ -81,11 +81,11 @@ class Method(nn.Module):
     [1.0, 0.5]
     """
 
-    views: ClassVar[int] = 2
+    views: int = 2
     """How many views of each image a step takes."""
 
     two_passes: ClassVar[bool] = True
-    """Whether the encoder sees more than one view, so that one can go through the gated network; see `step`."""
+    """Whether the encoder sees two views one by one, so that one can go through the gated network; see `step`."""
 
     @checked
     def __init__(self, encoder: nn.Module) -> None:
@@ -207,8 +207,9 @@ class Method(nn.Module):
             raise UsageError(f"{where}: diagnostics must be a GradientDiagnostics or None, got {diagnostics!r:.80}")
         if gates is not None:
             if not self.two_passes:
-                others = "SimCLR, VICReg, BYOL or MoCoV3"
-                raise UsageError(f"{where}: its encoder sees one view, but gates need one for each pass; take {others}")
+                others = "BarlowTwins, BYOL, MoCoV3, SimCLR, SimSiam or VICReg"
+                seen = "its encoder sees one view, or all together, but gates need one for each pass"
+                raise UsageError(f"{where}: {seen}; take {others}")
             if not isinstance(gates, GateBudget):
                 raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
             if not has_gates(self.encoder):

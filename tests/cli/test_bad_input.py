@@ -66,7 +66,10 @@ def refused(capsys, *arguments):
         ([*VICREG, "--gate-budget", "0.3", "--universal"], "--universal needs a narrowest width"),
         ([*VICREG, "--gate-budget", "0.3", "--gate-loss-weight", "0"], "--gate-loss-weight must be positive, got 0"),
         ([*VICREG, "--gate-budget", "0.3", "--gate-lr-scale", "inf"], "--gate-lr-scale must be positive, got inf"),
-        (["--gate-budget", "0.3"], "--gate-budget is for --method mocov3, simclr, byol, vicreg, not mocov2"),
+        (
+            ["--gate-budget", "0.3"],
+            "--gate-budget is for --method mocov3, simclr, byol, simsiam, vicreg, barlowtwins, not mocov2",
+        ),
         (["--log-every", "0"], "--log-every must be at least 1"),
         (["--preset", "dino"], "there is no --preset dino; choose one of slimclr-mocov2-imagenet"),
     ],

@@ -56,6 +56,37 @@ def vicreg_oracle(method, batch):
     return loss
 
 
+def simsiam_oracle(method, batch):
+    """Half of what each direction adds, with embeddings that get no gradient as targets (algorithm 1)."""
+    first, second = (method.encoder(view) for view in batch.views)
+    pairs = ((method.online_predictor(first), second.detach()), (method.online_predictor(second), first.detach()))
+    return -sum(F.cosine_similarity(p, z).mean() / 2 for p, z in pairs)
+
+
+def barlowtwins_oracle(method, batch):
+    """The cross-correlation of features that BatchNorm without gain and bias standardises (algorithm 1)."""
+    first, second = (method.encoder(view) for view in batch.views)
+    first, second = (F.batch_norm(each, None, None, training=True) for each in (first, second))
+    difference = (first.T @ second / len(first) - torch.eye(DIM, dtype=first.dtype)).square()
+    factors = torch.full((DIM, DIM), 5e-3, dtype=first.dtype).fill_diagonal_(1.0)
+    return (difference * factors).sum()
+
+
+def dino_oracle(method, batch, progress=0.8):
+    """Every view of the student with each view of the teacher, but itself (algorithm 1, with multi-crop)."""
+    teachers = method.momentum_encoder(torch.cat(batch.views[:2])).detach().chunk(2)
+    whole, local = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])
+    students = [*method.encoder(whole).chunk(2), *method.encoder(local).chunk(len(batch.views) - 2)]
+    temperature = 0.04 + min(1.0, progress / method.warm_up) * (method.teacher_temperature - 0.04)
+    terms = []
+    for i, teacher in enumerate(teachers):
+        probabilities = ((teacher - method.center) / temperature).softmax(1)
+        for j, student in enumerate(students):
+            if i != j:
+                terms.append(-(probabilities * (student / method.temperature).log_softmax(1)).sum(1).mean())
+    return torch.stack(terms).mean()
+
+
 def supervised_oracle(method, batch):
     return F.cross_entropy(method.encoder(batch.views[0]), batch.labels)
 
@@ -65,6 +96,9 @@ ORACLES = {
     "mocov3": mocov3_oracle,
     "byol": byol_oracle,
     "vicreg": vicreg_oracle,
+    "simsiam": simsiam_oracle,
+    "barlowtwins": barlowtwins_oracle,
+    "dino": dino_oracle,
     "supervised": supervised_oracle,
 }
 
@@ -138,7 +172,7 @@ def test_a_copy_goes_its_own_way(name):
     assert all(torch.equal(a, b) for a, b in zip(method.buffers(), other.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["byol", "vicreg"])
+@pytest.mark.parametrize("name", ["byol", "simsiam", "vicreg", "barlowtwins"])
 def test_distillation_of_logits_needs_logits(name):
     method = make(name)
     recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation("kl"))
@@ -148,7 +182,7 @@ def test_distillation_of_logits_needs_logits(name):
 
 
 @pytest.mark.parametrize("kind", ["embedding", "mse", "dkd", "atkd"])
-@pytest.mark.parametrize("name", ["simclr", "mocov2", "mocov3"])
+@pytest.mark.parametrize("name", ["simclr", "mocov2", "mocov3", "dino"])
 def test_every_kind_of_distillation_runs(name, kind):
     method = make(name)
     recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation(kind, teachers="all wider"))
