@@ -81,14 +81,15 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
     known["freeze"] = 1 / config.epochs
     settings = {name: known[name] for name in signature(kind).parameters if name in known}
-    transformer = config.method == "mocov3" and patches is not None
-    if isinstance(patches, nn.Module) and transformer:
+    head: dict[str, Any] = {"batch_norm": patches is None} if config.method == "dino" else {}
+    last: dict[str, Any] = {}
+    if config.method == "mocov3" and isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
-    slim = [encoder(kind.projector(features, hidden, dim, **({"layers": 3} if transformer else {})))]
+        head, last = {"layers": 3}, {"last_norm": True}
+    slim = [encoder(kind.projector(features, hidden, dim, **head))]
     if hasattr(kind, "predictor"):
         inner = max(1, dim // 4) if config.method == "simsiam" else hidden
-        predictor = kind.predictor(inner, dim, **({"last_norm": True} if transformer else {}))
-        slim.append(_slimmed(config, predictor, torch.zeros(2, dim)))
+        slim.append(_slimmed(config, kind.predictor(inner, dim, **last), torch.zeros(2, dim)))
     method: methods.Method = kind(*slim, **settings)
     return method
 

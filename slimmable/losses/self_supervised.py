@@ -229,6 +229,9 @@ def dino_loss(
     >>> dino_loss([torch.zeros(3, 5)] * 4, [torch.zeros(3, 5)] * 2)  # nothing learnt: log 5
     tensor(1.6094)
     """
+    pairs = len(students) * len(teachers) - min(len(students), len(teachers))
+    if pairs < 1:
+        raise DataError(f"dino_loss: {len(students)} and {len(teachers)} outputs are not of two different views")
     named = {f"students[{at}]": each for at, each in enumerate(students)}
     check_same_shape("dino_loss", **named, **{f"teachers[{at}]": each for at, each in enumerate(teachers)})
     shift = students[0].new_zeros(students[0].shape[1:]) if center is None else center
@@ -236,15 +239,10 @@ def dino_loss(
     if shift.shape != students[0].shape[1:]:
         raise DataError(f"dino_loss: center has shape {tuple(shift.shape)}, expected {tuple(students[0].shape[1:])}")
     targets = [((at_least_float32(each.detach()) - shift) / teacher_temperature).softmax(1) for each in teachers]
-    others = [[target for place, target in enumerate(targets) if place != at] for at in range(len(students))]
-    if not any(others):
-        raise DataError(f"dino_loss: {len(students)} and {len(teachers)} outputs are not of two different views")
-    terms = [  # of all targets of a view at once, in which the cross-entropy is linear
-        F.cross_entropy(at_least_float32(student) / student_temperature, torch.stack(several).sum(0))
-        for student, several in zip(students, others, strict=True)
-        if several
-    ]
-    return torch.stack(terms).sum() / sum(map(len, others))
+    total = torch.stack(targets).sum(0)  # the cross-entropy is linear in its targets
+    others = [*(total - each for each in targets), *[total] * (len(students) - len(teachers))]
+    scaled = [at_least_float32(each) / student_temperature for each in students]
+    return torch.stack([F.cross_entropy(*pair) for pair in zip(scaled, others, strict=False)]).sum() / pairs
 
 
 def _off_diagonal(square: Tensor) -> Tensor:

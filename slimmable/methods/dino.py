@@ -1,7 +1,7 @@
 """DINO, whose momentum teacher sees two views of an image, and its student several smaller ones too."""
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,20 @@ class DINO(Method):
 
     @staticmethod
     @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int, *, bottleneck_dim: int = 256) -> nn.Sequential:
-        """Return the head: three layers, then cosines to a vector of each class; (batch, in_features) -> classes."""
-        sizes = in_features, hidden_dim, hidden_dim, bottleneck_dim
-        first, second, third = layers = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
+    def projector(
+        in_features: int, hidden_dim: int, proj_dim: int, *, bottleneck_dim: int = 256, batch_norm: bool = False
+    ) -> nn.Sequential:
+        """Return the head, (batch, in_features) -> (batch, proj_dim); use `batch_norm` for convolutional networks."""
+        layers: list[nn.Module] = []
+        for inputs in (in_features, hidden_dim):
+            norm = [nn.BatchNorm1d(hidden_dim)] if batch_norm else []
+            layers += [nn.Linear(inputs, hidden_dim), *norm, nn.GELU()]
+        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
         for layer in layers:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        last = _Cosines(bottleneck_dim, proj_dim, bias=False)
-        return nn.Sequential(first, nn.GELU(), second, nn.GELU(), third, last)
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        return nn.Sequential(*layers, _Cosines(bottleneck_dim, proj_dim, bias=False))
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Update the momentum encoder; return its outputs, centred and divided by its temperature, and their mean."""
