@@ -346,10 +346,11 @@ def make_views(
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; others use the same), "supervised" (crop, mirror and jitter), or "digits" (for
-    handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
-    image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
-    Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale` (Caron et al. 2021).
+    2020, appendix B; others use the same), "gated" (Krishna et al. 2023, for small images), "supervised"
+    (crop, mirror and jitter), or "digits" (for handwriting: geometry, brightness and blur). A view has `size` x `size`
+    pixels of at least `min_crop_scale` of the image's area. With `mirror`, half of the views are flipped left to right.
+    All draw torch's global random numbers. Then come `local_crops` of `local_size`, from a twentieth of the area to
+    `min_crop_scale` (Caron et al. 2021).
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
     local = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)
@@ -369,10 +370,11 @@ def make_views(
         return [view(turn, crop, light, softer)] * 2 + [view(turn, local, light, softer)] * local_crops
     if name == "supervised":
         return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
-    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
+    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
     colours = v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)
     parts = [view(local, *colours, blur(0.5, local_size))] * local_crops
     if name == "byol":
         solarize = v2.RandomSolarize(128, p=0.2)
         return [view(crop, *colours, blur(1.0)), view(crop, *colours, blur(0.1), solarize), *parts]
-    return [view(crop, *colours, blur(0.5))] * 2 + parts
+    last = v2.RandomSolarize(128, p=0.1) if name == "gated" else blur(0.5)
+    return [view(crop, *colours, last)] * 2 + parts

@@ -92,19 +92,19 @@ class DINO(Method):
         self.momentum_encoder.update(self.encoder, cosine_momentum(progress, self.momentum))
         *_, last = self.encoder.modules()
         last.requires_grad_(progress >= self.freeze)
-        with synchronised_batchnorm():
-            outputs = at_least_float32(_outputs(self.momentum_encoder, batch.views[:2]))
+        with synchronised_batchnorm(self.bn_groups):
+            outputs = [at_least_float32(each) for each in _outputs(self.momentum_encoder, batch.views[:2])]
         left = max(0.0, 1 - progress / self.warm_up) if self.warm_up else 0.0
         temperature = self.teacher_temperature + left * (_FIRST_TEMPERATURE - self.teacher_temperature)
-        sharp = (outputs - self.center) / temperature
-        return [*sharp.chunk(2), gather(outputs.mean(0, keepdim=True)).mean(0)]
+        mean = gather(torch.stack(outputs).mean((0, 1))[None]).mean(0)
+        return [*((each - self.center) / temperature for each in outputs), mean]
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the cross-entropy of each view with the teacher's probabilities of the others (eq. 3)."""
         outputs = _outputs(self.encoder, batch.views)
-        students, teachers = outputs.chunk(self.views), batch.targets[:2]
-        loss = losses.dino_loss(students, teachers, None, 1.0, self.temperature)
-        return Outcome(loss, [outputs / self.temperature], [outputs])
+        loss = losses.dino_loss(outputs, batch.targets[:2], None, 1.0, self.temperature)
+        every = torch.cat(outputs)
+        return Outcome(loss, [every / self.temperature], [every])
 
     def finish(self, batch: Batch) -> None:
         """Move the centre towards the mean of the teacher's outputs in this step."""
@@ -118,7 +118,10 @@ class _Cosines(nn.Linear):
         return matmul_without_autocast(unit_vectors(input), unit_vectors(self.weight).T)
 
 
-def _outputs(network: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """Return the network's outputs of all views, one below the other; views of one size run through it together."""
-    groups = groupby(views, key=lambda view: view.shape)
-    return torch.cat([network(torch.cat(list(group))) for _, group in groups])
+def _outputs(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Return the network's outputs of each view; those of one size run through it together, image by image."""
+    found: list[Tensor] = []
+    for _, group in groupby(views, key=lambda view: view.shape):
+        together = torch.stack(list(group), 1)
+        found += network(together.flatten(0, 1)).unflatten(0, together.shape[:2]).unbind(1)
+    return found
