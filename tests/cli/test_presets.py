@@ -103,6 +103,14 @@ def test_the_learning_rate_rises_and_falls_as_published(images):
     assert {group["lr"] for group in run.optimizer.param_groups} == {run.learning_rate}
 
 
+def test_norms_and_biases_can_learn_more_slowly(images):
+    run = training(images, epochs=5, warmup_epochs=0.0, norm_lr_scale=0.024, lr=0.5)
+    run._set_learning_rate(0.0)
+    rates = {p.ndim > 1: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert rates == {True: pytest.approx(0.5), False: pytest.approx(0.012)}
+    assert run.learning_rate == pytest.approx(0.5)
+
+
 def test_a_warm_up_that_never_ends_is_refused(images):
     with pytest.raises(UsageError, match=r"--warmup-epochs 2.5 leaves none of the 2 epochs"):
         training(images, epochs=2, warmup_epochs=2.5)

@@ -924,7 +924,7 @@ CALLS: dict[str, Call] = {
             "freeze": bad.fraction(0.1),
         }
     ),
-    "methods.DINO.projector": Call(heads(bottleneck_dim=CHANNELS)),
+    "methods.DINO.projector": Call(heads(bottleneck_dim=CHANNELS, batch_norm=FLAG)),
     "methods.Supervised": Call({"encoder": ENCODER, "label_smoothing": bad.fraction(0.1)}),
     "methods.BYOL": Call({"encoder": ENCODER, "predictor": bad.module(predictor), "momentum": bad.fraction(0.9)}),
     "methods.MoCoV3": Call(
