@@ -111,14 +111,15 @@ _KNOWN = ("<", *(str(Path(module.__file__ or "").parent) for module in (os, np, 
 
 _NAMES: dict[Callable[..., None], str] = {
     check_sizes: "dilation kernel_size normalized_shape stride",
-    check_count: "batch_size bn_splits channels every groups hidden_dim in_channels in_features k layers num_channels "
-    "num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to steps units",
-    partial(check_count, least=0): "epochs random_widths repeats",
+    check_count: "batch_size bn_splits bottleneck_dim channels every groups hidden_dim in_channels in_features k "
+    "layers num_channels num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to "
+    "steps units",
+    partial(check_count, least=0): "epochs local_crops random_widths repeats",
     partial(check_count, least=-(2**63)): "offset seed",
-    check_fraction: "distill_weight label_smoothing momentum p slow_start",
+    check_fraction: "center_momentum distill_weight freeze label_smoothing momentum p slow_start warm_up",
     check_positive: "scale student_temperature teacher_temperature temperature",
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
-    "variance weight_decay",
+    "redundancy variance weight_decay",
     check_number: "end epoch",
     check_function: "backward closure evaluate function",
     check_path: "path",

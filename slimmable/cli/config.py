@@ -22,9 +22,10 @@ from slimmable._widths import ROUNDINGS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
-METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
-GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
+METHODS = ("mocov2", "mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins", "dino", "supervised")
+GATED_METHODS = ("mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins")  # whose encoder sees two views
 _GATED = ", ".join(GATED_METHODS)
+_WITHOUT_LOGITS = ("byol", "simsiam", "vicreg", "barlowtwins")
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
@@ -232,8 +233,17 @@ class PretrainConfig:
     head_std: float | None = option(
         None, "deviation of the projector's first weights", within=POSITIVE, shown="torch's"
     )
-    temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
-    ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
+    temperature: float = option(0.2, "temperature of the contrastive loss, or of dino's student", within=POSITIVE)
+    teacher_temperature: float = option(
+        0.07, "temperature of dino's teacher, after a tenth of the training that begins at 0.04", within=POSITIVE
+    )
+    local_crops: int = option(0, "smaller crops of an image that only dino's student sees", within=at_least(0, 100))
+    local_crop_size: int = option(
+        10, "their height and width in pixels", within=at_least(4, 4096), shown="10; for a folder 32"
+    )
+    ema_momentum: float = option(
+        0.99, "momentum of the averaged encoder; mocov3, byol, dino: rising to 1", within=FRACTION
+    )
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
     bn_groups: int = option(1, "parts of the batch with BatchNorm statistics of their own, as on GPUs", within=UNITS)
@@ -245,6 +255,7 @@ class PretrainConfig:
     warmup_epochs: float | None = option(
         None, "epochs of linear warm-up, before a cosine down to 0", within=at_least(0), shown="a twentieth of all"
     )
+    norm_lr_scale: float = option(1.0, "factor on the learning rate of norms and biases", within=POSITIVE)
     lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
     lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
     lars_gates: bool = option(False, "adapt the rates of gates in lars too")
@@ -280,7 +291,9 @@ class PretrainConfig:
             raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
         if self.augmentation == "supervised" != method:
             raise UsageError(f"--augmentation supervised makes one view of an image, but --method {method} takes two")
-        if method in ("byol", "vicreg") and self.distill not in ("own", "none", "embedding", "mse"):
+        if self.local_crops and method != "dino":
+            raise UsageError(f"--local-crops is for --method dino, not {method}")
+        if method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
             raise UsageError(
                 f"--distill {self.distill} compares logits, which --method {method} does not have; try own"
             )

@@ -382,28 +382,33 @@ def normalisation(config: PretrainConfig) -> nn.Module:
     return v2.Normalize(config.mean or (0.0,), config.std or (1.0,))  # type: ignore[no-any-return]
 
 
-def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
+def make_views(
+    name: str, size: int, *, min_crop_scale: float, mirror: bool, local_crops: int = 0, local_size: int = 1
+) -> list[nn.Module]:
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
-    in MoCo v3 and VICReg), "gated" (Krishna et al. 2023, for small images), "supervised", or "digits" (no colours). A
-    view has `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views
-    are flipped left to right. All draw torch's global random numbers.
+    in others), "gated" (Krishna et al. 2023, for small images), "supervised", or "digits" (no colours). A view has
+    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are flipped left to right. All draw torch's global random numbers. Then come `local_crops` of `local_size`, from a
+    twentieth of the area to `min_crop_scale` (Caron et al. 2021).
     """
-    crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
+    whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
+    part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
-    first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
-    kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
+    colours = v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)
 
-    def blur(share: float, kernel: int = kernel, most: float = 2.0) -> nn.Module:
+    def blur(share: float, size: int = size, most: float = 2.0) -> nn.Module:
+        kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
         return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, most))], p=share)  # type: ignore[no-any-return]
 
     turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
+    light = v2.ColorJitter(brightness=0.4, contrast=0.4), blur(0.5, 1, 1.0)
+    local = [(part, *colours, blur(0.5, local_size))] * local_crops
     known: dict[str, list[tuple[nn.Module, ...]]] = {
-        "digits": [(turn, crop, v2.ColorJitter(brightness=0.4, contrast=0.4), blur(0.5, 3, 1.0))] * 2,
-        "supervised": [(crop, v2.ColorJitter(0.4, 0.4, 0.4))],
-        "byol": [(*first, blur(1.0)), (*first, blur(0.1), v2.RandomSolarize(128, p=0.2))],
-        "gated": [(*first, v2.RandomSolarize(128, p=0.1))] * 2,
+        "digits": [(turn, whole, *light)] * 2 + [(turn, part, *light)] * local_crops,
+        "supervised": [(whole, v2.ColorJitter(0.4, 0.4, 0.4))],
+        "byol": [(whole, *colours, blur(1.0)), (whole, *colours, blur(0.1), v2.RandomSolarize(128, p=0.2)), *local],
+        "gated": [(whole, *colours, v2.RandomSolarize(128, p=0.1))] * 2,
     }
     last = (*([v2.RandomHorizontalFlip()] if mirror else []), v2.ToDtype(torch.float32, scale=True))
-    return [v2.Compose([*changes, *last]) for changes in known.get(name, [(*first, blur(0.5))] * 2)]
+    return [v2.Compose([*changes, *last]) for changes in known.get(name, [(whole, *colours, blur(0.5))] * 2 + local)]

@@ -29,7 +29,7 @@ from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
-from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
+from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 from slimmable.files.model import build, load, read, save
 from slimmable.view.state import is_slim
@@ -79,7 +79,7 @@ def run_source(run: Path) -> Source:
     config = read_config(run)
     channels, size = config.channels, config.image_size
     with torch.device("meta"):
-        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, size)
+        _, arguments = make_timm(config.model, {**backbone_settings(config), "in_chans": channels}, size)
     data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."

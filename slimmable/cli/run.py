@@ -43,8 +43,13 @@ _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
     """Return the method of `config` with weights from its seed; supervised training tells `classes` classes apart."""
     torch.manual_seed(config.seed)
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
     return build_method(config, backbone, channels, classes)
+
+
+def backbone_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return timm's arguments for a backbone, which has no classifier, and takes local crops as well, if it can."""
+    return {"num_classes": 0} | ({"dynamic_img_size": True} if config.local_crops else {})
 
 
 def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
@@ -53,6 +58,9 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     output = output_for(example, backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
+    if config.local_crops:
+        local = torch.zeros(2, channels, config.local_crop_size, config.local_crop_size)
+        output_for(local, backbone, config.model, "--local-crop-size")
     features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
@@ -79,21 +87,24 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
         return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
     kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
     known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
+    known["freeze"] = 1 / config.epochs
     settings = {name: known[name] for name in signature(kind).parameters if name in known}
-    head, last = {}, {}
+    head: dict[str, Any] = {"batch_norm": patches is None} if config.method == "dino" else {}
+    last: dict[str, Any] = {}
     if config.method == "mocov3" and isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
         head, last = {"layers": 3}, {"last_norm": True}
     slim = [encoder(kind.projector(features, hidden, dim, **head))]
     if hasattr(kind, "predictor"):
-        slim.append(_slimmed(config, kind.predictor(hidden, dim, **last), torch.zeros(2, dim)))
+        inner = max(1, dim // 4) if config.method == "simsiam" else hidden
+        slim.append(_slimmed(config, kind.predictor(inner, dim, **last), torch.zeros(2, dim)))
     method: methods.Method = kind(*slim, **settings)
     return method
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method."""
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -102,10 +113,10 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.
     return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
 
 
-def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
+def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--image-size") -> Any:
     """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
     size = " x ".join(map(str, images.shape[2:]))
-    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", "; choose another --image-size"):
+    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", f"; choose another {option}"):
         return model.eval()(images)
 
 
@@ -118,13 +129,17 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
+    asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+    sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
     try:
-        try:
-            return timm.create_model(name, **sized), sized
-        except TypeError:  # a model for images of any size has no `img_size`
-            return timm.create_model(name, **settings), {**settings}
+        while True:
+            try:
+                return timm.create_model(name, **sized), sized
+            except TypeError:  # a model for images of any size has neither
+                if not sizes:
+                    raise
+                del sized[sizes.pop(0)]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 

@@ -48,8 +48,9 @@ class Training:
         self.config, self.images, self.device, self.workers = config, images, device, workers
         self.method, self.normalise = method.to(device).train(), normalisation(config)
         self.method.bn_groups = config.bn_groups
+        crops = {"local_crops": config.local_crops, "local_size": config.local_crop_size}
         crop, mirror = config.min_crop_scale, not images.handwriting
-        transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror)
+        transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror, **crops)
         sets = len(config.widths) if config.views_per_width else 1
         self.views = Views(images.train, images.train_labels, transforms[: method.views] * sets, config.seed)
         self.steps_per_epoch = count // batch
@@ -109,7 +110,8 @@ class Training:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
     def _draw(self) -> Iterator[list[Tensor]]:
         """Yield the views and the labels of each step that is left when the first of them is asked for."""
@@ -174,18 +176,19 @@ class Training:
         return own | {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
 
     def _steps_of_parameters(self, done: int) -> dict[str, int]:
-        """Return how many of the first `done` steps train each parameter, as steps of a copy at its ends tell."""
-        joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
+        """Return how many of the first `done` steps train each parameter, as steps of a copy tell."""
         shared = math.lcm(self.config.key_parts, self.config.bn_groups, world_size())
         images = min(2 * shared, self.config.batch_size) // world_size()
         shape = images, self.images.channels, self.config.image_size, self.config.image_size
         labels = torch.zeros(images, dtype=torch.long, device=self.device)
         method, recipe, gates = copy.deepcopy((self.method, self.recipe, self.gates))
         found: dict[str, int] = {}
-        for progress, count in ((0.0, done), (1.0, joined)):  # the first perhaps at full width alone
+        # where narrow widths, and the last layer of dino, begin to train
+        for progress in sorted({0.0, self.config.slow_start, 1 / self.config.epochs}):
             batch = Batch([torch.rand(shape, device=self.device) for _ in range(method.views)], labels)
             method.step(recipe, batch, progress, step=0, gates=gates)
             trained = [name for name, parameter in method.online.named_parameters() if parameter.grad is not None]
+            count = sum(step / self.steps >= progress for step in range(done))
             found = dict.fromkeys(trained, count) | found
         return {name: count for name, count in found.items() if count}
 
@@ -194,6 +197,7 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
     plain: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay if config.decay_norms else 0.0}
+    plain["lr_scale"] = config.norm_lr_scale
     decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
     # timm's schedule multiplies by `lr_scale`
     gating: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_scale": config.gate_lr_scale}

@@ -87,11 +87,11 @@ class Method(nn.Module):
     [1.0, 0.5]
     """
 
-    views: ClassVar[int] = 2
+    views: int = 2
     """How many views of each image a step takes."""
 
     two_passes: ClassVar[bool] = True
-    """Whether the encoder sees more than one view, so that one can go through the gated network; see `step`."""
+    """Whether the encoder sees two views one by one, so that one can go through the gated network; see `step`."""
 
     bn_groups: int = 1
     """How many parts of the joined batch get BatchNorm statistics of their own; see `synchronised_batchnorm`."""
@@ -215,8 +215,9 @@ class Method(nn.Module):
                 raise UsageError(f"{where}: {name} must be a {kind.__name__} or None, got {value!r:.80}")
         if gates is not None:
             if not self.two_passes:
-                others = "SimCLR, VICReg, BYOL or MoCoV3"
-                raise UsageError(f"{where}: its encoder sees one view, but gates need one for each pass; take {others}")
+                others = "BarlowTwins, BYOL, MoCoV3, SimCLR, SimSiam or VICReg"
+                seen = "its encoder sees one view, or all together, but gates need one for each pass"
+                raise UsageError(f"{where}: {seen}; take {others}")
             if not has_gates(self.encoder):
                 raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
             if recipe.random_widths:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
 from slimmable.cli.config import AUGMENTATIONS
 from slimmable.cli.data import Plain, Views, batches_of, keys_of_steps, load, make_views, seed_of
@@ -64,6 +65,18 @@ def test_byol_solarises_the_second_view_only():
         shares.append((brightest < 0.3).float().mean().item())
     assert shares[0] == 0
     assert shares[1] == pytest.approx(0.2, abs=0.08)
+
+
+@pytest.mark.parametrize("name", ["digits", "byol", "mocov2"])
+def test_local_crops_follow_the_views_and_show_small_parts(name):
+    image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
+    transforms = make_views(name, 64, min_crop_scale=0.25, mirror=False, local_crops=3, local_size=16)
+    assert [tuple(transform(image).shape) for transform in transforms] == [(3, 64, 64)] * 2 + [(3, 16, 16)] * 3
+    crops = [
+        next(each for each in transform.transforms if isinstance(each, v2.RandomResizedCrop))
+        for transform in transforms
+    ]
+    assert [tuple(crop.scale) for crop in crops] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 3
 
 
 def test_a_plain_view_is_the_centre():

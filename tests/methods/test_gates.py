@@ -19,7 +19,7 @@ from tests.methods.networks import DIM, FEATURES, HIDDEN, WIDTHS, batch_of, enco
 from tests.methods.test_methods import ORACLES
 from tests.two_processes import run_in_two
 
-GATED = ("simclr", "mocov3", "byol", "vicreg")
+GATED = ("simclr", "mocov3", "byol", "simsiam", "vicreg", "barlowtwins")
 TARGET, ALPHA = 0.4, 3.0
 EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
 
