@@ -440,7 +440,7 @@ DEVICES = (
         (["pretrain", "--method", "byol", "--distill", "kl"], "--distill kl compares logits"),
         (["pretrain", "--method", "simclr", "--augmentation", "supervised"], "--augmentation supervised makes one"),
         (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
-        (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", ".5", "--universal"], "fixed widths"),
+        (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", ".5", "--universal"], "fixed width"),
         (["pretrain", "--views-per-width", "--universal"], "--views-per-width is for fixed widths"),
         (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),
         (["pretrain", "--preset", "byol-imagenet", "--method", "simclr"], "is for --method byol, not simclr"),
