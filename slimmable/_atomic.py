@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,12 +27,18 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
+    made = not os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
             fill(aside)
+        made = False
     except OSError as error:
         raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager

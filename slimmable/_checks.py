@@ -68,7 +68,9 @@ check_number = must_be("a finite number", lambda value: math.isfinite(number_or_
 check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(value) <= 1)
 check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
 check_positive = must_be("a positive number", lambda value: 0 < number_or_nan(value) < math.inf)
-check_share = must_be("a share of the dense multiply-adds, in (0, 1)", lambda value: 0 < number_or_nan(value) < 1)
+check_share = must_be(
+    "a share of the dense multiply-adds; it must be in (0, 1)", lambda value: 0 < number_or_nan(value) < 1
+)
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
@@ -249,7 +251,8 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
     least, most = torch.stack(labels.aminmax()).tolist()
     classes = most + 1 if num_classes is None else num_classes
     if least < 0 or most >= classes:
-        raise DataError(f"{where}: labels from {least} to {most} are not class numbers from 0 to {classes - 1}")
+        given = "" if num_classes is None else f", as num_classes is {num_classes}"
+        raise DataError(f"{where}: labels from {least} to {most} are not class numbers from 0 to {classes - 1}{given}")
     return classes
 
 

@@ -195,8 +195,7 @@ def extract(model: M, width: Setting) -> M:
             for name, part in narrow_tensors(module, state.active).items():
                 full = {**module._parameters, **module._buffers, **module.__dict__}[name]
                 if id(full) not in memo:
-                    like = full.detach()[tuple(map(slice, part.shape))]  # so that it keeps, say, `channels_last`
-                    own = torch.empty_like(like).copy_(part.detach())
+                    own = _laid_out_as(full, part)
                     memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
         small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
         for module, active in slim:
@@ -221,6 +220,15 @@ def _refuse_derived(module: nn.Module, state: WidthState) -> None:
                 "torch.nn.utils.prune or weight_norm; make the change permanent with torch.nn.utils.prune.remove or "
                 "its counterpart, or call slimmable.slimify on the model again, then extract"
             )
+
+
+def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
+    """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
+    part, order = part.detach(), sorted(range(full.ndim), key=full.stride, reverse=True)
+    if order == sorted(order):  # also of quantised tensors, which have no `permute`
+        return part.clone(memory_format=torch.contiguous_format)
+    copied = part.permute(order).clone(memory_format=torch.contiguous_format)
+    return copied.permute([order.index(axis) for axis in range(full.ndim)])
 
 
 # -- the steps of a conversion

@@ -328,7 +328,7 @@ def test_without_the_package_of_the_hub_a_message_says_so(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["wds", "tfds", "hfids", "WDS"])
 def test_data_sets_that_are_read_from_first_to_last_are_refused(kind):
-    with pytest.raises(UsageError, match="so a run could not be resumed; use a folder, tar files"):
+    with pytest.raises(UsageError, match="so no run could be resumed; use files"):
         PretrainConfig(data=f"{kind}/name")
 
 
