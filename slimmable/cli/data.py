@@ -389,8 +389,9 @@ def make_views(
 
     `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
     in others), "gated" (Krishna et al. 2023, for small images), "supervised", or "digits" (no colours). A view has
-    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are flipped left to right. All draw torch's global random numbers. Then come `local_crops` of `local_size`, from a
-    twentieth of the area to `min_crop_scale` (Caron et al. 2021).
+    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are
+    flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale`
+    (Caron et al. 2021). All draw torch's global random numbers.
     """
     whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
     part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)
