@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -229,14 +230,12 @@ class Plan:
         columns = [np.array([*column.counts, 1]) for column in reversed(self.columns)]
         while failures:
             disagreeing = [needed.grouping.groups_in(failure.axes()) for failure in failures]
-            pairs = ((groups, column[groups]) for groups in disagreeing for column in columns)
-            higher = (
-                (groups, new)
-                for groups, new in pairs
-                if (new >= counts[groups]).all() and (new != counts[groups]).any()
-            )
-            groups, new = next(higher, (..., columns[-1]))  # else they depend on other groups: all become full
-            counts[groups] = new
+            for groups, column in product(disagreeing, columns):
+                if (column[groups] >= counts[groups]).all() and (column[groups] > counts[groups]).any():
+                    counts[groups] = column[groups]
+                    break
+            else:  # each fits one column, but not what decides with it
+                counts = columns[-1]
             values, failures = needed.fit(counts)
         found = self.channels.sub_network(counts, values)
         known = (other for other in self._found.values() if other.counts == found.counts)
