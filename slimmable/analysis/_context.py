@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from slimmable._known_numbers import arguments as arguments
-from slimmable._nested import tensors as tensors
 from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Axes, Ids, Labels, spread
 
@@ -225,8 +223,3 @@ def rule_of(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return add
-
-
-def dim_of(ctx: Context, args: Sequence[Any], kwargs: Mapping[str, Any], axes: int) -> int:
-    """Return the argument `dim` of the operation, on `axes` axes, as a number from 0."""
-    return int(arguments(ctx.schema, args, kwargs)["dim"]) % axes

@@ -29,6 +29,12 @@ class Grouping:
     group_of: NDArray[np.int64]
     rank: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, units: tuple[int, ...]) -> "Grouping":
+        """Return that of ids which number the units of all groups; the one after the last stands for what is full."""
+        group_of, ranks = np.repeat(np.arange(len(units)), units), map(np.arange, units)
+        return cls(units, np.append(group_of, -1), np.concatenate([*ranks, np.zeros(1, np.int64)]))
+
     def mask(self, counts: Counts, ids: Ids) -> Mask:
         """Return which units of an axis are kept."""
         return self.rank[ids] < counts[self.group_of[ids]]
@@ -79,22 +85,17 @@ class Requirements:
                 known[id(ids)] = self.grouping.count(counts, ids)
             return known[id(ids)]
 
-        waiting = self.constraints
-        while waiting:
-            later: list[Constraint] = []
+        waiting = [(constraint, set(constraint.attributes())) for constraint in self.constraints]
+        while waiting := [(each, unknown) for each, keys in waiting if (unknown := keys - values.keys())]:
             ready: dict[Attribute, list[Constraint]] = {}
-            for constraint in waiting:
-                unknown = {key for key in constraint.attributes() if key not in values}
+            for constraint, unknown in waiting:
                 if len(unknown) == 1:
-                    ready.setdefault(unknown.pop(), []).append(constraint)
-                elif unknown:
-                    later.append(constraint)
+                    ready.setdefault(next(iter(unknown)), []).append(constraint)
             for key, asking in ready.items():
                 values[key], sources[key] = _value(asking, key, self.attributes[key], values, count)
-            if later and not ready:  # several unknowns: the smallest attribute stays full
-                least = min((k for k in later[0].attributes() if k not in values), key=lambda k: self.attributes[k])
+            if not ready:  # several unknowns: the smallest attribute stays full
+                least = min(waiting[0][1], key=lambda key: (self.attributes[key], key))
                 values[least] = self.attributes[least]
-            waiting = later
         failures = []
         for constraint in self.constraints:
             if not constraint.holds(values, count):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,7 +46,7 @@ class FakeModel:
         memo: dict[int, Any] = left_behind(model)
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in memo:
-                memo[id(tensor)] = self._fake_weight(tensor)
+                memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
         self.made: list[weakref.ref[Tensor]] = []  # by the runs
         self.reach = Reach(self.model)
@@ -67,28 +67,11 @@ class FakeModel:
         self._stack.pop()
         self.on_call(path, args, output)
 
-    def _fake_weight(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.is_leaf:
-            return self.mode.from_tensor(tensor, static_shapes=True)
-        return self._wrap(_bare(tensor), tensor)
-
-    def weight(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return a weight of this shape, without values, that is otherwise like another."""
-        if not isinstance(like, FakeTensor):
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self._wrap(torch.empty(shape, dtype=like.dtype, device="meta"), like)
-
     def on_meta(self) -> AbstractContextManager[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
         stores = [store for module in self.model.modules() for store in (module._parameters, module._buffers)]
         bare = [(store, name, own if own is None else _bare(own)) for store in stores for name, own in store.items()]
         return swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare])
-
-    def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
-        fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as by `from_tensor`, in a tenth of the time
-        if isinstance(like, nn.Parameter):
-            fake._is_param = True
-        return fake.requires_grad_(like.requires_grad)
 
     def _fake_input(self, tensor: Tensor) -> Tensor:
         fake = self.mode.from_tensor(tensor, static_shapes=True)

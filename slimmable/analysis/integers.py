@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slimmable.analysis.labels import Ids
@@ -35,6 +35,12 @@ class Expression:
         if self.kind in read:
             return read[self.kind](self.value)
         return OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value))
+
+    def mapped(self, change: Callable[[Ids], Ids]) -> "Expression":
+        """Return it with other labels for each axis whose size it reads."""
+        if self.kind in OPERATIONS:
+            return replace(self, value=tuple(operand.mapped(change) for operand in self.value))
+        return replace(self, value=change(self.value)) if self.kind == "size" else self
 
     def __str__(self) -> str:
         if self.kind == "attribute":

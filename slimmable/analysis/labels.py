@@ -4,7 +4,6 @@ Every axis of every parameter starts with a fresh id per unit; running the model
 merged ids is a *class*: one unit of the network, shared by several axes.
 """
 
-from collections.abc import Callable
 from functools import partialmethod
 
 import numpy as np
@@ -88,15 +87,14 @@ class Labels:
         """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
-    def shared_with(self, *axes: Ids) -> Callable[[Ids], bool]:
-        """Return a function that tells whether other ids share a class with these."""
-        roots = {root for ids in axes for root in self.find(ids).tolist()}
-        return lambda other: not roots.isdisjoint(self.find(other).tolist())
+    def roots(self, *axes: Ids) -> set[int]:
+        """Return the classes of the units on these axes."""
+        return {root for ids in axes for root in self.find(ids).tolist()}
 
     def reason(self, ids: Ids) -> str:
         """Return why some of `ids` are pinned."""
-        shared = self.shared_with(ids)
-        reasons = (reason for pinned, reason in self.reasons if shared(pinned))
+        roots = self.roots(ids)
+        reasons = (reason for pinned, reason in self.reasons if roots & self.roots(pinned))
         return next(reasons, "merged with an axis that stays full")
 
     def groups(self) -> list[Ids]:

@@ -19,7 +19,7 @@ from slimmable._reach import sweep
 from slimmable._widths import kept_of
 from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, SubNetwork
 from slimmable.analysis.fake import FakeModel, recorded_outputs
-from slimmable.analysis.integers import Constraint, Expression
+from slimmable.analysis.integers import Constraint
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.outputs import Outputs, is_inside
 from slimmable.analysis.plan import Pin, Plan
@@ -92,10 +92,11 @@ def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "aut
     first = _settled_trace(fake, widths, skip, outputs)
     solution = solve(first, rules)
     labels = first.context.labels
-    disagrees = labels.shared_with(*solution.disagreed)
+    disagreed = labels.roots(*solution.disagreed)
 
     def doubtful(ids: Ids) -> bool:
-        return bool(labels.pinned(ids).all() or disagrees(ids) or 2 * len(np.unique(labels.find(ids))) <= len(ids))
+        roots = labels.roots(ids)
+        return bool(labels.pinned(ids).all() or disagreed & roots or 2 * len(roots) <= len(ids))
 
     stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:
@@ -127,6 +128,7 @@ class Solution:
 
     grouping: Grouping
     roots: list[Ids]  # of each group
+    units: Ids  # of each id, its number among the units of all groups
     counts: list[Counts]
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
@@ -169,14 +171,14 @@ def solve(trace: Trace, rules: Plan) -> Solution:
 
 def _count(labels: Labels, rules: Plan) -> Solution:
     """Return the groups and the units that they keep, ignoring constraints."""
-    roots = labels.find(np.arange(len(labels)))
     groups = labels.groups()
-    group_of, rank = np.full(len(labels), -1), np.zeros(len(labels), np.int64)
-    for number, group in enumerate(groups):
-        group_of[group], rank[group] = number, np.arange(len(group))
-    grouping = Grouping(tuple(map(len, groups)), group_of[roots], rank[roots])
+    of_units = Grouping.of(tuple(map(len, groups)))
+    units = np.full(len(labels), sum(of_units.units))
+    units[np.concatenate([units[:0], *groups])] = np.arange(sum(of_units.units))
+    units = units[labels.find(np.arange(len(labels)))]
+    grouping = Grouping(of_units.units, of_units.group_of[units], of_units.rank[units])
     counts = [np.array([*(rules.kept(n, width) for n in grouping.units), 1]) for width in rules.widths]
-    return Solution(grouping, groups, counts)
+    return Solution(grouping, groups, units, counts)
 
 
 def _couple(labels: Labels, failure: Failure) -> bool:
@@ -203,10 +205,21 @@ def _pin(labels: Labels, failure: Failure) -> bool:
 def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
     """Fill an empty plan with what a trace and its solution have found, and return it."""
     model, context, grouping = fake.model, found.context, solution.grouping
-    labels, pack = context.labels, _Packing(grouping)
-    constraints = [pack.constraint(constraint) for constraint in context.constraints]
+    labels, shared = context.labels, dict[bytes, Ids]()
+
+    def units_of(ids: Ids) -> Ids:
+        units = solution.units[ids]
+        return shared.setdefault(units.tobytes(), units)  # equal axes are one array
+
+    def units_on(axes: Sequence[Ids | None]) -> tuple[Ids | None, ...]:
+        return tuple(None if ids is None else units_of(ids) for ids in axes)
+
+    constraints = [
+        Constraint(each.expression.mapped(units_of), each.required.mapped(units_of), each.where)
+        for each in context.constraints
+    ]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
-    scales = list(_scales(model, found, pack))
+    scales = [(path, name, units_of(ids)) for path, name, ids in _scales(model, found, grouping)]
     # torch's encoders may skip padding by nested tensors, which need an even number of heads
     nested = [(path, NESTED) for path, module in model.named_modules() if vars(module).get(NESTED) is True]
     names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *nested])
@@ -215,14 +228,14 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
         for group in grouping.groups_in([made]):
             makers[group].add(path)
     plan.channels = Channels(
-        Requirements(pack.grouping, constraints, {key: found.attributes[key] for key in used}),
-        {key: pack.axes(axes) for key, axes in found.tensors.items()},
+        Requirements(Grouping.of(grouping.units), constraints, {key: found.attributes[key] for key in used}),
+        {key: units_on(axes) for key, axes in found.tensors.items()},
         {(path, name): model.get_submodule(path).__dict__[name] for path, name in names},
         scales,
-        [_output(output, labels, pack) for output in found.outputs],
+        [replace(each, units=units_on(each.units), why=_why(each, labels, grouping)) for each in found.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(labels.ordered(roots).any()) for roots in solution.roots),
-        [(macs, tuple(map(pack.ids, axes))) for macs, axes, _ in context.products],
+        [(macs, tuple(map(units_of, axes))) for macs, axes, _ in context.products],
         {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
     plan.caches = found.caches
@@ -241,61 +254,25 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     return plan
 
 
-def _output(output: Output, labels: Labels, pack: "_Packing") -> Output:
-    """Return an output with the units of its axes, and the reason if it stays full."""
-    units, why = pack.axes(output.units), output.why
+def _why(output: Output, labels: Labels, grouping: Grouping) -> str:
+    """Return why an output gets thinner or stays full."""
+    if grouping.groups_in(output.units):
+        return output.why
     made = [ids for ids in output.units if ids is not None and labels.produced(ids).any()]
-    if not pack.grouping.groups_in(units):
-        reasons = dict.fromkeys(labels.reason(ids) for ids in made)
-        why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
-        why = why or "no units that could get thinner reach it"
-    return replace(output, units=units, why=why)
+    reasons = dict.fromkeys(labels.reason(ids) for ids in made)
+    why = (reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
+    return ", ".join(why) or "no units that could get thinner reach it"
 
 
-def _scales(model: nn.Module, trace: Trace, pack: "_Packing") -> Iterator[tuple[str, str, Ids]]:
+def _scales(model: nn.Module, trace: Trace, grouping: Grouping) -> Iterator[tuple[str, str, Ids]]:
     """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
 
     Attention kernels derive the scale from the size that they see; a scale stored as an attribute must agree.
     """
     for path, ids in trace.context.contractions:
-        units = pack.ids(ids)
-        shrinks = bool(pack.grouping.groups_in([units]))
         for name, value in vars(model.get_submodule(path)).items():
-            if shrinks and type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
-                yield path, name, units
-
-
-class _Packing:
-    """Renumbers the ids of all axes as units of groups; equal axes become one shared array."""
-
-    def __init__(self, grouping: Grouping) -> None:
-        starts = np.cumsum([0, *grouping.units])
-        total = int(starts[-1])
-        slim = grouping.group_of >= 0
-        self._unit = np.full(len(slim), total)
-        self._unit[slim] = starts[grouping.group_of[slim]] + grouping.rank[slim]
-        group_of = np.repeat(np.arange(len(grouping.units)), grouping.units)
-        rank = np.arange(total) - np.repeat(starts[:-1], grouping.units)
-        self.grouping = Grouping(grouping.units, np.append(group_of, -1), np.append(rank, 0))
-        self._known: dict[bytes, Ids] = {}
-
-    def ids(self, ids: Ids) -> Ids:
-        units: Ids = self._unit[ids]
-        return self._known.setdefault(units.tobytes(), units)
-
-    def axes(self, axes: Sequence[Ids | None]) -> tuple[Ids | None, ...]:
-        return tuple(None if ids is None else self.ids(ids) for ids in axes)
-
-    def constraint(self, constraint: Constraint) -> Constraint:
-        own, required = map(self._expression, (constraint.expression, constraint.required))
-        return Constraint(own, required, constraint.where)
-
-    def _expression(self, expression: Expression) -> Expression:
-        if expression.kind == "size":
-            return Expression("size", self.ids(expression.value))
-        if expression.kind in ("constant", "attribute"):
-            return expression
-        return Expression(expression.kind, tuple(map(self._expression, expression.value)))
+            if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9 and grouping.groups_in([ids]):
+                yield path, name, ids
 
 
 # -- trying a plan: the model must run at each width and return outputs of the planned shapes
@@ -334,7 +311,8 @@ def _shrunk(fake: FakeModel, column: SubNetwork) -> AbstractContextManager[None]
         tensor = store[name]
         shape = [kept_of(size, keep) for size, keep in zip(tensor.shape, kept, strict=True)]
         if tensor.shape != tuple(shape):
-            new.append((store, name, fake.weight(shape, tensor)))
+            narrow, is_parameter = tensor.new_empty(shape), isinstance(tensor, nn.Parameter)
+            new.append((store, name, nn.Parameter(narrow, tensor.requires_grad) if is_parameter else narrow))
     for path, values in column.values.items():
         new += [(modules[path].__dict__, name, value) for name, value in values.items()]
     return swapped(new)

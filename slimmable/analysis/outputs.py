@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
-import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -33,26 +32,22 @@ def label_outputs(
     labels = context.labels
     backbones = _backbones(model, called)
     classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
-    residuals, consumed, attended = (
-        np.unique(labels.find(np.concatenate([np.zeros(0, np.int64), *axes])))
-        for axes in (context.residuals, context.consumed, context.attended)
-    )
     inner = {
-        "features of a residual stream": np.intersect1d(residuals, consumed),
-        "keys and values of an attention": attended,
+        "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
+        "keys and values of an attention": labels.roots(*context.attended),
     }
 
     def features(origin: str | None, ids: Ids) -> str:
         """Return why these units get thinner, or "" if they stay."""
-        shared = labels.shared_with(ids)
-        makers = {path for path, other in context.producers if shared(other)}
+        own = labels.roots(ids)
+        makers = {path for path, made in context.producers if own & labels.roots(made)}
         sized = [path for path, count in classes.items() if count == len(ids)]
         if any(not path or is_inside(maker, path) for path in sized for maker in makers):
             return ""  # class scores, which SqueezeNet rectifies
         if any(not path or all(is_inside(maker, path) for maker in makers) for path in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
-            if np.isin(labels.find(ids), roots).any():
+            if own & roots:
                 return why
         return "" if origin == "made" else "features, rectified or combined after the layer that made them"
 

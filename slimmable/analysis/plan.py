@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -226,27 +227,19 @@ class Plan:
             vars(self).pop("_found", None)  # it starts anew, with the columns
         needed, counts = self.channels.needed, np.array([*wanted, 1])
         values, failures = needed.adjust(counts)
+        columns = [np.array([*column.counts, 1]) for column in reversed(self.columns)]
         while failures:
-            before, groups = counts.copy(), [needed.grouping.groups_in(failure.axes()) for failure in failures]
-            for each in groups:
-                self._rise(counts, each)
-            if (counts == before).all():  # each fits one column, but not the groups of other failures
-                for group in {group for each in groups for group in each}:
-                    self._rise(counts, [group], 1)
-            if (counts == before).all():
-                counts = np.array([*needed.grouping.units, 1])
+            disagreeing = [needed.grouping.groups_in(failure.axes()) for failure in failures]
+            for groups, column in product(disagreeing, columns):
+                if (column[groups] >= counts[groups]).all() and (column[groups] > counts[groups]).any():
+                    counts[groups] = column[groups]
+                    break
+            else:  # each fits one column, but not what decides with it
+                counts = columns[-1]
             values, failures = needed.fit(counts)
         found = self.channels.sub_network(counts, values)
         known = (other for other in self._found.values() if other.counts == found.counts)
         return self._found.setdefault(wanted, next(known, found))
-
-    def _rise(self, counts: NDArray[np.int64], groups: Sequence[int], least: int = 0) -> None:
-        """Raise groups, in place, to the counts of the narrowest column where each keeps at least `least` more."""
-        for column in reversed(self.columns):
-            found = np.array([column.counts[group] for group in groups], np.int64)
-            if (found >= counts[groups] + least).all():
-                counts[groups] = found
-                return
 
     def _of_counts(self, wanted: Sequence[int]) -> SubNetwork:
         units = self.channels.units

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._known_numbers import written
 from slimmable._modules import size_axes, swapped, tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors, tensors
-from slimmable.analysis import _rules_arithmetic as arithmetic
-from slimmable.analysis import _rules_shape as _rules_shape
+from slimmable.analysis import _rules
 from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
@@ -70,14 +69,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.context.use(tensors((args, kwargs)))
             if tensors(results):
                 self.context.schema = func._schema
-                other = arithmetic.pointwise if torch.Tag.pointwise in func.tags else arithmetic.unknown
+                other = _rules.pointwise if torch.Tag.pointwise in func.tags else _rules.unknown
                 try:
                     RULES.get(name, other)(self.context, args, kwargs, results)
                 except RuleError:
                     raise
                 except Exception as error:  # a fault of ours, for which the model still converts
                     fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
-                    arithmetic.unknown(self.context, args, kwargs, results, fault)
+                    _rules.unknown(self.context, args, kwargs, results, fault)
         return out
 
 
@@ -102,11 +101,11 @@ class _Calls(TorchFunctionMode):
                 out = func(*args, **kwargs)
             self.context.at(name, self.operations.fake.running)
             tensors_by_name = (kwargs[n] for n in ("query", "key", "value")[len(args) :])
-            arithmetic.attention(self.context, [*args, *tensors_by_name], kwargs, out)
+            _rules.attention(self.context, [*args, *tensors_by_name], kwargs, out)
             return out
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
             self.context.operation = name
-            arithmetic.normalized_shape(self.context, args[0], args[1])
+            _rules.normalized_shape(self.context, args[0], args[1])
         with swapped([(vars(self.context), "call", Call(name, args, kwargs))]):
             return func(*args, **kwargs)
 
