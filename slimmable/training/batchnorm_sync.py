@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,7 @@ def synchronised_batchnorm(groups: int = 1) -> Iterator[None]:
 def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor]:
     """Return a batch norm with the arguments of `original` that joins the batches in training mode."""
     # hidden from the compiler; here and not at the top, because this loads it
-    joined, grouped = map(torch.compiler.disable, (joined_batch_norm, grouped_batch_norm))
+    joined: Callable[..., Tensor] = torch.compiler.disable(joined_batch_norm)  # type: ignore[no-untyped-call]
 
     def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(names.split(), args, strict=False)) | kwargs
@@ -80,15 +80,13 @@ def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor
         groups = next(reversed(_groups.values()), 1)
         if not given.pop("training", False) or (groups == 1 and alone()):
             return original(*args, **kwargs)
-        if groups > 1:
-            states = given.pop("running_mean"), given.pop("running_var")
-            return cast(Tensor, grouped(groups, given.pop("input"), *states, **given))
-        return cast(Tensor, joined(**given))
+        return joined(groups, **given)
 
     return batch_norm
 
 
 def joined_batch_norm(
+    groups: int,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -97,41 +95,40 @@ def joined_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Return this process's part of the batch norm of the joined batch, shape (batch, channels, ...)."""
+    """Return this process's part of the batch norm of the joined batch, or of `groups` parts of it."""
+    if groups > 1:
+        return _of_groups(groups, input, (running_mean, running_var), weight, bias, momentum, eps)
     if input.ndim < 2:
         raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
     channels, graph = input.shape[1], ", with gradient" if input.requires_grad and torch.is_grad_enabled() else ""
     own = f"{channels} channels of {input.dtype.itemsize} bytes{graph}"
     advice = "run the same layers at the same width in all processes"
-    counts = from_all_alike("synchronised_batchnorm", own, advice, input.device, input.numel() // max(1, channels))
-    total = sum(counts)  # values per channel
+    values = input.numel() // max(1, channels)
+    total = sum(from_all_alike("synchronised_batchnorm", own, advice, input.device, values))  # per channel
     if total < 2:
         raise DataError(f"synchronised_batchnorm: all have {total} values per channel, expected more than 1")
-    with torch.no_grad():
-        values = at_least_float32(input)
-        mean = _sums(values) / max(1, counts[dist.get_rank()])
-        squares = _sums((values - _per_channel(mean, values)).square_())
-        means, all_squares = from_all(torch.stack([mean, squares])).unbind(1)
-        mean, squares = merged_moments(counts, means, all_squares)
-        for running, found in ((running_mean, mean), (running_var, squares / (total - 1))):
-            if running is not None:
-                running.copy_(torch.lerp(running.to(found.dtype), found, momentum))
-        scale = (squares / total + eps).rsqrt()
-    return cast(Tensor, _Normalise.apply(input, weight, bias, mean, scale, total))
+    mean, variance = _Moments.apply(input, total)
+    for running, found in ((running_mean, mean), (running_var, variance * (total / (total - 1)))):
+        if running is not None:
+            running.copy_(torch.lerp(running.to(found.dtype), found.detach().flatten(), momentum))
+    gain = (variance + eps).rsqrt()
+    gain = gain if weight is None else gain * weight.view_as(gain)
+    shift = -mean * gain if bias is None else bias.view_as(gain) - mean * gain
+    return torch.mul(input, gain).add_(shift).to(input.dtype)  # a product of two types keeps only the input itself
 
 
-def grouped_batch_norm(groups: int, input: Tensor, *states: Tensor | None, **given: Any) -> Tensor:
-    """Return this process's part of the batch norm of equal `groups` of the joined batch; `states` are running ones."""
+def _of_groups(
+    groups: int, input: Tensor, states: Sequence[Tensor | None], weight: Any, bias: Any, *settings: float
+) -> Tensor:
     own, rest = divmod(groups, world_size())
     if rest or len(input) % own or input.numel() // (own * max(1, input.shape[1])) < 2:
         what = f"{groups} groups of a batch norm's input, of shape {tuple(input.shape)} in each of {world_size()}"
         raise DataError(f"synchronised_batchnorm: {what} processes, must be equal, and of two values per channel each")
-    weight, bias, more = given.get("weight"), given.get("bias"), (given.get("momentum", 0.1), given.get("eps", 1e-5))
     outputs, found = [], []
     for part in input.chunk(own):
         found.append([None if state is None else state.clone() for state in states])
-        settings = True, *more, torch.backends.cudnn.enabled
-        outputs.append(torch.ops.aten.batch_norm(part, weight, bias, *found[-1], *settings))
+        more = True, *settings, torch.backends.cudnn.enabled
+        outputs.append(torch.ops.aten.batch_norm(part, weight, bias, *found[-1], *more))
     for state, copies in zip(states, zip(*found, strict=True), strict=True):
         if state is not None:
             mean = torch.stack(copies).mean(0)
@@ -139,53 +136,29 @@ def grouped_batch_norm(groups: int, input: Tensor, *states: Tensor | None, **giv
     return torch.cat(outputs)
 
 
-def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means of several samples taken together, and the sums of squared distances to them (Chan et al. 1979).
-
-    `counts` are the samples' values per channel, 0 if empty; `means` and `squares` have shape (samples, channels).
-    """
-    sizes = torch.tensor(counts, dtype=means.dtype, device=means.device)[:, None]
-    mean = (sizes / sum(counts) * means).sum(0)
-    return mean, squares.sum(0) + (sizes * (means - mean).square()).sum(0)
-
-
-class _Normalise(Function):
-    """Centre, scale, apply gain and bias; the backward includes the gradient through the joined batch's moments."""
+class _Moments(Function):
+    """Mean and variance of each channel of the joined batch, which broadcast over the input."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, scale: Tensor, total: int
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        values = at_least_float32(input)
+        mean = _summed(values) / total
         ctx.total = total
-        ctx.save_for_backward(input, weight, mean, scale)
-        gain = scale if weight is None else scale * weight
-        output = (at_least_float32(input) - _per_channel(mean, input)).mul_(_per_channel(gain, input))
-        return (output if bias is None else output.add_(_per_channel(bias, input))).to(input.dtype)
+        ctx.save_for_backward(input, mean)
+        return mean, _summed((values - mean).square_()) / total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, scale = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad = at_least_float32(grad)
-        normal = (at_least_float32(input) - _per_channel(mean, input)).mul_(_per_channel(scale, input))
-        sums = torch.stack([_sums(grad), _sums(grad * normal)])
-        grad_bias, grad_weight = sums.to(scale.dtype if weight is None else weight.dtype, copy=True)
-        grad_input = None
-        if needs_input:
-            dist.all_reduce(sums)
-            shift, slope = sums / ctx.total
-            gain = scale if weight is None else scale * weight
-            inner = normal.mul_(_per_channel(-slope, input)).add_(grad).sub_(_per_channel(shift, input))
-            grad_input = inner.mul_(_per_channel(gain, input)).to(input.dtype)
-        return grad_input, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        input, mean = ctx.saved_tensors
+        sums = torch.stack(grads)
+        dist.all_reduce(sums)
+        of_mean, of_variance = sums / ctx.total
+        return (at_least_float32(input) - mean).mul_(2 * of_variance).add_(of_mean).to(input.dtype), None
 
 
-def _sums(values: Tensor) -> Tensor:
-    """Return the sum of each channel's values, shape (channels)."""
-    return values.sum([axis for axis in range(values.ndim) if axis != 1])
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Return one value per channel in the shape that broadcasts over `like`."""
-    return values.view(1, -1, *[1] * (like.ndim - 2))
+def _summed(values: Tensor) -> Tensor:
+    """Return the sum of each channel's values in all processes, shape (1, channels, 1, ...)."""
+    sums = values.sum([axis for axis in range(values.ndim) if axis != 1], keepdim=True)
+    dist.all_reduce(sums)
+    return sums
