@@ -1,7 +1,7 @@
 """Recompute the BatchNorm statistics of chosen widths from data."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -69,39 +69,35 @@ def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
 def _collect(
     model: nn.Module, loader: Iterable[ModelInput], widths: Sequence["Setting | None"], modules: Iterable[nn.Module]
 ) -> None:
-    """Run every batch at each of `widths` (None: the active one), and collect statistics in the norms of `modules`.
-
-    Those that do not run are put back, and all of them after an error.
-    """
+    """Run every batch at each of `widths` (None: the active one); norms of `modules` that run get new statistics."""
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
-    if not torch.is_inference_mode_enabled() and any(each.is_inference() for norm in norms for each in norm.buffers()):
+    buffers = [(norm._buffers, name, each) for norm in norms for name, each in norm.named_buffers(recurse=False)]
+    if not torch.is_inference_mode_enabled() and any(each.is_inference() for _, _, each in buffers):
         raise UsageError("calibrate_bn: the model was made in torch.inference_mode, so call calibrate_bn in that too")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    before = [{name: each.clone() for name, each in norm.named_buffers(recurse=False)} for norm in norms]
-    batch, done = None, False
-    try:
-        with in_eval_mode(model), swapped([(vars(norm), "momentum", None) for norm in norms]):  # cumulative averages
-            for norm in norms:
-                type(norm).reset_running_stats(norm)  # the norm itself may refuse it
-                norm.training = True
-            for batch in loader:
-                args, kwargs = arguments_of(batch, device)
-                for width in widths:
-                    if width is not None:
-                        set_width(model, width)
-                    model(*args, **kwargs)
+    new = [(own, name, each.clone()) for own, name, each in buffers]
+    cumulative: list[Any] = [(vars(norm), "momentum", None) for norm in norms]
+    batch = None
+    with in_eval_mode(model), swapped(cumulative + new):
+        for norm in norms:
+            type(norm).reset_running_stats(norm)  # the norm itself may refuse it
+            norm.training = True
+        for batch in loader:
+            args, kwargs = arguments_of(batch, device)
+            for width in widths:
+                if width is not None:
+                    set_width(model, width)
+                model(*args, **kwargs)
         if batch is None:
             raise DataError("calibrate_bn: loader is empty; give at least one batch, in a list if it is needed again")
-        if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers()):
+        if not all(bool(each.isfinite().all()) for _, _, each in new):
             raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
-        done = True
-    finally:
-        for norm, buffers in zip(norms, before, strict=True):
-            if not (done and norm.num_batches_tracked):
-                for name, buffer in norm.named_buffers(recurse=False):
-                    buffer.copy_(buffers[name])
+        pairs = zip(buffers, new, strict=True)
+        ran = [(old, each) for (own, _, old), (_, _, each) in pairs if own["num_batches_tracked"]]
+    for old, each in ran:
+        old.copy_(each)
 
 
 def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
@@ -112,8 +108,9 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
             what = f"a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list starting with one"
             raise DataError(f"{where}: {what}; give (batch['image'] for batch in loader), or slimmable.Inputs(...)")
         batch = Inputs(first)
-    if any(tensor.numel() == 0 for tensor in output_tensors((batch.args, batch.kwargs))):
+    tensors = output_tensors((batch.args, batch.kwargs))
+    check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(tensors)})
+    if any(tensor.numel() == 0 for tensor in tensors):
         raise DataError(f"{where}: a batch is empty")
-    check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(output_tensors((batch.args, batch.kwargs)))})
     args, kwargs = map_tensors(lambda tensor: tensor.to(device), (batch.args, batch.kwargs))
     return tuple(args), dict(kwargs)
