@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ Sums: TypeAlias = "dict[tuple[str, float, float], float]"
 class GradientDiagnostics:
     """Gradient imbalance and divergence between widths during training (SlimCLR, Zhao et al. 2024, Figure 3).
 
-    One step out of `every` is sampled: the gradients are read after each width's `backward` and before the update.
     `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, and `L_w` width w's part of
     it. Only parameters that all widths share count; those of switchable norms and probes belong to one width each. A
     value without `_total` is the mean over those with two or more axes ("layers") in which it is finite, one with
@@ -56,8 +55,8 @@ class GradientDiagnostics:
     Attributes:
         step: number of the current step.
         rows: for each sampled step, column -> value.
-        layer_names: names of the layers, in the order of the values in `layers`.
         layers: for each row, column -> float32 tensor of shape (layers,), the values behind the mean.
+        layer_names: names of these layers.
 
     Raises: ConversionError: if nothing in `model` reacts to widths.
 
@@ -78,20 +77,18 @@ class GradientDiagnostics:
         self.model, self.every = model, every
         self.widths = widths_of(model)
         self._shared = shared_parameters(model, self.widths)
-        if has_shards(shared.parameter for shared in self._shared):
+        if has_shards(parameter for parameter, _ in self._shared.values()):
             raise UsageError("GradientDiagnostics: the parameters are sharded over processes; give a model that is not")
-        self.layer_names = tuple(shared.name for shared in self._shared if shared.parameter.ndim > 1)
+        self.layer_names = tuple(name for name, (parameter, _) in self._shared.items() if parameter.ndim > 1)
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.layers: list[dict[str, Tensor]] = []
         self.discard()
 
     def after_backward(self, width: float) -> None:
-        """Record what the `backward` of `width` added to the gradients; call it after each `backward`.
+        """Record what the `backward` of `width` added to the gradients, if the step is sampled; call it after each.
 
-        It does nothing in steps that are not sampled. Calls with one width add up. Clear gradients before each step.
-
-        Raises: WidthError: if the model does not have this width.
+        Calls with one width add up. Clear gradients before each step. Raises: WidthError: if the model lacks the width.
         """
         check_positive("GradientDiagnostics.after_backward", width=width)
         if self.step % self.every:
@@ -99,14 +96,13 @@ class GradientDiagnostics:
         if width not in self.widths:
             columns_of(places_of(self.model), width)
         own = self._own.setdefault(width, {})
-        for shared in self._shared:
-            if shared.parameter.grad is None:
-                continue
-            gradient = at_least_float32(shared.parameter.grad.detach())
-            added = gradient - self._before.get(shared.name, 0.0)
-            self._before[shared.name] = gradient.clone()
-            if width in shared.blocks:  # not a random one
-                own[shared.name] = own.get(shared.name, 0.0) + take(added, shared.blocks[width])
+        for name, (parameter, blocks) in self._shared.items():
+            if parameter.grad is not None:
+                gradient = at_least_float32(parameter.grad.detach())
+                added = gradient - self._before.get(name, 0.0)
+                self._before[name] = gradient.clone()
+                if width in blocks:  # not a random one
+                    own[name] = own.get(name, 0.0) + take(added, blocks[width])
 
     @checked
     def after_step(self, scale: float = 1.0) -> None:
@@ -125,11 +121,11 @@ class GradientDiagnostics:
         where, widths = "GradientDiagnostics.after_step", self.widths
         if not self._own:
             raise UsageError(f"{where}: step {self.step} is sampled, but after_backward was not called in it")
-        found = [self._sums(shared) for shared in self._shared]
-        whole = {key: sum(sums.get(key, 0.0) for sums in found) for key in set().union(*found)}
+        found = {name: self._sums(name) for name in self._shared}
+        whole = {key: sum(sums.get(key, 0.0) for sums in found.values()) for key in set().union(*found.values())}
         if not whole:
             raise UsageError(f"{where}: no shared parameter has a gradient; call it before the gradients are cleared")
-        groups = [whole, *(sums for sums, shared in zip(found, self._shared, strict=True) if shared.parameter.ndim > 1)]
+        groups = [whole, *(found[name] for name in self.layer_names)]
 
         def of(kind: str, width: float, other: float) -> Tensor:
             return torch.tensor([sums.get((kind, width, other), math.nan) for sums in groups], dtype=torch.float64)
@@ -151,16 +147,17 @@ class GradientDiagnostics:
         self.layers.append({name: value[1:].float() for name, value in values.items()})
         self.discard()
 
-    def _sums(self, shared: "SharedParameter") -> Sums:
+    def _sums(self, name: str) -> Sums:
         """Return sums over the entries of a parameter, none without a gradient.
 
         The kinds are `total` (squares of its gradient in the width's block), `own` (squares of the width's own gradient
         in what both widths read), and `product` (of the two widths' own gradients).
         """
-        if shared.parameter.grad is None:
+        parameter, blocks = self._shared[name]
+        if parameter.grad is None:
             return {}
-        total, blocks = at_least_float32(shared.parameter.grad.detach()), shared.blocks
-        parts = {w: self._own[w][shared.name] for w in self.widths if shared.name in self._own.get(w, {})}
+        total = at_least_float32(parameter.grad.detach())
+        parts = {w: self._own[w][name] for w in self.widths if name in self._own.get(w, {})}
         own = {w: put(torch.zeros_like(total), blocks[w], part) for w, part in parts.items()}
         sums = {("total", width, width): _product(part := take(total, block), part) for width, block in blocks.items()}
         for a, b in product(own, repeat=2):
@@ -187,24 +184,13 @@ class GradientDiagnostics:
 
     @checked
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV; an existing file is replaced once the new one is complete.
-
-        Raises: CheckpointError: if it cannot be written.
-        """
+        """Write the rows as CSV, in place of an existing file. Raises: CheckpointError: if it cannot be written."""
         text = csv_text(list(self.rows[0]) if self.rows else ["step"], self.rows)
         write_aside(Path(path), lambda aside: aside.write_text(text, newline=""))
 
 
-class SharedParameter(NamedTuple):
-    """A parameter that all widths share, and the block of it that each width reads."""
-
-    name: str
-    parameter: nn.Parameter
-    blocks: Mapping[float, Cut]
-
-
-def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
-    """Return the parameters that all `widths` share, in the model's order, each once, with its first module's block."""
+def shared_parameters(model: nn.Module, widths: Sequence[float]) -> dict[str, tuple[nn.Parameter, dict[float, Cut]]]:
+    """Return name -> parameter that all `widths` share, and width -> the block of it that its first module reads."""
     found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
         full = module
@@ -217,8 +203,8 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedP
             if parameter is not None:
                 whole = Cut(tuple(parameter.shape), (), (), (), ())
                 found.setdefault(id(parameter), {width: cuts[width].get(name, whole) for width in widths})
-    named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in found]
-    return [SharedParameter(name, parameter, found[id(parameter)]) for name, parameter in named]
+    named = model.named_parameters()
+    return {name: (parameter, found[id(parameter)]) for name, parameter in named if id(parameter) in found}
 
 
 def _cuts_at(module: nn.Module, width: float) -> Mapping[str, Cut]:
