@@ -13,7 +13,7 @@ from slimmable._width import at_width, places_of
 from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.plan import Plan
 from slimmable.errors import ConversionError, UsageError
-from slimmable.training.calibrate import ModelInput, collect_statistics
+from slimmable.training.batchnorm import ModelInput, collect_statistics
 
 Cost = Literal["macs", "parameters"]
 

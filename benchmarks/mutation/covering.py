@@ -19,7 +19,7 @@ CACHE = Path(__file__).parent / "cache"
 NAME = "SLIMMABLE_MUTATION_TIMES"  # the environment variable with the path of the file of times
 
 ELSEWHERE = {  # files that tests run in processes of their own, where nothing is recorded
-    "slimmable/training/batchnorm_sync.py": ("tests/training/test_processes.py",),
+    "slimmable/training/batchnorm.py": ("tests/training/test_processes.py",),
     "slimmable/view/container.py": ("tests/life/test_distributed.py",),
 }
 

@@ -22,7 +22,7 @@ from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_me
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
 from slimmable.gating import gate_plan
-from slimmable.training.calibrate import calibrate_bn
+from slimmable.training.batchnorm import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
 GRADIENTS = "gradients.csv"

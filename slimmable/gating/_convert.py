@@ -27,7 +27,7 @@ from slimmable.errors import CheckpointError, ConversionError, DataError, Slimma
 from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, LayerGates, gates_in, has_gates
 from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
 from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, PlannedGate, decode, gate_plan
-from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
+from slimmable.training.batchnorm import ModelInput, arguments_of, calibrate_bn
 from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)

@@ -27,14 +27,12 @@ __all__ = ["SlimCallback"]
 class SlimCallback(Callback):
     """Trains a LightningModule at all widths of a recipe, with the memory of one.
 
-    Lightning calls `training_step` at the widest width. When it asks for the backward pass, each narrower width calls
-    `training_step` again and has its own backward pass. What else the step changes (queues, metrics, counters, lists)
-    changes once; momentum encoders go into `frozen` of the recipe. `self.log` logs the widest width under the plain
-    name and the others as `name/w0.5`, but objects such as metrics for the widest only. The entry `teach` of a dict
-    that the step returns is what distillation compares. With manual optimization, the step itself calls
-    `recipe.backward(closure, backward=self.manual_backward)`.
-
-    For a slow start, the Trainer knows the recipe's `steps` if it has none. Its state is in the checkpoint.
+    Each width calls `training_step` and has its own backward pass. What else the step changes (queues, metrics,
+    counters, lists) changes once; momentum encoders go into `frozen` of the recipe. `self.log` logs the widest width
+    under the plain name and the others as `name/w0.5`, but objects such as metrics for the widest only. The entry
+    `teach` of a dict that the step returns is what distillation compares. With manual optimization, the step itself
+    calls `recipe.backward(closure, backward=self.manual_backward)`. The recipe's state is in the checkpoint; for a slow
+    start, the Trainer knows its `steps`.
 
     Args:
         recipe: of the module or its networks, which are converted before `Trainer.fit`, best in `__init__`.
@@ -80,13 +78,14 @@ class SlimCallback(Callback):
         if trainer.global_step == 0:  # not a resumed run
             self.recipe.steps_done = 0
         automatic = ("training_step", "backward", "optimizer_step") if pl_module.automatic_optimization else ()
+        new: list[tuple[dict[str, Any], str, Any]] = []
         for name in ("log", *automatic):
             original = getattr(pl_module, name)
-            new = wraps(original)(partial(getattr(self, f"_{name}"), pl_module, original))
-            self._replaced.enter_context(swapped([(vars(pl_module), name, new)]))
+            own = partial(getattr(self, f"_{name}"), pl_module, original)
+            new.append((vars(pl_module), name, wraps(original)(own)))
         if not automatic:
-            backward = averaged_once(trainer.model)(self.recipe.backward)
-            self._replaced.enter_context(swapped([(vars(self.recipe), "backward", backward)]))
+            new.append((vars(self.recipe), "backward", averaged_once(trainer.model)(self.recipe.backward)))
+        self._replaced.enter_context(swapped(new))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Run the narrower widths if no backward pass did, as when `StochasticWeightAveraging` updates norms."""

@@ -10,7 +10,7 @@ import argparse
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -33,7 +33,7 @@ _create_model, _load_checkpoint = models.create_model, models.load_checkpoint
 class SlimTaskMixin(tasks.TrainingTask):
     """Makes a task of timm run all widths of its model: `class Mine(SlimTaskMixin, TheirTask)`.
 
-    The task returns one loss, their weighted sum, so the graphs of all widths live until `backward`. Its checkpoints
+    The task returns their weighted sum as one loss, so the graphs of all widths live until `backward`. Its checkpoints
     hold the widths and the state of the recipe.
 
     Args:
@@ -56,8 +56,7 @@ class SlimTaskMixin(tasks.TrainingTask):
             loss, scores = results[-1]["loss"], results[-1]["output"]
             return loss if self.recipe.distill is None else (loss, scores)
 
-        module: Any = self.get_trainable_module()
-        self.recipe.model = module  # which may be wrapped by now
+        self.recipe.model = cast(nn.Module, self.get_trainable_module())  # which may be wrapped by now
         total = self.recipe.total(closure, frozen=[] if teacher is None else [teacher])
         own = {f"loss/w{width:g}": loss for width, loss in self.recipe.losses.items()}
         return {**results[0], **own, "loss": total}
@@ -114,12 +113,12 @@ class _Program:
                 setattr(tasks, name, self.slim(task))
 
     def create_model(self, *args: Any, checkpoint_path: str = "", **options: Any) -> nn.Module:
-        model = slimify(_create_model(*args, **options), self.widths, inplace=True)
+        model = _create_model(*args, **options)
         if checkpoint_path:
             self.load(model, checkpoint_path)
             if self.width is not None:
                 return extract(model, self.width)
-            slimify(model, self.widths, inplace=True)
+        slimify(model, self.widths, inplace=True)
         set_width(model, self.width or 1.0)
         weight = self.options.slim_distill
         distill = OnlineDistillation("kl", 1.0, 1.0, weight=weight) if weight else None
@@ -133,7 +132,12 @@ class _Program:
         vars(model).update(vars(small))
 
     def load(self, model: nn.Module, checkpoint_path: str, *args: Any, **options: Any) -> None:
-        slimify(model, _widths_in(checkpoint_path) or self.widths, inplace=True)
+        named = None  # widths, in a checkpoint of `SlimTaskMixin`
+        if Path(checkpoint_path).suffix not in (".safetensors", ".npz", ".npy"):
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            named = checkpoint.get("task_state", {}).get("slimmable", {}).get("widths")
+        slimify(model, named or self.widths, inplace=True)
         _load_checkpoint(model, checkpoint_path, *args, **options)
 
     def create_scheduler(self, *args: Any, **options: Any) -> Any:
@@ -150,15 +154,6 @@ class _Program:
             SlimTaskMixin.__init__(own, *args, recipe=self.recipe, **options)
 
         return type(f"Slim{task.__name__}", (SlimTaskMixin, task), {"__init__": init})
-
-
-def _widths_in(checkpoint_path: str) -> Any:
-    """Return the widths that a checkpoint of `SlimTaskMixin` names; others name none."""
-    if Path(checkpoint_path).suffix in (".safetensors", ".npz", ".npy"):
-        return None
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-    return checkpoint.get("task_state", {}).get("slimmable", {}).get("widths")
 
 
 def _main() -> None:

@@ -1,8 +1,7 @@
 """Tools for training all widths: a recipe for your own loop, several processes, MoCo, BatchNorm, and diagnostics."""
 
 from slimmable._distributed import average_gradients, gather
-from slimmable.training.batchnorm_sync import synchronised_batchnorm
-from slimmable.training.calibrate import calibrate_bn
+from slimmable.training.batchnorm import calibrate_bn, synchronised_batchnorm
 from slimmable.training.diagnostics import GradientDiagnostics
 from slimmable.training.moco import MoCo, MomentumEncoder, cosine_momentum
 from slimmable.training.recipe import SlimRecipe

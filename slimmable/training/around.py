@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any, TypeAlias
 
@@ -44,20 +44,19 @@ class Once:
     def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
         """Run a block of a width; narrower ones find `stores` as the widest one did, and `left` as it left them."""
         if widest:
-            self._before = {id(store): _copied(_state(store)) for store in stores} | self._before
+            self._before = {id(store): _copied(store) for store in stores} | self._before
             yield
             return
         if not {id(store) for store in stores} <= self._before.keys():
             raise UsageError("SlimRecipe.once: used at a narrower width, but not used at the widest width of this step")
-        after = [(store, _state(store)) for store in (*stores, *left)]
+        after = [(store, store.copy()) for store in (*stores, *left)]
         for store, state in after:
             store.update(_copied(self._before.get(id(store), state)))
         try:
             yield
         finally:
             for store, state in after:
-                for added in _state(store).keys() - state.keys():
-                    del store[added]
+                store.clear()
                 store.update(state)
 
 
@@ -73,26 +72,22 @@ def stores_of(modules: Collection[nn.Module]) -> list[Store]:
     return [*attributes, *(store for module in modules for store in (module._buffers, module._parameters))]
 
 
-def _state(store: Store) -> Store:
-    return {
-        name: value
-        for name, value in store.items()
-        if name not in _OF_EVERY_MODULE
-        and not name.startswith("_slim")
-        and not (isinstance(value, Tensor) and value.requires_grad)
-    }
-
-
-def _copied(state: Store) -> Store:
-    """Return copies of tensors, arrays and containers; other objects themselves."""
+def _copied(store: Store) -> Any:
+    """Return the entries that a step may change; tensors, arrays and containers as copies, other objects themselves."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             return value if value.requires_grad else value.clone()
         return copy.deepcopy(value) if isinstance(value, (nn.Parameter, *_CHANGEABLE)) else value
 
-    copies: Store = tree_map(copied, state) if state else {}  # most modules have none
-    return copies
+    state = {
+        name: value
+        for name, value in store.items()
+        if name not in _OF_EVERY_MODULE
+        and not name.startswith("_slim")
+        and not (isinstance(value, Tensor) and value.requires_grad)
+    }
+    return tree_map(copied, state) if state else {}  # most modules have none
 
 
 class Replay:
@@ -115,18 +110,15 @@ class Replay:
         with swapped([(vars(part), _entry(part), stand_in(part)) for part in walk(self._modules, _is_plain)]):
             yield
         for module in self._modules:
-            if widest and not any(part in self._outputs for part in walk([module], _is_plain)):
+            if self._outputs.keys().isdisjoint(walk([module], _is_plain)):
                 kind = type(module).__name__
                 warnings.warn(f"SlimRecipe: the step did not call frozen {kind}; give the one it calls", stacklevel=2)
 
     def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._busy:  # a part of a module that is being recorded
             return forward(*args, **kwargs)
-        self._busy = True
-        try:
+        with swapped([(vars(self), "_busy", True)]):
             output = forward(*args, **kwargs)
-        finally:
-            self._busy = False
         if any(tensor.requires_grad for tensor in output_tensors(output)):
             what = f"frozen {type(module).__name__} returned a tensor with a gradient"
             raise UsageError(f"SlimRecipe: {what}; freeze only what has none in parameters and inputs, as a teacher")
@@ -156,15 +148,16 @@ class SameDraws:
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one."""
-        put_back = [partial(put, get()) for get, put in self._generators]
-        with ExitStack() as after:
-            if widest:
-                self._put_widest = put_back
-            else:
-                for put, back in zip(self._put_widest, put_back, strict=True):
-                    after.callback(back)
-                    put()
+        before = [partial(put, get()) for get, put in self._generators]
+        if widest:
+            self._put_widest = before
+        for put in self._put_widest:
+            put()
+        try:
             yield
+        finally:
+            for put in () if widest else before:
+                put()
 
 
 class Calls:
@@ -195,10 +188,7 @@ class Calls:
         return swapped(self._noting)
 
     def outputs(self) -> list[Tensor] | None:
-        """Return what the model returned that can learn, and forget the calls; None if there were none.
-
-        Of several models, and of what is in one that returns its loss, the one that was called last counts.
-        """
+        """Return what the model, or the last of several, returned that can learn; None if there were no calls."""
         found = [(part, _learnable(output)) for part, output in self._calls]
         self._calls.clear()
         inner = [call for call in found if call[1]]
@@ -242,18 +232,15 @@ def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) 
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
     same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
     if not same:
-        what = "nothing to compare in what the model returned: no scores (batch, ...) of one size at all widths"
-        raise UsageError(f"SlimRecipe: distillation finds {what}; return (loss, teach) from the closure")
+        what = "nothing to compare, as the model returned no scores of one size at all widths"
+        raise UsageError(f"SlimRecipe: distillation finds {what}; return (loss, teach)")
     shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
     if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
         return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}
     if kind == "dkd":
         raise UsageError("SlimRecipe: kind 'dkd' needs logits with the right class in column 0; return (loss, teach)")
-    return {width: [_rows(tensor) for tensor in tensors] for width, tensors in of_widths.items()}
-
-
-def _rows(scores: Tensor) -> Tensor:
-    return (scores.movedim(1, -1) if scores.ndim == 4 else scores).flatten(0, -2)
+    last = {width: [each.movedim(1, -1) if each.ndim == 4 else each for each in of_widths[width]] for width in outputs}
+    return {width: [scores.flatten(0, -2) for scores in classes_last] for width, classes_last in last.items()}
 
 
 class OptimizerCheck:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import Column, is_slim, state_of
+from slimmable.view.state import is_slim, state_of
 
 Sums: TypeAlias = "dict[tuple[str, float, float], float]"
 """(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
@@ -28,7 +28,6 @@ Sums: TypeAlias = "dict[tuple[str, float, float], float]"
 class GradientDiagnostics:
     """Gradient imbalance and divergence between widths during training (SlimCLR, Zhao et al. 2024, Figure 3).
 
-    One step out of `every` is sampled: the gradients are read after each width's `backward` and before the update.
     `theta_w` is the part of the parameters that width w reads, `L` the step's total loss, and `L_w` width w's part of
     it. Only parameters that all widths share count; those of switchable norms and probes belong to one width each. A
     value without `_total` is the mean over those with two or more axes ("layers") in which it is finite, one with
@@ -56,8 +55,8 @@ class GradientDiagnostics:
     Attributes:
         step: number of the current step.
         rows: for each sampled step, column -> value.
-        layer_names: names of the layers, in the order of the values in `layers`.
         layers: for each row, column -> float32 tensor of shape (layers,), the values behind the mean.
+        layer_names: names of these layers.
 
     Raises: ConversionError: if nothing in `model` reacts to widths.
 
@@ -78,20 +77,18 @@ class GradientDiagnostics:
         self.model, self.every = model, every
         self.widths = widths_of(model)
         self._shared = shared_parameters(model, self.widths)
-        if has_shards(shared.parameter for shared in self._shared):
+        if has_shards(parameter for parameter, _ in self._shared.values()):
             raise UsageError("GradientDiagnostics: the parameters are sharded over processes; give a model that is not")
-        self.layer_names = tuple(shared.name for shared in self._shared if shared.parameter.ndim > 1)
+        self.layer_names = tuple(name for name, (parameter, _) in self._shared.items() if parameter.ndim > 1)
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.layers: list[dict[str, Tensor]] = []
         self.discard()
 
     def after_backward(self, width: float) -> None:
-        """Record what the `backward` of `width` added to the gradients; call it after each `backward`.
+        """Record what the `backward` of `width` added to the gradients, if the step is sampled; call it after each.
 
-        It does nothing in steps that are not sampled. Calls with one width add up. Clear gradients before each step.
-
-        Raises: WidthError: if the model does not have this width.
+        Calls with one width add up. Clear gradients before each step. Raises: WidthError: if the model lacks the width.
         """
         check_positive("GradientDiagnostics.after_backward", width=width)
         if self.step % self.every:
@@ -99,14 +96,13 @@ class GradientDiagnostics:
         if width not in self.widths:
             columns_of(places_of(self.model), width)
         own = self._own.setdefault(width, {})
-        for shared in self._shared:
-            if shared.parameter.grad is None:
-                continue
-            gradient = at_least_float32(shared.parameter.grad.detach())
-            added = gradient - self._before.get(shared.name, 0.0)
-            self._before[shared.name] = gradient.clone()
-            if width in shared.blocks:  # not a random one
-                own[shared.name] = own.get(shared.name, 0.0) + take(added, shared.blocks[width])
+        for name, (parameter, blocks) in self._shared.items():
+            if parameter.grad is not None:
+                gradient = at_least_float32(parameter.grad.detach())
+                added = gradient - self._before.get(name, 0.0)
+                self._before[name] = gradient.clone()
+                if width in blocks:  # not a random one
+                    own[name] = own.get(name, 0.0) + take(added, blocks[width])
 
     @checked
     def after_step(self, scale: float = 1.0) -> None:
@@ -122,22 +118,27 @@ class GradientDiagnostics:
         self.step += 1
 
     def _sample(self, scale: float) -> None:
-        where = "GradientDiagnostics.after_step"
+        where, widths = "GradientDiagnostics.after_step", self.widths
         if not self._own:
             raise UsageError(f"{where}: step {self.step} is sampled, but after_backward was not called in it")
-        whole: Sums = {}
-        layers: list[Sums] = []
-        for shared in self._shared:
-            gradient, name = shared.parameter.grad, shared.name
-            own = {width: self._own[width][name] for width in self.widths if name in self._own.get(width, {})}
-            sums = {} if gradient is None else sums_of(shared, gradient.detach(), own)
-            whole |= {key: whole.get(key, 0.0) + value for key, value in sums.items()}
-            layers += [sums] * (shared.name in self.layer_names)
+        found = {name: self._sums(name) for name in self._shared}
+        whole = {key: sum(sums.get(key, 0.0) for sums in found.values()) for key in set().union(*found.values())}
         if not whole:
             raise UsageError(f"{where}: no shared parameter has a gradient; call it before the gradients are cleared")
-        groups = [whole, *layers]
-        joined = {key: torch.tensor([sums.get(key, math.nan) for sums in groups], dtype=torch.float64) for key in whole}
-        values = values_of(joined, self.widths, scale)
+        groups = [whole, *(found[name] for name in self.layer_names)]
+
+        def of(kind: str, width: float, other: float) -> Tensor:
+            return torch.tensor([sums.get((kind, width, other), math.nan) for sums in groups], dtype=torch.float64)
+
+        total, own = ({width: of(kind, width, width) for width in widths} for kind in ("total", "own"))
+        values = {f"grad_norm/w{width}": total[width].sqrt() / scale for width in widths}
+        values |= {f"grad_ratio/w{width}": (total[1.0] / total[width]).sqrt() for width in widths[1:]}
+        values |= {f"rest_ratio/w{w}": ((total[1.0] - total[w]).clamp(min=0) / total[w]).sqrt() for w in widths[1:]}
+        values |= {f"own_norm/w{width}": own[width].sqrt() / scale for width in widths}
+        values |= {f"own_ratio/w{width}": (own[1.0] / own[width]).sqrt() for width in widths[1:]}
+        for a, b in combinations(widths, 2):
+            lengths = of("own", a, b).sqrt() * of("own", b, a).sqrt()
+            values[f"grad_cosine/w{a}_w{b}"] = of("product", a, b) / lengths
         row: dict[str, float] = {"step": self.step}
         for name, value in values.items():
             row[name] = value[1:][value[1:].isfinite()].mean().item()
@@ -145,6 +146,24 @@ class GradientDiagnostics:
         self.rows.append(row)
         self.layers.append({name: value[1:].float() for name, value in values.items()})
         self.discard()
+
+    def _sums(self, name: str) -> Sums:
+        """Return sums over the entries of a parameter, none without a gradient.
+
+        The kinds are `total` (squares of its gradient in the width's block), `own` (squares of the width's own gradient
+        in what both widths read), and `product` (of the two widths' own gradients).
+        """
+        parameter, blocks = self._shared[name]
+        if parameter.grad is None:
+            return {}
+        total = at_least_float32(parameter.grad.detach())
+        parts = {w: self._own[w][name] for w in self.widths if name in self._own.get(w, {})}
+        own = {w: put(torch.zeros_like(total), blocks[w], part) for w, part in parts.items()}
+        sums = {("total", width, width): _product(part := take(total, block), part) for width, block in blocks.items()}
+        for a, b in product(own, repeat=2):
+            sums["own", a, b] = _product(part := take(own[a], blocks[b]), part)
+            sums["product", a, b] = _product(own[a], own[b])
+        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def discard(self) -> None:
         """Forget what was recorded since the last step; call it if a step fails and its gradients are cleared."""
@@ -165,85 +184,37 @@ class GradientDiagnostics:
 
     @checked
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV; an existing file is replaced once the new one is complete.
-
-        Raises: CheckpointError: if it cannot be written.
-        """
+        """Write the rows as CSV, in place of an existing file. Raises: CheckpointError: if it cannot be written."""
         text = csv_text(list(self.rows[0]) if self.rows else ["step"], self.rows)
         write_aside(Path(path), lambda aside: aside.write_text(text, newline=""))
 
 
-class SharedParameter(NamedTuple):
-    """A parameter that all widths share, and the block of it that each width reads."""
-
-    name: str
-    parameter: nn.Parameter
-    blocks: Mapping[float, Cut]
-
-
-def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
-    """Return the parameters that all `widths` share, in the model's order, each once, with its first module's block."""
-    places = places_of(model)
-    column_of = {(m, w): column for w in widths for (m, _), column in zip(places, columns_of(places, w), strict=True)}
+def shared_parameters(model: nn.Module, widths: Sequence[float]) -> dict[str, tuple[nn.Parameter, dict[float, Cut]]]:
+    """Return name -> parameter that all `widths` share, and width -> the block of it that its first module reads."""
     found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
-        for name, parameter in _parameters_at_all_widths(module).items():
+        full = module
+        if isinstance(module, SwitchableContainer):
+            if not isinstance(module, SwitchableNorm) or not all(map(is_slim, module.narrow)):
+                continue  # each width has parameters of its own
+            full = module.full
+        cuts = {width: _cuts_at(module, width) for width in widths}
+        for name, parameter in full._parameters.items():
             if parameter is not None:
-                blocks = {w: _block(module, name, parameter, column_of.get((module, w))) for w in widths}
-                found.setdefault(id(parameter), blocks)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in found]
-    return [SharedParameter(name, parameter, found[id(parameter)]) for name, parameter in named]
+                whole = Cut(tuple(parameter.shape), (), (), (), ())
+                found.setdefault(id(parameter), {width: cuts[width].get(name, whole) for width in widths})
+    named = model.named_parameters()
+    return {name: (parameter, found[id(parameter)]) for name, parameter in named if id(parameter) in found}
 
 
-def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    if isinstance(module, SwitchableNorm):
-        return module.full._parameters if all(map(is_slim, module.narrow)) else {}
-    return {} if isinstance(module, SwitchableContainer) else module._parameters
+def _cuts_at(module: nn.Module, width: float) -> Mapping[str, Cut]:
+    state = state_of(module)
+    if state is not None and isinstance(module, SwitchableNorm):
+        state = state_of(module.module_at(state.widths.index(width)))  # which has a view of the full one's parameters
+        return {} if state is None else state.columns[0].cuts
+    return {} if state is None else state.columns[state.widths.index(width)].cuts
 
 
-def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | None) -> Cut:
-    """Return the block of a parameter that a module's column reads (None for a module without widths)."""
-    if column is not None and isinstance(module, SwitchableNorm):
-        state = state_of(module.module_at(column.index))  # narrow norms have a view of the full one's gain and bias
-        column = None if state is None else state.columns[0]
-    cut = None if column is None else column.cuts.get(name)
-    return cut or Cut(tuple(parameter.shape), (), (), (), ())
-
-
-def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:
-    """Return the sums of one parameter; own gradients have the shape of their block.
-
-    The kinds are `total` and `own` (squares of the total and of each width's own gradient in the width's block),
-    `product` (of two widths' own gradients), and `first` and `second` (squares of the two in what both widths read).
-    """
-    blocks, total = shared.blocks, at_least_float32(gradient)
-    sums = {("total", width, width): _product(take(total, block)) for width, block in blocks.items()}
-    sums |= {("own", width, width): _product(part) for width, part in own.items()}
-    zeros = total.new_zeros(()).expand(total.shape)
-    spread = {width: put(zeros, blocks[width], part) for width, part in own.items()}
-    for first, second in combinations(own, 2):
-        part = take(spread[first], blocks[second])
-        sums["product", first, second] = _product(part, own[second])
-        sums["first", first, second] = _product(part)
-        sums["second", first, second] = _product(take(spread[second], blocks[first]))
-    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-
-
-def values_of(sums: Mapping[Any, Tensor], widths: Sequence[float], scale: float) -> dict[str, Tensor]:
-    """Return column -> values for `Sums` that are tensors, an entry for each group; NaN where there is no sum."""
-    missing = torch.full_like(sums["total", 1.0, 1.0], math.nan)
-    total, own = ({w: sums.get((kind, w, w), missing) for w in widths} for kind in ("total", "own"))
-    values = {f"grad_norm/w{width}": total[width].sqrt() / scale for width in widths}
-    values |= {f"grad_ratio/w{width}": (total[1.0] / total[width]).sqrt() for width in widths[1:]}
-    values |= {f"rest_ratio/w{w}": ((total[1.0] - total[w]).clamp(min=0) / total[w]).sqrt() for w in widths[1:]}
-    values |= {f"own_norm/w{width}": own[width].sqrt() / scale for width in widths}
-    values |= {f"own_ratio/w{width}": (own[1.0] / own[width]).sqrt() for width in widths[1:]}
-    for first, second in combinations(widths, 2):
-        product, *squares = (sums.get((kind, first, second), missing) for kind in ("product", "first", "second"))
-        values[f"grad_cosine/w{first}_w{second}"] = product / (squares[0].sqrt() * squares[1].sqrt())
-    return values
-
-
-def _product(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return the sum of products, or squares, in float64 where the device has it, so that differences are exact."""
-    return (a * (a if b is None else b)).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of products in float64 where the device has it, so that differences are exact."""
+    return (a * b).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)

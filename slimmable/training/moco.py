@@ -19,8 +19,7 @@ from slimmable.view.state import is_slim
 def cosine_momentum(progress: float, start: float = 0.99) -> float:
     """Return the momentum `1 - (1 - start) (1 + cos(pi progress)) / 2`, which rises from `start` to 1.
 
-    It is the fraction of its own weights that a momentum encoder keeps in a step (Grill et al., BYOL, 2020, section
-    3.2; MoCo v3, Chen et al. 2021, starts from 0.99). `progress` is the fraction of the training done, in [0, 1].
+    `progress` is the fraction of the training done. From BYOL (Grill et al. 2020, section 3.2); 0.99 is MoCo v3's.
 
     >>> cosine_momentum(0.0), cosine_momentum(0.5), cosine_momentum(1.0)
     (0.99, 0.995, 1.0)
@@ -66,8 +65,7 @@ class MomentumEncoder(nn.Module):
 
         Raises: UsageError: if the number or shapes of the parameters of `network` differ from the copy's.
         """
-        own: list[Tensor] = list(self.network.parameters())
-        others: list[Tensor] = list(network.parameters())
+        own, others = tuple(self.network.parameters()), tuple(network.parameters())
         for number, (mine, other) in enumerate(zip_longest(map(shown, own), map(shown, others))):
             if mine != other:
                 what = f"parameter {number} is {mine} in the copy and {other} in the network"
@@ -78,18 +76,16 @@ class MomentumEncoder(nn.Module):
 class MoCo(nn.Module):
     """Key encoder and queue (He et al. 2020, algorithm 1), with the sizes and the order of SlimCLR (Zhao et al. 2024).
 
-    The key encoder runs only at the full width. Once per step call `keys`, which first moves the key encoder's
-    parameters towards the network's, and, after the last `backward`, `enqueue`. The queue and the key encoder are in
-    the state dict; the network itself is not.
+    Once per step call `keys`, which moves the key encoder, always at full width, towards the network and, after the
+    last `backward`, `enqueue`. The queue and the key encoder are in the state dict; the network is not.
 
     Args:
         network: the query encoder, converted or not; images in, embeddings of shape (batch, proj_dim) out.
         proj_dim: size of an embedding.
         queue_size: number of keys kept as negatives, well below that of the images, so that none meets its own old key.
         momentum: fraction of its own weights that the key encoder keeps in each step.
-        bn_splits: number of random parts of a batch on which the key encoder runs in turn, so that BatchNorm statistics
-            do not give pairs away: MoCo's shuffling (He et al. 2020, section 3.3) in one process. A smaller batch is
-            split into single images. Several processes split the joined batch, each at least into one part.
+        bn_splits: number of random parts of the joined batch, at most single images and at least one per process, on
+            which the key encoder runs in turn, so that BatchNorm statistics do not give pairs away (section 3.3).
 
     Raises: UsageError: if `network` has no parameters.
 
@@ -147,7 +143,6 @@ class MoCo(nn.Module):
         """Replace the oldest keys of the queue by the `keys` of all processes, each of shape (batch, proj_dim).
 
         Call it after the step's last `backward`: until then the graph refers to the queue.
-
         Raises: DataError: if the queue cannot hold the batch, or the size of the embeddings differs.
         """
         dim, size = self.queue.shape

@@ -27,9 +27,8 @@ P = ParamSpec("P")
 class SlimRecipe:
     """Slow start, online distillation and loss re-weighting (SlimCLR, Zhao et al. 2024) around one training step.
 
-    `backward` takes the place of a step's forward and backward passes. It runs them at one width after another, the
-    widest first. The gradients add up to those of the summed loss, while only one graph is alive at a time. For full
-    control, loop over `widths` and give each width's loss to `loss`.
+    `backward` runs a step's forward and backward passes at one width after another, the widest first. The gradients add
+    up to those of the summed loss, with one graph alive at a time. For full control, loop over `widths` and use `loss`.
 
     Args:
         model: anything that `set_width` takes; several, such as an encoder and a predictor, in one `nn.ModuleList`.
@@ -42,10 +41,9 @@ class SlimRecipe:
         steps: how often the whole training will call `backward` or `total`; needed there for a slow start.
         frozen: modules without gradient that the step calls, such as a momentum encoder or a teacher. They run at the
             widest width only, and narrower widths get the same outputs.
-        once: modules whose state the step changes, such as a criterion with a queue. It changes once per step, see
-            the method `once`. So do the model's own buffers in `backward` and `total`, unless they belong to a width.
-        backward: function to call with each width's loss instead of `Tensor.backward`, such as `accelerator.backward`
-            or `lambda loss: scaler.scale(loss).backward()`.
+        once: modules whose state changes once per step, such as a criterion with a queue; see the method `once`. So do
+            the model's own buffers in `backward` and `total`, unless they belong to a width.
+        backward: called with each width's loss, such as `accelerator.backward`, instead of `Tensor.backward`.
 
     Attributes:
         losses: width -> its own loss in the last step, detached.
@@ -85,8 +83,7 @@ class SlimRecipe:
         self.loss_weights = _weight_of_each(widths_of(model), loss_weights)
         self._mode = _check_sandwich(model, loss_weights) if random_widths else None
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
-        self.slow_start = float(slow_start)
-        self.steps, self.steps_done = steps, 0
+        self.slow_start, self.steps, self.steps_done = float(slow_start), steps, 0
         self._compared = False  # with the recipes of other processes
         self._frozen, self._once = _modules("frozen", frozen), _modules("once", once)
         self._backward = Tensor.backward if backward is None else backward
@@ -118,15 +115,13 @@ class SlimRecipe:
         Clear gradients before, not after. DistributedDataParallel averages them once, at the end (not under `no_sync`).
 
         Args:
-            closure: function without arguments that runs the model and returns the loss, a scalar, or `(loss, teach)`,
-                see `loss`. Without `teach`, distillation compares what the model returned: scores or embeddings (...,
-                classes), maps (batch, classes, height, width), the `logits` of a dict; for a model that returns its
-                loss, what the last module directly in it returned; of two matrices of one shape, two views, kinds that
-                compare logits get their `nt_xent_logits`.
+            closure: runs the model and returns the loss, a scalar, or `(loss, teach)`, see `loss`. Without `teach`,
+                distillation compares what the model returned: scores or embeddings (..., classes), maps (batch,
+                classes, height, width), the `logits` of a dict; for a model that returns its loss, what the last module
+                directly in it returned; of two matrices of one shape, two views, most kinds their `nt_xent_logits`.
             frozen, once, backward: as for the class; modules add to those given there.
 
-        Raises: UsageError: if a slow start lacks the number of `steps`, or distillation finds nothing to compare.
-            Otherwise as `loss`.
+        Raises: UsageError: if a slow start lacks `steps`, or distillation has nothing to compare. Also as `loss`.
         """
         run_backward = self._backward if backward is None else backward
         check_function("SlimRecipe", closure=closure, backward=run_backward)
@@ -164,9 +159,9 @@ class SlimRecipe:
         check_function("SlimRecipe", closure=closure)
         if self.slow_start and self.steps is None:
             raise UsageError("SlimRecipe: a slow start needs the length of the training: steps=epochs * len(loader)")
-        teachers, changing = [*self._frozen, *_modules("frozen", frozen)], [*self._once, *_modules("once", once)]
+        teachers = [*self._frozen, *_modules("frozen", frozen)]
         replayed = {part for module in teachers for part in module.modules()}
-        given = around.shared_by_widths(changing, without=replayed)
+        given = around.shared_by_widths([*self._once, *_modules("once", once)], without=replayed)
         own = around.shared_by_widths([self.model], without=replayed.union(given))
         stores, left = [*around.stores_of(given), *(part._buffers for part in own)], around.stores_of(replayed)
         state, draws, replay = around.Once(), around.SameDraws(self.model), around.Replay(teachers)
@@ -219,10 +214,7 @@ class SlimRecipe:
         return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the recipe of a `state_dict` had got.
-
-        Raises: DataError: if it is not such a state.
-        """
+        """Go on where the recipe of a `state_dict` had got. Raises: DataError: if it is not such a state."""
         done = state.get("steps_done") if isinstance(state, Mapping) and len(state) == 1 else None
         if type(done) is not int or done < 0:
             raise DataError(f"SlimRecipe.load_state_dict: expected {{'steps_done': a count}}, got {state!r}")
@@ -231,13 +223,12 @@ class SlimRecipe:
     @property
     def first(self) -> bool:
         """Whether the loop is at the widest width, for what happens once per step; fill a queue only after the loop."""
-        return self._step is not None and self._step.first
+        return self._step is not None and self._step.width == 1.0
 
     def widths(self, progress: float, step: int | None = None) -> Iterator[float]:
         """Switch the model to each width of this step in turn, from the widest down, and yield it.
 
-        When the loop ends, even by `break` or an exception, the width is 1.0 again. At each width, give the loss to
-        `loss`, and call `backward` on the result.
+        At each width, call `backward` on the result of `loss`. When the loop ends in any way, the width is 1.0 again.
 
         Args:
             progress: fraction of the training done, in [0, 1].
@@ -262,9 +253,8 @@ class SlimRecipe:
     def once(self, *modules: nn.Module) -> Iterator[None]:
         """Let `modules` change once per step, although the block runs once per width.
 
-        This is for criteria that change when called: a queue, a centre, prototypes, a counter. It covers buffers,
-        parameters without gradient, and attributes that are numbers, tensors, arrays or containers of these. Every
-        block starts with them as they were before the widest width's, and only that one's change is kept.
+        This covers buffers, parameters without gradient, and attributes that are numbers, tensors, arrays or containers
+        of these. Every block starts with them as the widest width's did, and only that one's change is kept.
 
         Raises: UsageError: if called outside the loop, or at a narrower width but not at the widest.
 
@@ -278,8 +268,8 @@ class SlimRecipe:
         1
         """
         step = self._running("once")
-        given = around.shared_by_widths(_modules("once", modules))
-        with step.once.changes(around.stores_of(given), step.first):
+        stores = around.stores_of(around.shared_by_widths(_modules("once", modules)))
+        with step.once.changes(stores, self.first):
             yield
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -307,13 +297,13 @@ class SlimRecipe:
             return slim_term(loss, weight=weight)
         views = _views(step, teach)
         distillation = None
-        if not step.first:
+        if not self.first:
             taught = [(view, teachers) for view, *teachers in zip(views, *step.teachers.values(), strict=True)]
             distillation = torch.stack([step.distill(view, teachers) for view, teachers in taught]).sum()
             floor = torch.stack([step.distill.floor(teachers) for _, teachers in taught]).sum()
             self.distillations[width] = distillation.detach() - floor
             step.excess = weight * step.distill.weight * floor
-        if step.first or step.distill.teachers == "all wider":
+        if self.first or step.distill.teachers == "all wider":
             step.teachers[width] = [view.detach() for view in views]
         return slim_term(loss, distillation, weight, step.distill.weight)
 
@@ -360,11 +350,7 @@ class _Step:
     width: float = math.nan
     excess: Tensor | float = 0.0  # of this width's loss over the one with distillation as a divergence
     teachers: dict[float, list[Tensor]] = field(default_factory=dict)  # width -> its views, for widths that teach
-    once: around.Once = field(default_factory=around.Once)  # for the method of this name
-
-    @property
-    def first(self) -> bool:
-        return self.width == 1.0
+    once: around.Once = field(default_factory=around.Once)
 
 
 check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
@@ -380,7 +366,7 @@ def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     if teach is None:
         what = f"distill is on, but teach is missing {where}"
         raise UsageError(f"SlimRecipe.loss: {what}; call the model that the recipe has, or return (loss, teach)")
-    if not step.first and not step.teachers:
+    if step.width != 1.0 and not step.teachers:
         raise UsageError(f"SlimRecipe.loss: width {step.width} has no teacher; give teach at the widest width too")
     views = [teach] if isinstance(teach, Tensor) else list(teach) if isinstance(teach, Iterable) else [None]
     if not _are_floats(*views):
@@ -404,10 +390,10 @@ def _check_sandwich(model: nn.Module, loss_weights: LossWeights) -> str:
     """Return the mode of the loss weights; raise an error if the model or the weights do not allow random widths."""
     if not isinstance(loss_weights, str):
         raise UsageError(f"SlimRecipe: with random_widths, loss_weights must be a mode, got {loss_weights!r}")
-    if not all(state.plan is not None and state.plan.universal for _, state in places_of(model)):
-        raise WidthError("SlimRecipe: random_widths needs a model converted with slimify(..., universal=True)")
-    if len(widths_of(model)) < 2:
-        raise WidthError("SlimRecipe: random_widths needs a narrowest width below 1.0, the model's only one")
+    universal = all(state.plan is not None and state.plan.universal for _, state in places_of(model))
+    if not universal or len(widths_of(model)) < 2:
+        needed = "a model converted with slimify(..., universal=True), and a narrowest width below 1.0"
+        raise WidthError(f"SlimRecipe: random_widths needs {needed}")
     return loss_weights
 
 
@@ -415,16 +401,17 @@ def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[
     """Return width -> loss weight, from the widest down."""
     if isinstance(loss_weights, str):
         loss_weights = width_weights(widths, loss_weights)
-    elif isinstance(loss_weights, Mapping):
-        if set(loss_weights) != set(widths):
-            raise WidthError(f"SlimRecipe: loss_weights are for {sorted(loss_weights)}, the model has {sorted(widths)}")
-        loss_weights = [loss_weights[width] for width in widths]
-    elif not hasattr(loss_weights, "__len__"):
-        raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict of numbers, got {loss_weights!r}")
-    if len(loss_weights) != len(widths):
-        given = f"{len(loss_weights)} loss weights {tuple(loss_weights)}"
-        raise WidthError(f"SlimRecipe: {given} for the {len(widths)} widths {widths}")
-    for width, weight in zip(widths, loss_weights, strict=True):
+    if not isinstance(loss_weights, Mapping):
+        if not hasattr(loss_weights, "__len__"):
+            what = "a mode, a list or a dict of numbers"
+            raise UsageError(f"SlimRecipe: loss_weights must be {what}, got {loss_weights!r}")
+        if len(loss_weights) != len(widths):
+            given = f"{len(loss_weights)} loss weights {tuple(loss_weights)}"
+            raise WidthError(f"SlimRecipe: {given} for the {len(widths)} widths {widths}")
+        loss_weights = dict(zip(widths, loss_weights, strict=True))
+    if set(loss_weights) != set(widths):
+        raise WidthError(f"SlimRecipe: loss_weights are for {sorted(loss_weights)}, the model has {sorted(widths)}")
+    for width, weight in loss_weights.items():
         if not 0 <= number_or_nan(weight) < math.inf:
             raise WidthError(f"SlimRecipe: the loss weight of width {width} must be a number from 0, got {weight!r}")
-    return dict(zip(widths, map(float, loss_weights), strict=True))
+    return {width: float(loss_weights[width]) for width in widths}

@@ -26,7 +26,7 @@ import slimmable
 from slimmable import at_width, extract, run_widths, set_width, slimify
 from slimmable._width import width_of
 from slimmable.errors import WidthError
-from slimmable.training import batchnorm_sync
+from slimmable.training import batchnorm
 from slimmable.view import recompute
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -479,9 +479,9 @@ def test_replicas_of_data_parallel_run_in_their_threads_at_the_width_of_their_ma
 
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_synchronised_blocks_that_overlap_restore_what_they_patch(workers, monkeypatch, first_out):
-    monkeypatch.setattr(batchnorm_sync, "alone", lambda: False)
+    monkeypatch.setattr(batchnorm, "alone", lambda: False)
     before = nn.functional.batch_norm, torch.batch_norm
-    blocks = [batchnorm_sync.synchronised_batchnorm() for _ in range(2)]
+    blocks = [batchnorm.synchronised_batchnorm() for _ in range(2)]
     for worker, block in zip(workers, blocks, strict=False):
         worker(block.__enter__)
     for number in (first_out, 1 - first_out):

@@ -173,22 +173,22 @@ def converted(universal=False):
     return slimmable.slimify(timm.create_model("test_resnet"), (1.0, 0.5, 0.25), universal=universal)
 
 
-@pytest.mark.parametrize(("name", "universal"), [("test_resnet", False), ("test_resnet", True), ("test_vit", False)])
-def test_blocks_are_what_extract_keeps(name, universal):
-    model = slimmable.slimify(timm.create_model(name), (1.0, 0.5, 0.25), universal=universal)
-    shared = {each.name: each for each in shared_parameters(model, (1.0, 0.5, 0.25))}
+@pytest.mark.parametrize(("network", "universal"), [("test_resnet", False), ("test_resnet", True), ("test_vit", False)])
+def test_blocks_are_what_extract_keeps(network, universal):
+    model = slimmable.slimify(timm.create_model(network), (1.0, 0.5, 0.25), universal=universal)
+    shared = shared_parameters(model, (1.0, 0.5, 0.25))
     for width in (1.0, 0.5, 0.25):
         small = dict(slimmable.extract(model, width).named_parameters())
         switched = {name for name in small if f"{name.rpartition('.')[0]}.narrow.0" in dict(model.named_modules())}
         assert shared.keys() == (small.keys() if universal else small.keys() - switched)
-        assert universal or bool(switched) == (name == "test_resnet")
-        for each in shared.values():
-            block = each.blocks[width]
-            assert torch.equal(take(each.parameter, block), small[each.name])
-            spread = put(torch.zeros_like(each.parameter), block, torch.ones_like(small[each.name]))
-            assert spread.shape == each.parameter.shape
-            assert spread.sum() == small[each.name].numel()
-            assert torch.equal(take(spread, block), torch.ones_like(small[each.name]))
+        assert universal or bool(switched) == (network == "test_resnet")
+        for name, (parameter, blocks) in shared.items():
+            block = blocks[width]
+            assert torch.equal(take(parameter, block), small[name])
+            spread = put(torch.zeros_like(parameter), block, torch.ones_like(small[name]))
+            assert spread.shape == parameter.shape
+            assert spread.sum() == small[name].numel()
+            assert torch.equal(take(spread, block), torch.ones_like(small[name]))
 
 
 def test_widths_without_overlap_have_no_direction_to_compare():

@@ -16,8 +16,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +26,6 @@ from slimmable._distributed import alone
 from slimmable.errors import DataError
 from slimmable.losses import nt_xent, nt_xent_logits
 from slimmable.training import average_gradients, gather, synchronised_batchnorm
-from slimmable.training.batchnorm_sync import merged_moments
 from tests.two_processes import run_in_two
 
 WIDTHS = (1.0, 0.5, 0.25)
@@ -425,21 +422,3 @@ def test_the_program_of_the_documentation_gives_the_same_with_two_processes(tmp_
     torch.testing.assert_close(other, loss, rtol=1e-9, atol=0)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9, msg=key)
-
-
-@given(
-    counts=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(sum),
-    channels=st.integers(1, 4),
-    offset=st.sampled_from([0.0, 1.0, -1e3, 1e6]),
-    seed=st.integers(0, 99),
-)
-@settings(deadline=None)
-def test_merged_moments_are_those_of_the_union(counts, channels, offset, seed):
-    generator = torch.Generator().manual_seed(seed)
-    samples = [offset + torch.randn(count, channels, generator=generator, dtype=torch.float64) for count in counts]
-    means = torch.stack([sample.mean(0).nan_to_num(0) for sample in samples])
-    squares = torch.stack([(sample - sample.mean(0)).square().sum(0) for sample in samples])
-    mean, total = merged_moments(counts, means, squares)
-    union = torch.cat(samples)
-    torch.testing.assert_close(mean, union.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(total, (union - union.mean(0)).square().sum(0), rtol=1e-8, atol=1e-8)
