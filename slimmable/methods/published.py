@@ -129,19 +129,24 @@ class Supervised(Method):
 
         Raises: UsageError: if the batch has no labels. DataError: if they do not match the scores.
         """
-        scores, labels = self.encoder(batch.views[0]), batch.labels
-        if labels is None:
-            raise UsageError("Supervised learns from labels; give the batch some")
-        probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
-        if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
-            found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-            numbers, shares = tuple(scores.shape[:1]), tuple(scores.shape)
-            wanted = f"class numbers of shape {numbers}, or probabilities of shape {shares}"
-            raise DataError(f"Supervised: labels are {found}, expected {wanted}")
-        if not probabilities:
-            check_classes("Supervised", labels, scores.shape[1])
-        loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
+        scores = self.encoder(batch.views[0])
+        loss = class_loss("Supervised", scores, batch.labels, self.label_smoothing)
         return Outcome(loss, [scores], [scores])
+
+
+def class_loss(where: str, scores: Tensor, labels: Tensor | None, smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy with labels: class numbers of shape (batch,), or probabilities like the scores."""
+    if labels is None:
+        raise UsageError(f"{where} learns from labels; give the batch some")
+    probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
+    if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        numbers, shares = tuple(scores.shape[:1]), tuple(scores.shape)
+        wanted = f"class numbers of shape {numbers}, or probabilities of shape {shares}"
+        raise DataError(f"{where}: labels are {found}, expected {wanted}")
+    if not probabilities:
+        check_classes(where, labels, scores.shape[1])
+    return F.cross_entropy(scores, labels, label_smoothing=smoothing)
 
 
 class MoCoV2(Method):
