@@ -111,7 +111,7 @@ class Export:
         from slimmable.cli.export import export as write
         from slimmable.cli.export import file_source, run_source, timm_source
         from slimmable.cli.lock import locked
-        from slimmable.cli.run import CONFIG, check_name
+        from slimmable.cli.run import CONFIG, check_model
 
         path = Path(self.model)
         if os.path.exists(path / CONFIG):
@@ -121,17 +121,13 @@ class Export:
             self._leave_out("a saved model")
             source, folder = file_source(path, self.image_size), Path("runs/export", path.stem)
         else:
-            try:
-                check_name(self.model)
-            except UsageError as error:
-                what = f"a folder without {CONFIG}, not a run" if os.path.isdir(path) else "neither a folder nor a file"
-                raise UsageError(f"{self.model} is {what}, and not a model either: {error}") from error
+            check_model(self.model)
             known = checked_widths(self.widths)
             unknown = [asked for asked in self.width if asked not in (ALL, *known)]
             if unknown:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
             source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
-            folder = Path("runs/export", self.model)
+            folder = Path("runs/export", Path(self.model.rpartition(":")[2]).name)
         folder = self.output or folder
         widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
         with locked(folder):

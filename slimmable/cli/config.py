@@ -20,10 +20,11 @@ from slimmable._widths import check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
-METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
+METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised", "distillation")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+PRETRAINED = "pretrained"
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST_WIDTHS = 100
@@ -204,7 +205,21 @@ class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
-    model: str = option("small_resnet", "a timm model, or small_resnet: a narrow ResNet-10 for small images")
+    model: str = option(
+        "small_resnet",
+        "a timm model, also as hf-hub:OWNER/NAME or local-dir:FOLDER; or small_resnet, a narrow ResNet-10",
+    )
+    init: str | None = option(
+        None,
+        "weights to start from: pretrained, timm's own; a file of the plain or slimmable model; or a run's folder",
+        metavar="pretrained|FILE|RUN",
+        shown="random ones",
+    )
+    importance: str = option(
+        "magnitude",
+        "which channels of a plain --init come first; magnitude: those with the largest weights; none: as they are",
+        choices=("magnitude", "none"),
+    )
     data: str = option(
         DIGITS,
         "digits: cluttered digits, made from those in scikit-learn; or the path of a folder with one folder of images "
@@ -232,9 +247,20 @@ class PretrainConfig:
     )
     gate_loss_weight: float = option(100.0, "weight of the loss that keeps gates to the budget", within=POSITIVE)
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
-    proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
+    teacher: str | None = option(
+        None,
+        "for --method distillation: a timm model with its own weights, a file of slimmable.save, or a run's folder",
+        metavar="NAME|FILE|RUN",
+        group="method",
+    )
+    teach: str = option(
+        "cosine",
+        "what is learnt of the teacher; cosine, mse: its features; scores: its class probabilities",
+        choices=("cosine", "mse", "scores"),
+    )
+    proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS)
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
-    temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
+    temperature: float = option(0.2, "temperature of the contrastive loss, or of the teacher's scores", within=POSITIVE)
     ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
@@ -265,7 +291,10 @@ class PretrainConfig:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
             raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
-        if self.augmentation == "supervised" != self.method:
+        if (self.teacher is None) == (self.method == "distillation"):
+            got = "which needs one" if self.teacher is None else f"not {self.method}"
+            raise UsageError(f"--teacher is for --method distillation, {got}")
+        if self.augmentation == "supervised" and self.method not in ("supervised", "distillation"):
             views = f"makes one view of an image, but --method {self.method} takes two"
             raise UsageError(f"--augmentation supervised {views}")
         if self.method in ("byol", "vicreg") and self.distill not in ("own", "none", "embedding", "mse"):
@@ -341,6 +370,8 @@ def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainCo
     defaults: dict[str, Any] = {} if preset is not None else _PUBLISHED["small images"].get(method, {})
     if preset is not None or values.get("data", DIGITS) != DIGITS:
         defaults = {**_PUBLISHED["photographs"].get(method, {}), **defaults}
+    if values.get("init") is not None:
+        defaults = {**defaults, **_PUBLISHED["from a start"].get(method, {})}
     if values.get("gate_budget") is not None:
         defaults = {"widths": (1.0,), **defaults}
     return PretrainConfig(**{**defaults, **values})

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import logging
-import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ from slimmable._widths import width_index
 from slimmable.cli.config import explained, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
-from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.cli.start import read_weights
+from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
@@ -113,22 +113,17 @@ def timm_source(
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
     if pretrained:
-        own = timm.get_pretrained_cfg(name)
-        if own is None or not own.has_weights:
-            raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
         weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
-        advice = "; download them elsewhere, and give the file with --checkpoint"
-        with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
-            model, used = make_timm(name, {**settings, "pretrained": True}, image_size)
+        settings["pretrained"] = True
     else:
         weights = "Random: this is an architecture, not a trained network."
-        model, used = make_timm(name, settings, image_size)
+    model, used = make_timm(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
     tensors: dict[str, Tensor] = {}
     if checkpoint is not None:
-        weights, tensors = f"`{checkpoint.name}`.", _read_weights(checkpoint)
+        weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
@@ -138,23 +133,6 @@ def timm_source(
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
     return Source(name, model, tuple(widths), image, arguments, weights, _values(known), base)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"--checkpoint: there is no file {path}")
-    with explained(f"{path} is not a file of weights"):
-        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    if not all(map(_is_plain, tensors.values())):
-        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _is_plain(value: object) -> bool:
-    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
-    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _values(known: Mapping[str, Any]) -> str:
@@ -192,7 +170,7 @@ def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -
         path = folder / f"width-{width}.{kind}"
         any_batch = True
         if program is None or kind == "safetensors":
-            save(model, path, arguments=source.arguments)
+            save(model, path, arguments=None if ":" in source.name else source.arguments)  # if timm reads more of them
             written: Program = load(path)
         else:
             written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)

@@ -17,14 +17,16 @@ from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, 
 from slimmable.cli.lock import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
 from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
+from slimmable.cli.start import make_teacher, read_start
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
+from slimmable.files.description import differences
 from slimmable.gating import calibrate_gates, gate_plan
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
 GRADIENTS = "gradients.csv"
-_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network
+_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network, or one that was fine-tuned
 
 
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
@@ -74,13 +76,20 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     images = load_images(config)
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
-    method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
+    checkpoint = options.output / CHECKPOINT
+    resumed = options.resume and checkpoint.exists()
+    start = None if config.init is None or resumed else read_start(config, images.channels)
+    teacher = None if config.teacher is None else make_teacher(config, images.channels)
+    method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes), start, teacher)
+    if start is not None:
+        head = method.encoder.get_submodule("projector").state_dict()
+        kept = config.method == "supervised" and not differences(head, start.classifier)
+        _tell(f"starting from {start.what}{', with its classifier' if kept else ''}")
     if config.gate_budget is not None and config.gate_budget < (least := gate_plan(method.backbone).least_share()):
         closed = f"{config.model} with all gates closed costs {least:.3f} of its multiply-adds"
         raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.workers or 0)
-    checkpoint = options.output / CHECKPOINT
-    if options.resume and checkpoint.exists():
+    if resumed:
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
         training.resume(found)
@@ -153,7 +162,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
 def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
-    if config.universal:
+    if config.universal or (config.init is not None and config.gate_budget is None):
         some = Plain(images.train, config.image_size)
         calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -29,6 +29,7 @@ from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
+from slimmable.methods.teacher import TeacherKind
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
@@ -36,19 +37,49 @@ MODEL = "model.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
 _MOST_BYTES = 2**20  # of a configuration
+_SOURCES = ("hf-hub:", "local-dir:")  # of models, as timm names them
 _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "square_avg")
 
 
-def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
-    """Return the method of `config` with weights from its seed; supervised training tells `classes` classes apart."""
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from: of the backbone, and "weight" and "bias" of its classifier, if it has one."""
+
+    backbone: Mapping[str, Tensor]
+    slim: bool  # whether they are those of a slimmable network
+    classifier: Mapping[str, Tensor]
+    what: str  # in words
+
+
+def new_method(
+    config: PretrainConfig, channels: int, classes: int, start: Start | None = None, teacher: nn.Module | None = None
+) -> methods.Method:
+    """Return the method of `config` with the weights of `start`, or from its seed; see `build_method`."""
     torch.manual_seed(config.seed)
     backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
-    return build_method(config, backbone, channels, classes)
+    if start is not None and not start.slim:
+        load_exactly(backbone, start.backbone, start.what)
+    method = build_method(config, backbone, channels, classes, start, teacher)
+    if start is not None and start.slim:
+        load_exactly(method.backbone, start.backbone, start.what)
+    return method
 
 
-def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
-    """Return the method of `config` around `backbone`, which is converted together with its head; see `new_method`."""
+def build_method(
+    config: PretrainConfig,
+    backbone: nn.Module,
+    channels: int,
+    classes: int,
+    start: Start | None = None,
+    teacher: nn.Module | None = None,
+) -> methods.Method:
+    """Return the method of `config` around `backbone`, which is converted together with its head.
+
+    Supervised training tells `classes` classes apart, by the classifier of `start` if it fits. Without a `teacher`,
+    distillation has a head of this size too, and cannot be trained.
+    """
     example = torch.zeros(2, channels, config.image_size, config.image_size)
+    order = config.importance if start is not None and not start.slim and config.importance != "none" else None
     output = output_for(example, backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
@@ -59,15 +90,24 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 
     def encoder(projector: nn.Module) -> nn.Module:
         if config.gate_budget is None:
-            return _slimmed(config, methods.Encoder(backbone, projector), example)
+            return _slimmed(config, methods.Encoder(backbone, projector), example, order)
         slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
         try:
             return methods.Encoder(gate(slim, example_inputs=example, inplace=True), projector)
         except ConversionError as error:
             raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
 
-    if config.method == "supervised":
-        return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
+    if teacher is not None:
+        taught = output_for(example, teacher, str(config.teacher))
+        if not isinstance(taught, Tensor) or taught.ndim != 2:
+            raise UsageError(f"--teacher {config.teacher} does not output one vector per image; choose another one")
+        slim, own = encoder(methods.Distillation.projector(features, taught.shape[1])), cast(TeacherKind, config.teach)
+        return methods.Distillation(slim, teacher, kind=own, temperature=config.temperature)
+    if config.method in ("supervised", "distillation"):
+        head = methods.Supervised.projector(features, classes)
+        if start is not None and not differences(head.state_dict(), start.classifier):
+            head.load_state_dict(start.classifier)
+        return methods.Supervised(encoder(head))
     if config.method == "simclr":
         return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
     if config.method == "vicreg":
@@ -95,8 +135,9 @@ def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
-def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
-    return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor, order: str | None = None) -> nn.Module:
+    settings: dict[str, Any] = {"universal": config.universal, "importance": order, "inplace": True}
+    return slimify(network, config.widths, example_inputs=example, **settings)
 
 
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
@@ -114,21 +155,42 @@ def timm_backbone(name: str, channels: int, image_size: int | None, **settings: 
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
+    what, advice = f"timm has no model {name!r}", ""
+    if settings.get("pretrained"):
+        what, advice = f"the pretrained weights of {name} cannot be downloaded", "; give a file, as with --checkpoint"
+        if not name.startswith(_SOURCES) and not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
+            raise UsageError(f"timm has no pretrained weights for {name}{advice}")
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
     try:
         try:
             return timm.create_model(name, **sized), sized
         except TypeError:  # a model for images of any size has no `img_size`
             return timm.create_model(name, **settings), {**settings}
+    except OSError as error:  # of the Hub or a folder
+        raise UsageError(
+            f"{what} ({type(error).__name__}: {str(error).strip().splitlines()[0]:.300}){advice}"
+        ) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 
+def check_model(name: str) -> None:
+    """Raise UsageError if `name`, which is neither a run nor a file, is no model of timm either."""
+    try:
+        check_name(name)
+    except UsageError as error:
+        what = f"a folder without {CONFIG}, not a run" if os.path.isdir(name) else "neither a folder nor a file"
+        raise UsageError(f"{name} is {what}, and not a model either: {error}") from error
+
+
 def check_name(name: str) -> None:
-    """Raise UsageError if timm has no model of this name; the message suggests similar ones."""
+    """Raise UsageError if timm has no model of this name; the message suggests similar ones.
+
+    A name with a source, which timm reads from the Hugging Face Hub or a folder, is not looked up.
+    """
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
+    if not name.startswith(_SOURCES) and not timm.is_model(architecture):
         similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists the names."
         raise UsageError(f"timm has no model {name!r}. {hint}")
@@ -269,13 +331,18 @@ def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
-    """Return the trained backbone of the run in `folder`, in eval mode; `digest` is that of its images, if known."""
+    """Return the backbone of `trained_encoder`."""
+    return trained_encoder(config, folder, channels, digest).backbone
+
+
+def trained_encoder(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Encoder:
+    """Return the trained encoder of the run in `folder`, in eval mode; `digest` is that of its images, if known."""
     checkpoint = load_checkpoint(folder / CHECKPOINT)
     checkpoint.check_images(config.data, digest)
     scores = checkpoint.network.get("projector.bias", torch.empty(0))
-    method = new_method(config, channels, scores.numel())  # only supervised training has a classifier
+    method = new_method(config, channels, scores.numel())  # the size of a classifier
     load_exactly(method.encoder, checkpoint.network, str(folder / CHECKPOINT))
-    return method.backbone.eval()
+    return cast(methods.Encoder, method.encoder.eval())
 
 
 def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:

@@ -16,7 +16,7 @@ from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
-from slimmable.losses.distillation import DistillationKind
+from slimmable.losses.distillation import DistillationKind, OnlineDistillation
 from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
 
@@ -52,6 +52,7 @@ class Training:
         self.step = 0
         distill = method.distillation()
         if config.distill not in ("own", "none"):
+            distill = distill or OnlineDistillation()
             distill.kind = cast(DistillationKind, config.distill)
         self.recipe = SlimRecipe(
             method.online,

@@ -48,6 +48,7 @@ class Distillation(Method):
 
     views = 1
     two_passes = False
+    teacher: nn.Module
 
     @checked
     def __init__(
@@ -69,12 +70,7 @@ class Distillation(Method):
         if not set(encoder.parameters()).isdisjoint(teacher.parameters()):
             raise UsageError("Distillation: the teacher shares parameters with the encoder; give a copy, which stays")
         self.kind, self.temperature, self.label_weight = kind, temperature, label_weight
-        self._teacher = (teacher,)  # in a tuple, a module is no submodule
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The teacher."""
-        return self._teacher[0]
+        vars(self)["teacher"] = teacher  # no submodule
 
     @staticmethod
     @checked
