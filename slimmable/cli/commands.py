@@ -65,14 +65,14 @@ class Evaluate:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.lock import locked
-        from slimmable.cli.run import read_config, trained_backbone
+        from slimmable.cli.run import read_config, trained_method
 
         config = read_config(self.run)
         with locked(self.run):
             images = load_images(config)
-            backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
+            method = trained_method(config, self.run, images.channels, images.digest).to(_find_device(self.device))
             probes: list[Any] = list(dict.fromkeys(self.probes))
-            rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
+            rows = rows_of_run(config, method, images, probes, _count_workers(self.workers))
             say(report_run(config, self.run, rows, images))
         return 0
 

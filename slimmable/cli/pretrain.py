@@ -16,7 +16,16 @@ from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows
 from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
-from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
+from slimmable.cli.run import (
+    CHECKPOINT,
+    CLASSIFIER,
+    CONFIG,
+    MODEL,
+    load_checkpoint,
+    new_method,
+    save_classifier,
+    save_networks,
+)
 from slimmable.cli.start import make_teacher, read_start
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
@@ -174,7 +183,9 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
-    rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
+    if config.method == "supervised" and not save_classifier(folder, config, training.method, images.channels):
+        say(f"{CLASSIFIER} is left out: {config.model} does more than one linear layer with its features")
+    rows = rows_of_run(config, training.method, images, workers=options.workers or 0)
     say(report_run(config, folder, rows, images))
 
 

@@ -23,6 +23,7 @@ import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
+from slimmable._width import at_width
 from slimmable.cli.config import PretrainConfig, explained, fits, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.description import differences
@@ -34,6 +35,7 @@ from slimmable.methods.teacher import TeacherKind
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 MODEL = "model.safetensors"
+CLASSIFIER = "classifier.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
 _MOST_BYTES = 2**20  # of a configuration
@@ -129,9 +131,9 @@ def build_method(
     return methods.MoCoV3(encoder(projector), slim, **both)
 
 
-def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
-    """Return a fresh backbone of `config`, converted without the head of the method."""
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> nn.Module:
+    """Return a fresh backbone of `config`, converted without the head of the method, or with timm's classifier."""
+    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=classes)
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -331,18 +333,18 @@ def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
-    """Return the backbone of `trained_encoder`."""
-    return trained_encoder(config, folder, channels, digest).backbone
+    """Return the backbone of `trained_method`."""
+    return trained_method(config, folder, channels, digest).backbone
 
 
-def trained_encoder(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Encoder:
-    """Return the trained encoder of the run in `folder`, in eval mode; `digest` is that of its images, if known."""
+def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Method:
+    """Return the method of the run in `folder` with trained weights, in eval mode; `digest` is that of its images."""
     checkpoint = load_checkpoint(folder / CHECKPOINT)
     checkpoint.check_images(config.data, digest)
     scores = checkpoint.network.get("projector.bias", torch.empty(0))
     method = new_method(config, channels, scores.numel())  # the size of a classifier
     load_exactly(method.encoder, checkpoint.network, str(folder / CHECKPOINT))
-    return cast(methods.Encoder, method.encoder.eval())
+    return method.eval()
 
 
 def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
@@ -365,4 +367,27 @@ def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, cha
             if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name].cpu()) for name in ours):
                 return False
     save(alone, folder / MODEL)
+    return True
+
+
+def save_classifier(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> bool:
+    """Write the network of a supervised run with its classifier, all widths, as timm makes it; return whether it can.
+
+    It cannot if timm's network of this name has more than a linear layer above its features.
+    """
+    encoder, state = method.encoder.eval(), method.backbone.state_dict()
+    head = encoder.get_submodule("projector").state_dict()
+    whole = converted_backbone(config, channels, len(head["weight"]))
+    for name in whole.state_dict().keys() - state.keys():
+        state[name] = head.get(name.rpartition(".")[2], head["bias"])
+    if differences(whole.state_dict(), state):
+        return False
+    whole.load_state_dict(state)
+    images = torch.rand(2, channels, config.image_size, config.image_size, device=head["weight"].device)
+    whole.to(images.device).eval()
+    for width in config.widths:
+        with torch.no_grad(), at_width(whole, width), at_width(encoder, width):
+            if not torch.allclose(whole(images), encoder(images), rtol=1e-4, atol=1e-4):
+                return False
+    save(whole, folder / CLASSIFIER)
     return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimmable._convert import extract
 from slimmable._width import widths_of
 from slimmable.cli.config import PRETRAINED, PretrainConfig, explained
-from slimmable.cli.run import CONFIG, Start, check_model, make_timm, read_config, timm_backbone, trained_encoder
+from slimmable.cli.run import CONFIG, Start, check_model, make_timm, read_config, timm_backbone, trained_method
 from slimmable.errors import CheckpointError, UsageError
 from slimmable.files.model import load
 from slimmable.methods import Encoder
@@ -59,8 +59,8 @@ def _network(source: str, channels: int, image_size: int) -> nn.Module:
     """Return the encoder or backbone of a run, the network in a file, or a timm model with its own weights."""
     path = Path(source)
     if os.path.exists(path / CONFIG):
-        encoder = trained_encoder(config := read_config(path), path, channels)
-        return encoder if config.method == "supervised" else encoder.backbone
+        method = trained_method(config := read_config(path), path, channels)
+        return method.encoder if config.method == "supervised" else method.backbone
     if os.path.isfile(path):
         return load(path)
     check_model(source)
