@@ -370,8 +370,6 @@ def configure(given: Mapping[str, Any], preset: str | None = None) -> PretrainCo
     defaults: dict[str, Any] = {} if preset is not None else _PUBLISHED["small images"].get(method, {})
     if preset is not None or values.get("data", DIGITS) != DIGITS:
         defaults = {**_PUBLISHED["photographs"].get(method, {}), **defaults}
-    if values.get("init") is not None:
-        defaults = {**defaults, **_PUBLISHED["from a start"].get(method, {})}
     if values.get("gate_budget") is not None:
         defaults = {"widths": (1.0,), **defaults}
     return PretrainConfig(**{**defaults, **values})

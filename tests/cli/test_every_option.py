@@ -72,6 +72,10 @@ LARGE = "large, but of use"
 TAKEN = {
     "pretrain --method": {},
     "pretrain --model": {},
+    "pretrain --init": {},
+    "pretrain --importance": {},
+    "pretrain --teacher": {},
+    "pretrain --teach": {},
     "pretrain --data": {},
     "pretrain --num-images": {"20,000": LARGE},
     "pretrain --image-size": {},
