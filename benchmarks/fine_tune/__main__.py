@@ -35,11 +35,11 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25)
 SEEDS = (0, 1, 2)
 NEW = 512  # images of the new classes to train on
 ARMS: dict[str, dict[str, Any]] = {
+    "from scratch": {"init": None, "lr": 0.006},
     "all defaults": {},
     "no magnitude order": {"importance": "none"},
     "no distillation": {"distill": "none"},
-    "a third of the learning rate": {"lr": 0.002},
-    "from scratch": {"init": None},
+    "three times the learning rate": {"lr": 0.006},
 }
 FIELDS = ("arm", "seed", "statistics", "width", "accuracy")
 
@@ -82,10 +82,11 @@ def run(seed: int, arms: list[str], images: int, epochs: int) -> Iterator[list[d
     old, new = half(every, range(5)), half(every, range(5, 10), NEW)
     with TemporaryDirectory() as folder:
         path = Path(folder, "plain.pth")
-        plain = train(old, widths=(1.0,), epochs=epochs, seed=seed)
-        torch.save(slimmable.extract(plain.backbone, 1.0).state_dict(), path)
         for arm in arms:
-            settings = {"init": str(path), **ARMS[arm]}
+            settings = {"init": str(path), "lr": 0.002, **ARMS[arm]}
+            if settings["init"] is not None and not path.exists():
+                plain = train(old, widths=(1.0,), epochs=epochs, seed=seed)
+                torch.save(slimmable.extract(plain.backbone, 1.0).state_dict(), path)
             method, found = train(new, widths=WIDTHS, epochs=epochs, seed=seed, **settings), []
             for statistics in ("own", "calibrated"):
                 if statistics == "calibrated":
