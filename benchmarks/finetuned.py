@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.finetuning import finetune
 from slimmable.cli.data import Plain, load_images
 from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of_run
@@ -32,7 +34,8 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PRO
     method = trained_method(config, run, images.channels, images.digest)
     backbone = method.backbone
     rows = rows_of_run(config, method, images, probes)
-    train, test = (Plain(part, config.image_size).stacked() for part in (images.train, images.test))
+    plain = (Plain(part, config.image_size) for part in (images.train, images.test))
+    train, test = (torch.stack([part[index] for index in range(len(part))]) for part in plain)
     shares = {}
     for name, network in plain_networks(config, backbone, images).items():
         classifier = finetune(

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli import report
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, some_of
-from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
+from slimmable.cli.data import Images, Plain, batches_of, load, normalisation, some_of
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
@@ -29,7 +30,8 @@ from slimmable.methods import Method
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
-_VOTERS = 50_000  # training images that vote in kNN during training
+_VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
+_CHUNK = 256  # images read at a time
 
 Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
 
@@ -74,7 +76,7 @@ def features_in(
 
 def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
     """Return the training images that set the gates of a run, in batches."""
-    return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
+    return list(batches_of(some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)))
 
 
 def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[float, float]:
@@ -86,21 +88,25 @@ def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> di
     return reached
 
 
-def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images) -> str:
+def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images, workers: int = 0) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
     title = f"{config.model}, {config.epochs} epochs of {config.method}"
     if config.gate_budget is not None:
         title += f", gated to {config.gate_budget:g}"
-    train, test = (Plain(part, min(config.image_size, 32)).stacked() for part in (images.train, images.test))
-    pixels = knn_accuracy(train, images.train_labels, test, images.test_labels)
-    report.write_report(folder, rows, pixels, title)
-    return report.to_markdown(rows, pixels)
+    size = min(config.image_size, 32)
+    train, test = (some_of(Plain(part, size), _VOTERS) for part in (images.train, images.test))
+    known, asked = (torch.cat(list(load(part, workers, batch_size=_CHUNK))) for part in (train, test))
+    pixels = knn_accuracy(known, images.train_labels[train.indices], asked, images.test_labels[test.indices])
+    return report.write_report(folder, rows, pixels, title)
 
 
 def rows_of_run(
-    config: PretrainConfig, method: Method, images: Images, probes: Sequence[ProbeName] = PROBES, workers: int = 0
+    config: PretrainConfig, method: Method, images: Images, probes: Sequence[str] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; the gates of `method`, if any, must be calibrated."""
+    """Evaluate every network of a run, trained and untrained; the gates of `method`, if any, must be calibrated.
+
+    A probe such as "knn@0.1" learns from this fraction of the labels.
+    """
     backbone = method.backbone
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
@@ -152,12 +158,13 @@ class _Prober:
     """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
     def __init__(
-        self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
+        self, config: PretrainConfig, images: Images, probes: Sequence[str], workers: int, most: int | None = None
     ) -> None:
         self.probes, self.workers = probes, workers
         size = config.image_size
         self.size = (images.channels, size, size)
-        self.train, self.test = some_of(Plain(images.train, size), most), Plain(images.test, size)
+        train, self.test = (Plain(part, size, normalisation(config)) for part in (images.train, images.test))
+        self.train = some_of(train, most)
         self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
     def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], dict[Any, float]]:
@@ -169,8 +176,29 @@ class _Prober:
         return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, costs
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
-        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
-        return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+        accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
+        for fraction, names in groupby(self.probes, key=lambda name: name.partition(PART)[2]):
+            probes: dict[str, Any] = {name: name.partition(PART)[0] for name in names}
+            part = (
+                labelled_part(self.train_labels, float(fraction)) if fraction else torch.arange(len(self.train_labels))
+            )
+            some = {width: features[part] for width, features in known.items()}
+            found = evaluate_features(some, self.train_labels[part], asked, self.test_labels, probes=[*probes.values()])
+            for width, each in found.items():
+                accuracies[width] |= {name: getattr(each, probe) for name, probe in probes.items()}
+        return accuracies
+
+
+def labelled_part(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    """Return the places of a `fraction` of the images, as many of each class, the same ones for the same `seed`.
+
+    A class gives at least one image, and all that it has if they are fewer than its share.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
+    return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())])
 
 
 class Watch:

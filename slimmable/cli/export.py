@@ -26,7 +26,7 @@ from slimmable._nested import output_tensors
 from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli.config import explained, require
+from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.cli.start import read_weights
@@ -51,9 +51,17 @@ class Source:
     image: tuple[int, int, int]  # channels, height and width
     arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
     weights: str  # their origin, in words
-    values: str  # scaling of the pixels, in words
+    mean: tuple[float, ...]  # subtracted from values in [0, 1]
+    std: tuple[float, ...]  # by which they are divided then
     base: str | None = None  # the model on the Hugging Face Hub that the weights come from
     accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
+
+    @property
+    def values(self) -> str:
+        """The scaling of the pixels, in words."""
+        changed = any(self.mean) or any(each != 1 for each in self.std)
+        way = f", minus the mean {self.mean}, divided by the standard deviation {self.std}" if changed else ""
+        return f"in [0, 1]{way}"
 
 
 @dataclass(frozen=True)
@@ -70,16 +78,17 @@ class File:
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
     config = read_config(run)
-    channels = 3 if config.is_folder else 1
+    channels = config.channels
     with torch.device("meta"):
         _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
-    data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
+    data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
     image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
     accuracy = {width: row.shares for width, row in read_report(run).items()}
-    return Source(config.model, model, config.widths, image, arguments, weights, "in [0, 1]", accuracy=accuracy)
+    mean, std = config.mean or (0.0,), config.std or (1.0,)
+    return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
@@ -98,7 +107,8 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
         output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
-    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", _values(known))
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 
 
 def timm_source(
@@ -132,11 +142,8 @@ def timm_source(
         load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
-    return Source(name, model, widths_of(model), image, arguments, weights, _values(known), base)
-
-
-def _values(known: Mapping[str, Any]) -> str:
-    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return Source(name, model, widths_of(model), image, arguments, weights, mean, std, base)
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:

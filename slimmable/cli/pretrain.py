@@ -2,16 +2,18 @@
 
 import signal
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
-from slimmable.cli.config import PretrainConfig, RunOptions, require, say
-from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
+from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
+from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation, some_of
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
@@ -44,17 +46,20 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     with locked(folder, not options.resume) if is_first() else nullcontext():
         any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
+        config = training.config
         try:
-            _tell(_introduction(config, training.images))
+            _tell(options, _introduction(config, training.images))
             stopped = _train(training, folder, options)
             if stopped:
                 raise KeyboardInterrupt(stopped)
             if is_first():
                 _finish(training, folder, options)
-            _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
+            any_process(False, device)  # wait until the first one has written the results
+            _tell(options, f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
-                _tell(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
+                done = f"{training.step} of {training.steps}"
+                _tell(replace(options, quiet=False), f"interrupted after step {done}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
             last = folder / CHECKPOINT
@@ -77,9 +82,10 @@ def _way_on(folder: Path) -> str:
 
 def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) -> Training:
     """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
-    for name in options.log:
+    for name in options.logger:
         require_logger(name)
-    require("matplotlib", "matplotlib")  # fail now rather than at the end of a long run
+    for package in ("matplotlib", "tqdm"):
+        require(package, package)  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = load_images(config)
@@ -93,7 +99,9 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if start is not None:
         head = method.encoder.get_submodule("projector").state_dict()
         kept = config.method == "supervised" and not differences(head, start.classifier)
-        _tell(f"starting from {start.what}{', with its classifier' if kept else ''}")
+        _tell(options, f"starting from {start.what}{', with its classifier' if kept else ''}")
+    if not options.resume:
+        config = _normalised(config, method.backbone)
     if config.gate_budget is not None:
         least, width = max((gate_plan(method.backbone).least_share(width), width) for width in config.widths)
         if config.gate_budget < least:
@@ -104,7 +112,7 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
         training.resume(found)
-        _tell(f"continuing after step {training.step} of {training.steps}")
+        _tell(options, f"continuing after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
@@ -112,6 +120,15 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if not options.resume and is_first():
         write_aside(options.output / CONFIG, lambda path: path.write_text(config.to_json()))
     return training
+
+
+def _normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
+    """Return the settings with the mean and the standard deviation that timm has for the network, if none are given."""
+    known: Any = {} if config.data == DIGITS else network.pretrained_cfg
+    found = [tuple(known.get(name, (usual,))) for name, usual in (("mean", 0.0), ("std", 1.0))]
+    if config.channels == 1:
+        found = [(sum(values) / len(values),) for values in found]
+    return replace(config, mean=config.mean or found[0], std=config.std or found[1])
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
@@ -138,12 +155,15 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     loggers: list[Logger] = []
     if is_first():
-        loggers = make_loggers(folder, columns, training.step, options.log, asdict(config))
+        loggers = make_loggers(folder, columns, training.step, options.logger, asdict(config))
         watch = Watch(training, folder, loggers[1:]) if every else None
     with (
         on_signals(lambda number: stop(number) if asked else asked.append(number)),
-        Progress(training.steps, training.step, training.steps_per_epoch) as progress,
+        Progress(training.steps, training.step, training.steps_per_epoch, options.quiet) as progress,
+        ExitStack() as ends,
     ):
+        for logger in loggers:
+            ends.callback(logger.close)
         while training.step < training.steps:
             losses = training.take_step()
             if is_first():
@@ -175,22 +195,22 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal or (config.init is not None and config.gate_budget is None):
-        some = Plain(images.train, config.image_size)
-        calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
+        some = some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)
+        calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
         for width, reached in set_gates(config, backbone, images).items():
-            gates = named_at("the gates", width)
-            say(f"{gates} are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
+            share = f"{reached:.3f} of the multiply-adds"
+            _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
     if not save_networks(folder, config, backbone, images.channels):
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     if config.method == "supervised" and not save_classifier(folder, config, training.method, images.channels):
-        say(f"{CLASSIFIER} is left out: {config.model} does more than one linear layer with its features")
+        _tell(options, f"{CLASSIFIER} is left out: {config.model} does more than one linear layer with its features")
     rows = rows_of_run(config, training.method, images, workers=options.workers or 0)
-    say(report_run(config, folder, rows, images))
+    _tell(options, report_run(config, folder, rows, images, options.workers or 0))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
@@ -199,6 +219,6 @@ def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     return [row | {"step": int(row["step"])} for row in rows]
 
 
-def _tell(text: str) -> None:
-    if is_first():
+def _tell(options: RunOptions, text: str) -> None:
+    if is_first() and not options.quiet:
         say(text)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
+from slimmable.cli.data import Images, Steps, Views, load, make_views, normalisation, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
@@ -48,7 +48,7 @@ class Training:
         if config.method == "mocov2" and processes > 1 and (shared % processes or batch % shared):
             raise UsageError(f"{parts} cannot be shared by {processes} processes; choose multiples of their number")
         self.config, self.images, self.device, self.workers = config, images, device, workers
-        self.method = method.to(device).train()
+        self.method, self.normalise = method.to(device).train(), normalisation(config)
         self.method.bn_groups = config.bn_groups
         crop, mirror = config.min_crop_scale, not images.handwriting
         transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror)
@@ -122,7 +122,8 @@ class Training:
             pinned = self.device.type == "cuda"
             self._batches = load(self.views, self.workers, batch_sampler=steps, pin_memory=pinned)
             batch = next(self._batches)
-        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        return [*map(self.normalise, views), labels]
 
     def _set_learning_rate(self, progress: float) -> None:
         later = self.config.lr_after_slow_start
@@ -195,22 +196,26 @@ class Training:
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
-    """Return timm's optimizer; by default norms, biases and gates have no weight decay, which LARS needs to scale."""
+    """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    plain: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay if config.decay_norms else 0.0}
+    decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
+    # timm's schedule multiplies by `lr_scale`
+    gating: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_scale": config.gate_lr_scale}
+    scaled = {**gating, "params": [], "always_adapt": config.lars_gates}  # LARS scales without weight decay too
     for name, parameter in online.named_parameters():
         if parameter.requires_grad:
-            gate, matrix = id(parameter) in gates, parameter.ndim > 1 and not name.endswith(".bias")
-            group = groups.setdefault((gate, matrix), {"params": []})
-            group["params"].append((name, parameter))
-            group["weight_decay"] = config.weight_decay if not gate and (matrix or config.decay_norms) else 0.0
-            group["always_adapt"] = gate and matrix and config.lars_gates
-            group["lr_scale"] = config.gate_lr_scale if gate else 1.0  # timm's schedule multiplies by it
+            matrix = parameter.ndim > 1 and not name.endswith(".bias")
+            kind = decaying if matrix else plain
+            if id(parameter) in gates:
+                kind = scaled if matrix else gating
+            kind["params"].append((name, parameter))
+    groups = [group for group in (plain, decaying, gating, scaled) if group["params"]]
     name = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}[config.opt]  # timm's "sgd" is Nesterov's
     settings: dict[str, Any] = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
     if config.opt == "lars":
         settings |= {"trust_coeff": config.lars_trust, "trust_clip": config.lars_clip}
-    return create_optimizer_v2([groups[kind] for kind in sorted(groups)], name, lr=config.lr, **settings)
+    return create_optimizer_v2(groups, name, lr=config.lr, **settings)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
