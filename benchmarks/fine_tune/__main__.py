@@ -113,9 +113,9 @@ def table(folder: Path) -> str:
                 if shares:
                     cells.append(f"{mean(shares):.1f} ± {stdev(shares) if len(shares) > 1 else 0:.1f}")
             if cells:
-                lines.append([name, *cells])
+                lines.append([name, len(shares), *cells])
     [result] = read_results(folder)
-    return f"{markdown(['start', *WIDTHS], lines)}\n{origin(result)}\n"
+    return f"{markdown(['start', 'seeds', *WIDTHS], lines)}\n{origin(result)}\n"
 
 
 def main() -> None:
