@@ -60,6 +60,8 @@ def resnet18_cifar(pretrained: bool = False, **settings: Any) -> nn.Module:
     """Return ResNet-18 for images of 32 x 32 pixels (Krishna et al. 2023), with the arguments of `small_resnet`."""
     given = {"channels": (64, 128, 256, 512), "blocks": (2, 2, 2, 2), "zero_init_last": False, **settings}
     network: nn.Module = small_resnet(**given)
-    size = (given.get("in_chans", 3), 32, 32)
-    network.pretrained_cfg |= {"architecture": "resnet18_cifar", "input_size": size}  # type: ignore[operator]
+    known: dict[str, Any] = {"architecture": "resnet18_cifar", "input_size": (given.get("in_chans", 3), 32, 32)}
+    if known["input_size"][0] == 3:
+        known |= {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}  # of CIFAR-10
+    network.pretrained_cfg |= known  # type: ignore[operator]
     return network
