@@ -5,7 +5,8 @@
 
 A plain network learns to tell five of the ten cluttered digits apart. The other five are then learnt at four widths
 from few images: from these weights with all defaults, with one of them left out at a time, and from scratch, for as
-many steps. The figures are the accuracies of the network's own classifier on held-out images of the new classes.
+many steps. Everything else, the learning rate too, is as the command has it by default. The figures are the accuracies
+of the network's own classifier on held-out images of the new classes.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ HERE = Path(__file__).parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 SEEDS = (0, 1, 2)
 NEW = 512  # images of the new classes to train on
+EPOCHS = 20  # as the command has by default
 ARMS: dict[str, dict[str, Any]] = {
-    "from scratch": {"init": None, "lr": 0.006},
+    "from scratch": {"init": None},
     "all defaults": {},
     "no magnitude order": {"importance": "none"},
     "no distillation": {"distill": "none"},
-    "three times the learning rate": {"lr": 0.006},
 }
 FIELDS = ("arm", "seed", "statistics", "width", "accuracy")
 
@@ -57,7 +58,7 @@ def half(images: Images, classes: range, most: int | None = None) -> Images:
 
 def train(images: Images, **settings: Any) -> Method:
     """Train as the command does with these options, and return the method."""
-    config = configure({"method": "supervised", "batch_size": 64, **settings})
+    config = configure({"method": "supervised", **settings})
     start = None if config.init is None else read_start(config, images.channels)
     method = new_method(config, images.channels, len(images.classes), start)
     training = Training(config, method, images, torch.device("cpu"))
@@ -83,7 +84,7 @@ def run(seed: int, arms: list[str], images: int, epochs: int) -> Iterator[list[d
     with TemporaryDirectory() as folder:
         path = Path(folder, "plain.pth")
         for arm in arms:
-            settings = {"init": str(path), "lr": 0.002, **ARMS[arm]}
+            settings = {"init": str(path), **ARMS[arm]}
             if settings["init"] is not None and not path.exists():
                 plain = train(old, widths=(1.0,), epochs=epochs, seed=seed)
                 torch.save(slimmable.extract(plain.backbone, 1.0).state_dict(), path)
@@ -111,7 +112,7 @@ def table(folder: Path) -> str:
                 own = [row for row in rows if (row["arm"], row["statistics"], row["width"]) == wanted]
                 shares = [100 * float(row["accuracy"]) for row in own]
                 if shares:
-                    cells.append(f"{mean(shares):.1f} ± {stdev(shares) if len(shares) > 1 else 0:.1f}")
+                    cells.append(f"{mean(shares):.1f}" + (f" ± {stdev(shares):.1f}" if len(shares) > 1 else ""))
             if cells:
                 lines.append([name, len(shares), *cells])
     [result] = read_results(folder)
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, images, epochs = ((0,), 320, 1) if given.quick else (SEEDS, 4096, 10)
+    seeds, images, epochs = ((0,), 320, 1) if given.quick else (SEEDS, 4096, EPOCHS)
     for seed in seeds:
         done = {row["arm"] for row in read_rows(given.out / "accuracy.csv") if row["seed"] == str(seed)}
         for rows in run(seed, [arm for arm in ARMS if arm not in done], images, epochs):

@@ -28,9 +28,8 @@ from slimmable.cli.data import Plain, Views, cluttered_digits, folder_images, lo
 from slimmable.cli.export import timm_source
 from slimmable.cli.pretrain import read_gradients
 from slimmable.cli.report import Row, csv_log, read_report, to_csv
-from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_backbone
+from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_method
 from slimmable.cli.training import Training
-from slimmable.errors import UsageError
 
 Input = tuple[Callable[[], object], str]
 SMALL = PretrainConfig(
@@ -135,7 +134,7 @@ def read_checkpoint(draw: random.Random, folder: Path) -> Input:
         own.check_finite()
 
     def network() -> None:
-        backbone = trained_backbone(read_config(folder), folder, 1)
+        backbone = trained_method(read_config(folder), folder, 1).backbone
         assert all(tensor.isfinite().all() for tensor in backbone.state_dict().values())
         assert backbone(torch.zeros(1, 1, 24, 24)).isfinite().all()
 
@@ -385,12 +384,8 @@ def read_arguments(draw: random.Random, folder: Path) -> Input:
     def call() -> None:
         try:
             command, given = parse(line)
-        except SystemExit as exit:
-            if exit.code == 0:
-                return
-            if exit.code == 2:
-                raise UsageError("refused by the parser") from None
-            raise
+        except SystemExit:  # after a help text
+            return
         *others, own = COMMANDS[command]
         check(own(**{each.name: given.pop(each.name) for each in fields(own) if each.name in given}))
         if others:

@@ -5,30 +5,19 @@ import time
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
-from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
-from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation, some_of
+from slimmable.cli.config import PretrainConfig, RunOptions, require, say
+from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
-from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
+from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
-from slimmable.cli.run import (
-    CHECKPOINT,
-    CLASSIFIER,
-    CONFIG,
-    MODEL,
-    load_checkpoint,
-    new_method,
-    save_classifier,
-    save_networks,
-)
-from slimmable.cli.start import make_teacher, read_start
+from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, save_networks, timm_backbone
+from slimmable.cli.start import make_teacher, normalised, read_start
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
 from slimmable.files.description import differences
@@ -49,17 +38,15 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         config = training.config
         try:
             _tell(options, _introduction(config, training.images))
-            stopped = _train(training, folder, options)
-            if stopped:
-                raise KeyboardInterrupt(stopped)
+            _train(training, folder, options)
             if is_first():
                 _finish(training, folder, options)
             any_process(False, device)  # wait until the first one has written the results
             _tell(options, f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
-                done = f"{training.step} of {training.steps}"
-                _tell(replace(options, quiet=False), f"interrupted after step {done}; {_way_on(folder)}")
+                if is_first():
+                    say(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
             last = folder / CHECKPOINT
@@ -68,8 +55,8 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         except Exception as error:
             if (fault := explained_fault(error)) is None:
                 raise
-            fault = fault.removesuffix(GO_ON).removesuffix(_way_on(folder)).rstrip("; ")  # another process has told it
-            raise SlimmableError(f"{fault}; {_way_on(folder)}") from error
+            way = _way_on(folder)  # which another process may have told
+            raise SlimmableError(fault if fault.endswith(way) else f"{fault}; {way}") from error
     return 0
 
 
@@ -93,15 +80,16 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
     checkpoint = options.output / CHECKPOINT
     resumed = options.resume and checkpoint.exists()
+    if not options.resume:
+        with torch.device("meta"):
+            config = normalised(config, timm_backbone(config.model, images.channels, config.image_size))
     start = None if config.init is None or resumed else read_start(config, images.channels)
     teacher = None if config.teacher is None else make_teacher(config, images.channels)
     method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes), start, teacher)
     if start is not None:
         head = method.encoder.get_submodule("projector").state_dict()
         kept = config.method == "supervised" and not differences(head, start.classifier)
-        _tell(options, f"starting from {start.what}{', with its classifier' if kept else ''}")
-    if not options.resume:
-        config = _normalised(config, method.backbone)
+        _tell(options, f"starting from --init {config.init}{', with its classifier' if kept else ''}")
     if config.gate_budget is not None:
         least, width = max((gate_plan(method.backbone).least_share(width), width) for width in config.widths)
         if config.gate_budget < least:
@@ -122,30 +110,19 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     return training
 
 
-def _normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
-    """Return the settings with the mean and the standard deviation that timm has for the network, if none are given."""
-    known: Any = {} if config.data == DIGITS else network.pretrained_cfg
-    found = [tuple(known.get(name, (usual,))) for name, usual in (("mean", 0.0), ("std", 1.0))]
-    if config.channels == 1:
-        found = [(sum(values) / len(values),) for values in found]
-    return replace(config, mean=config.mean or found[0], std=config.std or found[1])
-
-
 def _introduction(config: PretrainConfig, images: Images) -> str:
-    gated = config.gate_budget is not None
-    networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds," if gated else ""
-    if not gated or len(config.widths) > 1:
-        networks += f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
-    later = config.slow_start if len(config.widths) > 1 else 0
-    joins = f"; narrower widths join after {later:.0%}" if later else ""
+    several = len(config.widths) > 1
+    gated = "" if config.gate_budget is None else f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
+    widths = f" at widths {', '.join(f'{width:g}' for width in config.widths)}" if several or not gated else ""
+    joins = f"; narrower widths join after {config.slow_start:.0%}" if several and config.slow_start else ""
     seen = f"{len(images.train)} images of {config.image_size} x {config.image_size} pixels for {config.epochs} epochs"
-    return f"pre-training {config.model} by {config.method}{networks} on {seen}{joins}"
+    return f"pre-training {config.model} by {config.method}{gated}{widths} on {seen}{joins}"
 
 
-def _train(training: Training, folder: Path, options: RunOptions) -> int:
-    """Take the remaining steps, with a checkpoint after each epoch; return the signal that stopped it early, or 0.
+def _train(training: Training, folder: Path, options: RunOptions) -> None:
+    """Take the remaining steps, with a checkpoint after each epoch.
 
-    The first signal in any process lets a checkpoint be written; a second one stops immediately.
+    Raises: KeyboardInterrupt: with the signal, after a checkpoint; a second signal in a process stops immediately.
     """
     asked: list[int] = []
     config, gates, watch = training.config, training.gates, None
@@ -187,15 +164,14 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
                     if training.diagnostics is not None:
                         training.diagnostics.to_csv(folder / GRADIENTS)
             if stopping and training.step < training.steps:
-                return asked[0] if asked else signal.SIGTERM
-    return 0
+                raise KeyboardInterrupt(asked[0] if asked else signal.SIGTERM)
 
 
 def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal or (config.init is not None and config.gate_budget is None):
-        some = some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)
+        some = Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)
         calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
@@ -203,12 +179,10 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
             share = f"{reached:.3f} of the multiply-adds"
             _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
-    if not save_networks(folder, config, backbone, images.channels):
-        say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
+    for name in save_networks(folder, config, training.method, images.channels):
+        say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
-    if config.method == "supervised" and not save_classifier(folder, config, training.method, images.channels):
-        _tell(options, f"{CLASSIFIER} is left out: {config.model} does more than one linear layer with its features")
     rows = rows_of_run(config, training.method, images, workers=options.workers or 0)
     _tell(options, report_run(config, folder, rows, images, options.workers or 0))
 

@@ -10,7 +10,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +22,16 @@ from torch.optim import Optimizer
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
+from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
-from slimmable._width import at_width
-from slimmable.cli.config import PretrainConfig, explained, fits, printable, read_text
+from slimmable.cli.config import PretrainConfig, explained, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
-from slimmable.methods.teacher import TeacherKind
+from slimmable.methods.teachers import TeacherKind
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
@@ -45,46 +46,49 @@ _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that a run starts from: of the backbone, and "weight" and "bias" of its classifier, if it has one."""
+    """Weights to start from: of the backbone, slimmable or plain, and of its linear classifier, if it has one."""
 
     backbone: Mapping[str, Tensor]
-    slim: bool  # whether they are those of a slimmable network
+    slim: bool
     classifier: Mapping[str, Tensor]
-    what: str  # in words
 
 
 def new_method(
     config: PretrainConfig, channels: int, classes: int, start: Start | None = None, teacher: nn.Module | None = None
 ) -> methods.Method:
-    """Return the method of `config` with the weights of `start`, or from its seed; see `build_method`."""
+    """Return the method of `config` with random weights from its seed, or those of `start`.
+
+    Supervised training tells `classes` classes apart; distillation has as many outputs, or as many as its `teacher`.
+    """
     torch.manual_seed(config.seed)
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
-    if start is not None and not start.slim:
-        load_exactly(backbone, start.backbone, start.what)
-    method = build_method(config, backbone, channels, classes, start, teacher)
-    if start is not None and start.slim:
-        load_exactly(method.backbone, start.backbone, start.what)
-    return method
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
+    if teacher is None:
+        return build_method(config, backbone, channels, classes, start)
+    taught = output_for(torch.zeros(2, channels, config.image_size, config.image_size), teacher, str(config.teacher))
+    check_matrices(f"--teacher {config.teacher}", output=taught)
+    encoder = build_method(config, backbone, channels, taught.shape[1], start).encoder
+    return methods.Distillation(encoder, teacher, kind=cast(TeacherKind, config.teach), temperature=config.temperature)
+
+
+def backbone_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return timm's arguments for a backbone, which has no classifier, and takes local crops as well, if it can."""
+    return {"num_classes": 0} | ({"dynamic_img_size": True} if config.local_crops else {})
 
 
 def build_method(
-    config: PretrainConfig,
-    backbone: nn.Module,
-    channels: int,
-    classes: int,
-    start: Start | None = None,
-    teacher: nn.Module | None = None,
+    config: PretrainConfig, backbone: nn.Module, channels: int, classes: int, start: Start | None = None
 ) -> methods.Method:
-    """Return the method of `config` around `backbone`, which is converted together with its head.
-
-    Supervised training tells `classes` classes apart, by the classifier of `start` if it fits. Without a `teacher`,
-    distillation has a head of this size too, and cannot be trained.
-    """
+    """Return the method of `config` around `backbone`, which is converted together with its head; see `new_method`."""
     example = torch.zeros(2, channels, config.image_size, config.image_size)
     order = config.importance if start is not None and not start.slim and config.importance != "none" else None
+    if start is not None and not start.slim:
+        load_exactly(backbone, start.backbone, f"--init {config.init}")
     output = output_for(example, backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
+    if config.local_crops:
+        local = torch.zeros(2, channels, config.local_crop_size, config.local_crop_size)
+        output_for(local, backbone, config.model, "--local-crop-size")
     features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
@@ -96,52 +100,47 @@ def build_method(
                 nn.init.normal_(layer.weight, std=config.head_std)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        if config.gate_budget is None:
-            return _slimmed(config, methods.Encoder(backbone, projector), example, order)
-        if len(config.widths) > 1:  # a head that takes the features of every width
+        gated = config.gate_budget is not None
+        if gated and len(config.widths) > 1:  # a head that takes the features of every width
             whole = methods.Encoder(copy.deepcopy(backbone), projector)
-            projector = _slimmed(config, whole, example).get_submodule("projector")
-        slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
+            projector = _slimmed(config, whole, example, order).get_submodule("projector")
+        plain = backbone if gated else methods.Encoder(backbone, projector)  # the head has no gates, no cost
+        slim = _slimmed(config, plain, example, order)
+        if start is not None and start.slim:
+            load_exactly(backbone, start.backbone, f"--init {config.init}")
+        if not gated:
+            return slim
         try:
             return methods.Encoder(gate(slim, example_inputs=example, inplace=True), projector)
         except ConversionError as error:
             raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
 
-    if teacher is not None:
-        taught = output_for(example, teacher, str(config.teacher))
-        if not isinstance(taught, Tensor) or taught.ndim != 2:
-            raise UsageError(f"--teacher {config.teacher} does not output one vector per image; choose another one")
-        slim, own = encoder(methods.Distillation.projector(features, taught.shape[1])), cast(TeacherKind, config.teach)
-        return methods.Distillation(slim, teacher, kind=own, temperature=config.temperature)
-    if config.method in ("supervised", "distillation"):
-        head = methods.Supervised.projector(features, classes)
-        if start is not None and not differences(head.state_dict(), start.classifier):
-            head.load_state_dict(start.classifier)
-        return methods.Supervised(encoder(head))
-    if config.method == "simclr":
-        return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
-    if config.method == "vicreg":
-        return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
-    both: dict[str, Any] = {"momentum": config.ema_momentum, "temperature": config.temperature}
-    if config.method == "mocov2":
-        slim = encoder(methods.MoCoV2.projector(features, hidden, dim))
-        queue, parts = config.queue_size, config.key_parts
-        return methods.MoCoV2(slim, proj_dim=dim, queue_size=queue, bn_splits=parts, **both)
-    if config.method == "byol":
-        online = encoder(methods.BYOL.projector(features, hidden, dim))
-        predictor = _slimmed(config, methods.BYOL.predictor(hidden, dim), torch.zeros(2, dim))
-        return methods.BYOL(online, predictor, momentum=config.ema_momentum)
-    if isinstance(patches, nn.Module):
+    if config.method in ("supervised", "distillation"):  # the latter learns once it has a teacher
+        classifier = methods.Supervised.projector(features, classes)
+        if start is not None and not differences(classifier.state_dict(), start.classifier):
+            classifier.load_state_dict(start.classifier)
+        return methods.Supervised(encoder(classifier))
+    kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
+    known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
+    known["freeze"] = 1 / config.epochs
+    settings = {name: known[name] for name in signature(kind).parameters if name in known}
+    head: dict[str, Any] = {"batch_norm": patches is None} if config.method == "dino" else {}
+    last: dict[str, Any] = {}
+    if config.method == "mocov3" and isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
-    projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
-    predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
-    slim = _slimmed(config, predictor, torch.zeros(2, dim))
-    return methods.MoCoV3(encoder(projector), slim, **both)
+        head, last = {"layers": 3}, {"last_norm": True}
+    slim = [encoder(kind.projector(features, hidden, dim, **head))]
+    if hasattr(kind, "predictor"):
+        inner = max(1, dim // 4) if config.method == "simsiam" else hidden
+        slim.append(_slimmed(config, kind.predictor(inner, dim, **last), torch.zeros(2, dim)))
+    method: methods.Method = kind(*slim, **settings)
+    return method
 
 
 def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method, or with timm's classifier."""
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=classes)
+    settings = {**backbone_settings(config), "num_classes": classes}
+    backbone = timm_backbone(config.model, channels, config.image_size, **settings)
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -150,10 +149,10 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor, order:
     return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
 
 
-def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
+def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--image-size") -> Any:
     """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
     size = " x ".join(map(str, images.shape[2:]))
-    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", "; choose another --image-size"):
+    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", f"; choose another {option}"):
         return model.eval()(images)
 
 
@@ -165,40 +164,32 @@ def timm_backbone(name: str, channels: int, image_size: int | None, **settings: 
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
-    what, advice = f"timm has no model {name!r}", ""
-    if settings.get("pretrained"):
-        what, advice = f"the pretrained weights of {name} cannot be downloaded", "; give a file, as with --checkpoint"
-        if not name.startswith(_SOURCES) and not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
-            raise UsageError(f"timm has no pretrained weights for {name}{advice}")
+    pretrained = settings.get("pretrained")
+    if pretrained and not name.startswith(_SOURCES) and not getattr(timm.get_pretrained_cfg(name), "has_weights", 0):
+        raise UsageError(f"timm has no pretrained weights for {name}; leave them out, or give a file of them")
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
+    asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+    sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
     try:
-        try:
-            return timm.create_model(name, **sized), sized
-        except TypeError:  # a model for images of any size has no `img_size`
-            return timm.create_model(name, **settings), {**settings}
-    except OSError as error:  # of the Hub or a folder
-        raise UsageError(
-            f"{what} ({type(error).__name__}: {str(error).strip().splitlines()[0]:.300}){advice}"
-        ) from error
+        while True:
+            try:
+                return timm.create_model(name, **sized), sized
+            except TypeError:  # a model for images of any size has neither
+                if not sizes:
+                    raise
+                del sized[sizes.pop(0)]
+    except OSError:  # of the Hub or a folder
+        what = f"the pretrained weights of {name} cannot be downloaded" if pretrained else f"timm has no model {name!r}"
+        with explained(
+            what, "; download them elsewhere, and give the file, as with --checkpoint" if pretrained else ""
+        ):
+            raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 
-def check_model(name: str) -> None:
-    """Raise UsageError if `name`, which is neither a run nor a file, is no model of timm either."""
-    try:
-        check_name(name)
-    except UsageError as error:
-        what = f"a folder without {CONFIG}, not a run" if os.path.isdir(name) else "neither a folder nor a file"
-        raise UsageError(f"{name} is {what}, and not a model either: {error}") from error
-
-
 def check_name(name: str) -> None:
-    """Raise UsageError if timm has no model of this name; the message suggests similar ones.
-
-    A name with a source, which timm reads from the Hugging Face Hub or a folder, is not looked up.
-    """
+    """Raise UsageError if timm has no model of this name, unless it is of the Hub or a folder; suggest similar ones."""
     architecture = name.split(".")[0]
     if not name.startswith(_SOURCES) and not timm.is_model(architecture):
         similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
@@ -207,31 +198,24 @@ def check_name(name: str) -> None:
 
 
 def read_config(folder: Path) -> PretrainConfig:
-    """Return the configuration of the run in `folder`, or raise CheckpointError if there is none, or names differ."""
+    """Return the configuration of the run in `folder`, or raise SlimmableError if there is none, or names differ."""
     path = folder / CONFIG
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
-    try:
-        values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
+    with explained(f"{path} is not the configuration of a run"):
+        values = dict(json.loads(read_text(path, _MOST_BYTES)))
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
-    for name, value in values.items():
-        if not fits(PretrainConfig, name, value):
-            raise CheckpointError(f"{path}: {name} cannot be {value!r:.80}")
+    for each in fields(PretrainConfig):
+        (one, several), value = kind_of(each), values[each.name]
+        kinds = {list} if several else {int, float} if one is float else {one}
+        if type(value) not in kinds | {type(each.default)}:  # a bool is no int
+            raise CheckpointError(f"{path}: {each.name} cannot be {value!r:.80}")
     try:
         return PretrainConfig(**values)
     except SlimmableError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
 
 
 @dataclass(frozen=True)
@@ -247,8 +231,7 @@ class Checkpoint:
         """Raise UsageError if `digest` is known and another than the checkpoint's, as the split would be another."""
         if None not in (digest, self.images) and digest != self.images:
             files = f"the files of the run (then {self.images}; now {digest})"
-            way = "undo what was added, removed or renamed there, or start a new run"
-            raise UsageError(f"--data {data} no longer holds {files}; {way}")
+            raise UsageError(f"--data {data} no longer holds {files}; put them back, or start a new run")
 
 
 def save_checkpoint(
@@ -296,53 +279,40 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
+    """Return the optimizer's state as tensors named `<parameter>.<name>`."""
     state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
     found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
-    return {name: torch.as_tensor(value) for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def load_optimizer_tensors(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int] | None = None, skipped: bool = False
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int], skipped: bool = False
 ) -> None:
     """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
 
-    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes. If
-    `steps` is given, it has the parameters with state, and how many steps they took, of which some may be `skipped`.
+    Raises CheckpointError, and loads nothing, unless they are like those that a step of this optimizer makes, of the
+    parameters in `steps`, which says how many steps each took, of which some may be `skipped`.
     """
-    parameters, what = _parameters_of(optimizer), "the optimizer's state in the checkpoint"
-    asked = {key.rpartition(".")[0] for key in tensors} if steps is None else steps
-    example = copy.deepcopy(optimizer)
+    example, what = copy.deepcopy(optimizer), "the optimizer's state in the checkpoint"
     example.state.clear()
     for name, parameter in _parameters_of(example).items():
-        parameter.grad = torch.zeros_like(parameter) if name in asked else None
+        parameter.grad = torch.zeros_like(parameter) if name in steps else None
     type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
     check_alike(optimizer_tensors(example), tensors, what)
-    for name, count in (steps or {}).items():
+    for name, count in steps.items():
         done = tensors.get(f"{name}.step")
         most = min(count, 2**24)  # where a float32 stops to count
         if done is not None and not (done <= most if skipped else done == most):
             raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
-    state: dict[int, dict[str, Tensor]] = {}
-    numbers = {name: number for number, name in enumerate(parameters)}
-    for key, tensor in tensors.items():
-        owner, _, name = key.rpartition(".")
-        if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
-            tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(numbers[owner], {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, own in optimizer_tensors(example).items():  # in their memory layout, which fused optimizers need
+        own.copy_(tensors[name])
+    optimizer.load_state_dict(example.state_dict())
 
 
 def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the parameters in their order, by the optimizer's names for them, or else by number."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-    return dict(zip(names or map(str, range(len(parameters))), parameters, strict=True))
-
-
-def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
-    """Return the backbone of `trained_method`."""
-    return trained_method(config, folder, channels, digest).backbone
+    """Return the parameters in their order, by the optimizer's names for them."""
+    groups = optimizer.param_groups
+    return {name: each for group in groups for name, each in zip(group["param_names"], group["params"], strict=True)}
 
 
 def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Method:
@@ -355,47 +325,37 @@ def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: 
     return method.eval()
 
 
-def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
-    """Write the networks of a run for `slimmable.load`: each width as a plain network, and one network of all widths.
+def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> list[str]:
+    """Write the networks of a run for `slimmable.load`: each width as a plain network, and networks of all widths.
 
-    Returns: whether the latter was written. Without gates the backbone was converted together with its head; in the
-        rare case that a backbone converted alone keeps other channels, that file is left out.
+    Returns: those of the latter that are left out, as timm's network keeps other channels, or does more with features.
     """
-    plain = {width: extract(backbone, width) for width in config.widths}
-    for width, network in plain.items():
-        save(network, folder / f"width-{width}.safetensors")
-    alone = backbone
-    if config.gate_budget is None:
-        alone = converted_backbone(config, channels)
-        if differences(alone.state_dict(), backbone.state_dict()):
-            return False
-        alone.load_state_dict(backbone.state_dict())
-        for width, network in plain.items():
-            ours, theirs = extract(alone, width).state_dict(), network.state_dict()
-            if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name].cpu()) for name in ours):
-                return False
-    save(alone, folder / MODEL)
-    return True
-
-
-def save_classifier(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> bool:
-    """Write the network of a supervised run with its classifier, all widths, as timm makes it; return whether it can.
-
-    It cannot if timm's network of this name has more than a linear layer above its features.
-    """
-    encoder, state = method.encoder.eval(), method.backbone.state_dict()
-    head = encoder.get_submodule("projector").state_dict()
-    whole = converted_backbone(config, channels, len(head["weight"]))
-    for name in whole.state_dict().keys() - state.keys():
-        state[name] = head.get(name.rpartition(".")[2], head["bias"])
-    if differences(whole.state_dict(), state):
-        return False
-    whole.load_state_dict(state)
-    images = torch.rand(2, channels, config.image_size, config.image_size, device=head["weight"].device)
-    whole.to(images.device).eval()
+    backbone = method.backbone
     for width in config.widths:
-        with torch.no_grad(), at_width(whole, width), at_width(encoder, width):
-            if not torch.allclose(whole(images), encoder(images), rtol=1e-4, atol=1e-4):
-                return False
-    save(whole, folder / CLASSIFIER)
+        save(extract(backbone, width), folder / f"width-{width}.safetensors")
+    if config.gate_budget is not None:
+        save(backbone, folder / MODEL)
+        return []
+    whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
+    return [name for name, network in whole.items() if not _save_whole(folder / name, config, network, channels)]
+
+
+def _save_whole(path: Path, config: PretrainConfig, trained: nn.Module, channels: int) -> bool:
+    """Write all widths of a backbone, or of an encoder that classifies, as timm makes it; return whether it can."""
+    if isinstance(trained, methods.Encoder):
+        head, state = trained.projector.state_dict(), trained.backbone.state_dict()
+        network = converted_backbone(config, channels, len(head["bias"]))
+        missing = network.state_dict().keys() - state.keys()
+        state |= {name: head.get(name.rpartition(".")[2], head["bias"]) for name in missing}
+    else:
+        network, state = converted_backbone(config, channels), trained.state_dict()
+    if differences(network.state_dict(), state):
+        return False
+    network.load_state_dict(state)
+    images = torch.rand(2, channels, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    for width in config.widths:
+        ours, theirs = (extract(each, width).cpu().eval()(images) for each in (network, trained))
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+            return False
+    save(network, path)
     return True

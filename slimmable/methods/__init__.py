@@ -1,19 +1,10 @@
-"""Training methods as modules: self-supervised, supervised, and from a teacher, each at every width."""
+"""Training methods as modules: self-supervised ones, and supervised training, each at every width."""
 
 from slimmable.methods.method import Batch, Encoder, Method, Outcome
-from slimmable.methods.published import BYOL, MoCoV2, MoCoV3, SimCLR, Supervised, VICReg
-from slimmable.methods.teacher import Distillation
+from slimmable.methods.published import BYOL, BarlowTwins, MoCoV2, MoCoV3, SimCLR, SimSiam, Supervised, VICReg
+from slimmable.methods.teachers import DINO, Distillation
 
 __all__ = [
-    "BYOL",
-    "Batch",
-    "Distillation",
-    "Encoder",
-    "Method",
-    "MoCoV2",
-    "MoCoV3",
-    "Outcome",
-    "SimCLR",
-    "Supervised",
-    "VICReg",
-]
+    "BYOL", "DINO", "BarlowTwins", "Batch", "Distillation", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome",
+    "SimCLR", "SimSiam", "Supervised", "VICReg",
+]  # fmt: skip

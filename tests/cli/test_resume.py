@@ -13,7 +13,7 @@ from slimmable.cli.run import (
     new_method,
     optimizer_tensors,
     save_checkpoint,
-    trained_backbone,
+    trained_method,
 )
 from slimmable.cli.training import Training
 from slimmable.errors import CheckpointError
@@ -202,7 +202,7 @@ def test_a_run_in_float16_whose_steps_all_overflowed_has_no_state(tmp_path):
 def test_a_kernel_never_sees_a_tensor_of_another_shape():
     """Fused AdamW would write behind the end of the three numbers."""
     parameter = torch.nn.Parameter(torch.ones(1000))
-    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer = torch.optim.AdamW([("0", parameter)], fused=True)
     parameter.grad = torch.ones(1000)
     optimizer.step()
     before = optimizer_tensors(optimizer)
@@ -216,7 +216,7 @@ def test_a_kernel_never_sees_a_tensor_of_another_shape():
         ({"0.exp_avg": memory}, r"missing: 0\.step, 0\.exp_avg_sq"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            load_optimizer_tensors(optimizer, tensors)
+            load_optimizer_tensors(optimizer, tensors, {"0": 1})
     assert all(optimizer_tensors(optimizer)[name] is before[name] for name in before)
 
 
@@ -228,4 +228,4 @@ def test_a_network_that_is_no_number_is_not_evaluated(run, tmp_path):
     save_checkpoint(tmp_path / "checkpoint.safetensors", network, found.training, found.step)
     config = PretrainConfig(**SETTINGS)
     with pytest.raises(CheckpointError, match=r"infinite or NaN: backbone\.conv1\.weight"):
-        trained_backbone(config, tmp_path, channels=1)
+        trained_method(config, tmp_path, channels=1)

@@ -36,10 +36,16 @@ def started(settings, channels=3, classes=7):
     return new_method(settings, channels, classes, read_start(settings, channels)).eval()
 
 
-def folder_of(model, path):
+def folder_of(model, path, **more):
     """Make a folder that timm reads as `local-dir:`."""
     path.mkdir()
-    known = {"input_size": [3, 64, 64], "classifier": "fc", "first_conv": "conv1.0", "num_classes": model.num_classes}
+    known = {
+        "input_size": [3, 64, 64],
+        "classifier": "fc",
+        "first_conv": "conv1.0",
+        "num_classes": model.num_classes,
+        **more,
+    }
     (path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": known} | known))
     safetensors.torch.save_file(model.state_dict(), path / "model.safetensors")
     return f"local-dir:{path}"
@@ -146,7 +152,7 @@ def test_a_resumed_run_needs_its_start_no_more(tmp_path, supervised, capsys):
     options = ["--num-images", "64", "--batch-size", "16", "--epochs", "1", "--widths", "1", "0.5", "--workers", "0"]
     line = ["pretrain", *options, "--method", "supervised", "--device", "cpu", "--output", str(folder)]
     assert main([*line, "--init", str(source)]) == 0
-    assert f"starting from {source}, with its classifier" in capsys.readouterr().out
+    assert f"starting from --init {source}, with its classifier" in capsys.readouterr().out
     assert read_config(folder).init == str(source)
     shutil.rmtree(source)
     assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu"]) == 0
@@ -180,16 +186,57 @@ def test_teachers_are_networks_of_the_full_width(tmp_path, supervised, teach):
 
 def test_teachers_that_cannot_teach(supervised):
     for given, message in (
-        ({"teacher": "no_model"}, "no_model is neither a folder nor a file, and not a model either"),
+        ({"teacher": "no_model"}, "timm has no model 'no_model'"),
         ({"teacher": str(supervised / "model.safetensors"), "teach": "scores"}, "has no classifier"),
         ({"teacher": "small_resnet"}, "timm has no pretrained weights for small_resnet"),
     ):
         with pytest.raises(SlimmableError, match=message):
             make_teacher(configure({"method": "distillation", **given}), 1)
-    with pytest.raises(UsageError, match="--teacher is for --method distillation, which needs one"):
+    with pytest.raises(
+        UsageError, match="--teacher is for --method distillation, which needs one; here --method distillation"
+    ):
         configure({"method": "distillation"})
-    with pytest.raises(UsageError, match="--teacher is for --method distillation, not simclr"):
+    with pytest.raises(
+        UsageError, match="--teacher is for --method distillation, which needs one; here --method simclr"
+    ):
         configure({"method": "simclr", "teacher": "test_resnet"})
+
+
+def test_a_teacher_sees_images_with_its_own_mean_and_standard_deviation(tmp_path, supervised):
+    """The student's images are (x - 0.2) / 0.4, those of the teacher (x - 0.5) / (0.5, 1, 2)."""
+    model, name = plain(), folder_of(plain(), tmp_path / "folder", mean=[0.5] * 3, std=[0.5, 1.0, 2.0])
+    given = {"method": "distillation", "teach": "scores", "data": str(tmp_path), "mean": (0.2,), "std": (0.4,)}
+    teacher = make_teacher(config(**given, teacher=name), 3).eval()
+    with torch.no_grad():
+        expected = model((IMAGE - 0.5) / torch.tensor([0.5, 1.0, 2.0])[:, None, None])
+        torch.testing.assert_close(teacher((IMAGE - 0.2) / 0.4), expected, rtol=1e-4, atol=1e-4)
+        run = tmp_path / "run"
+        shutil.copytree(supervised, run)
+        settings = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(settings | {"mean": [0.1], "std": [0.5]}))
+        teacher = make_teacher(configure({**given, "data": "digits", "teacher": str(run)}), 1).eval()
+        same = make_teacher(configure({"method": "distillation", "teach": "scores", "teacher": str(supervised)}), 1)
+        image = IMAGE[:, :1, :24, :24]
+        expected = same.eval()((image - 0.1) / 0.5)
+        torch.testing.assert_close(teacher((image - 0.2) / 0.4), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["plain", "slimmable"])
+@pytest.mark.parametrize("given", [{"method": "byol"}, {"method": "simclr", "gate_budget": 0.5}])
+def test_momentum_encoders_and_gated_networks_start_there_too(tmp_path, source, given):
+    network = plain(0)
+    if source == "slimmable":
+        network = slimmable.slimify(network, (1.0, 0.5), example_inputs=IMAGE)
+    slimmable.save(network, tmp_path / "w.safetensors")
+    own = {"init": str(tmp_path / "w.safetensors"), "model": "test_resnet", "image_size": 64, "widths": (1.0, 0.5)}
+    method = started(configure({**own, "importance": "none", **given}))
+    with torch.no_grad():
+        torch.testing.assert_close(method.backbone(IMAGE), network.eval()(IMAGE), rtol=1e-4, atol=1e-5)
+        if source == "slimmable":
+            with slimmable.at_width(network, 0.5), slimmable.at_width(method, 0.5):
+                torch.testing.assert_close(method.backbone(IMAGE), network(IMAGE), rtol=1e-4, atol=1e-5)
+        if given["method"] == "byol":
+            torch.testing.assert_close(method.momentum_encoder(IMAGE), method.encoder(IMAGE), rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_is_taught_and_resumed_and_exported(tmp_path, supervised):
