@@ -203,9 +203,7 @@ class PretrainConfig:
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
     model: str = option("small_resnet", "a timm model or hf-hub:NAME; small_resnet, resnet18_cifar for small images")
     init: str | None = option(None, "plain or slimmable weights to begin with", metavar="pretrained|FILE|RUN")
-    importance: str = option(
-        "magnitude", "order of plain weights, of which narrow widths keep the first", choices=_ORDERS
-    )
+    importance: str = option("magnitude", "order of plain weights; narrow widths keep the first", choices=_ORDERS)
     data: str = option(
         DIGITS,
         "digits: those of scikit-learn, cluttered; a folder with one folder of images per class, or a tar file; a name "

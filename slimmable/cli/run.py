@@ -70,9 +70,9 @@ def new_method(
     return methods.Distillation(encoder, teacher, kind=cast(TeacherKind, config.teach), temperature=config.temperature)
 
 
-def backbone_settings(config: PretrainConfig) -> dict[str, Any]:
-    """Return timm's arguments for a backbone, which has no classifier, and takes local crops as well, if it can."""
-    return {"num_classes": 0} | ({"dynamic_img_size": True} if config.local_crops else {})
+def backbone_settings(config: PretrainConfig, classes: int = 0) -> dict[str, Any]:
+    """Return timm's arguments for a backbone, without a classifier, which takes local crops as well, if it can."""
+    return {"num_classes": classes} | ({"dynamic_img_size": True} if config.local_crops else {})
 
 
 def build_method(
@@ -139,8 +139,7 @@ def build_method(
 
 def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method, or with timm's classifier."""
-    settings = {**backbone_settings(config), "num_classes": classes}
-    backbone = timm_backbone(config.model, channels, config.image_size, **settings)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config, classes))
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -180,9 +179,7 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
                 del sized[sizes.pop(0)]
     except OSError:  # of the Hub or a folder
         what = f"the pretrained weights of {name} cannot be downloaded" if pretrained else f"timm has no model {name!r}"
-        with explained(
-            what, "; download them elsewhere, and give the file, as with --checkpoint" if pretrained else ""
-        ):
+        with explained(what, "; download them elsewhere, and give the file: --checkpoint" if pretrained else ""):
             raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error

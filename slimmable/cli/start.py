@@ -48,9 +48,8 @@ def make_teacher(config: PretrainConfig, channels: int) -> nn.Module:
     """Return the plain network of `--teacher`, on images as the run has them: class scores out, or features."""
     name, run = str(config.teacher), Path(str(config.teacher))
     network = _network(name, channels, config.image_size)
-    own = (
-        read_config(run) if os.path.exists(run / CONFIG) else normalised(replace(config, mean=None, std=None), network)
-    )
+    own = normalised(replace(config, mean=None, std=None), network)
+    own = read_config(run) if os.path.exists(run / CONFIG) else own
     network = extract(network, 1.0) if any(map(is_slim, network.modules())) else network
     if config.teach == "scores":
         if getattr(network, "num_classes", None) == 0:
@@ -59,9 +58,8 @@ def make_teacher(config: PretrainConfig, channels: int) -> nn.Module:
         network = network.backbone
     else:
         network.reset_classifier(0)  # type: ignore[operator]
-    (mean, std), (own_mean, own_std) = (
-        (torch.tensor(each.mean or (0.0,)), torch.tensor(each.std or (1.0,))) for each in (config, own)
-    )
+    both = [(torch.tensor(each.mean or (0.0,)), torch.tensor(each.std or (1.0,))) for each in (config, own)]
+    (mean, std), (own_mean, own_std) = both
     return nn.Sequential(v2.Normalize(((own_mean - mean) / std).tolist(), (own_std / std).tolist()), network)
 
 
