@@ -20,7 +20,7 @@ from benchmarks.finetuning import finetune
 from slimmable.cli.data import Plain, load_images
 from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of_run
 from slimmable.cli.report import UNTRAINED, Row
-from slimmable.cli.run import read_config, trained_backbone
+from slimmable.cli.run import read_config, trained_method
 from slimmable.errors import SlimmableError, UsageError
 from slimmable.evaluation import ProbeName, accuracy_of
 
@@ -31,8 +31,9 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PRO
         raise UsageError(f"--epochs must be at least 1, got {epochs}")
     config = read_config(run)
     images = load_images(config)
-    backbone = trained_backbone(config, run, images.channels, images.digest)
-    rows = rows_of_run(config, backbone, images, probes)
+    method = trained_method(config, run, images.channels, images.digest)
+    backbone = method.backbone
+    rows = rows_of_run(config, method, images, probes)
     plain = (Plain(part, config.image_size) for part in (images.train, images.test))
     train, test = (torch.stack([part[index] for index in range(len(part))]) for part in plain)
     shares = {}

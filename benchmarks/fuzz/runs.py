@@ -28,7 +28,7 @@ from slimmable.cli.data import Plain, Views, cluttered_digits, folder_images, lo
 from slimmable.cli.export import timm_source
 from slimmable.cli.pretrain import read_gradients
 from slimmable.cli.report import Row, csv_log, read_report, to_csv
-from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_backbone
+from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_method
 from slimmable.cli.training import Training
 
 Input = tuple[Callable[[], object], str]
@@ -134,7 +134,7 @@ def read_checkpoint(draw: random.Random, folder: Path) -> Input:
         own.check_finite()
 
     def network() -> None:
-        backbone = trained_backbone(read_config(folder), folder, 1)
+        backbone = trained_method(read_config(folder), folder, 1).backbone
         assert all(tensor.isfinite().all() for tensor in backbone.state_dict().values())
         assert backbone(torch.zeros(1, 1, 24, 24)).isfinite().all()
 

@@ -69,16 +69,16 @@ class Evaluate:
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.lock import locked
         from slimmable.cli.report import PART
-        from slimmable.cli.run import read_config, trained_backbone
+        from slimmable.cli.run import read_config, trained_method
 
         config = read_config(self.run)
         with locked(self.run):
             images = load_images(config)
-            backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
+            method = trained_method(config, self.run, images.channels, images.digest).to(_find_device(self.device))
             parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
             probes = list(dict.fromkeys(probe + part for part in parts for probe in self.probes))
             workers = _count_workers(self.workers)
-            rows = rows_of_run(config, backbone, images, probes, workers)
+            rows = rows_of_run(config, method, images, probes, workers)
             say(report_run(config, self.run, rows, images, workers))
 
 
@@ -122,7 +122,7 @@ class Network:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
             rules = {"widths": known, "rounding": self.rounding or "nearest"}
             source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
-            folder = Path("runs/export", self.model)
+            folder = Path("runs/export", Path(self.model.rpartition(":")[2]).name)
         widths = source.widths if ALL in self.width else self.width
         return source, [source.widths[width_index(float(each), source.widths)] for each in widths], folder
 

@@ -22,11 +22,13 @@ from slimmable._widths import ROUNDINGS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
-METHODS = ("mocov2", "mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins", "dino", "supervised")
+_ONE_VIEW = ("supervised", "distillation")  # of an image
+METHODS = ("mocov2", "mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins", "dino", *_ONE_VIEW)
 GATED_METHODS = ("mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins")  # whose encoder sees two views
 _GATED = ", ".join(GATED_METHODS)
 _WITHOUT_LOGITS = ("byol", "simsiam", "vicreg", "barlowtwins")
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
+_ORDERS, _TEACH = ("magnitude", "none"), ("cosine", "mse", "scores")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _CROPS = "0.56; for folders 0.08 or 0.2"
@@ -199,7 +201,9 @@ class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
-    model: str = option("small_resnet", "a timm model; small_resnet, a ResNet-10, and resnet18_cifar for small images")
+    model: str = option("small_resnet", "a timm model or hf-hub:NAME; small_resnet, resnet18_cifar for small images")
+    init: str | None = option(None, "plain or slimmable weights to begin with", metavar="pretrained|FILE|RUN")
+    importance: str = option("magnitude", "order of plain weights; narrow widths keep the first", choices=_ORDERS)
     data: str = option(
         DIGITS,
         "digits: those of scikit-learn, cluttered; a folder with one folder of images per class, or a tar file; a name "
@@ -233,7 +237,7 @@ class PretrainConfig:
     head_std: float | None = option(
         None, "deviation of the projector's first weights", within=POSITIVE, shown="torch's"
     )
-    temperature: float = option(0.2, "temperature of the contrastive loss, or of dino's student", within=POSITIVE)
+    temperature: float = option(0.2, "temperature of the contrastive loss, or of a student", within=POSITIVE)
     teacher_temperature: float = option(
         0.07, "temperature of dino's teacher, after a tenth of the training that begins at 0.04", within=POSITIVE
     )
@@ -247,6 +251,8 @@ class PretrainConfig:
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
     bn_groups: int = option(1, "parts of the batch with BatchNorm statistics of their own, as on GPUs", within=UNITS)
+    teacher: str | None = option(None, "what --method distillation learns from", metavar="NAME|FILE|RUN")
+    teach: str = option("cosine", "what of it: features, by cosine or mse, or scores", choices=_TEACH)
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step over all processes", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
@@ -289,8 +295,10 @@ class PretrainConfig:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
             raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
-        if self.augmentation == "supervised" != method:
+        if self.augmentation == "supervised" and method not in _ONE_VIEW:
             raise UsageError(f"--augmentation supervised makes one view of an image, but --method {method} takes two")
+        if (self.teacher is None) == (method == "distillation"):
+            raise UsageError(f"--teacher is for --method distillation, which needs one; here --method {method}")
         if self.local_crops and method != "dino":
             raise UsageError(f"--local-crops is for --method dino, not {method}")
         if method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):

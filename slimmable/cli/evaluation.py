@@ -24,6 +24,7 @@ from slimmable.cli.training import Training
 from slimmable.errors import UsageError
 from slimmable.evaluation import ProbeName, evaluate_features, knn_accuracy, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
+from slimmable.methods import Method
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
@@ -96,17 +97,22 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 
 
 def rows_of_run(
-    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[str] = PROBES, workers: int = 0
+    config: PretrainConfig, method: Method, images: Images, probes: Sequence[str] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated.
+    """Evaluate every network of a run, trained and untrained; the gates of `method`, if any, must be calibrated.
 
     A probe such as "knn@0.1" learns from this fraction of the labels.
     """
+    backbone = method.backbone
     untrained = new_method(config, images.channels, len(images.classes)).backbone
     untrained.to(next(backbone.parameters()).device)
     prober = _Prober(config, images, probes, workers)
     passes = _passes(config, backbone, config.widths)
     shares, share_of = prober.measure(backbone, passes)
+    if config.method == "supervised":
+        scores, _ = features_in(_passes(config, method.encoder, config.widths), method.encoder, prober.test, workers)
+        for width, rated in scores.items():
+            shares[width]["classifier"] = float((rated.argmax(1) == images.test_labels).float().mean())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         if config.gate_budget is not None:

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import logging
-import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +28,9 @@ from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
-from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_backbone
-from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_method
+from slimmable.cli.start import read_weights
+from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.model import build, load, read, save
 from slimmable.view.state import is_slim
 
@@ -83,7 +83,7 @@ def run_source(run: Path) -> Source:
     data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
-    model = trained_backbone(config, run, channels)
+    model = trained_method(config, run, channels).backbone
     accuracy = {width: row.shares for width, row in read_report(run).items()}
     image, mean, std = (channels, size, size), config.mean or (0.0,), config.std or (1.0,)
     return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
@@ -121,22 +121,17 @@ def timm_source(
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
     if pretrained:
-        own = timm.get_pretrained_cfg(name)
-        if own is None or not own.has_weights:
-            raise UsageError(f"timm has no pretrained weights for {name}; leave out --pretrained, or use --checkpoint")
         weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
-        advice = "; download them elsewhere, and give the file with --checkpoint"
-        with explained(f"the pretrained weights of {name} cannot be downloaded", advice):
-            model, used = make_timm(name, {**settings, "pretrained": True}, image_size)
+        settings["pretrained"] = True
     else:
         weights = "Random: this is an architecture, not a trained network."
-        model, used = make_timm(name, settings, image_size)
+    model, used = make_timm(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
     tensors: dict[str, Tensor] = {}
     if checkpoint is not None:
-        weights, tensors = f"`{checkpoint.name}`.", _read_weights(checkpoint)
+        weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
@@ -147,23 +142,6 @@ def timm_source(
     base = known.get("hf_hub_id") if pretrained else None
     mean, std = tuple(known["mean"]), tuple(known["std"])
     return Source(name, model, widths_of(model), image, arguments, weights, mean, std, base)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"--checkpoint: there is no file {path}")
-    with explained(f"{path} is not a file of weights"):
-        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    if not all(map(_is_plain, tensors.values())):
-        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _is_plain(value: object) -> bool:
-    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
-    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
@@ -197,7 +175,7 @@ def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -
         path = folder / f"width-{width}.{kind}"
         any_batch = True
         if program is None or kind == "safetensors":
-            save(model, path, arguments=source.arguments)
+            save(model, path, arguments=None if ":" in source.name else source.arguments)  # if timm reads more of them
             written: Program = load(path)
         else:
             written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)

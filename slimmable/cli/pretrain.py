@@ -5,28 +5,28 @@ import time
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
-from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
+from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
-from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
+from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, save_networks, timm_backbone
+from slimmable.cli.start import make_teacher, normalised, read_start
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
+from slimmable.files.description import differences
 from slimmable.gating import gate_plan
 from slimmable.training.batchnorm import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
 GRADIENTS = "gradients.csv"
-_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network
+_CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network, or one that was fine-tuned
 
 
 def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
@@ -78,17 +78,25 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     images = load_images(config)
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
-    method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
+    checkpoint = options.output / CHECKPOINT
+    resumed = options.resume and checkpoint.exists()
     if not options.resume:
-        config = _normalised(config, method.backbone)
+        with torch.device("meta"):
+            config = normalised(config, timm_backbone(config.model, images.channels, config.image_size))
+    start = None if config.init is None or resumed else read_start(config, images.channels)
+    teacher = None if config.teacher is None else make_teacher(config, images.channels)
+    method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes), start, teacher)
+    if start is not None:
+        head = method.encoder.get_submodule("projector").state_dict()
+        kept = config.method == "supervised" and not differences(head, start.classifier)
+        _tell(options, f"starting from --init {config.init}{', with its classifier' if kept else ''}")
     if config.gate_budget is not None:
         least, width = max((gate_plan(method.backbone).least_share(width), width) for width in config.widths)
         if config.gate_budget < least:
             closed = f"{named_at(config.model, width)} with all gates closed costs {least:.3f} of its multiply-adds"
             raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.workers or 0)
-    checkpoint = options.output / CHECKPOINT
-    if options.resume and checkpoint.exists():
+    if resumed:
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
         training.resume(found)
@@ -100,15 +108,6 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if not options.resume and is_first():
         write_aside(options.output / CONFIG, lambda path: path.write_text(config.to_json()))
     return training
-
-
-def _normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
-    """Return the settings with the mean and the standard deviation that timm has for the network, if none are given."""
-    known: Any = {} if config.data == DIGITS else network.pretrained_cfg
-    found = [tuple(known.get(name, (usual,))) for name, usual in (("mean", 0.0), ("std", 1.0))]
-    if config.channels == 1:
-        found = [(sum(values) / len(values),) for values in found]
-    return replace(config, mean=config.mean or found[0], std=config.std or found[1])
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
@@ -171,7 +170,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> None:
 def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
-    if config.universal:
+    if config.universal or (config.init is not None and config.gate_budget is None):
         some = Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)
         calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
@@ -180,11 +179,11 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
             share = f"{reached:.3f} of the multiply-adds"
             _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
-    if not save_networks(folder, config, backbone, images.channels):
-        say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
+    for name in save_networks(folder, config, training.method, images.channels):
+        say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
-    rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
+    rows = rows_of_run(config, training.method, images, workers=options.workers or 0)
     _tell(options, report_run(config, folder, rows, images, options.workers or 0))
 
 

@@ -18,7 +18,8 @@ from slimmable.cli.config import read_text, require, say
 from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
-TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge", "finetuned": "fine-tuned"}
+TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge"}
+TITLES |= {"classifier": "own classifier", "finetuned": "fine-tuned"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _MOST_BYTES = 2**28  # of a table

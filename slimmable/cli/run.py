@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
+from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
 from slimmable.cli.config import PretrainConfig, explained, kind_of, printable, read_text
@@ -30,31 +31,58 @@ from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
+from slimmable.methods.teachers import TeacherKind
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 MODEL = "model.safetensors"
+CLASSIFIER = "classifier.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."
 _MOST_BYTES = 2**20  # of a configuration
+_SOURCES = ("hf-hub:", "local-dir:")  # of models, as timm names them
 _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "square_avg")
 
 
-def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
-    """Return the method of `config` with weights from its seed; supervised training tells `classes` classes apart."""
+@dataclass(frozen=True)
+class Start:
+    """Weights to start from: of the backbone, slimmable or plain, and of its linear classifier, if it has one."""
+
+    backbone: Mapping[str, Tensor]
+    slim: bool
+    classifier: Mapping[str, Tensor]
+
+
+def new_method(
+    config: PretrainConfig, channels: int, classes: int, start: Start | None = None, teacher: nn.Module | None = None
+) -> methods.Method:
+    """Return the method of `config` with random weights from its seed, or those of `start`.
+
+    Supervised training tells `classes` classes apart; distillation has as many outputs, or as many as its `teacher`.
+    """
     torch.manual_seed(config.seed)
     backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
-    return build_method(config, backbone, channels, classes)
+    if teacher is None:
+        return build_method(config, backbone, channels, classes, start)
+    taught = output_for(torch.zeros(2, channels, config.image_size, config.image_size), teacher, str(config.teacher))
+    check_matrices(f"--teacher {config.teacher}", output=taught)
+    encoder = build_method(config, backbone, channels, taught.shape[1], start).encoder
+    return methods.Distillation(encoder, teacher, kind=cast(TeacherKind, config.teach), temperature=config.temperature)
 
 
-def backbone_settings(config: PretrainConfig) -> dict[str, Any]:
-    """Return timm's arguments for a backbone, which has no classifier, and takes local crops as well, if it can."""
-    return {"num_classes": 0} | ({"dynamic_img_size": True} if config.local_crops else {})
+def backbone_settings(config: PretrainConfig, classes: int = 0) -> dict[str, Any]:
+    """Return timm's arguments for a backbone, without a classifier, which takes local crops as well, if it can."""
+    return {"num_classes": classes} | ({"dynamic_img_size": True} if config.local_crops else {})
 
 
-def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
+def build_method(
+    config: PretrainConfig, backbone: nn.Module, channels: int, classes: int, start: Start | None = None
+) -> methods.Method:
     """Return the method of `config` around `backbone`, which is converted together with its head; see `new_method`."""
     example = torch.zeros(2, channels, config.image_size, config.image_size)
+    order = config.importance if start is not None and not start.slim and config.importance != "none" else None
+    if start is not None and not start.slim:
+        load_exactly(backbone, start.backbone, f"--init {config.init}")
     output = output_for(example, backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
@@ -72,19 +100,26 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
                 nn.init.normal_(layer.weight, std=config.head_std)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        if config.gate_budget is None:
-            return _slimmed(config, methods.Encoder(backbone, projector), example)
-        if len(config.widths) > 1:  # a head that takes the features of every width
+        gated = config.gate_budget is not None
+        if gated and len(config.widths) > 1:  # a head that takes the features of every width
             whole = methods.Encoder(copy.deepcopy(backbone), projector)
-            projector = _slimmed(config, whole, example).get_submodule("projector")
-        slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
+            projector = _slimmed(config, whole, example, order).get_submodule("projector")
+        plain = backbone if gated else methods.Encoder(backbone, projector)  # the head has no gates, no cost
+        slim = _slimmed(config, plain, example, order)
+        if start is not None and start.slim:
+            load_exactly(backbone, start.backbone, f"--init {config.init}")
+        if not gated:
+            return slim
         try:
             return methods.Encoder(gate(slim, example_inputs=example, inplace=True), projector)
         except ConversionError as error:
             raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
 
-    if config.method == "supervised":
-        return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
+    if config.method in ("supervised", "distillation"):  # the latter learns once it has a teacher
+        classifier = methods.Supervised.projector(features, classes)
+        if start is not None and not differences(classifier.state_dict(), start.classifier):
+            classifier.load_state_dict(start.classifier)
+        return methods.Supervised(encoder(classifier))
     kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
     known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
     known["freeze"] = 1 / config.epochs
@@ -102,14 +137,14 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     return method
 
 
-def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
-    """Return a fresh backbone of `config`, converted without the head of the method."""
-    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
+def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> nn.Module:
+    """Return a fresh backbone of `config`, converted without the head of the method, or with timm's classifier."""
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config, classes))
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
-def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
-    rules: dict[str, Any] = {"rounding": config.rounding, "universal": config.universal}
+def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor, order: str | None = None) -> nn.Module:
+    rules: dict[str, Any] = {"rounding": config.rounding, "universal": config.universal, "importance": order}
     return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
 
 
@@ -128,6 +163,9 @@ def timm_backbone(name: str, channels: int, image_size: int | None, **settings: 
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
+    pretrained = settings.get("pretrained")
+    if pretrained and not name.startswith(_SOURCES) and not getattr(timm.get_pretrained_cfg(name), "has_weights", 0):
+        raise UsageError(f"timm has no pretrained weights for {name}; leave them out, or give a file of them")
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
     asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
     sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
@@ -139,14 +177,18 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
                 if not sizes:
                     raise
                 del sized[sizes.pop(0)]
+    except OSError:  # of the Hub or a folder
+        what = f"the pretrained weights of {name} cannot be downloaded" if pretrained else f"timm has no model {name!r}"
+        with explained(what, "; download them elsewhere, and give the file: --checkpoint" if pretrained else ""):
+            raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError if timm has no model of this name; the message suggests similar ones."""
+    """Raise UsageError if timm has no model of this name, unless it is of the Hub or a folder; suggest similar ones."""
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
+    if not name.startswith(_SOURCES) and not timm.is_model(architecture):
         similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists the names."
         raise UsageError(f"timm has no model {name!r}. {hint}")
@@ -270,33 +312,47 @@ def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
     return {name: each for group in groups for name, each in zip(group["param_names"], group["params"], strict=True)}
 
 
-def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
-    """Return the trained backbone of the run in `folder`, in eval mode; `digest` is that of its images, if known."""
+def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Method:
+    """Return the method of the run in `folder` with trained weights, in eval mode; `digest` is that of its images."""
     checkpoint = load_checkpoint(folder / CHECKPOINT)
     checkpoint.check_images(config.data, digest)
     scores = checkpoint.network.get("projector.bias", torch.empty(0))
-    method = new_method(config, channels, scores.numel())  # only supervised training has a classifier
+    method = new_method(config, channels, scores.numel())  # the size of a classifier
     load_exactly(method.encoder, checkpoint.network, str(folder / CHECKPOINT))
-    return method.backbone.eval()
+    return method.eval()
 
 
-def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
-    """Write the networks of a run for `slimmable.load`: each width as a plain network, and one network of all widths.
+def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> list[str]:
+    """Write the networks of a run for `slimmable.load`: each width as a plain network, and networks of all widths.
 
-    Returns: whether the latter was written: not in the rare case that a backbone without its head keeps other channels.
+    Returns: those of the latter that are left out, as timm's network keeps other channels, or does more with features.
     """
-    plain = {width: extract(backbone, width) for width in config.widths}
-    for width, network in plain.items():
-        save(network, folder / f"width-{width}.safetensors")
-    alone = backbone
-    if config.gate_budget is None:
-        alone = converted_backbone(config, channels)
-        if differences(alone.state_dict(), backbone.state_dict()):
+    backbone = method.backbone
+    for width in config.widths:
+        save(extract(backbone, width), folder / f"width-{width}.safetensors")
+    if config.gate_budget is not None:
+        save(backbone, folder / MODEL)
+        return []
+    whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
+    return [name for name, network in whole.items() if not _save_whole(folder / name, config, network, channels)]
+
+
+def _save_whole(path: Path, config: PretrainConfig, trained: nn.Module, channels: int) -> bool:
+    """Write all widths of a backbone, or of an encoder that classifies, as timm makes it; return whether it can."""
+    if isinstance(trained, methods.Encoder):
+        head, state = trained.projector.state_dict(), trained.backbone.state_dict()
+        network = converted_backbone(config, channels, len(head["bias"]))
+        missing = network.state_dict().keys() - state.keys()
+        state |= {name: head.get(name.rpartition(".")[2], head["bias"]) for name in missing}
+    else:
+        network, state = converted_backbone(config, channels), trained.state_dict()
+    if differences(network.state_dict(), state):
+        return False
+    network.load_state_dict(state)
+    images = torch.rand(2, channels, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    for width in config.widths:
+        ours, theirs = (extract(each, width).cpu().eval()(images) for each in (network, trained))
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
             return False
-        alone.load_state_dict(backbone.state_dict())
-        for width, network in plain.items():
-            ours, theirs = extract(alone, width).state_dict(), network.state_dict()
-            if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name].cpu()) for name in ours):
-                return False
-    save(alone, folder / MODEL)
+    save(network, path)
     return True

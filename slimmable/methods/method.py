@@ -116,7 +116,7 @@ class Method(nn.Module):
         return kept
 
     @staticmethod
-    def distillation() -> OnlineDistillation:
+    def distillation() -> OnlineDistillation | None:
         """Return the distillation that suits this method; by default that of SlimCLR, on cosines at temperature 5."""
         return OnlineDistillation()
 
@@ -244,7 +244,8 @@ class Method(nn.Module):
         kind = "embeddings" if distill.kind in ("embedding", "mse") else "logits"
         found: Sequence[Tensor] = getattr(outcome, kind)
         if not found:
-            kinds = f"distillation of kind {distill.kind!r} compares; its own is {self.distillation().kind!r}"
+            own = getattr(self.distillation(), "kind", None)
+            kinds = f"distillation of kind {distill.kind!r} compares; its own is {own!r}"
             raise UsageError(f"{type(self).__name__} has no {kind}, which {kinds}")
         return found
 

@@ -107,3 +107,13 @@ def test_alternatives_are_measured(tmp_path):
     assert all(row["slimify"]["recorded"] and row["slimify"]["right"] for row in found["graphs"])
     assert {row["way"] for row in found["reads"]} > {"extracted"}
     assert "right at half width" in (tmp_path / "table.md").read_text()
+
+
+def test_fine_tuning_is_measured_and_goes_on_where_it_stopped(tmp_path):
+    quick("fine_tune", tmp_path)
+    rows = list(csv.DictReader((tmp_path / "accuracy.csv").open()))
+    assert len(rows) == 5 * 2 * 4  # arms, statistics, widths
+    before = (tmp_path / "accuracy.csv").read_bytes()
+    quick("fine_tune", tmp_path)
+    assert (tmp_path / "accuracy.csv").read_bytes() == before
+    assert (tmp_path / "table.md").read_text().count(" ± ") == 6 * 4

@@ -1,9 +1,13 @@
+import os
+
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, so that a name on the Hub is refused at once
+
 from slimmable.__main__ import main
 from slimmable.cli.data import load_images
-from slimmable.cli.run import read_config, trained_backbone
+from slimmable.cli.run import read_config, trained_method
 
 OPTIONS = (
     *("--num-images", "64", "--batch-size", "16", "--epochs", "2", "--widths", "1", "0.5"),
@@ -42,4 +46,4 @@ def images(gated_run):
 @pytest.fixture
 def backbone(gated_run):
     """The trained backbone of `gated_run`, for each test anew."""
-    return trained_backbone(read_config(gated_run), gated_run, channels=1)
+    return trained_method(read_config(gated_run), gated_run, channels=1).backbone

@@ -73,6 +73,10 @@ LARGE = "large, but of use"
 TAKEN = {
     "pretrain --method": {},
     "pretrain --model": {},
+    "pretrain --init": {},
+    "pretrain --importance": {},
+    "pretrain --teacher": {},
+    "pretrain --teach": {},
     "pretrain --data": {},
     "pretrain --data-dir": {},
     "pretrain --mean": {"zero": SHARE, "tiny": SHARE},

@@ -13,7 +13,7 @@ from slimmable.__main__ import main
 from slimmable.cli.data import Images, load_images
 from slimmable.cli.evaluation import labelled_part, report_run, rows_of_run
 from slimmable.cli.report import read_rows, title_of
-from slimmable.cli.run import read_config, trained_backbone
+from slimmable.cli.run import read_config, trained_method
 from slimmable.evaluation import evaluate_features, knn_accuracy
 
 
@@ -46,7 +46,7 @@ def test_a_run_is_evaluated_with_a_part_of_its_labels(run, capsys):
     with (run / "metrics.csv").open() as file:
         found = list(csv.DictReader(file))
     config = read_config(run)
-    images, backbone = load_images(config), trained_backbone(config, run, 1)
+    images, backbone = load_images(config), trained_method(config, run, 1).backbone
     features = []
     for part in (images.train, images.test):
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_evaluation_holds_a_batch_of_images_however_many_there_are(run, tmp_path
 
     monkeypatch.setattr("slimmable.cli.evaluation.knn_accuracy", counting)
     config = read_config(run)
-    backbone = trained_backbone(config, run, 1)
+    backbone = trained_method(config, run, 1).backbone
     most = []
     for count in (300, 1200):
         parts = [Counted(count), Counted(count)]

@@ -12,8 +12,8 @@ from slimmable.__main__ import main
 from slimmable.cli.config import PretrainConfig, configure
 from slimmable.cli.data import Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import features_in
-from slimmable.cli.pretrain import _normalised
-from slimmable.cli.run import new_method, read_config, trained_backbone
+from slimmable.cli.run import new_method, read_config, trained_method
+from slimmable.cli.start import normalised
 from slimmable.cli.training import Training
 
 
@@ -43,7 +43,7 @@ def training_of(config):
 def test_a_training_batch_is_that_in_0_to_1_normalised(photos):
     plain = settings(photos)
     own = timm.create_model("resnet10t").pretrained_cfg
-    config = _normalised(plain, timm.create_model("resnet10t"))
+    config = normalised(plain, timm.create_model("resnet10t"))
     assert (config.mean, config.std) == (own["mean"], own["std"])
     *views, labels = next(training_of(config)._batches)
     *others, same = next(training_of(plain)._batches)
@@ -70,7 +70,7 @@ def test_features_are_those_of_normalised_images(photos):
 
 @pytest.mark.parametrize("given", [{}, {"mean": (0.25,)}, {"std": (0.5, 0.25, 0.125)}])
 def test_given_values_are_kept(photos, given):
-    config = _normalised(settings(photos, **given), timm.create_model("resnet10t"))
+    config = normalised(settings(photos, **given), timm.create_model("resnet10t"))
     own = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     assert {"mean": config.mean, "std": config.std} == own | given
 
@@ -79,7 +79,7 @@ def test_given_values_are_kept(photos, given):
 def test_digits_stay_as_they_are(model):
     config = PretrainConfig(num_images=16, model=model, image_size=32)
     images = load_images(config)
-    recorded = _normalised(config, timm.create_model(model, in_chans=1))
+    recorded = normalised(config, timm.create_model(model, in_chans=1))
     assert (recorded.mean, recorded.std) == ((0.0,), (1.0,))
     before, after = (Plain(images.train, 32, normalisation(each)) for each in (config, recorded))
     expected = images.train.float() / 255
@@ -90,7 +90,7 @@ def test_digits_stay_as_they_are(model):
 @pytest.mark.parametrize("preset", ["slimclr-mocov2-imagenet", "slimclr-simclr-imagenet", "supervised-imagenet"])
 def test_presets_take_the_values_of_imagenet(preset):
     config = configure({"data": "photos"}, preset)
-    config = _normalised(config, timm.create_model(config.model))
+    config = normalised(config, timm.create_model(config.model))
     assert config.mean == pytest.approx((0.485, 0.456, 0.406))
     assert config.std == pytest.approx((0.229, 0.224, 0.225))
 
@@ -123,7 +123,7 @@ def test_a_run_keeps_its_values(photos, tiny, tmp_path, capsys):
 
     config = read_config(out)
     images = load_images(config)
-    backbone = trained_backbone(config, out, 3)
+    backbone = trained_method(config, out, 3).backbone
     changed = json.dumps(written | {"mean": [0.0], "std": [1.0]})
     assert main(["pretrain", "--resume", "--output", str(out), "--device", "cpu", "--mean", "0.5"]) == 2
     assert "--mean: the run has (0.485, 0.456, 0.406), now (0.5,)" in capsys.readouterr().err

@@ -58,13 +58,20 @@ def test_a_run_goes_on_with_its_preset_named_again():
         with_preset({"method": "byol"}, "vicreg-imagenet")
 
 
+def of(method):
+    """Return the settings that a method needs."""
+    return {"method": method} | ({"teacher": "test_resnet"} if method == "distillation" else {})
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_folders_get_the_views_of_their_method(method):
-    config = configure({"method": method, "data": "/some/folder"})
-    own = {"mocov2": "mocov2", "simclr": "simclr", "simsiam": "mocov2", "supervised": "supervised"}
+    config = configure({**of(method), "data": "/some/folder"})
+    own = {"mocov2": "mocov2", "simclr": "simclr", "simsiam": "mocov2"} | dict.fromkeys(
+        ("supervised", "distillation"), "supervised"
+    )
     assert config.augmentation == own.get(method, "byol")
     assert config.image_size == 64
-    assert configure({"method": method}).augmentation == "digits"
+    assert configure(of(method)).augmentation == "digits"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
@@ -119,16 +126,18 @@ def test_a_warm_up_that_never_ends_is_refused(images):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
-    config = configure({"method": method, "num_images": 32, "batch_size": 16, "widths": (1.0, 0.5)})
+    config = configure({**of(method), "num_images": 32, "batch_size": 16, "widths": (1.0, 0.5)})
     images = load_images(config)
-    run = Training(config, new_method(config, 1, len(images.classes)), images, torch.device("cpu"))
+    teacher = None if config.teacher is None else nn.Sequential(nn.Flatten(), nn.Linear(24 * 24, 7))
+    made = new_method(config, 1, len(images.classes), teacher=teacher)
+    run = Training(config, made, images, torch.device("cpu"))
     run.step = run.steps - 1
     assert list(run.take_step()) == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_kinds_of_distillation_are_refused_where_a_step_could_not_take_them(method, images):
-    settings = {"method": method, "widths": (1.0, 0.5), "warmup_epochs": 0.0}
+    settings = {**of(method), "widths": (1.0, 0.5), "warmup_epochs": 0.0}
     refused = {"kl", "dkd", "atkd"} if method in ("byol", "simsiam", "vicreg", "barlowtwins") else set()
     for kind in refused:
         with pytest.raises(UsageError, match=f"--distill {kind} compares logits, which --method {method} does not"):

@@ -20,7 +20,7 @@ import slimmable
 from slimmable.__main__ import main
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import METHODS
-from slimmable.cli.run import load_checkpoint, read_config, save_networks, trained_backbone
+from slimmable.cli.run import load_checkpoint, read_config, save_networks, trained_method
 from slimmable.cli.training import Training
 
 
@@ -82,10 +82,10 @@ def test_the_model_of_a_run_loads_at_all_widths(run):
 
 def test_a_backbone_that_keeps_other_channels_without_its_head_is_left_out(run, tmp_path, monkeypatch):
     config = read_config(run)
-    backbone = trained_backbone(config, run, channels=1)
+    method = trained_method(config, run, channels=1)
     other = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=torch.zeros(2, 1, 24, 24), skip="")
     monkeypatch.setattr("slimmable.cli.run.converted_backbone", lambda config, channels: other)
-    assert not save_networks(tmp_path, config, backbone, 1)
+    assert save_networks(tmp_path, config, method, 1) == ["model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.safetensors", "width-0.5.safetensors"}
 
 

@@ -13,7 +13,7 @@ from slimmable.cli.run import (
     new_method,
     optimizer_tensors,
     save_checkpoint,
-    trained_backbone,
+    trained_method,
 )
 from slimmable.cli.training import Training
 from slimmable.errors import CheckpointError
@@ -228,4 +228,4 @@ def test_a_network_that_is_no_number_is_not_evaluated(run, tmp_path):
     save_checkpoint(tmp_path / "checkpoint.safetensors", network, found.training, found.step)
     config = PretrainConfig(**SETTINGS)
     with pytest.raises(CheckpointError, match=r"infinite or NaN: backbone\.conv1\.weight"):
-        trained_backbone(config, tmp_path, channels=1)
+        trained_method(config, tmp_path, channels=1)

@@ -923,6 +923,14 @@ CALLS: dict[str, Call] = {
     ),
     "methods.DINO.projector": Call(heads(bottleneck_dim=CHANNELS, batch_norm=FLAG)),
     "methods.Supervised": Call({"encoder": ENCODER, "label_smoothing": bad.fraction(0.1)}),
+    "methods.Distillation": Call(
+        {
+            "encoder": ENCODER,
+            "teacher": bad.module(network),
+            "kind": bad.choice("scores"),
+            "temperature": TEMPERATURE,
+        }
+    ),
     "methods.BYOL": Call({"encoder": ENCODER, "predictor": bad.module(predictor), "momentum": bad.fraction(0.9)}),
     "methods.MoCoV3": Call(
         {
@@ -942,6 +950,7 @@ CALLS: dict[str, Call] = {
             "temperature": TEMPERATURE,
         }
     ),
+    "methods.Distillation.projector": Call({"in_features": CHANNELS, "proj_dim": CHANNELS}),
     "methods.Supervised.projector": Call({"in_features": CHANNELS, "num_classes": CHANNELS}),
     **{
         f"methods.{name}.projector": Call(heads(**({"layers": bad.count(2)} if name == "MoCoV3" else {})))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import timm
 import torch
@@ -26,6 +27,17 @@ def predictor(plain: nn.Module) -> nn.Module:
     return slimmable.slimify(plain.double(), WIDTHS, example_inputs=torch.zeros(2, DIM, dtype=torch.float64))
 
 
+def teacher(num_classes: int) -> nn.Module:
+    """A network of another family, whose features have another size, and which would drop units in training mode."""
+    plain = timm.create_model("test_vit", img_size=32, num_classes=num_classes, drop_rate=0.5)
+    return plain.double().train()
+
+
+def distillation_of_features(kind: Literal["mse", "cosine"]) -> methods.Distillation:
+    plain = teacher(0)
+    return methods.Distillation(encoder(methods.Distillation.projector(FEATURES, plain.num_features)), plain, kind=kind)
+
+
 MAKE: dict[str, Callable[[], methods.Method]] = {
     "simclr": lambda: methods.SimCLR(encoder(methods.SimCLR.projector(FEATURES, HIDDEN, DIM))),
     "mocov2": lambda: methods.MoCoV2(
@@ -46,6 +58,11 @@ MAKE: dict[str, Callable[[], methods.Method]] = {
         encoder(methods.DINO.projector(FEATURES, HIDDEN, DIM)), proj_dim=DIM, local_crops=LOCAL
     ),
     "supervised": lambda: methods.Supervised(encoder(methods.Supervised.projector(FEATURES, CLASSES))),
+    "scores": lambda: methods.Distillation(
+        encoder(methods.Distillation.projector(FEATURES, CLASSES)), teacher(CLASSES), temperature=2.0
+    ),
+    "mse": lambda: distillation_of_features("mse"),
+    "cosine": lambda: distillation_of_features("cosine"),
 }
 
 

@@ -1,20 +1,24 @@
-"""DINO, whose momentum teacher sees two views of an image, and its student several smaller ones too."""
+"""Methods with a teacher: DINO, whose teacher is a momentum encoder, and distillation from a frozen network."""
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from slimmable import losses
-from slimmable._checks import checked
+from slimmable._checks import check_matrices, check_module, check_tensors, checked
 from slimmable._distributed import gather
+from slimmable._modules import in_eval_mode
 from slimmable._numerics import at_least_float32, matmul_without_autocast, unit_vectors
+from slimmable.errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation
 from slimmable.methods.method import Batch, Method, Outcome
 from slimmable.training import MomentumEncoder, cosine_momentum, synchronised_batchnorm
 
-_FIRST_TEMPERATURE = 0.04  # of the teacher
+TeacherKind = Literal["scores", "mse", "cosine"]
+_FIRST_TEMPERATURE = 0.04  # of DINO's teacher
 
 
 class DINO(Method):
@@ -125,3 +129,78 @@ def _outputs(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
         together = torch.stack(list(group), 1)
         found += network(together.flatten(0, 1)).unflatten(0, together.shape[:2]).unbind(1)
     return found
+
+
+class Distillation(Method):
+    """A frozen teacher that teaches every width at once (Hinton et al., *Distilling the Knowledge*, 2015).
+
+    The teacher runs once per step, in evaluation mode and without gradients, and is left as it is. It is no submodule,
+    so neither `parameters` nor the state dict has it; `to` moves it along. The full width does not teach the others,
+    unless the recipe has an `OnlineDistillation` too. The example of `Method` shows a step; here the batch has one
+    view, and the method also needs a teacher: `Distillation(encoder, timm.create_model(..., pretrained=True))`.
+
+    Args:
+        encoder: a converted `Encoder` whose embeddings are as large as the teacher's output, as with `projector`.
+        teacher: images in, a tensor (batch, size) out, as a timm model gives; of a model of transformers, "scores" are
+            its `logits`, and features its `pooler_output` or else the mean of `last_hidden_state` over the tokens. A
+            slimmable teacher runs at its active width.
+        kind: "scores": Kullback-Leibler divergence of the classes' probabilities at `temperature`, times its square;
+            "mse": mean squared difference of features; "cosine": 1 minus the cosine of features.
+        temperature: of both sides' scores.
+
+    Raises: UsageError: if the teacher shares parameters with the encoder.
+    """
+
+    views = 1
+    two_passes = False
+    distillation = staticmethod(lambda: None)
+    teacher: nn.Module
+
+    @checked
+    def __init__(
+        self, encoder: nn.Module, teacher: nn.Module, *, kind: TeacherKind = "scores", temperature: float = 4.0
+    ) -> None:
+        super().__init__(encoder)
+        check_module("Distillation: teacher", teacher)
+        if not isinstance(kind, str) or kind not in get_args(TeacherKind):
+            raise UsageError(f"Distillation: kind must be one of {', '.join(get_args(TeacherKind))}, got {kind!r:.80}")
+        if not set(encoder.parameters()).isdisjoint(teacher.parameters()):
+            raise UsageError("Distillation: the teacher shares parameters with the encoder; give a copy, which stays")
+        self.kind, self.on_scores = kind, OnlineDistillation("kl", temperature, temperature)
+        vars(self)["teacher"] = teacher  # no submodule
+
+    @staticmethod
+    @checked
+    def projector(in_features: int, proj_dim: int) -> nn.Linear:
+        """Return the linear map to the size of the teacher's output: (batch, in_features) -> (batch, proj_dim)."""
+        return nn.Linear(in_features, proj_dim)
+
+    def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
+        """Return the teacher's scores or features; raise DataError if its output has none."""
+        with in_eval_mode(self.teacher):
+            output: Any = self.teacher(batch.views[0])
+        names = ("logits",) if self.kind == "scores" else ("pooler_output", "last_hidden_state")  # of transformers
+        found = [each for name in names if isinstance(each := getattr(output, name, None), Tensor)]
+        output = found[0].mean(1) if found and found[0].ndim == 3 else (found or [output])[0]
+        check_tensors("Distillation", **{f"the teacher's output, or its {' or '.join(names)},": output})
+        output = output.flatten(1) if output.shape[2:] == (1, 1) else output
+        check_matrices("Distillation", **{"the teacher's output": output})
+        return [output.detach()]
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Return the loss of the embeddings; raise DataError if the teacher's output has another shape."""
+        student, (target,) = self.encoder(batch.views[0]), batch.targets
+        if student.shape != target.shape:
+            sizes = f"embeddings of shape {tuple(student.shape)} from a teacher's output of {tuple(target.shape)}"
+            raise DataError(f"Distillation: cannot learn {sizes}; end the encoder with Distillation.projector(...)")
+        if self.kind == "scores":
+            loss = self.on_scores(student, target) - self.on_scores.floor(target)
+        elif self.kind == "mse":
+            loss = losses.squared_error(student, target)
+        else:
+            loss = 1 + losses.simsiam_loss(student, target)
+        return Outcome(loss, [student], [student])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # of `to`, `cuda`, `double` and the like
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
