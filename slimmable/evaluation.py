@@ -34,8 +34,8 @@ from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
 __all__ = [
-    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy", "probe_loss",
-    "ridge_classifier", "train_probe", "train_slimmable_probe",
+    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy",
+    "label_fraction", "probe_loss", "ridge_classifier", "train_probe", "train_slimmable_probe",
 ]  # fmt: skip
 
 Features = Mapping[float, Tensor]
@@ -85,6 +85,38 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
     """Return the images on the device of `model`, with uint8 scaled to [0, 1]."""
     moved = images.to(next(model.parameters(), images).device)
     return moved.float() / 255 if moved.dtype == torch.uint8 else moved
+
+
+@checked
+def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """Return the indices of a part of the images with the same fraction of each class, ascending, for semi-supervision.
+
+    A class of `n` images keeps `round(fraction * n)` of them, at least one. For the same seed, those of a small
+    fraction are among those of every larger one. Give the images to a loader as
+    `torch.utils.data.Subset(images, label_fraction(labels, 0.01).tolist())`.
+
+    Args:
+        labels: class numbers, shape (images,).
+        fraction: in (0, 1], such as 0.01 or 0.1.
+        seed: of the choice.
+
+    Raises: DataError: if `labels` are not class numbers of at least one image. UsageError: if `fraction` is not in
+        (0, 1].
+
+    >>> label_fraction(torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]), 0.25).shape
+    torch.Size([2])
+    """
+    if not 0 < number_or_nan(fraction) <= 1:
+        raise UsageError(f"label_fraction: fraction must be in (0, 1], got {fraction!r:.80}")
+    check_labelled("label_fraction: labels", labels, labels)
+    check_classes("label_fraction", labels, None)
+    classes = labels.long().cpu()
+    drawn = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    drawn = drawn[classes[drawn].argsort(stable=True)]  # class by class, in random order
+    counts = classes.bincount()
+    place = torch.arange(len(drawn)) - (counts.cumsum(0) - counts)[classes[drawn]]  # of each image in its class
+    kept = (counts.double() * fraction).round().clamp(min=1)
+    return drawn[place < kept[classes[drawn]]].sort().values
 
 
 @checked

@@ -698,6 +698,13 @@ CALLS: dict[str, Call] = {
             "batch_size": bad.count(4),
         }
     ),
+    "evaluation.label_fraction": Call(
+        {
+            "labels": LABELS.but(a_row_less="fewer labels"),
+            "fraction": bad.open_fraction(0.5).but(one="all of them"),
+            "seed": bad.count(1).but(zero="a seed", negative="a seed"),
+        }
+    ),
     "evaluation.accuracy_of": Call(
         {"model": ANY_MODEL, "images": IMAGES, "labels": LABELS, "batch_size": bad.count(4)}
     ),
