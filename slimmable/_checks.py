@@ -130,9 +130,10 @@ _NAMES: dict[Callable[..., None], str] = {
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
     "variance weight_decay",
     check_number: "end epoch",
-    check_function: "backward closure evaluate function",
+    check_function: "after_epoch backward closure evaluate function",
     check_path: "path",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
+    must_be("cosine or euclidean", lambda value: isinstance(value, str) and value in ("cosine", "euclidean")): "metric",
     check_integer: "offset seed",
     partial(check_sizes, least=0): "padding",
     check_share: "budget",

@@ -1,9 +1,10 @@
 """Evaluate the frozen features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import skip_init
 from slimmable._checks import (
     are_class_numbers,
     check_classes,
+    check_count,
     check_features,
     check_finite,
     check_labelled,
@@ -22,38 +24,50 @@ from slimmable._checks import (
     check_tensors,
     checked,
     number_or_nan,
+    shown,
 )
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
 from slimmable._numerics import at_least_float32
-from slimmable._width import at_width, widths_of
+from slimmable._width import AllWidths, at_width, run_widths
 from slimmable._widths import check_widths
-from slimmable.errors import DataError, UsageError
+from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
 __all__ = [
     "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy",
-    "label_fraction", "probe_loss", "ridge_classifier", "train_probe", "train_slimmable_probe",
+    "label_fraction", "linear_evaluation", "probe_loss", "ridge_classifier", "train_probe", "train_slimmable_probe",
 ]  # fmt: skip
 
 Features = Mapping[float, Tensor]
+Linears: TypeAlias = "dict[float, nn.Linear]"
+Batches = Iterable[Sequence[Tensor]]  # pairs of images and their labels
+LinearName = Literal["linear", "slimmable"]
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
+Metric = Literal["cosine", "euclidean"]
 
-_CHUNK = 1024  # images whose neighbours are found together
+_CHUNK = 2**26  # similarities computed at a time
 _NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
 _NO_EPS = 1e-30  # too small to change a variance from `_scaled`; torch 2.11 does not allow 0
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Fraction of held-out images that each probe classifies correctly, in [0, 1]; NaN for a probe that did not run."""
+    """Fraction of held-out images that each probe classifies correctly, in [0, 1]; NaN for a probe that did not run.
+
+    For those that end in `_top5` it is enough that the right class has one of the five largest scores.
+    """
 
     knn: float = math.nan
     linear: float = math.nan
     slimmable: float = math.nan
     ridge: float = math.nan
+    knn_top5: float = math.nan
+    linear_top5: float = math.nan
+    slimmable_top5: float = math.nan
+    ridge_top5: float = math.nan
 
 
 @checked
@@ -111,12 +125,10 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
     check_labelled("label_fraction: labels", labels, labels)
     check_classes("label_fraction", labels, None)
     classes = labels.long().cpu()
-    drawn = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
-    drawn = drawn[classes[drawn].argsort(stable=True)]  # class by class, in random order
-    counts = classes.bincount()
-    place = torch.arange(len(drawn)) - (counts.cumsum(0) - counts)[classes[drawn]]  # of each image in its class
-    kept = (counts.double() * fraction).round().clamp(min=1)
-    return drawn[place < kept[classes[drawn]]].sort().values
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    order = order[classes[order].argsort(stable=True)]
+    members = torch.split(order, classes.bincount().tolist())
+    return torch.cat([own[: max(1, round(fraction * len(own)))] for own in members]).sort().values
 
 
 @checked
@@ -138,28 +150,32 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     scores = outputs_of(model, images, batch_size)
     check_matrices("accuracy_of", scores=scores)
     check_finite("accuracy_of: scores", scores)
-    return _accuracy(scores, labels)
+    return _share(_hits(scores, labels)[:, 0])
 
 
 @checked
 def evaluate_widths(
     backbone: nn.Module,
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Tensor | Batches,
+    train_labels: Tensor | None = None,
+    test: Tensor | Batches | None = None,
+    test_labels: Tensor | None = None,
     *,
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
+    metric: Metric = "cosine",
+    temperature: float | None = 0.1,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of classifiers trained on the frozen features of `train`.
 
     The features of every width are computed once, in eval mode; the backbone is not changed.
 
     Args:
-        backbone: a converted network; images in, features of shape (batch, features) out.
-        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1].
-        train_labels, test_labels, k: as in `evaluate_features`.
+        backbone: a converted network, images in, features of shape (batch, features) out; or `AllWidths` of one.
+        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or,
+            without labels, a `DataLoader` or another iterable of batches (images, labels), whose images need not fit
+            into memory: `evaluate_widths(backbone, loader, test=test_loader)`.
+        train_labels, test_labels, k, metric, temperature: as in `evaluate_features`.
         probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
             width first; a part of a converted network must have them in this order.
 
@@ -173,13 +189,45 @@ def evaluate_widths(
     [1.0, 0.5]
     """
     _check_probes("evaluate_widths", probes)
-    check_labelled("evaluate_widths: train", train, train_labels)
-    check_labelled("evaluate_widths: test", test, test_labels)
-    known, asked = (
-        narrowest_first(backbone, {width: features_of(backbone, images, width) for width in widths_of(backbone)})
-        for images in (train, test)
-    )
-    return evaluate_features(known, train_labels, asked, test_labels, probes=probes, k=k)
+    known = _all_features("evaluate_widths: train", backbone, train, train_labels)
+    asked = _all_features("evaluate_widths: test", backbone, test, test_labels)
+    return evaluate_features(*known, *asked, probes=probes, k=k, metric=metric, temperature=temperature)
+
+
+def _all_features(where: str, backbone: nn.Module, images: Any, labels: Any) -> tuple[dict[float, Tensor], Tensor]:
+    """Return width -> features, float32, and the labels, of images or batches of (images, labels)."""
+    if isinstance(images, Tensor) or labels is not None:
+        check_labelled(where, images, labels)
+        images = zip(torch.split(images, 256), torch.split(labels, 256), strict=True)
+    found = list(_batches(where, backbone, images))
+    features = {width: torch.cat([part[width].float() for part, _ in found]) for width in found[0][0]}
+    return features, torch.cat([own for _, own in found])
+
+
+def _batches(
+    where: str, backbone: nn.Module, batches: object, num_classes: int | None = None
+) -> Iterator[tuple[dict[float, Tensor], Tensor]]:
+    """Yield width -> features, those of the narrowest width first in each, and the labels of each batch."""
+    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, str, Mapping)):
+        raise DataError(f"{where} must be images with labels, or batches of both, got {shown(batches)}")
+    every = next((module for module in backbone.modules() if isinstance(module, AllWidths)), None)
+    batch = None
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            way = "let the collate_fn of the loader return (images, labels)"
+            raise DataError(f"{where}: each batch must be (images, labels), got {shown(batch)}; {way}")
+        check_labelled(f"{where}: a batch", *batch)
+        check_classes(f"{where}: a batch", batch[1], num_classes)
+        images = as_input(backbone, batch[0])
+        with torch.no_grad(), in_eval_mode(backbone):
+            found = run_widths(backbone, images) if every is None else backbone(images)
+        check_matrices(where, **{f"features at width {width}": found[width] for width in check_widths(found)})
+        for width, features in found.items():
+            check_finite(f"{where} features at width {width}", features)
+            found[width] = at_least_float32(features)
+        yield narrowest_first(every.model if every else backbone, found), batch[1].to(found[1.0].device)
+    if batch is None:
+        raise DataError(f"{where} is empty; give at least one batch, and no generator that has ended")
 
 
 @checked
@@ -191,6 +239,8 @@ def evaluate_features(
     *,
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
+    metric: Metric = "cosine",
+    temperature: float | None = 0.1,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of classifiers trained on `train`, for features already computed.
 
@@ -200,7 +250,7 @@ def evaluate_features(
         probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "slimmable" one for all widths
             (`train_slimmable_probe`, which needs the features of a width to be the first ones of every wider width),
             "ridge" the closed form per width (`ridge_classifier`).
-        k: number of neighbours that vote.
+        k, metric, temperature: of "knn", as in `knn_accuracy`.
 
     Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
@@ -224,23 +274,22 @@ def evaluate_features(
     found = {}
     for width in widths:
         known, asked = train[width], test[width]
-        accuracies = {}
+        scores = {}
         for name, probe in trained.items():
             with at_width(probe, width), torch.no_grad():
-                accuracies[name] = _accuracy(probe(asked.float()), test_labels)
+                scores[name] = probe(asked.float())
         if "knn" in probes:
-            accuracies["knn"] = knn_accuracy(known, train_labels, asked, test_labels, k=k)
+            scores["knn"] = _votes(known, train_labels, asked, classes, k, metric, temperature)
         if "ridge" in probes:
-            classifier = ridge_classifier(known, train_labels, num_classes=classes)
-            accuracies["ridge"] = _accuracy(classifier(asked), test_labels)
-        found[width] = Accuracies(**accuracies)
+            scores["ridge"] = ridge_classifier(known, train_labels, num_classes=classes)(asked)
+        found[width] = _accuracies({name: _hits(each, test_labels) for name, each in scores.items()})
     return found
 
 
-def _check_probes(where: str, probes: Sequence[ProbeName]) -> None:
+def _check_probes(where: str, probes: Sequence[str], known: Sequence[str] = get_args(ProbeName)) -> None:
     listed = isinstance(probes, Iterable) and not isinstance(probes, str)
-    if not listed or not probes or any(name not in get_args(ProbeName) for name in probes):
-        raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(ProbeName))}; got {probes!r}")
+    if not listed or not probes or any(name not in known for name in probes):
+        raise UsageError(f"{where}: probes must be a list of {', '.join(known)}; got {probes!r}")
 
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
@@ -256,8 +305,22 @@ def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: 
     return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
 
 
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(1) == labels.to(scores.device)).float().mean().item()
+def _hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return whether the class of each image has the largest score, and one of the five largest, shape (images, 2)."""
+    labels = labels.to(scores.device)
+    best, classes = scores.topk(min(5, scores.shape[1]))
+    first = scores.argmax(1) == labels
+    five = (classes == labels.unsqueeze(1)) & (best > -math.inf)  # a class without votes is not among them
+    return torch.stack([first, first | five.any(1)], 1)
+
+
+def _share(right: Tensor) -> float:
+    return int(right.sum()) / len(right)
+
+
+def _accuracies(hits: Mapping[str, Tensor]) -> Accuracies:
+    top1 = {name: _share(found[:, 0]) for name, found in hits.items()}
+    return Accuracies(**top1, **{f"{name}_top5": _share(found[:, 1]) for name, found in hits.items()})
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
@@ -276,20 +339,30 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
     return {width: part[:, order[width].to(part.device)] for width, part in features.items()}
 
 
-@torch.no_grad()
 @checked
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.1
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    metric: Metric = "cosine",
+    temperature: float | None = 0.1,
 ) -> float:
     """Return the fraction of `test` that a weighted vote of the `k` nearest features of `train` classifies correctly.
 
     The nearest features have the largest cosines, and their votes are `exp(cosine / temperature)` (Wu et al.,
-    *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4).
+    *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4: `k` 200, temperature
+    0.07). By "euclidean" they have the smallest distances `d`, and their votes are `exp(-d**2 / (2 temperature))`; for
+    features of unit length this is the same.
 
     Args:
-        train, test: features of shape (images, ...), which are flattened and scaled to unit length.
+        train, test: features of shape (images, ...), which are flattened, and for "cosine" scaled to unit length.
         train_labels, test_labels: class numbers, shape (images,).
         k: number of neighbours, at most all of `train`.
+        metric: "cosine" or "euclidean".
+        temperature: of the votes; with None each neighbour has one vote.
 
     Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
@@ -298,15 +371,28 @@ def knn_accuracy(
     0.6666666666666666
     """
     classes = _check_sets("knn_accuracy", "", train, train_labels, test, test_labels)
-    bank = F.normalize(train.float().reshape(len(train), -1), dim=1)
-    queries = F.normalize(test.float().reshape(len(test), -1), dim=1)
-    right = 0
-    for features, labels in zip(torch.split(queries, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
-        cosines, nearest = (features @ bank.T).topk(min(k, len(bank)))
-        votes = features.new_zeros(len(features), classes)
-        votes.scatter_add_(1, train_labels[nearest].long(), ((cosines - cosines[:, :1]) / temperature).exp())
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(test_labels)
+    return _share(_hits(_votes(train, train_labels, test, classes, k, metric, temperature), test_labels)[:, 0])
+
+
+@torch.no_grad()
+def _votes(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, metric: Metric, temperature: float | None
+) -> Tensor:
+    """Return the votes for each class, shape (images of `test`, classes); minus infinity if there is none."""
+    exact = torch.float64 if train.dtype == torch.float64 else torch.float32
+    bank, queries = (features.to(exact).reshape(len(features), -1) for features in (train, test))
+    if metric == "cosine":
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    else:
+        queries, bank = queries - bank.mean(0), bank - bank.mean(0)  # which takes less rounding than from afar
+    halves = bank.square().sum(1) / 2 if metric == "euclidean" else 0
+    found = []
+    for part in torch.split(queries, max(1, _CHUNK // len(bank))):
+        near, places = (part @ bank.T - halves).topk(min(k, len(bank)))
+        weights = torch.ones_like(near) if temperature is None else ((near - near[:, :1]) / temperature).exp()
+        found.append(part.new_zeros(len(part), classes).scatter_add_(1, labels[places].long(), weights))
+    votes = torch.cat(found)
+    return votes.masked_fill(votes == 0, -math.inf)
 
 
 @checked
@@ -372,8 +458,8 @@ def train_probe(
     tensor([0, 1, 2, 3])
     """
     classes, moments, scaled = _scaled("train_probe", features, labels, num_classes)
-    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
-    linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
+    linears = {width: zero_linear(part, classes) for width, part in scaled.items()}
+    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device="meta")  # which draws no numbers
     probe.linears = nn.ModuleList(linears.values())
     _minimise(linears, scaled, labels, epochs, batch_size, learning_rate, seed)
     with torch.no_grad():
@@ -423,15 +509,16 @@ def train_slimmable_probe(
     norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
         norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
-    linear = zero_linear(full, classes, labels.device)
+    linear = zero_linear(scaled[1.0], classes)
     _minimise(dict.fromkeys(scaled, linear), scaled, labels, epochs, batch_size, learning_rate, seed)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
 
-def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
-    """Return a linear layer of zeros, without drawing random numbers."""
-    linear: nn.Linear = skip_init(nn.Linear, features, classes, device=device)  # type: ignore[no-untyped-call]
+def zero_linear(features: Tensor, classes: int) -> nn.Linear:
+    """Return a linear layer of zeros for such features, without drawing random numbers."""
+    alike: Any = {"device": features.device, "dtype": features.dtype}
+    linear: nn.Linear = skip_init(nn.Linear, features.shape[1], classes, **alike)  # type: ignore[no-untyped-call]
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -450,23 +537,126 @@ def _scaled(
 
 
 def _minimise(
-    linears: dict[float, nn.Linear], features: Features, labels: Tensor, epochs: int, size: int, rate: float, seed: int
+    linears: Linears, features: Features, labels: Tensor, epochs: int, size: int, rate: float, seed: int
 ) -> None:
-    """Minimise `probe_loss` of linear layers, the first columns of which serve a width with fewer features."""
-    optimizer = torch.optim.SGD(nn.ModuleList(linears.values()).parameters(), lr=rate, momentum=0.9)
+    """Train linear layers on all of the features, in a new order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    def batches() -> Iterator[tuple[Features, Tensor]]:
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for rows in torch.split(order, size):
+            yield {width: part[rows] for width, part in features.items()}, labels[rows]
+
+    _descend({"linear": linears}, batches, epochs, rate)
+
+
+def _scores(linears: Linears, features: Features) -> dict[float, Tensor]:
+    """Return the scores of linear layers, the first columns of which serve a width with fewer features."""
+    parts = ((width, linears[width], part) for width, part in features.items())
+    return {width: F.linear(part, each.weight[:, : part.shape[1]], each.bias) for width, each, part in parts}
+
+
+def _descend(
+    kinds: Mapping[str, Linears],
+    batches: Callable[[], Iterable[tuple[Features, Tensor]]],
+    epochs: int,
+    rate: float,
+    milestones: Sequence[int] = (),
+    distill: bool = True,
+    start: Mapping[str, Any] | None = None,
+    after_epoch: Callable[[dict[str, Any]], object] | None = None,
+) -> None:
+    """Minimise `probe_loss` of several kinds of linear layers by SGD; the arguments are as in `linear_evaluation`."""
+    layers = nn.ModuleDict({kind: nn.ModuleList(dict.fromkeys(linears.values())) for kind, linears in kinds.items()})
+    optimizer = torch.optim.SGD(layers.parameters(), lr=rate, momentum=0.9)
+    if start is not None:
+        layers.load_state_dict(start["layers"])
+        optimizer.load_state_dict(start["optimizer"])
+    for epoch in range(0 if start is None else start["epoch"], epochs):
+        tenths, cosine = sum(epoch >= milestone for milestone in milestones), math.cos(math.pi * epoch / epochs)
+        optimizer.param_groups[0]["lr"] = rate * (0.1**tenths if milestones else (1 + cosine) / 2)
+        for features, labels in batches():
             optimizer.zero_grad()
-            scores = {
-                width: F.linear(features[width][rows], linear.weight[:, : features[width].shape[1]], linear.bias)
-                for width, linear in linears.items()
-            }
-            probe_loss(scores, labels[rows]).backward()  # type: ignore[no-untyped-call]
+            for linears in kinds.values():
+                scores = _scores(linears, features)
+                for part in [scores] if distill else [{1.0: each} for each in scores.values()]:
+                    probe_loss(part, labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+        if not all(parameter.isfinite().all() for parameter in layers.parameters()):
+            raise DivergedError(f"a linear classifier is not finite after epoch {epoch + 1}; lower learning_rate")
+        if after_epoch is not None:
+            state = {"epoch": epoch + 1, "layers": layers.state_dict(), "optimizer": optimizer.state_dict()}
+            after_epoch(copy.deepcopy(state))
+
+
+@checked
+def linear_evaluation(
+    backbone: nn.Module,
+    train: Batches,
+    test: Batches,
+    *,
+    num_classes: int,
+    probes: Sequence[LinearName] = ("linear",),
+    epochs: int = 90,
+    learning_rate: float = 0.1,
+    milestones: Sequence[int] = (),
+    distill: bool = True,
+    start: Mapping[str, Any] | None = None,
+    after_epoch: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[float, Accuracies]:
+    """Return width -> accuracies on `test` of linear classifiers trained on random crops, as papers report them.
+
+    The frozen backbone runs in eval mode on each batch of each epoch, at all widths on the same images. The classifiers
+    take its features as they are, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight
+    decay. From epoch to epoch the learning rate follows a cosine, or falls to a tenth at each of `milestones`.
+
+    Args:
+        backbone: as in `evaluate_widths`.
+        train, test: `DataLoader`s, or others that give batches (images, labels) anew in each epoch: of random crops,
+            mirrored at random, and for testing of centre crops.
+        num_classes: number of classes.
+        probes: "linear" for one classifier per width, "slimmable" for one whose first columns serve narrow widths.
+        epochs, milestones: SlimCLR has 90, with MoCo v2 100 and the milestones 60 and 80.
+        learning_rate: for batches of 256; it is multiplied by the size of the first one / 256. SlimCLR has 0.1, with
+            MoCo v2 15.
+        distill: False trains every width on the labels alone, True also on the full width's class probabilities.
+        after_epoch: is given after each epoch all that is needed to go on: classifiers, momenta, and the epochs done.
+        start: what `after_epoch` was given; the evaluation goes on from there, with the same settings.
+
+    Raises: DataError: if batches, labels or features do not fit. DivergedError: if a classifier is no longer finite.
+        UsageError: if `train` or `test` cannot start anew, or `start` is of another evaluation.
+
+    >>> from slimmable.layers import SlimLinear
+    >>> backbone = nn.Sequential(SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
+    >>> batches = [(torch.rand(10, 4), torch.arange(10) % 3) for _ in range(4)]
+    >>> linear_evaluation(backbone, batches, batches, num_classes=3, epochs=2)[0.5].linear_top5  # of three classes
+    1.0
+    """
+    where = "linear_evaluation"
+    _check_probes(where, probes, get_args(LinearName))
+    for milestone in milestones:
+        check_count(where, milestones=milestone)
+    for name, loader in (("test", test), ("train", train)):
+        if isinstance(loader, Iterator):
+            raise UsageError(f"{where}: {name} is a {type(loader).__name__}, which ends after one epoch; give a loader")
+        first, labels = next(_batches(f"{where}: {name}", backbone, loader, num_classes))
+
+    def batches() -> Iterator[tuple[Features, Tensor]]:
+        return _batches(f"{where}: train", backbone, train, num_classes)
+
+    kinds: dict[str, Linears] = {
+        "linear": {width: zero_linear(part, num_classes) for width, part in first.items()},
+        "slimmable": dict.fromkeys(first, zero_linear(first[1.0], num_classes)),
+    }
+    kinds = {name: kinds[name] for name in probes}
+    _descend(kinds, batches, epochs, learning_rate * len(labels) / 256, milestones, distill, start, after_epoch)
+    hits: dict[float, dict[str, list[Tensor]]] = {width: {name: [] for name in probes} for width in first}
+    with torch.no_grad():
+        for features, labels in _batches(f"{where}: test", backbone, test, num_classes):
+            for name, linears in kinds.items():
+                for width, scores in _scores(linears, features).items():
+                    hits[width][name].append(_hits(scores, labels))
+    return {width: _accuracies({name: torch.cat(found) for name, found in own.items()}) for width, own in hits.items()}
 
 
 @torch.no_grad()

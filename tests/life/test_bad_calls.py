@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable import gating, layers, losses, methods, training
+from slimmable import evaluation, gating, layers, losses, methods, training
 from slimmable.errors import ConversionError, InputError, SlimmableError
 from slimmable.view.state import state_of
 from tests.life import bad_values as bad
@@ -211,6 +211,26 @@ FEATURE_MAP = bad.maps_of(lambda good: bad.features(good).but(**WHOLE), cut)
 
 def probes() -> Argument:
     return bad.listed(bad.choice("knn"), 1)
+
+
+def batches_with(images: Argument, labels: Argument) -> Argument:
+    """A loader of (images, labels): what is no loader, no pair, and the bad values of images and labels in a pair."""
+    inner = {f"images: {name}": bad.Of(lambda _, make=make: [(make(), Y)]) for name, make in images.values().items()}
+    inner |= {f"labels: {name}": bad.Of(lambda _, make=make: [(X, make())]) for name, make in labels.values().items()}
+    wrong = {f"a batch that is {name}": [value] for name, value in {**bad.WRONG, **bad.NUMBERS}.items()}
+    more = {"tensor": X, "iterator": bad.Of(iter), "a batch of three": [(X, Y, Y)], "dicts": [{"image": X, "label": Y}]}
+    return Argument(lambda: [(X.clone(), Y.clone())], {**bad.WRONG, **bad.NUMBERS, **wrong, **more, **inner})
+
+
+BATCHES = batches_with(IMAGES, LABELS)
+NEIGHBOURS = {"k": bad.count(1), "metric": bad.choice("cosine"), "temperature": TEMPERATURE.optional()}
+
+
+def begun() -> dict[str, Any]:
+    """What `linear_evaluation` goes on from."""
+    states: list[Any] = []
+    evaluation.linear_evaluation(backbone(), [(X, Y)], [(X, Y)], num_classes=3, epochs=1, after_epoch=states.append)
+    return states[0]
 
 
 def probe_training() -> dict[str, Argument]:
@@ -716,7 +736,7 @@ CALLS: dict[str, Call] = {
             "test": IMAGES,
             "test_labels": LABELS,
             "probes": probes(),
-            "k": bad.count(1),
+            **NEIGHBOURS,
         }
     ),
     "evaluation.evaluate_features": Call(
@@ -726,7 +746,7 @@ CALLS: dict[str, Call] = {
             "test": FEATURE_MAP,
             "test_labels": LABELS,
             "probes": probes(),
-            "k": bad.count(1),
+            **NEIGHBOURS,
         }
     ),
     "evaluation.knn_accuracy": Call(
@@ -735,8 +755,24 @@ CALLS: dict[str, Call] = {
             "train_labels": LABELS,
             "test": FEATURES,
             "test_labels": LABELS,
-            "k": bad.count(1),
-            "temperature": TEMPERATURE,
+            **NEIGHBOURS,
+        }
+    ),
+    "evaluation.linear_evaluation": Call(
+        {
+            "backbone": bad.slim(backbone),
+            "train": BATCHES,
+            "test": BATCHES,
+            "num_classes": Argument(lambda: 3, {**bad.count(3).bad, "too few": 1}),
+            "probes": bad.listed(bad.choice("linear"), 1),
+            "epochs": bad.natural(1),
+            "learning_rate": bad.not_negative(0.1),
+            "milestones": bad.listed(bad.count(1), 1).but(list="none", dict="none"),
+            "distill": ON,
+            "start": Argument(
+                begun, {**bad.WRONG, **bad.NUMBERS, "of other layers": {**begun(), "layers": {}}}
+            ).optional(),
+            "after_epoch": bad.function(lambda state: None).optional(),
         }
     ),
     "evaluation.probe_loss": Call(
