@@ -44,7 +44,6 @@ __all__ = [
 Features = Mapping[float, Tensor]
 Linears: TypeAlias = "dict[float, nn.Linear]"
 Batches = Iterable[Sequence[Tensor]]  # pairs of images and their labels
-LinearName = Literal["linear", "slimmable"]
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
 Metric = Literal["cosine", "euclidean"]
 
@@ -55,10 +54,7 @@ _NO_EPS = 1e-30  # too small to change a variance from `_scaled`; torch 2.11 doe
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Fraction of held-out images that each probe classifies correctly, in [0, 1]; NaN for a probe that did not run.
-
-    For those that end in `_top5` it is enough that the right class has one of the five largest scores.
-    """
+    """Fraction of held-out images whose class each probe scores best, or among its best five; NaN if it did not run."""
 
     knn: float = math.nan
     linear: float = math.nan
@@ -103,19 +99,14 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 
 @checked
 def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
-    """Return the indices of a part of the images with the same fraction of each class, ascending, for semi-supervision.
+    """Return indices, ascending, of the same fraction of the images of each class, such as 0.01, chosen by `seed`.
 
-    A class of `n` images keeps `round(fraction * n)` of them, at least one. For the same seed, those of a small
-    fraction are among those of every larger one. Give the images to a loader as
-    `torch.utils.data.Subset(images, label_fraction(labels, 0.01).tolist())`.
+    A class of `n` images keeps `round(fraction * n)` of them, at least one; a larger fraction keeps those of a smaller
+    one. A loader takes `torch.utils.data.Subset(images, label_fraction(labels, 0.01).tolist())`.
 
-    Args:
-        labels: class numbers, shape (images,).
-        fraction: in (0, 1], such as 0.01 or 0.1.
-        seed: of the choice.
+    Shapes: class numbers (images,) -> (kept images,).
 
-    Raises: DataError: if `labels` are not class numbers of at least one image. UsageError: if `fraction` is not in
-        (0, 1].
+    Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in (0, 1].
 
     >>> label_fraction(torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]), 0.25).shape
     torch.Size([2])
@@ -596,7 +587,7 @@ def linear_evaluation(
     test: Batches,
     *,
     num_classes: int,
-    probes: Sequence[LinearName] = ("linear",),
+    probes: Sequence[Literal["linear", "slimmable"]] = ("linear",),
     epochs: int = 90,
     learning_rate: float = 0.1,
     milestones: Sequence[int] = (),
@@ -606,22 +597,20 @@ def linear_evaluation(
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of linear classifiers trained on random crops, as papers report them.
 
-    The frozen backbone runs in eval mode on each batch of each epoch, at all widths on the same images. The classifiers
-    take its features as they are, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight
-    decay. From epoch to epoch the learning rate follows a cosine, or falls to a tenth at each of `milestones`.
+    The frozen backbone runs in eval mode on every batch, at all widths on the same images. The classifiers take its
+    features as they are, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight decay.
 
     Args:
         backbone: as in `evaluate_widths`.
-        train, test: `DataLoader`s, or others that give batches (images, labels) anew in each epoch: of random crops,
-            mirrored at random, and for testing of centre crops.
-        num_classes: number of classes.
+        train, test: `DataLoader`s, or others that give batches (images, labels) anew for each epoch; published are
+            random crops, mirrored at random, and for `test` centre crops.
+        num_classes, epochs: number of classes, and of passes over `train`.
         probes: "linear" for one classifier per width, "slimmable" for one whose first columns serve narrow widths.
-        epochs, milestones: SlimCLR has 90, with MoCo v2 100 and the milestones 60 and 80.
-        learning_rate: for batches of 256; it is multiplied by the size of the first one / 256. SlimCLR has 0.1, with
-            MoCo v2 15.
-        distill: False trains every width on the labels alone, True also on the full width's class probabilities.
-        after_epoch: is given after each epoch all that is needed to go on: classifiers, momenta, and the epochs done.
-        start: what `after_epoch` was given; the evaluation goes on from there, with the same settings.
+        learning_rate: for batches of 256, multiplied by the size of the first one / 256; from epoch to epoch it follows
+            a cosine, or falls to a tenth at each of `milestones`.
+        distill: if False, every width learns from the labels alone, not from the full width's class probabilities.
+        after_epoch: is given all that is needed to go on: classifiers, momenta, and the number of epochs done.
+        start: what `after_epoch` was given, to go on from there, with the same settings.
 
     Raises: DataError: if batches, labels or features do not fit. DivergedError: if a classifier is no longer finite.
         UsageError: if `train` or `test` cannot start anew, or `start` is of another evaluation.
@@ -633,7 +622,7 @@ def linear_evaluation(
     1.0
     """
     where = "linear_evaluation"
-    _check_probes(where, probes, get_args(LinearName))
+    _check_probes(where, probes, ("linear", "slimmable"))
     for milestone in milestones:
         check_count(where, milestones=milestone)
     for name, loader in (("test", test), ("train", train)):

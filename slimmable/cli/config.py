@@ -90,6 +90,7 @@ class Range:
 POSITIVE = Range("positive", lambda value: 0 < value < inf, (1e-9, 1_000_000))
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < inf)
 FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+TEMPERATURE = Range("positive", lambda value: value > 0, (1e-9, inf))
 SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31, (0, 2**31))
 
 
@@ -320,6 +321,7 @@ class RunOptions:
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
 PRESETS: dict[str, dict[str, Any]] = _PUBLISHED["presets"]
+LINEAR: dict[str, dict[str, Any]] = _PUBLISHED["linear evaluation"]
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> dict[str, Any]:

@@ -311,11 +311,11 @@ def _ignore_terminal(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped."""
+    """Images for evaluation, uint8: the shorter side is resized, to `size` if not told, and the centre cropped."""
 
-    def __init__(self, images: ImageSet, size: int) -> None:
+    def __init__(self, images: ImageSet, size: int, resized: int | None = None) -> None:
         self.images = images
-        self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        self.transform = v2.Compose([v2.Resize(resized or size, antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -344,9 +344,10 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits" (for
-    handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
-    image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
+    2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), "crops" (crop and
+    mirror), or "digits" (for handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least
+    `min_crop_scale` of the image's area. With `mirror`, half of the views are flipped left to right. All draw torch's
+    global random numbers.
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
 
@@ -365,6 +366,8 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         return [view(turn, crop, light, softer)] * 2
     if name == "supervised":
         return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
+    if name == "crops":
+        return [view(crop)]
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
     first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
     if name == "byol":

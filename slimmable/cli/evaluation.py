@@ -1,8 +1,9 @@
 """Evaluation of the networks of a run: features in one pass over the images, then probes on the features."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from slimmable._atomic import write_aside
 from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
-from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, some_of
+from slimmable.cli.config import LINEAR, PretrainConfig, explained, say
+from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, seed_of, some_of
 from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, csv_log, to_markdown, write_report
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
-from slimmable.evaluation import ProbeName, evaluate_features, knn_accuracy, narrowest_first
+from slimmable.evaluation import ProbeName, evaluate_features, knn_accuracy, linear_evaluation, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
+PROBE = "published-probe.pt"  # what an interrupted evaluation on random crops goes on from
+_KNN: Mapping[str, Any] = {}  # arguments of `evaluate_features` other than its defaults
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training
@@ -79,12 +83,18 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 
 
 def rows_of_run(
-    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName] = PROBES, workers: int = 0
+    config: PretrainConfig,
+    backbone: nn.Module,
+    images: Images,
+    probes: Sequence[ProbeName] = PROBES,
+    workers: int = 0,
+    knn: Mapping[str, Any] = _KNN,
 ) -> list[Row]:
     """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated."""
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
+    prober.knn = knn
     shares, cost = prober.measure(backbone, _passes(config, backbone, config.widths))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
@@ -126,7 +136,7 @@ class _Prober:
     def __init__(
         self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
     ) -> None:
-        self.probes, self.workers = probes, workers
+        self.probes, self.workers, self.knn = probes, workers, _KNN
         size = config.image_size
         self.size = (images.channels, size, size)
         self.train, self.test = some_of(Plain(images.train, size), most), Plain(images.test, size)
@@ -141,8 +151,64 @@ class _Prober:
         return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, cost
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
-        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
+        if not self.probes:
+            return {width: {} for width in known}
+        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes, **self.knn)
         return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+
+
+class _Epochs:
+    """Batches (images, labels) that a function makes for each epoch, the next one whenever one is through."""
+
+    def __init__(self, batches: Callable[[int], Iterable[Sequence[Tensor]]], epoch: int) -> None:
+        self.batches, self.epoch = batches, epoch
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        yield from self.batches(self.epoch)
+        self.epoch += 1
+
+
+def with_published(
+    rows: Sequence[Row],
+    config: PretrainConfig,
+    backbone: nn.Module,
+    images: Images,
+    given: Any,
+    path: Path,
+    workers: int,
+) -> list[Row]:
+    """Return the rows with those accuracies of a linear evaluation on random crops, whose state is kept at `path`."""
+    how = LINEAR["default"] | LINEAR.get(config.method, {}) | {name: v for name, v in given.items() if v is not None}
+    epochs, size = how["epochs"], config.image_size
+    scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
+    crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
+    views = Views(images.train, images.train_labels, crop, config.seed)
+    centres = Plain(images.test, size, round(size * 256 / 224))
+    start = None
+    if path.exists():
+        with explained(f"{path} cannot be read", "; delete it to start anew"):
+            start = torch.load(path, map_location="cpu", weights_only=True)
+            if start["how"] != how:
+                raise UsageError(f"{path} was begun with {start['how']}, not {how}; give the same, or delete the file")
+
+    def crops(epoch: int) -> Iterator[Sequence[Tensor]]:
+        order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed_of(config.seed, epoch)))
+        batches = ([(epoch, number) for number in part.tolist()] for part in torch.split(order, how["batch_size"]))
+        return load(views, workers, batch_sampler=batches)
+
+    def test(epoch: int) -> Iterable[Sequence[Tensor]]:
+        return zip(batches_of(centres, 256, workers), torch.split(images.test_labels, 256), strict=True)
+
+    def keep(state: dict[str, Any]) -> None:
+        write_aside(path, lambda aside: torch.save({"how": how, **state}, aside))
+        say(f"linear evaluation on random crops: epoch {state['epoch']}/{epochs}")
+
+    settings = {"epochs": epochs, "learning_rate": how["lr"], "milestones": [round(s * epochs) for s in how["steps"]]}
+    loaders = _Epochs(crops, start["epoch"] if start else 0), _Epochs(test, 0)
+    classes = len(images.classes)
+    found = linear_evaluation(backbone, *loaders, num_classes=classes, start=start, after_epoch=keep, **settings)
+    top = {width: {"published": own.linear, "published_top5": own.linear_top5} for width, own in found.items()}
+    return [replace(row, shares={**row.shares, **top[row.width]}) for row in rows]
 
 
 class Watch:

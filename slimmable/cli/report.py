@@ -18,6 +18,7 @@ from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED = "untrained_"
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge", "finetuned": "fine-tuned"}
+TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, top 5"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _MOST_BYTES = 2**28  # of a table
