@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -141,7 +142,7 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     scores = outputs_of(model, images, batch_size)
     check_matrices("accuracy_of", scores=scores)
     check_finite("accuracy_of: scores", scores)
-    return _share(_hits(scores, labels)[:, 0])
+    return _top(scores, labels)[0]
 
 
 @checked
@@ -186,13 +187,16 @@ def evaluate_widths(
 
 
 def _all_features(where: str, backbone: nn.Module, images: Any, labels: Any) -> tuple[dict[float, Tensor], Tensor]:
-    """Return width -> features, float32, and the labels, of images or batches of (images, labels)."""
+    """Return width -> features, and the labels, of images or batches of (images, labels)."""
     if isinstance(images, Tensor) or labels is not None:
         check_labelled(where, images, labels)
         images = zip(torch.split(images, 256), torch.split(labels, 256), strict=True)
-    found = list(_batches(where, backbone, images))
-    features = {width: torch.cat([part[width].float() for part, _ in found]) for width in found[0][0]}
-    return features, torch.cat([own for _, own in found])
+    return _joined(_batches(where, backbone, images))
+
+
+def _joined(batches: Iterable[tuple[dict[float, Tensor], Tensor]]) -> tuple[dict[float, Tensor], Tensor]:
+    parts, labels = zip(*batches, strict=True)
+    return {width: torch.cat([part[width] for part in parts]) for width in parts[0]}, torch.cat(labels)
 
 
 def _batches(
@@ -273,7 +277,7 @@ def evaluate_features(
             scores["knn"] = _votes(known, train_labels, asked, classes, k, metric, temperature)
         if "ridge" in probes:
             scores["ridge"] = ridge_classifier(known, train_labels, num_classes=classes)(asked)
-        found[width] = _accuracies({name: _hits(each, test_labels) for name, each in scores.items()})
+        found[width] = _accuracies(scores, test_labels)
     return found
 
 
@@ -296,22 +300,20 @@ def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: 
     return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
 
 
-def _hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return whether the class of each image has the largest score, and one of the five largest, shape (images, 2)."""
+def _accuracies(scores: Mapping[str, Tensor], labels: Tensor) -> Accuracies:
+    """Return the accuracies of probes with such scores of shape (images, classes)."""
+    top = {name: _top(each, labels) for name, each in scores.items()}
+    five = {f"{name}_top5": share for name, (_, share) in top.items()}
+    return Accuracies(**{name: share for name, (share, _) in top.items()}, **five)
+
+
+def _top(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return for how many of the images the score of their class is the largest, and among the five largest."""
     labels = labels.to(scores.device)
-    best, classes = scores.topk(min(5, scores.shape[1]))
     first = scores.argmax(1) == labels
+    best, classes = scores.topk(min(5, scores.shape[1]))
     five = (classes == labels.unsqueeze(1)) & (best > -math.inf)  # a class without votes is not among them
-    return torch.stack([first, first | five.any(1)], 1)
-
-
-def _share(right: Tensor) -> float:
-    return int(right.sum()) / len(right)
-
-
-def _accuracies(hits: Mapping[str, Tensor]) -> Accuracies:
-    top1 = {name: _share(found[:, 0]) for name, found in hits.items()}
-    return Accuracies(**top1, **{f"{name}_top5": _share(found[:, 1]) for name, found in hits.items()})
+    return int(first.sum()) / len(labels), int((first | five.any(1)).sum()) / len(labels)
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
@@ -362,7 +364,7 @@ def knn_accuracy(
     0.6666666666666666
     """
     classes = _check_sets("knn_accuracy", "", train, train_labels, test, test_labels)
-    return _share(_hits(_votes(train, train_labels, test, classes, k, metric, temperature), test_labels)[:, 0])
+    return _top(_votes(train, train_labels, test, classes, k, metric, temperature), test_labels)[0]
 
 
 @torch.no_grad()
@@ -533,7 +535,7 @@ def _minimise(
     """Train linear layers on all of the features, in a new order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
 
-    def batches() -> Iterator[tuple[Features, Tensor]]:
+    def batches(epoch: int) -> Iterator[tuple[Features, Tensor]]:
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for rows in torch.split(order, size):
             yield {width: part[rows] for width, part in features.items()}, labels[rows]
@@ -549,7 +551,7 @@ def _scores(linears: Linears, features: Features) -> dict[float, Tensor]:
 
 def _descend(
     kinds: Mapping[str, Linears],
-    batches: Callable[[], Iterable[tuple[Features, Tensor]]],
+    batches: Callable[[int], Iterable[tuple[Features, Tensor]]],
     epochs: int,
     rate: float,
     milestones: Sequence[int] = (),
@@ -566,7 +568,7 @@ def _descend(
     for epoch in range(0 if start is None else start["epoch"], epochs):
         tenths, cosine = sum(epoch >= milestone for milestone in milestones), math.cos(math.pi * epoch / epochs)
         optimizer.param_groups[0]["lr"] = rate * (0.1**tenths if milestones else (1 + cosine) / 2)
-        for features, labels in batches():
+        for features, labels in batches(epoch):
             optimizer.zero_grad()
             for linears in kinds.values():
                 scores = _scores(linears, features)
@@ -583,8 +585,8 @@ def _descend(
 @checked
 def linear_evaluation(
     backbone: nn.Module,
-    train: Batches,
-    test: Batches,
+    train: Batches | Callable[[int], Batches],
+    test: Batches | Callable[[int], Batches],
     *,
     num_classes: int,
     probes: Sequence[Literal["linear", "slimmable"]] = ("linear",),
@@ -602,8 +604,8 @@ def linear_evaluation(
 
     Args:
         backbone: as in `evaluate_widths`.
-        train, test: `DataLoader`s, or others that give batches (images, labels) anew for each epoch; published are
-            random crops, mirrored at random, and for `test` centre crops.
+        train, test: `DataLoader`s, or others that give batches (images, labels) anew for each epoch, or functions that
+            return them for an epoch, from 0; published are random crops, mirrored at random, and centre crops.
         num_classes, epochs: number of classes, and of passes over `train`.
         probes: "linear" for one classifier per width, "slimmable" for one whose first columns serve narrow widths.
         learning_rate: for batches of 256, multiplied by the size of the first one / 256; from epoch to epoch it follows
@@ -625,27 +627,26 @@ def linear_evaluation(
     _check_probes(where, probes, ("linear", "slimmable"))
     for milestone in milestones:
         check_count(where, milestones=milestone)
-    for name, loader in (("test", test), ("train", train)):
-        if isinstance(loader, Iterator):
-            raise UsageError(f"{where}: {name} is a {type(loader).__name__}, which ends after one epoch; give a loader")
-        first, labels = next(_batches(f"{where}: {name}", backbone, loader, num_classes))
 
-    def batches() -> Iterator[tuple[Features, Tensor]]:
-        return _batches(f"{where}: train", backbone, train, num_classes)
+    def begun(name: str, given: Any, epoch: int = 0) -> Iterator[tuple[dict[float, Tensor], Tensor]]:
+        loader = given(epoch) if callable(given) and not isinstance(given, type) else given
+        return _batches(f"{where}: {name}", backbone, loader, num_classes)
 
+    for name, given in (("test", test), ("train", train)):
+        if isinstance(given, Iterator):
+            raise UsageError(f"{where}: {name} is a {type(given).__name__}, which ends after one epoch; give a loader")
+        first, labels = next(begun(name, given))
     kinds: dict[str, Linears] = {
         "linear": {width: zero_linear(part, num_classes) for width, part in first.items()},
         "slimmable": dict.fromkeys(first, zero_linear(first[1.0], num_classes)),
     }
     kinds = {name: kinds[name] for name in probes}
-    _descend(kinds, batches, epochs, learning_rate * len(labels) / 256, milestones, distill, start, after_epoch)
-    hits: dict[float, dict[str, list[Tensor]]] = {width: {name: [] for name in probes} for width in first}
+    rate = learning_rate * len(labels) / 256
+    _descend(kinds, partial(begun, "train", train), epochs, rate, milestones, distill, start, after_epoch)
+    features, labels = _joined(begun("test", test))
     with torch.no_grad():
-        for features, labels in _batches(f"{where}: test", backbone, test, num_classes):
-            for name, linears in kinds.items():
-                for width, scores in _scores(linears, features).items():
-                    hits[width][name].append(_hits(scores, labels))
-    return {width: _accuracies({name: torch.cat(found) for name, found in own.items()}) for width, own in hits.items()}
+        scores = {name: _scores(linears, features) for name, linears in kinds.items()}
+    return {width: _accuracies({name: scores[name][width] for name in kinds}, labels) for width in features}
 
 
 @torch.no_grad()

@@ -157,25 +157,8 @@ class _Prober:
         return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
 
 
-class _Epochs:
-    """Batches (images, labels) that a function makes for each epoch, the next one whenever one is through."""
-
-    def __init__(self, batches: Callable[[int], Iterable[Sequence[Tensor]]], epoch: int) -> None:
-        self.batches, self.epoch = batches, epoch
-
-    def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        yield from self.batches(self.epoch)
-        self.epoch += 1
-
-
 def with_published(
-    rows: Sequence[Row],
-    config: PretrainConfig,
-    backbone: nn.Module,
-    images: Images,
-    given: Any,
-    path: Path,
-    workers: int,
+    rows: list[Row], config: PretrainConfig, backbone: nn.Module, images: Images, given: Any, path: Path, workers: int
 ) -> list[Row]:
     """Return the rows with those accuracies of a linear evaluation on random crops, whose state is kept at `path`."""
     how = LINEAR["default"] | LINEAR.get(config.method, {}) | {name: v for name, v in given.items() if v is not None}
@@ -196,17 +179,16 @@ def with_published(
         batches = ([(epoch, number) for number in part.tolist()] for part in torch.split(order, how["batch_size"]))
         return load(views, workers, batch_sampler=batches)
 
-    def test(epoch: int) -> Iterable[Sequence[Tensor]]:
+    def middles(epoch: int) -> Iterable[Sequence[Tensor]]:
         return zip(batches_of(centres, 256, workers), torch.split(images.test_labels, 256), strict=True)
 
     def keep(state: dict[str, Any]) -> None:
         write_aside(path, lambda aside: torch.save({"how": how, **state}, aside))
         say(f"linear evaluation on random crops: epoch {state['epoch']}/{epochs}")
 
-    settings = {"epochs": epochs, "learning_rate": how["lr"], "milestones": [round(s * epochs) for s in how["steps"]]}
-    loaders = _Epochs(crops, start["epoch"] if start else 0), _Epochs(test, 0)
-    classes = len(images.classes)
-    found = linear_evaluation(backbone, *loaders, num_classes=classes, start=start, after_epoch=keep, **settings)
+    steps = [round(share * epochs) for share in how["steps"]]
+    settings = {"epochs": epochs, "learning_rate": how["lr"], "milestones": steps, "num_classes": len(images.classes)}
+    found = linear_evaluation(backbone, crops, middles, start=start, after_epoch=keep, **settings)
     top = {width: {"published": own.linear, "published_top5": own.linear_top5} for width, own in found.items()}
     return [replace(row, shares={**row.shares, **top[row.width]}) for row in rows]
 

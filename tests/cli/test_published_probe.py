@@ -37,9 +37,9 @@ def test_it_is_linear_evaluation_on_crops_of_each_epoch(copy, capsys, monkeypatc
     seen = []
 
     def watched(backbone, train, test, **given):
-        (sizes,) = {tuple(x.shape[1:]) for x, _ in test}
-        for _ in range(2):
-            epoch = [(x, labels) for x, labels in train]
+        (sizes,) = {tuple(x.shape[1:]) for x, _ in test(0)}
+        for number in range(2):
+            epoch = [(x, labels) for x, labels in train(number)]
             seen.append(epoch)
         assert [len(labels) for _, labels in seen[0]] == [24, 24, 16]
         assert sizes == tuple(seen[0][0][0].shape[1:]) == (1, 24, 24)

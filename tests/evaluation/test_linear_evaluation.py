@@ -293,3 +293,20 @@ def test_features_that_are_no_matrix_and_networks_without_widths_are_refused(bac
         linear_evaluation(maps, [(X, Y)], [(X, Y)], num_classes=7)
     with pytest.raises(slimmable.errors.ConversionError, match="never converted"):
         linear_evaluation(nn.Flatten(), [(X, Y)], [(X, Y)], num_classes=7)
+
+
+def test_functions_make_the_loaders_of_an_epoch_also_where_it_goes_on(backbone):
+    asked, states = [], []
+
+    def train(epoch):
+        asked.append(epoch)
+        return [images_of(20, epoch)]
+
+    how = {"num_classes": 7, "epochs": 3, "learning_rate": 5.0}
+    whole = linear_evaluation(backbone, train, lambda epoch: [images_of(50, 9)], after_epoch=states.append, **how)
+    assert asked == [0, 0, 1, 2]  # the first batch is looked at before
+    asked.clear()
+    assert linear_evaluation(backbone, train, [images_of(50, 9)], start=states[1], **how) == whole
+    assert asked == [0, 2]
+    with pytest.raises(DataError, match=r"linear_evaluation: train must be .* got 3"):
+        linear_evaluation(backbone, lambda epoch: 3, [(X, Y)], **how)
