@@ -255,7 +255,7 @@ def read_weights(draw: random.Random, folder: Path) -> Input:
         how = unusual(draw, path)
 
     def call() -> None:
-        source = timm_source("test_resnet", (1.0, 0.5), path, num_classes=3)
+        source = timm_source("test_resnet", {"widths": (1.0, 0.5)}, path, num_classes=3)
         assert all(tensor.isfinite().all() for tensor in source.model.state_dict().values())
 
     return call, f"{path.name}: {how}"

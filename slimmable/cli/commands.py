@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import slimmable
 from slimmable.cli import config as settings
-from slimmable.cli.config import DEVICE, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
+from slimmable.cli.config import DEVICE, ROUNDING, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
 from slimmable.errors import UsageError, WidthError
 
 ALL = "all"
@@ -117,6 +117,7 @@ class Export:
     widths: tuple[float, ...] | None = option(
         None, **WIDTHS, group="for a timm model only, except that a file also takes --image-size"
     )
+    rounding: str | None = option(None, **ROUNDING, shown="nearest")
     checkpoint: Path | None = option(
         None, "weights of the plain or the converted model, saved by torch.save or as safetensors", metavar="FILE"
     )
@@ -151,7 +152,8 @@ class Export:
             unknown = [asked for asked in self.width if asked not in (ALL, *known)]
             if unknown:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
-            source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
+            rules = {"widths": known, "rounding": self.rounding or "nearest"}
+            source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", self.model)
         folder = self.output or folder
         widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
@@ -166,7 +168,7 @@ class Export:
 
     def _leave_out(self, what: str, *more: str) -> None:
         """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
-        names = ("widths", "checkpoint", "pretrained", "num_classes", *more)
+        names = ("widths", "rounding", "checkpoint", "pretrained", "num_classes", *more)
         settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
         if settled:
             raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
@@ -179,6 +181,7 @@ class Plan:
     name: str = option(help="a timm model", metavar="NAME")
     image_size: int | None = option(None, **SIZE)
     widths: tuple[float, ...] | None = option(None, **WIDTHS)
+    rounding: str = option("nearest", **ROUNDING)
 
     def _model(self) -> tuple[Any, Any]:
         import torch
@@ -193,7 +196,7 @@ class Plan:
         from slimmable._convert import plan as make_plan
 
         model, example = self._model()
-        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example)))
+        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)))
         return 0
 
 
@@ -211,7 +214,8 @@ class Profile(Plan):
         if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
             raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
         model, example = self._model()
-        table = measure(slimify(model, checked_widths(self.widths), example_inputs=example), tuple(example.shape[1:]))
+        slim = slimify(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)
+        table = measure(slim, tuple(example.shape[1:]))
         say(str(table))
         if self.csv is not None:
             write_aside(self.csv, table.to_csv)

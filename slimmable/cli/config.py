@@ -16,19 +16,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from slimmable._widths import check_widths
+from slimmable._widths import ROUNDINGS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
-AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST_WIDTHS = 100
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
+ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
@@ -205,7 +206,7 @@ class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
-    model: str = option("small_resnet", "a timm model, or small_resnet: a narrow ResNet-10 for small images")
+    model: str = option("small_resnet", "a timm model; small_resnet, a ResNet-10, and resnet18_cifar for small images")
     data: str = option(
         DIGITS,
         "digits: cluttered digits, made from those in scikit-learn; or the path of a folder with one folder of images "
@@ -220,14 +221,17 @@ class PretrainConfig:
     min_crop_scale: float = option(
         0.56, "smallest fraction of an image in a view", within=FRACTION, shown="0.56; for a folder 0.08 or 0.2"
     )
+    views_per_width: bool = option(False, "draw views of its own for each width; keys and targets see the full width's")
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
+    rounding: str = option("nearest", **ROUNDING)
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
     distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
     loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")
     slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
         None,
-        f"train one width dense, and gated to this mean share of multiply-adds; for {', '.join(GATED_METHODS)}",
+        "train each width, by default only the full one, dense, and gated to this mean share of its multiply-adds; for "
+        + ", ".join(GATED_METHODS),
         within=Range("in (0, 1)", lambda value: 0 < value < 1),
         metavar="SHARE",
     )
@@ -235,10 +239,16 @@ class PretrainConfig:
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
+    head_std: float | None = option(
+        None, "deviation of the projector's first weights, with biases of 0", within=POSITIVE, shown="torch's start"
+    )
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
+    bn_groups: int = option(
+        1, "parts of the batch with BatchNorm statistics of their own, as on GPUs without synchronisation", within=UNITS
+    )
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step over all processes", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
@@ -249,7 +259,11 @@ class PretrainConfig:
     warmup_epochs: float | None = option(
         None, "epochs of linear warm-up, before a cosine down to 0", within=NOT_NEGATIVE, shown="a twentieth of all"
     )
-    weight_decay: float = option(0.05, "weight decay, not applied to norms and biases", within=NOT_NEGATIVE)
+    lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
+    lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
+    lars_gates: bool = option(False, "adapt the rates of gates in lars too")
+    weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=NOT_NEGATIVE)
+    decay_norms: bool = option(False, "apply the weight decay to norms and biases too, but not to gates")
     precision: str = option(
         "float32",
         "bfloat16, float16: mixed precision; float16 scales the losses, and skips steps whose gradients overflow",
@@ -275,9 +289,10 @@ class PretrainConfig:
         gated = self.gate_budget is not None
         if gated and self.method not in GATED_METHODS:
             raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
-        if gated and len(self.widths) > 1:
-            widths = " ".join(f"{width:g}" for width in self.widths)
-            raise UsageError(f"--gate-budget trains one width, got --widths {widths}; leave --widths out")
+        if gated and self.universal and len(self.widths) > 1:
+            raise UsageError("--universal trains random widths, for which --gate-budget has no gates; leave one out")
+        if self.universal and self.views_per_width:
+            raise UsageError("--views-per-width is for fixed widths, but --universal draws some; leave one out")
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 

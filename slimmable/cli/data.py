@@ -344,10 +344,10 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), "crops" (crop and
-    mirror), or "digits" (for handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least
-    `min_crop_scale` of the image's area. With `mirror`, half of the views are flipped left to right. All draw torch's
-    global random numbers.
+    2020, appendix B; MoCo v3 and VICReg use the same), "gated" (Krishna et al. 2023, for small images), "supervised"
+    (crop, mirror and jitter), "crops" (crop and mirror), or "digits" (for handwriting: geometry, brightness and blur).
+    A view has `size` x `size` pixels of at least `min_crop_scale` of the image's area. With `mirror`, half of the views
+    are flipped left to right. All draw torch's global random numbers.
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
 
@@ -368,8 +368,10 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
     if name == "crops":
         return [view(crop)]
-    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
+    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
     first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
     if name == "byol":
         return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
+    if name == "gated":
+        return [view(*first, v2.RandomSolarize(128, p=0.1))] * 2
     return [view(*first, blur(0.5))] * 2

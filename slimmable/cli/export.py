@@ -103,13 +103,13 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
 
 def timm_source(
     name: str,
-    widths: Sequence[float],
+    rules: Mapping[str, Any],
     checkpoint: Path | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
     image_size: int | None = None,
 ) -> Source:
-    """Return the timm model `name`, converted to `widths`, with weights from a file, from timm, or random ones."""
+    """Return the timm model `name`, converted by `rules`, with weights from a file, from timm, or random ones."""
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
     if pretrained:
@@ -132,12 +132,12 @@ def timm_source(
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
-    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
+    model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None and slimmed:
         load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
-    return Source(name, model, tuple(widths), image, arguments, weights, _values(known), base)
+    return Source(name, model, widths_of(model), image, arguments, weights, _values(known), base)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -12,14 +12,14 @@ from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
 from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
-from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
+from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
-from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
+from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
 from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
-from slimmable.gating import calibrate_gates, gate_plan
+from slimmable.gating import gate_plan
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
@@ -75,9 +75,11 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
     method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
-    if config.gate_budget is not None and config.gate_budget < (least := gate_plan(method.backbone).least_share()):
-        closed = f"{config.model} with all gates closed costs {least:.3f} of its multiply-adds"
-        raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
+    if config.gate_budget is not None:
+        least, width = max((gate_plan(method.backbone).least_share(width), width) for width in config.widths)
+        if config.gate_budget < least:
+            closed = f"{named_at(config.model, width)} with all gates closed costs {least:.3f} of its multiply-adds"
+            raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.workers or 0)
     checkpoint = options.output / CHECKPOINT
     if options.resume and checkpoint.exists():
@@ -95,9 +97,10 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
-    networks = f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
-    if config.gate_budget is not None:
-        networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
+    gated = config.gate_budget is not None
+    networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds," if gated else ""
+    if not gated or len(config.widths) > 1:
+        networks += f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
     later = config.slow_start if len(config.widths) > 1 else 0
     joins = f"; narrower widths join after {later:.0%}" if later else ""
     seen = f"{len(images.train)} images of {config.image_size} x {config.image_size} pixels for {config.epochs} epochs"
@@ -112,7 +115,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
     asked: list[int] = []
     config, gates, watch = training.config, training.gates, None
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in config.widths)]
-    columns += [] if gates is None else ["gated_share"]
+    columns += [] if gates is None else [named_at("gated_share", width) for width in config.widths]
     usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     loggers: list[Logger] = []
@@ -130,8 +133,8 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
             if training.step % options.log_every == 0 or training.step == training.steps:
                 # a universal model's random widths have no curve
                 shown = {f"train_loss/w{width:g}": losses[width] for width in config.widths if width in losses}
-                if gates is not None and gates.reached is not None:
-                    shown["gated_share"] = float(gates.reached)
+                for width, reached in {} if gates is None else gates.reached_at.items():
+                    shown[named_at("gated_share", width)] = float(reached)
                 for logger in loggers:
                     logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
             stopping = any_process(bool(asked), training.device)
@@ -158,8 +161,9 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
         calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
-        reached = calibrate_gates(backbone, calibration_images(config, images), config.gate_budget)
-        say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
+        for width, reached in set_gates(config, backbone, images).items():
+            gates = named_at("the gates", width)
+            say(f"{gates} are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
     if not save_networks(folder, config, backbone, images.channels):
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")

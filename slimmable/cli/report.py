@@ -33,17 +33,22 @@ class Row:
     parameters: int
     macs: int
     shares: Mapping[str, float] = field(default_factory=dict)  # accuracies in [0, 1] by name, as `title_of` takes it
-    network: str = ""  # in a gated run, as in "dense", "gated 0.3" or "static 0.5"
+    network: str = ""  # in a gated run, as in "dense", "gated 0.3", "gated 0.3/w0.5" or "static 0.5"
 
     @property
     def kind(self) -> str:
         """The kind of the network, a key of `MARKERS`."""
-        return self.network.partition(" ")[0]
+        return self.network.partition(" ")[0].partition("/")[0]
 
     @property
     def name(self) -> str:
         """The name of the network, or its width."""
         return self.network or f"{self.width:g}"
+
+
+def named_at(name: str, width: float) -> str:
+    """Return the name of a gated run's network or number at a width: that of the full width is `name` alone."""
+    return name if width == 1 else f"{name}/w{width:g}"
 
 
 def to_csv(rows: Sequence[Row]) -> str:

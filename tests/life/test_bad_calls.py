@@ -153,6 +153,9 @@ WIDTH = bad.setting()
 WIDTHS_OF = bad.widths(WIDTHS)
 FLAG, ON = bad.flag(), bad.flag(True)
 EXAMPLE = bad.mapping(lambda: X, size=(4,), other=bad.Of(lambda x: x[:, :-1])).but(none="timm's models need no example")
+ROUNDING = bad.choice("floor")
+SWITCHABLE = bad.function(lambda name, module: name == "0").but(list="nothing is switched", dict="nothing is switched")
+NORM = {"slim": FLAG, "rounding": ROUNDING}
 ROUND = bad.count(1).but(huge="it keeps every group whole")
 OUTPUTS = bad.choice("auto").but(dict="no output is said anything about", list="no output is said anything about")
 SKIP = bad.function(lambda name, module: False).but(list="nothing is skipped", dict="nothing is skipped")
@@ -195,14 +198,14 @@ def conv_arguments(axes: int) -> dict[str, Argument]:
         "padding": Argument(lambda: 0, {**sizes.bad, "text": "middle"}).but(zero="none", of_zero="none"),
         "dilation": sizes, "groups": Argument(lambda: 1, {**size.bad, "not a divisor": 3}), "bias": FLAG,
         "padding_mode": bad.choice("zeros"), "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF, "slim_in": FLAG,
-        "slim_out": FLAG, "overlap": ON,
+        "slim_out": FLAG, "overlap": ON, "rounding": ROUNDING,
     }  # fmt: skip
 
 
 def norm_arguments() -> dict[str, Argument]:
     return {
         "num_features": CHANNELS, "eps": EPS, "momentum": MOMENTUM, "affine": ON, "track_running_stats": FLAG,
-        "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF, "slim": FLAG,
+        "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF, "slim": FLAG, "rounding": ROUNDING,
     }  # fmt: skip
 
 
@@ -297,6 +300,8 @@ BATCH = Argument(
         **bad.WRONG, **bad.NUMBERS, "views": [X, X], "one view": methods.Batch([X]), "no views": methods.Batch([]),
         "views of text": methods.Batch("ab"), "nothing for views": methods.Batch(None),
         "a number for views": methods.Batch(3),
+        "narrow views of no width": methods.Batch([X, X], narrow={0.3: [X, X]}),
+        "narrow views that are a list": methods.Batch([X, X], narrow=[X, X]),
         **{f"view: {label}": bad.Of(lambda whole, value=value: methods.Batch([whole.views[0], value()]))
            for label, value in MATRIX.but(an_axis_more="refused by the encoder, by its own message",
                                           integers="refused by the encoder", complex="refused by the encoder",
@@ -314,6 +319,9 @@ CALLS: dict[str, Call] = {
             "example_inputs": EXAMPLE,
             "skip": SKIP,
             "round_to": ROUND,
+            "rounding": ROUNDING,
+            "overlap": ON,
+            "switchable": SWITCHABLE,
             "importance": bad.choice("magnitude").optional(),
             "outputs": OUTPUTS,
             "universal": FLAG,
@@ -327,6 +335,9 @@ CALLS: dict[str, Call] = {
             "example_inputs": EXAMPLE,
             "skip": SKIP,
             "round_to": ROUND,
+            "rounding": ROUNDING,
+            "overlap": ON,
+            "switchable": SWITCHABLE,
             "outputs": OUTPUTS,
             "universal": FLAG,
         }
@@ -426,6 +437,7 @@ CALLS: dict[str, Call] = {
             "slim_in": FLAG,
             "slim_out": FLAG,
             "overlap": ON,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SlimLayerNorm": Call(
@@ -437,6 +449,7 @@ CALLS: dict[str, Call] = {
             "device": DEVICE,
             "dtype": DTYPE,
             "widths": WIDTHS_OF,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SlimGroupNorm": Call(
@@ -448,6 +461,20 @@ CALLS: dict[str, Call] = {
             "device": DEVICE,
             "dtype": DTYPE,
             "widths": WIDTHS_OF,
+            "rounding": ROUNDING,
+        }
+    ),
+    "layers.SwitchableLinear": Call(
+        {
+            "in_features": CHANNELS,
+            "out_features": CHANNELS,
+            "widths": WIDTHS_OF,
+            "bias": FLAG,
+            "device": DEVICE,
+            "dtype": DTYPE,
+            "slim_in": FLAG,
+            "slim_out": FLAG,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SwitchableProbe": Call(
@@ -458,6 +485,7 @@ CALLS: dict[str, Call] = {
             "bias": FLAG,
             "device": DEVICE,
             "dtype": DTYPE,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SwitchableContainer": Call({"widths": WIDTHS_OF}),
@@ -495,10 +523,11 @@ CALLS: dict[str, Call] = {
             ("SlimConv3d", "from_conv3d", "conv", lambda: nn.Conv3d(4, 2, 1), {}),
             ("SlimLayerNorm", "from_layernorm", "norm", lambda: nn.LayerNorm(4), {}),
             ("SlimGroupNorm", "from_groupnorm", "norm", lambda: nn.GroupNorm(2, 4), {}),
-            ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-            ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), {"slim": FLAG}),
-            ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), {"slim": FLAG}),
-            ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), {"slim": FLAG}),
+            ("SwitchableLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
+            ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {"rounding": ROUNDING}),
+            ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), NORM),
+            ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), NORM),
+            ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), NORM),
         ]
     },
     # -- losses
@@ -703,7 +732,9 @@ CALLS: dict[str, Call] = {
             )
         }
     ),
-    "training.synchronised_batchnorm": Call({}),
+    "training.synchronised_batchnorm": Call(
+        {"groups": bad.count(1)}, run=lambda groups: training.synchronised_batchnorm(groups).__enter__()
+    ),
     # -- evaluation
     "evaluation.features_of": Call(
         {
