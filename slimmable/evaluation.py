@@ -100,10 +100,10 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 
 @checked
 def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
-    """Return indices, ascending, of the same fraction of the images of each class, such as 0.01, chosen by `seed`.
+    """Return indices, ascending, of a fraction of the images such as 0.01, as many of each class, chosen by `seed`.
 
-    A class of `n` images keeps `round(fraction * n)` of them, at least one; a larger fraction keeps those of a smaller
-    one. A loader takes `torch.utils.data.Subset(images, label_fraction(labels, 0.01).tolist())`.
+    That is at least one image of each class, and all of a class that has fewer; a larger fraction keeps those of a
+    smaller one. A loader takes `torch.utils.data.Subset(images, label_fraction(labels, 0.01).tolist())`.
 
     Shapes: class numbers (images,) -> (kept images,).
 
@@ -118,9 +118,9 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
     check_classes("label_fraction", labels, None)
     classes = labels.long().cpu()
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
-    order = order[classes[order].argsort(stable=True)]
-    members = torch.split(order, classes.bincount().tolist())
-    return torch.cat([own[: max(1, round(fraction * len(own)))] for own in members]).sort().values
+    order, counts = order[classes[order].argsort(stable=True)], classes.bincount()
+    each = max(1, round(fraction * len(classes) / int(counts.count_nonzero())))
+    return torch.cat([members[:each] for members in torch.split(order, counts.tolist())]).sort().values
 
 
 @checked

@@ -34,6 +34,7 @@ class Pretrain(RunOptions):
     """Pre-train a slimmable network, evaluate every width, and fill the run folder."""
 
     def _run(self, **given: Any) -> int:
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if "widths" in given:
             given["widths"] = checked_widths(given["widths"])
         from slimmable.cli.pretrain import pretrain as run
@@ -60,6 +61,11 @@ class Evaluate:
         "per width, trained on random crops",
         choices=("knn", "linear", "slimmable", "ridge", "published"),
     )
+    label_fraction: tuple[float, ...] = option(
+        (),
+        "train the probes also with these fractions of the labels, as many of each class, such as 0.01 0.1",
+        within=settings.Range("in (0, 1)", lambda value: 0 < value < 1),
+    )
     k: int = option(20, "neighbours that vote in kNN", within=settings.at_least(1), metavar="N")
     knn_metric: str = option("cosine", "how near features are in kNN", choices=("cosine", "euclidean"))
     knn_temperature: float = option(0.1, "of the votes in kNN; inf: all count the same", within=settings.TEMPERATURE)
@@ -75,8 +81,9 @@ class Evaluate:
 
     def _run(self) -> int:
         from slimmable.cli.data import load_images
-        from slimmable.cli.evaluation import PROBE, report_run, rows_of_run, with_published
+        from slimmable.cli.evaluation import report_run, rows_of_run, with_published
         from slimmable.cli.lock import locked
+        from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_backbone
 
         config = read_config(self.run)
@@ -86,15 +93,18 @@ class Evaluate:
         with locked(self.run):
             images = load_images(config)
             backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
-            probes: list[Any] = [probe for probe in dict.fromkeys(self.probes) if probe != "published"]
+            parts = ("", *dict.fromkeys(f"{PART}{fraction:g}" for fraction in self.label_fraction))
+            probes = [probe + part for part in parts for probe in dict.fromkeys(self.probes) if probe != "published"]
             temperature = None if self.knn_temperature == inf else self.knn_temperature
             knn = {"k": self.k, "metric": self.knn_metric, "temperature": temperature}
             rows = rows_of_run(config, backbone, images, probes, workers, knn)
-            if published:
-                given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
-                rows = with_published(rows, config, backbone, images, given, self.run / PROBE, workers)
-            say(report_run(config, self.run, rows, images))
-            (self.run / PROBE).unlink(missing_ok=True)
+            given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
+            states = [self.run / f"published-probe{part}.pt" for part in parts if published]
+            for part, path in zip(parts, states, strict=False):
+                rows = with_published(rows, config, backbone, images, given, part, path, workers)
+            say(report_run(config, self.run, rows, images, workers))
+            for path in states:
+                path.unlink(missing_ok=True)
         return 0
 
 

@@ -6,6 +6,7 @@ Options are fields of dataclasses, the one source of the parser, the checks and 
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -24,9 +25,11 @@ METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
+_AS_TIMM = "as timm says for the model; for digits in [0, 1]"
+_IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-_MOST_WIDTHS = 100
+_MOST = 100  # values of an option
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
@@ -168,22 +171,25 @@ def check(settings: Any) -> None:
     """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
+        if within and isinstance(value, (list, tuple)) and len(value) > _MOST:
+            raise UsageError(f"{flag(each.name)}: got {len(value):,} of them; choose at most {_MOST}")
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if isinstance(one, str) and not one.strip():
                 raise UsageError(f"{flag(each.name)} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             least, most = within.ends if within else (one, one)
-            if within and not (within.holds(one) and least <= one <= most):
-                limits = f"from {least} to {most:,}" if within.holds(one) else within.text
-                raise UsageError(f"{flag(each.name)} must be {limits}, got {one}")
+            inside = not within or (isinstance(one, (int, float)) and within.holds(one))
+            if not inside or (within and not least <= one <= most):
+                limits = f"from {least} to {most:,}" if inside else within.text
+                raise UsageError(f"{flag(each.name)} must be {limits}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
     widths = DEFAULT_WIDTHS if given is None else given
-    if len(widths) > _MOST_WIDTHS:
-        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST_WIDTHS}")
+    if len(widths) > _MOST:
+        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST}")
     try:
         return check_widths(widths)
     except WidthError as error:
@@ -209,10 +215,16 @@ class PretrainConfig:
     model: str = option("small_resnet", "a timm model; small_resnet, a ResNet-10, and resnet18_cifar for small images")
     data: str = option(
         DIGITS,
-        "digits: cluttered digits, made from those in scikit-learn; or the path of a folder with one folder of images "
-        "per class; the classes are used for evaluation only, except with --method supervised",
+        "digits: cluttered digits, made from those in scikit-learn; the path of a folder with one folder of images per "
+        "class, or of a tar file; or a name that timm knows, as in torch/cifar10 or hfds/USER/NAME; the classes are "
+        "used for evaluation only, except with --method supervised",
         metavar="NAME",
     )
+    data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
+    mean: tuple[float, ...] | None = option(
+        None, "what is subtracted from each channel, of values in [0, 1]", within=FRACTION, shown=_AS_TIMM
+    )
+    std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
     augmentation: str = option(
@@ -275,7 +287,21 @@ class PretrainConfig:
         from slimmable.losses import width_weights
 
         object.__setattr__(self, "widths", checked_widths(self.widths))
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None:
+                if len(values) not in (1, self.channels):
+                    count = f"got {len(values):,} values, the number of channels is {self.channels}"
+                    raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
+                object.__setattr__(self, name, tuple(values))
         check(self)
+        if self.kind in _IN_ORDER:
+            way = "in their order, so a run could not be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
+            raise UsageError(f"--data {printable(self.data)}: timm reads the images of {self.kind}/ {way}")
+        if (self.data_dir is None) == (self.kind == "torch") and self.kind != "hfds":
+            given = "is missing" if self.data_dir is None else printable(self.data_dir)
+            raise UsageError(
+                f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {printable(self.data)}"
+            )
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
@@ -297,9 +323,15 @@ class PretrainConfig:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
     @property
-    def is_folder(self) -> bool:
-        """Whether the images come from a folder."""
-        return self.data != DIGITS
+    def kind(self) -> str:
+        """The kind of data set that timm knows by name, as in torch/cifar10; empty for all others."""
+        kind, slash, _ = self.data.lower().partition("/")
+        return kind if slash and kind in ("torch", "hfds", *_IN_ORDER) else ""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 for digits and torchvision's kinds of MNIST, which are grey, otherwise 3."""
+        return 1 if self.data == DIGITS or re.fullmatch("torch/.*mnist", self.data.lower()) else 3
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,37 @@ from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli import report
 from slimmable.cli.config import LINEAR, PretrainConfig, explained, say
-from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, seed_of, some_of
-from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
+from slimmable.cli.data import (
+    Images,
+    Plain,
+    Views,
+    batches_of,
+    load,
+    make_views,
+    normalisation,
+    seed_of,
+    some_of,
+)
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
-from slimmable.evaluation import ProbeName, evaluate_features, knn_accuracy, linear_evaluation, narrowest_first
+from slimmable.evaluation import (
+    ProbeName,
+    evaluate_features,
+    knn_accuracy,
+    label_fraction,
+    linear_evaluation,
+    narrowest_first,
+)
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
-PROBE = "published-probe.pt"  # what an interrupted evaluation on random crops goes on from
 _KNN: Mapping[str, Any] = {}  # arguments of `evaluate_features` other than its defaults
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
-_VOTERS = 50_000  # training images that vote in kNN during training
+_VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
+_CHUNK = 256  # images read at a time
 
 Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
 
@@ -77,7 +95,7 @@ def features_in(
 
 def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
     """Return the training images that set the gates of a run, in batches."""
-    return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
+    return list(batches_of(some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)))
 
 
 def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[float, float]:
@@ -89,26 +107,30 @@ def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> di
     return reached
 
 
-def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images) -> str:
+def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images, workers: int = 0) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
     title = f"{config.model}, {config.epochs} epochs of {config.method}"
     if config.gate_budget is not None:
         title += f", gated to {config.gate_budget:g}"
-    train, test = (Plain(part, min(config.image_size, 32)).stacked() for part in (images.train, images.test))
-    pixels = knn_accuracy(train, images.train_labels, test, images.test_labels)
-    report.write_report(folder, rows, pixels, title)
-    return report.to_markdown(rows, pixels)
+    size = min(config.image_size, 32)
+    train, test = (some_of(Plain(part, size), _VOTERS) for part in (images.train, images.test))
+    known, asked = (torch.cat(list(load(part, workers, batch_size=_CHUNK))) for part in (train, test))
+    pixels = knn_accuracy(known, images.train_labels[train.indices], asked, images.test_labels[test.indices])
+    return report.write_report(folder, rows, pixels, title)
 
 
 def rows_of_run(
     config: PretrainConfig,
     backbone: nn.Module,
     images: Images,
-    probes: Sequence[ProbeName] = PROBES,
+    probes: Sequence[str] = PROBES,
     workers: int = 0,
     knn: Mapping[str, Any] = _KNN,
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated."""
+    """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated.
+
+    A probe such as "knn@0.1" learns from this fraction of the labels.
+    """
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
@@ -156,12 +178,13 @@ class _Prober:
     """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
     def __init__(
-        self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
+        self, config: PretrainConfig, images: Images, probes: Sequence[str], workers: int, most: int | None = None
     ) -> None:
         self.probes, self.workers, self.knn = probes, workers, _KNN
         size = config.image_size
         self.size = (images.channels, size, size)
-        self.train, self.test = some_of(Plain(images.train, size), most), Plain(images.test, size)
+        train, self.test = (Plain(part, size, normalisation(config)) for part in (images.train, images.test))
+        self.train = some_of(train, most)
         self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
     def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], dict[Any, float]]:
@@ -173,22 +196,41 @@ class _Prober:
         return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, costs
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
-        if not self.probes:
-            return {width: {} for width in known}
-        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes, **self.knn)
-        return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+        accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
+        for fraction, names in groupby(self.probes, key=lambda name: name.partition(PART)[2]):
+            probes: dict[str, Any] = {name: name.partition(PART)[0] for name in names}
+            part = kept_labels(self.train_labels, fraction)
+            some = {width: features[part] for width, features in known.items()}
+            sets = some, self.train_labels[part], asked, self.test_labels
+            found = evaluate_features(*sets, probes=[*probes.values()], **self.knn)
+            for width, each in found.items():
+                accuracies[width] |= {name: getattr(each, probe) for name, probe in probes.items()}
+        return accuracies
+
+
+def kept_labels(labels: Tensor, fraction: str) -> Tensor:
+    """Return the places of the images that a fraction of the labels is of, or of all for an empty text."""
+    return label_fraction(labels, float(fraction)) if fraction else torch.arange(len(labels))
 
 
 def with_published(
-    rows: list[Row], config: PretrainConfig, backbone: nn.Module, images: Images, given: Any, path: Path, workers: int
+    rows: list[Row],
+    config: PretrainConfig,
+    backbone: nn.Module,
+    images: Images,
+    given: Mapping[str, Any],
+    part: str,
+    path: Path,
+    workers: int,
 ) -> list[Row]:
-    """Return the rows with those accuracies of a linear evaluation on random crops, whose state is kept at `path`."""
+    """Return the rows with the accuracies of a linear evaluation on random crops, whose state is kept at `path`."""
     how = LINEAR["default"] | LINEAR.get(config.method, {}) | {name: v for name, v in given.items() if v is not None}
     epochs, size = how["epochs"], config.image_size
+    normalise, kept = normalisation(config), kept_labels(images.train_labels, part.removeprefix(PART))
     scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
     crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
     views = Views(images.train, images.train_labels, crop, config.seed)
-    centres = Plain(images.test, size, round(size * 256 / 224))
+    centres = Plain(images.test, size, normalise, round(size * 256 / 224))
     start = None
     if path.exists():
         with explained(f"{path} cannot be read", "; delete it to start anew"):
@@ -197,9 +239,10 @@ def with_published(
                 raise UsageError(f"{path} was begun with {start['how']}, not {how}; give the same, or delete the file")
 
     def crops(epoch: int) -> Iterator[Sequence[Tensor]]:
-        order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed_of(config.seed, epoch)))
-        batches = ([(epoch, number) for number in part.tolist()] for part in torch.split(order, how["batch_size"]))
-        return load(views, workers, batch_sampler=batches)
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed_of(config.seed, epoch)))
+        batches = torch.split(kept[order], how["batch_size"])
+        keys = ([(epoch, number) for number in batch.tolist()] for batch in batches)
+        return ((normalise(view), labels) for view, labels in load(views, workers, batch_sampler=keys))
 
     def middles(epoch: int) -> Iterable[Sequence[Tensor]]:
         return zip(batches_of(centres, 256, workers), torch.split(images.test_labels, 256), strict=True)
@@ -212,7 +255,8 @@ def with_published(
     settings = {"epochs": epochs, "learning_rate": how["lr"], "milestones": steps, "num_classes": len(images.classes)}
     found = linear_evaluation(backbone, crops, middles, start=start, after_epoch=keep, **settings)
     top = {width: {"published": own.linear, "published_top5": own.linear_top5} for width, own in found.items()}
-    return [replace(row, shares={**row.shares, **top[row.width]}) for row in rows]
+    more = ({name + part: share for name, share in top[row.width].items()} for row in rows)
+    return [replace(row, shares={**row.shares, **own}) for row, own in zip(rows, more, strict=True)]
 
 
 class Watch:

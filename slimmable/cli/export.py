@@ -27,7 +27,7 @@ from slimmable._nested import output_tensors
 from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli.config import explained, require
+from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
@@ -70,16 +70,17 @@ class File:
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
     config = read_config(run)
-    channels = 3 if config.is_folder else 1
+    channels = config.channels
     with torch.device("meta"):
         _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
-    data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
+    data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
     image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
     accuracy = {width: row.shares for width, row in read_report(run).items()}
-    return Source(config.model, model, config.widths, image, arguments, weights, "in [0, 1]", accuracy=accuracy)
+    values = _values(config.mean or (0.0,), config.std or (1.0,))
+    return Source(config.model, model, config.widths, image, arguments, weights, values, accuracy=accuracy)
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
@@ -98,7 +99,15 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
         output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
-    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", _values(known))
+    return Source(
+        recipe["timm"],
+        model,
+        widths_of(model),
+        image,
+        arguments,
+        f"`{path.name}`.",
+        _values(known["mean"], known["std"]),
+    )
 
 
 def timm_source(
@@ -137,7 +146,7 @@ def timm_source(
         load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
-    return Source(name, model, widths_of(model), image, arguments, weights, _values(known), base)
+    return Source(name, model, widths_of(model), image, arguments, weights, _values(known["mean"], known["std"]), base)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -157,8 +166,9 @@ def _is_plain(value: object) -> bool:
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
-def _values(known: Mapping[str, Any]) -> str:
-    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
+def _values(mean: Sequence[float], std: Sequence[float]) -> str:
+    changed = any(mean) or any(each != 1 for each in std)
+    return "in [0, 1]" + (f", minus the mean {mean}, divided by the standard deviation {std}" if changed else "")
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:

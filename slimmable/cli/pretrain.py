@@ -5,13 +5,15 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
-from slimmable.cli.config import PretrainConfig, RunOptions, require, say
-from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
+from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
+from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation, some_of
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
@@ -33,6 +35,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     with locked(folder, not options.resume) if is_first() else nullcontext():
         any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
+        config = training.config
         try:
             _tell(_introduction(config, training.images))
             stopped = _train(training, folder, options)
@@ -75,6 +78,8 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
     method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
+    if not options.resume:
+        config = _normalised(config, method.backbone)
     if config.gate_budget is not None:
         least, width = max((gate_plan(method.backbone).least_share(width), width) for width in config.widths)
         if config.gate_budget < least:
@@ -94,6 +99,15 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     if not options.resume and is_first():
         write_aside(options.output / CONFIG, lambda path: path.write_text(config.to_json()))
     return training
+
+
+def _normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
+    """Return the settings with the mean and the standard deviation that timm has for the network, if none are given."""
+    known: Any = {} if config.data == DIGITS else network.pretrained_cfg
+    found = [tuple(known.get(name, (usual,))) for name, usual in (("mean", 0.0), ("std", 1.0))]
+    if config.channels == 1:
+        found = [(sum(values) / len(values),) for values in found]
+    return replace(config, mean=config.mean or found[0], std=config.std or found[1])
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
@@ -157,8 +171,8 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal:
-        some = Plain(images.train, config.image_size)
-        calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
+        some = some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)
+        calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
         for width, reached in set_gates(config, backbone, images).items():
@@ -170,7 +184,7 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
-    say(report_run(config, folder, rows, images))
+    say(report_run(config, folder, rows, images, options.workers or 0))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:

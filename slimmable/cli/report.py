@@ -16,7 +16,7 @@ from slimmable._tables import csv_text
 from slimmable.cli.config import read_text, require, say
 from slimmable.errors import CheckpointError, DataError
 
-UNTRAINED = "untrained_"
+UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge", "finetuned": "fine-tuned"}
 TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, top 5"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
@@ -93,12 +93,18 @@ def _row(cells: dict[str, str]) -> Row:
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     """Return the rows as a Markdown table, followed by a line of explanation."""
-    titles = [title_of(name) for name in rows[0].shares]
     first = "network" if rows[0].network else "width"
-    lines = [f"| {first} | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
-    for row in rows:
-        shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in rows[0].shares)
-        lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
+    tables: dict[str, list[str]] = {}  # by the fraction of the labels
+    for name in rows[0].shares:
+        tables.setdefault(name.partition(PART)[2], []).append(name)
+    lines: list[str] = []
+    for names in tables.values():
+        lines += [""] if lines else []
+        titles = " | ".join(map(title_of, names))
+        lines += [f"| {first} | parameters | MACs | {titles} |", "|" + "---:|" * (3 + len(names))]
+        for row in rows:
+            shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in names)
+            lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
     return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
 
@@ -107,7 +113,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     """Draw accuracy against MACs, trained and untrained, as a PNG file at `path`."""
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for name in rows[0].shares:
+    for name in (name for name in rows[0].shares if PART not in name):
         style = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
         colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
         for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
@@ -128,16 +134,19 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
 
 
 def title_of(name: str) -> str:
-    """Return the title of an accuracy, such as "untrained kNN" for "untrained_knn"."""
-    title = TITLES[name.removeprefix(UNTRAINED)]
+    """Return the title of an accuracy: "untrained kNN" for "untrained_knn", "kNN, 1 % of labels" for "knn@0.01"."""
+    probe, _, fraction = name.removeprefix(UNTRAINED).partition(PART)
+    title = TITLES[probe] + (f", {100 * float(fraction):g} % of labels" if fraction else "")
     return f"untrained {title}" if name.startswith(UNTRAINED) else title
 
 
-def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:
-    """Write `metrics.csv`, `metrics.md` and `accuracy.png` into `folder`, each replaced only when complete."""
+def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> str:
+    """Write `metrics.csv`, `metrics.md` and `accuracy.png`, each replaced only when complete; return the second."""
+    table = to_markdown(rows, pixels_knn)
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))
-    write_aside(folder / "metrics.md", lambda path: path.write_text(to_markdown(rows, pixels_knn)))
+    write_aside(folder / "metrics.md", lambda path: path.write_text(table))
     plot(rows, pixels_knn, title, folder / "accuracy.png")
+    return table
 
 
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:

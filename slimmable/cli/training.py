@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
+from slimmable.cli.data import Images, Steps, Views, load, make_views, normalisation, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
@@ -48,7 +48,7 @@ class Training:
         if config.method == "mocov2" and processes > 1 and (shared % processes or batch % shared):
             raise UsageError(f"{parts} cannot be shared by {processes} processes; choose multiples of their number")
         self.config, self.images, self.device, self.workers = config, images, device, workers
-        self.method = method.to(device).train()
+        self.method, self.normalise = method.to(device).train(), normalisation(config)
         self.method.bn_groups = config.bn_groups
         crop, mirror = config.min_crop_scale, not images.handwriting
         transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror)
@@ -121,7 +121,8 @@ class Training:
             pinned = self.device.type == "cuda"
             self._batches = load(self.views, self.workers, batch_sampler=steps, pin_memory=pinned)
             batch = next(self._batches)
-        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        return [*map(self.normalise, views), labels]
 
     def _set_learning_rate(self, progress: float) -> None:
         later = self.config.lr_after_slow_start

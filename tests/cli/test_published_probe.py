@@ -11,7 +11,7 @@ from slimmable.cli import evaluation
 from slimmable.cli.config import LINEAR
 from slimmable.cli.data import Plain, load_images
 from slimmable.cli.run import read_config, trained_backbone
-from slimmable.evaluation import evaluate_widths, linear_evaluation
+from slimmable.evaluation import evaluate_widths, label_fraction, linear_evaluation
 
 ON_CPU = ("--device", "cpu", "--workers", "0")
 PUBLISHED = ("--probes", "knn", "published", "--probe-epochs", "3", "--probe-batch-size", "24", "--probe-lr", "5")
@@ -66,7 +66,7 @@ def test_the_report_has_both_accuracies_and_an_interrupted_evaluation_goes_on(co
     expected = rows_of(copy)
     assert list(expected[0])[3:] == ["knn", "untrained_knn", "published", "published_top5"]
     assert all(0 < float(row["published"]) <= float(row["published_top5"]) <= 1 for row in expected)
-    assert not (copy / evaluation.PROBE).exists()
+    assert not (copy / "published-probe.pt").exists()
 
     def stop(path, write):
         whole(path, write)
@@ -90,13 +90,33 @@ def test_the_report_has_both_accuracies_and_an_interrupted_evaluation_goes_on(co
     assert "epoch 2/3" not in said
     assert rows_of(copy) == expected
 
-    (copy / evaluation.PROBE).write_bytes(b"no state")
+    (copy / "published-probe.pt").write_bytes(b"no state")
     assert main(line) == 2
     assert "published-probe.pt cannot be read" in capsys.readouterr().err
     assert main(["evaluate", str(copy), "--probes", "published", "--probe-epochs", "1", *ON_CPU]) == 2
-    (copy / evaluation.PROBE).unlink()
+    (copy / "published-probe.pt").unlink()
     assert main(["evaluate", str(copy), "--probes", "published", "--probe-epochs", "1", *ON_CPU]) == 0
     assert list(rows_of(copy)[0])[3:] == ["published", "published_top5"]
+
+
+def test_a_part_of_the_labels_has_an_evaluation_of_its_own(copy, capsys, monkeypatch):
+    seen = []
+
+    def watched(backbone, train, test, **given):
+        seen.append([torch.cat([labels for _, labels in train(epoch)]) for epoch in range(2)])
+        return linear_evaluation(backbone, train, test, **given)
+
+    monkeypatch.setattr(evaluation, "linear_evaluation", watched)
+    line = ["evaluate", str(copy), "--probes", "knn", "published", "--probe-epochs", "1", "--probe-batch-size", "8"]
+    assert main([*line, "--label-fraction", "0.25", *ON_CPU]) == 0
+    labels = load_images(read_config(copy)).train_labels
+    kept = labels[label_fraction(labels, 0.25)]
+    assert [len(epoch) for epochs in seen for epoch in epochs] == [64, 64, len(kept), len(kept)]
+    assert all(epoch.bincount().equal(kept.bincount()) for epoch in seen[1])
+    (row, _) = rows_of(copy)
+    assert {"published", "published_top5", "published@0.25", "published_top5@0.25", "knn@0.25"} <= set(row)
+    assert "linear on crops, top 5, 25 % of labels" in capsys.readouterr().out
+    assert not list(copy.glob("published-probe*"))
 
 
 def test_options_of_neighbours_are_those_of_the_library(copy):
