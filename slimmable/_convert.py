@@ -101,7 +101,8 @@ def slimify(
     check_flags("slimify", inplace=inplace)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
-    asked = _rules(model, widths, switchable, round_to, overlap, universal, rounding=rounding), skip, outputs
+    layers = _switchable_layers(model, switchable)
+    asked = _checked(Plan(check_widths(widths), round_to, rounding, overlap, layers, universal)), skip, outputs
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
     if importance is None and _current_plan(model, *asked) is not None:
@@ -158,8 +159,9 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_whole("plan", model)
-    own, known = plan_of(model), WIDTHS if widths is None else widths
-    rules = _rules(model, known, switchable, round_to, overlap, universal, rounding=rounding)
+    own, layers = plan_of(model), _switchable_layers(model, switchable)
+    known = check_widths(WIDTHS if widths is None else widths)
+    rules = _checked(Plan(known, round_to, rounding, overlap, layers, universal))
     if own is not None and widths is None and (rules.rules(), skip, outputs) == (Plan(WIDTHS).rules(), (), "auto"):
         rules = own
     asked = rules, skip, outputs
@@ -231,24 +233,15 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 
 
 # -- the steps of a conversion
-def _rules(
-    model: nn.Module,
-    widths: Iterable[float],
-    switchable: Skip,
-    round_to: int,
-    overlap: bool,
-    universal: bool,
-    **more: str,
-) -> Plan:
-    """Return an empty plan of these rules, which are checked."""
-    check_flags("slimify", overlap=overlap, universal=universal)
-    check_rounding("slimify", **more)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
-    known, layers = check_widths(widths), _switchable_layers(model, switchable)
-    if universal and (layers or not overlap):
+def _checked(rules: Plan) -> Plan:
+    """Return an empty plan, after checks of its rules."""
+    check_flags("slimify", overlap=rules.overlap, universal=rules.universal)
+    check_rounding("slimify", rounding=rules.rounding)
+    if isinstance(rules.round_to, bool) or not isinstance(rules.round_to, int) or rules.round_to < 1:
+        raise ConversionError(f"round_to is {rules.round_to!r}; it must be an integer of at least 1")
+    if rules.universal and (rules.switchable or not rules.overlap):
         raise ConversionError("universal=True is for widths that share their weights: leave out overlap and switchable")
-    return Plan(known, round_to, more["rounding"], bool(overlap), layers, bool(universal))
+    return rules
 
 
 def _switchable_layers(model: nn.Module, switchable: Skip) -> tuple[str, ...]:
@@ -262,10 +255,8 @@ def _switchable_layers(model: nn.Module, switchable: Skip) -> tuple[str, ...]:
         if not own or isinstance(module, _BatchNorm) or not chosen(path, module):
             continue
         if next(module.children(), None) is not None or any(owners[id(parameter)] > 1 for parameter in own):
-            what = (
-                f"switchable names {path!r}, a {type(module).__name__}, which has modules inside or shares its weights"
-            )
-            raise ConversionError(f"{what}; name only layers that have weights to themselves")
+            what = f"{path!r}, a {type(module).__name__}, which has modules inside or shares its weights"
+            raise ConversionError(f"switchable names {what}; name only layers that have weights to themselves")
         found.append(path)
     if not found:
         raise ConversionError(f"switchable is {switchable!r:.80}, which names no layer with weights")
@@ -295,9 +286,7 @@ def skipper(model: nn.Module, skip: Skip, what: str = "skip") -> Callable[[str, 
         try:
             inspect.signature(skip).bind("", model)
         except (TypeError, ValueError) as error:
-            raise ConversionError(
-                f"{what} is {skip!r}, which cannot be called as {what}(name, module): {error}"
-            ) from error
+            raise ConversionError(f"{what} is {skip!r}, which cannot be called with (name, module): {error}") from error
         return skip
     patterns: list[Any] = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
     if not all(isinstance(pattern, str) for pattern in patterns):
@@ -395,19 +384,14 @@ def _inherit(model: nn.Module, before: Mapping[str, Switchable], moved: Mapping[
         except WidthError:
             lost[width] = list(before)
     for path, norm in before.items():
-        heir, inside = model.get_submodule(path), f"{path}." if path else ""
-        named = {(f"{owner}.{name}".lstrip("."), axis): order for (owner, name, axis), order in moved.items()}
-        own = {
-            (name.removeprefix(inside), axis): order for (name, axis), order in named.items() if name.startswith(inside)
-        }
-        for width in inherit(heir, norm, own) if isinstance(heir, Switchable) else norm.widths[1:]:
+        heir = model.get_submodule(path)
+        for width in inherit(heir, norm, moved, path) if isinstance(heir, Switchable) else norm.widths[1:]:
             lost.setdefault(width, []).append(path)
     if lost:
         listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())
         warnings.warn(
-            "some BatchNorms or switchable layers lose what a width has learned, since they keep other channels at it "
-            "than before, share gain and bias now, or are no longer switched: "
-            f"{listing}. Train on, or call slimmable.calibrate_bn",
+            "some layers lose what a width has learned, since they keep other channels at it than before, share gain "
+            f"and bias now, or are no longer switched: {listing}. Train on, or call slimmable.calibrate_bn",
             stacklevel=3,
         )
 

@@ -33,10 +33,7 @@ def make_plan(
     outputs: Outputs = "auto",
     advise: bool = True,
 ) -> Plan:
-    """Return the plan of `model`, which has no views, by the rules of an empty one.
-
-    With `advise`, an error tells whether a skip would help.
-    """
+    """Return the plan of `model`, which has no views, by the rules of an empty one; `advise`: errors tell of skips."""
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
 

@@ -109,21 +109,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Export:
-    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+class Network:
+    """Which network of a run, a file or timm."""
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
         help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
     )
-    format: tuple[str, ...] | None = option(
-        None,
-        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
-        choices=("pt2", "onnx", "safetensors"),
-        shown="pt2, and onnx if it is installed",
-        action="append",
-    )
-    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
     widths: tuple[float, ...] | None = option(
         None, **WIDTHS, group="for a timm model only, except that a file also takes --image-size"
     )
@@ -137,12 +129,12 @@ class Export:
     )
     image_size: int | None = option(None, **SIZE)
 
-    def _run(self) -> int:
+    def source(self) -> tuple[Any, list[float], Path]:
+        """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
+        settings.check(self)
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
-        from slimmable.cli.export import export as write
         from slimmable.cli.export import file_source, run_source, timm_source
-        from slimmable.cli.lock import locked
         from slimmable.cli.run import CONFIG, check_name
 
         path = Path(self.model)
@@ -165,8 +157,36 @@ class Export:
             rules = {"widths": known, "rounding": self.rounding or "nearest"}
             source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", self.model)
+        return source, [*source.widths] if ALL in self.width else [*map(float, self.width)], folder
+
+    def _leave_out(self, what: str, *more: str) -> None:
+        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
+        names = ("widths", "rounding", "checkpoint", "pretrained", "num_classes", *more)
+        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Network, name)]
+        if settled:
+            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+
+    format: tuple[str, ...] | None = option(
+        None,
+        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
+        choices=("pt2", "onnx", "safetensors"),
+        shown="pt2, and onnx if it is installed",
+        action="append",
+        group="what to write",
+    )
+    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
+
+    def _run(self, **network: Any) -> int:
+        from slimmable.cli.export import export as write
+        from slimmable.cli.lock import locked
+
+        source, widths, folder = Network(**network).source()
         folder = self.output or folder
-        widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
         with locked(folder):
             files = write(source, widths, self.format, folder)
         for file in files:
@@ -176,12 +196,27 @@ class Export:
         say(f"wrote {folder / 'README.md'}, the model card")
         return 0
 
-    def _leave_out(self, what: str, *more: str) -> None:
-        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
-        names = ("widths", "rounding", "checkpoint", "pretrained", "num_classes", *more)
-        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
-        if settled:
-            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
+@dataclass(frozen=True)
+class Embed:
+    """Write the features of all images in a folder, at any widths of a timm model, a saved model or a run."""
+
+    images: Path = option(help="folder of images, at any depth", metavar="FOLDER", group="what to write")
+    output: Path = option(Path("features.npz"), "file to write, for numpy.load; it is replaced", metavar="FILE.npz")
+    workers: int | None = option(None, **WORKERS)
+    device: str | None = option(None, **DEVICE)
+
+    def _run(self, **network: Any) -> int:
+        from slimmable.cli.embed import embed
+
+        if self.output.suffix != ".npz":
+            raise UsageError(f"--output {self.output} must end in .npz")
+        source, widths, _ = Network(**network).source()
+        device, workers = _find_device(self.device), _count_workers(self.workers)
+        for name, shape in embed(source, self.images, widths, self.output, device, workers).items():
+            say(f"{name}: {' x '.join(map(str, shape))}")
+        say(f"wrote {self.output}")
+        return 0
 
 
 @dataclass(frozen=True)
@@ -235,7 +270,8 @@ class Profile(Plan):
 COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
     "pretrain": (settings.PretrainConfig, Pretrain),
     "evaluate": (Evaluate,),
-    "export": (Export,),
+    "export": (Network, Export),
+    "embed": (Network, Embed),
     "profile": (Profile,),
     "plan": (Plan,),
 }
@@ -270,7 +306,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parser.exit(2)
     _check_text(parser, argv)
     if argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        parser.error(f"there is no command {argv[0]}{_suggestion(argv[0], COMMANDS)}")
+        parser.error(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
     given = vars(arguments)
     name = given.pop("command")
@@ -279,7 +315,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if unknown:
         typed = unknown[0].partition("=")[0]
         known = ["--help", *(flag(each.name) for options in COMMANDS[name] for each in fields(options))]
-        parser.exit(2, f"slimmable {name}: there is no option {typed}{_suggestion(typed, known)}\n")
+        parser.exit(2, f"slimmable {name}: there is no option {typed}{suggestion(typed, known)}\n")
     return name, given
 
 
@@ -297,7 +333,8 @@ def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         option = f"{text} " if text.startswith("--") else option
 
 
-def _suggestion(typed: str, known: Iterable[str]) -> str:
+def suggestion(typed: str, known: Iterable[str]) -> str:
+    """Return a question that ends a message about an unknown word, if a known one is similar."""
     similar = difflib.get_close_matches(typed, list(known), n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 

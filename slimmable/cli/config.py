@@ -145,9 +145,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         if each.metadata["group"]:
             group = parser.add_argument_group(each.metadata["group"])
         parsing, choices = dict(each.metadata["parsing"]), each.metadata["choices"]
-        (kind,) = (part for part in _parts(each.type) if part is not NoneType)
-        one, *several = get_args(kind) or (kind,)  # of a tuple, the type of its items and an ellipsis
-        if kind is bool:
+        one, several = kind_of(each)
+        if one is bool:
             parsing["action"] = "store_true"
         else:
             parsing = {"type": one, **({"choices": choices} if choices else {"metavar": _METAVARS.get(one)}), **parsing}
@@ -156,6 +155,13 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         positional = each.default is MISSING and not parsing.get("required")
         name = each.name if positional else flag(each.name)
         group.add_argument(name, default=argparse.SUPPRESS, help=help_text(each), **parsing)
+
+
+def kind_of(each: Field[Any]) -> tuple[Any, bool]:
+    """Return the type of an option's values, and whether it takes several."""
+    (kind,) = (part for part in _parts(each.type) if part is not NoneType)
+    one, *several = get_args(kind) or (kind,)  # of a tuple, the type of its items and an ellipsis
+    return one, bool(several)
 
 
 def help_text(each: Field[Any]) -> str:
@@ -352,7 +358,7 @@ class RunOptions:
     preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
     output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
     resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
-    log: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
+    logger: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
     log_every: int = option(10, "steps between log entries", within=at_least(1), metavar="STEPS")
     knn_every: int | None = option(
         None,
@@ -361,6 +367,7 @@ class RunOptions:
         shown="a tenth of all with --gate-budget, otherwise 0",
         metavar="EPOCHS",
     )
+    quiet: bool = option(False, "tell of faults only, not of the progress and the results")
     diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)

@@ -33,7 +33,7 @@ from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
 _MOST_STRETCHED = 100  # times as long as wide
@@ -196,7 +196,7 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images
             if tarred:  # none stays open, for workers would share its position, and no cache is written beside it
                 reader: Any = ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
             else:
-                reader = ReaderImageFolder(str(root), input_key=";".join(_SUFFIXES))
+                reader = ReaderImageFolder(str(root), input_key=";".join(SUFFIXES))
             parts.append(_listed(reader, str(root)))
     return _split(str(folder), parts, seed, say)
 
@@ -246,7 +246,7 @@ def _holds_images(root: Path, data: Path) -> bool:
     unread: list[OSError] = []
     try:
         for place, folders, names in os.walk(root, onerror=unread.append):
-            files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*_SUFFIXES, ".tar"}]
+            files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
             for path in (*(Path(place, name) for name in folders), *files, *([] if root == data else [root])):
                 target = Path(os.path.realpath(path)) if path.is_symlink() else path
                 if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
@@ -264,7 +264,7 @@ def _holds_images(root: Path, data: Path) -> bool:
     except (OSError, RecursionError) as error:
         raise DataError(f"--data {printable(data)} cannot be listed ({error})") from error
     if not found and not tars:
-        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(_SUFFIXES))})"
+        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))})"
         raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
     return found
 

@@ -51,9 +51,17 @@ class Source:
     image: tuple[int, int, int]  # channels, height and width
     arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
     weights: str  # their origin, in words
-    values: str  # scaling of the pixels, in words
+    mean: tuple[float, ...]  # subtracted from values in [0, 1]
+    std: tuple[float, ...]  # by which they are divided then
     base: str | None = None  # the model on the Hugging Face Hub that the weights come from
     accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
+
+    @property
+    def values(self) -> str:
+        """The scaling of the pixels, in words."""
+        changed = any(self.mean) or any(each != 1 for each in self.std)
+        way = f", minus the mean {self.mean}, divided by the standard deviation {self.std}" if changed else ""
+        return f"in [0, 1]{way}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ def run_source(run: Path) -> Source:
     image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
     accuracy = {width: row.shares for width, row in read_report(run).items()}
-    values = _values(config.mean or (0.0,), config.std or (1.0,))
-    return Source(config.model, model, config.widths, image, arguments, weights, values, accuracy=accuracy)
+    mean, std = config.mean or (0.0,), config.std or (1.0,)
+    return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
@@ -99,15 +107,8 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
         output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
-    return Source(
-        recipe["timm"],
-        model,
-        widths_of(model),
-        image,
-        arguments,
-        f"`{path.name}`.",
-        _values(known["mean"], known["std"]),
-    )
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 
 
 def timm_source(
@@ -146,7 +147,8 @@ def timm_source(
         load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
-    return Source(name, model, widths_of(model), image, arguments, weights, _values(known["mean"], known["std"]), base)
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return Source(name, model, widths_of(model), image, arguments, weights, mean, std, base)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -164,11 +166,6 @@ def _is_plain(value: object) -> bool:
     if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
         return False
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
-
-
-def _values(mean: Sequence[float], std: Sequence[float]) -> str:
-    changed = any(mean) or any(each != 1 for each in std)
-    return "in [0, 1]" + (f", minus the mean {mean}, divided by the standard deviation {std}" if changed else "")
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:

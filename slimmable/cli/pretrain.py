@@ -2,7 +2,7 @@
 
 import signal
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,18 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         training = _prepare(config, options, device)
         config = training.config
         try:
-            _tell(_introduction(config, training.images))
+            _tell(options, _introduction(config, training.images))
             stopped = _train(training, folder, options)
             if stopped:
                 raise KeyboardInterrupt(stopped)
             if is_first():
                 _finish(training, folder, options)
-            _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
+            any_process(False, device)  # wait until the first one has written the results
+            _tell(options, f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
-                _tell(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
+                done = f"{training.step} of {training.steps}"
+                _tell(replace(options, quiet=False), f"interrupted after step {done}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
             last = folder / CHECKPOINT
@@ -69,9 +71,10 @@ def _way_on(folder: Path) -> str:
 
 def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) -> Training:
     """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
-    for name in options.log:
+    for name in options.logger:
         require_logger(name)
-    require("matplotlib", "matplotlib")  # fail now rather than at the end of a long run
+    for package in ("matplotlib", "tqdm"):
+        require(package, package)  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = load_images(config)
@@ -91,7 +94,7 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
         training.resume(found)
-        _tell(f"continuing after step {training.step} of {training.steps}")
+        _tell(options, f"continuing after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
@@ -134,12 +137,15 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     loggers: list[Logger] = []
     if is_first():
-        loggers = make_loggers(folder, columns, training.step, options.log, asdict(config))
+        loggers = make_loggers(folder, columns, training.step, options.logger, asdict(config))
         watch = Watch(training, folder, loggers[1:]) if every else None
     with (
         on_signals(lambda number: stop(number) if asked else asked.append(number)),
-        Progress(training.steps, training.step, training.steps_per_epoch) as progress,
+        Progress(training.steps, training.step, training.steps_per_epoch, options.quiet) as progress,
+        ExitStack() as ends,
     ):
+        for logger in loggers:
+            ends.callback(logger.close)
         while training.step < training.steps:
             losses = training.take_step()
             if is_first():
@@ -176,15 +182,15 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
         for width, reached in set_gates(config, backbone, images).items():
-            gates = named_at("the gates", width)
-            say(f"{gates} are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
+            share = f"{reached:.3f} of the multiply-adds"
+            _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
     if not save_networks(folder, config, backbone, images.channels):
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
-    say(report_run(config, folder, rows, images, options.workers or 0))
+    _tell(options, report_run(config, folder, rows, images, options.workers or 0))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
@@ -193,6 +199,6 @@ def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     return [row | {"step": int(row["step"])} for row in rows]
 
 
-def _tell(text: str) -> None:
-    if is_first():
+def _tell(options: RunOptions, text: str) -> None:
+    if is_first() and not options.quiet:
         say(text)

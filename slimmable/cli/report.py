@@ -189,6 +189,7 @@ class Logger:
 
     log: Callable[[int, Mapping[str, float]], object]
     flush: Callable[[], object] = lambda: None
+    close: Callable[[], object] = lambda: None  # or the next run in this process would go on with it
 
 
 def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
@@ -239,31 +240,36 @@ def make_loggers(
         start = done + 1 if done else None
         writer = require_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         loggers += [
-            Logger(lambda step, values: [writer.add_scalar(*each, step) for each in values.items()], writer.flush)
+            Logger(
+                lambda step, values: [writer.add_scalar(*each, step) for each in values.items()],
+                writer.flush,
+                writer.close,
+            )
         ]
     if "wandb" in asked:
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # so a resumed run is found again
         known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
         run = require_logger("wandb").init(project="slimmable", resume="allow", **known)
-        loggers += [Logger(lambda step, values: run.log(dict(values), step=step))]
+        loggers += [Logger(lambda step, values: run.log(dict(values), step=step), close=lambda: run.finish())]
     return [csv_log(folder / "losses.csv", columns, done), *loggers]
 
 
 class Progress(AbstractContextManager["Progress"]):
     """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block."""
 
-    def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
-        self.steps, self.done, self.steps_per_epoch = steps, done, steps_per_epoch
+    def __init__(self, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
+        self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
         self.start, self.first = time.monotonic(), done
         bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
-        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
+        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        say(text) if self.bar.disable else self.bar.write(text)
+        if not self.quiet:
+            say(text) if self.bar.disable else self.bar.write(text)
 
     def advance(self, losses: dict[float, float]) -> None:
         """Count one step and show its loss at each width."""
@@ -271,7 +277,7 @@ class Progress(AbstractContextManager["Progress"]):
         shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
         self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
         self.bar.update()
-        if self.bar.disable and self.done % self.steps_per_epoch == 0:
+        if self.bar.disable and not self.quiet and self.done % self.steps_per_epoch == 0:
             epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
             left = (time.monotonic() - self.start) / (self.done - self.first) * (self.steps - self.done)
             say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")

@@ -195,22 +195,26 @@ class Training:
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
-    """Return timm's optimizer; by default norms, biases and gates have no weight decay, which LARS needs to scale."""
+    """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    plain: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay if config.decay_norms else 0.0}
+    decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
+    # timm's schedule multiplies by `lr_scale`
+    gating: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_scale": config.gate_lr_scale}
+    scaled = {**gating, "params": [], "always_adapt": config.lars_gates}  # LARS scales without weight decay too
     for name, parameter in online.named_parameters():
         if parameter.requires_grad:
-            gate, matrix = id(parameter) in gates, parameter.ndim > 1 and not name.endswith(".bias")
-            group = groups.setdefault((gate, matrix), {"params": []})
-            group["params"].append((name, parameter))
-            group["weight_decay"] = config.weight_decay if not gate and (matrix or config.decay_norms) else 0.0
-            group["always_adapt"] = gate and matrix and config.lars_gates
-            group["lr_scale"] = config.gate_lr_scale if gate else 1.0  # timm's schedule multiplies by it
+            matrix = parameter.ndim > 1 and not name.endswith(".bias")
+            kind = decaying if matrix else plain
+            if id(parameter) in gates:
+                kind = scaled if matrix else gating
+            kind["params"].append((name, parameter))
+    groups = [group for group in (plain, decaying, gating, scaled) if group["params"]]
     name = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}[config.opt]  # timm's "sgd" is Nesterov's
     settings: dict[str, Any] = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
     if config.opt == "lars":
         settings |= {"trust_coeff": config.lars_trust, "trust_clip": config.lars_clip}
-    return create_optimizer_v2([groups[kind] for kind in sorted(groups)], name, lr=config.lr, **settings)
+    return create_optimizer_v2(groups, name, lr=config.lr, **settings)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class PassNorm(SwitchableNorm):
         """Undo `of`: return the original norm, switchable or not."""
         del self._modules["gated"], self.__dict__["active_pass"]
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
-        return self.to_norm() if self.__dict__.pop("inside") else self
+        return self.to_plain() if self.__dict__.pop("inside") else self
 
     def of_gated_pass(self, index: int) -> nn.Module:
         """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""

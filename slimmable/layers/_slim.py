@@ -18,7 +18,6 @@ from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
 Layer = TypeVar("Layer", bound="SlimLayer")
-Plain = TypeVar("Plain", bound=nn.Module)
 _Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
@@ -43,15 +42,20 @@ class Explained(nn.Module):
 
 
 class SlimLayer(Explained):
-    """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
+    """A layer of torch that runs at several widths."""
 
     _slim_plain: ClassVar[type[nn.Module]]  # that it is made from and converted back to
 
     _install: Callable[..., None]  # takes the widths and the constructor's options
 
     @classmethod
-    def _from_torch(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: Any) -> Layer:
-        """Return the slimmable twin of a layer of exactly torch's class: it shares Parameters and training flag."""
+    def from_plain(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: Any) -> Layer:
+        """Return the slimmable twin of torch's layer, with its Parameters and training flag.
+
+        `options` are those of the constructor, such as `slim_in`.
+
+        Raises: ConversionError: unless it is exactly of torch's class. WidthError: as the constructor.
+        """
         if type(module) is not cls._slim_plain:
             raise ConversionError(
                 f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
@@ -61,12 +65,13 @@ class SlimLayer(Explained):
         slim._install(check_widths(widths), **options)
         return slim
 
-    def _to_torch(self, kind: type[Plain]) -> Plain:
-        twin: Any = twin_of(self, type(self))
+    def to_plain(self) -> Any:
+        """Return torch's layer of the full width, which shares the Parameters."""
+        twin = twin_of(self, type(self))
         if is_slim(twin):
             remove_view(twin)
-        if type(twin) is not kind:
-            raise ConversionError(f"a {type(self).__name__} has no torch twin of class {kind.__name__}")
+        if type(twin) is not self._slim_plain:
+            raise ConversionError(f"a {type(self).__name__} has no torch twin of class {self._slim_plain.__name__}")
         return twin
 
 
@@ -146,15 +151,6 @@ class SlimLinear(_SlimProduct, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._install(check_widths(widths), slim_in, slim_out, overlap, rounding)
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: Any) -> "SlimLinear":
-        """Return the slimmable twin of `linear`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(linear, widths, **options)
-
-    def to_linear(self) -> nn.Linear:
-        """Return the full-width `nn.Linear`, which shares the Parameters."""
-        return self._to_torch(nn.Linear)
-
 
 class _SlimConv(_SlimProduct, _ConvNd):
     """The common base; see `SlimConv2d`."""
@@ -194,15 +190,6 @@ class SlimConv1d(_SlimConv, nn.Conv1d):
 
     _slim_plain = nn.Conv1d
 
-    @classmethod
-    def from_conv1d(cls, conv: nn.Conv1d, widths: Iterable[float], **options: Any) -> "SlimConv1d":
-        """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(conv, widths, **options)
-
-    def to_conv1d(self) -> nn.Conv1d:
-        """Return the full-width `nn.Conv1d`, which shares the Parameters."""
-        return self._to_torch(nn.Conv1d)
-
 
 class SlimConv2d(_SlimConv, nn.Conv2d):
     """`nn.Conv2d` that runs with part of its channels: at width `w`, with the first `round(w * channels)`.
@@ -235,18 +222,6 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
     _slim_plain = nn.Conv2d
 
-    @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: Any) -> "SlimConv2d":
-        """Return the slimmable twin of `conv`, with its Parameters and training flag; `options` of the constructor.
-
-        Raises: ConversionError: unless `conv` is exactly an `nn.Conv2d`. WidthError: as the constructor.
-        """
-        return cls._from_torch(conv, widths, **options)
-
-    def to_conv2d(self) -> nn.Conv2d:
-        """Return the full-width `nn.Conv2d`, which shares the Parameters."""
-        return self._to_torch(nn.Conv2d)
-
 
 class SlimConv3d(_SlimConv, nn.Conv3d):
     """`nn.Conv3d` that runs with part of its channels; everything is as in `SlimConv2d`.
@@ -256,15 +231,6 @@ class SlimConv3d(_SlimConv, nn.Conv3d):
     """
 
     _slim_plain = nn.Conv3d
-
-    @classmethod
-    def from_conv3d(cls, conv: nn.Conv3d, widths: Iterable[float], **options: Any) -> "SlimConv3d":
-        """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(conv, widths, **options)
-
-    def to_conv3d(self) -> nn.Conv3d:
-        """Return the full-width `nn.Conv3d`, which shares the Parameters."""
-        return self._to_torch(nn.Conv3d)
 
 
 class SlimLayerNorm(SlimLayer, nn.LayerNorm):
@@ -304,15 +270,6 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         *outer, last = self.normalized_shape
         shapes = [(*outer, kept_units(last, width, rounding=rounding)) for width in widths]
         install_view(self, widths, {"weight": shapes, "bias": shapes}, {"normalized_shape": shapes})
-
-    @classmethod
-    def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float], **options: Any) -> "SlimLayerNorm":
-        """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(norm, widths, **options)
-
-    def to_layernorm(self) -> nn.LayerNorm:
-        """Return the full-width `nn.LayerNorm`, which shares the Parameters."""
-        return self._to_torch(nn.LayerNorm)
 
 
 class SlimGroupNorm(SlimLayer, nn.GroupNorm):
@@ -358,15 +315,6 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
             groups, kept = [self.num_groups] * len(widths), kept_at(widths, size, self.num_groups, rounding=rounding)
         counts, cuts = [kept_of(self.num_channels, each) for each in kept], [(each,) for each in kept]
         install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
-
-    @classmethod
-    def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float], **options: Any) -> "SlimGroupNorm":
-        """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(norm, widths, **options)
-
-    def to_groupnorm(self) -> nn.GroupNorm:
-        """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
-        return self._to_torch(nn.GroupNorm)
 
 
 def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:

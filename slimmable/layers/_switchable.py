@@ -47,24 +47,20 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
         SwitchableNorm.__init__(self, norm, known, kept)
 
     @classmethod
-    def from_batchnorm(
-        cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True, rounding: str = "nearest"
+    def from_plain(
+        cls: type[Norm], module: nn.Module, widths: Iterable[float], *, slim: bool = True, rounding: str = "nearest"
     ) -> Norm:
-        """Return a switchable norm of `norm` and cut copies of it; `ConversionError` if it is not a batch norm."""
-        if not isinstance(norm, _BatchNorm):
-            raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
+        """Return a switchable norm of `module` and cut copies of it; `ConversionError` if it is not a batch norm."""
+        if not isinstance(module, _BatchNorm):
+            raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(module).__name__}")
         switchable = cls.__new__(cls)
-        switchable._fill(norm, widths, slim, rounding)
+        switchable._fill(module, widths, slim, rounding)
         return switchable
-
-    def to_batchnorm(self) -> _BatchNorm:
-        """Return the batch norm of the full width, the module itself, not a copy."""
-        return cast(_BatchNorm, self.to_norm())
 
     def __repr__(self) -> str:
         if type(self.full) is not self._torch_class:
             return super().__repr__()
-        full = self.to_batchnorm().extra_repr()  # type: ignore[no-untyped-call]
+        full = self.full.extra_repr()  # type: ignore[no-untyped-call]
         return f"{type(self).__name__}({full}, {self.extra_repr()})"
 
 
@@ -155,19 +151,19 @@ class SwitchableLinear(Explained, SwitchableContainer):
         self.linears = nn.ModuleList(nn.Linear(*kept, bias, device, dtype) for kept in zip(ins, outs, strict=True))
 
     @classmethod
-    def from_linear(cls: type[Linear], linear: nn.Linear, widths: Iterable[float], **options: Any) -> Linear:
-        """Return a layer of `linear` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
-        if not isinstance(linear, nn.Linear):
-            raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
-        weight, bias, sizes = linear.weight, linear.bias, (linear.in_features, linear.out_features)
+    def from_plain(cls: type[Linear], module: nn.Module, widths: Iterable[float], **options: Any) -> Linear:
+        """Return a layer of `module` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
+        if not isinstance(module, nn.Linear):
+            raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(module).__name__}")
+        weight, bias, sizes = module.weight, module.bias, (module.in_features, module.out_features)
         layer = cls(*sizes, widths, bias is not None, weight.device, weight.dtype, **options)
         for narrow in map(layer.module_at, range(1, len(layer.widths))):
             outs, ins = narrow.weight.shape
             narrow.load_state_dict({"weight": weight[:outs, :ins]} | ({} if bias is None else {"bias": bias[:outs]}))
-        layer.linears[0] = linear
-        return layer.train(linear.training)
+        layer.linears[0] = module
+        return layer.train(module.training)
 
-    def to_linear(self) -> nn.Linear:
+    def to_plain(self) -> nn.Linear:
         """Return the layer of the full width, the module itself, not a copy."""
         return cast(nn.Linear, self.linears[0])
 
@@ -177,7 +173,7 @@ class SwitchableLinear(Explained, SwitchableContainer):
 
     def __repr__(self) -> str:
         settings = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{type(self).__name__}({settings}, bias={self.to_linear().bias is not None}, {self.extra_repr()})"
+        return f"{type(self).__name__}({settings}, bias={self.to_plain().bias is not None}, {self.extra_repr()})"
 
 
 class SwitchableProbe(SwitchableLinear):

@@ -20,7 +20,6 @@ from slimmable.view.state import Column, Counts
 from slimmable.view.view import install_view, remove_view
 
 M = TypeVar("M")
-Moved: TypeAlias = "Mapping[tuple[str, int], Sequence[int]]"  # tensor and axis -> where each of its units was before
 _Units: TypeAlias = "dict[str, list[list[int]]]"  # name of a tensor -> the units of each axis
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
@@ -257,8 +256,6 @@ class SwitchableNorm(Switchable):
         """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
         return self.module_at(index)
 
-    to_norm = Switchable.to_plain
-
 
 class Guest(Column):
     """A guest of a switchable module: a module that shares the full one's parameters and starts from its statistics."""
@@ -387,33 +384,36 @@ def _cut(tensor: Tensor, part: Part, name: str) -> Tensor:
     return (tensor if cut is None else take(tensor, cut)).clone()
 
 
-def _units(tensors: Mapping[str, Tensor], part: Part, moved: Moved) -> _Units:
+def _units(tensors: Mapping[str, Tensor], part: Part, moved: Mapping[Any, Sequence[int]], path: str) -> _Units:
     """Return the units that are kept of each axis of a full module's tensors, by where they were before they moved."""
     found: _Units = {}
     for name, tensor in tensors.items():
-        orders = [moved.get((name, axis), range(size)) for axis, size in enumerate(tensor.shape)]
+        place = f"{path}.{name}".lstrip(".").rpartition(".")[::2]
+        orders = [moved.get((*place, axis), range(size)) for axis, size in enumerate(tensor.shape)]
         kept = zip(orders, part.axes.get(name, [None] * tensor.ndim), strict=True)
         units = ((of, keep if isinstance(keep, tuple) else range(kept_of(len(of), keep))) for of, keep in kept)
         found[name] = [[int(order[unit]) for unit in each] for order, each in units]
     return found
 
 
-def inherit(norm: Switchable, before: Switchable, moved: Moved) -> list[float | Counts]:
+def inherit(
+    norm: Switchable, before: Switchable, moved: Mapping[Any, Sequence[int]], path: str
+) -> list[float | Counts]:
     """Give a container what one of the same full module has learned; return the widths that lose some of it.
 
     A width that keeps its channels keeps its module. Any other starts from the nearest wider one's module and, for the
-    channels that it had, from its own. `moved` holds where each unit of a tensor's axis was before, if units moved.
+    channels that it had, from its own. `moved` says of axes (module path, name, number) where each unit was before.
     """
     norm.__class__ = type(before)
     norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_parts", "_modules")})
     norms = {width: before.module_at(index) for index, width in enumerate(before._slim.widths)}
     tensors = norm.full.state_dict(keep_vars=True)
-    had = {width: _units(tensors, part, {}) for width, part in zip(norms, before._parts, strict=True)}
+    had = {width: _units(tensors, part, {}, path) for width, part in zip(norms, before._parts, strict=True)}
     shared, shared_before = norm.narrow.shared_affine, before.narrow.shared_affine
     loses_affine = shared and not shared_before and norm.full.affine
     lost = []
     for place, (width, part) in enumerate(zip(norm._slim.widths[1:], norm._parts[1:], strict=True)):
-        units = _units(tensors, part, moved)
+        units = _units(tensors, part, moved, path)
         if (units, shared) == (had.get(width), shared_before):
             norm.narrow[place] = norms[width]
             continue

@@ -18,6 +18,7 @@ from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from PIL import Image
 
 from slimmable.__main__ import main
 from slimmable._profile import profile
@@ -117,9 +118,10 @@ TAKEN = {
         "folder": "it is empty",
     },
     "pretrain --resume": {},
-    "pretrain --log": {},
+    "pretrain --logger": {},
     "pretrain --log-every": {"20,000": LARGE},
     "pretrain --knn-every": {"zero": OFF, "20,000": LARGE},
+    "pretrain --quiet": {},
     "pretrain --diagnostics": {},
     "pretrain --workers": {"zero": OFF},
     "pretrain --device": {},
@@ -150,6 +152,18 @@ TAKEN = {
     "export --pretrained": {},
     "export --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
     "export --image-size": {},
+    "embed MODEL_OR_RUN": {},
+    "embed --width": {"hundreds of one": "it is written once"},
+    "embed --widths": {},
+    "embed --rounding": {},
+    "embed --checkpoint": {},
+    "embed --pretrained": {},
+    "embed --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
+    "embed --image-size": {},
+    "embed FOLDER": {"above": "a folder with images"},
+    "embed --output": {},
+    "embed --workers": {"zero": OFF},
+    "embed --device": {},
     "profile NAME": {},
     "profile --image-size": {},
     "profile --widths": {},
@@ -179,6 +193,7 @@ RIGHT = {
     "pretrain": (*("--num-images", "16", "--batch-size", "8", "--device", "cpu", "--workers", "0", "--output", "out"),),
     "evaluate": ("RUN", "--device", "cpu", "--workers", "0"),
     "export": ("test_resnet", "--width", "1", "--format", "safetensors", "--output", "out"),
+    "embed": ("test_resnet", "pictures", "--width", "1", "--device", "cpu", "--workers", "0"),
     "profile": ("test_resnet",),
     "plan": ("test_resnet",),
 }
@@ -220,6 +235,8 @@ def playground():
         Path(file).write_text("mine")
     for link, target in (("device", "/dev/zero"), ("loop", "loop"), ("nowhere", "no/where")):
         Path(link).symlink_to(target)
+    Path("pictures").mkdir()
+    Image.new("RGB", (8, 8)).save("pictures/black.png")
     os.mkfifo("fifo")
     with socket.socket(socket.AF_UNIX) as made:
         made.bind("socket")
@@ -299,9 +316,11 @@ def caller(run, tmp_path, monkeypatch, capfd):
     def hang(*_):
         raise Hung
 
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    for name in ("cli.training.Training.take_step", "cli.evaluation.rows_of_run", "cli.export._write"):
+    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed._features")
+    for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
     before = signal.signal(signal.SIGALRM, hang)
@@ -329,8 +348,11 @@ def test_a_right_call_begins(caller, command):
 def test_values_without_meaning_are_refused(caller, option):
     command, classes, each = OPTIONS[option]
     right = list(RIGHT[command])
+    place = 0
     if is_positional(each):
-        del right[0]
+        positional = [one for options in classes for one in fields(options) if is_positional(one)]
+        place = positional.index(each)
+        del right[place]
     elif flag(each.name) in right:
         at = right.index(flag(each.name))
         del right[at : at + 2]
@@ -338,7 +360,7 @@ def test_values_without_meaning_are_refused(caller, option):
     found = {}
     for name, words in bad_values(classes, each).items():
         if is_positional(each):
-            line = [command, *words, *right]
+            line = [command, *right[:place], *words, *right[place:]]
         elif appended:
             words = words[: SEVERAL // 20]  # argparse copies a list each time
             line = [command, *right, *(part for word in words or [""] for part in (flag(each.name), word))]
@@ -356,7 +378,7 @@ def names(said, each, words):
     """Return whether a message names an option and its value; of paths, models and switches, the value is enough."""
     values = [form for word in words[:2] for form in forms(word)]
     if not values or len(words) > 2 or "expected " in said or "is for --method" in said:
-        return name_of(each) in said
+        return name_of(each) in said or (is_positional(each) and "the following arguments are required" in said)
     enough = (
         is_positional(each)
         or each.default is False

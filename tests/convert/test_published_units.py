@@ -163,13 +163,13 @@ def test_layers_built_by_hand_keep_the_published_units(ins, outs, percent):
     options = {"widths": (1.0, width), "rounding": "floor"}
     kept_in, kept_out = max(1, int(ins * width)), max(1, int(outs * width))
     linear = layers.SlimLinear(ins, outs, **options)
-    norms = [layers.SlimLayerNorm(outs, **options), layers.SlimLayerNorm.from_layernorm(nn.LayerNorm(outs), **options)]
+    norms = [layers.SlimLayerNorm(outs, **options), layers.SlimLayerNorm.from_plain(nn.LayerNorm(outs), **options)]
     switched = layers.SwitchableBatchNorm1d(outs, **options)
     for module in (linear, layers.SlimConv2d(ins, outs, 1, **options), *norms, switched):
         slimmable.set_width(module, width)
     assert linear.weight.shape == (kept_out, kept_in)
     assert [norm.weight.shape for norm in (*norms, switched)] == [(kept_out,)] * 3
-    probes = layers.SwitchableProbe(ins, 3, **options), layers.SwitchableProbe.from_linear(nn.Linear(ins, 3), **options)
+    probes = layers.SwitchableProbe(ins, 3, **options), layers.SwitchableProbe.from_plain(nn.Linear(ins, 3), **options)
     assert [probe.module_at(1).in_features for probe in probes] == [kept_in] * 2
     with pytest.raises(UsageError, match="rounding must be one of"):
-        layers.SlimLinear.from_linear(nn.Linear(ins, outs), (1.0, width), rounding="up")
+        layers.SlimLinear.from_plain(nn.Linear(ins, outs), (1.0, width), rounding="up")

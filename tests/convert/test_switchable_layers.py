@@ -254,8 +254,8 @@ def test_switchable_linear(ins, outs, percent, slim_in, slim_out, bias):
     assert layer.linears[0].weight.grad is None
     assert weight.grad is not None
     linear = nn.Linear(ins, outs, bias, **F64)
-    made = SwitchableLinear.from_linear(linear, (1.0, percent / 100), **options)
-    assert made.to_linear() is linear
+    made = SwitchableLinear.from_plain(linear, (1.0, percent / 100), **options)
+    assert made.to_plain() is linear
     assert torch.equal(made.linears[1].weight, linear.weight[: sizes[1], : sizes[0]])
     assert f"in_features={ins}, out_features={outs}, bias={bias}" in repr(made)
     assert type(slimmable.extract(made, percent / 100)) is nn.Linear

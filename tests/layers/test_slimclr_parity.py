@@ -224,14 +224,8 @@ def test_non_overlapping_weights_need_room():
 
 def plain_twin(net: ResNet) -> nn.Module:
     """The network of torch's own layers with the full weights of one built by hand."""
-    kinds = {SlimConv2d: "conv2d", SlimLinear: "linear", SwitchableProbe: "linear"}
-    kinds |= dict.fromkeys((SwitchableBatchNorm1d, SwitchableBatchNorm2d), "batchnorm")
-    made = {
-        id(each): getattr(each, f"to_{kinds[kind]}")()
-        for each in net.modules()
-        for kind in kinds
-        if isinstance(each, kind)
-    }
+    kinds = (SlimConv2d, SlimLinear, SwitchableProbe, SwitchableBatchNorm1d, SwitchableBatchNorm2d)
+    made = {id(each): each.to_plain() for each in net.modules() if isinstance(each, kinds)}
     twin = copy.deepcopy(net, {key: copy.deepcopy(module) for key, module in made.items()})
     assert not any(is_slim(module) for module in twin.modules())
     return twin
