@@ -7,7 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
-from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
+from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
-from slimmable.files.construction import build
-from slimmable.files.model import load, read, save
+from slimmable.files.model import build, load, read, save
 from slimmable.view.state import is_slim
 
 INPUT, OUTPUT = "images", "output"
@@ -78,16 +77,15 @@ class File:
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
     config = read_config(run)
-    channels = config.channels
+    channels, size = config.channels, config.image_size
     with torch.device("meta"):
-        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
+        _, arguments = make_timm(config.model, {**backbone_settings(config), "in_chans": channels}, size)
     data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
-    image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
     accuracy = {width: row.shares for width, row in read_report(run).items()}
-    mean, std = config.mean or (0.0,), config.std or (1.0,)
+    image, mean, std = (channels, size, size), config.mean or (0.0,), config.std or (1.0,)
     return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 
 
@@ -251,13 +249,14 @@ def save_pt2(program: ExportedProgram, path: Path) -> Program:
 def save_onnx(program: ExportedProgram, path: Path) -> Program:
     """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
     *_, runtime = (require(name, name, extra="onnx") for name in ONNX_PACKAGES)
+    settings: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamo": True, "verbose": False}
     # without gradients, as in tracing: with them, attention has another memory layout
     with torch.no_grad(), _quiet(), explained("torch.onnx cannot translate the model"):
         try:
-            written = _translate(program)
+            written: Any = torch.onnx.export(program, (), **settings)
         except Exception:  # it supports only one form of attention; decomposed, it is matrix products
             with sdpa_kernel(SDPBackend.MATH):
-                written = _translate(program.run_decompositions())
+                written = torch.onnx.export(program.run_decompositions(), (), **settings)
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()
     written.save(path)
@@ -266,13 +265,6 @@ def save_onnx(program: ExportedProgram, path: Path) -> Program:
     with explained("onnxruntime does not load the written program"):
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(array) for array in session.run(None, {INPUT: images.numpy()})]
-
-
-def _translate(program: ExportedProgram) -> torch.onnx.ONNXProgram:
-    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
-    written = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
-    assert written is not None
-    return written
 
 
 @torch.no_grad()
@@ -293,11 +285,8 @@ def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress warnings and log messages, which are meant for developers of torch."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with warnings.catch_warnings(), ExitStack() as after:
+        warnings.simplefilter("ignore")
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        yield
