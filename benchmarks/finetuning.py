@@ -68,7 +68,7 @@ def finetune(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
         )
     check_finite("finetune: features of the first images", features)
-    classifier = zero_linear(features, classes)
+    classifier = zero_linear(features.shape[1], classes, features.device)
     network = nn.Sequential(OrderedDict(backbone=copy.deepcopy(backbone), classifier=classifier)).train()
     optimizer = torch.optim.SGD(
         param_groups_weight_decay(network, weight_decay), lr=learning_rate, momentum=0.9, nesterov=True

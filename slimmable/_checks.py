@@ -112,7 +112,7 @@ def check_whole(where: str, model: nn.Module) -> None:
 _KNOWN = ("<", *(str(Path(module.__file__ or "").parent) for module in (os, np, torch, sys.modules["slimmable"])))
 
 _NAMES: dict[Callable[..., None], str] = {
-    check_sizes: "dilation kernel_size normalized_shape stride",
+    check_sizes: "dilation kernel_size milestones normalized_shape stride",
     check_count: "batch_size bn_splits bottleneck_dim channels every groups hidden_dim in_channels in_features k "
     "layers num_channels num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to "
     "steps units",
@@ -123,7 +123,7 @@ _NAMES: dict[Callable[..., None], str] = {
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
     "redundancy variance weight_decay",
     check_number: "end epoch",
-    check_function: "after_epoch backward closure evaluate function",
+    check_function: "backward closure evaluate function",
     check_path: "path",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
     must_be("cosine or euclidean", lambda value: isinstance(value, str) and value in ("cosine", "euclidean")): "metric",

@@ -1,11 +1,12 @@
 """Evaluate the frozen features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
-import copy
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch.nn.utils import skip_init
 from slimmable._checks import (
     are_class_numbers,
     check_classes,
-    check_count,
     check_features,
     check_finite,
     check_labelled,
@@ -31,9 +31,10 @@ from slimmable._checks import (
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
 from slimmable._numerics import at_least_float32
-from slimmable._width import AllWidths, at_width, run_widths
+from slimmable._width import at_width, run_widths
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, DivergedError, UsageError
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
@@ -44,12 +45,11 @@ __all__ = [
 ]  # fmt: skip
 
 Features = Mapping[float, Tensor]
-Linears: TypeAlias = "dict[float, nn.Linear]"
 Batches = Iterable[Sequence[Tensor]]  # pairs of images and their labels
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
 Metric = Literal["cosine", "euclidean"]
 
-_CHUNK = 2**26  # similarities computed at a time
+_CHUNK = 1024  # images whose neighbours are found together
 _NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
 _NO_EPS = 1e-30  # too small to change a variance from `_scaled`; torch 2.11 does not allow 0
 
@@ -62,10 +62,8 @@ class Accuracies:
     linear: float = math.nan
     slimmable: float = math.nan
     ridge: float = math.nan
-    knn_top5: float = math.nan
     linear_top5: float = math.nan
     slimmable_top5: float = math.nan
-    ridge_top5: float = math.nan
 
 
 @checked
@@ -101,12 +99,10 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 
 @checked
 def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
-    """Return indices, ascending, of a fraction of the images such as 0.01, as many of each class, chosen by `seed`.
+    """Return indices, ascending, of a fraction of the images, as many of each class, at least one, chosen by `seed`.
 
-    That is at least one image of each class, and all of a class that has fewer; a larger fraction keeps those of a
-    smaller one. A loader takes `torch.utils.data.Subset(images, label_fraction(labels, 0.01).tolist())`.
-
-    Shapes: class numbers (images,) -> (kept images,).
+    Of a class with fewer, they are all; a larger fraction keeps those of a smaller one. For a loader, pass them to
+    `torch.utils.data.Subset`. Shapes: class numbers (images,) -> (kept images,).
 
     Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in (0, 1].
 
@@ -117,11 +113,11 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
         raise UsageError(f"label_fraction: fraction must be in (0, 1], got {fraction!r:.80}")
     check_labelled("label_fraction: labels", labels, labels)
     check_classes("label_fraction", labels, None)
-    classes = labels.long().cpu()
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
-    order, counts = order[classes[order].argsort(stable=True)], classes.bincount()
-    each = max(1, round(fraction * len(classes) / int(counts.count_nonzero())))
-    return torch.cat([members[:each] for members in torch.split(order, counts.tolist())]).sort().values
+    labels = labels.long().cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
+    each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
+    return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())]).sort().values
 
 
 @checked
@@ -143,7 +139,7 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     scores = outputs_of(model, images, batch_size)
     check_matrices("accuracy_of", scores=scores)
     check_finite("accuracy_of: scores", scores)
-    return _top(scores, labels)[0]
+    return _accuracy(scores, labels)
 
 
 @checked
@@ -157,17 +153,17 @@ def evaluate_widths(
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
     metric: Metric = "cosine",
-    temperature: float | None = 0.1,
+    temperature: float = 0.1,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of classifiers trained on the frozen features of `train`.
 
     The features of every width are computed once, in eval mode; the backbone is not changed.
 
     Args:
-        backbone: a converted network, images in, features of shape (batch, features) out; or `AllWidths` of one.
+        backbone: a converted network; images in, features of shape (batch, features) out.
         train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or,
-            without labels, a `DataLoader` or another iterable of batches (images, labels), whose images need not fit
-            into memory: `evaluate_widths(backbone, loader, test=test_loader)`.
+            without labels, batches (images, labels), as of a `DataLoader`, one of which is in memory at a time:
+            `evaluate_widths(backbone, loader, test=test_loader)`.
         train_labels, test_labels, k, metric, temperature: as in `evaluate_features`.
         probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
             width first; a part of a converted network must have them in this order.
@@ -182,46 +178,37 @@ def evaluate_widths(
     [1.0, 0.5]
     """
     _check_probes("evaluate_widths", probes=probes)
-    known = _all_features("evaluate_widths: train", backbone, train, train_labels)
-    asked = _all_features("evaluate_widths: test", backbone, test, test_labels)
-    return evaluate_features(*known, *asked, probes=probes, k=k, metric=metric, temperature=temperature)
+    sets: list[Any] = []
+    for name, images, labels in cast("Any", (("train", train, train_labels), ("test", test, test_labels))):
+        where = f"evaluate_widths: {name}"
+        if isinstance(images, Tensor) or labels is not None:
+            check_labelled(where, images, labels)
+            images = zip(images.split(256), labels.split(256), strict=True)
+        features, labels = _joined(_batches(where, backbone, images))
+        sets += narrowest_first(backbone, features), labels
+    return evaluate_features(*sets, probes=probes, k=k, metric=metric, temperature=temperature)
 
 
-def _all_features(where: str, backbone: nn.Module, images: Any, labels: Any) -> tuple[dict[float, Tensor], Tensor]:
-    """Return width -> features, and the labels, of images or batches of (images, labels)."""
-    if isinstance(images, Tensor) or labels is not None:
-        check_labelled(where, images, labels)
-        images = zip(torch.split(images, 256), torch.split(labels, 256), strict=True)
-    return _joined(_batches(where, backbone, images))
-
-
-def _joined(batches: Iterable[tuple[dict[float, Tensor], Tensor]]) -> tuple[dict[float, Tensor], Tensor]:
+def _joined(batches: Iterable[tuple[Features, Tensor]]) -> tuple[dict[float, Tensor], Tensor]:
     parts, labels = zip(*batches, strict=True)
     return {width: torch.cat([part[width] for part in parts]) for width in parts[0]}, torch.cat(labels)
 
 
 def _batches(
-    where: str, backbone: nn.Module, batches: object, num_classes: int | None = None
-) -> Iterator[tuple[dict[float, Tensor], Tensor]]:
-    """Yield width -> features, those of the narrowest width first in each, and the labels of each batch."""
-    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, str, Mapping)):
-        raise DataError(f"{where} must be images with labels, or batches of both, got {shown(batches)}")
-    every = next((module for module in backbone.modules() if isinstance(module, AllWidths)), None)
+    where: str, backbone: nn.Module, batches: Any, num_classes: int | None = None
+) -> Iterator[tuple[Features, Tensor]]:
+    """Yield width -> features, and the labels, of each batch of images and labels."""
     batch = None
-    for batch in batches:
+    for batch in batches if isinstance(batches, Iterable) else [batches]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            way = "let the collate_fn of the loader return (images, labels)"
-            raise DataError(f"{where}: each batch must be (images, labels), got {shown(batch)}; {way}")
+            raise DataError(f"{where} must be images with labels, or batches (images, labels), got {shown(batch)}")
         check_labelled(f"{where}: a batch", *batch)
-        check_classes(f"{where}: a batch", batch[1], num_classes)
-        images = as_input(backbone, batch[0])
         with torch.no_grad(), in_eval_mode(backbone):
-            found = run_widths(backbone, images) if every is None else backbone(images)
-        check_matrices(where, **{f"features at width {width}": found[width] for width in check_widths(found)})
+            found = run_widths(backbone, as_input(backbone, batch[0]))
+        labels = batch[1].to(found[1.0].device)
         for width, features in found.items():
-            check_finite(f"{where} features at width {width}", features)
-            found[width] = at_least_float32(features)
-        yield narrowest_first(every.model if every else backbone, found), batch[1].to(found[1.0].device)
+            check_features(f"{where} features at width {width}", features, labels, num_classes)
+        yield {width: at_least_float32(features) for width, features in found.items()}, labels
     if batch is None:
         raise DataError(f"{where} is empty; give at least one batch, and no generator that has ended")
 
@@ -236,7 +223,7 @@ def evaluate_features(
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
     metric: Metric = "cosine",
-    temperature: float | None = 0.1,
+    temperature: float = 0.1,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of classifiers trained on `train`, for features already computed.
 
@@ -245,7 +232,7 @@ def evaluate_features(
         train_labels, test_labels: class numbers, shape (images,); moved to the device of the features.
         probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "ridge" one in closed form
             (`ridge_classifier`), "slimmable" one for all widths (`train_slimmable_probe`, which says what it needs).
-        k, metric, temperature: of "knn", as in `knn_accuracy`.
+        k, metric, temperature: of the neighbours, as in `knn_accuracy`.
 
     Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
@@ -269,26 +256,26 @@ def evaluate_features(
     found = {}
     for width in widths:
         known, asked = train[width], test[width]
-        scores = {}
+        accuracies: dict[str, float] = {}
         for name, probe in trained.items():
             with at_width(probe, width), torch.no_grad():
-                scores[name] = probe(asked.float())
+                scores = probe(asked.float())
+            accuracies |= {name: _accuracy(scores, test_labels), f"{name}_top5": _accuracy(scores, test_labels, 5)}
         if "knn" in probes:
-            scores["knn"] = _votes(known, train_labels, asked, classes, k, metric, temperature)
+            sets = known, train_labels, asked, test_labels
+            accuracies["knn"] = knn_accuracy(*sets, k=k, metric=metric, temperature=temperature)
         if "ridge" in probes:
-            scores["ridge"] = ridge_classifier(known, train_labels, num_classes=classes)(asked)
-        found[width] = _accuracies(scores, test_labels)
+            classifier = ridge_classifier(known, train_labels, num_classes=classes)
+            accuracies["ridge"] = _accuracy(classifier(asked), test_labels)
+        found[width] = Accuracies(**accuracies)
     return found
 
 
-def _list_of(known: Sequence[str]) -> Callable[..., None]:
-    return must_be(
-        f"a list of {', '.join(known)}",
-        lambda names: isinstance(names, Collection) and bool(names) and all(name in known for name in names),
-    )
-
-
-_check_probes, _check_trained = _list_of(get_args(ProbeName)), _list_of(("linear", "slimmable"))
+_PROBES = get_args(ProbeName)
+_check_probes = must_be(
+    f"a list of {', '.join(_PROBES)}",
+    lambda names: isinstance(names, Collection) and bool(names) and all(name in _PROBES for name in names),
+)
 
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
@@ -302,20 +289,10 @@ def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: 
     return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
 
 
-def _accuracies(scores: Mapping[str, Tensor], labels: Tensor) -> Accuracies:
-    """Return the accuracies of probes with such scores of shape (images, classes)."""
-    top = {name: _top(each, labels) for name, each in scores.items()}
-    five = {f"{name}_top5": share for name, (_, share) in top.items()}
-    return Accuracies(**{name: share for name, (share, _) in top.items()}, **five)
-
-
-def _top(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return for how many of the images the score of their class is the largest, and among the five largest."""
-    labels = labels.to(scores.device)
-    first = scores.argmax(1) == labels
-    best, classes = scores.topk(min(5, scores.shape[1]))
-    five = (classes == labels.unsqueeze(1)) & (best > -math.inf)  # a class without votes is not among them
-    return int(first.sum()) / len(labels), int((first | five.any(1)).sum()) / len(labels)
+def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
+    """Return the fraction of images whose class is among those of the `best` scores, of equal ones the first."""
+    classes = scores.sort(dim=1, descending=True, stable=True).indices[:, :best]
+    return (classes == labels.to(scores.device).unsqueeze(1)).any(1).float().mean().item()
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
@@ -334,6 +311,7 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
     return {width: part[:, order[width].to(part.device)] for width, part in features.items()}
 
 
+@torch.no_grad()
 @checked
 def knn_accuracy(
     train: Tensor,
@@ -343,7 +321,7 @@ def knn_accuracy(
     *,
     k: int = 20,
     metric: Metric = "cosine",
-    temperature: float | None = 0.1,
+    temperature: float = 0.1,
 ) -> float:
     """Return the fraction of `test` that a weighted vote of the `k` nearest features of `train` classifies correctly.
 
@@ -357,7 +335,7 @@ def knn_accuracy(
         train_labels, test_labels: class numbers, shape (images,).
         k: number of neighbours, at most all of `train`.
         metric: "cosine" or "euclidean".
-        temperature: of the votes; with None each neighbour has one vote.
+        temperature: the larger, the more equal the votes; from 1e9 on the majority decides.
 
     Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
@@ -366,28 +344,19 @@ def knn_accuracy(
     0.6666666666666666
     """
     classes = _check_sets("knn_accuracy", "", train, train_labels, test, test_labels)
-    return _top(_votes(train, train_labels, test, classes, k, metric, temperature), test_labels)[0]
-
-
-@torch.no_grad()
-def _votes(
-    train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, metric: Metric, temperature: float | None
-) -> Tensor:
-    """Return the votes for each class, shape (images of `test`, classes); minus infinity if there is none."""
-    exact = torch.float64 if train.dtype == torch.float64 else torch.float32
-    bank, queries = (features.to(exact).reshape(len(features), -1) for features in (train, test))
+    bank, queries = (features.float().reshape(len(features), -1) for features in (train, test))
     if metric == "cosine":
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    else:
-        queries, bank = queries - bank.mean(0), bank - bank.mean(0)  # which takes less rounding than from afar
-    halves = bank.square().sum(1) / 2 if metric == "euclidean" else 0
-    found = []
-    for part in torch.split(queries, max(1, _CHUNK // len(bank))):
-        near, places = (part @ bank.T - halves).topk(min(k, len(bank)))
-        weights = torch.ones_like(near) if temperature is None else ((near - near[:, :1]) / temperature).exp()
-        found.append(part.new_zeros(len(part), classes).scatter_add_(1, labels[places].long(), weights))
-    votes = torch.cat(found)
-    return votes.masked_fill(votes == 0, -math.inf)
+    else:  # rounding is less near zero
+        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
+    right = 0
+    for features, labels in zip(torch.split(queries, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
+        near = features @ bank.T if metric == "cosine" else -torch.cdist(features, bank).square() / 2
+        near, places = near.topk(min(k, len(bank)))
+        votes = features.new_zeros(len(features), classes)
+        votes.scatter_add_(1, train_labels[places].long(), ((near - near[:, :1]) / temperature).exp())
+        right += int((votes.argmax(1) == labels).sum())
+    return right / len(test_labels)
 
 
 @checked
@@ -448,10 +417,11 @@ def train_probe(
     tensor([0, 1, 2, 3])
     """
     classes, moments, scaled = _scaled("train_probe", features, labels, num_classes)
-    linears = {width: zero_linear(part, classes) for width, part in scaled.items()}
-    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device="meta")  # which draws no numbers
+    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
+    linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
     probe.linears = nn.ModuleList(linears.values())
-    _minimise(linears, scaled, labels, epochs, batch_size, learning_rate, seed)
+    batches = partial(_shuffled, scaled, labels, batch_size, torch.Generator().manual_seed(seed))
+    _minimise(linears, batches, epochs, learning_rate)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
@@ -499,16 +469,16 @@ def train_slimmable_probe(
     norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
         norm.module_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
-    linear = zero_linear(scaled[1.0], classes)
-    _minimise(dict.fromkeys(scaled, linear), scaled, labels, epochs, batch_size, learning_rate, seed)
+    linear = zero_linear(full, classes, labels.device)
+    batches = partial(_shuffled, scaled, labels, batch_size, torch.Generator().manual_seed(seed))
+    _minimise(dict.fromkeys(scaled, linear), batches, epochs, learning_rate)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
 
-def zero_linear(features: Tensor, classes: int) -> nn.Linear:
-    """Return a linear layer of zeros for such features, without drawing random numbers."""
-    alike: Any = {"device": features.device, "dtype": features.dtype}
-    linear: nn.Linear = skip_init(nn.Linear, features.shape[1], classes, **alike)  # type: ignore[no-untyped-call]
+def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
+    """Return a linear layer of zeros, without drawing random numbers."""
+    linear: nn.Linear = skip_init(nn.Linear, features, classes, device=device)  # type: ignore[no-untyped-call]
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -526,57 +496,56 @@ def _scaled(
     return classes, moments, {width: (exact[width] - mean) / std for width, (mean, std) in moments.items()}
 
 
-def _minimise(
-    linears: Linears, features: Features, labels: Tensor, epochs: int, size: int, rate: float, seed: int
-) -> None:
-    """Train linear layers on all of the features, in a new order in each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def batches(epoch: int) -> Iterator[tuple[Features, Tensor]]:
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for rows in torch.split(order, size):
-            yield {width: part[rows] for width, part in features.items()}, labels[rows]
-
-    _descend({"linear": linears}, batches, epochs, rate)
+def _shuffled(
+    features: Features, labels: Tensor, size: int, generator: torch.Generator, epoch: int
+) -> Iterator[tuple[Features, Tensor]]:
+    """Yield batches of features and labels, in another order in each epoch."""
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    for rows in torch.split(order, size):
+        yield {width: part[rows] for width, part in features.items()}, labels[rows]
 
 
-def _scores(linears: Linears, features: Features) -> dict[float, Tensor]:
+def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[float, Tensor]:
     """Return the scores of linear layers, the first columns of which serve a width with fewer features."""
-    parts = ((width, linears[width], part) for width, part in features.items())
-    return {width: F.linear(part, each.weight[:, : part.shape[1]], each.bias) for width, each, part in parts}
+    each = ((width, linears[width], part) for width, part in features.items())
+    return {width: F.linear(part, linear.weight[:, : part.shape[1]], linear.bias) for width, linear, part in each}
 
 
-def _descend(
-    kinds: Mapping[str, Linears],
+def _minimise(
+    linears: Mapping[float, nn.Linear],
     batches: Callable[[int], Iterable[tuple[Features, Tensor]]],
     epochs: int,
     rate: float,
-    milestones: Sequence[int] = (),
-    distill: bool = True,
-    start: Mapping[str, Any] | None = None,
-    after_epoch: Callable[[dict[str, Any]], object] | None = None,
+    milestones: Sequence[int] | None = None,
+    path: "str | os.PathLike[str] | None" = None,
 ) -> None:
-    """Minimise `probe_loss` of several kinds of linear layers by SGD; the arguments are as in `linear_evaluation`."""
-    layers = nn.ModuleDict({kind: nn.ModuleList(dict.fromkeys(linears.values())) for kind, linears in kinds.items()})
-    optimizer = torch.optim.SGD(layers.parameters(), lr=rate, momentum=0.9)
-    if start is not None:
-        layers.load_state_dict(start["layers"])
-        optimizer.load_state_dict(start["optimizer"])
-    for epoch in range(0 if start is None else start["epoch"], epochs):
-        tenths, cosine = sum(epoch >= milestone for milestone in milestones), math.cos(math.pi * epoch / epochs)
-        optimizer.param_groups[0]["lr"] = rate * (0.1**tenths if milestones else (1 + cosine) / 2)
+    """Minimise `probe_loss` of linear layers on the batches of each epoch; the rest is as in `linear_evaluation`."""
+    parameters = dict(nn.ModuleList(linears.values()).named_parameters())
+    optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
+    shapes = [tuple(linear.weight.shape) for linear in linears.values()]
+    how, start = (
+        f"linear_evaluation of {shapes}, {epochs=}, learning_rate={rate}, milestones={milestones and [*milestones]}",
+        0,
+    )
+    if path is not None and os.path.exists(path):
+        said, tensors = read_tensors(Path(path), how, how)
+        start = int(said["epoch"])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[name])
+            optimizer.state[parameter]["momentum_buffer"] = tensors[f"{name}.momentum"].to(parameter, copy=True)
+    for epoch in range(start, epochs):
+        cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
+        decay = 0.1 ** sum(epoch >= milestone for milestone in milestones) if milestones else cosine
+        optimizer.param_groups[0]["lr"] = rate * decay
         for features, labels in batches(epoch):
             optimizer.zero_grad()
-            for linears in kinds.values():
-                scores = _scores(linears, features)
-                for part in [scores] if distill else [{1.0: each} for each in scores.values()]:
-                    probe_loss(part, labels).backward()  # type: ignore[no-untyped-call]
+            probe_loss(_scores(linears, features), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        if not all(parameter.isfinite().all() for parameter in layers.parameters()):
+        if not all(parameter.isfinite().all() for parameter in parameters.values()):
             raise DivergedError(f"a linear classifier is not finite after epoch {epoch + 1}; lower learning_rate")
-        if after_epoch is not None:
-            state = {"epoch": epoch + 1, "layers": layers.state_dict(), "optimizer": optimizer.state_dict()}
-            after_epoch(copy.deepcopy(state))
+        if path is not None:
+            momenta = {f"{name}.momentum": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
+            write_tensors(Path(path), parameters | momenta, {"format": how, "epoch": str(epoch + 1)})
 
 
 @checked
@@ -586,33 +555,27 @@ def linear_evaluation(
     test: Batches | Callable[[int], Batches],
     *,
     num_classes: int,
-    probes: Sequence[Literal["linear", "slimmable"]] = ("linear",),
     epochs: int = 90,
     learning_rate: float = 0.1,
-    milestones: Sequence[int] = (),
-    distill: bool = True,
-    start: Mapping[str, Any] | None = None,
-    after_epoch: Callable[[dict[str, Any]], object] | None = None,
+    milestones: Sequence[int] | None = None,
+    path: "str | os.PathLike[str] | None" = None,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of linear classifiers trained on random crops, as papers report them.
 
-    The frozen backbone runs in eval mode on every batch, at all widths on the same images. The classifiers take its
-    features as they are, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight decay.
+    The frozen backbone runs in eval mode on every batch, at all widths. The classifiers, one per width, take features
+    that are not scaled, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight decay.
 
     Args:
         backbone: as in `evaluate_widths`.
-        train, test: `DataLoader`s, or others that give batches (images, labels) anew for each epoch, or functions that
-            return them for an epoch, from 0; published are random crops, mirrored at random, and centre crops.
+        train, test: `DataLoader`s, or other batches (images, labels) that can be gone over again, or functions of the
+            epoch, from 0, that return them; published are random crops, mirrored at random, and centre crops.
         num_classes, epochs: number of classes, and of passes over `train`.
-        probes: "linear" for one classifier per width, "slimmable" for one whose first columns serve narrow widths.
-        learning_rate: for batches of 256, multiplied by the size of the first one / 256; from epoch to epoch it follows
-            a cosine, or falls to a tenth at each of `milestones`.
-        distill: if False, every width learns from the labels alone, not from the full width's class probabilities.
-        after_epoch: is given all that is needed to go on: classifiers, momenta, and the number of epochs done.
-        start: what `after_epoch` was given, to go on from there, with the same settings.
+        learning_rate: published for batches of 256 are 0.1 (SimCLR, MoCo v3), and 15 in 100 epochs (MoCo v2).
+        milestones: epochs from which on it falls to a tenth, 60 and 80 for MoCo v2; by default it follows a cosine.
+        path: a file that holds what is reached after each epoch, and from which the same call goes on.
 
     Raises: DataError: if batches, labels or features do not fit. DivergedError: if a classifier is no longer finite.
-        UsageError: if `train` or `test` cannot start anew, or `start` is of another evaluation.
+        UsageError: if `train` or `test` cannot be gone over again. CheckpointError: if `path` is of another call.
 
     >>> from slimmable.layers import SlimLinear
     >>> backbone = nn.Sequential(SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
@@ -620,30 +583,20 @@ def linear_evaluation(
     >>> linear_evaluation(backbone, batches, batches, num_classes=3, epochs=2)[0.5].linear_top5  # of three classes
     1.0
     """
-    where = "linear_evaluation"
-    _check_trained(where, probes=probes)
-    for milestone in milestones:
-        check_count(where, milestones=milestone)
-
-    def begun(name: str, given: Any, epoch: int = 0) -> Iterator[tuple[dict[float, Tensor], Tensor]]:
-        loader = given(epoch) if callable(given) and not isinstance(given, type) else given
-        return _batches(f"{where}: {name}", backbone, loader, num_classes)
-
-    for name, given in (("test", test), ("train", train)):
+    for name, given in (("train", train), ("test", test)):
         if isinstance(given, Iterator):
-            raise UsageError(f"{where}: {name} is a {type(given).__name__}, which ends after one epoch; give a loader")
-        first, labels = next(begun(name, given))
-    kinds: dict[str, Linears] = {
-        "linear": {width: zero_linear(part, num_classes) for width, part in first.items()},
-        "slimmable": dict.fromkeys(first, zero_linear(first[1.0], num_classes)),
-    }
-    kinds = {name: kinds[name] for name in probes}
-    rate = learning_rate * len(labels) / 256
-    _descend(kinds, partial(begun, "train", train), epochs, rate, milestones, distill, start, after_epoch)
-    features, labels = _joined(begun("test", test))
-    with torch.no_grad():
-        scores = {name: _scores(linears, features) for name, linears in kinds.items()}
-    return {width: _accuracies({name: scores[name][width] for name in kinds}, labels) for width in features}
+            raise UsageError(f"linear_evaluation: {name} is a {type(given).__name__}, which ends after one epoch")
+
+    def batches(name: str, given: Any, epoch: int = 0) -> Iterator[tuple[Features, Tensor]]:
+        loader = given(epoch) if callable(given) else given
+        return _batches(f"linear_evaluation: {name}", backbone, loader, num_classes)
+
+    first, _ = next(batches("test", test))
+    linears = {width: zero_linear(part.shape[1], num_classes, part.device).to(part) for width, part in first.items()}
+    _minimise(linears, partial(batches, "train", train), epochs, learning_rate, milestones, path)
+    features, labels = _joined(batches("test", test))
+    scores = _scores(linears, features).items()
+    return {width: Accuracies(linear=_accuracy(x, labels), linear_top5=_accuracy(x, labels, 5)) for width, x in scores}
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,43 +64,35 @@ class Evaluate:
     )
     k: int = option(20, "neighbours that vote in kNN", within=settings.at_least(1), metavar="N")
     knn_metric: str = option("cosine", "how near features are in kNN", choices=("cosine", "euclidean"))
-    knn_temperature: float = option(0.1, "of the votes in kNN; inf: all count the same", within=settings.TEMPERATURE)
-    probe_epochs: int | None = option(
-        None, "epochs of --probes published", within=settings.at_least(1), shown="90; for mocov2 100"
-    )
-    probe_lr: float | None = option(
-        None, "its learning rate, for 256 images a step", within=settings.POSITIVE, shown="0.1; for mocov2 15"
-    )
+    knn_temperature: float = option(0.1, "of the votes in kNN; the larger, the more equal", within=settings.POSITIVE)
+    probe_epochs: int | None = option(None, "epochs of published", within=settings.at_least(1), shown="90; mocov2: 100")
+    probe_lr: float | None = option(None, "its rate, for 256 images", within=settings.POSITIVE, shown="0.1; mocov2: 15")
     probe_batch_size: int = option(256, "its images per step", within=settings.at_least(1))
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)
 
     def _run(self) -> None:
         from slimmable.cli.data import load_images
-        from slimmable.cli.evaluation import report_run, rows_of_run, with_published
+        from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.lock import locked
         from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_backbone
 
-        config = read_config(self.run)
-        published, workers = "published" in self.probes, _count_workers(self.workers)
-        if config.gate_budget is not None and published:
+        config, workers = read_config(self.run), _count_workers(self.workers)
+        if config.gate_budget is not None and "published" in self.probes:
             raise UsageError(f"--probes published is for a run with widths, and {self.run} has gates; leave it out")
         with locked(self.run):
             images = load_images(config)
             backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
-            parts = ("", *dict.fromkeys(f"{PART}{fraction:g}" for fraction in self.label_fraction))
-            probes = [probe + part for part in parts for probe in dict.fromkeys(self.probes) if probe != "published"]
-            temperature = None if self.knn_temperature == inf else self.knn_temperature
-            knn = {"k": self.k, "metric": self.knn_metric, "temperature": temperature}
-            rows = rows_of_run(config, backbone, images, probes, workers, knn)
+            parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
+            knn = {"k": self.k, "metric": self.knn_metric, "temperature": self.knn_temperature}
             given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
-            states = [self.run / f"published-probe{part}.pt" for part in parts if published]
-            for part, path in zip(parts, states, strict=False):
-                rows = with_published(rows, config, backbone, images, given, part, path, workers)
+            how = {"knn": knn, "published": {**given, "folder": self.run}}
+            probes = {probe + part: how.get(probe, {}) for part in parts for probe in self.probes}
+            rows = rows_of_run(config, backbone, images, probes, workers)
             say(report_run(config, self.run, rows, images, workers))
-            for path in states:
-                path.unlink(missing_ok=True)
+            for path in self.run.glob("published*.safetensors"):
+                path.unlink()
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,6 @@ class Range:
 
 POSITIVE = Range("positive", lambda value: 0 < value < inf, (1e-9, 1_000_000))
 FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
-TEMPERATURE = Range("positive", lambda value: value > 0, (1e-9, inf))
 SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
 SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31, (0, 2**31))
 

@@ -350,19 +350,14 @@ def _ignore_terminal(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, uint8: the shorter side is resized, to `size` if not told, and the centre cropped.
+    """Images for evaluation, uint8: the shorter side is resized, to `size` by default, and the centre cropped.
 
     With `most`, only so many are taken, evenly spaced, because a folder is ordered by class. `batches_of` turns them
     into floats in [0, 1], and then applies `normalise`.
     """
 
     def __init__(
-        self,
-        images: ImageSet,
-        size: int,
-        normalise: nn.Module | None = None,
-        most: int | None = None,
-        resized: int | None = None,
+        self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None, resized: int = 0
     ) -> None:
         self.images, self.normalise = images, normalise or nn.Identity()
         self.transform = v2.Compose([v2.Resize(resized or size, antialias=True), v2.CenterCrop(size)])
@@ -393,10 +388,10 @@ def make_views(
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
-    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" (nothing else), or "digits" (no
-    colours). A view has `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of
-    the views are flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to
-    `min_crop_scale` (Caron et al. 2021). All draw torch's global random numbers.
+    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". A view has
+    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are
+    flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale`
+    (Caron et al. 2021). All draw torch's global random numbers.
     """
     whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
     part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)

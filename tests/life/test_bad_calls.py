@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable import evaluation, gating, layers, losses, methods, training
+from slimmable import gating, layers, losses, methods, training
 from slimmable.cli.commands import COMMANDS
 from slimmable.cli.config import kind_of
 from slimmable.cli.training import Training
@@ -230,14 +230,7 @@ def batches_with(images: Argument, labels: Argument) -> Argument:
 
 
 BATCHES = batches_with(IMAGES, LABELS)
-NEIGHBOURS = {"k": bad.count(1), "metric": bad.choice("cosine"), "temperature": TEMPERATURE.optional()}
-
-
-def begun() -> dict[str, Any]:
-    """What `linear_evaluation` goes on from."""
-    states: list[Any] = []
-    evaluation.linear_evaluation(backbone(), [(X, Y)], [(X, Y)], num_classes=3, epochs=1, after_epoch=states.append)
-    return states[0]
+NEIGHBOURS = {"k": bad.count(1), "metric": bad.choice("cosine"), "temperature": TEMPERATURE}
 
 
 def probe_training() -> dict[str, Argument]:
@@ -802,15 +795,10 @@ CALLS: dict[str, Call] = {
             "train": BATCHES,
             "test": BATCHES,
             "num_classes": Argument(lambda: 3, {**bad.count(3).bad, "too few": 1}),
-            "probes": bad.listed(bad.choice("linear"), 1),
             "epochs": bad.natural(1),
             "learning_rate": bad.not_negative(0.1),
-            "milestones": bad.listed(bad.count(1), 1).but(list="none", dict="none"),
-            "distill": ON,
-            "start": Argument(
-                begun, {**bad.WRONG, **bad.NUMBERS, "of other layers": {**begun(), "layers": {}}}
-            ).optional(),
-            "after_epoch": bad.function(lambda state: None).optional(),
+            "milestones": bad.listed(bad.count(1), 1).optional(),
+            "path": bad.path(elsewhere).optional(),
         }
     ),
     "evaluation.probe_loss": Call(
