@@ -118,7 +118,7 @@ _NAMES: dict[Callable[..., None], str] = {
     "steps units",
     partial(check_count, least=0): "epochs local_crops random_widths repeats",
     partial(check_count, least=-(2**63)): "offset seed",
-    check_fraction: "center_momentum distill_weight freeze label_smoothing momentum p slow_start warm_up",
+    check_fraction: "center_momentum distill_weight fraction freeze label_smoothing momentum p slow_start warm_up",
     check_positive: "scale student_temperature teacher_temperature temperature",
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
     "redundancy variance weight_decay",

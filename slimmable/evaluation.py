@@ -104,13 +104,11 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
     Of a class with fewer, they are all; a larger fraction keeps those of a smaller one. For a loader, pass them to
     `torch.utils.data.Subset`. Shapes: class numbers (images,) -> (kept images,).
 
-    Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in (0, 1].
+    Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in [0, 1].
 
     >>> label_fraction(torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]), 0.25).shape
     torch.Size([2])
     """
-    if not 0 < number_or_nan(fraction) <= 1:
-        raise UsageError(f"label_fraction: fraction must be in (0, 1], got {fraction!r:.80}")
     check_labelled("label_fraction: labels", labels, labels)
     check_classes("label_fraction", labels, None)
     labels = labels.long().cpu()
@@ -161,9 +159,8 @@ def evaluate_widths(
 
     Args:
         backbone: a converted network; images in, features of shape (batch, features) out.
-        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or,
-            without labels, batches (images, labels), as of a `DataLoader`, one of which is in memory at a time:
-            `evaluate_widths(backbone, loader, test=test_loader)`.
+        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or
+            `evaluate_widths(backbone, loader, test=loader)` with batches (images, labels), such as a `DataLoader`'s.
         train_labels, test_labels, k, metric, temperature: as in `evaluate_features`.
         probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
             width first; a part of a converted network must have them in this order.
@@ -334,8 +331,7 @@ def knn_accuracy(
         train, test: features of shape (images, ...), which are flattened, and for "cosine" scaled to unit length.
         train_labels, test_labels: class numbers, shape (images,).
         k: number of neighbours, at most all of `train`.
-        metric: "cosine" or "euclidean".
-        temperature: the larger, the more equal the votes; from 1e9 on the majority decides.
+        metric, temperature: as above; the larger the temperature, the more equal the votes.
 
     Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
@@ -512,14 +508,9 @@ def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[floa
 
 
 def _minimise(
-    linears: Mapping[float, nn.Linear],
-    batches: Callable[[int], Iterable[tuple[Features, Tensor]]],
-    epochs: int,
-    rate: float,
-    milestones: Sequence[int] | None = None,
-    path: "str | os.PathLike[str] | None" = None,
+    linears: Mapping[float, nn.Linear], batches: Any, epochs: int, rate: float, milestones: Any = None, path: Any = None
 ) -> None:
-    """Minimise `probe_loss` of linear layers on the batches of each epoch; the rest is as in `linear_evaluation`."""
+    """Minimise `probe_loss` of linear layers on `batches` of an epoch; the rest is as in `linear_evaluation`."""
     parameters = dict(nn.ModuleList(linears.values()).named_parameters())
     optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
     shapes = [tuple(linear.weight.shape) for linear in linears.values()]
@@ -588,7 +579,7 @@ def linear_evaluation(
             raise UsageError(f"linear_evaluation: {name} is a {type(given).__name__}, which ends after one epoch")
 
     def batches(name: str, given: Any, epoch: int = 0) -> Iterator[tuple[Features, Tensor]]:
-        loader = given(epoch) if callable(given) else given
+        loader = given(epoch) if callable(given) and not isinstance(given, type) else given
         return _batches(f"linear_evaluation: {name}", backbone, loader, num_classes)
 
     first, _ = next(batches("test", test))

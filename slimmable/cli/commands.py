@@ -53,8 +53,7 @@ class Evaluate:
     run: Path = option(help="folder of a pre-training run", metavar="RUN")
     probes: tuple[str, ...] = option(
         ("knn", "linear"),
-        "linear: one classifier per width; slimmable: one for all widths; ridge: solved in closed form; published: one "
-        "per width, trained on random crops",
+        "linear: one per width; slimmable: one for all; ridge: closed form; published: one per width, on random crops",
         choices=("knn", "linear", "slimmable", "ridge", "published"),
     )
     label_fraction: tuple[float, ...] = option(

@@ -113,7 +113,7 @@ def rows_of_run(
             set_gates(config, untrained, images)
         for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
-    for name in probes.keys() - prober.probes.keys():
+    for name in [name for name in probes if name not in prober.probes]:
         for width, more in on_crops(config, backbone, images, name, probes[name], workers).items():
             shares[width] |= more
     costs = profile(backbone, prober.size, repeats=0).rows
@@ -184,9 +184,8 @@ def on_crops(
     """Return width -> accuracies of a linear evaluation such as "published@0.1", kept in the run folder."""
     how = LINEAR["default"] | LINEAR.get(config.method, {}) | {key: v for key, v in given.items() if v is not None}
     size, normalise, epochs, batch_size = config.image_size, normalisation(config), how["epochs"], how["batch_size"]
-    fraction, kept = name.partition(PART)[2], torch.arange(len(images.train_labels))
-    if fraction:
-        kept = label_fraction(images.train_labels, float(fraction))
+    fraction = name.partition(PART)[2]
+    kept = label_fraction(images.train_labels, float(fraction)) if fraction else torch.arange(len(images.train_labels))
     scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
     crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
     views = Views(images.train, images.train_labels, crop, config.seed)
@@ -201,13 +200,8 @@ def on_crops(
     def middles(epoch: int) -> Iterator[Sequence[Tensor]]:
         return zip(batches_of(centres, 256, workers), torch.split(images.test_labels, 256), strict=True)
 
-    rate, steps = how["lr"] * batch_size / 256, [round(share * epochs) for share in how["steps"]]
-    settings: Any = {
-        "num_classes": len(images.classes),
-        "epochs": epochs,
-        "learning_rate": rate,
-        "milestones": steps or None,
-    }
+    rate, steps = how["lr"] * batch_size / 256, [round(share * epochs) for share in how["steps"]] or None
+    settings: Any = {"num_classes": len(images.classes), "epochs": epochs, "learning_rate": rate, "milestones": steps}
     found = linear_evaluation(backbone, crops, middles, path=how["folder"] / f"{name}.safetensors", **settings)
     five = name.replace("published", "published_top5")
     return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}

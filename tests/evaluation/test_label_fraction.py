@@ -9,7 +9,7 @@ from slimmable.errors import DataError, UsageError
 from slimmable.evaluation import label_fraction
 
 SETS = st.lists(st.integers(0, 6), min_size=1, max_size=200).map(torch.tensor)
-FRACTIONS = st.floats(0.001, 1)
+FRACTIONS = st.floats(0, 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,9 +44,9 @@ def test_the_seed_decides_and_every_image_is_drawn_equally_often():
     assert 15 < drawn.min() <= drawn.max() < 70  # of 40 on average, with a deviation of 6
 
 
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan"), "a", None, True])
+@pytest.mark.parametrize("fraction", [-0.1, 1.01, float("nan"), "a", None, True])
 def test_what_is_no_fraction_is_refused(fraction):
-    with pytest.raises(UsageError, match=r"label_fraction: fraction must be in \(0, 1\], got"):
+    with pytest.raises(UsageError, match=r"label_fraction: fraction must be a number in \[0, 1\], got"):
         label_fraction(torch.tensor([0, 1]), fraction)
 
 
