@@ -752,7 +752,7 @@ CALLS: dict[str, Call] = {
     "evaluation.label_fraction": Call(
         {
             "labels": LABELS.but(a_row_less="fewer labels"),
-            "fraction": bad.fraction(0.5).but(zero="one image of each class"),
+            "fraction": bad.fraction(0.5),
             "seed": bad.count(1).but(zero="a seed", negative="a seed"),
         }
     ),
