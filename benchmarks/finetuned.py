@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of
 from slimmable.cli.report import UNTRAINED, Row
 from slimmable.cli.run import read_config, trained_method
 from slimmable.errors import SlimmableError, UsageError
-from slimmable.evaluation import ProbeName, accuracy_of
+from slimmable.evaluation import accuracy_of
 
 
-def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PROBES) -> str:
+def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = PROBES) -> str:
     """Evaluate the run in the folder `run`, replace its report, and return the table as Markdown."""
     if epochs < 1:
         raise UsageError(f"--epochs must be at least 1, got {epochs}")
@@ -33,7 +33,7 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PRO
     images = load_images(config)
     method = trained_method(config, run, images.channels, images.digest)
     backbone = method.backbone
-    rows = rows_of_run(config, method, images, probes)
+    rows = rows_of_run(config, method, images, {name: {} for name in probes})
     plain = (Plain(part, config.image_size) for part in (images.train, images.test))
     train, test = (torch.stack([part[index] for index in range(len(part))]) for part in plain)
     shares = {}

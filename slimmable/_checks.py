@@ -112,13 +112,13 @@ def check_whole(where: str, model: nn.Module) -> None:
 _KNOWN = ("<", *(str(Path(module.__file__ or "").parent) for module in (os, np, torch, sys.modules["slimmable"])))
 
 _NAMES: dict[Callable[..., None], str] = {
-    check_sizes: "dilation kernel_size normalized_shape stride",
+    check_sizes: "dilation kernel_size milestones normalized_shape stride",
     check_count: "batch_size bn_splits bottleneck_dim channels every groups hidden_dim in_channels in_features k "
     "layers num_channels num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to "
     "steps units",
     partial(check_count, least=0): "epochs local_crops random_widths repeats",
     partial(check_count, least=-(2**63)): "offset seed",
-    check_fraction: "center_momentum distill_weight freeze label_smoothing momentum p slow_start warm_up",
+    check_fraction: "center_momentum distill_weight fraction freeze label_smoothing momentum p slow_start warm_up",
     check_positive: "scale student_temperature teacher_temperature temperature",
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
     "redundancy variance weight_decay",
@@ -126,6 +126,7 @@ _NAMES: dict[Callable[..., None], str] = {
     check_function: "backward closure evaluate function",
     check_path: "path",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
+    must_be("cosine or euclidean", lambda value: isinstance(value, str) and value in ("cosine", "euclidean")): "metric",
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
     check_share: "budget",

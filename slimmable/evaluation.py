@@ -1,9 +1,12 @@
 """Evaluate the frozen features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -23,24 +26,28 @@ from slimmable._checks import (
     checked,
     must_be,
     number_or_nan,
+    shown,
 )
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
 from slimmable._numerics import at_least_float32
-from slimmable._width import at_width, widths_of
+from slimmable._width import at_width, run_widths
 from slimmable._widths import check_widths
-from slimmable.errors import DataError, UsageError
+from slimmable.errors import DataError, DivergedError, UsageError
+from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
 __all__ = [
-    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy", "probe_loss",
-    "ridge_classifier", "train_probe", "train_slimmable_probe",
+    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy",
+    "label_fraction", "linear_evaluation", "probe_loss", "ridge_classifier", "train_probe", "train_slimmable_probe",
 ]  # fmt: skip
 
 Features = Mapping[float, Tensor]
+Batches = Iterable[Sequence[Tensor]]  # pairs of images and their labels
 ProbeName = Literal["knn", "linear", "slimmable", "ridge"]
+Metric = Literal["cosine", "euclidean"]
 
 _CHUNK = 1024  # images whose neighbours are found together
 _NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
@@ -49,12 +56,14 @@ _NO_EPS = 1e-30  # too small to change a variance from `_scaled`; torch 2.11 doe
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Fraction of held-out images that each probe classifies correctly, in [0, 1]; NaN for a probe that did not run."""
+    """Fraction of held-out images whose class each probe scores best, or among its best five; NaN if it did not run."""
 
     knn: float = math.nan
     linear: float = math.nan
     slimmable: float = math.nan
     ridge: float = math.nan
+    linear_top5: float = math.nan
+    slimmable_top5: float = math.nan
 
 
 @checked
@@ -89,6 +98,27 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @checked
+def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """Return indices, ascending, of a fraction of the images, as many of each class, at least one, chosen by `seed`.
+
+    Of a class with fewer, they are all; a larger fraction keeps those of a smaller one. For a loader, pass them to
+    `torch.utils.data.Subset`. Shapes: class numbers (images,) -> (kept images,).
+
+    Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in [0, 1].
+
+    >>> label_fraction(torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]), 0.25).shape
+    torch.Size([2])
+    """
+    check_labelled("label_fraction: labels", labels, labels)
+    check_classes("label_fraction", labels, None)
+    labels = labels.long().cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
+    each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
+    return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())]).sort().values
+
+
+@checked
 def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Return the fraction of `images` whose largest class score is that of their label, in [0, 1].
 
@@ -113,13 +143,15 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
 @checked
 def evaluate_widths(
     backbone: nn.Module,
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Tensor | Batches,
+    train_labels: Tensor | None = None,
+    test: Tensor | Batches | None = None,
+    test_labels: Tensor | None = None,
     *,
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
+    metric: Metric = "cosine",
+    temperature: float = 0.1,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of classifiers trained on the frozen features of `train`.
 
@@ -127,8 +159,9 @@ def evaluate_widths(
 
     Args:
         backbone: a converted network; images in, features of shape (batch, features) out.
-        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1].
-        train_labels, test_labels, k: as in `evaluate_features`.
+        train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or
+            `evaluate_widths(backbone, loader, test=loader)` with batches (images, labels), such as a `DataLoader`'s.
+        train_labels, test_labels, k, metric, temperature: as in `evaluate_features`.
         probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
             width first; a part of a converted network must have them in this order.
 
@@ -142,13 +175,39 @@ def evaluate_widths(
     [1.0, 0.5]
     """
     _check_probes("evaluate_widths", probes=probes)
-    check_labelled("evaluate_widths: train", train, train_labels)
-    check_labelled("evaluate_widths: test", test, test_labels)
-    known, asked = (
-        narrowest_first(backbone, {width: features_of(backbone, images, width) for width in widths_of(backbone)})
-        for images in (train, test)
-    )
-    return evaluate_features(known, train_labels, asked, test_labels, probes=probes, k=k)
+    sets: list[Any] = []
+    for name, images, labels in cast("Any", (("train", train, train_labels), ("test", test, test_labels))):
+        where = f"evaluate_widths: {name}"
+        if isinstance(images, Tensor) or labels is not None:
+            check_labelled(where, images, labels)
+            images = zip(images.split(256), labels.split(256), strict=True)
+        features, labels = _joined(_batches(where, backbone, images))
+        sets += narrowest_first(backbone, features), labels
+    return evaluate_features(*sets, probes=probes, k=k, metric=metric, temperature=temperature)
+
+
+def _joined(batches: Iterable[tuple[Features, Tensor]]) -> tuple[dict[float, Tensor], Tensor]:
+    parts, labels = zip(*batches, strict=True)
+    return {width: torch.cat([part[width] for part in parts]) for width in parts[0]}, torch.cat(labels)
+
+
+def _batches(
+    where: str, backbone: nn.Module, batches: Any, num_classes: int | None = None
+) -> Iterator[tuple[Features, Tensor]]:
+    """Yield width -> features, and the labels, of each batch of images and labels."""
+    batch = None
+    for batch in batches if isinstance(batches, Iterable) else [batches]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"{where} must be images with labels, or batches (images, labels), got {shown(batch)}")
+        check_labelled(f"{where}: a batch", *batch)
+        with torch.no_grad(), in_eval_mode(backbone):
+            found = run_widths(backbone, as_input(backbone, batch[0]))
+        labels = batch[1].to(found[1.0].device)
+        for width, features in found.items():
+            check_features(f"{where} features at width {width}", features, labels, num_classes)
+        yield {width: at_least_float32(features) for width, features in found.items()}, labels
+    if batch is None:
+        raise DataError(f"{where} is empty; give at least one batch, and no generator that has ended")
 
 
 @checked
@@ -160,6 +219,8 @@ def evaluate_features(
     *,
     probes: Sequence[ProbeName] = ("knn", "linear"),
     k: int = 20,
+    metric: Metric = "cosine",
+    temperature: float = 0.1,
 ) -> dict[float, Accuracies]:
     """Return width -> accuracies on `test` of classifiers trained on `train`, for features already computed.
 
@@ -168,7 +229,7 @@ def evaluate_features(
         train_labels, test_labels: class numbers, shape (images,); moved to the device of the features.
         probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "ridge" one in closed form
             (`ridge_classifier`), "slimmable" one for all widths (`train_slimmable_probe`, which says what it needs).
-        k: number of neighbours that vote.
+        k, metric, temperature: of the neighbours, as in `knn_accuracy`.
 
     Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
         UsageError: if `probes` holds an unknown name, or `k` is not an integer of at least 1.
@@ -192,12 +253,14 @@ def evaluate_features(
     found = {}
     for width in widths:
         known, asked = train[width], test[width]
-        accuracies = {}
+        accuracies: dict[str, float] = {}
         for name, probe in trained.items():
             with at_width(probe, width), torch.no_grad():
-                accuracies[name] = _accuracy(probe(asked.float()), test_labels)
+                scores = probe(asked.float())
+            accuracies |= {name: _accuracy(scores, test_labels), f"{name}_top5": _accuracy(scores, test_labels, 5)}
         if "knn" in probes:
-            accuracies["knn"] = knn_accuracy(known, train_labels, asked, test_labels, k=k)
+            sets = known, train_labels, asked, test_labels
+            accuracies["knn"] = knn_accuracy(*sets, k=k, metric=metric, temperature=temperature)
         if "ridge" in probes:
             classifier = ridge_classifier(known, train_labels, num_classes=classes)
             accuracies["ridge"] = _accuracy(classifier(asked), test_labels)
@@ -223,8 +286,10 @@ def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: 
     return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
 
 
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(1) == labels.to(scores.device)).float().mean().item()
+def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
+    """Return the fraction of images whose class is among those of the `best` scores, of equal ones the first."""
+    classes = scores.sort(dim=1, descending=True, stable=True).indices[:, :best]
+    return (classes == labels.to(scores.device).unsqueeze(1)).any(1).float().mean().item()
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
@@ -246,17 +311,27 @@ def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[
 @torch.no_grad()
 @checked
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.1
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    metric: Metric = "cosine",
+    temperature: float = 0.1,
 ) -> float:
     """Return the fraction of `test` that a weighted vote of the `k` nearest features of `train` classifies correctly.
 
     The nearest features have the largest cosines, and their votes are `exp(cosine / temperature)` (Wu et al.,
-    *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4).
+    *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4: `k` 200, temperature
+    0.07). By "euclidean" they have the smallest distances `d`, and their votes are `exp(-d**2 / (2 temperature))`; for
+    features of unit length this is the same.
 
     Args:
-        train, test: features of shape (images, ...), which are flattened and scaled to unit length.
+        train, test: features of shape (images, ...), which are flattened, and for "cosine" scaled to unit length.
         train_labels, test_labels: class numbers, shape (images,).
         k: number of neighbours, at most all of `train`.
+        metric, temperature: as above; the larger the temperature, the more equal the votes.
 
     Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
@@ -265,13 +340,17 @@ def knn_accuracy(
     0.6666666666666666
     """
     classes = _check_sets("knn_accuracy", "", train, train_labels, test, test_labels)
-    bank = F.normalize(train.float().reshape(len(train), -1), dim=1)
-    queries = F.normalize(test.float().reshape(len(test), -1), dim=1)
+    bank, queries = (features.float().reshape(len(features), -1) for features in (train, test))
+    if metric == "cosine":
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    else:  # rounding is less near zero
+        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
     right = 0
     for features, labels in zip(torch.split(queries, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
-        cosines, nearest = (features @ bank.T).topk(min(k, len(bank)))
+        near = features @ bank.T if metric == "cosine" else -torch.cdist(features, bank).square() / 2
+        near, places = near.topk(min(k, len(bank)))
         votes = features.new_zeros(len(features), classes)
-        votes.scatter_add_(1, train_labels[nearest].long(), ((cosines - cosines[:, :1]) / temperature).exp())
+        votes.scatter_add_(1, train_labels[places].long(), ((near - near[:, :1]) / temperature).exp())
         right += int((votes.argmax(1) == labels).sum())
     return right / len(test_labels)
 
@@ -337,7 +416,8 @@ def train_probe(
     probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
     linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
     probe.linears = nn.ModuleList(linears.values())
-    _minimise(linears, scaled, labels, epochs, batch_size, learning_rate, seed)
+    batches = partial(_shuffled, scaled, labels, batch_size, torch.Generator().manual_seed(seed))
+    _minimise(linears, batches, epochs, learning_rate)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
@@ -386,7 +466,8 @@ def train_slimmable_probe(
     for index, (mean, deviation) in enumerate(moments.values()):
         norm.module_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
     linear = zero_linear(full, classes, labels.device)
-    _minimise(dict.fromkeys(scaled, linear), scaled, labels, epochs, batch_size, learning_rate, seed)
+    batches = partial(_shuffled, scaled, labels, batch_size, torch.Generator().manual_seed(seed))
+    _minimise(dict.fromkeys(scaled, linear), batches, epochs, learning_rate)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
@@ -411,24 +492,102 @@ def _scaled(
     return classes, moments, {width: (exact[width] - mean) / std for width, (mean, std) in moments.items()}
 
 
+def _shuffled(
+    features: Features, labels: Tensor, size: int, generator: torch.Generator, epoch: int
+) -> Iterator[tuple[Features, Tensor]]:
+    """Yield batches of features and labels, in another order in each epoch."""
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    for rows in torch.split(order, size):
+        yield {width: part[rows] for width, part in features.items()}, labels[rows]
+
+
+def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[float, Tensor]:
+    """Return the scores of linear layers, the first columns of which serve a width with fewer features."""
+    each = ((width, linears[width], part) for width, part in features.items())
+    return {width: F.linear(part, linear.weight[:, : part.shape[1]], linear.bias) for width, linear, part in each}
+
+
 def _minimise(
-    linears: dict[float, nn.Linear], features: Features, labels: Tensor, epochs: int, size: int, rate: float, seed: int
+    linears: Mapping[float, nn.Linear], batches: Any, epochs: int, rate: float, milestones: Any = None, path: Any = None
 ) -> None:
-    """Minimise `probe_loss` of linear layers, the first columns of which serve a width with fewer features."""
-    optimizer = torch.optim.SGD(nn.ModuleList(linears.values()).parameters(), lr=rate, momentum=0.9)
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for rows in torch.split(order, size):
+    """Minimise `probe_loss` of linear layers on `batches` of an epoch; the rest is as in `linear_evaluation`."""
+    parameters = dict(nn.ModuleList(linears.values()).named_parameters())
+    optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
+    shapes = [tuple(linear.weight.shape) for linear in linears.values()]
+    how, start = (
+        f"linear_evaluation of {shapes}, {epochs=}, learning_rate={rate}, milestones={milestones and [*milestones]}",
+        0,
+    )
+    if path is not None and os.path.exists(path):
+        said, tensors = read_tensors(Path(path), how, how)
+        start = int(said["epoch"])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[name])
+            optimizer.state[parameter]["momentum_buffer"] = tensors[f"{name}.momentum"].to(parameter, copy=True)
+    for epoch in range(start, epochs):
+        cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
+        decay = 0.1 ** sum(epoch >= milestone for milestone in milestones) if milestones else cosine
+        optimizer.param_groups[0]["lr"] = rate * decay
+        for features, labels in batches(epoch):
             optimizer.zero_grad()
-            scores = {
-                width: F.linear(features[width][rows], linear.weight[:, : features[width].shape[1]], linear.bias)
-                for width, linear in linears.items()
-            }
-            probe_loss(scores, labels[rows]).backward()  # type: ignore[no-untyped-call]
+            probe_loss(_scores(linears, features), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+        if not all(parameter.isfinite().all() for parameter in parameters.values()):
+            raise DivergedError(f"a linear classifier is not finite after epoch {epoch + 1}; lower learning_rate")
+        if path is not None:
+            momenta = {f"{name}.momentum": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
+            write_tensors(Path(path), parameters | momenta, {"format": how, "epoch": str(epoch + 1)})
+
+
+@checked
+def linear_evaluation(
+    backbone: nn.Module,
+    train: Batches | Callable[[int], Batches],
+    test: Batches | Callable[[int], Batches],
+    *,
+    num_classes: int,
+    epochs: int = 90,
+    learning_rate: float = 0.1,
+    milestones: Sequence[int] | None = None,
+    path: "str | os.PathLike[str] | None" = None,
+) -> dict[float, Accuracies]:
+    """Return width -> accuracies on `test` of linear classifiers trained on random crops, as papers report them.
+
+    The frozen backbone runs in eval mode on every batch, at all widths. The classifiers, one per width, take features
+    that are not scaled, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight decay.
+
+    Args:
+        backbone: as in `evaluate_widths`.
+        train, test: `DataLoader`s, or other batches (images, labels) that can be gone over again, or functions of the
+            epoch, from 0, that return them; published are random crops, mirrored at random, and centre crops.
+        num_classes, epochs: number of classes, and of passes over `train`.
+        learning_rate: published for batches of 256 are 0.1 (SimCLR, MoCo v3), and 15 in 100 epochs (MoCo v2).
+        milestones: epochs from which on it falls to a tenth, 60 and 80 for MoCo v2; by default it follows a cosine.
+        path: a file that holds what is reached after each epoch, and from which the same call goes on.
+
+    Raises: DataError: if batches, labels or features do not fit. DivergedError: if a classifier is no longer finite.
+        UsageError: if `train` or `test` cannot be gone over again. CheckpointError: if `path` is of another call.
+
+    >>> from slimmable.layers import SlimLinear
+    >>> backbone = nn.Sequential(SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
+    >>> batches = [(torch.rand(10, 4), torch.arange(10) % 3) for _ in range(4)]
+    >>> linear_evaluation(backbone, batches, batches, num_classes=3, epochs=2)[0.5].linear_top5  # of three classes
+    1.0
+    """
+    for name, given in (("train", train), ("test", test)):
+        if isinstance(given, Iterator):
+            raise UsageError(f"linear_evaluation: {name} is a {type(given).__name__}, which ends after one epoch")
+
+    def batches(name: str, given: Any, epoch: int = 0) -> Iterator[tuple[Features, Tensor]]:
+        loader = given(epoch) if callable(given) and not isinstance(given, type) else given
+        return _batches(f"linear_evaluation: {name}", backbone, loader, num_classes)
+
+    first, _ = next(batches("test", test))
+    linears = {width: zero_linear(part.shape[1], num_classes, part.device).to(part) for width, part in first.items()}
+    _minimise(linears, partial(batches, "train", train), epochs, learning_rate, milestones, path)
+    features, labels = _joined(batches("test", test))
+    scores = _scores(linears, features).items()
+    return {width: Accuracies(linear=_accuracy(x, labels), linear_top5=_accuracy(x, labels, 5)) for width, x in scores}
 
 
 @torch.no_grad()

@@ -53,14 +53,20 @@ class Evaluate:
     run: Path = option(help="folder of a pre-training run", metavar="RUN")
     probes: tuple[str, ...] = option(
         ("knn", "linear"),
-        "linear: one classifier per width; slimmable: one for all widths; ridge: solved in closed form",
-        choices=("knn", "linear", "slimmable", "ridge"),
+        "linear: one per width; slimmable: one for all; ridge: closed form; published: one per width, on random crops",
+        choices=("knn", "linear", "slimmable", "ridge", "published"),
     )
     label_fraction: tuple[float, ...] = option(
         (),
         "train the probes also with these fractions of the labels, as many of each class, such as 0.01 0.1",
         within=settings.Range("in (0, 1)", lambda value: 0 < value < 1),
     )
+    k: int = option(20, "neighbours that vote in kNN", within=settings.at_least(1), metavar="N")
+    knn_metric: str = option("cosine", "how near features are in kNN", choices=("cosine", "euclidean"))
+    knn_temperature: float = option(0.1, "of the votes in kNN; the larger, the more equal", within=settings.POSITIVE)
+    probe_epochs: int | None = option(None, "epochs of published", within=settings.at_least(1), shown="90; mocov2: 100")
+    probe_lr: float | None = option(None, "its rate, for 256 images", within=settings.POSITIVE, shown="0.1; mocov2: 15")
+    probe_batch_size: int = option(256, "its images per step", within=settings.at_least(1))
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)
 
@@ -71,15 +77,21 @@ class Evaluate:
         from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_method
 
-        config = read_config(self.run)
+        config, workers = read_config(self.run), _count_workers(self.workers)
+        if config.gate_budget is not None and "published" in self.probes:
+            raise UsageError(f"--probes published is for a run with widths, and {self.run} has gates; leave it out")
         with locked(self.run):
             images = load_images(config)
             method = trained_method(config, self.run, images.channels, images.digest).to(_find_device(self.device))
             parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
-            probes = list(dict.fromkeys(probe + part for part in parts for probe in self.probes))
-            workers = _count_workers(self.workers)
+            knn = {"k": self.k, "metric": self.knn_metric, "temperature": self.knn_temperature}
+            given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
+            how = {"knn": knn, "published": {**given, "folder": self.run}}
+            probes = {probe + part: how.get(probe, {}) for part in parts for probe in self.probes}
             rows = rows_of_run(config, method, images, probes, workers)
             say(report_run(config, self.run, rows, images, workers))
+            for path in self.run.glob("published*.safetensors"):
+                path.unlink()
 
 
 @dataclass(frozen=True)

@@ -356,6 +356,7 @@ class RunOptions:
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
 PRESETS: dict[str, dict[str, Any]] = _PUBLISHED["presets"]
+LINEAR: dict[str, dict[str, Any]] = _PUBLISHED["linear evaluation"]
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> dict[str, Any]:

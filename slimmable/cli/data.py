@@ -350,17 +350,17 @@ def _ignore_terminal(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped.
+    """Images for evaluation, uint8: the shorter side is resized, to `size` by default, and the centre cropped.
 
     With `most`, only so many are taken, evenly spaced, because a folder is ordered by class. `batches_of` turns them
     into floats in [0, 1], and then applies `normalise`.
     """
 
     def __init__(
-        self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None
+        self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None, resized: int = 0
     ) -> None:
         self.images, self.normalise = images, normalise or nn.Identity()
-        self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        self.transform = v2.Compose([v2.Resize(resized or size, antialias=True), v2.CenterCrop(size)])
         count = len(images) if most is None else min(most, len(images))
         self.places = [place * len(images) // count for place in range(count)]
 
@@ -388,7 +388,7 @@ def make_views(
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
-    in others), "gated" (Krishna et al. 2023, for small images), "supervised", or "digits" (no colours). A view has
+    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". A view has
     `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are
     flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale`
     (Caron et al. 2021). All draw torch's global random numbers.
@@ -407,6 +407,7 @@ def make_views(
     local = [(part, *colours, blur(0.5, local_size))] * local_crops
     known: dict[str, list[tuple[nn.Module, ...]]] = {
         "digits": [(turn, whole, *light)] * 2 + [(turn, part, *light)] * local_crops,
+        "crops": [(whole,)],
         "supervised": [(whole, v2.ColorJitter(0.4, 0.4, 0.4))],
         "byol": [(whole, *colours, blur(1.0)), (whole, *colours, blur(0.1), v2.RandomSolarize(128, p=0.2)), *local],
         "gated": [(whole, *colours, v2.RandomSolarize(128, p=0.1))] * 2,

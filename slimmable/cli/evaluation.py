@@ -16,17 +16,17 @@ from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli import report
-from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, load, normalisation
+from slimmable.cli.config import LINEAR, PretrainConfig, say
+from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, normalisation, seed_of
 from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
-from slimmable.evaluation import ProbeName, evaluate_features, knn_accuracy, narrowest_first
+from slimmable.evaluation import evaluate_features, knn_accuracy, label_fraction, linear_evaluation, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 from slimmable.methods import Method
 
-PROBES: tuple[ProbeName, ...] = ("knn", "linear")
+PROBES: Mapping[str, Any] = {"knn": {}, "linear": {}}  # how each is to be done, other than by default
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
@@ -97,7 +97,7 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 
 
 def rows_of_run(
-    config: PretrainConfig, method: Method, images: Images, probes: Sequence[str] = PROBES, workers: int = 0
+    config: PretrainConfig, method: Method, images: Images, probes: Mapping[str, Any] = PROBES, workers: int = 0
 ) -> list[Row]:
     """Evaluate every network of a run, trained and untrained; the gates of `method`, if any, must be calibrated.
 
@@ -106,7 +106,7 @@ def rows_of_run(
     backbone = method.backbone
     untrained = new_method(config, images.channels, len(images.classes)).backbone
     untrained.to(next(backbone.parameters()).device)
-    prober = _Prober(config, images, probes, workers)
+    prober = _Prober(config, images, {name: how for name, how in probes.items() if "published" not in name}, workers)
     passes = _passes(config, backbone, config.widths)
     shares, share_of = prober.measure(backbone, passes)
     if config.method == "supervised":
@@ -119,6 +119,9 @@ def rows_of_run(
             set_gates(config, untrained, images)
         for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
+    for name in [name for name in probes if name not in prober.probes]:
+        for width, more in on_crops(config, backbone, images, name, probes[name], workers).items():
+            shares[width] |= more
     costs = profile(backbone, prober.size, repeats=0).rows
     if config.gate_budget is None:
         return [Row(own.width, own.parameters, own.macs, shares[own.width]) for own in costs]
@@ -154,7 +157,7 @@ class _Prober:
     """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
     def __init__(
-        self, config: PretrainConfig, images: Images, probes: Sequence[str], workers: int, most: int | None = None
+        self, config: PretrainConfig, images: Images, probes: Mapping[str, Any], workers: int, most: int | None = None
     ) -> None:
         self.probes, self.workers, size = probes, workers, config.image_size
         self.size, normalise = (images.channels, size, size), normalisation(config)
@@ -171,22 +174,43 @@ class _Prober:
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
         accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
-        for name in self.probes:
+        for name, how in self.probes.items():
             probe, _, fraction = name.partition(PART)
-            part: Any = labelled_part(self.train_labels, float(fraction)) if fraction else slice(None)
+            part: Any = label_fraction(self.train_labels, float(fraction)) if fraction else slice(None)
             some = {width: features[part] for width, features in known.items()}
             sets = some, self.train_labels[part], asked, self.test_labels
-            for width, each in evaluate_features(*sets, probes=cast("list[ProbeName]", [probe])).items():
+            for width, each in evaluate_features(*sets, probes=cast("Any", [probe]), **how).items():
                 accuracies[width][name] = getattr(each, probe)
         return accuracies
 
 
-def labelled_part(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Return the places of a `fraction` of the images, as many of each class, at least one, if it has so many."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
-    each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
-    return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())])
+def on_crops(
+    config: PretrainConfig, backbone: nn.Module, images: Images, name: str, given: Mapping[str, Any], workers: int
+) -> dict[float, dict[str, float]]:
+    """Return width -> accuracies of a linear evaluation such as "published@0.1", kept in the run folder."""
+    how = LINEAR["default"] | LINEAR.get(config.method, {}) | {key: v for key, v in given.items() if v is not None}
+    size, normalise, epochs, batch_size = config.image_size, normalisation(config), how["epochs"], how["batch_size"]
+    fraction = name.partition(PART)[2]
+    kept = label_fraction(images.train_labels, float(fraction)) if fraction else torch.arange(len(images.train_labels))
+    scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
+    crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
+    views = Views(images.train, images.train_labels, crop, config.seed)
+    centres = Plain(images.test, size, normalise, resized=round(size * 256 / 224))
+
+    def crops(epoch: int) -> Iterator[Sequence[Tensor]]:
+        say(f"linear evaluation on random crops: epoch {epoch + 1}/{epochs}")
+        order = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed_of(config.seed, epoch)))]
+        keys = [(epoch, number) for number in order.tolist()]
+        return ((normalise(x), labels) for x, labels in load(views, workers, sampler=keys, batch_size=batch_size))
+
+    def middles(epoch: int) -> Iterator[Sequence[Tensor]]:
+        return zip(batches_of(centres, 256, workers), torch.split(images.test_labels, 256), strict=True)
+
+    rate, steps = how["lr"] * batch_size / 256, [round(share * epochs) for share in how["steps"]] or None
+    settings: Any = {"num_classes": len(images.classes), "epochs": epochs, "learning_rate": rate, "milestones": steps}
+    found = linear_evaluation(backbone, crops, middles, path=how["folder"] / f"{name}.safetensors", **settings)
+    five = name.replace("published", "published_top5")
+    return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
 
 
 class Watch:
@@ -195,7 +219,7 @@ class Watch:
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
         self.training = training
         config = training.config
-        self.prober = _Prober(config, training.images, ("knn",), training.workers, most=_VOTERS)
+        self.prober = _Prober(config, training.images, {"knn": {}}, training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         columns = [f"knn/w{width:g}" for width in self.widths]

@@ -220,6 +220,19 @@ def probes() -> Argument:
     return bad.listed(bad.choice("knn"), 1)
 
 
+def batches_with(images: Argument, labels: Argument) -> Argument:
+    """A loader of (images, labels): what is no loader, no pair, and the bad values of images and labels in a pair."""
+    inner = {f"images: {name}": bad.Of(lambda _, make=make: [(make(), Y)]) for name, make in images.values().items()}
+    inner |= {f"labels: {name}": bad.Of(lambda _, make=make: [(X, make())]) for name, make in labels.values().items()}
+    wrong = {f"a batch that is {name}": [value] for name, value in {**bad.WRONG, **bad.NUMBERS}.items()}
+    more = {"tensor": X, "iterator": bad.Of(iter), "a batch of three": [(X, Y, Y)], "dicts": [{"image": X, "label": Y}]}
+    return Argument(lambda: [(X.clone(), Y.clone())], {**bad.WRONG, **bad.NUMBERS, **wrong, **more, **inner})
+
+
+BATCHES = batches_with(IMAGES, LABELS)
+NEIGHBOURS = {"k": bad.count(1), "metric": bad.choice("cosine"), "temperature": TEMPERATURE}
+
+
 def probe_training() -> dict[str, Argument]:
     return {
         "features": FEATURE_MAP,
@@ -736,6 +749,13 @@ CALLS: dict[str, Call] = {
             "batch_size": bad.count(4),
         }
     ),
+    "evaluation.label_fraction": Call(
+        {
+            "labels": LABELS.but(a_row_less="fewer labels"),
+            "fraction": bad.fraction(0.5),
+            "seed": bad.count(1).but(zero="a seed", negative="a seed"),
+        }
+    ),
     "evaluation.accuracy_of": Call(
         {"model": ANY_MODEL, "images": IMAGES, "labels": LABELS, "batch_size": bad.count(4)}
     ),
@@ -747,7 +767,7 @@ CALLS: dict[str, Call] = {
             "test": IMAGES,
             "test_labels": LABELS,
             "probes": probes(),
-            "k": bad.count(1),
+            **NEIGHBOURS,
         }
     ),
     "evaluation.evaluate_features": Call(
@@ -757,7 +777,7 @@ CALLS: dict[str, Call] = {
             "test": FEATURE_MAP,
             "test_labels": LABELS,
             "probes": probes(),
-            "k": bad.count(1),
+            **NEIGHBOURS,
         }
     ),
     "evaluation.knn_accuracy": Call(
@@ -766,8 +786,19 @@ CALLS: dict[str, Call] = {
             "train_labels": LABELS,
             "test": FEATURES,
             "test_labels": LABELS,
-            "k": bad.count(1),
-            "temperature": TEMPERATURE,
+            **NEIGHBOURS,
+        }
+    ),
+    "evaluation.linear_evaluation": Call(
+        {
+            "backbone": bad.slim(backbone),
+            "train": BATCHES,
+            "test": BATCHES,
+            "num_classes": Argument(lambda: 3, {**bad.count(3).bad, "too few": 1}),
+            "epochs": bad.natural(1),
+            "learning_rate": bad.not_negative(0.1),
+            "milestones": bad.listed(bad.count(1), 1).optional(),
+            "path": bad.path(elsewhere).optional(),
         }
     ),
     "evaluation.probe_loss": Call(
