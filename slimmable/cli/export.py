@@ -4,15 +4,13 @@ import importlib.util
 import io
 import logging
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import timm
 import torch
 from torch import Tensor, nn
@@ -20,17 +18,17 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import slimmable
 from slimmable._atomic import fill_aside
 from slimmable._convert import extract, slimify
 from slimmable._nested import output_tensors
-from slimmable._profile import Profile, profile
+from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.cli.config import explained, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.files.card import Source, model_card, pixel_values
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
@@ -39,21 +37,6 @@ INPUT, OUTPUT = "images", "output"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-5  # of the largest output
 Program = Callable[[Tensor], Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A network to export."""
-
-    name: str  # of the architecture
-    model: nn.Module  # converted, in evaluation mode
-    widths: tuple[float, ...]
-    image: tuple[int, int, int]  # channels, height and width
-    arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
-    weights: str  # their origin, in words
-    values: str  # scaling of the pixels, in words
-    base: str | None = None  # the model on the Hugging Face Hub that the weights come from
-    accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,8 @@ def run_source(run: Path) -> Source:
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
     image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
-    accuracy = {width: row.shares for width, row in read_report(run).items()}
+    report = {width: row.shares for width, row in read_report(run).items()}
+    accuracy = {width: {name: its[name] for name in ("knn", "linear") if name in its} for width, its in report.items()}
     return Source(config.model, model, config.widths, image, arguments, weights, "in [0, 1]", accuracy=accuracy)
 
 
@@ -98,7 +82,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
         output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
-    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", _values(known))
+    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", pixel_values(known))
 
 
 def timm_source(
@@ -137,7 +121,7 @@ def timm_source(
         load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
-    return Source(name, model, tuple(widths), image, arguments, weights, _values(known), base)
+    return Source(name, model, tuple(widths), image, arguments, weights, pixel_values(known), base)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -157,10 +141,6 @@ def _is_plain(value: object) -> bool:
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
-def _values(known: Mapping[str, Any]) -> str:
-    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
-
-
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
     """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
@@ -176,7 +156,8 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     def write(folder: Path) -> None:
         for width in chosen:
             files.extend(_write(source, width, dict.fromkeys(formats), folder))
-        card = model_card(source, profile(source.model, source.image, repeats=0), files)
+        example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
+        card = model_card(source, profile(source.model, source.image, repeats=0), files=files, example=example)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
@@ -203,16 +184,6 @@ def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -
             raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
         size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
         yield File(path.name, width, size, off, any_batch)
-
-
-def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
-    """Return the model card as Markdown; whoever publishes the files must add the licence."""
-    text = Path(__file__).with_name("card.md.jinja").read_text()
-    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    made = {"slimmable": slimmable, "timm": timm, "torch": torch, "python": platform.python_version()}
-    example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
-    measured = all({"knn", "linear"} <= source.accuracy.get(row.width, {}).keys() for row in costs.rows)
-    return str(template.render(made, source=source, costs=costs.rows, files=files, example=example, measured=measured))
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:

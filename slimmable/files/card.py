@@ -1,0 +1,53 @@
+"""Model cards: what a network is, what each of its widths costs, and the lines that load it."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import nn
+
+from slimmable._profile import Profile
+
+_TITLES = {"knn": "kNN", "linear": "linear probe"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to publish."""
+
+    name: str  # of the architecture
+    model: nn.Module  # converted or plain, in evaluation mode
+    widths: tuple[float, ...]
+    image: tuple[int, int, int] | None  # channels, height and width; None if it takes something else
+    arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
+    weights: str  # their origin, in words
+    values: str  # scaling of the pixels, in words
+    base: str | None = None  # the model on the Hugging Face Hub that the weights come from
+    accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe, in [0, 1]
+    license: str | None = None
+
+
+def pixel_values(known: Mapping[str, Any]) -> str:
+    """Return the scaling of the pixels in words, from timm's configuration."""
+    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
+
+
+def model_card(source: Source, costs: Profile, library: str = "timm", **more: Any) -> str:
+    """Return the model card as Markdown, for a Python `library` that loads what it describes.
+
+    `more` are `files`, exported ones, and an `example` of each format; or the lines of `usage`, by who reads them.
+    """
+    import timm
+
+    import slimmable
+
+    text = Path(__file__).with_name("card.md.jinja").read_text()
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    made = {"slimmable": slimmable, "timm": timm, "torch": torch, "python": platform.python_version()}
+    rows = [source.accuracy.get(row.width, {}) for row in costs.rows]
+    measured = {name: _TITLES.get(name, name) for name in rows[0] if all(name in row for row in rows)}
+    return str(template.render(made, source=source, costs=costs.rows, measured=measured, library=library, **more))
