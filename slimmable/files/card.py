@@ -1,7 +1,7 @@
 """Model cards: what a network is, what each of its widths costs, and the lines that load it."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Source:
     name: str  # of the architecture
     model: nn.Module  # converted or plain, in evaluation mode
     widths: tuple[float, ...]
-    image: tuple[int, int, int] | None  # channels, height and width; None if it takes something else
+    image: tuple[int, ...]  # channels, height and width; empty if it takes something else
     arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
     weights: str  # their origin, in words
     values: str  # scaling of the pixels, in words
