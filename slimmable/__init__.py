@@ -30,9 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
-    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "full_state_dict", "load",
-    "load_slimclr", "plan", "profile", "register_rule", "run_widths", "save", "search", "set_width", "slimify",
-    "width_of", "widths_of",
+    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "from_pretrained",
+    "full_state_dict", "load", "load_slimclr", "plan", "profile", "push_to_hub", "register_rule", "run_widths", "save",
+    "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
 _SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")

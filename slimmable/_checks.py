@@ -131,8 +131,10 @@ _NAMES: dict[Callable[..., None], str] = {
     "variance weight_decay",
     check_number: "end epoch",
     check_function: "backward closure evaluate function",
-    check_path: "path",
+    check_path: "cache_dir folder path",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
+    must_be("a text that is not empty", lambda value: isinstance(value, str) and value != ""): "base_model license "
+    "repo_id revision token",
     check_integer: "offset seed",
     partial(check_sizes, least=0): "padding",
     check_share: "budget",

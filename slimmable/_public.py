@@ -14,6 +14,9 @@ from slimmable._width import width_of as width_of
 from slimmable._width import widths_of as widths_of
 from slimmable.errors import SlimmableError as SlimmableError
 from slimmable.files.construction import full_state_dict as full_state_dict
+from slimmable.files.hub import from_pretrained as from_pretrained
+from slimmable.files.hub import push_to_hub as push_to_hub
+from slimmable.files.hub import save_pretrained as save_pretrained
 from slimmable.files.model import load as load
 from slimmable.files.model import save as save
 from slimmable.files.slimclr import load_slimclr as load_slimclr

@@ -39,7 +39,7 @@ def pixel_values(known: Mapping[str, Any]) -> str:
 def model_card(source: Source, costs: Profile, library: str = "timm", **more: Any) -> str:
     """Return the model card as Markdown, for a Python `library` that loads what it describes.
 
-    `more` are `files`, exported ones, and an `example` of each format; or the lines of `usage`, by who reads them.
+    `more` are `files`, exported ones, and an `example` of each format; or the lines of `usage`, by what reads them.
     """
     import timm
 
@@ -48,6 +48,5 @@ def model_card(source: Source, costs: Profile, library: str = "timm", **more: An
     text = Path(__file__).with_name("card.md.jinja").read_text()
     template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     made = {"slimmable": slimmable, "timm": timm, "torch": torch, "python": platform.python_version()}
-    rows = [source.accuracy.get(row.width, {}) for row in costs.rows]
-    measured = {name: _TITLES.get(name, name) for name in rows[0] if all(name in row for row in rows)}
+    measured = {name: _TITLES.get(name, name) for shares in source.accuracy.values() for name in shares}
     return str(template.render(made, source=source, costs=costs.rows, measured=measured, library=library, **more))

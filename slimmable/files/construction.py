@@ -1,19 +1,24 @@
 """Recipes of timm models, as far as they can be read off them, and plain networks of the full width."""
 
 import inspect
+import math
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import is_dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from slimmable._checks import check_whole, checked
 from slimmable._convert import plain
+from slimmable._described import Edits, Score, facts, fitting_edits, named_in_forward
 from slimmable._modules import replace_modules
 from slimmable.errors import CheckpointError
 from slimmable.files.description import describe, hidden_buffers, unlike, unlike_numbers
@@ -112,6 +117,54 @@ def _candidates(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[st
     taken = inspect.signature(type(model)).parameters
     numbers = unlike_numbers(model, skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
     yield dict(known) | {key: value for key, value in numbers.items() if key in taken}
+
+
+def narrow_arguments(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return arguments with which timm makes a network with the tensors of this plain one, or None if none were found.
+
+    `full` is the recipe of the full network. What its arguments do cannot be seen in them, so they are tried, on
+    tensors without memory. Of those that make such tensors, the ones that also make the most alike numbers are taken.
+    """
+    tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
+    given = _constructor_arguments(type(model), full, tensors)
+    leaves, shape = tree_flatten_with_path(given)
+    known, wanted = facts(skeleton(full, tensors)), facts(model)
+    kinds: list[tuple[str, Any]] = [(path, type(module)) for path, module in model.named_modules()]
+    read = {(path, name) for path, kind in kinds for name in named_in_forward(kind)}
+    shapes = [key for key, fact in known.items() if isinstance(fact, torch.Size)]
+    numbers = [key for key in known.keys() & wanted.keys() & read if key not in shapes]
+
+    def arguments(edits: Edits) -> dict[str, Any]:
+        edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
+        return {**full["arguments"], **{name: value for name, value in edited.items() if value != given[name]}}
+
+    def misfits(edits: Edits) -> Score:
+        try:
+            made = facts(skeleton({**full, "arguments": arguments(edits)}, tensors))
+        except CheckpointError:
+            return math.inf, len(edits)
+        unlike, other = (sum(made.get(key) != wanted.get(key) for key in keys) for keys in (shapes, numbers))
+        return unlike + other / (len(numbers) + 1), len(edits)
+
+    found = fitting_edits(leaves, known, wanted, misfits)
+    return None if found is None else arguments(found)
+
+
+def _constructor_arguments(kind: Any, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what the constructor of a timm model's class gets, with the fields of a configuration, for a recipe."""
+    code, found, before = inspect.unwrap(kind.__init__).__code__, dict[str, Any](), sys.getprofile()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is code and not found:
+            found.update(frame.f_locals)
+
+    sys.setprofile(note)
+    try:
+        skeleton(recipe, tensors)
+    finally:
+        sys.setprofile(before)
+    fields = [vars(value) for value in found.values() if is_dataclass(value)]
+    return {name: value for each in (*fields, found, found.get("kwargs", {})) for name, value in each.items()}
 
 
 @checked
