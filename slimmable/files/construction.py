@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import is_dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,16 @@ def _at_most(registrations: int) -> Iterator[None]:
 
 def _candidates(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
+    known = list(_read_off(model, config).items())
+    for count in range(len(known) + 1):
+        yield dict(known[:count])
+    taken = inspect.signature(type(model)).parameters
+    numbers = unlike_numbers(model, skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
+    yield dict(known) | {key: value for key, value in numbers.items() if key in taken}
+
+
+def _read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of classes and image channels and the image size, as far as the model says them."""
     classes, first = getattr(model, "num_classes", None), config.get("first_conv")
     modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -111,12 +121,7 @@ def _candidates(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[st
         "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
         "img_size": None if size is None else list(size),
     }
-    known = [(key, value) for key, value in read.items() if value is not None]
-    for count in range(len(known) + 1):
-        yield dict(known[:count])
-    taken = inspect.signature(type(model)).parameters
-    numbers = unlike_numbers(model, skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
-    yield dict(known) | {key: value for key, value in numbers.items() if key in taken}
+    return {key: value for key, value in read.items() if value is not None}
 
 
 def narrow_arguments(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -125,7 +130,8 @@ def narrow_arguments(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any
     `full` is the recipe of the full network. What its arguments do cannot be seen in them, so they are tried, on
     tensors without memory. Of those that make such tensors, the ones that also make the most alike numbers are taken.
     """
-    tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
+    tensors, config = model.state_dict(keep_vars=True) | hidden_buffers(model), cast(Any, model).pretrained_cfg
+    full = {**full, "arguments": {**full["arguments"], **_read_off(model, config)}}
     given = _constructor_arguments(type(model), full, tensors)
     leaves, shape = tree_flatten_with_path(given)
     known, wanted = facts(skeleton(full, tensors)), facts(model)

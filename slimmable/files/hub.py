@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from slimmable._widths import width_index
 from slimmable.analysis.plan import Setting
 from slimmable.errors import CheckpointError
 from slimmable.files.card import Source, model_card, pixel_values
-from slimmable.files.construction import narrow_arguments
+from slimmable.files.construction import full_state_dict, narrow_arguments
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
 
@@ -141,16 +141,26 @@ def _usage(
     loads, lines = f'slimmable.from_pretrained("{place}"', ["import slimmable", ""]
     if recipe is None:
         plain, loads = f"{kind}(...)", f"{loads}, model=plain"
-        config: Any = getattr(model, "config", None)
-        if own is not None and hasattr(config, "save_pretrained"):
-            config.save_pretrained(str(folder))
-            plain = f'{own}.{kind}({own}.{type(config).__name__}.from_pretrained("{place}"))'
+        if own is not None and _write_config(model, getattr(import_module(own), kind), folder):
+            plain = f'{own}.{kind}({own}.{type(cast(Any, model).config).__name__}.from_pretrained("{place}"))'
             lines.insert(1, f"import {own}")
         lines += [f"plain = {plain}  # of the full width, with any weights"]
     lines += [f"model = {loads})"]
     if is_slim(model):
         lines += [f"small = {loads}, width={widths_of(model)[-1]:g})"]
     return {"With slimmable": "\n".join(lines)}
+
+
+def _write_config(model: Any, kind: Any, folder: Path) -> bool:
+    """Write the configuration of a model of transformers if it makes the full network, and return whether it does."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return False
+    with torch.device("meta"):
+        if full_state_dict(model).keys() != kind(config).state_dict().keys():
+            return False
+    config.save_pretrained(str(folder))
+    return True
 
 
 def _library(model: nn.Module) -> str | None:
