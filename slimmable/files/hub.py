@@ -153,7 +153,7 @@ def _usage(
 
 def _write_config(model: Any, kind: Any, folder: Path) -> bool:
     """Write the configuration of a model of transformers if it makes the full network, and return whether it does."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
         return False
     with torch.device("meta"):

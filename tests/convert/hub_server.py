@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"error": error}, 404, X_Error_Code=error)
         return self._answer({"error": "unknown"}, 404, X_Error_Code="RepoNotFound")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
 
 def _commit(files: dict[str, bytes]) -> str:

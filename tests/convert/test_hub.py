@@ -109,15 +109,15 @@ def test_other_widths_of_a_vision_transformer_load_too(width, tmp_path):
 
 
 def test_what_timm_loads_but_computes_otherwise_is_not_written(tmp_path):
-    small, x = narrow("test_nfnet")  # its convolutions have a scale that follows from the number of channels
+    small, _ = narrow("test_nfnet")  # its convolutions have a scale that follows from the number of channels
     slimmable.save_pretrained(small, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["README.md", FILE]
-    small, x = narrow("test_vit")
+    small, _ = narrow("test_vit")
     small.blocks[0].mlp.act = nn.ReLU()
     with pytest.warns(UserWarning, match="makes a network unlike this one"):
         slimmable.save_pretrained(small, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["README.md", FILE]
-    small, x = narrow("test_vit")
+    small, _ = narrow("test_vit")
     small.norm.eps = 0.1
     with pytest.warns(UserWarning, match="makes a network unlike this one"):
         slimmable.save_pretrained(small, tmp_path)
@@ -296,7 +296,7 @@ def test_a_folder_of_another_network_is_left_as_it_is(model, tmp_path):
 
 
 def test_damaged_and_missing_files_are_refused(model, tmp_path):
-    with pytest.raises(CheckpointError, match="slimmable.safetensors"):
+    with pytest.raises(CheckpointError, match=r"slimmable\.safetensors"):
         slimmable.from_pretrained(tmp_path)
     slimmable.save_pretrained(model, tmp_path)
     data = bytearray((tmp_path / FILE).read_bytes())
