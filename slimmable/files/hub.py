@@ -80,7 +80,8 @@ def save_pretrained(
     """
     check_whole("save_pretrained", model)
     widths = widths_of(model) if is_slim(model) else ()
-    for width, shares in dict(accuracy or {}).items():
+    accuracy = {} if accuracy is None else accuracy
+    for width, shares in accuracy.items():
         width_index(width, widths or (1.0,))
         for name, share in shares.items():
             check_fraction("save_pretrained", **{f"accuracy of {name}": share})
@@ -101,7 +102,7 @@ def save_pretrained(
             usage["With timm alone"] = f'import timm\n\nmodel = timm.create_model("{where}:{place}", pretrained=True)'
         if (folder / "config.json").exists() and not (aside / "config.json").exists():
             raise CheckpointError(f"{folder} has the config.json of another network; choose another folder")
-        about: dict[str, Any] = {"base": base_model, "accuracy": accuracy or {}, "license": license, "weights": ""}
+        about: dict[str, Any] = {"base": base_model, "accuracy": accuracy, "license": license, "weights": ""}
         about |= {"image": tuple(args[0].shape[1:]) if image else (), "values": pixel_values(config) if image else ""}
         made = widths and recipe  # of a narrow network, the arguments for the full one are not known exactly
         name = type(model).__name__ if recipe is None else recipe["timm"]
@@ -236,7 +237,7 @@ def push_to_hub(
         check_flags("push_to_hub", private=private)
     with tempfile.TemporaryDirectory() as name:
         save_pretrained(model, name, repo_id=repo_id, **options)
-        with _explained(f"{repo_id} cannot be pushed to the Hub"):
+        with _explained(f"push_to_hub: {repo_id!r} cannot be pushed"):
             api = HfApi(token=token)
             place = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None:
@@ -273,7 +274,7 @@ def from_pretrained(
     if not os.path.isdir(repo_or_folder):
         from huggingface_hub import hf_hub_download
 
-        with _explained(f"{repo_or_folder} is no folder, and cannot be loaded from the Hub"):
+        with _explained(f"from_pretrained: {str(repo_or_folder)!r} is no folder, and cannot be loaded from the Hub"):
             options: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
             path = Path(hf_hub_download(str(repo_or_folder), FILE, **options))
     found = load(path, model)

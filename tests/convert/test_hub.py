@@ -264,7 +264,7 @@ def test_the_hub_gives_back_what_was_pushed(tmp_path):
 
 def test_a_hub_that_is_not_there_is_an_error_and_changes_nothing(model, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(CheckpointError, match="me/resnet cannot be pushed"):
+    with pytest.raises(CheckpointError, match="'me/resnet' cannot be pushed"):
         slimmable.push_to_hub(model, "me/resnet")
     with pytest.raises(UsageError, match="nothing"):
         slimmable.push_to_hub(model, "me/resnet", nothing=1)

@@ -170,3 +170,29 @@ def test_solo_learns_queue_takes_each_key_once_and_momentum_follows(tmp_path):
     assert all(torch.equal(queue, before) for _, queue in seen)  # no width meets this step's keys
     assert not torch.equal(fresh.queue, before)
     assert len(keys) == 2  # of two views, at the widest width only
+
+
+def test_a_detector_learns_at_both_widths_and_each_is_a_plain_detector(tmp_path):
+    detection = pytest.importorskip("torchvision.models.detection")
+    found = run("\n".join(blocks("docs/how-to/detection.md", "python")), tmp_path)
+    history: Any = found["history"]
+    for width, losses in history.items():
+        assert torch.tensor(losses).isfinite().all(), width
+        assert sum(losses[-3:]) < 0.7 * sum(losses[:3]), width
+    detector, small = found["detector"], found["small"]
+    narrow = {name: module for name, module in detector.named_modules() if slimmable.view.state.is_slim(module)}
+    places = ("backbone.body", "backbone.fpn", "rpn.head", "roi_heads.box_head", "roi_heads.mask_head")
+    assert all(any(name.startswith(place) for name in narrow) for place in places)
+    assert type(small) is detection.MaskRCNN
+    assert not any(slimmable.view.state.is_slim(module) for module in small.modules())
+    assert any(len(each["boxes"]) for each in found["found"])  # there is something to compare
+    images, targets = found["images"], found["targets"]
+    small.train()
+    detector.train()
+    with slimmable.at_width(detector, 0.5):
+        torch.manual_seed(0)
+        ours = detector(images, targets)
+    torch.manual_seed(0)
+    assert {name: float(loss) for name, loss in small(images, targets).items()} == pytest.approx(
+        {name: float(loss) for name, loss in ours.items()}
+    )
