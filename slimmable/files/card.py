@@ -39,7 +39,7 @@ def pixel_values(known: Mapping[str, Any]) -> str:
 def model_card(source: Source, costs: Profile, library: str = "timm", **more: Any) -> str:
     """Return the model card as Markdown, for a Python `library` that loads what it describes.
 
-    `more` are `files`, exported ones, and an `example` of each format; or the lines of `usage`, by what reads them.
+    `more` are `files`, exported ones, and an `example` of each format; or the `usage` of what `from_pretrained` loads.
     """
     import timm
 

@@ -124,8 +124,8 @@ def _read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in read.items() if value is not None}
 
 
-def narrow_arguments(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return arguments with which timm makes a network with the tensors of this plain one, or None if none were found.
+def narrow_arguments(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with which timm makes a network with the tensors of this plain one, or raise `CheckpointError`.
 
     `full` is the recipe of the full network. What its arguments do cannot be seen in them, so they are tried, on
     tensors without memory. Of those that make such tensors, the ones that also make the most alike numbers are taken.
@@ -153,7 +153,9 @@ def narrow_arguments(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any
         return unlike + other / (len(numbers) + 1), len(edits)
 
     found = fitting_edits(leaves, known, wanted, misfits)
-    return None if found is None else arguments(found)
+    if found is None:
+        raise CheckpointError("no arguments for timm say the sizes of this network")
+    return arguments(found)
 
 
 def _constructor_arguments(kind: Any, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

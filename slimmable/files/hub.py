@@ -8,8 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from slimmable._widths import width_index
 from slimmable.analysis.plan import Setting
 from slimmable.errors import CheckpointError
 from slimmable.files.card import Source, model_card, pixel_values
-from slimmable.files.construction import full_state_dict, narrow_arguments
+from slimmable.files.construction import full_network, narrow_arguments
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
 
@@ -89,107 +88,61 @@ def save_pretrained(
     config: Any = getattr(model, "pretrained_cfg", None)
     image = isinstance(config, Mapping) and not kwargs and isinstance(args[0], Tensor) and args[0].ndim == 4
     costs = profile(model, example_inputs=args[0][:1] if image else example_inputs, repeats=0)
-    folder = Path(folder)
 
     def write(aside: Path) -> None:
         save(model, aside / FILE, arguments=arguments)
         recipe = read(aside / FILE)[0]["recipe"]
-        place = folder.resolve().name if repo_id is None else repo_id
-        library = None if widths else _write_native(model, aside, recipe, (args, kwargs))
-        usage = _usage(model, aside, place, recipe, library)
-        if library == "timm":
-            where = "local-dir" if repo_id is None else "hf-hub"
-            usage["With timm alone"] = f'import timm\n\nmodel = timm.create_model("{where}:{place}", pretrained=True)'
-        if (folder / "config.json").exists() and not (aside / "config.json").exists():
+        native = not widths and _write_native(model, aside, recipe, (args, kwargs))
+        usage = {
+            "place": Path(folder).resolve().name if repo_id is None else repo_id,
+            "scheme": "local-dir" if repo_id is None else "hf-hub",
+            "kind": type(model),
+            "config": type(cast(Any, model).config)
+            if recipe is None and not native and _write_config(model, aside)
+            else None,
+            "recipe": recipe,
+            "native": native,
+        }
+        if os.path.exists(Path(folder, "config.json")) and not (aside / "config.json").exists():
             raise CheckpointError(f"{folder} has the config.json of another network; choose another folder")
         about: dict[str, Any] = {"base": base_model, "accuracy": accuracy, "license": license, "weights": ""}
         about |= {"image": tuple(args[0].shape[1:]) if image else (), "values": pixel_values(config) if image else ""}
-        made = widths and recipe  # of a narrow network, the arguments for the full one are not known exactly
         name = type(model).__name__ if recipe is None else recipe["timm"]
-        source = Source(name, model, widths, arguments=made["arguments"] if made else None, **about)
-        card = model_card(source, costs, library or "slimmable", usage=usage)
+        made = recipe["arguments"] if widths and recipe else None  # those of a narrow network are not known exactly
+        library = "slimmable" if not native else type(model).__module__.partition(".")[0]
+        card = model_card(Source(name, model, widths, arguments=made, **about), costs, library, usage=usage)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
-    fill_aside(folder, write)
+    fill_aside(Path(folder), write)
 
 
-def _write_native(model: nn.Module, folder: Path, recipe: Mapping[str, Any] | None, example: Arguments) -> str | None:
-    """Let timm or transformers write a plain network; return the library that then makes it again.
-
-    None if none does; then nothing is left of its files.
-    """
-    aside = Path(tempfile.mkdtemp(dir=folder))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = _write_other(model, aside) if recipe is None else _write_timm(model, aside, recipe)
-        same = again is not None and _are_same(model, again, example)
-    except Exception:  # of any kind, where their format cannot say the sizes
-        same = False
-    for file in aside.iterdir() if same else ():
-        file.replace(folder / file.name)
-    shutil.rmtree(aside)
-    return None if not same else _library(model) if recipe is None else "timm"
-
-
-def _usage(
-    model: nn.Module, folder: Path, place: str, recipe: Mapping[str, Any] | None, library: str | None
-) -> dict[str, str]:
-    """Return the lines that load what is in a folder, by the library; a class not timm's gets its configuration."""
-    kind, own = type(model).__name__, _library(model)
-    if recipe is None and library is not None:
-        return {f"With {own} alone": f'import {own}\n\nmodel = {own}.{kind}.from_pretrained("{place}")'}
-    loads, lines = f'slimmable.from_pretrained("{place}"', ["import slimmable", ""]
-    if recipe is None:
-        plain, loads = f"{kind}(...)", f"{loads}, model=plain"
-        if own is not None and _write_config(model, getattr(import_module(own), kind), folder):
-            plain = f'{own}.{kind}({own}.{type(cast(Any, model).config).__name__}.from_pretrained("{place}"))'
-            lines.insert(1, f"import {own}")
-        lines += [f"plain = {plain}  # of the full width, with any weights"]
-    lines += [f"model = {loads})"]
-    if is_slim(model):
-        lines += [f"small = {loads}, width={widths_of(model)[-1]:g})"]
-    return {"With slimmable": "\n".join(lines)}
-
-
-def _write_config(model: Any, kind: Any, folder: Path) -> bool:
-    """Write the configuration of a model of transformers if it makes the full network, and return whether it does."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "save_pretrained"):
-        return False
-    with torch.device("meta"):
-        if full_state_dict(model).keys() != kind(config).state_dict().keys():
-            return False
-    config.save_pretrained(str(folder))
-    return True
-
-
-def _library(model: nn.Module) -> str | None:
-    """Return the package at whose top the class of a plain or converted model is, such as transformers, if any."""
-    package = type(model).__module__.partition(".")[0]
-    kind = getattr(import_module(package), type(model).__name__, None)
-    return package if package != "__main__" and isinstance(kind, type) and isinstance(model, kind) else None
-
-
-def _write_timm(model: nn.Module, folder: Path, recipe: Mapping[str, Any]) -> nn.Module | None:
-    """Let timm write a network, and return it as timm loads it, or None if no arguments make it."""
+def _write_native(model: Any, folder: Path, recipe: Mapping[str, Any] | None, example: Arguments) -> bool:
+    """Let timm, or its class, write a plain network; keep their files if they make the same network again."""
     import timm
 
-    arguments = narrow_arguments(model, recipe)
-    if arguments is None:
-        return None
-    timm.models.save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
-    loaded: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return loaded
+    with tempfile.TemporaryDirectory() as aside, warnings.catch_warnings(), suppress(Exception):  # errors of all kinds
+        warnings.simplefilter("ignore")
+        if recipe is None:
+            model.save_pretrained(aside)
+            again = type(model).from_pretrained(aside)
+        else:
+            given = narrow_arguments(model, recipe)
+            timm.models.save_for_hf(model, aside, model_args=given, safe_serialization=True)
+            again = timm.create_model(f"local-dir:{aside}", pretrained=True)
+        if _are_same(model, again, example):
+            shutil.copytree(aside, folder, dirs_exist_ok=True)
+            return True
+    return False
 
 
-def _write_other(model: Any, folder: Path) -> nn.Module | None:
-    """The same for a network whose class has `save_pretrained`, as those of transformers and diffusers have."""
-    if _library(model) is None or not hasattr(model, "save_pretrained"):
-        return None
-    model.save_pretrained(str(folder))
-    loaded: nn.Module = type(model).from_pretrained(str(folder))
-    return loaded
+def _write_config(model: Any, folder: Path) -> bool:
+    """Write the configuration of a model of transformers if it makes the full network, and return whether it does."""
+    full = full_network(model)
+    with suppress(Exception), torch.device("meta"):  # it has none, or a constructor fails
+        if type(full)(model.config).state_dict().keys() == full.state_dict().keys():
+            model.config.save_pretrained(str(folder))
+            return True
+    return False
 
 
 def _are_same(model: nn.Module, other: nn.Module, example: Arguments) -> bool:

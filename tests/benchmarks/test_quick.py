@@ -107,3 +107,13 @@ def test_alternatives_are_measured(tmp_path):
     assert all(row["slimify"]["recorded"] and row["slimify"]["right"] for row in found["graphs"])
     assert {row["way"] for row in found["reads"]} > {"extracted"}
     assert "right at half width" in (tmp_path / "table.md").read_text()
+
+
+def test_the_hub_benchmark_says_what_timm_loads(tmp_path):
+    quick("hub.run", tmp_path)
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("hub--*.json"))
+    assert {row["model"]: row["loads"] for row in result["rows"]} == {
+        "test_vit": "timm",
+        "test_efficientnet": "slimmable",
+    }
+    assert "`embed_dim`" in (tmp_path / "table.md").read_text()

@@ -193,6 +193,6 @@ def test_a_detector_learns_at_both_widths_and_each_is_a_plain_detector(tmp_path)
         torch.manual_seed(0)
         ours = detector(images, targets)
     torch.manual_seed(0)
-    assert {name: float(loss) for name, loss in small(images, targets).items()} == pytest.approx(
-        {name: float(loss) for name, loss in ours.items()}
+    assert {name: loss.item() for name, loss in small(images, targets).items()} == pytest.approx(
+        {name: loss.item() for name, loss in ours.items()}
     )

@@ -408,10 +408,15 @@ CALLS: dict[str, Call] = {
         }
     ),
     "push_to_hub": Call(
-        {"model": ANY_MODEL, "repo_id": TEXT, "private": FLAG.optional(), "revision": TEXT.optional(),
-         "token": TEXT.optional()},
+        {
+            "model": ANY_MODEL,
+            "repo_id": TEXT,
+            "private": FLAG.optional(),
+            "revision": TEXT.optional(),
+            "token": TEXT.optional(),
+        },
         run=pushed,
-    ),  # fmt: skip
+    ),
     "from_pretrained": Call(
         {
             "repo_or_folder": bad.path(lambda: published(converted)),
