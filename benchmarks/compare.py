@@ -61,7 +61,7 @@ def _check_same_images(configs: Mapping[Path, PretrainConfig]) -> None:
     """Refuse accuracies on different held-out images."""
     known = {}
     for folder, config in configs.items():
-        own = Path(config.data).resolve() if config.is_folder else f"{config.num_images} {config.data}"
+        own = Path(config.data).resolve() if config.data != "digits" else f"{config.num_images} {config.data}"
         known[folder] = f"{own} at {config.image_size} pixels"
     if len(set(known.values())) > 1:
         shown = "; ".join(f"{folder}: {images}" for folder, images in known.items())

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.finetuning import finetune
 from slimmable.cli.data import Plain, load_images
 from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of_run
@@ -31,7 +33,8 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Sequence[ProbeName] = PRO
     images = load_images(config)
     backbone = trained_backbone(config, run, images.channels, images.digest)
     rows = rows_of_run(config, backbone, images, probes)
-    train, test = (Plain(part, config.image_size).stacked() for part in (images.train, images.test))
+    plain = (Plain(part, config.image_size) for part in (images.train, images.test))
+    train, test = (torch.stack([part[index] for index in range(len(part))]) for part in plain)
     shares = {}
     for name, network in plain_networks(config, backbone, images).items():
         classifier = finetune(

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from slimmable import rules as rules
     from slimmable import training as training
     from slimmable._public import *
+    from slimmable.cli.calls import pretrain as pretrain
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
     "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "from_pretrained",
-    "full_state_dict", "load", "load_slimclr", "plan", "profile", "push_to_hub", "register_rule", "run_widths", "save",
-    "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
+    "full_state_dict", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub", "register_rule",
+    "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
 _SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")
@@ -44,7 +45,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"slimmable.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(import_module("slimmable._public"), name)
+    module = "slimmable.cli.calls" if name == "pretrain" else "slimmable._public"
+    globals()[name] = getattr(import_module(module), name)
     return globals()[name]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 
+from slimmable._widths import ROUNDINGS
 from slimmable.errors import DataError, SlimmableError, UsageError
 
 P = ParamSpec("P")
@@ -75,6 +76,7 @@ check_share = must_be(
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
+check_rounding = must_be(f"one of {ROUNDINGS}", lambda value: isinstance(value, str) and value in ROUNDINGS)
 check_integer = must_be(
     "an integer of 64 bits",
     lambda value: not isinstance(value, bool) and isinstance(value, Integral) and abs(int(value)) < 2**63,
@@ -137,6 +139,7 @@ _NAMES: dict[Callable[..., None], str] = {
     "repo_id revision token",
     check_integer: "offset seed",
     partial(check_sizes, least=0): "padding",
+    check_rounding: "rounding",
     check_share: "budget",
     lambda where, **given: check_module(where, *given.values()): "backbone encoder full model",
     lambda where, **given: check_is_module(where, *given.values()): "network",

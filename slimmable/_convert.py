@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
 from slimmable._addons import addons_of, detach_all
-from slimmable._checks import check_flags, check_whole
+from slimmable._checks import check_flags, check_rounding, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
@@ -28,7 +29,7 @@ from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import SwitchableNorm, inherit
+from slimmable.view.norms import Switchable, SwitchableNorm, inherit, part_of
 from slimmable.view.state import Counts, WidthState, is_slim, slim_state, state_of
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
@@ -44,6 +45,9 @@ def slimify(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    rounding: str = "nearest",
+    overlap: bool = True,
+    switchable: Skip = (),
     importance: str | None = None,
     outputs: Outputs = "auto",
     universal: bool = False,
@@ -65,6 +69,10 @@ def slimify(
             bool`. A skipped module that cannot be traced is run once on the real example. Converting a converted model
             again without `skip` keeps what it skips, unless layers were added to it.
         round_to: keep a multiple of this many channels, in groups that have at least as many.
+        rounding: "floor" keeps `int(w * n)`, as the published code does, but at least one.
+        overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest.
+        switchable: layers, named as in `skip`, that hold their own weights at each width, as BatchNorms do: those of
+            narrower widths start as the part of the full width's that they would read otherwise.
         importance: "magnitude" first moves the channels with the largest weights in the layers that read them to the
             front; the full network still computes the same function. None leaves them where they are.
         outputs: "full" keeps the sizes of all outputs, for a backbone whose features other code reads; "slim" lets them
@@ -90,10 +98,11 @@ def slimify(
     torch.Size([4, 3, 3, 3]) torch.Size([2, 10])
     """
     check_whole("slimify", model)
-    check_flags("slimify", universal=universal, inplace=inplace)
+    check_flags("slimify", inplace=inplace)
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
-    asked = check_widths(widths), skip, round_to, universal, outputs
+    layers = _switchable_layers(model, switchable)
+    asked = _checked(Plan(check_widths(widths), round_to, rounding, overlap, layers, universal)), skip, outputs
     if importance not in (None, "magnitude"):
         raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
     if importance is None and _current_plan(model, *asked) is not None:
@@ -129,6 +138,9 @@ def plan(
     example_inputs: Any = None,
     skip: Skip = (),
     round_to: int = 1,
+    rounding: str = "nearest",
+    overlap: bool = True,
+    switchable: Skip = (),
     outputs: Outputs = "auto",
     universal: bool = False,
 ) -> Plan:
@@ -147,11 +159,12 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_whole("plan", model)
-    check_flags("plan", universal=universal)
-    own = plan_of(model)
-    if own is not None and widths is None and (skip, round_to, outputs, universal) == ((), 1, "auto", False):
-        widths, round_to, universal = own.widths, own.round_to, own.universal
-    asked = check_widths(WIDTHS if widths is None else widths), skip, round_to, universal, outputs
+    own, layers = plan_of(model), _switchable_layers(model, switchable)
+    known = check_widths(WIDTHS if widths is None else widths)
+    rules = _checked(Plan(known, round_to, rounding, overlap, layers, universal))
+    if own is not None and widths is None and (rules.rules(), skip, outputs) == (Plan(WIDTHS).rules(), (), "auto"):
+        rules = own
+    asked = rules, skip, outputs
     return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
 
@@ -220,14 +233,40 @@ def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
 
 
 # -- the steps of a conversion
+def _checked(rules: Plan) -> Plan:
+    """Return an empty plan, after checks of its rules."""
+    check_flags("slimify", overlap=rules.overlap, universal=rules.universal)
+    check_rounding("slimify", rounding=rules.rounding)
+    if isinstance(rules.round_to, bool) or not isinstance(rules.round_to, int) or rules.round_to < 1:
+        raise ConversionError(f"round_to is {rules.round_to!r}; it must be an integer of at least 1")
+    if rules.universal and (rules.switchable or not rules.overlap):
+        raise ConversionError("universal=True is for widths that share their weights: leave out overlap and switchable")
+    return rules
+
+
+def _switchable_layers(model: nn.Module, switchable: Skip) -> tuple[str, ...]:
+    """Return the names of the layers with weights that `switchable` names, which must have them to themselves."""
+    if isinstance(switchable, (tuple, list)) and not switchable:
+        return ()
+    chosen, network, found = skipper(model, switchable, "switchable"), plain(model), list[str]()
+    owners = Counter(id(own) for module in network.modules() for own in module._parameters.values())
+    for path, module in network.named_modules():
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if not own or isinstance(module, _BatchNorm) or not chosen(path, module):
+            continue
+        if next(module.children(), None) is not None or any(owners[id(parameter)] > 1 for parameter in own):
+            what = f"{path!r}, a {type(module).__name__}, which has modules inside or shares its weights"
+            raise ConversionError(f"switchable names {what}; name only layers that have weights to themselves")
+        found.append(path)
+    if not found:
+        raise ConversionError(f"switchable is {switchable!r:.80}, which names no layer with weights")
+    return tuple(found)
+
+
 @torch.inference_mode(False)  # in which operations are not seen one by one
-def _plan(
-    model: nn.Module, given: Any, widths: tuple[float, ...], skip: Skip, round_to: int, universal: bool, how: Outputs
-) -> Plan:
+def _plan(model: nn.Module, given: Any, rules: Plan, skip: Skip, how: Outputs) -> Plan:
     args, kwargs = example_of(model, given)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ConversionError(f"round_to is {round_to!r}; it must be an integer of at least 1")
-    return make_plan(plain(model), args, kwargs, widths, skipper(model, skip), round_to, universal, how)
+    return make_plan(plain(model), args, kwargs, rules, skipper(model, skip), how)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -241,22 +280,22 @@ def plain(model: nn.Module) -> nn.Module:
     return copied
 
 
-def skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+def skipper(model: nn.Module, skip: Skip, what: str = "skip") -> Callable[[str, nn.Module], bool]:
     """Turn `skip`, a function of two arguments or patterns that each match a module, into such a function."""
     if callable(skip) and not isinstance(skip, type):
         try:
             inspect.signature(skip).bind("", model)
         except (TypeError, ValueError) as error:
-            raise ConversionError(f"skip is {skip!r}, which cannot be called as skip(name, module): {error}") from error
+            raise ConversionError(f"{what} is {skip!r}, which cannot be called with (name, module): {error}") from error
         return skip
     patterns: list[Any] = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConversionError(f"skip is {skip!r}; it is a name pattern, a list of them, or a function (name, module)")
+        raise ConversionError(f"{what} is {skip!r}; it is a name pattern, a list of them, or a function (name, module)")
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(is_under(name, pattern) for name in names):
             raise ConversionError(
-                f"skip pattern {pattern!r} matches no module of {type(model).__name__}; "
+                f"{what} pattern {pattern!r} matches no module of {type(model).__name__}; "
                 f"it has modules such as {', '.join(repr(name) for name in names[1:6])}"
             )
     return lambda name, module: any(is_under(name, pattern) for pattern in patterns)
@@ -268,10 +307,10 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if state is None or state.path else state.plan
 
 
-def _current_plan(model: nn.Module, *asked: Any) -> Plan | None:
+def _current_plan(model: nn.Module, rules: Plan, *others: Any) -> Plan | None:
     """Return the plan of a converted model if converting it with these arguments, as of `_plan`, changes nothing."""
     plan = plan_of(model)
-    if plan is None or asked != (plan.widths, (), plan.round_to, plan.universal, "auto"):
+    if plan is None or others != ((), "auto") or rules.rules() != plan.rules():
         return None
     try:
         widths_of(model)
@@ -294,10 +333,10 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
             yield f"{path}.{name}".lstrip("."), shape
 
 
-def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
+def strip(model: nn.Module) -> dict[str, Switchable]:
     """Remove all views and containers from `model`; return the containers by path."""
-    norms = {path: m for path, m in model.named_modules() if isinstance(m, SwitchableNorm)}
-    replace_modules(model, {id(norm): norm.to_norm() for norm in norms.values()})
+    norms = {path: m for path, m in model.named_modules() if isinstance(m, Switchable)}
+    replace_modules(model, {id(norm): norm.to_plain() for norm in norms.values()})
     for module in model.modules():
         if is_slim(module) and not isinstance(module, SwitchableContainer):
             remove_view(module)
@@ -305,7 +344,7 @@ def strip(model: nn.Module) -> dict[str, SwitchableNorm]:
 
 
 def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
-    """Convert a plain model in place: give modules with something to slim a view, and BatchNorms a container."""
+    """Convert a plain model in place: what has something to slim gets a view, what is switchable a container."""
     tensors: dict[str, dict[str, list[list[Kept]]]] = {}
     for (path, name), per_width in found.tensors.items():
         tensors.setdefault(path, {})[name] = per_width
@@ -316,10 +355,12 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
         own = tensors.get(path, {})
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
             continue
-        if isinstance(module, _BatchNorm) and own:
+        if (isinstance(module, _BatchNorm) and own) or path in found.switchable:
             inside = (*inside, f"{path}.") if path else inside
-            kept = next([axes[0] for axes in per_width] for per_width in own.values() if len(per_width[0]) == 1)
-            norms[id(module)] = norm = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
+            values = [column.values.get(path, {}) for column in found.columns]
+            parts = [part_of(module, {name: own[name][at] for name in own}, each) for at, each in enumerate(values)]
+            kind: type[Switchable] = SwitchableNorm if isinstance(module, _BatchNorm) else Switchable
+            norms[id(module)] = norm = kind(module, found.widths, parts, shared_affine=found.universal)
             know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
@@ -328,8 +369,8 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
     return replace_modules(model, norms)
 
 
-def _inherit(model: nn.Module, before: Mapping[str, SwitchableNorm], moved: Mapping[AxisName, Any]) -> None:
-    """Give each width of a model what the switchable norms that it had before, by path, have learned; warn of losses.
+def _inherit(model: nn.Module, before: Mapping[str, Switchable], moved: Mapping[AxisName, Any]) -> None:
+    """Give each width of a model what the containers that it had before, by path, have learned; warn of losses.
 
     Widths that `calibrate_bn` has added to them stay. `moved` says which axes were permuted, and how.
     """
@@ -344,14 +385,13 @@ def _inherit(model: nn.Module, before: Mapping[str, SwitchableNorm], moved: Mapp
             lost[width] = list(before)
     for path, norm in before.items():
         heir = model.get_submodule(path)
-        order = moved.get((path, "weight", 0), moved.get((path, "running_mean", 0)))
-        for width in inherit(heir, norm, order) if isinstance(heir, SwitchableNorm) else norm.widths[1:]:
+        for width in inherit(heir, norm, moved, path) if isinstance(heir, Switchable) else norm.widths[1:]:
             lost.setdefault(width, []).append(path)
     if lost:
         listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())
         warnings.warn(
-            "some BatchNorms lose what a width has learned, since they keep other channels at it than before, share "
-            f"gain and bias now, or are no longer switched: {listing}. Train on, or call slimmable.calibrate_bn",
+            "some layers lose what a width has learned, since they keep other channels at it than before, share gain "
+            f"and bias now, or are no longer switched: {listing}. Train on, or call slimmable.calibrate_bn",
             stacklevel=3,
         )
 

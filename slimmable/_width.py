@@ -14,7 +14,7 @@ from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import refuse_plain_between
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import GuestNorm, SwitchableNorm
+from slimmable.view.norms import Guest, Switchable, part_of
 from slimmable.view.recompute import switch, switched
 from slimmable.view.state import Column, WidthState
 from slimmable.view.view import GuestColumn
@@ -222,9 +222,10 @@ def _column(module: nn.Module, state: WidthState, setting: Setting, number: floa
     width = found.counts if number is None else float(number)
     kept = found.tensors
     own = {name: kept[state.path, name] for name in tensors_of(module) if (state.path, name) in kept}
-    if isinstance(module, SwitchableNorm):
-        column = GuestNorm(module, width, next(kept[0] for kept in own.values() if len(kept) == 1))
+    values = found.values.get(state.path, {})
+    if isinstance(module, Switchable):
+        column = Guest(module, width, part_of(module.full, own, values))
     else:
-        column = GuestColumn(module, width, own, found.values.get(state.path, {}))
+        column = GuestColumn(module, width, own, values)
     column.counts = found.counts
     return column

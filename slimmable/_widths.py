@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Real
 from typing import Any, TypeAlias
 
 from slimmable.errors import WidthError
 
+ROUNDINGS = ("nearest", "floor")
 Kept: TypeAlias = "int | tuple[int, ...] | None"  # units of an axis at a width: the first k, these (ascending), or all
 
 
@@ -54,12 +55,30 @@ def kept_of(size: int, kept: Kept) -> int:
     return size if kept is None else kept if isinstance(kept, int) else len(kept)
 
 
-def kept_units(units: int, width: float, round_to: int = 1) -> int:
-    """Return how many of `units` are kept at `width`: the nearest multiple of `round_to`, but at least `round_to`.
+def kept_units(units: int, width: float, round_to: int = 1, rounding: str = "nearest") -> int:
+    """Return how many of `units` are kept at `width`, at least `round_to`: a multiple of it, the nearest or the floor.
 
     >>> kept_units(64, 0.5), kept_units(10, 0.01), kept_units(20, 0.5, round_to=8), kept_units(20, 1.0, round_to=8)
     (32, 1, 8, 20)
+    >>> kept_units(10, 0.75), kept_units(10, 0.75, rounding="floor")
+    (8, 7)
     """
     if width == 1:
         return units
-    return min(units, max(round_to, round(width * units / round_to) * round_to))
+    share = units * width / round_to
+    return min(units, max(round_to, (int(share) if rounding == "floor" else round(share)) * round_to))
+
+
+def disjoint_starts(widths: Sequence[float], counts: Sequence[int], where: str = "") -> list[int]:
+    """Return the first unit of each width, where narrower ones keep disjoint units, the narrowest the first ones.
+
+    >>> disjoint_starts((1.0, 0.5, 0.25), (8, 4, 2))
+    [0, 2, 0]
+    """
+    *starts, total = accumulate(reversed(counts[1:]), initial=0)
+    if total > counts[0] or sum(widths[1:]) > 1 + 1e-9:
+        raise WidthError(
+            f"overlap=False needs disjoint units for the narrower widths, but those of {tuple(widths)} keep "
+            f"{list(counts[1:])} of {counts[0]} units{where}; choose narrower widths with a sum of at most 1"
+        )
+    return [0, *reversed(starts)]

@@ -255,7 +255,7 @@ def read_weights(draw: random.Random, folder: Path) -> Input:
         how = unusual(draw, path)
 
     def call() -> None:
-        source = timm_source("test_resnet", (1.0, 0.5), path, num_classes=3)
+        source = timm_source("test_resnet", {"widths": (1.0, 0.5)}, path, num_classes=3)
         assert all(tensor.isfinite().all() for tensor in source.model.state_dict().values())
 
     return call, f"{path.name}: {how}"
@@ -350,9 +350,9 @@ def read_images(draw: random.Random, folder: Path) -> Input:
         images = folder_images(data, 0, said.append)
         inside = os.path.realpath(data)
         for each in (images.train, images.test):
-            assert all(os.path.realpath(path).startswith(inside + os.sep) for path in each.paths)  # type: ignore[attr-defined]
-            found = Plain(each, 8).stacked()
-            assert found.shape == (len(each), 3, 8, 8)
+            assert all(os.path.realpath(path).startswith(inside + os.sep) for path in each.names)  # type: ignore[attr-defined]
+            plain = Plain(each, 8)
+            assert all(plain[index].shape == (3, 8, 8) for index in range(len(each)))
         views = make_views("supervised", 16, min_crop_scale=0.0, mirror=True)
         keys = Views(images.train, images.train_labels, views, seed=0)
         for view, _ in load(keys, 0, sampler=[(0, index) for index in range(len(images.train))]):

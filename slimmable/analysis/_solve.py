@@ -10,21 +10,20 @@ from operator import itemgetter
 import numpy as np
 from torch import nn
 
-from slimmable._widths import kept_units
-from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, Values
+from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements
 from slimmable.analysis.integers import Constraint, Expression
 from slimmable.analysis.labels import Ids, Labels
+from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import Trace
 
 
 @dataclass
 class Solution:
-    """The groups and, for each width, the units kept of each group and the values of integer attributes."""
+    """The groups and, for each width, the units kept of each group."""
 
     grouping: Grouping
     roots: list[Ids]  # of each group
     counts: list[Counts]
-    values: list[Values] = field(default_factory=list)
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
     def parameters(self, trace: Trace) -> int:
@@ -33,8 +32,8 @@ class Solution:
         return sum(math.prod(self.grouping.count(self.counts[-1], ids) for ids in axes) for axes in labelled)
 
 
-def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
-    """Find groups and counts for which every constraint holds at every width.
+def solve(trace: Trace, rules: Plan) -> Solution:
+    """Find groups and counts, by the rules of an empty plan, for which every constraint holds at every width.
 
     Where rounding makes constraints disagree, counts are changed by a few units; if that does not help, axes are
     coupled or pinned, whichever keeps fewer parameters.
@@ -44,12 +43,11 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
     coupled: set[int] = set()
     disagreed: list[Ids] = []
     while True:
-        solution = _count(labels, widths, round_to)
+        solution = _count(labels, rules)
         needed = Requirements(solution.grouping, context.constraints, trace.attributes)
         failures: dict[int, Failure] = {}
         for width, counts in enumerate(solution.counts):
-            values, found = needed.adjust(counts) if width else needed.fit(counts)
-            solution.values.append(values)
+            _, found = needed.adjust(counts) if width else needed.fit(counts)
             for failure in found:
                 failures.setdefault(id(failure.constraint), failure)
         if not failures:
@@ -61,7 +59,7 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
             tried = copy.deepcopy(labels)
             if mend(tried, failure):
-                mended.append((_count(tried, widths, round_to).parameters(trace), tried))
+                mended.append((_count(tried, rules).parameters(trace), tried))
         coupled.add(id(failure.constraint))
         if mended:
             labels = context.labels = min(mended, key=itemgetter(0))[1]
@@ -69,7 +67,7 @@ def solve(trace: Trace, widths: tuple[float, ...], round_to: int) -> Solution:
             context.constraints = [c for c in context.constraints if c is not failure.constraint]
 
 
-def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution:
+def _count(labels: Labels, rules: Plan) -> Solution:
     """Return the groups and the units that they keep, ignoring constraints."""
     roots = labels.find(np.arange(len(labels)))
     groups = labels.groups()
@@ -77,7 +75,7 @@ def _count(labels: Labels, widths: tuple[float, ...], round_to: int) -> Solution
     for number, group in enumerate(groups):
         group_of[group], rank[group] = number, np.arange(len(group))
     grouping = Grouping(tuple(map(len, groups)), group_of[roots], rank[roots])
-    counts = [np.array([*(kept_units(n, width, round_to) for n in grouping.units), 1]) for width in widths]
+    counts = [np.array([*(rules.kept(n, width) for n in grouping.units), 1]) for width in rules.widths]
     return Solution(grouping, groups, counts)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ class Grouping:
     def mask(self, counts: Counts, ids: Ids) -> Mask:
         """Return which units of an axis are kept."""
         return self.rank[ids] < counts[self.group_of[ids]]
+
+    def starting_at(self, starts: Counts) -> "Grouping":
+        """Return it with other units first: of each group the one at its start, and then those before last."""
+        units = np.array([*self.units, 1])
+        return replace(self, rank=(self.rank - starts[self.group_of]) % units[self.group_of])
 
     def count(self, counts: Counts, ids: Ids) -> int:
         """Return how many units of an axis are kept."""
@@ -208,13 +213,17 @@ class Channels:
         """The number of units of each group."""
         return self.needed.grouping.units
 
-    def sub_network(self, counts: Counts, values: Values) -> SubNetwork:
-        """Return the sub-network of these counts; `values` are those of the attributes, from `Requirements.fit`."""
+    def sub_network(self, counts: Counts, values: Values, starts: Counts | None = None) -> SubNetwork:
+        """Return the sub-network of these counts, which keeps units from `starts` on, by default the first ones.
+
+        `values` are those of the attributes, from `Requirements.fit`.
+        """
+        grouping = self.needed.grouping if starts is None else self.needed.grouping.starting_at(starts)
         found: dict[int, Kept] = {}
 
         def kept(ids: Ids) -> Kept:
             if id(ids) not in found:
-                units = np.flatnonzero(self.needed.grouping.mask(counts, ids))
+                units = np.flatnonzero(grouping.mask(counts, ids))
                 first = len(units) if units[-1] == len(units) - 1 else tuple(units.tolist())
                 found[id(ids)] = None if len(units) == len(ids) else first
             return found[id(ids)]

@@ -28,14 +28,12 @@ def make_plan(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    widths: tuple[float, ...],
+    rules: Plan,
     skip: Skip,
-    round_to: int = 1,
-    universal: bool = False,
     outputs: Outputs = "auto",
     advise: bool = True,
 ) -> Plan:
-    """Return the plan of `model`, which has no views; with `advise`, an error tells whether a skip would help."""
+    """Return the plan of `model`, which has no views, by the rules of an empty one; `advise`: errors tell of skips."""
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
 
@@ -46,16 +44,15 @@ def make_plan(
     while True:
         fake = FakeModel(model, args, kwargs, replayed)
         try:
-            plan = Plan(widths, round_to=round_to, universal=universal)
-            found = best_trace(fake, widths, stays, round_to, outputs)
+            plan = Plan(**rules.rules())
+            found = best_trace(fake, rules, stays, outputs)
             failed = first_failure(fake, filled_plan(fake, *found, plan))
         except TraceError as error:
             outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
             above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
             if above is None or above in replayed:
                 if advise:
-                    options: Any = {"round_to": round_to, "universal": universal, "outputs": outputs, "advise": False}
-                    tried = partial(make_plan, model, args, kwargs, widths, **options)
+                    tried = partial(make_plan, model, args, kwargs, rules, outputs=outputs, advise=False)
                     error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
             try:
@@ -91,12 +88,11 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def best_trace(
-    fake: FakeModel, widths: tuple[float, ...], skip: Skip, round_to: int, outputs: Outputs = "auto"
-) -> tuple[Trace, Solution]:
+def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> tuple[Trace, Solution]:
     """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
+    widths = rules.widths
     first = _settled_trace(fake, widths, skip, outputs)
-    solution = solve(first, widths, round_to)
+    solution = solve(first, rules)
     labels = first.context.labels
     disagrees = labels.shared_with(*solution.disagreed)
 
@@ -107,7 +103,7 @@ def best_trace(
     if not stuck:
         return first, solution
     second = trace(fake, widths, skip, dict.fromkeys(stuck, 1), outputs)
-    other = solve(second, widths, round_to)
+    other = solve(second, rules)
     better = other.parameters(second) < solution.parameters(first)
     return (second, other) if better else (first, solution)
 
@@ -130,7 +126,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     """Fill an empty plan with what a trace and its solution have found, and return it."""
     plan.channels = channels_of(fake.model, found, solution)
     plan.caches = found.caches
-    plan.columns += map(plan.channels.sub_network, solution.counts, solution.values)
+    plan.fill([counts[:-1].tolist() for counts in solution.counts])
     labels, grouping = found.context.labels, solution.grouping
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from slimmable._checks import number_or_nan
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
-from slimmable._widths import Kept, kept_units, width_index
+from slimmable._widths import Kept, disjoint_starts, kept_units, width_index
 from slimmable.analysis.channels import Channels, SubNetwork, TensorName
 from slimmable.errors import WidthError
 
@@ -20,6 +20,7 @@ Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
 """A width, widths by patterns of layer names (the last match decides), or one count per channel group."""
 
 _REMEMBERED = 64  # sub-networks
+_RULES = ("widths", "round_to", "rounding", "overlap", "switchable", "universal")
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,27 @@ class Plan:
 
     Attributes:
         widths: from the widest to the narrowest.
+        round_to: groups of at least this many channels keep a multiple of it.
+        rounding: which one, the "nearest" or the "floor".
+        overlap: whether narrower widths share channels; otherwise they keep disjoint ones, the narrowest the first.
+        switchable: the layers that have their own weights at each width.
+        universal: whether any width from the narrowest up can be set, not only `widths`.
         channels: the channel groups, their axes, and what they size.
         columns: the sub-network of each width.
         caches: module path -> attribute in which the forward keeps tensors -> its empty value. Each width has its own.
         pins: the axes that stay at full width although a layer with weights makes them.
-        round_to: groups of at least this many channels keep a multiple of it.
-        universal: whether any width from the narrowest up can be set, not only `widths`.
     """
 
     widths: tuple[float, ...]
+    round_to: int = 1
+    rounding: str = "nearest"
+    overlap: bool = True
+    switchable: tuple[str, ...] = ()
+    universal: bool = False
     channels: Channels = field(init=False)
     columns: list[SubNetwork] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
-    round_to: int = 1
-    universal: bool = False
 
     def __str__(self) -> str:
         lines = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
@@ -76,6 +83,8 @@ class Plan:
         lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in self.pins]
         lines.append("outputs:")
         lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(self)]
+        rules = [f"{name}={value!r}" for name, value in self.rules().items() if value != getattr(Plan, name, value)]
+        lines += [f"rules: {', '.join(rules)}"] if rules else []
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -90,10 +99,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data.
 
-        Returns: "widths", "round_to" and "universal"; "macs" and "parameters" per width; "groups", each with its
-            "units", those "kept" per width, its "makers", whether it is "ordered", and its "axes", such as {"module":
-            "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason"; "outputs",
-            each with its "name", its "shapes" per width, and the "reason" why it stays full or gets thinner.
+        Returns: "widths" and the other rules, such as "round_to"; "macs" and "parameters" per width; "groups", each
+            with its "units", those "kept" per width, its "makers", whether it is "ordered", and its "axes", such as
+            {"module": "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason";
+            "outputs", each with its "name", its "shapes" per width, and the "reason" why it stays full or gets thinner.
 
         >>> import torch
         >>> from torch import nn
@@ -104,9 +113,8 @@ class Plan:
         ([48, 24], [8, 4], ['0'])
         """
         return {
+            **self.rules(),
             "widths": list(self.widths),
-            "round_to": self.round_to,
-            "universal": self.universal,
             "macs": [column.macs for column in self.columns],
             "parameters": [column.parameters for column in self.columns],
             "groups": [
@@ -125,6 +133,28 @@ class Plan:
                 for output, *shapes in zip(self.channels.outputs, *self.output_shapes, strict=True)
             ],
         }
+
+    def rules(self) -> dict[str, Any]:
+        """Return what was asked for: the arguments that make an empty plan."""
+        return {name: getattr(self, name) for name in _RULES}
+
+    def kept(self, units: int, width: float) -> int:
+        """Return how many of a group's units are kept at a width, before constraints."""
+        return kept_units(units, width, self.round_to, self.rounding)
+
+    def fill(self, counts: Sequence[Sequence[int]]) -> None:
+        """Set the sub-networks of the widths, by the units that they keep of each group; all constraints hold."""
+        vars(self).pop("_found", None)
+        by_group, first = zip(*counts, strict=True), [0] * len(counts)
+        starts = [
+            first
+            if self.overlap or len(set(kept)) == 1
+            else disjoint_starts(self.widths, kept, f" of a group, made by {listed(makers, most=3)}")
+            for kept, makers in zip(by_group, self.channels.makers, strict=True)
+        ]
+        for each, start in zip(counts, np.array([*starts, first]).T, strict=True):
+            kept = np.array([*each, 1])
+            self.columns.append(self.channels.sub_network(kept, self.channels.needed.fit(kept)[0], start))
 
     def __deepcopy__(self, memo: Any) -> "Plan":
         return self
@@ -180,7 +210,7 @@ class Plan:
         least = self.widths[-1]
         if not least <= number_or_nan(setting) <= 1:
             raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
-        return self.near(tuple(kept_units(units, setting, self.round_to) for units in self.channels.units))
+        return self.near(tuple(self.kept(units, setting) for units in self.channels.units))
 
     @cached_property
     def _found(self) -> dict[tuple[int, ...], SubNetwork]:
@@ -254,7 +284,7 @@ class Plan:
                 )
         width_of = {path: [1.0, *(w for p, w in widths.items() if is_under(path, p))][-1] for path in makers}
         at = [max((width_of[path] for path in paths), default=1.0) for paths in self.channels.makers]
-        return tuple(kept_units(n, width, self.round_to) for n, width in zip(self.channels.units, at, strict=True))
+        return tuple(map(self.kept, self.channels.units, at))
 
 
 def _groups(plan: Plan) -> list[list[Any]]:

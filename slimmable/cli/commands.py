@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import slimmable
 from slimmable.cli import config as settings
-from slimmable.cli.config import DEVICE, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
+from slimmable.cli.config import DEVICE, ROUNDING, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
 from slimmable.errors import UsageError, WidthError
 
 ALL = "all"
@@ -33,6 +33,7 @@ class Pretrain(RunOptions):
     """Pre-train a slimmable network, evaluate every width, and fill the run folder."""
 
     def _run(self, **given: Any) -> int:
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if "widths" in given:
             given["widths"] = checked_widths(given["widths"])
         from slimmable.cli.pretrain import pretrain as run
@@ -58,6 +59,11 @@ class Evaluate:
         "linear: one classifier per width; slimmable: one for all widths; ridge: solved in closed form",
         choices=("knn", "linear", "slimmable", "ridge"),
     )
+    label_fraction: tuple[float, ...] = option(
+        (),
+        "train the probes also with these fractions of the labels, as many of each class, such as 0.01 0.1",
+        within=settings.Range("in (0, 1)", lambda value: 0 < value < 1),
+    )
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)
 
@@ -65,37 +71,33 @@ class Evaluate:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.lock import locked
+        from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_backbone
 
         config = read_config(self.run)
         with locked(self.run):
             images = load_images(config)
             backbone = trained_backbone(config, self.run, images.channels, images.digest).to(_find_device(self.device))
-            probes: list[Any] = list(dict.fromkeys(self.probes))
-            rows = rows_of_run(config, backbone, images, probes, _count_workers(self.workers))
-            say(report_run(config, self.run, rows, images))
+            parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
+            probes = list(dict.fromkeys(probe + part for part in parts for probe in self.probes))
+            workers = _count_workers(self.workers)
+            rows = rows_of_run(config, backbone, images, probes, workers)
+            say(report_run(config, self.run, rows, images, workers))
         return 0
 
 
 @dataclass(frozen=True)
-class Export:
-    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+class Network:
+    """Which network of a run, a file or timm."""
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
         help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
     )
-    format: tuple[str, ...] | None = option(
-        None,
-        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
-        choices=("pt2", "onnx", "safetensors"),
-        shown="pt2, and onnx if it is installed",
-        action="append",
-    )
-    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
     widths: tuple[float, ...] | None = option(
         None, **WIDTHS, group="for a timm model only, except that a file also takes --image-size"
     )
+    rounding: str | None = option(None, **ROUNDING, shown="nearest")
     checkpoint: Path | None = option(
         None, "weights of the plain or the converted model, saved by torch.save or as safetensors", metavar="FILE"
     )
@@ -105,12 +107,12 @@ class Export:
     )
     image_size: int | None = option(None, **SIZE)
 
-    def _run(self) -> int:
+    def source(self) -> tuple[Any, list[float], Path]:
+        """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
+        settings.check(self)
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
-        from slimmable.cli.export import export as write
         from slimmable.cli.export import file_source, run_source, timm_source
-        from slimmable.cli.lock import locked
         from slimmable.cli.run import CONFIG, check_name
 
         path = Path(self.model)
@@ -130,10 +132,39 @@ class Export:
             unknown = [asked for asked in self.width if asked not in (ALL, *known)]
             if unknown:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
-            source = timm_source(self.model, known, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
+            rules = {"widths": known, "rounding": self.rounding or "nearest"}
+            source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", self.model)
+        return source, [*source.widths] if ALL in self.width else [*map(float, self.width)], folder
+
+    def _leave_out(self, what: str, *more: str) -> None:
+        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
+        names = ("widths", "rounding", "checkpoint", "pretrained", "num_classes", *more)
+        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Network, name)]
+        if settled:
+            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
+
+    format: tuple[str, ...] | None = option(
+        None,
+        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
+        choices=("pt2", "onnx", "safetensors"),
+        shown="pt2, and onnx if it is installed",
+        action="append",
+        group="what to write",
+    )
+    output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
+
+    def _run(self, **network: Any) -> int:
+        from slimmable.cli.export import export as write
+        from slimmable.cli.lock import locked
+
+        source, widths, folder = Network(**network).source()
         folder = self.output or folder
-        widths = source.widths if ALL in self.width else [asked for asked in self.width if not isinstance(asked, str)]
         with locked(folder):
             files = write(source, widths, self.format, folder)
         for file in files:
@@ -143,12 +174,27 @@ class Export:
         say(f"wrote {folder / 'README.md'}, the model card")
         return 0
 
-    def _leave_out(self, what: str, *more: str) -> None:
-        """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
-        names = ("widths", "checkpoint", "pretrained", "num_classes", *more)
-        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Export, name)]
-        if settled:
-            raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
+
+@dataclass(frozen=True)
+class Embed:
+    """Write the features of all images in a folder, at any widths of a timm model, a saved model or a run."""
+
+    images: Path = option(help="folder of images, at any depth", metavar="FOLDER", group="what to write")
+    output: Path = option(Path("features.npz"), "file to write, for numpy.load; it is replaced", metavar="FILE.npz")
+    workers: int | None = option(None, **WORKERS)
+    device: str | None = option(None, **DEVICE)
+
+    def _run(self, **network: Any) -> int:
+        from slimmable.cli.embed import embed
+
+        if self.output.suffix != ".npz":
+            raise UsageError(f"--output {self.output} must end in .npz")
+        source, widths, _ = Network(**network).source()
+        device, workers = _find_device(self.device), _count_workers(self.workers)
+        for name, shape in embed(source, self.images, widths, self.output, device, workers).items():
+            say(f"{name}: {' x '.join(map(str, shape))}")
+        say(f"wrote {self.output}")
+        return 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +204,7 @@ class Plan:
     name: str = option(help="a timm model", metavar="NAME")
     image_size: int | None = option(None, **SIZE)
     widths: tuple[float, ...] | None = option(None, **WIDTHS)
+    rounding: str = option("nearest", **ROUNDING)
 
     def _model(self) -> tuple[Any, Any]:
         import torch
@@ -172,7 +219,7 @@ class Plan:
         from slimmable._convert import plan as make_plan
 
         model, example = self._model()
-        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example)))
+        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)))
         return 0
 
 
@@ -190,7 +237,8 @@ class Profile(Plan):
         if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
             raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
         model, example = self._model()
-        table = measure(slimify(model, checked_widths(self.widths), example_inputs=example), tuple(example.shape[1:]))
+        slim = slimify(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)
+        table = measure(slim, tuple(example.shape[1:]))
         say(str(table))
         if self.csv is not None:
             write_aside(self.csv, table.to_csv)
@@ -200,7 +248,8 @@ class Profile(Plan):
 COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
     "pretrain": (settings.PretrainConfig, Pretrain),
     "evaluate": (Evaluate,),
-    "export": (Export,),
+    "export": (Network, Export),
+    "embed": (Network, Embed),
     "profile": (Profile,),
     "plan": (Plan,),
 }
@@ -235,7 +284,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parser.exit(2)
     _check_text(parser, argv)
     if argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        parser.error(f"there is no command {argv[0]}{_suggestion(argv[0], COMMANDS)}")
+        parser.error(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
     given = vars(arguments)
     name = given.pop("command")
@@ -244,7 +293,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if unknown:
         typed = unknown[0].partition("=")[0]
         known = ["--help", *(flag(each.name) for options in COMMANDS[name] for each in fields(options))]
-        parser.exit(2, f"slimmable {name}: there is no option {typed}{_suggestion(typed, known)}\n")
+        parser.exit(2, f"slimmable {name}: there is no option {typed}{suggestion(typed, known)}\n")
     return name, given
 
 
@@ -262,7 +311,8 @@ def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         option = f"{text} " if text.startswith("--") else option
 
 
-def _suggestion(typed: str, known: Iterable[str]) -> str:
+def suggestion(typed: str, known: Iterable[str]) -> str:
+    """Return a question that ends a message about an unknown word, if a known one is similar."""
     similar = difflib.get_close_matches(typed, list(known), n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 

@@ -6,6 +6,7 @@ Options are fields of dataclasses, the one source of the parser, the checks and 
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -16,19 +17,22 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from slimmable._widths import check_widths
+from slimmable._widths import ROUNDINGS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
 METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
 GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
-AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "supervised")
+AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
+_AS_TIMM = "as timm says for the model; for digits in [0, 1]"
+_IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-_MOST_WIDTHS = 100
+_MOST = 100  # values of an option
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
+ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 _JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
 
@@ -140,9 +144,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         if each.metadata["group"]:
             group = parser.add_argument_group(each.metadata["group"])
         parsing, choices = dict(each.metadata["parsing"]), each.metadata["choices"]
-        (kind,) = (part for part in _parts(each.type) if part is not NoneType)
-        one, *several = get_args(kind) or (kind,)  # of a tuple, the type of its items and an ellipsis
-        if kind is bool:
+        one, several = kind_of(each)
+        if one is bool:
             parsing["action"] = "store_true"
         else:
             parsing = {"type": one, **({"choices": choices} if choices else {"metavar": _METAVARS.get(one)}), **parsing}
@@ -151,6 +154,13 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         positional = each.default is MISSING and not parsing.get("required")
         name = each.name if positional else flag(each.name)
         group.add_argument(name, default=argparse.SUPPRESS, help=help_text(each), **parsing)
+
+
+def kind_of(each: Field[Any]) -> tuple[Any, bool]:
+    """Return the type of an option's values, and whether it takes several."""
+    (kind,) = (part for part in _parts(each.type) if part is not NoneType)
+    one, *several = get_args(kind) or (kind,)  # of a tuple, the type of its items and an ellipsis
+    return one, bool(several)
 
 
 def help_text(each: Field[Any]) -> str:
@@ -166,22 +176,25 @@ def check(settings: Any) -> None:
     """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
         value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
+        if within and isinstance(value, (list, tuple)) and len(value) > _MOST:
+            raise UsageError(f"{flag(each.name)}: got {len(value):,} of them; choose at most {_MOST}")
         for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if isinstance(one, str) and not one.strip():
                 raise UsageError(f"{flag(each.name)} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
             least, most = within.ends if within else (one, one)
-            if within and not (within.holds(one) and least <= one <= most):
-                limits = f"from {least} to {most:,}" if within.holds(one) else within.text
-                raise UsageError(f"{flag(each.name)} must be {limits}, got {one}")
+            inside = not within or (isinstance(one, (int, float)) and within.holds(one))
+            if not inside or (within and not least <= one <= most):
+                limits = f"from {least} to {most:,}" if inside else within.text
+                raise UsageError(f"{flag(each.name)} must be {limits}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
     widths = DEFAULT_WIDTHS if given is None else given
-    if len(widths) > _MOST_WIDTHS:
-        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST_WIDTHS}")
+    if len(widths) > _MOST:
+        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST}")
     try:
         return check_widths(widths)
     except WidthError as error:
@@ -204,13 +217,19 @@ class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
     method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
-    model: str = option("small_resnet", "a timm model, or small_resnet: a narrow ResNet-10 for small images")
+    model: str = option("small_resnet", "a timm model; small_resnet, a ResNet-10, and resnet18_cifar for small images")
     data: str = option(
         DIGITS,
-        "digits: cluttered digits, made from those in scikit-learn; or the path of a folder with one folder of images "
-        "per class; the classes are used for evaluation only, except with --method supervised",
+        "digits: cluttered digits, made from those in scikit-learn; the path of a folder with one folder of images per "
+        "class, or of a tar file; or a name that timm knows, as in torch/cifar10 or hfds/USER/NAME; the classes are "
+        "used for evaluation only, except with --method supervised",
         metavar="NAME",
     )
+    data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
+    mean: tuple[float, ...] | None = option(
+        None, "what is subtracted from each channel, of values in [0, 1]", within=FRACTION, shown=_AS_TIMM
+    )
+    std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
     augmentation: str = option(
@@ -219,14 +238,17 @@ class PretrainConfig:
     min_crop_scale: float = option(
         0.56, "smallest fraction of an image in a view", within=FRACTION, shown="0.56; for a folder 0.08 or 0.2"
     )
+    views_per_width: bool = option(False, "draw views of its own for each width; keys and targets see the full width's")
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
+    rounding: str = option("nearest", **ROUNDING)
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
     distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
     loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")
     slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
         None,
-        f"train one width dense, and gated to this mean share of multiply-adds; for {', '.join(GATED_METHODS)}",
+        "train each width, by default only the full one, dense, and gated to this mean share of its multiply-adds; for "
+        + ", ".join(GATED_METHODS),
         within=Range("in (0, 1)", lambda value: 0 < value < 1),
         metavar="SHARE",
     )
@@ -234,10 +256,16 @@ class PretrainConfig:
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
+    head_std: float | None = option(
+        None, "deviation of the projector's first weights, with biases of 0", within=POSITIVE, shown="torch's start"
+    )
     temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
     ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
+    bn_groups: int = option(
+        1, "parts of the batch with BatchNorm statistics of their own, as on GPUs without synchronisation", within=UNITS
+    )
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step over all processes", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
@@ -248,7 +276,11 @@ class PretrainConfig:
     warmup_epochs: float | None = option(
         None, "epochs of linear warm-up, before a cosine down to 0", within=NOT_NEGATIVE, shown="a twentieth of all"
     )
-    weight_decay: float = option(0.05, "weight decay, not applied to norms and biases", within=NOT_NEGATIVE)
+    lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
+    lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
+    lars_gates: bool = option(False, "adapt the rates of gates in lars too")
+    weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=NOT_NEGATIVE)
+    decay_norms: bool = option(False, "apply the weight decay to norms and biases too, but not to gates")
     precision: str = option(
         "float32",
         "bfloat16, float16: mixed precision; float16 scales the losses, and skips steps whose gradients overflow",
@@ -260,7 +292,21 @@ class PretrainConfig:
         from slimmable.losses import width_weights
 
         object.__setattr__(self, "widths", checked_widths(self.widths))
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None:
+                if len(values) not in (1, self.channels):
+                    count = f"got {len(values):,} values, the number of channels is {self.channels}"
+                    raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
+                object.__setattr__(self, name, tuple(values))
         check(self)
+        if self.kind in _IN_ORDER:
+            way = "in their order, so a run could not be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
+            raise UsageError(f"--data {printable(self.data)}: timm reads the images of {self.kind}/ {way}")
+        if (self.data_dir is None) == (self.kind == "torch") and self.kind != "hfds":
+            given = "is missing" if self.data_dir is None else printable(self.data_dir)
+            raise UsageError(
+                f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {printable(self.data)}"
+            )
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
@@ -274,16 +320,23 @@ class PretrainConfig:
         gated = self.gate_budget is not None
         if gated and self.method not in GATED_METHODS:
             raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
-        if gated and len(self.widths) > 1:
-            widths = " ".join(f"{width:g}" for width in self.widths)
-            raise UsageError(f"--gate-budget trains one width, got --widths {widths}; leave --widths out")
+        if gated and self.universal and len(self.widths) > 1:
+            raise UsageError("--universal trains random widths, for which --gate-budget has no gates; leave one out")
+        if self.universal and self.views_per_width:
+            raise UsageError("--views-per-width is for fixed widths, but --universal draws some; leave one out")
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
 
     @property
-    def is_folder(self) -> bool:
-        """Whether the images come from a folder."""
-        return self.data != DIGITS
+    def kind(self) -> str:
+        """The kind of data set that timm knows by name, as in torch/cifar10; empty for all others."""
+        kind, slash, _ = self.data.lower().partition("/")
+        return kind if slash and kind in ("torch", "hfds", *_IN_ORDER) else ""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 for digits and torchvision's kinds of MNIST, which are grey, otherwise 3."""
+        return 1 if self.data == DIGITS or re.fullmatch("torch/.*mnist", self.data.lower()) else 3
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
@@ -304,7 +357,7 @@ class RunOptions:
     preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
     output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
     resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
-    log: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
+    logger: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
     log_every: int = option(10, "steps between log entries", within=at_least(1), metavar="STEPS")
     knn_every: int | None = option(
         None,
@@ -313,6 +366,7 @@ class RunOptions:
         shown="a tenth of all with --gate-budget, otherwise 0",
         metavar="EPOCHS",
     )
+    quiet: bool = option(False, "tell of faults only, not of the progress and the results")
     diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)

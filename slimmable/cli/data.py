@@ -1,4 +1,4 @@
-"""Images to train and evaluate on: cluttered digits, or a folder with one folder per class."""
+"""Images to train and evaluate on: cluttered digits, folders and tar files, and data sets that timm knows by name."""
 
 import hashlib
 import math
@@ -7,7 +7,8 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.dataset_factory import create_dataset
+from timm.data.readers.reader_factory import create_reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.transforms import v2
@@ -22,19 +28,20 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable._tables import listed
-from slimmable.cli.config import DIGITS, PretrainConfig, printable, require, say
+from slimmable.cli.config import DIGITS, PretrainConfig, explained, printable, require, say
 from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
 from slimmable.errors import DataError, SlimmableError
 
 _SMALLEST_CANVAS = 20
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
 _MOST_STRETCHED = 100  # times as long as wide
 _NAMED = 10  # broken files listed in one message
 _TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
 
-Labelled = list[tuple[Path, int]]  # files, each with the number of its class
+_PARTS = ("training image", "held-out image")
+_TRAIN, _HELD_OUT = ("train", "training"), ("test", "val", "valid", "validation", "eval", "evaluation")
 Key = tuple[int, int]  # an epoch, and the index of an image
 
 
@@ -57,14 +64,15 @@ class Images:
     classes: tuple[str, ...]
     channels: int = 3
     handwriting: bool = False  # they show characters, which must not be mirrored
-    digest: str | None = None  # of the files of a folder: their number and a hash of their names
+    digest: str | None = None  # of all but the digits: their number, and a hash of their names and classes
 
 
 def load_images(config: PretrainConfig) -> Images:
     """Return the images of `config`; the split does not depend on the run's seed."""
     if config.data == DIGITS:
         return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
-    return folder_images(Path(config.data), seed=0, say=say if is_first() else lambda text: None)
+    told = say if is_first() else lambda text: None
+    return named_images(config, told) if config.kind else folder_images(Path(config.data), 0, told)
 
 
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
@@ -120,109 +128,46 @@ def _place(digits: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-class FolderImages:
-    """The images in a list of files, as RGB of shape (3, height, width)."""
+@dataclass(frozen=True)
+class Pictures:
+    """Images that timm or torchvision lists, each decoded when it is asked for: (channels, height, width)."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = [str(path) for path in paths]
+    pairs: Any  # by index: a path, an open file or a picture, and its class
+    names: Sequence[str]  # for messages
+    labels: Sequence[str]
+    channels: int = 3
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        found = _decode(self.paths[index])
+        found = self.decode(index)
         if isinstance(found, str):
-            raise DataError(f"{printable(self.paths[index])} cannot be read ({found}); replace it, then {GO_ON}")
+            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it, then {GO_ON}")
         return found
 
+    def decode(self, index: int) -> Tensor | str:
+        """Return the image, or the reason why it cannot be read."""
+        try:
+            source = self.pairs[index][0]
+            if isinstance(source, str) and not os.path.isfile(source):  # a pipe could be waited for without end
+                return "it is no file, or leads to none"
+            with (
+                nullcontext(source) if isinstance(source, str) else source as given,
+                given if isinstance(given, Image.Image) else Image.open(given, formats=_FORMATS) as picture,
+            ):
+                width, height = picture.size
+                if width * height > _MOST_PIXELS or max(width, height) > _MOST_STRETCHED * min(width, height):
+                    return f"{width} x {height} pixels are too many, or too long a strip"
+                found: Tensor = pil_to_tensor(_eight_bits(picture).convert("L" if self.channels == 1 else "RGB"))
+            return found.contiguous()
+        except Exception as error:  # decoders raise many kinds of errors on broken files
+            return str(error) or type(error).__name__
 
-def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images:
-    """Return the images in `folder/<class>/<image>`.
-
-    A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders `train`
-    and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
-
-    Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
-    """
-    if not os.path.isdir(folder):
-        raise DataError(f"--data {printable(folder)}: there is no such folder")
-    held_out = [folder / name for name in ("test", "val") if (folder / name).is_dir()][:1]
-    split = [folder / "train", *held_out] if held_out and (folder / "train").is_dir() else [folder]
-    found = [_classes(root, folder) for root in split]
-    classes = tuple(found[0])
-    if unknown := listed([printable(name) for name in found[-1] if name not in found[0]], 5):
-        raise DataError(f"--data {printable(folder)}: nothing to train on for the held-out classes {unknown}")
-    parts = [[(path, at) for at, name in enumerate(classes) for path in part.get(name, [])] for part in found]
-    total = sum(map(len, parts))
-    if total <= _TRIED:
-        parts = _readable(parts, say)
-    train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
-    for purpose, part in (("train on", train), ("hold out", test)):
-        if not part:
-            raise DataError(f"--data {printable(folder)}: no image left to {purpose}; {total} files were found there")
-    images = [FolderImages([path for path, _ in part]) for part in (train, test)]
-    labels = [torch.tensor([number for _, number in part]) for part in (train, test)]
-    names = [[path.relative_to(folder).as_posix() for path, _ in part] for part in (train, test)]
-    digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
-    return Images(images[0], labels[0], images[1], labels[1], classes, digest=digest)
-
-
-def _classes(root: Path, data: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class in `root`, both in alphabetical order.
-
-    Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
-    """
-    found: dict[str, list[Path]] = {}
-    unread: list[OSError] = []
-    try:
-        for place, folders, names in os.walk(root, onerror=unread.append):
-            images = [Path(place, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
-            for path in (*(Path(place, name) for name in folders), *images, *([] if root == data else [root])):
-                target = Path(os.path.realpath(path)) if path.is_symlink() else path
-                if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
-                    raise DataError(
-                        f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only "
-                        "links to files of the same folder are followed; replace it by copies (cp -rL) or hard links "
-                        "(cp -rlL) of them"
-                    )
-            for part in Path(place).relative_to(root).parts[:1]:
-                found.setdefault(part, []).extend(images)
-        for error in unread:
-            raise error
-    except (OSError, RecursionError) as error:
-        raise DataError(f"--data {printable(data)} cannot be listed ({error})") from error
-    if not any(found.values()):
-        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(_SUFFIXES))})"
-        raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
-    return {name: sorted(paths) for name, paths in sorted(found.items()) if paths}
-
-
-def _readable(parts: Sequence[Labelled], say: Callable[[str], None]) -> list[Labelled]:
-    """Leave out and report the files that cannot be read."""
-    paths = [path for part in parts for path, _ in part]
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
-        reasons = pool.map(lambda path: found if isinstance(found := _decode(str(path)), str) else None, paths)
-        broken = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason is not None}
-    if broken:
-        lines = "".join(f"\n  {printable(path)} ({reason})" for path, reason in list(broken.items())[:_NAMED])
-        more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        say(f"left out {len(broken)} files that cannot be read:{lines}{more}")
-    return [[pair for pair in part if pair[0] not in broken] for part in parts]
-
-
-def _decode(path: str) -> Tensor | str:
-    """Return the image, or the reason why it cannot be read."""
-    try:
-        if not os.path.isfile(path):  # a pipe could be waited for without end
-            return "it is no file, or leads to none"
-        with Image.open(path, formats=_FORMATS) as file:
-            if file.width * file.height > _MOST_PIXELS or max(file.size) > _MOST_STRETCHED * min(file.size):
-                return f"{file.width} x {file.height} pixels are too many, or too long a strip"
-            picture: Tensor = pil_to_tensor(_eight_bits(file).convert("RGB"))
-        return picture.contiguous()
-    except Exception as error:  # decoders raise many kinds of errors on broken files
-        return str(error) or type(error).__name__
+    def take(self, places: Sequence[int]) -> "Pictures":
+        """Return the images at these places."""
+        names, labels = ([each[place] for place in places] for each in (self.names, self.labels))
+        return replace(self, pairs=Subset(self.pairs, places), names=names, labels=labels)
 
 
 def _eight_bits(picture: Any) -> Any:
@@ -234,16 +179,172 @@ def _eight_bits(picture: Any) -> Any:
     return picture
 
 
-def _hold_out(files: Labelled, seed: int) -> tuple[Labelled, Labelled]:
+def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images:
+    """Return the images in a folder, a tar file or a folder of tar files, listed by timm: their last folder is a class.
+
+    A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders, or tar
+    files, `train` and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
+
+    Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
+    """
+    if not (os.path.isdir(folder) or _is_tar(folder)):
+        raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
+    parts = []
+    for root in _roots(folder):
+        tarred = _is_tar(root) or not _holds_images(root, folder)
+        with explained(f"--data {printable(root)} cannot be listed"):
+            if tarred:  # none stays open, for workers would share its position, and no cache is written beside it
+                reader: Any = ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
+            else:
+                reader = ReaderImageFolder(str(root), input_key=";".join(SUFFIXES))
+            parts.append(_listed(reader, str(root)))
+    return _split(str(folder), parts, seed, say)
+
+
+def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
+    """Return the images of a data set that timm's `create_dataset` knows by name, with its own split if it has one."""
+    name, root = config.data, config.data_dir
+    if config.kind == "hfds":
+        require("datasets", "datasets", extra=None)
+    with explained(f"--data {printable(name)} cannot be read"):
+        if config.kind == "hfds":
+            found: list[Any] = [create_reader(name, root=root, split="train")]
+            splits = found[0].dataset.info.splits or {}
+            held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits]
+            found += [create_reader(name, root=root, split=split) for split in held_out[:1]]
+        elif name.lower() in ("torch/image_folder", "torch/folder"):
+            roots = [part for part in _roots(Path(str(root))) if _holds_images(part, Path(str(root)))]
+            found = [create_dataset(name, str(part), search_split=False) for part in roots]
+        else:
+            found = [create_dataset(name, root, split=split) for split in ("train", "validation")]
+        parts = [_listed(part, f"{name} {kind}", config.channels) for part, kind in zip(found, _PARTS, strict=False)]
+    characters = config.channels == 1 and "fashion" not in name.lower()
+    return replace(_split(str(root), parts, 0, say), handwriting=characters)
+
+
+def _is_tar(path: Path) -> bool:
+    return path.suffix == ".tar" and os.path.isfile(path)
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return the folders or tar files with the images to train on and those held out, or the one with all of them."""
+
+    def found(names: Sequence[str]) -> list[Path]:
+        paths = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
+        return [path for path in paths if path.is_dir() or (_is_tar(path) and not path.is_symlink())][:1]
+
+    split = found(_TRAIN) + found(_HELD_OUT)
+    return split if len(split) == 2 else [folder]
+
+
+def _holds_images(root: Path, data: Path) -> bool:
+    """Return whether there are images in folders of `root`, otherwise there must be tar files.
+
+    Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
+    """
+    found = False
+    unread: list[OSError] = []
+    try:
+        for place, folders, names in os.walk(root, onerror=unread.append):
+            files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
+            for path in (*(Path(place, name) for name in folders), *files, *([] if root == data else [root])):
+                target = Path(os.path.realpath(path)) if path.is_symlink() else path
+                if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
+                    raise DataError(
+                        f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only "
+                        "links to files of the same folder are followed; replace it by copies (cp -rL) or hard links "
+                        "(cp -rlL) of them"
+                    )
+            found = found or (Path(place) != root and any(path.suffix.lower() != ".tar" for path in files))
+        for error in unread:
+            raise error
+        tars = list(root.glob("*.tar"))
+        if not found and not all(map(_is_tar, tars)):
+            raise OSError("it has tar files that are no files")
+    except (OSError, RecursionError) as error:
+        raise DataError(f"--data {printable(data)} cannot be listed ({error})") from error
+    if not found and not tars:
+        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))})"
+        raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
+    return found
+
+
+def _listed(found: Any, name: str, channels: int = 3) -> Pictures:
+    """Return the images of one of timm's readers or of torchvision's data sets, which messages call `name`."""
+    pairs = getattr(found, "imgs", getattr(found, "samples", None))
+    names: Sequence[str]
+    numbers: Sequence[Any]
+    if isinstance(pairs, list):
+        names, numbers = zip(*pairs, strict=True)
+    elif isinstance(found, ReaderImageInTar):
+        paths = ((tar, inner and inner.name, info.path) for info, tar, inner in found.samples)
+        names, numbers = ["/".join([name, *filter(None, parts)]) for parts in paths], found.targets
+    else:
+        names = [f"{name} {number:07}" for number in range(len(found))]
+        if hasattr(found, "label_key"):  # on the Hub
+            numbers = found.dataset[found.label_key]
+        else:
+            numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
+    kinds = ("wnid_to_idx", "class_name_to_idx", "class_to_idx")  # two classes of ImageNet have the same name
+    known = next(getattr(found, kind) for kind in kinds if hasattr(found, kind))
+    classes = {number: name for name, number in known.items()}
+    labels = [classes.get(number, str(number)) for number in numbers]
+    return Pictures(pairs if isinstance(pairs, list) else found, names, labels, channels)
+
+
+def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], None]) -> Images:
+    """Return the images of two parts, or of one, a fifth of which is held out; `place` begins the names of files."""
+    known = [set(part.labels) - {"", "."} for part in parts]  # files beside the folders of classes have none
+    if unknown := listed(sorted(map(printable, known[-1] - known[0])), 5):
+        raise DataError(f"--data {printable(place)}: nothing to train on for the held-out classes {unknown}")
+    classes = tuple(sorted(known[0], key=lambda name: (natural_key(name), name)))
+    numbers = {name: number for number, name in enumerate(classes)}
+    for at, part in enumerate(parts):  # in an order of their own, as the order of a listing depends on the file system
+        keys = [(numbers.get(label, -1), name) for label, name in zip(part.labels, part.names, strict=True)]
+        parts[at] = part.take(sorted((row for row, key in enumerate(keys) if key[0] >= 0), key=keys.__getitem__))
+    total = sum(map(len, parts))
+    if total <= _TRIED:
+        parts = _readable(parts, say)
+    train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
+    for purpose, part in (("train on", train), ("hold out", test)):
+        if not part.names:
+            raise DataError(f"--data {printable(place)}: no image left to {purpose}; {total} files were found there")
+    labels = [torch.tensor([numbers[label] for label in part.labels]) for part in (train, test)]
+    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in (train, test)]
+    content = repr((names, train.labels, test.labels)).encode()
+    digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(content).hexdigest()[:16]}"
+    return Images(train, labels[0], test, labels[1], classes, train.channels, digest=digest)
+
+
+def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pictures]:
+    """Leave out and report the images that cannot be read."""
+    tried = [(part, at) for part in parts for at in range(len(part))]
+
+    def fault(part: Pictures, at: int) -> str:
+        return found if isinstance(found := part.decode(at), str) else ""
+
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
+        reasons = list(pool.map(fault, *zip(*tried, strict=True)))
+    broken = [f"{printable(part.names[at])} ({why})" for (part, at), why in zip(tried, reasons, strict=True) if why]
+    if broken:
+        more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        say("\n  ".join([f"left out {len(broken)} files that cannot be read:", *broken[:_NAMED]]) + more)
+    faults = iter(reasons)
+    return [part.take([at for at in range(len(part)) if not next(faults)]) for part in parts]
+
+
+def _hold_out(images: Pictures, seed: int) -> tuple[Pictures, Pictures]:
     generator = torch.Generator().manual_seed(seed)
-    train, test = Labelled(), Labelled()
-    for _, group in groupby(files, key=lambda pair: pair[1]):
+    train: list[int] = []
+    test: list[int] = []
+    for _, group in groupby(range(len(images)), key=lambda place: images.labels[place]):
         own = list(group)
         order = torch.randperm(len(own), generator=generator).tolist()
         count = min(len(own) - 1, max(1, round(0.2 * len(own))))
         test += [own[place] for place in sorted(order[:count])]
         train += [own[place] for place in sorted(order[count:])]
-    return train, test
+    return images.take(train), images.take(test)
 
 
 def seed_of(*numbers: int) -> int:
@@ -311,10 +412,13 @@ def _ignore_terminal(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped."""
+    """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped.
 
-    def __init__(self, images: ImageSet, size: int) -> None:
-        self.images = images
+    `batches_of` turns them into floats in [0, 1], and then applies `normalise`.
+    """
+
+    def __init__(self, images: ImageSet, size: int, normalise: nn.Module | None = None) -> None:
+        self.images, self.normalise = images, normalise or nn.Identity()
         self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
@@ -322,10 +426,6 @@ class Plain(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(self.images[index])  # type: ignore[no-any-return]
-
-    def stacked(self) -> Tensor:
-        """Return all images, shape (images, channels, size, size)."""
-        return torch.stack([self[index] for index in range(len(self))])
 
 
 def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
@@ -335,18 +435,25 @@ def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
 
 
 def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
-    """Yield the images in order, as floats in [0, 1]."""
+    """Yield the images in order, as floats."""
+    plain: Any = images.dataset if isinstance(images, Subset) else images
     for batch in load(images, workers, batch_size=batch_size):
-        yield batch.float() / 255
+        yield plain.normalise(batch.float() / 255)
+
+
+def normalisation(config: PretrainConfig) -> nn.Module:
+    """Return what turns images in [0, 1] into the values that the network of a run takes."""
+    return v2.Normalize(config.mean or (0.0,), config.std or (1.0,))  # type: ignore[no-any-return]
 
 
 def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; MoCo v3 and VICReg use the same), "supervised" (crop, mirror and jitter), or "digits" (for
-    handwriting: geometry, brightness and blur). A view has `size` x `size` pixels of at least `min_crop_scale` of the
-    image's area. With `mirror`, half of the views are flipped left to right. All draw torch's global random numbers.
+    2020, appendix B; MoCo v3 and VICReg use the same), "gated" (Krishna et al. 2023, for small images), "supervised"
+    (crop, mirror and jitter), or "digits" (for handwriting: geometry, brightness and blur). A view has `size` x `size`
+    pixels of at least `min_crop_scale` of the image's area. With `mirror`, half of the views are flipped left to right.
+    All draw torch's global random numbers.
     """
     crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
 
@@ -365,8 +472,10 @@ def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> 
         return [view(turn, crop, light, softer)] * 2
     if name == "supervised":
         return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
-    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2), "byol": (0.4, 0.4, 0.2, 0.1)}[name]
+    strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
     first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
     if name == "byol":
         return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
+    if name == "gated":
+        return [view(*first, v2.RandomSolarize(128, p=0.1))] * 2
     return [view(*first, blur(0.5))] * 2

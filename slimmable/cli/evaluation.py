@@ -1,9 +1,10 @@
 """Evaluation of the networks of a run: features in one pass over the images, then probes on the features."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
+from slimmable.cli import report
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, some_of
-from slimmable.cli.report import DENSE, GATED, STATIC, UNTRAINED, Logger, Row, csv_log, to_markdown, write_report
+from slimmable.cli.data import Images, Plain, batches_of, load, normalisation, some_of
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.errors import UsageError
@@ -27,30 +29,38 @@ from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
-_VOTERS = 50_000  # training images that vote in kNN during training
+_VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
+_CHUNK = 256  # images read at a time
 
 Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
 
 
 def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
-    """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass."""
+    """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass at each."""
     if config.gate_budget is None:
         return {width: partial(at_width, backbone, width) for width in widths}
-    return {DENSE: nullcontext, GATED: partial(gated, backbone)}
+    pairs = [(kind, width) for width in widths for kind in (DENSE, GATED)]
+    return {named_at(kind, width): partial(_pass_at, backbone, kind, width) for kind, width in pairs}
+
+
+@contextmanager
+def _pass_at(backbone: nn.Module, kind: str, width: float) -> Iterator[GatedPass | None]:
+    with at_width(backbone, width), gated(backbone) if kind == GATED else nullcontext() as run:
+        yield run
 
 
 @torch.no_grad()
 def features_in(
     passes: Passes, backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
-) -> tuple[dict[Any, Tensor], float]:
-    """Return the features in each of `passes`, and the cost of the gated one, NaN if none is.
+) -> tuple[dict[Any, Tensor], dict[Any, float]]:
+    """Return the features in each of `passes`, and the costs of the gated ones.
 
-    Features are computed in eval mode, and have shape (images, features), float32, on the CPU. The cost is the mean
-    over the images of the multiply-adds, gates included, as a share of those of the dense network.
+    Features are computed in eval mode, and have shape (images, features), float32, on the CPU. A cost is the mean over
+    the images of the multiply-adds, gates included, as a share of those of the dense network of the same width.
     """
     device = next(backbone.parameters()).device
     parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
-    shares = [torch.zeros(0)]
+    shares: dict[Any, list[Tensor]] = {}
     with in_eval_mode(backbone):
         for batch in batches_of(images, workers=workers):
             scaled = batch.to(device)
@@ -58,60 +68,78 @@ def features_in(
                 with enter() as run:
                     parts[name].append(backbone(scaled).float().cpu())
                 if isinstance(run, GatedPass):
-                    shares.append(run.share().cpu())
-    return {name: torch.cat(found) for name, found in parts.items()}, float(torch.cat(shares).mean())
+                    shares.setdefault(name, []).append(run.share().cpu())
+    costs = {name: float(torch.cat(found).mean()) for name, found in shares.items()}
+    return {name: torch.cat(found) for name, found in parts.items()}, costs
 
 
 def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
     """Return the training images that set the gates of a run, in batches."""
-    return list(batches_of(some_of(Plain(images.train, config.image_size), _CALIBRATION)))
+    return list(batches_of(some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)))
 
 
-def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images) -> str:
+def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[float, float]:
+    """Set the gates of each width to the budget of the run; return width -> the share that they reach."""
+    some, budget, reached = calibration_images(config, images), config.gate_budget or 0.0, {}
+    for width in config.widths:
+        with at_width(backbone, width):
+            reached[width] = calibrate_gates(backbone, some, budget)
+    return reached
+
+
+def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images, workers: int = 0) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
     title = f"{config.model}, {config.epochs} epochs of {config.method}"
     if config.gate_budget is not None:
         title += f", gated to {config.gate_budget:g}"
-    train, test = (Plain(part, min(config.image_size, 32)).stacked() for part in (images.train, images.test))
-    pixels = knn_accuracy(train, images.train_labels, test, images.test_labels)
-    write_report(folder, rows, pixels, title)
-    return to_markdown(rows, pixels)
+    size = min(config.image_size, 32)
+    train, test = (some_of(Plain(part, size), _VOTERS) for part in (images.train, images.test))
+    known, asked = (torch.cat(list(load(part, workers, batch_size=_CHUNK))) for part in (train, test))
+    pixels = knn_accuracy(known, images.train_labels[train.indices], asked, images.test_labels[test.indices])
+    return report.write_report(folder, rows, pixels, title)
 
 
 def rows_of_run(
-    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[ProbeName] = PROBES, workers: int = 0
+    config: PretrainConfig, backbone: nn.Module, images: Images, probes: Sequence[str] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated."""
+    """Evaluate every network of a run, trained and untrained; the gates of `backbone`, if any, must be calibrated.
+
+    A probe such as "knn@0.1" learns from this fraction of the labels.
+    """
     device = next(backbone.parameters()).device
     untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
     prober = _Prober(config, images, probes, workers)
-    shares, cost = prober.measure(backbone, _passes(config, backbone, config.widths))
+    shares, share_of = prober.measure(backbone, _passes(config, backbone, config.widths))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         if config.gate_budget is not None:
-            calibrate_gates(untrained, calibration_images(config, images), config.gate_budget)
+            set_gates(config, untrained, images)
         for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
     if config.gate_budget is None:
         costs = profile(backbone, prober.size, repeats=0).rows
         return [Row(row.width, row.parameters, row.macs, shares[row.width]) for row in costs]
-    rows = []
-    for name, network in plain_networks(config, backbone, images).items():
+    networks, rows = plain_networks(config, backbone, images), []
+    for width in config.widths:
+        dense, gates = named_at(DENSE, width), named_at(GATED, width)
+        own = profile(networks.pop(dense), prober.size, repeats=0).rows[0]
+        rows.append(Row(width, own.parameters, own.macs, shares[dense], dense))
+        with _pass_at(backbone, GATED, width):
+            parameters = parameter_count(backbone)
+        name = named_at(f"{GATED} {config.gate_budget:g}", width)
+        rows.append(Row(width, parameters, round(share_of[gates] * own.macs), shares[gates], name))
+    for name, network in networks.items():
         own = profile(network, prober.size, repeats=0).rows[0]
-        found = shares.get(name) or prober.measure(network, {1.0: nullcontext})[0][1.0]
-        rows.append(Row(1.0, own.parameters, own.macs, found, name))
-    with gated(backbone):
-        parameters = parameter_count(backbone)
-    macs = round(cost * rows[0].macs)
-    return [rows[0], Row(1.0, parameters, macs, shares[GATED], f"{GATED} {config.gate_budget:g}"), *rows[1:]]
+        rows.append(Row(1.0, own.parameters, own.macs, prober.measure(network, {1.0: nullcontext})[0][1.0], name))
+    return rows
 
 
 def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
-    """Return the plain networks of a run by name: its widths, or if gated the dense one and static ones."""
+    """Return the plain networks of a run by name: its widths, or if gated the dense ones and static ones."""
     if config.gate_budget is None:
         return {f"{width:g}": extract(backbone, width) for width in config.widths}
     some = calibration_images(config, images)
-    networks = {DENSE: extract(backbone, 1.0)}
+    networks = {named_at(DENSE, width): extract(backbone, width) for width in config.widths}
     for budget in sorted({*_BUDGETS, config.gate_budget}, reverse=True):
         try:
             networks[f"{STATIC} {budget:g}"] = extract_gated(backbone, some, budget=budget)
@@ -124,25 +152,47 @@ class _Prober:
     """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
     def __init__(
-        self, config: PretrainConfig, images: Images, probes: Sequence[ProbeName], workers: int, most: int | None = None
+        self, config: PretrainConfig, images: Images, probes: Sequence[str], workers: int, most: int | None = None
     ) -> None:
         self.probes, self.workers = probes, workers
         size = config.image_size
         self.size = (images.channels, size, size)
-        self.train, self.test = some_of(Plain(images.train, size), most), Plain(images.test, size)
+        train, self.test = (Plain(part, size, normalisation(config)) for part in (images.train, images.test))
+        self.train = some_of(train, most)
         self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
 
-    def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], float]:
-        """Return pass -> probe -> accuracy, the widths of a network probed together, and the cost as `features_in`."""
+    def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], dict[Any, float]]:
+        """Return pass -> probe -> accuracy, the widths of a network probed together, and costs as `features_in`."""
         known, _ = features_in(passes, network, self.train, self.workers)
-        asked, cost = features_in(passes, network, self.test, self.workers)
+        asked, costs = features_in(passes, network, self.test, self.workers)
         if 1.0 in passes:
-            return self._accuracies(narrowest_first(network, known), narrowest_first(network, asked)), cost
-        return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, cost
+            return self._accuracies(narrowest_first(network, known), narrowest_first(network, asked)), costs
+        return {name: self._accuracies({1.0: known[name]}, {1.0: asked[name]})[1.0] for name in passes}, costs
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
-        found = evaluate_features(known, self.train_labels, asked, self.test_labels, probes=self.probes)
-        return {width: {probe: getattr(each, probe) for probe in self.probes} for width, each in found.items()}
+        accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
+        for fraction, names in groupby(self.probes, key=lambda name: name.partition(PART)[2]):
+            probes: dict[str, Any] = {name: name.partition(PART)[0] for name in names}
+            part = (
+                labelled_part(self.train_labels, float(fraction)) if fraction else torch.arange(len(self.train_labels))
+            )
+            some = {width: features[part] for width, features in known.items()}
+            found = evaluate_features(some, self.train_labels[part], asked, self.test_labels, probes=[*probes.values()])
+            for width, each in found.items():
+                accuracies[width] |= {name: getattr(each, probe) for name, probe in probes.items()}
+        return accuracies
+
+
+def labelled_part(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    """Return the places of a `fraction` of the images, as many of each class, the same ones for the same `seed`.
+
+    A class gives at least one image, and all that it has if they are fewer than its share.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
+    return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())])
 
 
 class Watch:
@@ -154,21 +204,23 @@ class Watch:
         self.prober = _Prober(config, training.images, ("knn",), training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
-        passes = ["knn/dense", "knn/gated", "gated_share"]
-        columns = [f"knn/w{width:g}" for width in self.widths] if config.gate_budget is None else passes
+        kinds = ["knn/dense", "knn/gated", "gated_share"]
+        columns = [f"knn/w{width:g}" for width in self.widths]
+        if config.gate_budget is not None:
+            columns = [named_at(kind, width) for width in self.widths for kind in kinds]
         self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as text; gates decide without noise, at training's thresholds."""
         config, backbone = self.training.config, self.training.method.backbone
-        found, cost = self.prober.measure(backbone, _passes(config, backbone, self.widths))
-        shares = {name if name in (DENSE, GATED) else f"w{name:g}": each["knn"] for name, each in found.items()}
+        found, costs = self.prober.measure(backbone, _passes(config, backbone, self.widths))
+        shares = {name if isinstance(name, str) else f"w{name:g}": each["knn"] for name, each in found.items()}
         values = {f"knn/{name}": share for name, share in shares.items()}
         shown = "  ".join(f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items())
         text = f"kNN accuracy in %  {shown}"
-        if config.gate_budget is not None:
-            values["gated_share"] = cost
-            text += f"  ({cost:.2f} of the multiply-adds)"
+        if costs:
+            values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}
+            text += f"  ({', '.join(f'{cost:.2f}' for cost in costs.values())} of the multiply-adds)"
         for logger in self.loggers:
             logger.log(self.training.step, values)
             logger.flush()

@@ -24,11 +24,11 @@ from slimmable._nested import output_tensors
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli.config import explained, require
+from slimmable.cli.config import DIGITS, explained, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
-from slimmable.files.card import Source, model_card, pixel_values
+from slimmable.files.card import Source, model_card
 from slimmable.files.construction import build
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
@@ -53,17 +53,18 @@ class File:
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
     config = read_config(run)
-    channels = 3 if config.is_folder else 1
+    channels = config.channels
     with torch.device("meta"):
         _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
-    data = f"the images in `{Path(config.data).name}`" if config.is_folder else f"embedded {config.data}"
+    data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
     image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
     report = {width: row.shares for width, row in read_report(run).items()}
     accuracy = {width: {name: its[name] for name in ("knn", "linear") if name in its} for width, its in report.items()}
-    return Source(config.model, model, config.widths, image, arguments, weights, "in [0, 1]", accuracy=accuracy)
+    mean, std = config.mean or (0.0,), config.std or (1.0,)
+    return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 
 
 def file_source(path: Path, image_size: int | None = None) -> Source:
@@ -82,18 +83,19 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
         output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
-    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", pixel_values(known))
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 
 
 def timm_source(
     name: str,
-    widths: Sequence[float],
+    rules: Mapping[str, Any],
     checkpoint: Path | None = None,
     pretrained: bool = False,
     num_classes: int | None = None,
     image_size: int | None = None,
 ) -> Source:
-    """Return the timm model `name`, converted to `widths`, with weights from a file, from timm, or random ones."""
+    """Return the timm model `name`, converted by `rules`, with weights from a file, from timm, or random ones."""
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(0)
     if pretrained:
@@ -116,12 +118,13 @@ def timm_source(
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         load_exactly(model, tensors, str(checkpoint))
-    model = slimify(model.eval(), widths, example_inputs=torch.zeros(2, *image), inplace=True)
+    model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None and slimmed:
         load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
-    return Source(name, model, tuple(widths), image, arguments, weights, pixel_values(known), base)
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return Source(name, model, widths_of(model), image, arguments, weights, mean, std, base)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

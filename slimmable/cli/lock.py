@@ -18,6 +18,7 @@ from slimmable.cli.config import say
 from slimmable.errors import CheckpointError, UsageError
 
 LOCK = ".lock"
+_held: set[str] = set()  # folders of this process, which the system would let it lock again
 
 
 @contextmanager
@@ -26,7 +27,9 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
 
     Raises: UsageError: if another process holds it, or a new one has files. CheckpointError: if it cannot be written.
     """
-    path = folder / LOCK
+    path, place = folder / LOCK, os.path.realpath(folder)
+    if place in _held:
+        raise UsageError(f"{folder} is in use by this process; wait until it is done, or choose another")
     made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # pathlib fails for long names
     if new and not made and not folder.is_dir():
         raise UsageError(f"{folder} exists and is no folder; choose another one with --output")
@@ -50,6 +53,7 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
+        _held.add(place)
         try:
             for rest in folder.glob(f"{PARTIAL}*"):
                 shutil.rmtree(rest, ignore_errors=True)
@@ -57,6 +61,7 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
                 raise UsageError(f"{folder} exists; add --resume to continue that run, or choose another with --output")
             yield
         finally:
+            _held.discard(place)
             with suppress(OSError):  # while it is held, or it could be another's; Windows keeps open files
                 path.unlink()
                 for each in made:

@@ -2,24 +2,26 @@
 
 import signal
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
-from slimmable.cli.config import PretrainConfig, RunOptions, require, say
-from slimmable.cli.data import Images, Plain, batches_of, load_images, some_of
-from slimmable.cli.evaluation import Watch, calibration_images, report_run, rows_of_run
+from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
+from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation, some_of
+from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
-from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, plot_imbalance, require_logger
+from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
 from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
-from slimmable.gating import calibrate_gates, gate_plan
+from slimmable.gating import gate_plan
 from slimmable.training.calibrate import calibrate_bn
 from slimmable.training.diagnostics import GradientDiagnostics
 
@@ -33,17 +35,20 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     with locked(folder, not options.resume) if is_first() else nullcontext():
         any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
+        config = training.config
         try:
-            _tell(_introduction(config, training.images))
+            _tell(options, _introduction(config, training.images))
             stopped = _train(training, folder, options)
             if stopped:
                 raise KeyboardInterrupt(stopped)
             if is_first():
                 _finish(training, folder, options)
-            _tell(f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
+            any_process(False, device)  # wait until the first one has written the results
+            _tell(options, f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
-                _tell(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
+                done = f"{training.step} of {training.steps}"
+                _tell(replace(options, quiet=False), f"interrupted after step {done}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
             last = folder / CHECKPOINT
@@ -66,25 +71,30 @@ def _way_on(folder: Path) -> str:
 
 def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) -> Training:
     """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
-    for name in options.log:
+    for name in options.logger:
         require_logger(name)
-    require("matplotlib", "matplotlib")  # fail now rather than at the end of a long run
+    for package in ("matplotlib", "tqdm"):
+        require(package, package)  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = load_images(config)
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
     method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes))
-    if config.gate_budget is not None and config.gate_budget < (least := gate_plan(method.backbone).least_share()):
-        closed = f"{config.model} with all gates closed costs {least:.3f} of its multiply-adds"
-        raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
+    if not options.resume:
+        config = _normalised(config, method.backbone)
+    if config.gate_budget is not None:
+        least, width = max((gate_plan(method.backbone).least_share(width), width) for width in config.widths)
+        if config.gate_budget < least:
+            closed = f"{named_at(config.model, width)} with all gates closed costs {least:.3f} of its multiply-adds"
+            raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.workers or 0)
     checkpoint = options.output / CHECKPOINT
     if options.resume and checkpoint.exists():
         found = load_checkpoint(checkpoint)
         found.check_images(config.data, images.digest)
         training.resume(found)
-        _tell(f"continuing after step {training.step} of {training.steps}")
+        _tell(options, f"continuing after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
@@ -94,10 +104,20 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     return training
 
 
+def _normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
+    """Return the settings with the mean and the standard deviation that timm has for the network, if none are given."""
+    known: Any = {} if config.data == DIGITS else network.pretrained_cfg
+    found = [tuple(known.get(name, (usual,))) for name, usual in (("mean", 0.0), ("std", 1.0))]
+    if config.channels == 1:
+        found = [(sum(values) / len(values),) for values in found]
+    return replace(config, mean=config.mean or found[0], std=config.std or found[1])
+
+
 def _introduction(config: PretrainConfig, images: Images) -> str:
-    networks = f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
-    if config.gate_budget is not None:
-        networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
+    gated = config.gate_budget is not None
+    networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds," if gated else ""
+    if not gated or len(config.widths) > 1:
+        networks += f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
     later = config.slow_start if len(config.widths) > 1 else 0
     joins = f"; narrower widths join after {later:.0%}" if later else ""
     seen = f"{len(images.train)} images of {config.image_size} x {config.image_size} pixels for {config.epochs} epochs"
@@ -112,17 +132,20 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
     asked: list[int] = []
     config, gates, watch = training.config, training.gates, None
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in config.widths)]
-    columns += [] if gates is None else ["gated_share"]
+    columns += [] if gates is None else [named_at("gated_share", width) for width in config.widths]
     usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     loggers: list[Logger] = []
     if is_first():
-        loggers = make_loggers(folder, columns, training.step, options.log, asdict(config))
+        loggers = make_loggers(folder, columns, training.step, options.logger, asdict(config))
         watch = Watch(training, folder, loggers[1:]) if every else None
     with (
         on_signals(lambda number: stop(number) if asked else asked.append(number)),
-        Progress(training.steps, training.step, training.steps_per_epoch) as progress,
+        Progress(training.steps, training.step, training.steps_per_epoch, options.quiet) as progress,
+        ExitStack() as ends,
     ):
+        for logger in loggers:
+            ends.callback(logger.close)
         while training.step < training.steps:
             losses = training.take_step()
             if is_first():
@@ -130,8 +153,8 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
             if training.step % options.log_every == 0 or training.step == training.steps:
                 # a universal model's random widths have no curve
                 shown = {f"train_loss/w{width:g}": losses[width] for width in config.widths if width in losses}
-                if gates is not None and gates.reached is not None:
-                    shown["gated_share"] = float(gates.reached)
+                for width, reached in {} if gates is None else gates.reached_at.items():
+                    shown[named_at("gated_share", width)] = float(reached)
                 for logger in loggers:
                     logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
             stopping = any_process(bool(asked), training.device)
@@ -154,19 +177,20 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal:
-        some = Plain(images.train, config.image_size)
-        calibrate_bn(backbone, batches_of(some_of(some, _CALIBRATION), config.batch_size), config.widths)
+        some = some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)
+        calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:
-        reached = calibrate_gates(backbone, calibration_images(config, images), config.gate_budget)
-        say(f"the gates are set to {reached:.3f} of the multiply-adds; the budget is {config.gate_budget:g}")
+        for width, reached in set_gates(config, backbone, images).items():
+            share = f"{reached:.3f} of the multiply-adds"
+            _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
         training.save(folder / CHECKPOINT)
     if not save_networks(folder, config, backbone, images.channels):
         say(f"{MODEL} is left out: without its head, {config.model} would keep other channels at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     rows = rows_of_run(config, backbone, images, workers=options.workers or 0)
-    say(report_run(config, folder, rows, images))
+    _tell(options, report_run(config, folder, rows, images, options.workers or 0))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
@@ -175,6 +199,6 @@ def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     return [row | {"step": int(row["step"])} for row in rows]
 
 
-def _tell(text: str) -> None:
-    if is_first():
+def _tell(options: RunOptions, text: str) -> None:
+    if is_first() and not options.quiet:
         say(text)

@@ -6,34 +6,41 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
+from slimmable._distributed import in_group
 from slimmable.cli.faults import explained_fault
 from slimmable.errors import SlimmableError
 
 _PAUSE = 0.5  # seconds between two signs of life of a process
 _SILENCE = 10.0  # seconds without one after which a process is lost; torchrun kills the others after 30
+_LONGEST = timedelta(days=7)  # to wait for the others, since those that are lost are noticed by their silence
 _LEFT = "left"  # the last sign of life; the others are numbers
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if any, and yield the device of this one.
+    """Join the processes that `torchrun` started, unless they have a group, and yield the device of this one.
 
     Raises: SlimmableError: if another one fails or ends inside the block; it says which and why.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or in_group():
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    own = _Signs(dist.get_rank(), dist.get_world_size())
+    store, rank, world = _met()
+    name = f"slimmable/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_runs)}"
+    backend, own_keys = "nccl" if device.type == "cuda" else "gloo", PrefixStore(f"{name}/group", store)
+    dist.init_process_group(backend, store=own_keys, rank=rank, world_size=world, timeout=_LONGEST)
+    own = _Signs(rank, world, name)
     _signs.append(own)
     try:
         yield device
@@ -49,6 +56,13 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         _signs.clear()
 
 
+@cache
+def _met() -> tuple[Store, int, int]:
+    """Return the store by which the processes met, kept for the runs to come, the rank of this one, and the number."""
+    store, rank, world = next(rendezvous("env://"))
+    return store, rank, world
+
+
 def lost_process() -> str | None:
     """Return which process of the run is lost and why, after communication has failed, or None if all are there."""
     return _signs[0].search() if _signs else None
@@ -62,10 +76,10 @@ class _Signs:
     itself then, since it waits in communication, is ended.
     """
 
-    def __init__(self, rank: int, count: int) -> None:
+    def __init__(self, rank: int, count: int, name: str) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SILENCE))
-        self._store = PrefixStore(f"slimmable/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._store = PrefixStore(name, store)
         self._own, self._watched = str(rank), str((rank - 1) % count)
         self._ended = Event()
         self._thread = Thread(target=self._run, daemon=True)
@@ -110,4 +124,5 @@ class _Signs:
                 os._exit(1)
 
 
+_runs = count()  # of this process, with one set of keys in the store for each
 _signs: list[_Signs] = []  # of the run that this process takes part in

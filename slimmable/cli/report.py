@@ -16,7 +16,7 @@ from slimmable._tables import csv_text
 from slimmable.cli.config import read_text, require, say
 from slimmable.errors import CheckpointError, DataError
 
-UNTRAINED = "untrained_"
+UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge", "finetuned": "fine-tuned"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
@@ -32,17 +32,22 @@ class Row:
     parameters: int
     macs: int
     shares: Mapping[str, float] = field(default_factory=dict)  # accuracies in [0, 1] by name, as `title_of` takes it
-    network: str = ""  # in a gated run, as in "dense", "gated 0.3" or "static 0.5"
+    network: str = ""  # in a gated run, as in "dense", "gated 0.3", "gated 0.3/w0.5" or "static 0.5"
 
     @property
     def kind(self) -> str:
         """The kind of the network, a key of `MARKERS`."""
-        return self.network.partition(" ")[0]
+        return self.network.partition(" ")[0].partition("/")[0]
 
     @property
     def name(self) -> str:
         """The name of the network, or its width."""
         return self.network or f"{self.width:g}"
+
+
+def named_at(name: str, width: float) -> str:
+    """Return the name of a gated run's network or number at a width: that of the full width is `name` alone."""
+    return name if width == 1 else f"{name}/w{width:g}"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -87,12 +92,18 @@ def _row(cells: dict[str, str]) -> Row:
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     """Return the rows as a Markdown table, followed by a line of explanation."""
-    titles = [title_of(name) for name in rows[0].shares]
     first = "network" if rows[0].network else "width"
-    lines = [f"| {first} | parameters | MACs | {' | '.join(titles)} |", "|" + "---:|" * (3 + len(titles))]
-    for row in rows:
-        shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in rows[0].shares)
-        lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
+    tables: dict[str, list[str]] = {}  # by the fraction of the labels
+    for name in rows[0].shares:
+        tables.setdefault(name.partition(PART)[2], []).append(name)
+    lines: list[str] = []
+    for names in tables.values():
+        lines += [""] if lines else []
+        titles = " | ".join(map(title_of, names))
+        lines += [f"| {first} | parameters | MACs | {titles} |", "|" + "---:|" * (3 + len(names))]
+        for row in rows:
+            shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in names)
+            lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
     return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
 
@@ -101,7 +112,7 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
     """Draw accuracy against MACs, trained and untrained, as a PNG file at `path`."""
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for name in rows[0].shares:
+    for name in (name for name in rows[0].shares if PART not in name):
         style = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
         colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
         for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
@@ -122,16 +133,19 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
 
 
 def title_of(name: str) -> str:
-    """Return the title of an accuracy, such as "untrained kNN" for "untrained_knn"."""
-    title = TITLES[name.removeprefix(UNTRAINED)]
+    """Return the title of an accuracy: "untrained kNN" for "untrained_knn", "kNN, 1 % of labels" for "knn@0.01"."""
+    probe, _, fraction = name.removeprefix(UNTRAINED).partition(PART)
+    title = TITLES[probe] + (f", {100 * float(fraction):g} % of labels" if fraction else "")
     return f"untrained {title}" if name.startswith(UNTRAINED) else title
 
 
-def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> None:
-    """Write `metrics.csv`, `metrics.md` and `accuracy.png` into `folder`, each replaced only when complete."""
+def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> str:
+    """Write `metrics.csv`, `metrics.md` and `accuracy.png`, each replaced only when complete; return the second."""
+    table = to_markdown(rows, pixels_knn)
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))
-    write_aside(folder / "metrics.md", lambda path: path.write_text(to_markdown(rows, pixels_knn)))
+    write_aside(folder / "metrics.md", lambda path: path.write_text(table))
     plot(rows, pixels_knn, title, folder / "accuracy.png")
+    return table
 
 
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
@@ -174,6 +188,7 @@ class Logger:
 
     log: Callable[[int, Mapping[str, float]], object]
     flush: Callable[[], object] = lambda: None
+    close: Callable[[], object] = lambda: None  # or the next run in this process would go on with it
 
 
 def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
@@ -224,31 +239,36 @@ def make_loggers(
         start = done + 1 if done else None
         writer = require_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         loggers += [
-            Logger(lambda step, values: [writer.add_scalar(*each, step) for each in values.items()], writer.flush)
+            Logger(
+                lambda step, values: [writer.add_scalar(*each, step) for each in values.items()],
+                writer.flush,
+                writer.close,
+            )
         ]
     if "wandb" in asked:
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # so a resumed run is found again
         known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
         run = require_logger("wandb").init(project="slimmable", resume="allow", **known)
-        loggers += [Logger(lambda step, values: run.log(dict(values), step=step))]
+        loggers += [Logger(lambda step, values: run.log(dict(values), step=step), close=lambda: run.finish())]
     return [csv_log(folder / "losses.csv", columns, done), *loggers]
 
 
 class Progress(AbstractContextManager["Progress"]):
     """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block."""
 
-    def __init__(self, steps: int, done: int, steps_per_epoch: int) -> None:
-        self.steps, self.done, self.steps_per_epoch = steps, done, steps_per_epoch
+    def __init__(self, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
+        self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
         self.start, self.first = time.monotonic(), done
         bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
-        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
+        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        say(text) if self.bar.disable else self.bar.write(text)
+        if not self.quiet:
+            say(text) if self.bar.disable else self.bar.write(text)
 
     def advance(self, losses: dict[float, float]) -> None:
         """Count one step and show its loss at each width."""
@@ -256,7 +276,7 @@ class Progress(AbstractContextManager["Progress"]):
         shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
         self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
         self.bar.update()
-        if self.bar.disable and self.done % self.steps_per_epoch == 0:
+        if self.bar.disable and not self.quiet and self.done % self.steps_per_epoch == 0:
             epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
             left = (time.monotonic() - self.start) / (self.done - self.first) * (self.steps - self.done)
             say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")

@@ -58,8 +58,16 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     backbone.train()
 
     def encoder(projector: nn.Module) -> nn.Module:
+        for layer in projector.modules():
+            if isinstance(layer, nn.Linear) and config.head_std is not None:
+                nn.init.normal_(layer.weight, std=config.head_std)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         if config.gate_budget is None:
             return _slimmed(config, methods.Encoder(backbone, projector), example)
+        if len(config.widths) > 1:  # a head that takes the features of every width
+            whole = methods.Encoder(copy.deepcopy(backbone), projector)
+            projector = _slimmed(config, whole, example).get_submodule("projector")
         slim = _slimmed(config, backbone, example)  # the head has no gates, and its cost does not count
         try:
             return methods.Encoder(gate(slim, example_inputs=example, inplace=True), projector)
@@ -96,7 +104,8 @@ def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
 
 
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.Module:
-    return slimify(network, config.widths, example_inputs=example, universal=config.universal, inplace=True)
+    rules: dict[str, Any] = {"rounding": config.rounding, "universal": config.universal}
+    return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
 
 
 def output_for(images: Tensor, model: nn.Module, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Training steps of a run, each of which seeds its own random numbers, so a run can resume after any step."""
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Steps, Views, load, make_views, seed_of
+from slimmable.cli.data import Images, Steps, Views, load, make_views, normalisation, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
@@ -36,6 +37,10 @@ class Training:
             raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
         if batch % processes:
             raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
+        groups = config.bn_groups
+        if groups > 1 and (batch < 2 * groups or batch % groups or groups % processes):
+            needed = "must be equal, of two images or more, and a multiple of the number of processes"
+            raise UsageError(f"--bn-groups {groups} of --batch-size {batch}: they {needed} ({processes})")
         parts = f"--key-parts {config.key_parts} of --batch-size {batch}"
         if config.method == "mocov2" and batch < 2 * config.key_parts:
             raise UsageError(f"{parts} have fewer than two images each; choose fewer parts")
@@ -43,10 +48,12 @@ class Training:
         if config.method == "mocov2" and processes > 1 and (shared % processes or batch % shared):
             raise UsageError(f"{parts} cannot be shared by {processes} processes; choose multiples of their number")
         self.config, self.images, self.device, self.workers = config, images, device, workers
-        self.method = method.to(device).train()
+        self.method, self.normalise = method.to(device).train(), normalisation(config)
+        self.method.bn_groups = config.bn_groups
         crop, mirror = config.min_crop_scale, not images.handwriting
         transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror)
-        self.views = Views(images.train, images.train_labels, transforms[: method.views], config.seed)
+        sets = len(config.widths) if config.views_per_width else 1
+        self.views = Views(images.train, images.train_labels, transforms[: method.views] * sets, config.seed)
         self.steps_per_epoch = count // batch
         self.steps = config.epochs * self.steps_per_epoch
         self.step = 0
@@ -76,14 +83,16 @@ class Training:
 
     def take_step(self) -> dict[float, float]:
         """Train on the next batch; return each width's loss, the widest first; a DivergedError changes no weight."""
-        *views, labels = self._next()
+        *drawn, labels = self._next()
+        views, *others = (drawn[at : at + self.method.views] for at in range(0, len(drawn), self.method.views))
+        narrow = dict(zip(self.config.widths[1:], others, strict=False))  # none, unless each width has its own
         progress = self.step / self.steps
         self._set_learning_rate(progress)
         torch.manual_seed(seed_of(self.config.seed, -2 - self.step, rank()))  # hash(-1) == hash(-2)
         self.optimizer.zero_grad()
         losses = self.method.step(
             self.recipe,
-            Batch(views, labels),
+            Batch(views, labels, narrow=narrow),
             progress,
             step=self.step,
             autocast=None if self.config.precision == "float32" else getattr(torch, self.config.precision),
@@ -112,7 +121,8 @@ class Training:
             pinned = self.device.type == "cuda"
             self._batches = load(self.views, self.workers, batch_sampler=steps, pin_memory=pinned)
             batch = next(self._batches)
-        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        return [*map(self.normalise, views), labels]
 
     def _set_learning_rate(self, progress: float) -> None:
         later = self.config.lr_after_slow_start
@@ -170,7 +180,8 @@ class Training:
     def _steps_of_parameters(self, done: int) -> dict[str, int]:
         """Return how many of the first `done` steps train each parameter, as steps of a copy at its ends tell."""
         joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
-        images = min(2 * max(self.config.key_parts, world_size()), self.config.batch_size) // world_size()
+        shared = math.lcm(self.config.key_parts, self.config.bn_groups, world_size())
+        images = min(2 * shared, self.config.batch_size) // world_size()
         shape = images, self.images.channels, self.config.image_size, self.config.image_size
         labels = torch.zeros(images, dtype=torch.long, device=self.device)
         method, recipe, gates = copy.deepcopy((self.method, self.recipe, self.gates))
@@ -184,19 +195,25 @@ class Training:
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
-    """Return timm's optimizer for `config`, without weight decay, and in LARS scaling, of norms, biases and gates."""
+    """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
-    plain: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    plain: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay if config.decay_norms else 0.0}
     decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
-    gating = {**plain, "params": [], "lr_scale": config.gate_lr_scale}  # timm's schedule multiplies by it
+    # timm's schedule multiplies by `lr_scale`
+    gating: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_scale": config.gate_lr_scale}
+    scaled = {**gating, "params": [], "always_adapt": config.lars_gates}  # LARS scales without weight decay too
     for name, parameter in online.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(".bias")
-            kind = gating if id(parameter) in gates else decaying if decays else plain
+            matrix = parameter.ndim > 1 and not name.endswith(".bias")
+            kind = decaying if matrix else plain
+            if id(parameter) in gates:
+                kind = scaled if matrix else gating
             kind["params"].append((name, parameter))
-    groups = [group for group in (plain, decaying, gating) if group["params"]]
+    groups = [group for group in (plain, decaying, gating, scaled) if group["params"]]
     name = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}[config.opt]  # timm's "sgd" is Nesterov's
-    settings = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
+    settings: dict[str, Any] = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
+    if config.opt == "lars":
+        settings |= {"trust_coeff": config.lars_trust, "trust_clip": config.lars_clip}
     return create_optimizer_v2(groups, name, lr=config.lr, **settings)
 
 

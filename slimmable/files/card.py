@@ -25,15 +25,18 @@ class Source:
     image: tuple[int, ...]  # channels, height and width; empty if it takes something else
     arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
     weights: str  # their origin, in words
-    values: str  # scaling of the pixels, in words
+    mean: tuple[float, ...]  # subtracted from values in [0, 1]
+    std: tuple[float, ...]  # by which they are divided then
     base: str | None = None  # the model on the Hugging Face Hub that the weights come from
     accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe, in [0, 1]
     license: str | None = None
 
-
-def pixel_values(known: Mapping[str, Any]) -> str:
-    """Return the scaling of the pixels in words, from timm's configuration."""
-    return f"in [0, 1], minus the mean {known['mean']}, divided by the standard deviation {known['std']}"
+    @property
+    def values(self) -> str:
+        """The scaling of the pixels, in words."""
+        changed = any(self.mean) or any(each != 1 for each in self.std)
+        way = f", minus the mean {self.mean}, divided by the standard deviation {self.std}" if changed else ""
+        return f"in [0, 1]{way}"
 
 
 def model_card(source: Source, costs: Profile, library: str = "timm", **more: Any) -> str:

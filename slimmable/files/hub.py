@@ -27,7 +27,7 @@ from slimmable._width import widths_of
 from slimmable._widths import width_index
 from slimmable.analysis.plan import Setting
 from slimmable.errors import CheckpointError
-from slimmable.files.card import Source, model_card, pixel_values
+from slimmable.files.card import Source, model_card
 from slimmable.files.construction import full_network, narrow_arguments
 from slimmable.files.model import load, read, save
 from slimmable.view.state import is_slim
@@ -106,7 +106,8 @@ def save_pretrained(
         if os.path.exists(Path(folder, "config.json")) and not (aside / "config.json").exists():
             raise CheckpointError(f"{folder} has the config.json of another network; choose another folder")
         about: dict[str, Any] = {"base": base_model, "accuracy": accuracy, "license": license, "weights": ""}
-        about |= {"image": tuple(args[0].shape[1:]) if image else (), "values": pixel_values(config) if image else ""}
+        about["image"] = tuple(args[0].shape[1:]) if image else ()
+        about |= {name: tuple(config[name]) if image else () for name in ("mean", "std")}
         name = type(model).__name__ if recipe is None else recipe["timm"]
         made = recipe["arguments"] if widths and recipe else None  # those of a narrow network are not known exactly
         library = "slimmable" if not native else type(model).__module__.partition(".")[0]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slimmable._checks import check_rounding
 from slimmable._convert import misfits
 from slimmable._widths import check_widths
 from slimmable.analysis.channels import Channels, Grouping, Output, Requirements
@@ -34,9 +35,7 @@ def encode(plan: Plan) -> tuple[dict[str, Any], NDArray[np.int64]]:
         return list(vars(part).values())
 
     data = {
-        "widths": plan.widths,
-        "round_to": plan.round_to,
-        "universal": plan.universal,
+        **plan.rules(),
         "counts": [column.counts for column in plan.columns],
         "pins": [[*pin.axis, pin.size, pin.reason] for pin in plan.pins],
         "caches": [[path, name] for path, at in plan.caches.items() for name in at],
@@ -91,11 +90,14 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     attributes = {key: int(reduce(getitem, key[2], originals[key[:2]])) for key in keys}
     plan = Plan(
         check_widths(data["widths"]),
-        caches={},
+        int(data["round_to"]),
+        str(data.get("rounding", "nearest")),
+        bool(data.get("overlap", True)),
+        tuple(map(str, data.get("switchable", ()))),
+        bool(data["universal"]),
         pins=[Pin(row[:3], *row[3:]) for row in rows("pins", str, str, int, int, str)],
-        round_to=int(data["round_to"]),
-        universal=bool(data["universal"]),
     )
+    check_rounding("the plan", rounding=plan.rounding)
     for path, name in rows("caches", str, str):
         value = vars(modules[path])[name]
         if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
@@ -116,8 +118,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     for place, shape in misfits(network, plan):
         seen = "is missing" if shape is None else f"has shape {shape}"
         raise CheckpointError(f"{place} {seen}, which does not fit the file's plan")
-    for counts in data["counts"]:
-        plan.columns.append(plan.sub_network(tuple(counts)))
+    plan.fill([plan.sub_network(tuple(counts)).counts for counts in data["counts"]])
     if len(plan.columns) != len(plan.widths) or plan.columns[0].counts != sizes:
         raise CheckpointError("its counts are not those of its widths, of which the first is the full network")
     return plan

@@ -61,9 +61,10 @@ def load_slimclr(
     scores = given.get("fc.linears.0.weight" if switched else "fc.weight")
     classes = 0 if scores is None else next(iter(scores.shape), 0)
     with torch.device("meta"):  # no memory before all tensors have been compared
-        model = slimify(timm.create_model("resnet50", num_classes=0 if switched else classes), checked, inplace=True)
+        plain = timm.create_model("resnet50", num_classes=0 if switched else classes)
+        model = slimify(plain, checked, rounding="floor", inplace=True)
         if switched:
-            model.fc = SwitchableProbe(2048, classes, checked)
+            model.fc = SwitchableProbe(2048, classes, checked, rounding="floor")
             vars(model)["num_classes"] = classes
     own = {_published(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     if differing := differences(own, given):

@@ -80,6 +80,10 @@ def gate(
     if gates_in(model):
         raise UsageError(f"this {type(model).__name__} already has gates; remove them with slimmable.gating.ungate")
     found = gate_plan(model, example_inputs=example_inputs, skip=skip)
+    if found.plan.switchable or not found.plan.overlap:
+        raise ConversionError(
+            "gates need widths that share their weights: convert without overlap=False and switchable"
+        )
     if not found.gates:
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())

@@ -49,7 +49,7 @@ class PassNorm(SwitchableNorm):
         """Undo `of`: return the original norm, switchable or not."""
         del self._modules["gated"], self.__dict__["active_pass"]
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
-        return self.to_norm() if self.__dict__.pop("inside") else self
+        return self.to_plain() if self.__dict__.pop("inside") else self
 
     def of_gated_pass(self, index: int) -> nn.Module:
         """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""
@@ -58,13 +58,11 @@ class PassNorm(SwitchableNorm):
             raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
         return norms[str(index)]
 
-    def norm_at(self, index: int) -> nn.Module:
+    def module_at(self, index: int) -> nn.Module:
         """Return the active pass's norm of the width with this index."""
         if self.__dict__["active_pass"].active is Pass.DENSE:
-            return super().norm_at(index)
+            return super().module_at(index)
         return self.of_gated_pass(index)
-
-    module_at = norm_at
 
 
 class GatedPass:
@@ -306,7 +304,8 @@ class GateBudget(nn.Module):
     """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
 
     With several processes the losses are those of the joined batch; average the gradients. `reached` is the mean share
-    of multiply-adds of the last batch, without gradient; None at first. The defaults are those of Krishna et al. 2023.
+    of multiply-adds of the last batch, without gradient, None at first, and `reached_at` maps each width to its last.
+    The defaults are those of Krishna et al. 2023.
 
     Args:
         budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.
@@ -339,6 +338,7 @@ class GateBudget(nn.Module):
         self.budget, self.budget_weight, self.bound_weight = budget, budget_weight, bound_weight
         self.alpha, self.first_epoch, self.closed_gradient = alpha, first_epoch, closed_gradient
         self.reached: Tensor | None = None
+        self.reached_at: dict[float, Tensor] = {}
 
     def forward(self, run: GatedPass, epoch: float) -> Tensor:
         """Return the sum of both losses for a gated pass, a scalar.
@@ -350,7 +350,8 @@ class GateBudget(nn.Module):
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)
         own = open_fractions(run.masks().values(), closed_gradient=self.closed_gradient)
         share = gather(run.share())
-        self.reached = share.detach().mean()
+        width = next(iter(run._records)).widths[run._width_index()]
+        self.reached = self.reached_at[width] = share.detach().mean()
         bound = bound_loss(gather(own[None]).mean(0), self.budget, p, self.bound_weight)
         return budget_loss(share, self.budget, self.budget_weight) + bound
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import MOST, Arguments, example_of, is_index
 from slimmable._nested import output_tensors
+from slimmable._widths import width_index
 from slimmable.analysis.channels import Grouping
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
@@ -84,10 +86,12 @@ class GatePlan:
     def __deepcopy__(self, memo: Any) -> "GatePlan":
         return self
 
-    def least_share(self) -> float:
-        """Return the multiply-adds with all gates closed as a share of the dense pass's, both at full width."""
-        counts = self.plan.channels.units
-        left = self.macs.without(self.gates, counts) + sum(gate.macs for gate in self.gates)
+    def least_share(self, width: float = 1.0) -> float:
+        """Return the multiply-adds with all gates closed as a share of the dense pass's, at one of the widths."""
+        counts = self.plan.columns[width_index(width, self.plan.widths)].counts
+        kept_on = partial(self.plan.channels.needed.grouping.count, np.array([*counts, 1]))
+        gates = sum(gate_macs(kept_on(gate.channels), counts[gate.group]) for gate in self.gates)
+        left = self.macs.without(self.gates, counts) + gates
         return left / self.macs.without((), counts)
 
     def __str__(self) -> str:
@@ -148,7 +152,7 @@ class LayerMacs:
 
     def without(self, gates: Sequence[PlannedGate], counts: Sequence[int]) -> float:
         """Return the sum over all layers with all units of some gates closed."""
-        return float(self.total({gate.group: torch.zeros(1, gate.units).double() for gate in gates}, counts))
+        return float(self.total({gate.group: torch.zeros(1, counts[gate.group]).double() for gate in gates}, counts))
 
 
 @checked
@@ -176,7 +180,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
     images = _image_count(args, kwargs)
-    fake, trace, solution = _traced(model, args, kwargs, (1.0,) if plan is None else plan.widths)
+    fake, trace, solution = _traced(model, args, kwargs, plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
     finder = _Finder(trace, plan)
     possible, refused = [], []
@@ -202,7 +206,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
 def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
     """Return the multiply-adds of a gated model for inputs whose size differs from its example's."""
     args, kwargs = example_of(model, example_inputs)
-    _, trace, _ = _traced(model, args, kwargs, found.plan.widths)
+    _, trace, _ = _traced(model, args, kwargs, found.plan)
     return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
 
 
@@ -215,11 +219,11 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 @torch.inference_mode(False)
-def _traced(model: nn.Module, args: Any, kwargs: Any, widths: tuple[float, ...]) -> tuple[FakeModel, Trace, Any]:
+def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
     bare = plain(model)
     fake = FakeModel(bare, args, kwargs)
-    return fake, *best_trace(fake, widths, lambda path, module: False, 1)
+    return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
 class _RefusedError(Exception):

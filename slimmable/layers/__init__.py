@@ -7,6 +7,7 @@ from slimmable.layers._switchable import (
     SwitchableBatchNorm1d,
     SwitchableBatchNorm2d,
     SwitchableBatchNorm3d,
+    SwitchableLinear,
     SwitchableProbe,
 )
 from slimmable.view.container import SwitchableContainer
@@ -14,6 +15,6 @@ from slimmable.view.norms import SwitchableNorm
 
 __all__ = [
     "SlimConv1d", "SlimConv2d", "SlimConv3d", "SlimGroupNorm", "SlimLayerNorm", "SlimLinear", "SwitchableBatchNorm",
-    "SwitchableBatchNorm1d", "SwitchableBatchNorm2d", "SwitchableBatchNorm3d", "SwitchableContainer", "SwitchableNorm",
-    "SwitchableProbe",
+    "SwitchableBatchNorm1d", "SwitchableBatchNorm2d", "SwitchableBatchNorm3d", "SwitchableContainer",
+    "SwitchableLinear", "SwitchableNorm", "SwitchableProbe",
 ]  # fmt: skip

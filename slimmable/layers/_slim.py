@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from slimmable._checks import check_flags, checked, shown
+from slimmable._checks import check_flags, check_rounding, checked, shown
 from slimmable._modules import twin_of
-from slimmable._widths import Kept, check_widths, kept_of, kept_units
-from slimmable.errors import ConversionError, InputError, SlimmableError, WidthError
+from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
+from slimmable.errors import ConversionError, InputError, SlimmableError
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableNorm
 from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
 Layer = TypeVar("Layer", bound="SlimLayer")
-Plain = TypeVar("Plain", bound=nn.Module)
 _Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
@@ -41,15 +42,20 @@ class Explained(nn.Module):
 
 
 class SlimLayer(Explained):
-    """A layer of torch that runs at several widths; subclasses add `from_...` and `to_...` methods for their kind."""
+    """A layer of torch that runs at several widths."""
 
     _slim_plain: ClassVar[type[nn.Module]]  # that it is made from and converted back to
 
     _install: Callable[..., None]  # takes the widths and the constructor's options
 
     @classmethod
-    def _from_torch(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: bool) -> Layer:
-        """Return the slimmable twin of a layer of exactly torch's class: it shares Parameters and training flag."""
+    def from_plain(cls: type[Layer], module: nn.Module, widths: Iterable[float], **options: Any) -> Layer:
+        """Return the slimmable twin of torch's layer, with its Parameters and training flag.
+
+        `options` are those of the constructor, such as `slim_in`.
+
+        Raises: ConversionError: unless it is exactly of torch's class. WidthError: as the constructor.
+        """
         if type(module) is not cls._slim_plain:
             raise ConversionError(
                 f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
@@ -59,12 +65,13 @@ class SlimLayer(Explained):
         slim._install(check_widths(widths), **options)
         return slim
 
-    def _to_torch(self, kind: type[Plain]) -> Plain:
-        twin: Any = twin_of(self, type(self))
+    def to_plain(self) -> Any:
+        """Return torch's layer of the full width, which shares the Parameters."""
+        twin = twin_of(self, type(self))
         if is_slim(twin):
             remove_view(twin)
-        if type(twin) is not kind:
-            raise ConversionError(f"a {type(self).__name__} has no torch twin of class {kind.__name__}")
+        if type(twin) is not self._slim_plain:
+            raise ConversionError(f"a {type(self).__name__} has no torch twin of class {self._slim_plain.__name__}")
         return twin
 
 
@@ -78,23 +85,29 @@ class _SlimProduct(SlimLayer):
         return cut is not None and cut.full[0] in shape and (cut.sizes[0] < cut.full[0] or 0 in dict(cut.picks))
 
     def _install(
-        self, widths: tuple[float, ...], slim_in: bool = True, slim_out: bool = True, overlap: bool = True
+        self,
+        widths: tuple[float, ...],
+        slim_in: bool = True,
+        slim_out: bool = True,
+        overlap: bool = True,
+        rounding: str = "nearest",
     ) -> None:
         check_flags(type(self).__name__, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
+        check_rounding(type(self).__name__, rounding=rounding)
         rows: list[Kept]
         (outs, in_size, *kernel), count = self.weight.shape, getattr(self, "groups", 1)
         out_size, groups = outs // count, [count] * len(widths)
         if in_size == 1 and count > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
-            kept_groups = kept_at(widths, count, overlap=overlap)
+            kept_groups = kept_at(widths, count, 1, True, overlap, rounding)
             groups = [kept_of(count, kept) for kept in kept_groups]
             rows = [
                 tuple(range(kept[0] * out_size, (kept[-1] + 1) * out_size)) if isinstance(kept, tuple) else None
                 for kept in kept_groups
             ]
-            columns = kept_at(widths, 1)
+            columns = kept_at(widths, 1, 1)
         else:
-            rows = kept_at(widths, out_size, count, slim=slim_out, overlap=overlap)
-            columns = kept_at(widths, in_size, slim=slim_in, overlap=overlap)
+            rows = kept_at(widths, out_size, count, slim_out, overlap, rounding)
+            columns = kept_at(widths, in_size, 1, slim_in, overlap, rounding)
         weight = [(row, column, *kernel) for row, column in zip(rows, columns, strict=True)]
         cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
         install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
@@ -109,7 +122,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.
-        widths, slim_in, slim_out, overlap: as in `SlimConv2d`; class scores and embeddings should be full.
+        widths, slim_in, slim_out, overlap, rounding: as in `SlimConv2d`; class scores and embeddings should be full.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -133,18 +146,10 @@ class SlimLinear(_SlimProduct, nn.Linear):
         slim_in: bool = True,
         slim_out: bool = True,
         overlap: bool = True,
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._install(check_widths(widths), slim_in, slim_out, overlap)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float], **options: bool) -> "SlimLinear":
-        """Return the slimmable twin of `linear`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(linear, widths, **options)
-
-    def to_linear(self) -> nn.Linear:
-        """Return the full-width `nn.Linear`, which shares the Parameters."""
-        return self._to_torch(nn.Linear)
+        self._install(check_widths(widths), slim_in, slim_out, overlap, rounding)
 
 
 class _SlimConv(_SlimProduct, _ConvNd):
@@ -169,10 +174,11 @@ class _SlimConv(_SlimProduct, _ConvNd):
         slim_in: bool = True,
         slim_out: bool = True,
         overlap: bool = True,
+        rounding: str = "nearest",
     ) -> None:
         settings: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *settings)  # type: ignore[arg-type]
-        self._install(check_widths(widths), slim_in, slim_out, overlap)
+        self._install(check_widths(widths), slim_in, slim_out, overlap, rounding)
 
 
 class SlimConv1d(_SlimConv, nn.Conv1d):
@@ -183,15 +189,6 @@ class SlimConv1d(_SlimConv, nn.Conv1d):
     """
 
     _slim_plain = nn.Conv1d
-
-    @classmethod
-    def from_conv1d(cls, conv: nn.Conv1d, widths: Iterable[float], **options: bool) -> "SlimConv1d":
-        """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(conv, widths, **options)
-
-    def to_conv1d(self) -> nn.Conv1d:
-        """Return the full-width `nn.Conv1d`, which shares the Parameters."""
-        return self._to_torch(nn.Conv1d)
 
 
 class SlimConv2d(_SlimConv, nn.Conv2d):
@@ -211,6 +208,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
         slim_out: False if the output should be full at every width.
         overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
             weights of Zhao et al., SlimCLR, IJCV 2024).
+        rounding: "floor" keeps the first `int(w * channels)`, but at least one, as their published code does.
 
     Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
@@ -224,18 +222,6 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
     _slim_plain = nn.Conv2d
 
-    @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, widths: Iterable[float], **options: bool) -> "SlimConv2d":
-        """Return the slimmable twin of `conv`, with its Parameters and training flag; `options` of the constructor.
-
-        Raises: ConversionError: unless `conv` is exactly an `nn.Conv2d`. WidthError: as the constructor.
-        """
-        return cls._from_torch(conv, widths, **options)
-
-    def to_conv2d(self) -> nn.Conv2d:
-        """Return the full-width `nn.Conv2d`, which shares the Parameters."""
-        return self._to_torch(nn.Conv2d)
-
 
 class SlimConv3d(_SlimConv, nn.Conv3d):
     """`nn.Conv3d` that runs with part of its channels; everything is as in `SlimConv2d`.
@@ -246,21 +232,12 @@ class SlimConv3d(_SlimConv, nn.Conv3d):
 
     _slim_plain = nn.Conv3d
 
-    @classmethod
-    def from_conv3d(cls, conv: nn.Conv3d, widths: Iterable[float], **options: bool) -> "SlimConv3d":
-        """Return the slimmable twin of `conv`; as `SlimConv2d.from_conv2d`."""
-        return cls._from_torch(conv, widths, **options)
-
-    def to_conv3d(self) -> nn.Conv3d:
-        """Return the full-width `nn.Conv3d`, which shares the Parameters."""
-        return self._to_torch(nn.Conv3d)
-
 
 class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     """`nn.LayerNorm` over part of the features: at width `w`, the first `round(w * n)` of the last axis.
 
-    Shapes: (..., *normalized_shape with a narrower last axis) -> the same. Arguments: torch's, and `widths` as in
-    `SlimConv2d`.
+    Shapes: (..., *normalized_shape with a narrower last axis) -> the same. Arguments: torch's, `widths` and `rounding`
+    as in `SlimConv2d`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -283,23 +260,16 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         dtype: Any = None,
         *,
         widths: Iterable[float],
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self._install(check_widths(widths))
+        self._install(check_widths(widths), rounding)
 
-    def _install(self, widths: tuple[float, ...]) -> None:
+    def _install(self, widths: tuple[float, ...], rounding: str = "nearest") -> None:
+        check_rounding(type(self).__name__, rounding=rounding)
         *outer, last = self.normalized_shape
-        shapes = [(*outer, kept_units(last, width)) for width in widths]
+        shapes = [(*outer, kept_units(last, width, rounding=rounding)) for width in widths]
         install_view(self, widths, {"weight": shapes, "bias": shapes}, {"normalized_shape": shapes})
-
-    @classmethod
-    def from_layernorm(cls, norm: nn.LayerNorm, widths: Iterable[float]) -> "SlimLayerNorm":
-        """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`, without options."""
-        return cls._from_torch(norm, widths)
-
-    def to_layernorm(self) -> nn.LayerNorm:
-        """Return the full-width `nn.LayerNorm`, which shares the Parameters."""
-        return self._to_torch(nn.LayerNorm)
 
 
 class SlimGroupNorm(SlimLayer, nn.GroupNorm):
@@ -308,7 +278,7 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
     If `w * num_groups` is a whole number at every width `w`, that many first groups are kept. Otherwise all groups are
     kept, each with its first channels, and the input must have `num_groups * round(w * num_channels / num_groups)`.
 
-    Shapes: (N, kept channels, ...) -> the same. Arguments: torch's, and `widths` as in `SlimConv2d`.
+    Shapes: (N, kept channels, ...) -> the same. Arguments: torch's, `widths` and `rounding` as in `SlimConv2d`.
 
     >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
@@ -330,28 +300,21 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         dtype: Any = None,
         *,
         widths: Iterable[float],
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        self._install(check_widths(widths))
+        self._install(check_widths(widths), rounding)
 
-    def _install(self, widths: tuple[float, ...]) -> None:
+    def _install(self, widths: tuple[float, ...], rounding: str = "nearest") -> None:
+        check_rounding(type(self).__name__, rounding=rounding)
         size = self.num_channels // self.num_groups
         shares = [width * self.num_groups for width in widths]
         groups = [round(share) for share in shares]
         kept: list[Kept] = [count * size for count in groups]
         if min(groups) < 1 or not all(map(math.isclose, groups, shares)):
-            groups, kept = [self.num_groups] * len(widths), kept_at(widths, size, self.num_groups)
+            groups, kept = [self.num_groups] * len(widths), kept_at(widths, size, self.num_groups, rounding=rounding)
         counts, cuts = [kept_of(self.num_channels, each) for each in kept], [(each,) for each in kept]
         install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
-
-    @classmethod
-    def from_groupnorm(cls, norm: nn.GroupNorm, widths: Iterable[float]) -> "SlimGroupNorm":
-        """Return the slimmable twin of `norm`; as `SlimConv2d.from_conv2d`, without options."""
-        return cls._from_torch(norm, widths)
-
-    def to_groupnorm(self) -> nn.GroupNorm:
-        """Return the full-width `nn.GroupNorm`, which shares the Parameters."""
-        return self._to_torch(nn.GroupNorm)
 
 
 def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
@@ -360,6 +323,8 @@ def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, _SlimProduct):
             maker = layer
+        elif isinstance(layer, SwitchableContainer) and not isinstance(layer, SwitchableNorm):
+            maker = None  # it makes units of its own
         elif layer is not None and not is_slim(layer):
             tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
             across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels
@@ -373,20 +338,15 @@ def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
 
 
 # -- the units of an axis that each width keeps
-def disjoint_units(units: int, widths: Sequence[float]) -> list[range]:
+def disjoint_units(units: int, widths: Sequence[float], rounding: str = "nearest") -> list[range]:
     """Return disjoint ranges for the narrower widths, the first one for the narrowest."""
-    counts = [kept_units(units, width) for width in widths]
-    if sum(widths[1:]) > 1 + 1e-9 or sum(counts[1:]) > units:
-        raise WidthError(
-            f"overlap=False needs disjoint units for the narrower widths, but those of {tuple(widths)} keep "
-            f"{counts[1:]} of {units} units; choose narrower widths with a sum of at most 1"
-        )
-    ends = [sum(counts[index:]) for index in range(1, len(counts))]
-    return [range(units), *(range(end - count, end) for end, count in zip(ends, counts[1:], strict=True))]
+    counts = [kept_units(units, width, rounding=rounding) for width in widths]
+    starts = disjoint_starts(widths, counts)
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
 def kept_at(
-    widths: Sequence[float], size: int, groups: int = 1, *, slim: bool = True, overlap: bool = True
+    widths: Sequence[float], size: int, groups: int, slim: bool = True, overlap: bool = True, rounding: str = "nearest"
 ) -> list[Kept]:
     """Return what each width keeps of an axis of groups of `size` units, the same of each: everything unless `slim`.
 
@@ -395,7 +355,8 @@ def kept_at(
     """
     if not slim:
         return [None] * len(widths)
-    ranges = [range(kept_units(size, width)) for width in widths] if overlap else disjoint_units(size, widths)
+    disjoint = [] if overlap else disjoint_units(size, widths, rounding)
+    ranges = disjoint or [range(kept_units(size, width, rounding=rounding)) for width in widths]
     return [
         None if len(kept) == size else tuple(group * size + unit for group in range(groups) for unit in kept)
         for kept in ranges

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._checks import check_flags, checked
+from slimmable._checks import check_flags, check_rounding, checked
 from slimmable._widths import check_widths, kept_units
 from slimmable.errors import ConversionError
 from slimmable.layers._slim import Explained
@@ -14,6 +14,7 @@ from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.norms import SwitchableNorm
 
 Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
+Linear = TypeVar("Linear", bound="SwitchableLinear")
 
 
 class _SwitchableBatchNorm(Explained, SwitchableNorm):
@@ -33,33 +34,33 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
         *,
         widths: Iterable[float],
         slim: bool = True,
+        rounding: str = "nearest",
     ) -> None:
         norm = self._torch_class(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._fill(norm, widths, slim)
+        self._fill(norm, widths, slim, rounding)
 
-    def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool) -> None:
+    def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool, rounding: str) -> None:
         check_flags(type(self).__name__, slim=slim)
-        checked = check_widths(widths)
-        kept = [kept_units(norm.num_features, width) if slim and width < 1 else None for width in checked]
-        SwitchableNorm.__init__(self, norm, checked, kept)
+        check_rounding(type(self).__name__, rounding=rounding)
+        known, size = check_widths(widths), norm.num_features
+        kept = [kept_units(size, width, rounding=rounding) if slim and width < 1 else None for width in known]
+        SwitchableNorm.__init__(self, norm, known, kept)
 
     @classmethod
-    def from_batchnorm(cls: type[Norm], norm: _BatchNorm, widths: Iterable[float], *, slim: bool = True) -> Norm:
-        """Return a switchable norm of `norm` and cut copies of it; `ConversionError` if it is not a batch norm."""
-        if not isinstance(norm, _BatchNorm):
-            raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(norm).__name__}")
+    def from_plain(
+        cls: type[Norm], module: nn.Module, widths: Iterable[float], *, slim: bool = True, rounding: str = "nearest"
+    ) -> Norm:
+        """Return a switchable norm of `module` and cut copies of it; `ConversionError` if it is not a batch norm."""
+        if not isinstance(module, _BatchNorm):
+            raise ConversionError(f"{cls.__name__} is made from a batch norm, got {type(module).__name__}")
         switchable = cls.__new__(cls)
-        switchable._fill(norm, widths, slim)
+        switchable._fill(module, widths, slim, rounding)
         return switchable
-
-    def to_batchnorm(self) -> _BatchNorm:
-        """Return the batch norm of the full width, the module itself, not a copy."""
-        return cast(_BatchNorm, self.to_norm())
 
     def __repr__(self) -> str:
         if type(self.full) is not self._torch_class:
             return super().__repr__()
-        full = self.to_batchnorm().extra_repr()  # type: ignore[no-untyped-call]
+        full = self.full.extra_repr()  # type: ignore[no-untyped-call]
         return f"{type(self).__name__}({full}, {self.extra_repr()})"
 
 
@@ -84,6 +85,7 @@ class SwitchableBatchNorm2d(_SwitchableBatchNorm):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim: False if the input is full at every width; statistics are still separate.
+        rounding: as in `SlimConv2d`.
 
     >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
     >>> list(norm.state_dict())[:4]
@@ -106,8 +108,76 @@ class SwitchableBatchNorm3d(_SwitchableBatchNorm):
 SwitchableBatchNorm = SwitchableBatchNorm2d
 
 
-class SwitchableProbe(Explained, SwitchableContainer):
-    """One linear classifier per width, on the features of that width.
+class SwitchableLinear(Explained, SwitchableContainer):
+    """One `nn.Linear` per width, `linears.0` and so on, for a layer in which widths should share no weights.
+
+    Source: the switchable linear layers of the published code of Zhao et al., SlimCLR, IJCV 2024.
+
+    Shapes: (..., kept in_features) -> (..., kept out_features).
+
+    Args:
+        in_features, out_features: numbers of features at the full width.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        bias, device, dtype: as in `nn.Linear`.
+        slim_in, slim_out, rounding: as in `SlimConv2d`.
+
+    >>> layer = SwitchableLinear(8, 4, (1.0, 0.5))
+    >>> [tuple(parameter.shape) for parameter in layer.parameters()]
+    [(4, 8), (4,), (2, 4), (2,)]
+    """
+
+    _if_full = "pass slim_in=False to this layer"
+
+    @checked
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        widths: Iterable[float],
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        slim_in: bool = True,
+        slim_out: bool = True,
+        rounding: str = "nearest",
+    ) -> None:
+        super().__init__(widths)
+        self.in_features, self.out_features = in_features, out_features
+        ins, outs = (
+            [kept_units(size, width, rounding=rounding) if slim else size for width in self.widths]
+            for size, slim in ((in_features, slim_in), (out_features, slim_out))
+        )
+        self.linears = nn.ModuleList(nn.Linear(*kept, bias, device, dtype) for kept in zip(ins, outs, strict=True))
+
+    @classmethod
+    def from_plain(cls: type[Linear], module: nn.Module, widths: Iterable[float], **options: Any) -> Linear:
+        """Return a layer of `module` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
+        if not isinstance(module, nn.Linear):
+            raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(module).__name__}")
+        weight, bias, sizes = module.weight, module.bias, (module.in_features, module.out_features)
+        layer = cls(*sizes, widths, bias is not None, weight.device, weight.dtype, **options)
+        for narrow in map(layer.module_at, range(1, len(layer.widths))):
+            outs, ins = narrow.weight.shape
+            narrow.load_state_dict({"weight": weight[:outs, :ins]} | ({} if bias is None else {"bias": bias[:outs]}))
+        layer.linears[0] = module
+        return layer.train(module.training)
+
+    def to_plain(self) -> nn.Linear:
+        """Return the layer of the full width, the module itself, not a copy."""
+        return cast(nn.Linear, self.linears[0])
+
+    def module_at(self, index: int) -> nn.Linear:
+        """Return the layer of the width with this index; 0 is the full width."""
+        return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
+
+    def __repr__(self) -> str:
+        settings = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{type(self).__name__}({settings}, bias={self.to_plain().bias is not None}, {self.extra_repr()})"
+
+
+class SwitchableProbe(SwitchableLinear):
+    """One linear classifier per width, on the features of that width: a `SwitchableLinear` whose outputs are full.
 
     The best classifier on part of the features is not a slice of the best classifier on all of them, unless they are
     orthogonal. To compare with a sliced classifier, use `SlimLinear(..., slim_out=False)`.
@@ -119,8 +189,7 @@ class SwitchableProbe(Explained, SwitchableContainer):
     Args:
         in_features: number of features at the full width.
         num_classes: number of scores, at every width.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
-        bias, device, dtype: as in `nn.Linear`.
+        widths, bias, device, dtype, rounding: as in `SwitchableLinear`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -141,34 +210,10 @@ class SwitchableProbe(Explained, SwitchableContainer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        rounding: str = "nearest",
     ) -> None:
-        super().__init__(widths)
-        self.in_features, self.num_classes = in_features, num_classes
-        self.linears = nn.ModuleList(
-            nn.Linear(kept_units(in_features, width), num_classes, bias, device, dtype) for width in self.widths
-        )
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, widths: Iterable[float]) -> "SwitchableProbe":
-        """Return a probe of `linear` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
-        if not isinstance(linear, nn.Linear):
-            raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(linear).__name__}")
-        weight, bias = linear.weight, linear.bias
-        probe = cls(linear.in_features, linear.out_features, widths, bias is not None, weight.device, weight.dtype)
-        shared = {} if bias is None else {"bias": bias}
-        for narrow in map(probe.module_at, range(1, len(probe.widths))):
-            narrow.load_state_dict({"weight": weight[:, : narrow.in_features]} | shared)
-        probe.linears[0] = linear
-        return probe.train(linear.training)
-
-    def to_linear(self) -> nn.Linear:
-        """Return the classifier of the full width, the module itself, not a copy."""
-        return cast(nn.Linear, self.linears[0])
-
-    def module_at(self, index: int) -> nn.Linear:
-        """Return the classifier of the width with this index; 0 is the full width."""
-        return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
+        super().__init__(in_features, num_classes, widths, bias, device, dtype, slim_out=False, rounding=rounding)
+        self.num_classes = num_classes
 
     def __repr__(self) -> str:
-        settings = f"in_features={self.in_features}, num_classes={self.num_classes}"
-        return f"{type(self).__name__}({settings}, bias={self.to_linear().bias is not None}, {self.extra_repr()})"
+        return super().__repr__().replace("out_features", "num_classes")

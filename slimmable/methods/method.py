@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -48,11 +48,16 @@ class Encoder(nn.Module):
 
 @dataclass
 class Batch:
-    """The views of a batch of images, each of shape (batch, channels, height, width), and the labels if needed."""
+    """The views of a batch of images, each of shape (batch, channels, height, width), and the labels if needed.
+
+    Narrower widths see the same views, unless `narrow` has others for a width: `{0.5: views}`. What happens once per
+    step, such as the keys of a momentum encoder, takes `views`, as does the full width.
+    """
 
     views: Sequence[Tensor]
     labels: Tensor | None = None
-    targets: Sequence[Tensor] = ()  # while a step runs, the result of `prepare` for all widths
+    targets: Sequence[Tensor] = ()  # in `forward` and `finish`, the result of `prepare` for all widths
+    narrow: Mapping[float, Sequence[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +91,9 @@ class Method(nn.Module):
 
     two_passes: ClassVar[bool] = True
     """Whether the encoder sees more than one view, so that one can go through the gated network; see `step`."""
+
+    bn_groups: int = 1
+    """How many parts of the joined batch get BatchNorm statistics of their own; see `synchronised_batchnorm`."""
 
     @checked
     def __init__(self, encoder: nn.Module) -> None:
@@ -162,16 +170,17 @@ class Method(nn.Module):
         self._check(recipe, batch, autocast, backward, diagnostics, gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs
         found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
+        batch = replace(batch)  # the caller's keeps no targets
         mixed = partial(torch.autocast, batch.views[0].device.type, autocast, enabled=autocast is not None)
         try:
             for width in recipe.widths(progress, step):
                 if recipe.first:
                     with torch.no_grad(), mixed():
                         batch.targets = self.prepare(batch, progress)
-                with synchronised_batchnorm():
+                with synchronised_batchnorm(self.bn_groups):
                     with mixed():
                         with nullcontext() if gates is None else gated(self.encoder) as run:
-                            outcome = self(batch)
+                            outcome = self(replace(batch, views=batch.narrow.get(width, batch.views)))
                         loss = outcome.loss if gates is None or run is None else outcome.loss + gates(run, progress)
                         loss = recipe.loss(loss, self._teach(outcome, recipe.distill))
                     found[width] = outcome.loss.detach(), loss.detach()
@@ -187,8 +196,6 @@ class Method(nn.Module):
             if diagnostics is not None:
                 diagnostics.discard()
             raise
-        finally:
-            batch.targets = ()
         return losses
 
     def _check(
@@ -217,14 +224,21 @@ class Method(nn.Module):
                 raise UsageError(f"{where}: the recipe has random_widths, but gates are for the widths of slimify")
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
-        if not isinstance(batch.views, Collection) or len(batch.views) != self.views:
-            found = len(batch.views) if isinstance(batch.views, Collection) else repr(batch.views)
-            raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
-        for view in batch.views:
+        narrow = batch.narrow if isinstance(batch.narrow, Mapping) else {}
+        if batch.narrow is not narrow or (narrow and not set(recipe.loss_weights) - {1.0} >= set(narrow)):
+            expected = "views for narrower widths of the model, as in {0.5: views}"
+            raise UsageError(f"{where}: batch.narrow must hold {expected}, got {batch.narrow!r:.80}")
+        views: list[Tensor] = []
+        for each in (batch.views, *narrow.values()):
+            if not isinstance(each, Collection) or len(each) != self.views:
+                found = len(each) if isinstance(each, Collection) else repr(each)
+                raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
+            views.extend(each)
+        for view in views:
             if not isinstance(view, Tensor) or not view.ndim or view.is_meta:
                 raise DataError(f"{where}: a view must be a tensor of shape (batch, ...), got {view!r}")
-        if len({len(view) for view in batch.views}) > 1:
-            shapes = " and ".join(str(tuple(view.shape)) for view in batch.views)
+        if len({len(view) for view in views}) > 1:
+            shapes = " and ".join(str(tuple(view.shape)) for view in views)
             raise DataError(f"{where}: views have shapes {shapes}; row i of each must belong to the same image")
 
     def _teach(self, outcome: Outcome, distill: OnlineDistillation | None) -> Sequence[Tensor] | None:

@@ -213,7 +213,7 @@ class _WithPredictor(Method):
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Update the momentum encoder; return for each view its embeddings of the other one."""
         self.momentum_encoder.update(self.encoder, cosine_momentum(progress, self.momentum))
-        with synchronised_batchnorm():
+        with synchronised_batchnorm(self.bn_groups):
             return [self.momentum_encoder(view) for view in batch.views][::-1]
 
     def predict(self, batch: Batch) -> list[Tensor]:

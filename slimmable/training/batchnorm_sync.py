@@ -1,4 +1,4 @@
-"""Synchronised batch norm as a context manager: statistics of all processes' batches together."""
+"""Batch norms of the joined batch of all processes, or of groups of its images, as a context manager."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from slimmable._distributed import alone, from_all, from_all_alike
+from slimmable._checks import check_count
+from slimmable._distributed import alone, from_all, from_all_alike, world_size
 from slimmable._numerics import at_least_float32
 from slimmable._reach import PROCESS
 from slimmable.errors import DataError
 
-_originals: list[Any] = []  # torch's functions, once for each block that is open in any thread
+_originals: list[Any] = []  # torch's functions, while a block is open
+_groups: dict[object, int] = {}  # of each block that is open in any thread
 
 
 @contextmanager
-def synchronised_batchnorm() -> Iterator[None]:
+def synchronised_batchnorm(groups: int = 1) -> Iterator[None]:
     """Run a block in which every batch norm in training mode works on the joined batch of all processes.
 
     Outputs, gradients and running statistics are those of one process with the joined batch. The block applies to all
@@ -30,8 +32,13 @@ def synchronised_batchnorm() -> Iterator[None]:
     Run forward passes in the block, with activation checkpointing `backward` too. It applies to all threads, but not to
     TorchScript or second derivatives. On GPUs `nn.SyncBatchNorm.convert_sync_batchnorm` is faster and works as well.
 
+    Args:
+        groups: how many equal parts of the joined batch, a multiple of the number of processes, have statistics of
+            their own, as on that many GPUs without synchronisation. Running statistics get the mean of the groups'.
+
     Raises: DataError: in all processes, if the input of a batch norm differs between them in channels, dtype or need
-        for gradients, or has fewer than two values per channel in the joined batch.
+        for gradients, has fewer than two values per channel in the joined batch or in a group, or cannot be divided
+        into the groups.
 
     >>> norm = torch.nn.BatchNorm1d(2)
     >>> with synchronised_batchnorm():  # the only process: the batch is the joined batch
@@ -39,34 +46,44 @@ def synchronised_batchnorm() -> Iterator[None]:
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
-    if alone():
+    check_count("synchronised_batchnorm", groups=groups)
+    if alone() and groups == 1 and not _groups:
         yield
         return
+    block = object()
     with PROCESS:
-        functional, native = _originals[0] if _originals else (F.batch_norm, torch.batch_norm)
-        _originals.append((functional, native))
-        # A TorchFunctionMode would not do: it is off in `backward`, where activation checkpointing runs forwards again.
-        F.batch_norm = _joined(functional, "input running_mean running_var weight bias training momentum eps")
-        names = "input weight bias running_mean running_var training momentum eps cudnn_enabled"
-        torch.batch_norm = _joined(native, names)
+        if not _groups:
+            # A TorchFunctionMode would not do: it is off in `backward`, where checkpointing runs forwards again.
+            _originals[:] = F.batch_norm, torch.batch_norm
+            names = "input running_mean running_var weight bias training momentum eps"
+            F.batch_norm = _joined(F.batch_norm, names)
+            names = "input weight bias running_mean running_var training momentum eps cudnn_enabled"
+            torch.batch_norm = _joined(torch.batch_norm, names)
+        _groups[block] = groups
     try:
         yield
     finally:
         with PROCESS:
-            _originals.pop()
-            if not _originals:
-                F.batch_norm, torch.batch_norm = functional, native
+            del _groups[block]
+            if not _groups:
+                F.batch_norm, torch.batch_norm = _originals
 
 
 def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor]:
     """Return a batch norm with the arguments of `original` that joins the batches in training mode."""
     # hidden from the compiler; here and not at the top, because this loads it
-    joined: Callable[..., Tensor] = torch.compiler.disable(joined_batch_norm)  # type: ignore[no-untyped-call]
+    joined, grouped = map(torch.compiler.disable, (joined_batch_norm, grouped_batch_norm))
 
     def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(names.split(), args, strict=False)) | kwargs
         given.pop("cudnn_enabled", None)
-        return joined(**given) if given.pop("training", False) else original(*args, **kwargs)
+        groups = next(reversed(_groups.values()), 1)
+        if not given.pop("training", False) or (groups == 1 and alone()):
+            return original(*args, **kwargs)
+        if groups > 1:
+            states = given.pop("running_mean"), given.pop("running_var")
+            return cast(Tensor, grouped(groups, given.pop("input"), *states, **given))
+        return cast(Tensor, joined(**given))
 
     return batch_norm
 
@@ -94,6 +111,25 @@ def joined_batch_norm(
                 running.copy_(torch.lerp(running.to(found.dtype), found, momentum))
         scale = (squares / total + eps).rsqrt()
     return cast(Tensor, _Normalise.apply(input, weight, bias, mean, scale, total))
+
+
+def grouped_batch_norm(groups: int, input: Tensor, *states: Tensor | None, **given: Any) -> Tensor:
+    """Return this process's part of the batch norm of equal `groups` of the joined batch; `states` are running ones."""
+    own, rest = divmod(groups, world_size())
+    if rest or len(input) % own or input.numel() // (own * max(1, input.shape[1])) < 2:
+        what = f"{groups} groups of a batch norm's input, of shape {tuple(input.shape)} in each of {world_size()}"
+        raise DataError(f"synchronised_batchnorm: {what} processes, must be equal, and of two values per channel each")
+    weight, bias, more = given.get("weight"), given.get("bias"), (given.get("momentum", 0.1), given.get("eps", 1e-5))
+    outputs, found = [], []
+    for part in input.chunk(own):
+        found.append([None if state is None else state.clone() for state in states])
+        settings = True, *more, torch.backends.cudnn.enabled
+        outputs.append(torch.ops.aten.batch_norm(part, weight, bias, *found[-1], *settings))
+    for state, copies in zip(states, zip(*found, strict=True), strict=True):
+        if state is not None:
+            mean = torch.stack(copies).mean(0)
+            state.copy_(mean if alone() else from_all(mean).mean(0))
+    return torch.cat(outputs)
 
 
 def merged_moments(counts: Sequence[int], means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,3 @@ def _block(tensor: Tensor, cut: Cut) -> Tensor:
     if not cut.starts:
         return tensor.as_strided(cut.sizes, strides)
     return tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))
-
-
-def take_channels(tensor: Tensor, kept: Kept) -> Tensor:
-    """Return the part of a tensor that is kept along its first axis."""
-    return tensor if kept is None else tensor[list(kept) if isinstance(kept, tuple) else slice(kept)]

@@ -1,9 +1,9 @@
-"""Switchable norms: one real norm per width; the narrow ones are cut copies of the full one."""
+"""Switchable norms and layers: one real module per width; the narrow ones are cut copies of the full one."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -11,16 +11,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
-from slimmable._modules import twin_of
+from slimmable._modules import size_axes, twin_of
 from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
-from slimmable.view.cuts import take_channels
+from slimmable.view.cuts import make_cut, take
 from slimmable.view.state import Column, Counts
 from slimmable.view.view import install_view, remove_view
 
 M = TypeVar("M")
+_Units: TypeAlias = "dict[str, list[list[int]]]"  # name of a tensor -> the units of each axis
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
+
+
+class Part(NamedTuple):
+    """What a width has of a module: what it keeps of the axes of each tensor, and the values of attributes."""
+
+    axes: Mapping[str, Sequence[Kept]]
+    values: Mapping[str, object]
 
 
 class NarrowNorms(nn.ModuleList):
@@ -38,48 +46,23 @@ class NarrowNorms(nn.ModuleList):
         super().add_module(name, _guarded(module))
 
 
-class SwitchableNorm(SwitchableContainer):
-    """One real norm per width; the forward runs that of the active width and touches no other.
-
-    In the state dict and `named_parameters`, the full width's norm has the plain names (`bn.weight`); the narrower
-    ones follow as `bn.narrow.0.weight` and so on, from wide to narrow. A checkpoint without narrow names loads into
-    the full norm, and its kept channels into the narrower ones.
-
-    Attributes that the container lacks are those of the active norm. Setting one sets it in every norm, except that a
-    tensor is set in the active norm alone.
-
-    Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
-
-    Args:
-        full: the norm of the full width, of any class; the container holds the module itself.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
-        kept: the channels kept at each width, from the widest: None for all, a number for the first ones, or indices.
-        shared_affine: narrower norms have their own statistics, but read their part of the full norm's gain and bias
-            (Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.2).
-
-    >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
-    >>> [name for name, _ in norm.named_parameters()]
-    ['weight', 'bias', 'narrow.0.weight', 'narrow.0.bias']
-    >>> norm.norm_at(1).num_features
-    4
-    """
+class Switchable(SwitchableContainer):
+    """One real module per width, a norm or any layer; see `SwitchableNorm`."""
 
     full: nn.Module
     narrow: NarrowNorms
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
-    @checked
     def __init__(
-        self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
+        self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part], *, shared_affine: bool = False
     ) -> None:
         super().__init__(widths)
-        if len(kept) != len(self.widths):
-            raise ConversionError(
-                f"SwitchableNorm: kept has {len(kept)} entries, {kept!r:.40}, not one for each width of {self.widths}"
-            )
-        self.__dict__["_kept"] = tuple(kept)
+        if len(parts) != len(self.widths):
+            known = f"{len(parts)} entries, not one for each width of {self.widths}"
+            raise ConversionError(f"{type(self).__name__}: kept has {known}")
+        self.__dict__["_parts"] = tuple(parts)
         self.add_module("full", full)
-        narrow = (self._narrowed(keep, shared_affine) for keep in kept[1:])
+        narrow = (self._narrowed(part, shared_affine) for part in parts[1:])
         self.add_module("narrow", NarrowNorms(narrow, shared_affine))
         self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
@@ -95,29 +78,35 @@ class SwitchableNorm(SwitchableContainer):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse tensors that other code adds, as pruning does."""
         raise ConversionError(
-            f"{name} cannot be added to a switchable norm, which has no tensors of its own; change the norms of all "
-            "widths, norm.full and norm.narrow, or change the model before slimmable.slimify"
+            f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own; change the modules "
+            "of all widths, in its full and narrow, or change the model before slimmable.slimify"
         )
 
-    def _narrowed(self, kept: Kept, shared: bool) -> nn.Module:
-        norm = _narrow_norm(self.full, kept)
-        return _share(norm, self.full._parameters, kept) if shared else norm
+    @torch.inference_mode(False)  # it is used outside of that, too
+    def _narrowed(self, part: Part, shared: bool) -> nn.Module:
+        """Return a cut copy of the full module, which may read the parameters of that."""
+        module = _copy_of_norm(self.full)
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
+        for name in tensors.keys() & part.axes.keys():
+            tensors[name].data = _cut(tensors[name].data, part, name)
+        for name, value in part.values.items():
+            owner, _, own = name.rpartition(".")
+            setattr(module.get_submodule(owner), own, value)
+        return _share(module, self.full._parameters, part) if shared else module
 
-    def to_norm(self) -> nn.Module:
-        """Return the norm of the full width, the module itself, not a copy."""
+    def to_plain(self) -> nn.Module:
+        """Return the module of the full width, the module itself, not a copy."""
         return _unguarded(self.full)
 
-    def norm_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
+    def module_at(self, index: int) -> nn.Module:
+        """Return the module of the width with this index; 0 is the full width, -1 a guest."""
         if index > 0:
             return inner_modules(self, "narrow")[str(index - 1)]
         return cast(nn.Module, self._modules["guest" if index else "full"])
 
-    module_at = norm_at
-
     def own_at(self, index: int) -> nn.Module:
-        """Return a norm like that of the width with this index, on the same tensors except a shared gain and bias."""
-        norm = self.norm_at(index)
+        """Return a module like that of the width with this index, on the same tensors except shared ones."""
+        norm = self.module_at(index)
         twin = _unguarded(twin_of(norm, type(norm)))
         if not _shares(norm):
             return twin
@@ -126,15 +115,15 @@ class SwitchableNorm(SwitchableContainer):
         for name, whole in full.items():
             own = None if whole is None else nn.Parameter(getattr(norm, name).detach().clone(), whole.requires_grad)
             twin.__dict__["_parameters"][name] = own
-            twin.__dict__["affine"] |= own is not None
+            twin.__dict__.update({"affine": True} if own is not None and "affine" in twin.__dict__ else {})
         return twin
 
     def copy_at(self, index: int) -> nn.Module:
-        """Return a copy of the norm of the width with this index, with its own gain and bias."""
+        """Return a copy of the module of the width with this index, with its own parameters."""
         return _copy_of_norm(self.own_at(index))
 
     def norms(self) -> Iterator[nn.Module]:
-        """Yield the norms of all widths and of an active guest."""
+        """Yield the modules of all widths and of an active guest."""
         yield self.full
         for name in self._lists:
             yield from self._modules.get(name) or ()  # type: ignore[misc]
@@ -146,7 +135,7 @@ class SwitchableNorm(SwitchableContainer):
             return modules[name]
         if name.startswith("_") or "narrow" not in modules:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.norm_at(self._slim.index), name)
+        return getattr(self.module_at(self._slim.index), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or "_is_replica" in self.__dict__:  # of DataParallel, which fills it in
@@ -156,7 +145,7 @@ class SwitchableNorm(SwitchableContainer):
         elif name in self.__dict__ or name in self._modules or not hasattr(self.full, name):
             super().__setattr__(name, value)
         elif isinstance(value, Tensor):
-            setattr(self.norm_at(self._slim.index), name, value)
+            setattr(self.module_at(self._slim.index), name, value)
         else:
             for norm in self.norms():
                 setattr(norm, name, value)
@@ -222,20 +211,58 @@ class SwitchableNorm(SwitchableContainer):
         for key, own in norm.state_dict(keep_vars=True).items():
             tensor = given.get(f"{dense}{key}", given.get(f"{prefix}full.{key}"))
             if tensor is not None and tensor.shape in (own.shape, full[key].shape):
-                kept = None if tensor.shape == own.shape else self._kept[index]
-                found[f"{prefix}{name}{key}"] = take_channels(tensor, kept).clone()
+                fits = tensor.shape == own.shape
+                found[f"{prefix}{name}{key}"] = tensor.clone() if fits else _cut(tensor, self._parts[index], key)
         return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
 
 
-class GuestNorm(Column):
-    """A guest of a switchable norm: a norm that shares the full one's gain and bias and starts from its statistics."""
+class SwitchableNorm(Switchable):
+    """One real norm per width; the forward runs that of the active width and touches no other.
 
-    def __init__(self, container: SwitchableNorm, width: float | Counts, kept: Kept) -> None:
+    In the state dict and `named_parameters`, the full width's norm has the plain names (`bn.weight`); the narrower
+    ones follow as `bn.narrow.0.weight` and so on, from wide to narrow. A checkpoint without narrow names loads into
+    the full norm, and its kept channels into the narrower ones.
+
+    Attributes that the container lacks are those of the active norm. Setting one sets it in every norm, except that a
+    tensor is set in the active norm alone.
+
+    Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
+
+    Args:
+        full: the norm of the full width, of any class; the container holds the module itself.
+        widths: distinct numbers in (0, 1] with 1.0 among them.
+        kept: the channels kept at each width, from the widest: None for all, a number for the first ones, or indices.
+        shared_affine: narrower norms have their own statistics, but read their part of the full norm's gain and bias
+            (Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.2).
+
+    >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
+    >>> [name for name, _ in norm.named_parameters()]
+    ['weight', 'bias', 'narrow.0.weight', 'narrow.0.bias']
+    >>> norm.norm_at(1).num_features
+    4
+    """
+
+    @checked
+    def __init__(
+        self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
+    ) -> None:
+        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep) for keep in kept]
+        super().__init__(full, widths, parts, shared_affine=shared_affine)
+
+    def norm_at(self, index: int) -> nn.Module:
+        """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
+        return self.module_at(index)
+
+
+class Guest(Column):
+    """A guest of a switchable module: a module that shares the full one's parameters and starts from its statistics."""
+
+    def __init__(self, container: Switchable, width: float | Counts, part: Part) -> None:
         super().__init__(width)
-        self.kept, self.norm = kept, container._narrowed(kept, shared=True)
+        self.part, self.norm = part, container._narrowed(part, shared=True)
 
     def enter(self, module: nn.Module) -> None:
         """Put the norm into the container as `guest`."""
@@ -247,37 +274,39 @@ class GuestNorm(Column):
 
     def keep(self, module: nn.Module) -> None:
         """Append the norm to the narrow ones, which puts its statistics into the state dict."""
-        container = cast(SwitchableNorm, module)
+        container = cast(Switchable, module)
         container.narrow.append(self.norm)
-        container.__dict__["_kept"] = (*container._kept, self.kept)
+        container.__dict__["_parts"] = (*container._parts, self.part)
         if container._slim.active is self:
             self.leave(module)
         del self.norm  # a converter may replace the appended one
 
     def drop(self, module: nn.Module) -> None:
         """Take back the norm that `keep` appended."""
-        container = cast(SwitchableNorm, module)
-        container.__dict__["_kept"] = container._kept[:-1]
+        container = cast(Switchable, module)
+        container.__dict__["_parts"] = container._parts[:-1]
         self.norm = container.narrow[-1]
         del container.narrow[-1]
 
 
-def _report_plain_names(norm: SwitchableNorm, _: Any) -> None:
+def _report_plain_names(norm: Switchable, _: Any) -> None:
     """Report missing, unexpected and ill-shaped tensors by their state-dict names; reset an active guest."""
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        anew = _narrow_norm(norm.full, cast(GuestNorm, norm._slim.active).kept)
+        anew = norm._narrowed(cast(Guest, norm._slim.active).part, shared=False)
         guest.load_state_dict(anew.state_dict(), strict=False)  # without what it shares
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
 
 
-def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], kept: Kept) -> nn.Module:
-    """Let a narrow norm read its part of `lent`, the full norm's gain and bias, instead of having its own."""
+def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], part: Part) -> nn.Module:
+    """Let a narrow module read its part of `lent`, the full module's parameters, instead of having its own."""
     own = {name: None for name, tensor in lent.items() if tensor is None}
-    norm.__dict__.update(_parameters=own, affine=False, _slim_lent=lent, _slim_shared=kept)  # converters read `affine`
-    install_view(norm, (1.0,), {name: [(kept,)] for name, tensor in lent.items() if tensor is not None}, {})
+    norm.__dict__.update(_parameters=own, _slim_lent=lent, _slim_shared=part)
+    norm.__dict__.update({"affine": False} if "affine" in norm.__dict__ else {})  # which converters read
+    whole = {name: [None] * tensor.ndim for name, tensor in lent.items() if tensor is not None}
+    install_view(norm, (1.0,), {name: [part.axes.get(name, every)] for name, every in whole.items()}, {})
     return norm
 
 
@@ -316,69 +345,93 @@ def _copy_of_norm(norm: nn.Module) -> nn.Module:
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
-def _units(kept: Kept, channels: int) -> list[int]:
-    return list(kept if isinstance(kept, tuple) else range(kept_of(channels, kept)))
+def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mapping[str, object]) -> Part:
+    """Return what a width has of a norm or layer, by what a plan keeps of its tensors, and its attributes then."""
+    if isinstance(module, _BatchNorm):
+        return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1))
+    sizes = {}
+    for name, axis in size_axes(module).items() if "weight" in own else ():
+        groups = values.get("groups", getattr(module, "groups", 1)) if axis == 1 else 1
+        sizes[name] = kept_of(cast(Tensor, module.weight).shape[axis], own["weight"][axis]) * cast(int, groups)
+    return Part(own, {**sizes, **values})
 
 
-def inherit(norm: SwitchableNorm, before: SwitchableNorm, moved: Sequence[int] | None) -> list[float | Counts]:
-    """Give a container what one of the same full norm has learned; return the widths that lose some of it.
+def _part_of_norm(norm: nn.Module, kept: Kept) -> Part:
+    """Return what a width has of a norm that keeps these channels, and of modules inside, such as an activation."""
+    if kept is None:
+        return Part({}, {})
+    counts = (getattr(norm, name, None) for name in _CHANNEL_COUNTS)
+    channels = next((count for count in counts if isinstance(count, int)), None)
+    if channels is None:
+        raise ConversionError(
+            f"{type(norm).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
+            "only norms that do can be switched"
+        )
+    units = kept if isinstance(kept, tuple) and kept else [kept - 1] if type(kept) is int else [-1]
+    if not set(units) <= set(range(channels)):
+        raise ConversionError(
+            f"SwitchableNorm: an entry of kept must be None, 1 to {channels} channels or a tuple of them, got {kept!r}"
+        )
+    tensors = (*norm.named_parameters(), *norm.named_buffers())
+    axes = {name: (kept, *[None] * (each.ndim - 1)) for name, each in tensors if each.shape[:1] == (channels,)}
+    places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)
+    sizes = {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name, size in places if size == channels}
+    return Part(axes, sizes)
 
-    A width that keeps its channels keeps its norm. Any other starts from the nearest wider one's norm and, for the
-    channels that it had, from its own. `moved` holds where each channel was before, None if that is where it is.
+
+def _cut(tensor: Tensor, part: Part, name: str) -> Tensor:
+    cut = make_cut(tensor, part.axes[name], name) if name in part.axes else None
+    return (tensor if cut is None else take(tensor, cut)).clone()
+
+
+def _units(tensors: Mapping[str, Tensor], part: Part, moved: Mapping[Any, Sequence[int]], path: str) -> _Units:
+    """Return the units that are kept of each axis of a full module's tensors, by where they were before they moved."""
+    found: _Units = {}
+    for name, tensor in tensors.items():
+        place = f"{path}.{name}".lstrip(".").rpartition(".")[::2]
+        orders = [moved.get((*place, axis), range(size)) for axis, size in enumerate(tensor.shape)]
+        kept = zip(orders, part.axes.get(name, [None] * tensor.ndim), strict=True)
+        units = ((of, keep if isinstance(keep, tuple) else range(kept_of(len(of), keep))) for of, keep in kept)
+        found[name] = [[int(order[unit]) for unit in each] for order, each in units]
+    return found
+
+
+def inherit(
+    norm: Switchable, before: Switchable, moved: Mapping[Any, Sequence[int]], path: str
+) -> list[float | Counts]:
+    """Give a container what one of the same full module has learned; return the widths that lose some of it.
+
+    A width that keeps its channels keeps its module. Any other starts from the nearest wider one's module and, for the
+    channels that it had, from its own. `moved` says of axes (module path, name, number) where each unit was before.
     """
     norm.__class__ = type(before)
-    norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_kept", "_modules")})
-    channels = cast(int, norm.full.num_features)
-    norms = {width: before.norm_at(index) for index, width in enumerate(before._slim.widths)}
-    had = {width: _units(kept, channels) for width, kept in zip(norms, before._kept, strict=True)}
+    norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_parts", "_modules")})
+    norms = {width: before.module_at(index) for index, width in enumerate(before._slim.widths)}
+    tensors = norm.full.state_dict(keep_vars=True)
+    had = {width: _units(tensors, part, {}, path) for width, part in zip(norms, before._parts, strict=True)}
     shared, shared_before = norm.narrow.shared_affine, before.narrow.shared_affine
     loses_affine = shared and not shared_before and norm.full.affine
     lost = []
-    for place, (width, kept) in enumerate(zip(norm._slim.widths[1:], norm._kept[1:], strict=True)):
-        units = [unit if moved is None else int(moved[unit]) for unit in _units(kept, channels)]
+    for place, (width, part) in enumerate(zip(norm._slim.widths[1:], norm._parts[1:], strict=True)):
+        units = _units(tensors, part, moved, path)
         if (units, shared) == (had.get(width), shared_before):
             norm.narrow[place] = norms[width]
             continue
         wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
         for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
             _take_over(norm.narrow[place], units, norms[source], had[source])
-        if width in norms and (loses_affine or set(units) != set(had[width])):
+        if width in norms and (loses_affine or _as_sets(units) != _as_sets(had[width])):
             lost.append(width)
     return lost
 
 
-def _take_over(norm: nn.Module, units: list[int], source: nn.Module, theirs: list[int]) -> None:
-    _, into, out_of = np.intersect1d(units, theirs, return_indices=True)
+def _as_sets(units: _Units) -> dict[str, list[set[int]]]:
+    return {name: list(map(set, axes)) for name, axes in units.items()}
+
+
+def _take_over(norm: nn.Module, units: _Units, source: nn.Module, theirs: _Units) -> None:
     mine, given = norm.state_dict(), source.state_dict()
     for name in mine.keys() & given.keys():
-        if mine[name].shape[:1] == (len(units),) and given[name].shape[:1] == (len(theirs),):
-            mine[name][into] = given[name][out_of].to(mine[name])
-        else:
-            mine[name].copy_(given[name])
-
-
-@torch.inference_mode(False)  # it is used outside of that, too
-def _narrow_norm(full: nn.Module, kept: Kept) -> nn.Module:
-    """Return a copy of a norm in which every tensor and count of its full number of channels is cut."""
-    norm = _copy_of_norm(full)
-    if kept is None:
-        return norm
-    counts = (getattr(full, name, None) for name in _CHANNEL_COUNTS)
-    channels = next((count for count in counts if isinstance(count, int)), None)
-    if channels is None:
-        raise ConversionError(
-            f"{type(full).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
-            "only norms that do can be switched"
-        )
-    if type(kept) not in (int, tuple) or not 1 <= kept_of(channels, kept) <= channels:
-        raise ConversionError(
-            f"SwitchableNorm: an entry of kept must be None, 1 to {channels} channels or a tuple of them, got {kept!r}"
-        )
-    for module in norm.modules():
-        for name in _CHANNEL_COUNTS:
-            if getattr(module, name, None) == channels:
-                setattr(module, name, kept_of(channels, kept))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.shape[:1] == (channels,):
-                tensor.data = take_channels(tensor.data, kept).clone()
-    return norm
+        shared = [np.intersect1d(*axes, return_indices=True) for axes in zip(units[name], theirs[name], strict=True)]
+        into, out_of = (np.ix_(*(places[of] for places in shared)) for of in (1, 2))
+        mine[name][into] = given[name][out_of].to(mine[name])

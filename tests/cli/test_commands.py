@@ -4,12 +4,15 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 import slimmable
 from slimmable.__main__ import main
 from slimmable._small_resnet import small_resnet
+from slimmable.cli.config import PretrainConfig
+from slimmable.cli.run import converted_backbone
 
 LOAD = """
 import sys, torch
@@ -68,6 +71,25 @@ def test_plan_prints_what_is_pinned(capsys):
     output = capsys.readouterr().out
     assert "kept at 1.0, 0.5" in output
     assert "fc.weight[0]" in output
+
+
+@pytest.mark.parametrize(("rounding", "kept"), [("nearest", (45, 90, 179)), ("floor", (44, 89, 179))])
+def test_every_command_keeps_the_units_of_its_rounding(rounding, kept, tmp_path, capsys):
+    options = ["--widths", "1", "0.7", "--rounding", rounding]
+    assert main(["plan", "resnet10t", *options]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{full}, {count} " in printed for full, count in zip((64, 128, 256), kept, strict=True))
+    assert main(["profile", "resnet10t", *options, "--image-size", "32", "--csv", str(tmp_path / "costs.csv")]) == 0
+    model = slimmable.slimify(timm.create_model("resnet10t"), (1.0, 0.7), rounding=rounding)
+    parameters = (tmp_path / "costs.csv").read_text().splitlines()[2].split(",")[1]
+    assert int(parameters) == sum(each.numel() for each in slimmable.extract(model, 0.7).parameters())
+    exported = ["export", "resnet10t", "--width", "0.7", "--format", "safetensors", "--image-size", "32"]
+    assert main([*exported, *options, "--output", str(tmp_path / "files")]) == 0
+    (written,) = (tmp_path / "files").glob("*.safetensors")
+    assert len(load_file(written)["layer2.0.conv1.weight"]) == kept[1]
+    config = PretrainConfig(model="resnet10t", widths=(1.0, 0.7), rounding=rounding)
+    trained = slimmable.extract(converted_backbone(config, 1), 0.7)
+    assert [len(stage[0].conv1.weight) for stage in (trained.layer1, trained.layer2, trained.layer3)] == list(kept)
 
 
 def test_help_names_every_command(capsys):

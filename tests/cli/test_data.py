@@ -12,8 +12,13 @@ from PIL import Image
 from slimmable.__main__ import main
 from slimmable.cli import data
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import FolderImages, Plain, batches_of, cluttered_digits, folder_images, load_images
+from slimmable.cli.data import Pictures, Plain, batches_of, cluttered_digits, folder_images, load_images
 from slimmable.errors import DataError
+
+
+def pictures(path):
+    """Return the images of one file."""
+    return Pictures([(str(path), 0)], [str(path)], ["one"])
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(20, 40), st.integers(0, 1000))
@@ -67,7 +72,8 @@ def test_folder_reads_every_good_file_and_names_the_others(tmp_path_factory, cou
     said = []
     images = folder_images(root, 0, said.append)
     assert images.classes == tuple(sorted(counts))
-    assert Plain(images.train, size).stacked().shape[1:] == (3, size, size)
+    plain = Plain(images.train, size)
+    assert all(plain[index].shape == (3, size, size) for index in range(len(plain)))
     assert len(images.train) + len(images.test) == sum(good for good, _ in counts.values())
     for stack, labels in ((images.train, images.train_labels), (images.test, images.test_labels)):
         for index, label in enumerate(labels):  # the colour tells the class
@@ -103,7 +109,7 @@ def test_centre_of_a_long_image_is_kept(tmp_path):
 
 def test_a_file_that_breaks_later_is_named(tmp_path):
     write(tmp_path / "cat" / "1.png", (1, 2, 3))
-    images = FolderImages([tmp_path / "cat" / "1.png"])
+    images = pictures(tmp_path / "cat" / "1.png")
     assert images[0].shape == (3, 9, 12)
     (tmp_path / "cat" / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"1\.png cannot be read"):
@@ -113,7 +119,7 @@ def test_a_file_that_breaks_later_is_named(tmp_path):
 def test_a_file_that_breaks_later_is_named_in_one_line_by_a_worker_too(tmp_path):
     (tmp_path / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError) as caught:
-        list(batches_of(Plain(FolderImages([tmp_path / "1.png"]), 8), workers=1))
+        list(batches_of(Plain(pictures(tmp_path / "1.png"), 8), workers=1))
     assert re.fullmatch(r".*1\.png cannot be read \(.*\); replace it, then continue with --resume", str(caught.value))
 
 
@@ -124,7 +130,7 @@ def test_sixteen_bits_are_read_as_their_upper_eight(tmp_path, kind):
         (tmp_path / "1.pgm").write_bytes(b"P5 7 5 65535\n" + pixels.astype(">u2").tobytes())
     else:
         Image.fromarray(pixels).save(tmp_path / f"1.{kind}")
-    found = FolderImages([tmp_path / f"1.{kind}"])[0]
+    found = pictures(tmp_path / f"1.{kind}")[0]
     assert torch.equal(found, torch.from_numpy((pixels >> 8).astype(np.uint8)).expand(3, 5, 7))
 
 
@@ -143,7 +149,7 @@ def test_pixels_without_a_range_are_left_out(tmp_path, dtype):
 )
 def test_pictures_of_all_kinds_have_three_channels(tmp_path, mode, suffix):
     Image.new("RGB", (3, 2), (0, 0, 0)).convert(mode).save(tmp_path / f"1.{suffix}")
-    assert torch.equal(FolderImages([tmp_path / f"1.{suffix}"])[0], torch.zeros(3, 2, 3, dtype=torch.uint8))
+    assert torch.equal(pictures(tmp_path / f"1.{suffix}")[0], torch.zeros(3, 2, 3, dtype=torch.uint8))
 
 
 @given(st.sets(st.text("abc", min_size=1, max_size=3), min_size=3, max_size=6), st.sampled_from("abc"))

@@ -18,6 +18,7 @@ from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from PIL import Image
 
 from slimmable.__main__ import main
 from slimmable._profile import profile
@@ -73,11 +74,16 @@ TAKEN = {
     "pretrain --method": {},
     "pretrain --model": {},
     "pretrain --data": {},
+    "pretrain --data-dir": {},
+    "pretrain --mean": {"zero": SHARE, "tiny": SHARE},
+    "pretrain --std": {},
     "pretrain --num-images": {"20,000": LARGE},
     "pretrain --image-size": {},
     "pretrain --augmentation": {},
     "pretrain --min-crop-scale": {"zero": SHARE, "tiny": SHARE},
+    "pretrain --views-per-width": {},
     "pretrain --widths": {},
+    "pretrain --rounding": {},
     "pretrain --universal": {},
     "pretrain --distill": {},
     "pretrain --loss-weights": {},
@@ -87,17 +93,23 @@ TAKEN = {
     "pretrain --gate-lr-scale": {},
     "pretrain --proj-dim": {"20,000": LARGE},
     "pretrain --proj-hidden-dim": {"zero": "one hidden unit per feature", "20,000": LARGE},
+    "pretrain --head-std": {},
     "pretrain --temperature": {},
     "pretrain --ema-momentum": {"zero": SHARE, "tiny": SHARE},
     "pretrain --queue-size": {"20,000": "it is cut to a quarter of the images"},
     "pretrain --key-parts": {},
+    "pretrain --bn-groups": {},
     "pretrain --epochs": {"20,000": LARGE},
     "pretrain --batch-size": {},
     "pretrain --opt": {},
     "pretrain --lr": {},
     "pretrain --lr-after-slow-start": {},
     "pretrain --warmup-epochs": {"zero": OFF, "tiny": "no step is shorter"},
+    "pretrain --lars-trust": {},
+    "pretrain --lars-clip": {},
+    "pretrain --lars-gates": {},
     "pretrain --weight-decay": {"zero": OFF, "tiny": OFF},
+    "pretrain --decay-norms": {},
     "pretrain --precision": {},
     "pretrain --seed": {"zero": "the default", "20,000": "any number below 2**31 is a seed"},
     "pretrain --preset": {},
@@ -106,14 +118,16 @@ TAKEN = {
         "folder": "it is empty",
     },
     "pretrain --resume": {},
-    "pretrain --log": {},
+    "pretrain --logger": {},
     "pretrain --log-every": {"20,000": LARGE},
     "pretrain --knn-every": {"zero": OFF, "20,000": LARGE},
+    "pretrain --quiet": {},
     "pretrain --diagnostics": {},
     "pretrain --workers": {"zero": OFF},
     "pretrain --device": {},
     "evaluate RUN": {},
     "evaluate --probes": {},
+    "evaluate --label-fraction": {"tiny": "one image of each class"},
     "evaluate --workers": {"zero": OFF},
     "evaluate --device": {},
     "export MODEL_OR_RUN": {},
@@ -124,17 +138,32 @@ TAKEN = {
         **dict.fromkeys(("folder", "full", "above"), "files are added to a folder"),
     },
     "export --widths": {},
+    "export --rounding": {},
     "export --checkpoint": {},
     "export --pretrained": {},
     "export --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
     "export --image-size": {},
+    "embed MODEL_OR_RUN": {},
+    "embed --width": {"hundreds of one": "it is written once"},
+    "embed --widths": {},
+    "embed --rounding": {},
+    "embed --checkpoint": {},
+    "embed --pretrained": {},
+    "embed --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
+    "embed --image-size": {},
+    "embed FOLDER": {"above": "a folder with images"},
+    "embed --output": {},
+    "embed --workers": {"zero": OFF},
+    "embed --device": {},
     "profile NAME": {},
     "profile --image-size": {},
     "profile --widths": {},
+    "profile --rounding": {},
     "profile --csv": {**dict.fromkeys(("missing", "unknown", "number", "unicode"), NEW), "file": "it is replaced"},
     "plan NAME": {},
     "plan --image-size": {},
     "plan --widths": {},
+    "plan --rounding": {},
 }
 
 
@@ -155,6 +184,7 @@ RIGHT = {
     "pretrain": (*("--num-images", "16", "--batch-size", "8", "--device", "cpu", "--workers", "0", "--output", "out"),),
     "evaluate": ("RUN", "--device", "cpu", "--workers", "0"),
     "export": ("test_resnet", "--width", "1", "--format", "safetensors", "--output", "out"),
+    "embed": ("test_resnet", "pictures", "--width", "1", "--device", "cpu", "--workers", "0"),
     "profile": ("test_resnet",),
     "plan": ("test_resnet",),
 }
@@ -196,6 +226,8 @@ def playground():
         Path(file).write_text("mine")
     for link, target in (("device", "/dev/zero"), ("loop", "loop"), ("nowhere", "no/where")):
         Path(link).symlink_to(target)
+    Path("pictures").mkdir()
+    Image.new("RGB", (8, 8)).save("pictures/black.png")
     os.mkfifo("fifo")
     with socket.socket(socket.AF_UNIX) as made:
         made.bind("socket")
@@ -275,9 +307,11 @@ def caller(run, tmp_path, monkeypatch, capfd):
     def hang(*_):
         raise Hung
 
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
+    monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    for name in ("cli.training.Training.take_step", "cli.evaluation.rows_of_run", "cli.export._write"):
+    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed._features")
+    for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
     before = signal.signal(signal.SIGALRM, hang)
@@ -305,8 +339,11 @@ def test_a_right_call_begins(caller, command):
 def test_values_without_meaning_are_refused(caller, option):
     command, classes, each = OPTIONS[option]
     right = list(RIGHT[command])
+    place = 0
     if is_positional(each):
-        del right[0]
+        positional = [one for options in classes for one in fields(options) if is_positional(one)]
+        place = positional.index(each)
+        del right[place]
     elif flag(each.name) in right:
         at = right.index(flag(each.name))
         del right[at : at + 2]
@@ -314,7 +351,7 @@ def test_values_without_meaning_are_refused(caller, option):
     found = {}
     for name, words in bad_values(classes, each).items():
         if is_positional(each):
-            line = [command, *words, *right]
+            line = [command, *right[:place], *words, *right[place:]]
         elif appended:
             words = words[: SEVERAL // 20]  # argparse copies a list each time
             line = [command, *right, *(part for word in words or [""] for part in (flag(each.name), word))]
@@ -332,7 +369,7 @@ def names(said, each, words):
     """Return whether a message names an option and its value; of paths, models and switches, the value is enough."""
     values = [form for word in words[:2] for form in forms(word)]
     if not values or len(words) > 2 or "expected " in said or "is for --method" in said:
-        return name_of(each) in said
+        return name_of(each) in said or (is_positional(each) and "the following arguments are required" in said)
     enough = (
         is_positional(each)
         or each.default is False
@@ -403,10 +440,22 @@ DEVICES = (
         (["pretrain", "--method", "byol", "--distill", "kl"], "--distill kl compares logits"),
         (["pretrain", "--method", "simclr", "--augmentation", "supervised"], "--augmentation supervised makes one"),
         (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
-        (["pretrain", "--method", "simclr", "--gate-budget", "0.5", "--widths", "1", "0.5"], "trains one width"),
+        (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", "0.5", "--universal"], "no gates"),
+        (["pretrain", "--views-per-width", "--universal"], "--views-per-width is for fixed widths"),
+        (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),
         (["pretrain", "--preset", "byol-imagenet", "--method", "simclr"], "is for --method byol, not simclr"),
         (["pretrain", "--preset", "byol-imagenet", "--data", "missing"], "--data missing: there is no such folder"),
         (["pretrain", "--data", "folder"], "holds no images"),
+        (["pretrain", "--data", "wds/photos"], "--data wds/photos: timm reads the images of wds/ in their order"),
+        (["pretrain", "--data", "TFDS/mnist"], "so a run could not be resumed"),
+        (["pretrain", "--data", "torch/mnist"], "--data-dir is missing: it goes with torch/NAME"),
+        (["pretrain", "--data", "torch/mnist", "--data-dir", "folder"], "--data torch/mnist cannot be read"),
+        (["pretrain", "--data", "torch/abacus", "--data-dir", "folder"], "Unknown torchvision dataset abacus"),
+        (["pretrain", "--data", "torch/folder", "--data-dir", "folder"], "folder holds no images"),
+        (["pretrain", "--data", "torch/folder", "--data-dir", "missing"], "missing cannot be listed"),
+        (["pretrain", "--data-dir", "folder"], "or hfds/NAME, here --data digits"),
+        (["pretrain", "--mean", "0.5", "0.5", "0.5"], "--mean: got 3 values, the number of channels is 1"),
+        (["pretrain", "--std", "1", "1"], "--std: got 2 values, the number of channels is 1"),
         (["pretrain", "--model", "test_vit", "--image-size", "20"], "--image-size"),
         (["pretrain", "--image-size", "19"], "--image-size 20 or more"),
         (["export", "test_resnet", "--width", "1", "--pretrained", "--checkpoint", "x"], "--pretrained is not allowed"),

@@ -129,7 +129,7 @@ def test_weights_and_biases_gets_settings_and_figures(tmp_path, monkeypatch):
 def test_a_logger_that_is_not_installed_is_named_before_anything_is_made(name, tmp_path, tiny, monkeypatch, capsys):
     module = "torch.utils.tensorboard" if name == "tensorboard" else name
     monkeypatch.setitem(sys.modules, module, None)
-    assert main(["pretrain", *tiny, "--log", name, "--output", str(tmp_path / "run")]) == 2
+    assert main(["pretrain", *tiny, "--logger", name, "--output", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert f"needs {name}" in message
     assert message.endswith(f"pip install {name}\n")  # no extra of this package brings it

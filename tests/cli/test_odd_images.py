@@ -13,8 +13,13 @@ import torch
 from PIL import Image
 
 from slimmable.__main__ import main
-from slimmable.cli.data import FolderImages, Plain, Views, batches_of, folder_images, load, make_views
+from slimmable.cli.data import Pictures, Plain, Views, batches_of, folder_images, load, make_views
 from slimmable.errors import DataError
+
+
+def pictures(path):
+    """Return the images of one file."""
+    return Pictures([(str(path), 0)], [str(path)], ["one"])
 
 
 def write(path, size=(12, 9), **settings):
@@ -139,7 +144,7 @@ def test_only_images_are_decoded_whatever_their_name(folder, monkeypatch):
     )
     assert "9.png (cannot identify image file" in left_out(folder)
     write(folder / "cat" / "10.png", format="JPEG")
-    assert len(FolderImages([folder / "cat" / "10.png"])[0]) == 3
+    assert len(pictures(folder / "cat" / "10.png")[0]) == 3
 
 
 @pytest.mark.parametrize("size", [(9_500, 9_500), (1, 101), (20_000, 150), (15_000, 15_000)])
@@ -155,7 +160,7 @@ def test_what_would_need_much_memory_is_left_out(folder, size):
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (300, 3)])
 def test_small_and_long_images_are_read(tmp_path, size):
     write(tmp_path / "1.png", size)
-    images = FolderImages([tmp_path / "1.png"])
+    images = pictures(tmp_path / "1.png")
     assert Plain(images, 8)[0].shape == (3, 8, 8)
     views = Views(images, torch.zeros(1), make_views("mocov2", 16, min_crop_scale=0.0, mirror=True), 0)
     assert views[0, 0][0].shape == (3, 16, 16)
@@ -166,7 +171,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
     for kind in ("gif", "webp", "png", "tiff"):
         settings = {"lossless": True} if kind == "webp" else {}
         frames[0].save(tmp_path / f"1.{kind}", save_all=True, append_images=frames[1:], **settings)
-        assert (FolderImages([tmp_path / f"1.{kind}"])[0] == 0).all(), kind
+        assert (pictures(tmp_path / f"1.{kind}")[0] == 0).all(), kind
 
 
 # -- names
@@ -178,7 +183,7 @@ def test_odd_names_are_read_and_shown_in_one_line(folder, name):
     (folder / "cat" / f"{name}.png").write_bytes(b"broken")
     assert len(left_out(folder).splitlines()) == 2
     with pytest.raises(DataError) as caught:
-        list(batches_of(Plain(FolderImages([folder / "cat" / f"{name}.png"]), 8), workers=1))
+        list(batches_of(Plain(pictures(folder / "cat" / f"{name}.png"), 8), workers=1))
     assert str(caught.value).isprintable()
     assert re.search(r"\.png'? cannot be read", str(caught.value))
 

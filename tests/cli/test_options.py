@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.run import get_args_parser
 
 import slimmable
 from slimmable.__main__ import main
@@ -86,11 +87,12 @@ RANGED = [each for each in fields(PretrainConfig) if each.metadata["within"]]
 
 @given(st.sampled_from(RANGED), st.floats() | st.integers(-3, 3))
 def test_numbers_outside_their_range_are_refused(each, value):
-    given = {"method": "vicreg", "widths": (1.0,), each.name: value}
+    own = (value,) if each.name in ("mean", "std") else value
+    given = {"method": "vicreg", "widths": (1.0,), each.name: own}
     within = each.metadata["within"]
     least, most = within.ends
     if within.holds(value) and least <= value <= most:
-        assert getattr(PretrainConfig(**given), each.name) == value
+        assert getattr(PretrainConfig(**given), each.name) == own
     else:
         with pytest.raises(UsageError) as caught:
             PretrainConfig(**given)
@@ -103,6 +105,23 @@ def test_the_help_tells_defaults_and_ranges():
     text = " ".join(commands.choices["pretrain"].format_help().split())
     assert "--epochs N passes over the training images (at least 1; default: 20)" in text
     assert "--widths W [W ...] fractions of the channels, in (0, 1], including 1 (default: 1.0 0.75 0.5 0.25)" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_torchrun_passes_every_option_on(command):
+    """It reads all words of its line, and stops if one of ours is the beginning of two options of its own."""
+    (commands,) = (action for action in make_parser()._actions if action.dest == "command")
+    for option in (option for action in commands.choices[command]._actions for option in action.option_strings):
+        words = [command, option, "1"]
+        for launch in ([], ["--nproc_per_node=2"], ["--standalone", "--nproc-per-node", "2"]):
+            line = get_args_parser().parse_args([*launch, "-m", "slimmable", *words])
+            assert (line.training_script, line.training_script_args) == ("slimmable", words)
+
+
+def test_torchrun_stops_at_what_begins_several_options_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["-m", "slimmable", "pretrain", "--log", "tensorboard"])
+    assert "ambiguous option: --log could match --log-dir" in capsys.readouterr().err
 
 
 def test_the_tables_of_the_docs_are_made_from_the_options():

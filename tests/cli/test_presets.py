@@ -17,7 +17,7 @@ from slimmable.losses import OnlineDistillation
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_configuration(preset):
     config = configure({}, preset)
-    assert config.image_size == 224
+    assert config.image_size == (224 if "imagenet" in preset else PRESETS[preset]["image_size"])
     assert config.method == PRESETS[preset]["method"]
     assert config.augmentation != "digits"
     for name, value in PRESETS[preset].items():

@@ -33,18 +33,18 @@ def test_each_width_has_its_own_classifier(features, classes, bias):
 
 def test_twins():
     linear = nn.Linear(8, 3).eval()
-    probe = SwitchableProbe.from_linear(linear, WIDTHS)
-    assert probe.to_linear() is linear
+    probe = SwitchableProbe.from_plain(linear, WIDTHS)
+    assert probe.to_plain() is linear
     assert not any(module.training for module in probe.modules())
     x = torch.randn(2, 8)
     for index, width in enumerate(WIDTHS):
         set_width(probe, width)
         kept = (8, 4, 2)[index]
         assert torch.allclose(probe(x[:, :kept]), x[:, :kept] @ linear.weight[:, :kept].T + linear.bias)
-    half = SwitchableProbe.from_linear(nn.Linear(8, 3, False, dtype=torch.float16), WIDTHS)
+    half = SwitchableProbe.from_plain(nn.Linear(8, 3, False, dtype=torch.float16), WIDTHS)
     assert {(p.dtype, p.ndim) for p in half.parameters()} == {(torch.float16, 2)}
     with pytest.raises(ConversionError, match="got Conv2d"):
-        SwitchableProbe.from_linear(nn.Conv2d(1, 1, 1), WIDTHS)
+        SwitchableProbe.from_plain(nn.Conv2d(1, 1, 1), WIDTHS)
     with pytest.raises(WidthError):
         SwitchableProbe(8, 3, (0.5,))
 

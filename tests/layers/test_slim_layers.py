@@ -41,24 +41,6 @@ def layers() -> dict[str, nn.Module]:
     }
 
 
-BACK = {
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.Linear: "linear",
-    nn.LayerNorm: "layernorm",
-    nn.GroupNorm: "groupnorm",
-}
-
-
-def to_plain(layer: nn.Module) -> nn.Module:
-    return getattr(layer, f"to_{BACK[original_class(layer)]}")()
-
-
-def from_plain(kind: type, layer: nn.Module, widths: tuple[float, ...], **options: bool) -> nn.Module:
-    return getattr(kind, f"from_{BACK[kind._slim_plain]}")(layer, widths, **options)
-
-
 def input_of(layer: nn.Module) -> torch.Tensor:
     """An input for the active width, from the shapes that the layer reads."""
     if isinstance(layer, nn.Linear):
@@ -237,7 +219,7 @@ def test_groupnorm_keeps_whole_groups_where_it_can(groups, size, widths, whole):
 @pytest.mark.parametrize("name", layers())
 def test_full_width_is_bit_equal_to_the_plain_layer(name):
     layer = layers()[name]
-    plain, x = to_plain(layer), input_of(layer)
+    plain, x = layer.to_plain(), input_of(layer)
     assert torch.equal(layer(x), plain(x))
 
 
@@ -245,19 +227,19 @@ def test_full_width_is_bit_equal_to_the_plain_layer(name):
 def test_round_trip_shares_parameters_and_keeps_settings(name):
     layer = layers()[name].eval()
     set_width(layer, 0.5)
-    plain = to_plain(layer)
+    plain = layer.to_plain()
     assert type(plain) is original_class(layer)
     assert not plain.training
     assert width_of(layer) == 0.5
     assert plain.__dict__.keys() == type(plain)(**_constructor(plain)).__dict__.keys()
-    again = from_plain(type(layer)._slim_base, plain, (1.0, 0.25))
+    again = type(layer)._slim_base.from_plain(plain, (1.0, 0.25))
     assert [id(p) for p in again.parameters()] == [id(p) for p in plain.parameters()]
     assert [id(p) for p in again.parameters()] == [id(p) for p in layer.parameters()]
     assert not again.training
     assert width_of(again) == 1.0
     assert "_slim" not in plain.__dict__
     with pytest.raises(ConversionError, match="exactly torch's"):
-        from_plain(type(layer)._slim_base, _subclass_of(plain), (1.0, 0.5))
+        type(layer)._slim_base.from_plain(_subclass_of(plain), (1.0, 0.5))
 
 
 def _constructor(plain: nn.Module) -> dict[str, object]:
@@ -282,7 +264,7 @@ def test_twins_go_separate_ways_after_the_split(name):
     set_width(layer, 0.25)
     x = input_of(layer)
     expected = layer(x)
-    plain = to_plain(layer)
+    plain = layer.to_plain()
     plain.weight = nn.Parameter(torch.zeros_like(plain.weight))
     plain.register_forward_hook(lambda *_: 0)
     assert torch.equal(layer(x), expected)
@@ -291,7 +273,7 @@ def test_twins_go_separate_ways_after_the_split(name):
 @pytest.mark.parametrize("name", layers())
 def test_state_dict_has_torchs_names_and_loads_both_ways(name):
     layer = layers()[name]
-    plain = copy.deepcopy(to_plain(layer))
+    plain = copy.deepcopy(layer.to_plain())
     for parameter in plain.parameters():
         nn.init.normal_(parameter)
     assert list(layer.state_dict()) == list(plain.state_dict())
@@ -323,7 +305,7 @@ def test_deepcopy_and_pickle_at_a_narrow_width(name):
 @pytest.mark.parametrize("name", layers())
 def test_print_is_torchs_plus_the_widths(name):
     layer = layers()[name]
-    full = repr(to_plain(layer))
+    full = repr(layer.to_plain())
     for width in (1.0, 0.25):
         set_width(layer, width)
         assert repr(layer) == f"Slim{full[:-1]}, widths=(1.0, 0.5, 0.25), width={width})"
@@ -352,7 +334,7 @@ def test_user_subclass_of_a_slim_layer():
     assert torch.allclose(net(x), x @ net.weight.T + net.bias + 1)
     assert original_class(net) is _Biased  # torch's layer would lose the forward
     with pytest.raises(ConversionError, match="no torch twin"):
-        net.to_linear()
+        net.to_plain()
 
 
 class _Biased(SlimLinear):

@@ -1,5 +1,6 @@
 """A ResNet built by hand from the layers equals the published SlimCLR code: outputs, statistics, gradients."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import slimmable
 from slimmable._width import set_width, width_of, widths_of
 from slimmable.errors import WidthError
 from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm1d, SwitchableBatchNorm2d, SwitchableProbe
 from slimmable.layers._slim import disjoint_units
+from slimmable.view.state import is_slim
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TENSORS = load_file(GOLDEN / "slimclr_resnet.safetensors")
@@ -217,3 +220,45 @@ def test_non_overlapping_weights_need_room():
         SlimConv2d(10, 10, 1, widths=(1.0, 0.52, 0.49), overlap=False)
     with pytest.raises(WidthError, match=r"\[1, 1, 1\] of 2 units"):  # each width keeps a unit
         SlimConv2d(2, 2, 1, widths=(1.0, 0.5, 0.2, 0.1), overlap=False)
+
+
+def plain_twin(net: ResNet) -> nn.Module:
+    """The network of torch's own layers with the full weights of one built by hand."""
+    kinds = (SlimConv2d, SlimLinear, SwitchableProbe, SwitchableBatchNorm1d, SwitchableBatchNorm2d)
+    made = {id(each): each.to_plain() for each in net.modules() if isinstance(each, kinds)}
+    twin = copy.deepcopy(net, {key: copy.deepcopy(module) for key, module in made.items()})
+    assert not any(is_slim(module) for module in twin.modules())
+    return twin
+
+
+@pytest.mark.parametrize("mode", ["nonoverlap", "nonoverlap_train", "eval", "train"])
+@pytest.mark.parametrize("head", ["supervised", "mocov3_slim"])
+def test_slimify_with_and_without_overlap_as_published(head, mode):
+    overlap = not mode.startswith("nonoverlap")
+    widths = WIDTHS if overlap else (1.0, 0.75, 0.25)
+    built = build(head, torch.float64, widths, overlap)
+    images = TENSORS["x"].double()
+    net = slimmable.slimify(plain_twin(built), widths, example_inputs=images, overlap=overlap, rounding="floor")
+    net.load_state_dict(built.state_dict())
+    net.train(mode in ("train", "nonoverlap_train"))
+    for width in widths:
+        key = f"{mode}/{head}" if overlap else f"{mode}/1-0.75-0.25/{head}"
+        set_width(net, width)
+        assert relative_error(net(images), TENSORS[f"{key}/{width:g}/out_f64"]) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_slimify_with_a_switchable_classifier_as_published(mode):
+    built = build("supervised_switch", torch.float64)
+    images = TENSORS["x"].double()
+    net = slimmable.slimify(plain_twin(built), WIDTHS, example_inputs=images, switchable="fc")
+    state = built.state_dict()
+    for index in range(len(WIDTHS)):
+        for name in ("weight", "bias"):
+            ours = f"fc.narrow.{index - 1}.{name}" if index else f"fc.{name}"
+            state[ours] = state.pop(f"fc.linears.{index}.{name}")
+    net.load_state_dict(state)
+    net.train(mode == "train")
+    for width in WIDTHS:
+        set_width(net, width)
+        assert relative_error(net(images), TENSORS[f"{mode}/supervised_switch/{width:g}/out_f64"]) <= 1e-12

@@ -248,7 +248,7 @@ def test_settings_are_copied():
     full.weight.requires_grad_(False)
     norm = SwitchableNorm(full, WIDTHS, KEPT)
     assert norm.full is full
-    assert norm.to_norm() is full
+    assert norm.to_plain() is full
     for index in (1, 2):
         narrow = norm.norm_at(index)
         assert (narrow.momentum, narrow.eps, narrow.training) == (0.3, 1e-3, False)
@@ -304,9 +304,9 @@ def test_torch_constructors(rank):
         assert type(norm.norm_at(WIDTHS.index(width))) is plain
         full = repr(plain(10, 1e-3, 0.2))
         assert repr(norm) == f"Switchable{full[:-1]}, widths=(1.0, 0.5, 0.25), width={width})"
-    again = kind.from_batchnorm(norm.to_batchnorm(), WIDTHS)
+    again = kind.from_plain(norm.to_plain(), WIDTHS)
     assert type(again) is kind
-    assert again.to_batchnorm() is norm.full
+    assert again.to_plain() is norm.full
     same = kind(10, widths=WIDTHS, slim=False, affine=False, track_running_stats=False)
     assert [same.norm_at(index).num_features for index in range(3)] == [10, 10, 10]
 
@@ -316,7 +316,7 @@ def test_alias_and_errors():
     with pytest.raises(WidthError, match="full width"):
         SwitchableBatchNorm(8, widths=(0.5,))
     with pytest.raises(ConversionError, match="got Linear"):
-        SwitchableBatchNorm.from_batchnorm(nn.Linear(2, 2), WIDTHS)
+        SwitchableBatchNorm.from_plain(nn.Linear(2, 2), WIDTHS)
     with pytest.raises(ConversionError, match="number of channels"):
         SwitchableNorm(nn.LayerNorm(8), WIDTHS, KEPT)
     with pytest.raises(ConversionError, match="2 entries"):

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import os
 import re
 import signal
 import sys
@@ -19,7 +20,7 @@ import types
 import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable import gating, layers, losses, methods, training
+from slimmable.cli.commands import COMMANDS
+from slimmable.cli.config import kind_of
+from slimmable.cli.training import Training
 from slimmable.errors import ConversionError, InputError, SlimmableError
 from slimmable.view.state import state_of
 from tests.life import bad_values as bad
@@ -165,6 +169,9 @@ WIDTH = bad.setting()
 WIDTHS_OF = bad.widths(WIDTHS)
 FLAG, ON = bad.flag(), bad.flag(True)
 EXAMPLE = bad.mapping(lambda: X, size=(4,), other=bad.Of(lambda x: x[:, :-1])).but(none="timm's models need no example")
+ROUNDING = bad.choice("floor")
+SWITCHABLE = bad.function(lambda name, module: name == "0").but(list="nothing is switched", dict="nothing is switched")
+NORM = {"slim": FLAG, "rounding": ROUNDING}
 ROUND = bad.count(1).but(huge="it keeps every group whole")
 OUTPUTS = bad.choice("auto").but(dict="no output is said anything about", list="no output is said anything about")
 SKIP = bad.function(lambda name, module: False).but(list="nothing is skipped", dict="nothing is skipped")
@@ -207,14 +214,14 @@ def conv_arguments(axes: int) -> dict[str, Argument]:
         "padding": Argument(lambda: 0, {**sizes.bad, "text": "middle"}).but(zero="none", of_zero="none"),
         "dilation": sizes, "groups": Argument(lambda: 1, {**size.bad, "not a divisor": 3}), "bias": FLAG,
         "padding_mode": bad.choice("zeros"), "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF, "slim_in": FLAG,
-        "slim_out": FLAG, "overlap": ON,
+        "slim_out": FLAG, "overlap": ON, "rounding": ROUNDING,
     }  # fmt: skip
 
 
 def norm_arguments() -> dict[str, Argument]:
     return {
         "num_features": CHANNELS, "eps": EPS, "momentum": MOMENTUM, "affine": ON, "track_running_stats": FLAG,
-        "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF, "slim": FLAG,
+        "device": DEVICE, "dtype": DTYPE, "widths": WIDTHS_OF, "slim": FLAG, "rounding": ROUNDING,
     }  # fmt: skip
 
 
@@ -289,6 +296,8 @@ BATCH = Argument(
         **bad.WRONG, **bad.NUMBERS, "views": [X, X], "one view": methods.Batch([X]), "no views": methods.Batch([]),
         "views of text": methods.Batch("ab"), "nothing for views": methods.Batch(None),
         "a number for views": methods.Batch(3),
+        "narrow views of no width": methods.Batch([X, X], narrow={0.3: [X, X]}),
+        "narrow views that are a list": methods.Batch([X, X], narrow=[X, X]),
         **{f"view: {label}": bad.Of(lambda whole, value=value: methods.Batch([whole.views[0], value()]))
            for label, value in MATRIX.but(an_axis_more="refused by the encoder, by its own message",
                                           integers="refused by the encoder", complex="refused by the encoder",
@@ -316,6 +325,9 @@ CALLS: dict[str, Call] = {
             "example_inputs": EXAMPLE,
             "skip": SKIP,
             "round_to": ROUND,
+            "rounding": ROUNDING,
+            "overlap": ON,
+            "switchable": SWITCHABLE,
             "importance": bad.choice("magnitude").optional(),
             "outputs": OUTPUTS,
             "universal": FLAG,
@@ -329,6 +341,9 @@ CALLS: dict[str, Call] = {
             "example_inputs": EXAMPLE,
             "skip": SKIP,
             "round_to": ROUND,
+            "rounding": ROUNDING,
+            "overlap": ON,
+            "switchable": SWITCHABLE,
             "outputs": OUTPUTS,
             "universal": FLAG,
         }
@@ -461,6 +476,7 @@ CALLS: dict[str, Call] = {
             "slim_in": FLAG,
             "slim_out": FLAG,
             "overlap": ON,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SlimLayerNorm": Call(
@@ -472,6 +488,7 @@ CALLS: dict[str, Call] = {
             "device": DEVICE,
             "dtype": DTYPE,
             "widths": WIDTHS_OF,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SlimGroupNorm": Call(
@@ -483,6 +500,20 @@ CALLS: dict[str, Call] = {
             "device": DEVICE,
             "dtype": DTYPE,
             "widths": WIDTHS_OF,
+            "rounding": ROUNDING,
+        }
+    ),
+    "layers.SwitchableLinear": Call(
+        {
+            "in_features": CHANNELS,
+            "out_features": CHANNELS,
+            "widths": WIDTHS_OF,
+            "bias": FLAG,
+            "device": DEVICE,
+            "dtype": DTYPE,
+            "slim_in": FLAG,
+            "slim_out": FLAG,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SwitchableProbe": Call(
@@ -493,6 +524,7 @@ CALLS: dict[str, Call] = {
             "bias": FLAG,
             "device": DEVICE,
             "dtype": DTYPE,
+            "rounding": ROUNDING,
         }
     ),
     "layers.SwitchableContainer": Call({"widths": WIDTHS_OF}),
@@ -520,20 +552,21 @@ CALLS: dict[str, Call] = {
         }
     ),
     **{
-        f"layers.{name}.{maker}": Call(
-            {"widths": WIDTHS_OF, argument: bad.module(make), **options}, of=lambda name=name: getattr(layers, name)
+        f"layers.{name}.from_plain": Call(
+            {"widths": WIDTHS_OF, "module": bad.module(make), **options}, of=lambda name=name: getattr(layers, name)
         )
-        for name, maker, argument, make, options in [
-            ("SlimLinear", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-            ("SlimConv1d", "from_conv1d", "conv", lambda: nn.Conv1d(4, 2, 1), {}),
-            ("SlimConv2d", "from_conv2d", "conv", lambda: nn.Conv2d(4, 2, 1), {}),
-            ("SlimConv3d", "from_conv3d", "conv", lambda: nn.Conv3d(4, 2, 1), {}),
-            ("SlimLayerNorm", "from_layernorm", "norm", lambda: nn.LayerNorm(4), {}),
-            ("SlimGroupNorm", "from_groupnorm", "norm", lambda: nn.GroupNorm(2, 4), {}),
-            ("SwitchableProbe", "from_linear", "linear", lambda: nn.Linear(4, 2), {}),
-            ("SwitchableBatchNorm1d", "from_batchnorm", "norm", lambda: nn.BatchNorm1d(4), {"slim": FLAG}),
-            ("SwitchableBatchNorm2d", "from_batchnorm", "norm", lambda: nn.BatchNorm2d(4), {"slim": FLAG}),
-            ("SwitchableBatchNorm3d", "from_batchnorm", "norm", lambda: nn.BatchNorm3d(4), {"slim": FLAG}),
+        for name, make, options in [
+            ("SlimLinear", lambda: nn.Linear(4, 2), {}),
+            ("SlimConv1d", lambda: nn.Conv1d(4, 2, 1), {}),
+            ("SlimConv2d", lambda: nn.Conv2d(4, 2, 1), {}),
+            ("SlimConv3d", lambda: nn.Conv3d(4, 2, 1), {}),
+            ("SlimLayerNorm", lambda: nn.LayerNorm(4), {}),
+            ("SlimGroupNorm", lambda: nn.GroupNorm(2, 4), {}),
+            ("SwitchableLinear", lambda: nn.Linear(4, 2), {}),
+            ("SwitchableProbe", lambda: nn.Linear(4, 2), {"rounding": ROUNDING}),
+            ("SwitchableBatchNorm1d", lambda: nn.BatchNorm1d(4), NORM),
+            ("SwitchableBatchNorm2d", lambda: nn.BatchNorm2d(4), NORM),
+            ("SwitchableBatchNorm3d", lambda: nn.BatchNorm3d(4), NORM),
         ]
     },
     # -- losses
@@ -738,7 +771,9 @@ CALLS: dict[str, Call] = {
             )
         }
     ),
-    "training.synchronised_batchnorm": Call({}),
+    "training.synchronised_batchnorm": Call(
+        {"groups": bad.count(1)}, run=lambda groups: training.synchronised_batchnorm(groups).__enter__()
+    ),
     # -- evaluation
     "evaluation.features_of": Call(
         {
@@ -842,6 +877,7 @@ CALLS: dict[str, Call] = {
     ),
     "gating.gated": Call({"model": GATED}),
     "gating.dense": Call({"model": GATED}),
+    "gating.GatePlan.least_share": Call({"width": bad.number(1.0)}, of=lambda: gating.gate_plan(gated_model())),
     "gating.GatedPass.layer_macs": Call({"input_size": SIZE}, of=gated_run),
     **{f"gating.GatedPass.{name}": Call({"input_size": SIZE}, of=gated_run) for name in ("macs", "share")},
     "gating.GatedPass.dense_macs": Call({"input_size": SIZE}, of=gated_run),
@@ -964,6 +1000,56 @@ CALLS: dict[str, Call] = {
         run=step_of,
     ),
 }
+
+
+# -- the command as a function
+def taken(**options: Any) -> None:
+    """Call `slimmable.pretrain` up to where it would train."""
+    before, place = Training.take_step, os.getcwd()
+    Training.take_step = stopped  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Stopped):
+            os.chdir(folder)
+            slimmable.pretrain(**{"output": "run", "quiet": True, **options})
+    finally:
+        os.chdir(place)
+        Training.take_step = before  # type: ignore[method-assign]
+
+
+class Stopped(BaseException):
+    """The training began."""
+
+
+def stopped(*_: object) -> None:
+    raise Stopped
+
+
+def option_argument(each: Any) -> Argument:
+    """A right value of an option of `pretrain`, beside those that its kind makes wrong."""
+    one, _ = kind_of(each)
+    small = {"num_images": 16, "batch_size": 8, "device": "cpu", "workers": 0, "output": "run", "quiet": True,
+             "widths": WIDTHS, "preset": None, "knn_every": 0}  # fmt: skip
+    good = small.get(each.name, each.default)
+    wrong = {**bad.WRONG, **bad.NUMBERS, "zero byte": "a\0b", "empty": "", "blank": " ", "long": "m" * 5000}
+    if each.name == "widths":
+        wrong = {**bad.widths().bad, "huge": 1e30}
+    elif one is bool:
+        wrong = bad.flag().bad
+    elif one is int:
+        wrong = bad.count(1).bad
+    elif one is float:
+        wrong = {**bad.number(0.5).bad, "huge": 1e30}
+    within = each.metadata["within"]
+    fine = {"none": "the default"} if each.default is None else {}
+    fine |= {"list": "the default"} if each.default == () else {}
+    fine |= {"zero": "in its range"} if within and within.holds(0) else {}
+    fine |= {"fractional": "in its range"} if one is float and within and within.holds(1.5) else {}
+    fine |= {"text": "a new name"} if each.name == "output" else {}
+    return Argument(lambda: good, wrong).but(**fine)
+
+
+PRETRAIN = [each for options in COMMANDS["pretrain"] for each in fields(options)]
+CALLS["pretrain"] = Call({each.name: option_argument(each) for each in PRETRAIN}, run=taken)
 
 
 # -- the layers that run, and the programs of others

@@ -245,7 +245,7 @@ def test_a_sliced_classifier_stays_one(images):
     assert_outputs(load_slimclr(net.float().state_dict()), images, scores)
 
 
-@pytest.mark.parametrize("widths", [(1.0, 0.5), (1.0,)])
+@pytest.mark.parametrize("widths", [(1.0, 0.5), (1.0,), (1.0, 0.7, 0.3)])  # int(64 * 0.7) is 44
 def test_other_widths(widths, images):
     net = resnet50(widths, Switch(widths, 5))
     tensors = net.state_dict()

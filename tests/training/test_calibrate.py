@@ -312,7 +312,7 @@ def test_a_norm_that_leaves_its_container_or_starts_anew_is_as_torch_made_it():
             assert norm.running_mean.count_nonzero() == norm.num_batches_tracked == 0
             with pytest.raises(UsageError, match="update_bn"):
                 norm.reset_running_stats()
-    assert vars(model[1].to_norm()).keys() == vars(nn.BatchNorm2d(8)).keys()
+    assert vars(model[1].to_plain()).keys() == vars(nn.BatchNorm2d(8)).keys()
 
 
 @pytest.mark.parametrize("universal", [False, True])
