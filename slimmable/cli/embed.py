@@ -17,9 +17,8 @@ from slimmable._width import at_width
 from slimmable._widths import width_index
 from slimmable.cli.config import printable
 from slimmable.cli.data import SUFFIXES, Pictures, Plain, batches_of
-from slimmable.cli.export import 
-from slimmable.files.card import Source
 from slimmable.errors import DataError, UsageError
+from slimmable.files.card import Source
 
 
 def embed(
