@@ -6,10 +6,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
 from slimmable import at_width, widths_of
-from slimmable.cli.data import ImageSet, Plain, Views
+from slimmable.cli.data import Plain, Views
 from slimmable.cli.evaluation import features_in
 
 
@@ -34,10 +33,9 @@ def few_of_each(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return torch.cat([order[labels[order] == number][:count] for number in labels.unique()])
 
 
-def first_of(images: ImageSet, size: int, most: int) -> Subset[torch.Tensor]:
+def first_of(images: torch.Tensor, size: int, most: int) -> Plain:
     """Return the first `most` images, of one size."""
-    plain = Plain(images, size)
-    return Subset(plain, range(min(most, len(plain))))
+    return Plain(images[:most], size)
 
 
 def features_at_widths(backbone: nn.Module, images: Plain) -> dict[float, torch.Tensor]:

@@ -24,8 +24,20 @@ if TYPE_CHECKING:
     from slimmable import methods as methods
     from slimmable import rules as rules
     from slimmable import training as training
-    from slimmable._public import *
-    from slimmable.cli.calls import pretrain as pretrain
+    from slimmable._convert import extract, plan, slimify
+    from slimmable._inputs import Inputs
+    from slimmable._profile import profile
+    from slimmable._search import search
+    from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
+    from slimmable.cli.calls import pretrain
+    from slimmable.errors import SlimmableError
+    from slimmable.files.hub import from_pretrained, push_to_hub, save_pretrained
+    from slimmable.files.model import full_state_dict, load, save
+    from slimmable.files.slimclr import load_slimclr
+    from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm, SwitchableProbe
+    from slimmable.losses import OnlineDistillation
+    from slimmable.rules import register_rule
+    from slimmable.training import SlimRecipe, calibrate_bn
 
 __version__ = "0.1.0"
 
@@ -36,6 +48,10 @@ __all__ = [
     "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
+_HOMES = (
+    "_convert", "_inputs", "_profile", "_search", "_width", "errors", "files.hub", "files.model",
+    "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
+)  # fmt: skip
 _SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")
 
 
@@ -45,8 +61,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"slimmable.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "slimmable.cli.calls" if name == "pretrain" else "slimmable._public"
-    globals()[name] = getattr(import_module(module), name)
+    homes = (import_module(f"slimmable.{home}") for home in _HOMES)
+    globals()[name] = next(vars(home)[name] for home in homes if name in vars(home))
     return globals()[name]
 
 

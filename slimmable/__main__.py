@@ -1,12 +1,13 @@
 """Entry point of the program `slimmable`, also run by `python -m slimmable`."""
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from slimmable.cli.faults import GO_ON, exit_code, explained_fault, flush_or_drop, on_signals, stop
+from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,9 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (fault := explained_fault(error)) is None:
             raise
-        return _end(arguments, fault.replace(GO_ON, "then start it again"), 2)
+        return _end(arguments, fault, 2)
     finally:
-        flush_or_drop()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if they were closed from the start
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # nobody reads it any more, so drop the rest, or Python would fail at its end
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def program() -> NoReturn:
@@ -45,8 +51,9 @@ def program() -> NoReturn:
 
 
 def _end(arguments: Sequence[str], message: str, code: int) -> int:
+    first = str(arguments[0]) if isinstance(arguments, (list, tuple)) and arguments else ""
     with suppress(OSError):  # the terminal may be gone
-        print(f"{' '.join(['slimmable', *arguments[:1]])}: {message}", file=sys.stderr, flush=True)
+        print(f"slimmable{f' {first:.80}' if first.isalpha() else ''}: {message}", file=sys.stderr, flush=True)
     return code
 
 

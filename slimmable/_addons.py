@@ -1,7 +1,4 @@
-"""Add-ons to models, such as gates: how the core removes them, writes them to files and restores them.
-
-Each add-on registers itself when its module is imported, so the core need not know which ones exist.
-"""
+"""Add-ons to models, such as gates: how the core, which knows none, removes them, writes them to files and restores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

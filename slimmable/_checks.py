@@ -41,10 +41,8 @@ def number_or_nan(value: object) -> float:
 def check_count(where: str, *, least: int = 1, **values: object) -> None:
     """Raise `UsageError` unless each of `values` is an integer of at least `least` that torch can hold."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-            raise UsageError(f"{where}: {name} must be an integer of at least {least}, got {value!r:.80}")
-        if int(value) >= 2**63:
-            raise UsageError(f"{where}: {name} must be below 2**63, got {value!r:.80}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2**63:
+            raise UsageError(f"{where}: {name} must be a 64-bit integer of at least {least}, got {value!r:.80}")
 
 
 def check_sizes(where: str, *, least: int = 1, **values: object) -> None:
@@ -71,16 +69,12 @@ check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(
 check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
 check_positive = must_be("a positive number", lambda value: 0 < number_or_nan(value) < math.inf)
 check_share = must_be(
-    "a share of the dense network's multiply-adds; it must be in (0, 1)", lambda value: 0 < number_or_nan(value) < 1
+    "a share of the dense multiply-adds; it must be in (0, 1)", lambda value: 0 < number_or_nan(value) < 1
 )
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
 check_rounding = must_be(f"one of {ROUNDINGS}", lambda value: isinstance(value, str) and value in ROUNDINGS)
-check_integer = must_be(
-    "an integer of 64 bits",
-    lambda value: not isinstance(value, bool) and isinstance(value, Integral) and abs(int(value)) < 2**63,
-)
 
 
 def check_is_module(where: str, model: object) -> None:
@@ -101,7 +95,7 @@ def check_module(where: str, model: nn.Module) -> None:
             raise UsageError(f"{where}: {name} has no size yet; run the model once first")
 
 
-def has_shards(parameters: Iterable[nn.Parameter | None]) -> bool:
+def has_shards(parameters: Iterable[nn.Parameter]) -> bool:
     """Tell whether `fully_shard` has split some of these parameters over processes."""
     return any(hasattr(parameter, "placements") for parameter in parameters)
 
@@ -109,35 +103,30 @@ def has_shards(parameters: Iterable[nn.Parameter | None]) -> bool:
 def check_whole(where: str, model: nn.Module) -> None:
     """Raise `UsageError` unless `model` is a module as for `check_module`, not split over processes."""
     check_module(where, model)
-    for module in model.modules():
-        split = has_shards(module._parameters.values())
-        joined = "_fsdp_wrapped_module" in module._modules
-        if split or joined or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise UsageError(
-                f"{where}: this {type(model).__name__} is split over processes; do this before fully_shard, or in a "
-                "model that is not split, with the full state dict of this one (StateDictOptions(full_state_dict=True))"
-            )
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if has_shards(model.parameters()) or kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+        advice = "do this before fully_shard, or to a model that is not split, with the full state dict of this one"
+        raise UsageError(f"{where}: this {type(model).__name__} is split over processes; {advice}")
 
 
 _KNOWN = ("<", *(str(Path(module.__file__ or "").parent) for module in (os, np, torch, sys.modules["slimmable"])))
 
 _NAMES: dict[Callable[..., None], str] = {
     check_sizes: "dilation kernel_size normalized_shape stride",
-    check_count: "batch_size bn_splits channels every groups hidden_dim in_channels in_features k layers "
-    "num_channels num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to steps "
-    "units",
-    partial(check_count, least=0): "epochs random_widths repeats",
-    check_fraction: "distill_weight label_smoothing momentum p slow_start",
+    check_count: "batch_size bn_splits bottleneck_dim channels every groups hidden_dim in_channels in_features k "
+    "layers num_channels num_classes num_features num_groups out_channels out_features proj_dim queue_size round_to "
+    "steps units",
+    partial(check_count, least=0): "epochs local_crops random_widths repeats",
+    partial(check_count, least=-(2**63)): "offset seed",
+    check_fraction: "center_momentum distill_weight freeze label_smoothing momentum p slow_start warm_up",
     check_positive: "scale student_temperature teacher_temperature temperature",
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
-    "variance weight_decay",
+    "redundancy variance weight_decay",
     check_number: "end epoch",
     check_function: "backward closure evaluate function",
-    check_path: "cache_dir folder path",
+    check_path: "folder path repo_or_folder",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
-    must_be("a text that is not empty", lambda value: isinstance(value, str) and value != ""): "base_model license "
-    "repo_id revision token",
-    check_integer: "offset seed",
+    must_be("a text that is not empty", lambda it: isinstance(it, str) and it != ""): "license repo_id revision token",
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
     check_share: "budget",
@@ -157,7 +146,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     signature = inspect.signature(function)
     given_as = signature.parameters.items()
     checks = {name: check for name, check in BY_NAME.items() if name in signature.parameters}
-    checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool")}
+    checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool", bool | None)}
     optional = {name for name, each in given_as if each.default is None or type(None) in get_args(each.annotation)}
 
     @wraps(function)
@@ -223,14 +212,11 @@ def check_floats(where: str, numel: int | None = None, /, **tensors: object) -> 
 
 def check_matrices(where: str, **tensors: Tensor) -> None:
     """Raise `DataError` unless all are floating-point matrices that are not empty."""
+    check_tensors(where, **tensors)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise DataError(f"{where}: {name} must be a tensor of shape (batch, features), got {type(tensor).__name__}")
         if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
-            raise DataError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, expected (batch, features) with at least one of "
-                f"each, in a floating-point tensor, got {tensor.dtype}; flatten any further axes first"
-            )
+            what = "a tensor of floats of shape (batch, features), with at least one of each"
+            raise DataError(f"{where}: {name} must be {what}, got {shown(tensor)}; flatten any further axes first")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")
@@ -241,20 +227,16 @@ def check_same_shape(where: str, **tensors: Tensor) -> None:
     check_matrices(where, **tensors)
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise DataError(
-            f"{where}: shapes differ: {shapes}; row i of each must belong to the same image, and converted features "
-            'keep their size at every width only with slimify(..., outputs="full")'
-        )
+        advice = 'row i of each must belong to one image; slimify(..., outputs="full") keeps sizes at all widths'
+        raise DataError(f"{where}: shapes differ: {shapes}; {advice}")
 
 
 def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
     """Raise `DataError` unless there is at least one image (or row of features), and one label for each."""
     check_tensors(where, images=images, labels=labels)
     if not images.ndim or not len(images) or labels.shape != (len(images),):
-        raise DataError(
-            f"{where} has shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}; expected one label "
-            "for each of at least one image"
-        )
+        found = f"shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+        raise DataError(f"{where} has {found}; expected one label for each of at least one image")
 
 
 def are_class_numbers(labels: Tensor) -> bool:
@@ -279,9 +261,7 @@ def check_features(where: str, features: Tensor, labels: Tensor, num_classes: in
     """Return the number of classes, like `check_classes`; the features must be a real matrix, one row per label."""
     check_tensors(where, features=features, labels=labels)
     if features.ndim != 2 or 0 in features.shape or labels.shape != features.shape[:1]:
-        raise DataError(
-            f"{where} have shape {tuple(features.shape)}, expected ({labels.numel()}, features) for labels of shape "
-            f"{tuple(labels.shape)}; there must be at least one of each"
-        )
+        found = f"shape {tuple(features.shape)}, expected ({labels.numel()}, features)"
+        raise DataError(f"{where} have {found} for labels of shape {tuple(labels.shape)}, with at least one of each")
     check_finite(where, features)
     return check_classes(where, labels, num_classes)

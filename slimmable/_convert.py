@@ -5,6 +5,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -30,7 +31,7 @@ from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.norms import Switchable, SwitchableNorm, inherit, part_of
-from slimmable.view.state import Counts, WidthState, is_slim, slim_state, state_of
+from slimmable.view.state import Counts, WidthState, is_slim, state_of
 from slimmable.view.view import install_view, narrow_tensors, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -114,12 +115,11 @@ def slimify(
             stacklevel=2,
         )
     target = model if inplace else copy_of(model)
-    orders: list[Any] = []
     with undone_on_error(target):
         before = strip(target)
+        orders = order_by_magnitude(target, found) if importance is not None else []
         try:
-            if importance is not None:
-                orders = order_by_magnitude(target, found)
+            if orders:
                 permute(target, found, orders)
             slim = cast(M, apply_plan(target, found))
             _inherit(slim, before, moved(found, orders) if orders else {})
@@ -159,11 +159,10 @@ def plan(
       output: (2, 2), full: class scores, an image or an embedding
     """
     check_whole("plan", model)
-    own, layers = plan_of(model), _switchable_layers(model, switchable)
-    known = check_widths(WIDTHS if widths is None else widths)
+    known, layers = check_widths(WIDTHS if widths is None else widths), _switchable_layers(model, switchable)
     rules = _checked(Plan(known, round_to, rounding, overlap, layers, universal))
-    if own is not None and widths is None and (rules.rules(), skip, outputs) == (Plan(WIDTHS).rules(), (), "auto"):
-        rules = own
+    if widths is None and (rules.rules(), skip, outputs) == (Plan(WIDTHS).rules(), (), "auto"):
+        rules = plan_of(model) or rules
     asked = rules, skip, outputs
     return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
@@ -265,8 +264,7 @@ def _switchable_layers(model: nn.Module, switchable: Skip) -> tuple[str, ...]:
 
 @torch.inference_mode(False)  # in which operations are not seen one by one
 def _plan(model: nn.Module, given: Any, rules: Plan, skip: Skip, how: Outputs) -> Plan:
-    args, kwargs = example_of(model, given)
-    return make_plan(plain(model), args, kwargs, rules, skipper(model, skip), how)
+    return make_plan(plain(model), example_of(model, given), rules, skipper(model, skip), how)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -310,13 +308,10 @@ def plan_of(model: nn.Module) -> Plan | None:
 def _current_plan(model: nn.Module, rules: Plan, *others: Any) -> Plan | None:
     """Return the plan of a converted model if converting it with these arguments, as of `_plan`, changes nothing."""
     plan = plan_of(model)
-    if plan is None or others != ((), "auto") or rules.rules() != plan.rules():
-        return None
-    try:
-        widths_of(model)
-    except ConversionError:  # it has gained a layer
-        return None
-    return None if any(misfits(model, plan)) else plan
+    with suppress(ConversionError):  # of `widths_of`, if it has gained a layer
+        if plan is not None and others == ((), "auto") and rules.rules() == plan.rules() and widths_of(model):
+            return None if any(misfits(model, plan)) else plan
+    return None
 
 
 def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...] | None]]:
@@ -357,10 +352,12 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
             continue
         if (isinstance(module, _BatchNorm) and own) or path in found.switchable:
             inside = (*inside, f"{path}.") if path else inside
-            values = [column.values.get(path, {}) for column in found.columns]
-            parts = [part_of(module, {name: own[name][at] for name in own}, each) for at, each in enumerate(values)]
+            parts = [
+                part_of(module, {name: own[name][at] for name in own}, column.values.get(path, {}), found.universal)
+                for at, column in enumerate(found.columns)
+            ]
             kind: type[Switchable] = SwitchableNorm if isinstance(module, _BatchNorm) else Switchable
-            norms[id(module)] = norm = kind(module, found.widths, parts, shared_affine=found.universal)
+            norms[id(module)] = norm = kind(module, found.widths, parts)
             know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
@@ -370,10 +367,7 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
 
 
 def _inherit(model: nn.Module, before: Mapping[str, Switchable], moved: Mapping[AxisName, Any]) -> None:
-    """Give each width of a model what the containers that it had before, by path, have learned; warn of losses.
-
-    Widths that `calibrate_bn` has added to them stay. `moved` says which axes were permuted, and how.
-    """
+    """Give each width, also those of `calibrate_bn`, what the containers before, by path, learned; warn of losses."""
     states = [norm._slim for norm in before.values() if norm._slim.plan is not None]
     added = {column.width: None for state in states for column in state.columns[len(state.plan.widths) :]}
     lost: dict[float | Counts, list[str]] = {}
@@ -398,7 +392,7 @@ def _inherit(model: nn.Module, before: Mapping[str, Switchable], moved: Mapping[
 
 def know(module: nn.Module, found: Plan, path: str) -> None:
     """Record the plan, and the module's path in it, in the module's state."""
-    state = slim_state(module)
+    state = module.__dict__["_slim"]
     state.plan, state.path = found, path
     for column, sub_network in zip(state.columns, found.columns, strict=False):
         column.counts = sub_network.counts

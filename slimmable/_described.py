@@ -31,14 +31,11 @@ _SAY_OTHERS = re.compile(
     r"layers?|depths?|blocks?|levels?|class(es)?|labels?|kernel|window|patch(es)?|ima?ge?|stride|pad(ding)?|pos(itions?)?"
     r"|len(gth)?|vocab|tokens?|axis|start|end"
 )
-_SAY_SHARE = re.compile(r"ratio|factor|mult|width|expan")
-_MOST_SHARES = 4  # that are tried
 _AXES = 4  # a smaller integer may as well be the number of an axis
 
 Twins: TypeAlias = tuple[nn.Module, nn.Module]  # a module of the full model, and that of the extracted network
-Facts: TypeAlias = "dict[tuple[str, str], Any]"  # module path and name -> the shape of a tensor, or a plain number
+Facts: TypeAlias = dict[tuple[str, str], Any]  # module path and name -> the shape of a tensor, or a plain number
 Edits: TypeAlias = dict[int, float]  # position of a configuration's leaf -> its new value
-Score: TypeAlias = tuple[float, int]
 
 
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
@@ -186,11 +183,9 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
 
 def _follow_config(full: nn.Module, narrow: Any) -> None:
     kind, config = type(narrow), narrow.config
-    leaves, shape = tree_flatten_with_path(_plain(config))
-    known, wanted = facts(full), facts(narrow)
+    own, known, wanted = _plain(config), facts(full), facts(narrow)
 
-    def build(edits: Edits) -> "Facts | None":
-        edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
+    def build(edited: Any) -> Facts | None:
         try:
             with PROCESS, torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -199,11 +194,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
         except Exception:  # constructors raise errors of all kinds
             return None
 
-    def misfits(edits: Edits) -> Score:
-        built = build(edits)
-        return math.inf if built is None else sum(built.get(key) != wanted.get(key) for key in keys), len(edits)
-
-    before = build({}) or {}
+    before = build(own) or {}
     tensors = {key for key, fact in known.items() if isinstance(fact, torch.Size) and key in wanted}
     unlike = before and any(before.get(key) != known[key] for key in tensors)  # the full network, too
     if unlike or all(known[key] == wanted[key] for key in tensors):
@@ -212,7 +203,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     keys = [key for key, fact in before.items() if fact == known.get(key) and (key in told or type(fact) is float)]
     saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers
     computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
-    found = None if computed or not before else fitting_edits(leaves, known, wanted, misfits)
+    found = None if computed or not before else fitting(own, build, known, wanted, keys)
     if found is None:
         warnings.warn(
             f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
@@ -220,23 +211,31 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
             stacklevel=4,
         )
         return
-    _update(narrow, tree_unflatten([found.get(i, value) for i, (_, value) in enumerate(leaves)], shape))
+    _update(narrow, found)
     modules = dict(narrow.named_modules())
     for (path, name), fact in (build(found) or {}).items():
         if type(fact) is int and type(wanted.get((path, name))) is int:
             modules[path].__dict__[name] = fact
 
 
-def fitting_edits(leaves: Any, known: Facts, wanted: Facts, misfits: Callable[[Edits], Score]) -> Edits | None:
-    """Return new values for some of these numbers, by position, that leave no misfits, or None if none were found.
+def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, wanted: Facts, keys: Any) -> Any:
+    """Return nested data like `given` with numbers of which `build` makes the `wanted` facts at `keys`, or None.
 
-    `known` are the facts of the network that these make as they are, `wanted` those of the narrow one. The misfits of
-    edits are how many of its facts differ, fewer than one if those may, and how many numbers were changed.
+    `known` are the facts of the full network, `wanted` those of the narrow one; what cannot be built has none.
     """
+    leaves, shape = tree_flatten_with_path(given)
+
+    def edited(edits: Edits) -> Any:
+        return tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
+
+    def misfits(edits: Edits) -> tuple[float, int]:
+        built = build(edited(edits))
+        return math.inf if built is None else sum(built.get(key) != wanted.get(key) for key in keys), len(edits)
+
     options = _options(leaves, known, wanted)
     guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
     tried = (_descend(start, options, misfits) for start in (guess, {}))
-    return next((edits for edits in tried if misfits(edits)[0] < 1), None)
+    return next((edited(edits) for edits in tried if not misfits(edits)[0]), None)
 
 
 def _options(leaves: Any, known: Facts, wanted: Facts) -> dict[int, list[float]]:
@@ -253,12 +252,12 @@ def _options(leaves: Any, known: Facts, wanted: Facts) -> dict[int, list[float]]
             same = [two for one, two in likely if one == value]
             shares = [value * two // one for one, two in likely if value * two % one == 0]
             found[i] = [each for each in dict.fromkeys([*same, *shares]) if 0 < each < value]
-        elif type(value) is float and _SAY_SHARE.search(_name(path)):
-            found[i] = list(dict.fromkeys(value * two / one for one, two in likely))[:_MOST_SHARES]
+        elif type(value) is float and re.search("factor|mult|ratio|width", _name(path)):
+            found[i] = [value * two / one for one, two in likely[:4]]
     return {i: values for i, values in found.items() if values}
 
 
-def _descend(edits: Edits, options: Mapping[int, list[float]], misfits: Callable[[Edits], Score]) -> Edits:
+def _descend(edits: Edits, options: Mapping[int, list[float]], misfits: Any) -> Edits:
     """Change one number at a time for as long as there are fewer misfits, or as few with fewer changes."""
     least, improved = misfits(edits), True
     while improved:

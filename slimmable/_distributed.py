@@ -2,9 +2,10 @@
 
 import weakref
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import compress
 from typing import Any, cast
 
 import torch
@@ -77,10 +78,8 @@ def check_same_widths(where: str, widths: str, device: torch.device, group: dist
     """Raise `UsageError` in all processes if some train at other widths than others; "" are those of one that waits."""
     digests = from_all(torch.tensor([zlib.crc32(widths.encode())], device=device), group).flatten().tolist()
     if len({*digests, 0}) > 2:
-        raise UsageError(
-            f"{where}: the processes must train at the same widths, but those of {_listed(widths, group)}; draw random "
-            "ones with the same seed, and give all recipes the same arguments and number of steps"
-        )
+        what = f"the processes must train at the same widths, but those of {_listed(widths, group)}"
+        raise UsageError(f"{where}: {what}; give all recipes the same arguments, seed and number of steps")
 
 
 def averages_itself(model: nn.Module) -> bool:
@@ -116,12 +115,10 @@ def where_not_finite(device: torch.device, **kinds: Iterable[Tensor]) -> str:
 def average_gradients(model: nn.Module) -> None:
     """Replace every gradient of `model` with its average over the processes; call after the step's last `backward`.
 
-    A step of `SlimRecipe` runs one backward pass per width, each without the parameters of other widths, whereas
-    DistributedDataParallel expects a single pass that uses every parameter: run the loop under its `no_sync`, then call
-    this. A gradient that only some processes have counts as zero in the others; one that is None in all stays None.
-    Call it before the `unscale_` of a `GradScaler`, so that all processes find what is infinite in one and skip the
-    step. Without a process group, or with one process, nothing happens. `model` may be wrapped in
-    DistributedDataParallel or not; all processes must have started from the same weights.
+    DistributedDataParallel expects one backward pass that uses every parameter, not one per width: for a `model` in it,
+    run the loop under its `no_sync`. All processes must have started from the same weights. A gradient that only some
+    have counts as zero in the others. Call this before the `unscale_` of a `GradScaler`, so that all processes skip a
+    step that is infinite in one. With one process, or without a process group, nothing happens.
 
     Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself; or, in all
         processes, if switchable norms or a `SlimRecipe` had gradients at other widths in one process than in another.
@@ -142,14 +139,13 @@ def average_gradients(model: nn.Module) -> None:
     check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
+    buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = defaultdict(list)
     filled: Counter[tuple[torch.dtype, torch.device]] = Counter()
-    for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
-        if anywhere:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            kind = parameter.grad.dtype, parameter.grad.device
-            buckets.setdefault((*kind, filled[kind] // _BUCKET), []).append(parameter.grad)
-            filled[kind] += parameter.grad.nbytes
+    for parameter in compress(parameters, used.tolist()):
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        kind = parameter.grad.dtype, parameter.grad.device
+        buckets[(*kind, filled[kind] // _BUCKET)].append(parameter.grad)
+        filled[kind] += parameter.grad.nbytes
     for bucket in buckets.values():
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
@@ -178,10 +174,9 @@ def averaged_once(model: nn.Module) -> Iterator[None]:
 def gather(tensor: Tensor) -> Tensor:
     """Return the tensors of all processes, concatenated along dim 0 in rank order; gradients flow back.
 
-    For losses that compare the images of a batch with each other: every process computes the loss of the joined batch,
-    and after `average_gradients` the gradients are those that one process would get from that batch. The backward pass
-    communicates too, so all processes must run it. Without a process group, or with one process, the result is `tensor`
-    itself. Gathering two views at once saves a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`.
+    For losses that compare the images of a batch: every process computes the loss of the joined batch and, after
+    `average_gradients`, has the gradients of one process with that batch. All must run the backward pass. One process
+    gets `tensor` itself. Two views at once save a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`.
 
     Shapes: (batch, ...), the same in all processes -> (processes * batch, ...), of any type.
 

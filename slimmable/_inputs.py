@@ -41,13 +41,12 @@ class Inputs:
 
 def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     """Return arguments for the forward of `model`: the example, or zeros of the size in timm's `pretrained_cfg`."""
-    example = example_inputs
+    example, name = example_inputs, type(model).__name__
     if example is None:
         size = _image_size(model)
         if size is None:
             raise ConversionError(
-                f"{type(model).__name__} does not say what its input looks like. "
-                "Pass example_inputs, such as torch.zeros(2, 3, 224, 224)."
+                f"{name} names no input size; pass example_inputs, such as torch.zeros(2, 3, 224, 224)"
             )
         return (image_batch(model, size),), {}
     if is_size(example) and example:
@@ -69,9 +68,8 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ConversionError(
-            f"{type(model).__name__}.forward{signature} does not take example_inputs: {error}. A tuple or list holds "
-            "positional arguments and a dict keyword arguments; if the forward takes it as one argument, pass "
-            "example_inputs=slimmable.Inputs(...)"
+            f"{name}.forward{signature} does not take example_inputs: {error}. A tuple or list holds positional "
+            "arguments, a dict keyword arguments; if the forward takes it as one, pass slimmable.Inputs(...)"
         ) from error
     return args, kwargs
 

@@ -21,13 +21,9 @@ def is_under(name: str, pattern: str) -> bool:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put all of `model` into evaluation mode while the block runs, then restore each module's own mode."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with swapped([(vars(module), "training", module.training) for module in model.modules()]):
+        model.eval()
         yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager
@@ -64,10 +60,9 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
     Of the attributes only floating-point numbers count, such as a position table; integers are indices.
     """
-    plain = {name: value for name, value in module.__dict__.items() if type(value) is Tensor}
     owned = {**module._parameters, **module._buffers}
-    found = {name: tensor for name, tensor in owned.items() if tensor is not None}
-    return found | {name: tensor for name, tensor in plain.items() if tensor.is_floating_point()}
+    plain = {name: value for name, value in vars(module).items() if type(value) is Tensor and value.is_floating_point()}
+    return {name: tensor for name, tensor in owned.items() if tensor is not None} | plain
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:

@@ -1,6 +1,7 @@
-"""Numerics in at least float32, also under autocast: type promotion, unit vectors, matrix products."""
+"""Numerics in at least float32, also under autocast: type promotion, unit and standard vectors, matrix products."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _SHORTEST = 1e-12  # vectors below this length count as zero
@@ -19,6 +20,11 @@ def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
     exact = at_least_float32(tensor)
     length: Tensor = torch.linalg.vector_norm(exact, dim=dim, keepdim=True)
     return exact / length.masked_fill(length < _SHORTEST, torch.inf)
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Return (batch, features) with mean 0 and variance 1 of each feature over the batch, as BatchNorm's, eps 1e-5."""
+    return F.layer_norm(at_least_float32(features).T, features.shape[:1]).T
 
 
 def matmul_without_autocast(left: Tensor, right: Tensor) -> Tensor:

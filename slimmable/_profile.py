@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import check_whole, checked
+from slimmable._checks import check_whole, checked, shown
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size
 from slimmable._modules import in_eval_mode
@@ -99,16 +99,13 @@ def profile(
     """
     check_whole("profile", model)
     if example_inputs is None and input_size is not None:
-        its: Any = input_size
-        if isinstance(its, Tensor):
-            raise UsageError(f"profile: input_size is a tensor of shape {tuple(its.shape)}; pass it as example_inputs=")
         if not is_size(input_size) or not input_size:
-            raise UsageError(f"profile: input_size must be a size such as (3, 224, 224), got {input_size!r}")
+            size = f"a size such as (3, 224, 224), got {shown(input_size)}"
+            raise UsageError(f"profile: input_size must be {size}; a batch goes into example_inputs=")
         example_inputs = image_batch(model, tuple(input_size), images=1)
-    elif example_inputs is None:
-        (batch,), _ = example_of(model)
-        example_inputs = batch[:1]
     args, kwargs = example_of(model, example_inputs)
+    if example_inputs is None:
+        args = (args[0][:1],)
     slim = any(state_of(module) is not None for module in model.modules())
     rows = []
     for width in widths_of(model) if slim else (1.0,):
@@ -125,7 +122,7 @@ def parameter_count(model: nn.Module) -> int:
     used = list(shallow_modules(model))
     for module in used:  # which grows
         if isinstance(module, SwitchableContainer):
-            used += [] if module.idle else module.module_at(module._slim.index).modules()
+            used += [] if getattr(module, "idle", False) else module.module_at(module._slim.index).modules()
             continue
         for name, full in module._parameters.items():
             if full is not None:
@@ -141,38 +138,34 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = self.formulas.get(func._overloadpacket)
-        if formula is not None:
+        if formula := self.formulas.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
             self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
         return out
 
 
+@dataclass(eq=False)
 class _Attention(TorchFunctionMode):
     """Counts attention as one operation, since the kernels that torch has formulas for vary by version."""
 
-    def __init__(self, counter: _Counter) -> None:
-        super().__init__()
-        self.counter = counter
+    counter: _Counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **kwargs)
-        counter = self.counter
-        flops, activations = counter.flops, counter.activations  # without those of the kernel
+        flops, activations = self.counter.flops, self.counter.activations  # without those of the kernel
         out = func(*args, **kwargs)
-        query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
-        scores = math.prod(out.shape[:-1]) * key.shape[-2]
-        counter.flops = flops + 2 * scores * (query.shape[-1] + out.shape[-1])  # queries with keys, scores with values
-        counter.activations = activations + out.numel()
+        keys, channels = (args[1] if len(args) > 1 else kwargs["key"]).shape[-2:]
+        products = math.prod(out.shape[:-1]) * keys * (channels + out.shape[-1])  # with the keys, with the values
+        self.counter.flops, self.counter.activations = flops + 2 * products, activations + out.numel()
         return out
 
 
 def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counter:
     from torch.utils.flop_counter import flop_registry  # slow to import
 
-    fake, counter = FakeModel(model, args, kwargs), _Counter(flop_registry)
+    fake, counter = FakeModel(model, (args, kwargs)), _Counter(flop_registry)
     try:
         fake.run(counter, _Attention(counter))
     except (DataDependentOutputException, DynamicOutputShapeException):  # its path depends on values

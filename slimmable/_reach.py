@@ -83,17 +83,11 @@ class _Place:
 
 @dataclass(eq=False)
 class _Kept:
-    """Tensors that an earlier forward may have left in a place: then the next one makes them again, if hidden."""
+    """Where an earlier forward may have left tensors: if a blank hides them, the next one makes them again."""
 
     place: _Place
     key: Any
-    value: Any
-
-    def hide(self) -> None:
-        blank: Any = [] if isinstance(self.value, list) else None
-        if isinstance(self.value, tuple):  # such as a key with what belongs to it
-            blank = (None,) * len(self.value)
-        self.place.put(self.key, blank if self.place.space else _MISSING)
+    blank: Any
 
 
 class Reach:
@@ -174,7 +168,7 @@ class Reach:
                             place.put(key, type(value)(own) if bound else own)
                 self._clear(self._memos.keys() - private.keys())
                 for kept in self._hidden:
-                    kept.hide()
+                    kept.place.put(kept.key, _copy(kept.blank))
                 modules = [(path, self._places[id(module)]) for path, module in self._model.named_modules()]
                 blank = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
                 yield
@@ -200,8 +194,11 @@ class Reach:
         for place in self._places.values():
             if not isinstance(place.holder, _LISTS):
                 for key, value in place.entries().items():
-                    leaves = tree_leaves(value) if isinstance(value, (list, tuple)) else [value]
-                    self._hidden += [_Kept(place, key, value)] if Tensor in map(type, leaves) else []
+                    blank: Any = [] if isinstance(value, list) else None
+                    if isinstance(value, tuple):  # such as a key with what belongs to it
+                        blank = (None,) * len(value)
+                    if Tensor in map(type, [value] if blank is None else tree_leaves(value)):
+                        self._hidden.append(_Kept(place, key, blank if place.space else _MISSING))
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
         """Show what was not made again, or what `failed` most likely lacked; return if the forward must run again."""

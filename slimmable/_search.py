@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -75,6 +75,8 @@ def search(
     >>> found
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
+    from tqdm import tqdm  # which timm brings along
+
     check_function("search", evaluate=evaluate)
     check_flags("search", progress=progress)
     plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
@@ -85,19 +87,17 @@ def search(
     plan: Plan = plans.popitem()[1]
     given: Any = budget
     budgets = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else [given]
-    if of not in ("macs", "parameters"):
+    if of not in get_args(Cost):
         raise UsageError(f"search: of={of!r} is unknown; use 'macs' or 'parameters'")
     if not 0 < number_or_nan(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
-    if not budgets:
-        raise UsageError("search: budget is empty; pass a share of the full network's cost, such as 0.5")
     full, least = (getattr(plan.columns[index], of) for index in (0, -1))
-    for share in budgets:
-        if not 0 < number_or_nan(share) <= 1:
-            raise UsageError(f"search: a budget is a share of the full network's {of}, in (0, 1], got {share!r}")
-        needed = least / full
-        if share < needed:
-            raise UsageError(f"search: budget {share} is too small; the narrowest width needs {needed:.3f} of the {of}")
+    unfit = [share for share in budgets if not least / full <= number_or_nan(share) <= 1]
+    if unfit or not budgets:
+        needs = f"from {least / full:.3f}, which the narrowest width needs, to 1"
+        raise UsageError(
+            f"search: a budget is a share of the full network's {of}, {needs}; got {[*unfit, budget][0]!r}"
+        )
     if isinstance(calibrate, (str, Tensor, Iterator)) or not isinstance(calibrate, (Iterable, type(None))):
         raise UsageError(f"search: calibrate must be a list of batches, to read again and again, got {calibrate!r:.80}")
     limits = [max(share * full, least) for share in budgets]  # a share that is exactly the least may round to below it
@@ -115,14 +115,14 @@ def search(
         return Found(candidate.counts, number, candidate.macs, candidate.parameters)
 
     path = [score(plan.columns[0])]
-    with _bar(progress, f"{of} down to {min(budgets):g}") as bar:
+    hidden = None if progress else True  # None: unless it is on a terminal
+    with tqdm(desc=f"search: {of} down to {min(budgets):g}", unit="round", dynamic_ncols=True, disable=hidden) as bar:
         while getattr(path[-1], of) > min(limits):
             tried = [score(candidate) for candidate in _smaller(plan, path[-1], of, step)]
             path.append(max(tried, key=lambda found: (found.score, -getattr(found, of))))
-            if bar is not None:
-                share = getattr(path[-1], of) / full
-                bar.set_postfix_str(f"at {share:.3f}, score {path[-1].score:.4g}", refresh=False)
-                bar.update()
+            share = getattr(path[-1], of) / full
+            bar.set_postfix_str(f"at {share:.3f}, score {path[-1].score:.4g}", refresh=False)
+            bar.update()
     return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
 
 
@@ -137,12 +137,3 @@ def _smaller(plan: Plan, current: Found, of: Cost, step: float) -> list[SubNetwo
             if getattr(candidate, of) < getattr(current, of):
                 found[candidate.counts] = candidate
     return list(found.values()) or [plan.columns[-1]]  # groups that can only shrink together
-
-
-def _bar(show: bool, what: str) -> AbstractContextManager[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return nullcontext()
-    hidden = None if show else True  # None: unless it is on a terminal
-    return tqdm(desc=f"search: {what}", unit="round", dynamic_ncols=True, disable=hidden)  # type: ignore[no-any-return]

@@ -203,19 +203,14 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
 
 def _column(module: nn.Module, state: WidthState, setting: Setting, number: float | None) -> Column:
     plan: Plan | None = state.plan
+    if number is not None and (plan is None or not plan.universal):
+        return state.columns[width_index(number, state.numbers)]  # whose message names those registered later, too
     if plan is None:
-        if number is None:
-            raise WidthError(
-                f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
-                "widths by layer and channel counts are for models that slimmable.slimify has converted"
-            )
-        return state.columns[width_index(number, state.numbers)]
-    try:
-        found = plan.sub_network(setting)
-    except WidthError:
-        if number is not None and not plan.universal:
-            width_index(number, state.numbers)  # its message names all widths, including those registered later
-        raise
+        raise WidthError(
+            f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
+            "widths by layer and channel counts are for models that slimmable.slimify has converted"
+        )
+    found = plan.sub_network(setting)
     for column in (*state.columns, state.now):
         if column.counts == found.counts:
             return column
@@ -224,7 +219,7 @@ def _column(module: nn.Module, state: WidthState, setting: Setting, number: floa
     own = {name: kept[state.path, name] for name in tensors_of(module) if (state.path, name) in kept}
     values = found.values.get(state.path, {})
     if isinstance(module, Switchable):
-        column = Guest(module, width, part_of(module.full, own, values))
+        column = Guest(module, width, part_of(module.full, own, values, shared=True))
     else:
         column = GuestColumn(module, width, own, values)
     column.counts = found.counts

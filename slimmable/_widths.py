@@ -20,19 +20,14 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     if not given:
         raise WidthError("widths is empty; pass at least the full width, as in (1.0, 0.5)")
     for width in given:
-        number: Any = width  # float(width) may overflow
-        if isinstance(width, bool) or not isinstance(width, Real):
-            raise WidthError(f"width {width!r} in {given} is not a number")
-        if not 0 < number <= 1:  # also false for NaN
-            raise WidthError(f"width {width} in {given} is not in (0, 1]; a width is a share of the full network")
-    found = sorted((float(width) for width in given), reverse=True)
+        if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width <= 1:  # type: ignore[operator]
+            raise WidthError(f"width {width!r} in {given} is not in (0, 1]; a width is a share of the full network")
+    found = sorted(map(float, given), reverse=True)
     for wider, narrower in pairwise(found):
         if wider == narrower:
             raise WidthError(f"width {wider} appears twice in {given}")
     if found[0] != 1.0:
-        raise WidthError(
-            f"the full width 1.0 is missing from {given}; add it: the weights are those of the full network"
-        )
+        raise WidthError(f"the full width 1.0 is missing from {given}; add it, as in {(1.0, *given)}")
     return tuple(found)
 
 
@@ -56,13 +51,7 @@ def kept_of(size: int, kept: Kept) -> int:
 
 
 def kept_units(units: int, width: float, round_to: int = 1, rounding: str = "nearest") -> int:
-    """Return how many of `units` are kept at `width`, at least `round_to`: a multiple of it, the nearest or the floor.
-
-    >>> kept_units(64, 0.5), kept_units(10, 0.01), kept_units(20, 0.5, round_to=8), kept_units(20, 1.0, round_to=8)
-    (32, 1, 8, 20)
-    >>> kept_units(10, 0.75), kept_units(10, 0.75, rounding="floor")
-    (8, 7)
-    """
+    """Return how many of `units` are kept at `width`: a multiple of `round_to`, the nearest or the floor; not none."""
     if width == 1:
         return units
     share = units * width / round_to
@@ -70,11 +59,7 @@ def kept_units(units: int, width: float, round_to: int = 1, rounding: str = "nea
 
 
 def disjoint_starts(widths: Sequence[float], counts: Sequence[int], where: str = "") -> list[int]:
-    """Return the first unit of each width, where narrower ones keep disjoint units, the narrowest the first ones.
-
-    >>> disjoint_starts((1.0, 0.5, 0.25), (8, 4, 2))
-    [0, 2, 0]
-    """
+    """Return the first unit of each width, where narrower ones keep disjoint units, the narrowest the first ones."""
     *starts, total = accumulate(reversed(counts[1:]), initial=0)
     if total > counts[0] or sum(widths[1:]) > 1 + 1e-9:
         raise WidthError(

@@ -1,7 +1,7 @@
 """Evaluate the frozen features of every width: nearest neighbours, linear probes and a ridge classifier."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +21,7 @@ from slimmable._checks import (
     check_same_shape,
     check_tensors,
     checked,
+    must_be,
     number_or_nan,
 )
 from slimmable._convert import plan_of
@@ -140,7 +141,7 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
-    _check_probes("evaluate_widths", probes)
+    _check_probes("evaluate_widths", probes=probes)
     check_labelled("evaluate_widths: train", train, train_labels)
     check_labelled("evaluate_widths: test", test, test_labels)
     known, asked = (
@@ -165,9 +166,8 @@ def evaluate_features(
     Args:
         train, test: width -> features of shape (images, features of this width), including width 1.0.
         train_labels, test_labels: class numbers, shape (images,); moved to the device of the features.
-        probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "slimmable" one for all widths
-            (`train_slimmable_probe`, which needs the features of a width to be the first ones of every wider width),
-            "ridge" the closed form per width (`ridge_classifier`).
+        probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "ridge" one in closed form
+            (`ridge_classifier`), "slimmable" one for all widths (`train_slimmable_probe`, which says what it needs).
         k: number of neighbours that vote.
 
     Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
@@ -178,7 +178,7 @@ def evaluate_features(
     >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
     1.0
     """
-    _check_probes("evaluate_features", probes)
+    _check_probes("evaluate_features", probes=probes)
     widths = check_widths(train)
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
@@ -205,10 +205,11 @@ def evaluate_features(
     return found
 
 
-def _check_probes(where: str, probes: Sequence[ProbeName]) -> None:
-    listed = isinstance(probes, Iterable) and not isinstance(probes, str)
-    if not listed or not probes or any(name not in get_args(ProbeName) for name in probes):
-        raise UsageError(f"{where}: probes must be a list of {', '.join(get_args(ProbeName))}; got {probes!r}")
+_PROBES = get_args(ProbeName)
+_check_probes = must_be(
+    f"a list of {', '.join(_PROBES)}",
+    lambda names: isinstance(names, Collection) and bool(names) and all(name in _PROBES for name in names),
+)
 
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
@@ -217,10 +218,8 @@ def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: 
         check_labelled(f"{where}: {name}{at}", features, labels)
         check_finite(f"{where}: {name}{at}", features)
     if train[0].numel() != test[0].numel():
-        raise DataError(
-            f"{where}: train{at} has {train[0].numel()} features, test {test[0].numel()}, in shapes: train "
-            f"{tuple(train.shape)}, test {tuple(test.shape)}"
-        )
+        shapes = f"{tuple(train.shape)}, test {tuple(test.shape)}"
+        raise DataError(f"{where}: train{at} has shape {shapes}; both need as many features for each image")
     return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
 
 
@@ -293,18 +292,13 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     tensor(2.7726)
     """
     check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in check_widths(scores)})
-    check_tensors("probe_loss", labels=labels)
-    if labels.shape != scores[1.0].shape[:1] or not are_class_numbers(labels):
-        raise DataError(
-            f"probe_loss: labels have shape {tuple(labels.shape)} and type {labels.dtype}, expected class numbers for "
-            f"scores of shape {tuple(scores[1.0].shape)}"
-        )
-    scores, labels = {width: at_least_float32(part) for width, part in scores.items()}, labels.long()
-    widest = scores[1.0]
+    check_labelled("probe_loss: scores", scores[1.0], labels)
+    if not are_class_numbers(labels):
+        raise DataError(f"probe_loss: labels are {labels.dtype}, expected class numbers")
+    widest, labels = at_least_float32(scores[1.0]), labels.long()
     total = F.cross_entropy(widest, labels)
-    for width, narrow in scores.items():
-        if width != 1.0:
-            total = total + (F.cross_entropy(narrow, labels) + soft_cross_entropy(narrow, widest, 1.0, 1.0)) / 2
+    for narrow in (at_least_float32(part) for width, part in scores.items() if width != 1.0):
+        total = total + (F.cross_entropy(narrow, labels) + soft_cross_entropy(narrow, widest, 1.0, 1.0)) / 2
     return total
 
 
@@ -390,7 +384,7 @@ def train_slimmable_probe(
         raise DataError(f"train_slimmable_probe: {kept} features at widths {widths}; the full width must have most")
     norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
-        norm.norm_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
+        norm.module_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
     linear = zero_linear(full, classes, labels.device)
     _minimise(dict.fromkeys(scaled, linear), scaled, labels, epochs, batch_size, learning_rate, seed)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
@@ -447,8 +441,7 @@ def ridge_classifier(
     It minimises `mean over images of |W x + b - onehot|^2 + penalty v |W|^2` in closed form, in float64 (Hoerl and
     Kennard, *Ridge Regression*, 1970). `v` is the mean variance of the features, and `b` is not penalised, so neither
     scaling all features nor shifting any of them changes a prediction, and one penalty suits any features. The scores
-    estimate the class probabilities and sum to 1; targets of 1 and -1, as in scikit-learn's `RidgeClassifier`, would
-    give `2 score - 1`. It solves for as many unknowns as there are features, or images if there are fewer.
+    estimate the class probabilities and sum to 1.
 
     Args:
         features: unscaled features, shape (images, features).
@@ -475,11 +468,9 @@ def ridge_classifier(
     x, y = x - mean, y - frequencies
     ridge = penalty * len(x) * torch.maximum(x.square().mean(), _NOISE * size).clamp(min=torch.finfo(x.dtype).tiny)
     weight = _solve(x.T @ x, x.T @ y, ridge) if len(x) >= x.shape[1] else x.T @ _solve(x @ x.T, y, ridge)
-    bias = frequencies - mean @ weight
     exact = features.dtype if features.dtype == torch.float64 else torch.float32
     classifier = nn.Linear(x.shape[1], classes, device=features.device, dtype=exact)
-    classifier.weight.copy_(weight.T)
-    classifier.bias.copy_(bias)
+    classifier.load_state_dict({"weight": weight.T, "bias": frequencies - mean @ weight})
     return classifier
 
 

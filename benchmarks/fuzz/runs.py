@@ -30,7 +30,6 @@ from slimmable.cli.pretrain import read_gradients
 from slimmable.cli.report import Row, csv_log, read_report, to_csv
 from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_backbone
 from slimmable.cli.training import Training
-from slimmable.errors import UsageError
 
 Input = tuple[Callable[[], object], str]
 SMALL = PretrainConfig(
@@ -385,12 +384,8 @@ def read_arguments(draw: random.Random, folder: Path) -> Input:
     def call() -> None:
         try:
             command, given = parse(line)
-        except SystemExit as exit:
-            if exit.code == 0:
-                return
-            if exit.code == 2:
-                raise UsageError("refused by the parser") from None
-            raise
+        except SystemExit:  # after a help text
+            return
         *others, own = COMMANDS[command]
         check(own(**{each.name: given.pop(each.name) for each in fields(own) if each.name in given}))
         if others:

@@ -45,14 +45,13 @@ def measure(name: str) -> dict[str, Any]:
     found = gate_plan(model)
     seconds = time.process_time() - start
     counts = found.plan.channels.units
-    closed = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64) for gate in found.gates}
     parameters = found.plan.columns[0].parameters
     return {
         "module": module_of(name),
         "parameters": parameters,
         "gates": len(found.gates),
         "units": sum(gate.units for gate in found.gates),
-        "least": round(float(found.macs.total(closed, counts) / found.macs.total({}, counts)), 4),
+        "least": round(float(found.macs.total(counts, found.gates) / found.macs.total(counts)), 4),
         "refused": refused(found),
         "seconds": round(seconds, 2),
     } | (with_numbers(name) if found.gates and parameters <= WITH_NUMBERS else {})

@@ -1,5 +1,6 @@
 """The state of a trace, which the rules of operations read and change, and the table of these rules."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from slimmable._known_numbers import arguments as arguments
 from slimmable._nested import tensors as tensors
 from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
-from slimmable.analysis.labels import Axes, Ids, Labels, pattern
+from slimmable.analysis.labels import Axes, Ids, Labels, spread
 
 
 @dataclass
@@ -49,7 +50,6 @@ class Context:
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
     attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
-    numbered: bool = False  # whether any tensor holds numbers of units
     module: str = ""  # path of the module that is running
     operation: str = ""
     schema: Any = None  # of the operation
@@ -61,12 +61,10 @@ class Context:
         return list(known) if known is not None else [None] * tensor.ndim
 
     def label(self, tensor: Tensor, axes: Sequence[Ids | None], origin: str | None = None) -> None:
-        """Set the labels of `tensor`."""
         kept = tuple(ids if ids is not None and len(ids) > 1 else None for ids in axes)
-        tensor.slim_axes, tensor.slim_origin = kept, origin  # type: ignore[attr-defined]
+        vars(tensor).update(slim_axes=kept, slim_origin=origin, slim_shape=tuple(tensor.shape))
 
     def origin(self, tensor: Tensor) -> str | None:
-        """Return how the units of `tensor` came about."""
         return getattr(tensor, "slim_origin", None)
 
     def is_features(self, tensor: Tensor) -> bool:
@@ -74,7 +72,6 @@ class Context:
         return any(ids is not None for ids in self.axes(tensor)) and self.origin(tensor) not in ("weights", "constant")
 
     def at(self, operation: str, module: str) -> None:
-        """Set the operation and the module that the trace is in."""
         self.operation, self.module = operation, module
 
     @property
@@ -105,7 +102,6 @@ class Context:
     def number(self, indices: Tensor, axes: Sequence[Ids | None]) -> None:
         """Note that a tensor holds numbers of units on these axes."""
         indices.slim_numbered = [ids for ids in axes if ids is not None]  # type: ignore[attr-defined]
-        self.numbered = True
 
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Note that these tensors are read, which pins the axes whose units they number."""
@@ -163,7 +159,7 @@ class Context:
         """Require a size argument to follow the axis that it sizes."""
         if isinstance(size, TracedInt):
             self.constraints.append(Constraint(size.expression, size_of(ids, full), self.where))
-        elif ids is not None:
+        else:
             self.pin(ids, f"the size {size} is a constant")
 
     def on_equal(self, first: Expression, second: Expression) -> None:
@@ -207,13 +203,9 @@ class Context:
         labelled = {i: ids for i, ids in enumerate(axes) if ids is not None}
         if not labelled:
             return None
-
-        def weight(i: int) -> tuple[bool, int]:
-            ids = labelled[i]
-            return bool((self.labels.produced(ids) & ~self.labels.pinned(ids)).any()), len(ids)
-
-        carrier = max(labelled, key=weight)
-        flat: Ids = pattern(shape, carrier, labelled.pop(carrier)).reshape(-1)
+        shrinks = {i: (self.labels.produced(ids) & ~self.labels.pinned(ids)).any() for i, ids in labelled.items()}
+        carrier = max(labelled, key=lambda i: (shrinks[i], len(labelled[i])))
+        flat = spread(labelled.pop(carrier), math.prod(shape[:carrier]), math.prod(shape[carrier + 1 :]))
         for ids in labelled.values():
             self.pin(ids, "is flattened together with another labelled axis")
         return flat
@@ -229,8 +221,6 @@ def rule_of(*names: str) -> Callable[[Rule], Rule]:
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            if name in RULES:
-                raise ValueError(f"operation {name} has two rules")
             RULES[name] = rule
         return rule
 

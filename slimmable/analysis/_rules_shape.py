@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from slimmable.analysis._context import Context, dim_of, rule_of
-from slimmable.analysis._rules_pointwise import Args, Kwargs, unknown
+from slimmable.analysis._rules_arithmetic import Args, Kwargs, unknown
 from slimmable.analysis.labels import Ids, spread
 
 
@@ -52,8 +52,9 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     before, after = ctx.axes(source), [None] * out.ndim  # type: list[Ids | None], list[Ids | None]
     if out.dtype != source.dtype or (out.numel() == 0 and "squeeze" not in ctx.operation):  # blocks cannot be told
         return unknown(ctx, args, kwargs, out)
-    for a, b in _blocks(source.shape, out.shape):
-        ids = ctx.fold([before[i] for i in a], [source.shape[i] for i in a])
+    shape = getattr(source, "slim_shape", source.shape)  # that before squeeze_ or unsqueeze_
+    for a, b in _blocks(shape, out.shape):
+        ids = ctx.fold([before[i] for i in a], [shape[i] for i in a])
         if ids is not None:
             parts = [ids] if len(b) == 1 else ctx.split(ids, [out.shape[i] for i in b], [sizes[i] for i in b])
             for axis, labels in zip(b, parts, strict=True):
@@ -65,9 +66,8 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     return None
 
 
-@rule_of("permute", "transpose", "t", "numpy_T", "movedim")
+@rule_of("permute", "transpose", "t")
 def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """Reorder axes."""
     axes = ctx.axes(args[0])
     if ctx.operation == "permute":
         axes = [axes[dim] for dim in args[1]]

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimmable._inputs import is_index
+from slimmable._inputs import Arguments, is_index
 from slimmable._known_numbers import KnownNumbers, ReadInMemory, fits, know
 from slimmable._modules import swapped
 from slimmable._nested import map_tensors, output_tensors, tensors
@@ -27,40 +27,32 @@ _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(thre
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
 
 
-def _ignored(*_: Any) -> None: ...
-
-
 class FakeModel:
     """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
 
     Modules in `replayed` do not run: each call passes the module's path and inputs to `on_replay`, and returns a copy
-    of the next of these outputs.
+    of the next of these outputs. `on_branch` gets tensors whose numbers code asks for, and `on_call` the path, the
+    arguments and the output of each module that has run.
     """
 
-    on_replay: Callable[[str, Any], None] = staticmethod(_ignored)
-    on_branch: Callable[[Sequence[Tensor]], None] = staticmethod(_ignored)  # gets tensors whose numbers code asks for
-    on_call: Callable[[str, Any, Any], None] = staticmethod(_ignored)  # gets path, arguments and output of what has run
+    on_replay: Callable[..., None] = staticmethod(lambda *_: None)
+    on_branch = on_call = on_replay
 
     def __init__(
-        self,
-        model: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        replayed: Mapping[str, Sequence[Any]] | None = None,
+        self, model: nn.Module, example: Arguments, replayed: Mapping[str, Sequence[Any]] | None = None
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._where: Any = self.mode  # the context of a forward
         memo: dict[int, Any] = left_behind(model)
-        for module in model.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = self._fake_weight(tensor)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._fake_weight(tensor)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
         self.made: list[weakref.ref[Tensor]] = []  # by the runs
         self.reach = Reach(self.model)
         self._buffers = {id(memo[id(real)]): real for real in model.buffers() if fits(real)}
-        self._given = tuple(args), dict(kwargs)
-        inputs = output_tensors(self._given)
+        self._given = example
+        inputs = output_tensors(example)
         self._known = {id(tensor) for tensor in inputs if tensor is not inputs[0] and fits(tensor)}
         self._input: Callable[[Tensor], Tensor] = self._fake_input
         self._stack = stack = [""]  # the modules that are running
@@ -86,13 +78,11 @@ class FakeModel:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         return self._wrap(torch.empty(shape, dtype=like.dtype, device="meta"), like)
 
-    @contextmanager
-    def on_meta(self) -> Iterator[None]:
+    def on_meta(self) -> AbstractContextManager[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
         stores = [store for module in self.model.modules() for store in (module._parameters, module._buffers)]
         bare = [(store, name, own if own is None else _bare(own)) for store in stores for name, own in store.items()]
-        with swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare]):
-            yield
+        return swapped([(vars(self), "_where", torch.device("meta")), (vars(self), "_input", _bare), *bare])
 
     def _wrap(self, meta: Tensor, like: Tensor) -> Tensor:
         fake: Tensor = FakeTensor(self.mode, meta, like.device)  # as by `from_tensor`, in a tenth of the time
@@ -196,11 +186,10 @@ def left_behind(model: nn.Module) -> dict[int, Any]:
     return found
 
 
-def recorded_outputs(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], paths: Sequence[str]
-) -> dict[str, list[Any]]:
+def recorded_outputs(model: nn.Module, example: Arguments, paths: Sequence[str]) -> dict[str, list[Any]]:
     """Run a copy of the model on real values; return the outputs of each call of the modules at `paths`."""
     twin = copy.deepcopy(model, left_behind(model)).eval()
+    args, kwargs = example
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))

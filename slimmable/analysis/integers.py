@@ -31,12 +31,9 @@ class Expression:
 
     def evaluate(self, attributes: Mapping[Attribute, int], count: Callable[[Ids], int]) -> int:
         """Return the value, given the values of attributes and a function that counts the kept units of an axis."""
-        if self.kind == "constant":
-            return int(self.value)
-        if self.kind == "attribute":
-            return attributes[self.value]
-        if self.kind == "size":
-            return count(self.value)
+        read: dict[str, Callable[[Any], int]] = {"constant": int, "attribute": attributes.__getitem__, "size": count}
+        if self.kind in read:
+            return read[self.kind](self.value)
         return OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value))
 
     def __str__(self) -> str:
@@ -45,9 +42,7 @@ class Expression:
             return ".".join(filter(None, (path, name))) + "".join(f"[{i}]" for i in position)
         if self.kind == "size":
             return f"size({len(self.value)})"
-        if self.kind == "constant":
-            return str(self.value)
-        return f"{self.kind}({', '.join(map(str, self.value))})"
+        return str(self.value) if self.kind == "constant" else f"{self.kind}({', '.join(map(str, self.value))})"
 
 
 class TracedInt(int):

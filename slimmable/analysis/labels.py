@@ -4,7 +4,8 @@ Every axis of every parameter starts with a fresh id per unit; running the model
 merged ids is a *class*: one unit of the network, shared by several axes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partialmethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,32 +71,18 @@ class Labels:
             self._mark(ids, _PINNED)
             self.reasons.append((ids.ravel(), reason))
 
-    def produce(self, ids: Ids) -> None:
-        """Note that a convolution, linear layer or embedding makes these units."""
-        self._mark(ids, _PRODUCED)
-
-    def order(self, ids: Ids) -> None:
-        """Note that the order of these units matters."""
-        self._mark(ids, _ORDERED)
-
-    def pinned(self, ids: Ids) -> Mask:
-        """Return for each id whether its class is pinned."""
-        return self._marked(ids, _PINNED)
-
-    def produced(self, ids: Ids) -> Mask:
-        """Return for each id whether its class is on the output axis of a layer with weights."""
-        return self._marked(ids, _PRODUCED)
-
-    def ordered(self, ids: Ids) -> Mask:
-        """Return for each id whether the position of its class among others matters."""
-        return self._marked(ids, _ORDERED)
-
     def _mark(self, ids: Ids, mark: int) -> None:
         self._marks[self.find(ids)] |= mark
 
     def _marked(self, ids: Ids, mark: int) -> Mask:
         found: Mask = self._marks[self.find(ids)] & mark != 0
         return found
+
+    produce = partialmethod(_mark, mark=_PRODUCED)
+    order = partialmethod(_mark, mark=_ORDERED)
+    pinned = partialmethod(_marked, mark=_PINNED)  # for each id; so are those below
+    produced = partialmethod(_marked, mark=_PRODUCED)
+    ordered = partialmethod(_marked, mark=_ORDERED)
 
     def same(self, first: Ids, second: Ids) -> bool:
         """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
@@ -124,17 +111,10 @@ class Labels:
         everything = np.arange(len(self))
         roots = everything[self.find(everything) == everything]
         slim = roots[self.produced(roots) & ~self.pinned(roots)]
-        by_signature = np.argsort(signature[slim], kind="stable")
-        cuts = np.flatnonzero(np.diff(signature[slim][by_signature])) + 1
-        found = [np.sort(group) for group in np.split(slim[by_signature], cuts) if len(group)]
-        return sorted(found, key=lambda group: int(group[0]))
+        _, first, group = np.unique(signature[slim], return_index=True, return_inverse=True)
+        return [slim[group == number] for number in np.argsort(first)]
 
 
 def spread(ids: Ids, before: int, after: int) -> Ids:
     """Return the labels of a flattened (before, len(ids), after) block in which only the middle axis is labelled."""
-    return pattern((before, len(ids), after), 1, ids).reshape(-1)
-
-
-def pattern(shape: Sequence[int], axis: int, ids: Ids) -> Ids:
-    """Return `ids` laid along `axis` of a block of `shape`."""
-    return np.broadcast_to(ids.reshape([-1 if i == axis else 1 for i in range(len(shape))]), tuple(shape))
+    return np.tile(np.repeat(ids, after), before)

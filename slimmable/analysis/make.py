@@ -1,21 +1,26 @@
 """Making a plan: trace, solve, try second choices where the first look bad, check that every width runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from slimmable._inputs import Arguments
 from slimmable._modules import size_axes, swapped
 from slimmable._nested import output_tensors
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
-from slimmable.analysis._solve import Solution, channels_of, solve
-from slimmable.analysis.channels import SubNetwork
+from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, SubNetwork
 from slimmable.analysis.fake import FakeModel, recorded_outputs
-from slimmable.analysis.labels import Ids
+from slimmable.analysis.integers import Constraint, Expression
+from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.outputs import Outputs, is_inside
 from slimmable.analysis.plan import Pin, Plan
 from slimmable.analysis.trace import Skip, Trace, trace
@@ -25,24 +30,17 @@ _TRIED = 10**8  # parameters of the largest model that runs, with numbers, to se
 
 
 def make_plan(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    rules: Plan,
-    skip: Skip,
-    outputs: Outputs = "auto",
-    advise: bool = True,
+    model: nn.Module, example: Arguments, rules: Plan, skip: Skip, outputs: Outputs, advise: bool = True
 ) -> Plan:
     """Return the plan of `model`, which has no views, by the rules of an empty one; `advise`: errors tell of skips."""
     pinned: dict[str, str] = {}
     replayed: dict[str, list[Any]] = {}
 
     def stays(path: str, module: nn.Module) -> bool | str:
-        """Return why a module is pinned, or whether it is skipped."""
         return next((why for outer, why in pinned.items() if is_inside(path, outer)), "") or skip(path, module)
 
     while True:
-        fake = FakeModel(model, args, kwargs, replayed)
+        fake = FakeModel(model, example, replayed)
         try:
             plan = Plan(**rules.rules())
             found = best_trace(fake, rules, stays, outputs)
@@ -52,11 +50,11 @@ def make_plan(
             above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
             if above is None or above in replayed:
                 if advise:
-                    tried = partial(make_plan, model, args, kwargs, rules, outputs=outputs, advise=False)
+                    tried = partial(make_plan, model, example, rules, outputs=outputs, advise=False)
                     error.args = (f"{error} {_advice(model, error.module, skip, tried)}",)
                 raise
             try:
-                replayed = recorded_outputs(model, args, kwargs, [*replayed, above])
+                replayed = recorded_outputs(model, example, [*replayed, above])
             except Exception as cause:
                 raise TraceError(f"{error}\nNor does the model run on the real example: {cause}") from cause
             continue
@@ -88,7 +86,7 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> tuple[Trace, Solution]:
+def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "tuple[Trace, Solution]":
     """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
     widths = rules.widths
     first = _settled_trace(fake, widths, skip, outputs)
@@ -122,24 +120,182 @@ def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outpu
                 return found
 
 
+# -- groups, and how many units each keeps
+@dataclass
+class Solution:
+    """The groups and, for each width, the units kept of each group."""
+
+    grouping: Grouping
+    roots: list[Ids]  # of each group
+    counts: list[Counts]
+    disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
+
+    def parameters(self, trace: Trace) -> int:
+        """Return how many elements of parameters and buffers the narrowest width keeps."""
+        labelled = ([ids for ids in axes if ids is not None] for axes in trace.tensors.values())
+        return sum(math.prod(self.grouping.count(self.counts[-1], ids) for ids in axes) for axes in labelled)
+
+
+def solve(trace: Trace, rules: Plan) -> Solution:
+    """Find groups and counts, by the rules of an empty plan, for which every constraint holds at every width.
+
+    Where rounding makes constraints disagree, counts are changed by a few units; if that does not help, axes are
+    coupled or pinned, whichever keeps fewer parameters.
+    """
+    context = trace.context
+    labels = context.labels
+    coupled: set[int] = set()
+    disagreed: list[Ids] = []
+    while True:
+        solution = _count(labels, rules)
+        needed = Requirements(solution.grouping, context.constraints, trace.attributes)
+        failures: list[Failure] = []
+        for width, counts in enumerate(solution.counts):
+            failures += (needed.adjust(counts) if width else needed.fit(counts))[1]
+        if not failures:
+            return replace(solution, disagreed=disagreed)
+        disagreed += [ids for failure in failures for ids in failure.axes()]
+        failure, mended = failures[0], []
+        for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
+            tried = copy.deepcopy(labels)
+            if mend(tried, failure):
+                mended.append(tried)
+        coupled.add(id(failure.constraint))
+        if mended:
+            labels = context.labels = min(mended, key=lambda each: _count(each, rules).parameters(trace))
+        else:  # nothing in it can shrink: it does not depend on the width
+            context.constraints = [c for c in context.constraints if c is not failure.constraint]
+
+
+def _count(labels: Labels, rules: Plan) -> Solution:
+    """Return the groups and the units that they keep, ignoring constraints."""
+    roots = labels.find(np.arange(len(labels)))
+    groups = labels.groups()
+    group_of, rank = np.full(len(labels), -1), np.zeros(len(labels), np.int64)
+    for number, group in enumerate(groups):
+        group_of[group], rank[group] = number, np.arange(len(group))
+    grouping = Grouping(tuple(map(len, groups)), group_of[roots], rank[roots])
+    counts = [np.array([*(rules.kept(n, width) for n in grouping.units), 1]) for width in rules.widths]
+    return Solution(grouping, groups, counts)
+
+
+def _couple(labels: Labels, failure: Failure) -> bool:
+    """Make axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block; True if changed."""
+    done = False
+    for first, second in permutations(failure.axes(), 2):
+        if len(first) % len(second) == 0:
+            tiled = np.tile(second, len(first) // len(second))
+            if not labels.same(first, tiled):
+                labels.merge(first, tiled)
+                done = True
+    return done
+
+
+def _pin(labels: Labels, failure: Failure) -> bool:
+    """Pin the axes of a constraint and of those that it disagrees with; True if changed."""
+    before = len(labels.reasons)
+    for ids in failure.axes():
+        labels.pin(ids, f"{failure.constraint.where}: no value of {failure.constraint.expression} fits every width")
+    return len(labels.reasons) > before
+
+
+# -- the plan
 def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
     """Fill an empty plan with what a trace and its solution have found, and return it."""
-    plan.channels = channels_of(fake.model, found, solution)
+    model, context, grouping = fake.model, found.context, solution.grouping
+    labels, pack = context.labels, _Packing(grouping)
+    constraints = [pack.constraint(constraint) for constraint in context.constraints]
+    used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
+    scales = list(_scales(model, found, pack))
+    # torch's encoders may skip padding by nested tensors, which need an even number of heads
+    nested = [(path, NESTED) for path, module in model.named_modules() if vars(module).get(NESTED) is True]
+    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *nested])
+    makers: list[set[str]] = [set() for _ in solution.roots]
+    for path, made in context.producers:
+        for group in grouping.groups_in([made]):
+            makers[group].add(path)
+    plan.channels = Channels(
+        Requirements(pack.grouping, constraints, {key: found.attributes[key] for key in used}),
+        {key: pack.axes(axes) for key, axes in found.tensors.items()},
+        {(path, name): model.get_submodule(path).__dict__[name] for path, name in names},
+        scales,
+        [_output(output, labels, pack) for output in found.outputs],
+        tuple(tuple(sorted(paths)) for paths in makers),
+        tuple(bool(labels.ordered(roots).any()) for roots in solution.roots),
+        [(macs, tuple(map(pack.ids, axes))) for macs, axes, _ in context.products],
+        {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
+    )
     plan.caches = found.caches
     plan.fill([counts[:-1].tolist() for counts in solution.counts])
-    labels, grouping = found.context.labels, solution.grouping
     for (path, name), axes in found.tensors.items():
         for axis, ids in enumerate(axes):
             if ids is None:
                 continue
             groups = grouping.groups_in([ids])
-            sizes = {name for name, own in size_axes(fake.model.get_submodule(path)).items() if own == axis}
+            sizes = {name for name, own in size_axes(model.get_submodule(path)).items() if own == axis}
             layers = name == "weight" and not sizes.isdisjoint(("out_features", "out_channels", "embedding_dim"))
             if groups and max(grouping.units[group] for group in groups) == 1 < len(ids):
                 plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
             elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
     return plan
+
+
+def _output(output: Output, labels: Labels, pack: "_Packing") -> Output:
+    """Return an output with the units of its axes, and the reason if it stays full."""
+    units, why = pack.axes(output.units), output.why
+    made = [ids for ids in output.units if ids is not None and labels.produced(ids).any()]
+    if not pack.grouping.groups_in(units):
+        reasons = dict.fromkeys(labels.reason(ids) for ids in made)
+        why = ", ".join(reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
+        why = why or "no units that could get thinner reach it"
+    return replace(output, units=units, why=why)
+
+
+def _scales(model: nn.Module, trace: Trace, pack: "_Packing") -> Iterator[tuple[str, str, Ids]]:
+    """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
+
+    Attention kernels derive the scale from the size that they see; a scale stored as an attribute must agree.
+    """
+    for path, ids in trace.context.contractions:
+        units = pack.ids(ids)
+        shrinks = bool(pack.grouping.groups_in([units]))
+        for name, value in vars(model.get_submodule(path)).items():
+            if shrinks and type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9:
+                yield path, name, units
+
+
+class _Packing:
+    """Renumbers the ids of all axes as units of groups; equal axes become one shared array."""
+
+    def __init__(self, grouping: Grouping) -> None:
+        starts = np.cumsum([0, *grouping.units])
+        total = int(starts[-1])
+        slim = grouping.group_of >= 0
+        self._unit = np.full(len(slim), total)
+        self._unit[slim] = starts[grouping.group_of[slim]] + grouping.rank[slim]
+        group_of = np.repeat(np.arange(len(grouping.units)), grouping.units)
+        rank = np.arange(total) - np.repeat(starts[:-1], grouping.units)
+        self.grouping = Grouping(grouping.units, np.append(group_of, -1), np.append(rank, 0))
+        self._known: dict[bytes, Ids] = {}
+
+    def ids(self, ids: Ids) -> Ids:
+        units: Ids = self._unit[ids]
+        return self._known.setdefault(units.tobytes(), units)
+
+    def axes(self, axes: Sequence[Ids | None]) -> tuple[Ids | None, ...]:
+        return tuple(None if ids is None else self.ids(ids) for ids in axes)
+
+    def constraint(self, constraint: Constraint) -> Constraint:
+        own, required = map(self._expression, (constraint.expression, constraint.required))
+        return Constraint(own, required, constraint.where)
+
+    def _expression(self, expression: Expression) -> Expression:
+        if expression.kind == "size":
+            return Expression("size", self.ids(expression.value))
+        if expression.kind in ("constant", "attribute"):
+            return expression
+        return Expression(expression.kind, tuple(map(self._expression, expression.value)))
 
 
 # -- trying a plan: the model must run at each width and return outputs of the planned shapes

@@ -1,5 +1,6 @@
 """The plan of a conversion: what each width keeps of each parameter axis, and the integers that depend on it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,27 +113,22 @@ class Plan:
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
         """
-        return {
+        data = {
             **self.rules(),
-            "widths": list(self.widths),
             "macs": [column.macs for column in self.columns],
             "parameters": [column.parameters for column in self.columns],
             "groups": [
-                {
-                    "units": group.units,
-                    "kept": list(group.kept),
-                    "makers": list(group.makers),
-                    "ordered": group.ordered,
-                    "axes": [_axis_data(axis) for axis in group.members],
-                }
+                {name: value for name, value in vars(group).items() if name != "members"}
+                | {"axes": [_axis_data(axis) for axis in group.members]}
                 for group in self.groups
             ],
             "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
             "outputs": [
-                {"name": output.name, "shapes": list(map(list, shapes)), "reason": output.why}
+                {"name": output.name, "shapes": shapes, "reason": output.why}
                 for output, *shapes in zip(self.channels.outputs, *self.output_shapes, strict=True)
             ],
         }
+        return dict(json.loads(json.dumps(data)))  # in which tuples are lists
 
     def rules(self) -> dict[str, Any]:
         """Return what was asked for: the arguments that make an empty plan."""
@@ -207,9 +203,10 @@ class Plan:
             return self._of_counts(setting)
         if setting in self.widths or not self.universal:
             return self.columns[width_index(setting, self.widths)]
-        least = self.widths[-1]
-        if not least <= number_or_nan(setting) <= 1:
-            raise WidthError(f"width {setting!r} is not a number in [{least}, 1], the range of this model's widths")
+        if not self.widths[-1] <= number_or_nan(setting) <= 1:
+            raise WidthError(
+                f"width {setting!r} is not a number in [{self.widths[-1]}, 1], this model's range of widths"
+            )
         return self.near(tuple(self.kept(units, setting) for units in self.channels.units))
 
     @cached_property
@@ -226,8 +223,7 @@ class Plan:
         if wanted in self._found:
             return self._found[wanted]
         if len(self._found) >= _REMEMBERED + len(self.columns):
-            own = {column.counts for column in self.columns}
-            del self._found[next(key for key in self._found if key not in own)]
+            vars(self).pop("_found", None)  # it starts anew, with the columns
         needed, counts = self.channels.needed, np.array([*wanted, 1])
         values, failures = needed.adjust(counts)
         while failures:
@@ -267,8 +263,7 @@ class Plan:
             kept = ", ".join(f"group {group} with {key[group]}" for group in groups)
             raise WidthError(
                 f"these counts do not go together: {kept} ({failure.constraint.where}: "
-                f"{failure.constraint.expression}). For counts that do, use plan.sub_network(setting).counts, with a "
-                "width or widths by layer"
+                f"{failure.constraint.expression}); some that do are plan.sub_network(width).counts"
             )
         return found
 
@@ -278,10 +273,8 @@ class Plan:
             if not 0 < number_or_nan(width) <= 1:
                 raise WidthError(f"width {width!r} of layers {pattern!r} is not a number in (0, 1]")
             if not isinstance(pattern, str) or not any(is_under(path, pattern) for path in makers):
-                raise WidthError(
-                    f"no layer that makes slimmable channels matches {pattern!r}; "
-                    f"such layers are {', '.join(map(repr, sorted(makers)[:6]))} and so on, see slimmable.plan"
-                )
+                known = listed(sorted(makers), most=6)
+                raise WidthError(f"no layer that makes slimmable channels matches {pattern!r}; such layers are {known}")
         width_of = {path: [1.0, *(w for p, w in widths.items() if is_under(path, p))][-1] for path in makers}
         at = [max((width_of[path] for path in paths), default=1.0) for paths in self.channels.makers]
         return tuple(map(self.kept, self.channels.units, at))

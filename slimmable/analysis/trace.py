@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimmable._known_numbers import written
 from slimmable._modules import size_axes, swapped, tensors_of, unannounced
 from slimmable._nested import named_tensors, output_tensors, tensors
-from slimmable.analysis import _rules_layer, _rules_pointwise
+from slimmable.analysis import _rules_arithmetic as arithmetic
 from slimmable.analysis import _rules_shape as _rules_shape
 from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call
 from slimmable.analysis._context import Context as Context
 from slimmable.analysis.channels import Output
 from slimmable.analysis.fake import FakeModel
-from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
+from slimmable.analysis.integers import Attribute, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.outputs import Outputs, label_outputs
 from slimmable.errors import RuleError, TraceError
@@ -67,19 +67,17 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results = out if tensors(out) else written(func._schema, args, kwargs)
             name = func._schema.name.removeprefix("aten::").rstrip("_")  # in place, that of its counterpart
             self.context.at(name, self.fake.running)
-            if self.context.numbered:
-                self.context.use(tensors((args, kwargs)))
+            self.context.use(tensors((args, kwargs)))
             if tensors(results):
                 self.context.schema = func._schema
-                pointwise = torch.Tag.pointwise in func.tags
-                other = _rules_pointwise.pointwise if pointwise else _rules_pointwise.unknown
+                other = arithmetic.pointwise if torch.Tag.pointwise in func.tags else arithmetic.unknown
                 try:
                     RULES.get(name, other)(self.context, args, kwargs, results)
                 except RuleError:
                     raise
                 except Exception as error:  # a fault of ours, for which the model still converts
                     fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
-                    _rules_pointwise.unknown(self.context, args, kwargs, results, fault)
+                    arithmetic.unknown(self.context, args, kwargs, results, fault)
         return out
 
 
@@ -100,27 +98,21 @@ class _Calls(TorchFunctionMode):
             sizes = [self.context.size(args[0], axis) for axis in range(args[0].ndim)]
             return math.prod(sizes) if name == "numel" else torch.Size(sizes)
         if name == "scaled_dot_product_attention":
-            return self._attention(func, args, kwargs)
+            with swapped([(vars(self.operations), "asleep", True)]):
+                out = func(*args, **kwargs)
+            self.context.at(name, self.operations.fake.running)
+            tensors_by_name = (kwargs[n] for n in ("query", "key", "value")[len(args) :])
+            arithmetic.attention(self.context, [*args, *tensors_by_name], kwargs, out)
+            return out
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
             self.context.operation = name
-            _rules_layer.normalized_shape(self.context, args[0], args[1])
-        self.context.call = Call(name, args, kwargs)
-        try:
+            arithmetic.normalized_shape(self.context, args[0], args[1])
+        with swapped([(vars(self.context), "call", Call(name, args, kwargs))]):
             return func(*args, **kwargs)
-        finally:
-            self.context.call = Call()
-
-    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with swapped([(vars(self.operations), "asleep", True)]):
-            out = func(*args, **kwargs)
-        self.context.at("scaled_dot_product_attention", self.operations.fake.running)
-        names = ("query", "key", "value")
-        _rules_layer.attention(self.context, [*args, *(kwargs[n] for n in names[len(args) :])], kwargs, out)
-        return out
 
 
 def trace(
-    fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs = "auto"
+    fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs
 ) -> Trace:
     """Run `fake` once and return the labels of all parameters, buffers and outputs."""
     context = Context(widths, choices)
@@ -141,10 +133,9 @@ def trace(
         axes = [] if source is None else context.axes(source)
         result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
-    read: set[tuple[str, str]] = set()
     notes = {"on_replay": pin_inputs, "on_branch": pin_sources, "on_call": note_call}
     noted = swapped([(vars(fake), name, note) for name, note in notes.items()])
-    with noted, _traced_attributes(fake.model, result), _watched_sizes(fake.model, read):
+    with noted, _traced_attributes(fake.model, result), _followed_sizes(fake.model, result):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
@@ -153,9 +144,8 @@ def trace(
             raise _failed(fake, context, error) from error
         finally:
             for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
-                for name in ("slim_axes", "slim_origin"):
+                for name in ("slim_axes", "slim_origin", "slim_shape"):
                     tensor.__dict__.pop(name, None)
-    _follow_sizes(fake.model, result, read)
     result.caches = fake.reach.caches
     for cache in ((path, name) for path, names in result.caches.items() for name in names):
         result.tensors.pop(cache, None)
@@ -167,9 +157,10 @@ def trace(
 
 
 @contextmanager
-def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[None]:
-    """Record which size attributes of torch's layers the forward reads, by module path and name."""
-    kinds = {module: (path, type(module)) for path, module in model.named_modules() if size_axes(module)}
+def _followed_sizes(model: nn.Module, result: Trace) -> Iterator[None]:
+    """Require the size attributes of torch's layers that the forward in the block reads to follow the weights."""
+    layers = {path: (module, type(module)) for path, module in model.named_modules() if size_axes(module)}
+    read: set[tuple[str, str]] = set()
 
     def property_of(path: str, name: str) -> property:
         def get(module: Any) -> Any:
@@ -178,27 +169,22 @@ def _watched_sizes(model: nn.Module, read: set[tuple[str, str]]) -> Iterator[Non
 
         return property(get)
 
-    for module, (path, kind) in kinds.items():
+    for path, (module, kind) in layers.items():
         names = {name: property_of(path, name) for name in size_axes(module) if name in module.__dict__}
         module.__class__ = unannounced(kind, names)
     try:
         yield
     finally:
-        for module, (_, kind) in kinds.items():
+        for module, kind in layers.values():
             module.__class__ = kind
-
-
-def _follow_sizes(model: nn.Module, result: Trace, read: set[tuple[str, str]]) -> None:
-    """Require the size attributes of torch's layers that the forward reads to follow the weights."""
-    context = result.context
     for path, name in sorted(read):
-        module = model.get_submodule(path)
-        axis, axes = size_axes(module)[name], result.tensors[path, "weight"]
-        context.at(f"reading {name}", path)
-        size = size_of(axes[axis], module._parameters["weight"].shape[axis])  # type: ignore[union-attr]
+        module, axis = layers[path][0], size_axes(layers[path][0])[name]
+        weight = module._parameters["weight"]
+        size = size_of(result.tensors[path, "weight"][axis], weight.shape[axis])
         if axis and "groups" in module.__dict__:
             size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
-        context.constraints.append(Constraint(Expression("attribute", (path, name, ())), size, context.where))
+        result.context.at(f"reading {name}", path)
+        result.context.on_equal(Expression("attribute", (path, name, ())), size)
 
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:

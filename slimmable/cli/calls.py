@@ -1,11 +1,9 @@
 """`slimmable.pretrain`: the command as a function of Python, with its options as keyword arguments."""
 
 import inspect
-import io
-import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import nn
 
 from slimmable.cli.commands import COMMANDS, parse, run, suggestion
 from slimmable.cli.config import RunOptions, flag, help_text, kind_of
-from slimmable.cli.faults import GO_ON, explained_fault
+from slimmable.cli.faults import explained_fault
 from slimmable.cli.report import Row, read_rows
 from slimmable.errors import SlimmableError, UsageError
 
@@ -53,7 +51,8 @@ def pretrain(**options: Any) -> Run:
     program gets the signal; `resume=True` continues. Under `torchrun`, all processes must call it. Where processes that
     read images are spawned, call it under `if __name__ == "__main__":`, or with `workers=0`.
 
-    Raises: SlimmableError: where the command ends with exit code 2. MissingPackageError: without the extra `cli`.
+    Raises: SlimmableError: where the command ends with exit code 2, in its words, with its names of the options.
+        MissingPackageError: without the extra `cli`.
 
     >>> import slimmable, tempfile
     >>> options = dict(method="simclr", num_images=16, batch_size=8, epochs=1, widths=(1.0, 0.5), device="cpu")
@@ -68,44 +67,32 @@ def pretrain(**options: Any) -> Run:
         except Exception as error:
             if (fault := explained_fault(error)) is None:
                 raise
-            said, way, line = fault.replace(GO_ON, "then start it again").partition("continue with: ")
-            text = f"pretrain: {_in_python(said)}{way}{line}"
-            if not isinstance(error, SlimmableError):
-                raise SlimmableError(text) from error
-            raise type(error)(text).with_traceback(error.__traceback__) from error.__cause__
+            kind = type(error) if isinstance(error, SlimmableError) else SlimmableError
+            raise kind(f"pretrain: {fault}") from error
     if code:
         signal.raise_signal(code - 128)
         raise KeyboardInterrupt(code - 128)  # if the program ignores the signal
     return Run(Path(options.get("output", RunOptions.output)))
 
 
-def _in_python(text: str) -> str:
-    """Return a text in which options have their names in Python."""
-    return re.sub(r"(?<!\S)--([a-z][a-z-]+)", lambda found: found[1].replace("-", "_"), text)
-
-
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options as the parser makes them of words, which cannot say None, False or that there are none."""
-    words, off = ["pretrain"], {}
+    words, unsaid = ["pretrain"], {}
     for name, value in options.items():
         if name not in _OPTIONS:
             raise UsageError(f"there is no option {name}{suggestion(name, _OPTIONS)}")
         (one, several), default = kind_of(_OPTIONS[name]), _OPTIONS[name].default
-        if (value is default in (None, False)) or (default == () and value in ((), [])):
-            off[name] = default
+        if value is default in (None, False) or (default == () and value in ((), [])):
+            unsaid[name] = default
         elif several and isinstance(value, (tuple, list)):
             words += [flag(name), *map(str, value)]
         elif one in (str, Path) and not isinstance(value, (str, Path)):
             raise UsageError(f"{flag(name)} must be a text, got {value!r:.80}")
         elif one is bool or str(value).startswith("-"):
-            words += [flag(name)] if value is True else [f"{flag(name)}={value}"]
+            words.append(flag(name) if value is True else f"{flag(name)}={value}")
         else:
             words += [flag(name), str(value)]
-    with redirect_stderr(io.StringIO()) as said:
-        try:
-            return parse(words)[1] | off
-        except SystemExit:
-            raise UsageError(said.getvalue().splitlines()[0].removeprefix("slimmable pretrain: ")) from None
+    return parse(words)[1] | unsaid
 
 
 @contextmanager
@@ -121,7 +108,7 @@ def _as_in_a_new_process() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-_MEANINGS = "".join(f"        {name}: {_in_python(help_text(each))}\n" for name, each in _OPTIONS.items())
+_MEANINGS = "".join(f"        {name}: {help_text(each)}\n" for name, each in _OPTIONS.items())
 pretrain.__doc__ = (pretrain.__doc__ or "").replace("    Raises:", f"    Args:\n{_MEANINGS}\n    Raises:")
 pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)

@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import slimmable
+from slimmable._widths import width_index
 from slimmable.cli import config as settings
 from slimmable.cli.config import DEVICE, ROUNDING, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
-from slimmable.errors import UsageError, WidthError
+from slimmable.errors import UsageError, WidthError, explained
 
 ALL = "all"
 _UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
-def _width(text: str) -> float | str:
-    if text == ALL:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {ALL}") from None
+def width(text: str) -> float | str:
+    """Return the number that a word says, or `ALL`; the parser's message about other words has this function's name."""
+    return text if text == ALL else float(text)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Evaluate:
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)
 
-    def _run(self) -> int:
+    def _run(self) -> None:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.lock import locked
@@ -83,7 +80,6 @@ class Evaluate:
             workers = _count_workers(self.workers)
             rows = rows_of_run(config, backbone, images, probes, workers)
             say(report_run(config, self.run, rows, images, workers))
-        return 0
 
 
 @dataclass(frozen=True)
@@ -92,19 +88,13 @@ class Network:
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
-        help="width to write, or all; can be repeated", type=_width, action="append", required=True, metavar="W"
+        help="width to write, or all; can be repeated", type=width, action="append", required=True, metavar="W"
     )
-    widths: tuple[float, ...] | None = option(
-        None, **WIDTHS, group="for a timm model only, except that a file also takes --image-size"
-    )
+    widths: tuple[float, ...] | None = option(None, **WIDTHS, group="for a timm model; a file takes --image-size, too")
     rounding: str | None = option(None, **ROUNDING, shown="nearest")
-    checkpoint: Path | None = option(
-        None, "weights of the plain or the converted model, saved by torch.save or as safetensors", metavar="FILE"
-    )
+    checkpoint: Path | None = option(None, "weights, plain or converted, by torch.save or safetensors", metavar="FILE")
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
-    num_classes: int | None = option(
-        None, "size of the classifier; 0: a backbone that outputs features", within=settings.at_least(0)
-    )
+    num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=settings.at_least(0))
     image_size: int | None = option(None, **SIZE)
 
     def source(self) -> tuple[Any, list[float], Path]:
@@ -126,16 +116,15 @@ class Network:
             try:
                 check_name(self.model)
             except UsageError as error:
-                what = f"a folder without {CONFIG}, not a run" if os.path.isdir(path) else "neither a folder nor a file"
-                raise UsageError(f"{self.model} is {what}, and not a model either: {error}") from error
+                raise UsageError(f"{self.model} is neither a folder with {CONFIG} nor a file, and {error}") from error
             known = checked_widths(self.widths)
-            unknown = [asked for asked in self.width if asked not in (ALL, *known)]
-            if unknown:
+            if unknown := [asked for asked in self.width if asked not in (ALL, *known)]:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
             rules = {"widths": known, "rounding": self.rounding or "nearest"}
             source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", self.model)
-        return source, [*source.widths] if ALL in self.width else [*map(float, self.width)], folder
+        widths = source.widths if ALL in self.width else self.width
+        return source, [source.widths[width_index(float(each), source.widths)] for each in widths], folder
 
     def _leave_out(self, what: str, *more: str) -> None:
         """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
@@ -159,7 +148,7 @@ class Export:
     )
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
 
-    def _run(self, **network: Any) -> int:
+    def _run(self, **network: Any) -> None:
         from slimmable.cli.export import export as write
         from slimmable.cli.lock import locked
 
@@ -172,7 +161,6 @@ class Export:
             size = f"{file.size / 1e6:.2f} MB"
             say(f"wrote {folder / file.name} ({size}), off by {file.off:.0e} of the largest output{note}")
         say(f"wrote {folder / 'README.md'}, the model card")
-        return 0
 
 
 @dataclass(frozen=True)
@@ -184,17 +172,14 @@ class Embed:
     workers: int | None = option(None, **WORKERS)
     device: str | None = option(None, **DEVICE)
 
-    def _run(self, **network: Any) -> int:
+    def _run(self, **network: Any) -> None:
         from slimmable.cli.embed import embed
 
         if self.output.suffix != ".npz":
             raise UsageError(f"--output {self.output} must end in .npz")
         source, widths, _ = Network(**network).source()
-        device, workers = _find_device(self.device), _count_workers(self.workers)
-        for name, shape in embed(source, self.images, widths, self.output, device, workers).items():
-            say(f"{name}: {' x '.join(map(str, shape))}")
-        say(f"wrote {self.output}")
-        return 0
+        count = embed(source, self.images, widths, self.output, _find_device(self.device), _count_workers(self.workers))
+        say(f"wrote {self.output}, the features of {count} images")
 
 
 @dataclass(frozen=True)
@@ -215,12 +200,11 @@ class Plan:
         channels, height, width = model.pretrained_cfg["input_size"]
         return model, torch.zeros(2, channels, self.image_size or height, self.image_size or width)
 
-    def _run(self) -> int:
+    def _run(self) -> None:
         from slimmable._convert import plan as make_plan
 
         model, example = self._model()
         say(str(make_plan(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)))
-        return 0
 
 
 @dataclass(frozen=True)
@@ -229,7 +213,7 @@ class Profile(Plan):
 
     csv: Path | None = option(None, "also write the table as CSV", metavar="FILE")
 
-    def _run(self) -> int:
+    def _run(self) -> None:
         from slimmable._atomic import write_aside
         from slimmable._convert import slimify
         from slimmable._profile import profile as measure
@@ -242,7 +226,6 @@ class Profile(Plan):
         say(str(table))
         if self.csv is not None:
             write_aside(self.csv, table.to_csv)
-        return 0
 
 
 COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
@@ -256,10 +239,8 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of e
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, without listing every option first."""
-
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\nRun `{self.prog} --help` for help\n")
+        raise UsageError(message)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -267,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
     about = "Slimmable networks: one set of weights, several widths."
     parser = _Parser(prog="slimmable", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"slimmable {slimmable.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, classes in COMMANDS.items():
         text = classes[-1].__doc__
         own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -277,38 +258,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the command and the given options of a command line; exit as argparse does, for an empty one with 2."""
+    """Return the command and the given options of a command line; without words, show the help and exit with 2.
+
+    Raises: UsageError: if a word is none, cannot be shown in a message, or has no meaning.
+    """
+    if not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv):
+        raise UsageError(f"the arguments must be a list of words, got {argv!r:.80}")
+    option = ""
+    for word in argv:
+        value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
+        if not value.strip() or len(word) > 4096 or _UNSEEN.search(word):
+            raise UsageError(f"{option}{word!a:.80} is empty, longer than 4,096 characters, or not text")
+        option = f"{word} " if word.startswith("--") else option
     parser = make_parser()
     if not argv:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    _check_text(parser, argv)
     if argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        parser.error(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
+        raise UsageError(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
     given = vars(arguments)
     name = given.pop("command")
-    if name is None:
-        parser.error(f"{' '.join(unknown)} is not a command")
     if unknown:
         typed = unknown[0].partition("=")[0]
         known = ["--help", *(flag(each.name) for options in COMMANDS[name] for each in fields(options))]
-        parser.exit(2, f"slimmable {name}: there is no option {typed}{suggestion(typed, known)}\n")
+        raise UsageError(f"there is no option {typed}{suggestion(typed, known)}")
     return name, given
-
-
-def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Exit with 2 if a word of a command line cannot name anything, or cannot be shown in a message."""
-    if not isinstance(argv, (list, tuple)) or not all(isinstance(text, str) for text in argv):
-        parser.error(f"the arguments must be a list of words, got {argv!r:.80}")
-    name = f" {argv[0]}" if argv[0] in COMMANDS else ""
-    option = ""
-    for text in argv:
-        value = text.partition("=")[2] if text.startswith("--") and "=" in text else text
-        if not value.strip() or len(text) > 4096 or _UNSEEN.search(text):
-            wrong = "is empty, longer than 4,096 characters, or not text that can be shown; give another value"
-            parser.exit(2, f"{parser.prog}{name}: {option}{text!a:.80} {wrong}\n")
-        option = f"{text} " if text.startswith("--") else option
 
 
 def suggestion(typed: str, known: Iterable[str]) -> str:
@@ -322,7 +297,7 @@ def run(name: str, given: dict[str, Any]) -> int:
     *_, command = COMMANDS[name]
     own = command(**{each.name: given.pop(each.name) for each in fields(command) if each.name in given})
     settings.check(own)
-    return int(own._run(**given))
+    return own._run(**given) or 0  # only that of `pretrain` returns one
 
 
 def _find_device(name: str | None) -> Any:
@@ -330,14 +305,11 @@ def _find_device(name: str | None) -> Any:
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with explained(f"--device {name} cannot be used", "; choose another, such as cpu"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers
         if str(device) != name:  # torch counts devices modulo 256
             raise ValueError(f"torch takes it for {device}")
-    except Exception as error:  # each kind of device has errors of its own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"--device {name} cannot be used ({first}); choose another, such as cpu") from error
     return device
 
 

@@ -7,13 +7,13 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import partial
 from math import inf
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, get_args
 
 import yaml
 
@@ -21,20 +21,24 @@ from slimmable._widths import ROUNDINGS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
-METHODS = ("mocov2", "mocov3", "simclr", "byol", "vicreg", "supervised")
-GATED_METHODS = ("mocov3", "simclr", "byol", "vicreg")  # whose encoder sees two views
+METHODS = ("mocov2", "mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins", "dino", "supervised")
+GATED_METHODS = ("mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins")  # whose encoder sees two views
+_GATED = ", ".join(GATED_METHODS)
+_WITHOUT_LOGITS = ("byol", "simsiam", "vicreg", "barlowtwins")
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
+_CROPS = "0.56; for folders 0.08 or 0.2"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
 LOGGERS = ("tensorboard", "wandb")
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-_MOST = 100  # values of an option
+_MOST = 100  # numbers in a list
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
-_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (int, float), tuple: (list,)}
+
+say = partial(print, flush=True)  # immediately, even into a pipe
 
 
 class MissingPackageError(SlimmableError, ImportError):
@@ -48,26 +52,6 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
     except ImportError as error:
         way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
         raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error
-
-
-@contextmanager
-def explained(what: str, advice: str = "") -> Iterator[None]:
-    """Raise an error of any kind, as other packages raise, as one that says `what`, its first cause, and `advice`."""
-    try:
-        yield
-    except SlimmableError:
-        raise
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        first = (str(cause).strip() or "no message").splitlines()[0][:300]
-        raise SlimmableError(f"{what} ({type(cause).__name__}: {first}){advice}") from error
-
-
-def say(text: str) -> None:
-    """Print a line immediately, even into a pipe."""
-    print(text, flush=True)
 
 
 def printable(text: object) -> str:
@@ -92,14 +76,14 @@ class Range:
 
 
 POSITIVE = Range("positive", lambda value: 0 < value < inf, (1e-9, 1_000_000))
-NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < inf)
 FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
 SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31, (0, 2**31))
 
 
 def at_least(least: int, most: int = 1_000_000) -> Range:
     """Return the range of numbers from `least` up, of which those above `most` are absurd."""
-    return Range(f"at least {least}", lambda value: value >= least, (least, most))
+    return Range(f"at least {least}" if least else "0 or more", lambda value: least <= value < inf, (least, most))
 
 
 UNITS = at_least(1, 65_536)
@@ -107,29 +91,21 @@ DEVICE: dict[str, Any] = {"help": "torch device, such as cpu or cuda", "shown": 
 SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": at_least(1, 4096), "shown": "the model's own"}
 WORKERS: dict[str, Any] = {
     "help": "processes that read and augment images; the result does not depend on them",
-    "within": Range("0 or more", lambda value: value >= 0, (0, 256)),
+    "within": at_least(0, 256),
     "shown": "chosen by the number of processors",
 }
 
 
-def option(
-    default: Any = MISSING,
-    help: str = "",
-    *,
-    choices: Sequence[str] = (),
-    within: Range | None = None,
-    group: str = "",
-    shown: str = "",
-    **parsing: Any,
-) -> Any:
+def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     """Return a dataclass field that is an option of a command; without a default, a positional or `required` one.
 
     It accepts `choices`, one or several by the field's type, or numbers `within` a range, and None if the type does.
     `group` is the heading above it and those after it, `shown` the default in words, where its value does not say
-    enough, and `parsing` is for `ArgumentParser.add_argument`.
+    enough. What else is given is for `ArgumentParser.add_argument`.
     """
-    known = {"help": help, "choices": choices, "within": within, "group": group, "shown": shown, "parsing": parsing}
-    return field(default=default, metadata=known)
+    known = {"help": help, "choices": (), "within": None, "group": "", "shown": ""}
+    parsing = {name: value for name, value in more.items() if name not in known}
+    return field(default=default, metadata={**known, **more, "parsing": parsing})
 
 
 def flag(name: str) -> str:
@@ -158,36 +134,37 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def kind_of(each: Field[Any]) -> tuple[Any, bool]:
     """Return the type of an option's values, and whether it takes several."""
-    (kind,) = (part for part in _parts(each.type) if part is not NoneType)
+    kind: Any = get_args(each.type)[0] if isinstance(each.type, UnionType) else each.type
     one, *several = get_args(kind) or (kind,)  # of a tuple, the type of its items and an ellipsis
     return one, bool(several)
 
 
 def help_text(each: Field[Any]) -> str:
     """Return the help text of an option, with its range and default."""
-    within, default = each.metadata["within"], each.metadata["shown"]
-    if not default and each.default is not MISSING and each.default is not None and each.default is not False:
-        default = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else str(each.default)
-    more = "; ".join(([within.text] if within else []) + ([f"default: {default}"] if default else []))
-    return f"{each.metadata['help']} ({more})" if more else str(each.metadata["help"])
+    within, shown = each.metadata["within"], each.metadata["shown"]
+    if not shown and each.default not in (MISSING, None, ()) and each.default is not False:
+        shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+    more = ([within.text] if within else []) + ([f"default: {shown}"] if shown != "" else [])
+    return f"{each.metadata['help']} ({'; '.join(more)})" if more else str(each.metadata["help"])
 
 
 def check(settings: Any) -> None:
     """Raise UsageError if a value of a dataclass of options is not one of its choices, or outside its range."""
     for each in fields(settings):
-        value, choices, within = getattr(settings, each.name), each.metadata["choices"], each.metadata["within"]
-        if within and isinstance(value, (list, tuple)) and len(value) > _MOST:
-            raise UsageError(f"{flag(each.name)}: got {len(value):,} of them; choose at most {_MOST}")
-        for one in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+        name, value = flag(each.name), getattr(settings, each.name)
+        choices, within = each.metadata["choices"], each.metadata["within"]
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if within and len(values) > _MOST:
+            raise UsageError(f"{name}: got {len(values):,} of them; choose at most {_MOST}")
+        for one in values:
             if isinstance(one, str) and not one.strip():
-                raise UsageError(f"{flag(each.name)} is empty")
+                raise UsageError(f"{name} is empty")
             if choices and one not in choices:
-                raise UsageError(f"{flag(each.name)} cannot be {one}; choose from {', '.join(choices)}")
-            least, most = within.ends if within else (one, one)
-            inside = not within or (isinstance(one, (int, float)) and within.holds(one))
-            if not inside or (within and not least <= one <= most):
-                limits = f"from {least} to {most:,}" if inside else within.text
-                raise UsageError(f"{flag(each.name)} must be {limits}, got {one!r:.80}")
+                raise UsageError(f"{name} cannot be {one}; choose from {', '.join(choices)}")
+            if within and not (isinstance(one, (int, float)) and within.holds(one)):
+                raise UsageError(f"{name} must be {within.text}, got {one!r:.80}")
+            if within and not within.ends[0] <= one <= within.ends[1]:
+                raise UsageError(f"{name} must be from {within.ends[0]} to {within.ends[1]:,}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
@@ -201,17 +178,6 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
         raise WidthError(f"--widths: {error}") from error
 
 
-def fits(settings: type, name: str, value: object) -> bool:
-    """Return whether a value read from JSON has the type of the field `name`."""
-    parts = [get_origin(part) or part for part in _parts(get_type_hints(settings)[name])]
-    return any(type(value) in _JSON_TYPES.get(part, (part,)) for part in parts)  # a bool is no int
-
-
-def _parts(kind: Any) -> tuple[Any, ...]:
-    """Return the types in a union, or the single type."""
-    return (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
-
-
 @dataclass(frozen=True)
 class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
@@ -220,24 +186,17 @@ class PretrainConfig:
     model: str = option("small_resnet", "a timm model; small_resnet, a ResNet-10, and resnet18_cifar for small images")
     data: str = option(
         DIGITS,
-        "digits: cluttered digits, made from those in scikit-learn; the path of a folder with one folder of images per "
-        "class, or of a tar file; or a name that timm knows, as in torch/cifar10 or hfds/USER/NAME; the classes are "
-        "used for evaluation only, except with --method supervised",
+        "digits: those of scikit-learn, cluttered; a folder with one folder of images per class, or a tar file; a name "
+        "that timm knows, as in torch/cifar10 or hfds/USER/NAME; only --method supervised trains on the classes",
         metavar="NAME",
     )
     data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
-    mean: tuple[float, ...] | None = option(
-        None, "what is subtracted from each channel, of values in [0, 1]", within=FRACTION, shown=_AS_TIMM
-    )
+    mean: tuple[float, ...] | None = option(None, "what to subtract from each channel", within=FRACTION, shown=_AS_TIMM)
     std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
     num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
     image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
-    augmentation: str = option(
-        "digits", "whose augmentations to use", choices=AUGMENTATIONS, shown="digits; for a folder the method's own"
-    )
-    min_crop_scale: float = option(
-        0.56, "smallest fraction of an image in a view", within=FRACTION, shown="0.56; for a folder 0.08 or 0.2"
-    )
+    augmentation: str = option("digits", "whose views", choices=AUGMENTATIONS, shown="digits; for folders the method's")
+    min_crop_scale: float = option(0.56, "smallest part of an image in a view", within=FRACTION, shown=_CROPS)
     views_per_width: bool = option(False, "draw views of its own for each width; keys and targets see the full width's")
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
     rounding: str = option("nearest", **ROUNDING)
@@ -247,9 +206,8 @@ class PretrainConfig:
     slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
         None,
-        "train each width, by default only the full one, dense, and gated to this mean share of its multiply-adds; for "
-        + ", ".join(GATED_METHODS),
-        within=Range("in (0, 1)", lambda value: 0 < value < 1),
+        f"also gate each width, by default only the full one, to this share of its multiply-adds; for {_GATED}",
+        within=SHARE,
         metavar="SHARE",
     )
     gate_loss_weight: float = option(100.0, "weight of the loss that keeps gates to the budget", within=POSITIVE)
@@ -257,29 +215,35 @@ class PretrainConfig:
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
     head_std: float | None = option(
-        None, "deviation of the projector's first weights, with biases of 0", within=POSITIVE, shown="torch's start"
+        None, "deviation of the projector's first weights", within=POSITIVE, shown="torch's"
     )
-    temperature: float = option(0.2, "temperature of the contrastive loss", within=POSITIVE)
-    ema_momentum: float = option(0.99, "momentum of the averaged encoder; mocov3, byol: rising to 1", within=FRACTION)
+    temperature: float = option(0.2, "temperature of the contrastive loss, or of dino's student", within=POSITIVE)
+    teacher_temperature: float = option(
+        0.07, "temperature of dino's teacher, after a tenth of the training that begins at 0.04", within=POSITIVE
+    )
+    local_crops: int = option(0, "smaller crops of an image that only dino's student sees", within=at_least(0, 100))
+    local_crop_size: int = option(
+        10, "their height and width in pixels", within=at_least(4, 4096), shown="10; for a folder 32"
+    )
+    ema_momentum: float = option(
+        0.99, "momentum of the averaged encoder; mocov3, byol, dino: rising to 1", within=FRACTION
+    )
     queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
     key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
-    bn_groups: int = option(
-        1, "parts of the batch with BatchNorm statistics of their own, as on GPUs without synchronisation", within=UNITS
-    )
+    bn_groups: int = option(1, "parts of the batch with BatchNorm statistics of their own, as on GPUs", within=UNITS)
     epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
     batch_size: int = option(64, "images per step over all processes", within=at_least(2))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
     lr: float = option(0.006, "peak learning rate, for the given batch size", within=POSITIVE)
-    lr_after_slow_start: float | None = option(
-        None, "peak learning rate after the slow start", within=POSITIVE, shown="the same"
-    )
+    lr_after_slow_start: float | None = option(None, "peak after the slow start", within=POSITIVE, shown="the same")
     warmup_epochs: float | None = option(
-        None, "epochs of linear warm-up, before a cosine down to 0", within=NOT_NEGATIVE, shown="a twentieth of all"
+        None, "epochs of linear warm-up, before a cosine down to 0", within=at_least(0), shown="a twentieth of all"
     )
+    norm_lr_scale: float = option(1.0, "factor on the learning rate of norms and biases", within=POSITIVE)
     lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
     lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
     lars_gates: bool = option(False, "adapt the rates of gates in lars too")
-    weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=NOT_NEGATIVE)
+    weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=at_least(0))
     decay_norms: bool = option(False, "apply the weight decay to norms and biases too, but not to gates")
     precision: str = option(
         "float32",
@@ -294,38 +258,36 @@ class PretrainConfig:
         object.__setattr__(self, "widths", checked_widths(self.widths))
         for name in ("mean", "std"):
             if (values := getattr(self, name)) is not None:
-                if len(values) not in (1, self.channels):
-                    count = f"got {len(values):,} values, the number of channels is {self.channels}"
-                    raise UsageError(f"{flag(name)}: {count}; give one for all, or one for each")
                 object.__setattr__(self, name, tuple(values))
+                if len(values) not in (1, self.channels):
+                    count = f"got {len(values):,} values; give one for all, or one for each of {self.channels} channels"
+                    raise UsageError(f"{flag(name)}: {count}")
         check(self)
-        if self.kind in _IN_ORDER:
-            way = "in their order, so a run could not be resumed; use a folder, tar files, torch/NAME or hfds/NAME"
-            raise UsageError(f"--data {printable(self.data)}: timm reads the images of {self.kind}/ {way}")
-        if (self.data_dir is None) == (self.kind == "torch") and self.kind != "hfds":
+        method, kind, data, gated = self.method, self.kind, printable(self.data), self.gate_budget is not None
+        if kind in _IN_ORDER:
+            raise UsageError(f"--data {data}: timm reads {kind}/ only in order, so no run could be resumed; use files")
+        if kind != "hfds" and (self.data_dir is None) == (kind == "torch"):
             given = "is missing" if self.data_dir is None else printable(self.data_dir)
-            raise UsageError(
-                f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {printable(self.data)}"
-            )
+            raise UsageError(f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {data}")
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
             raise UsageError(f"--loss-weights {self.loss_weights}: {error}") from error
-        if self.augmentation == "supervised" != self.method:
-            views = f"makes one view of an image, but --method {self.method} takes two"
-            raise UsageError(f"--augmentation supervised {views}")
-        if self.method in ("byol", "vicreg") and self.distill not in ("own", "none", "embedding", "mse"):
-            missing = f"compares logits, which --method {self.method} does not have"
-            raise UsageError(f"--distill {self.distill} {missing}; choose own, none, embedding or mse")
-        gated = self.gate_budget is not None
-        if gated and self.method not in GATED_METHODS:
-            raise UsageError(f"--gate-budget is for --method {', '.join(GATED_METHODS)}, not {self.method}")
-        if gated and self.universal and len(self.widths) > 1:
-            raise UsageError("--universal trains random widths, for which --gate-budget has no gates; leave one out")
-        if self.universal and self.views_per_width:
-            raise UsageError("--views-per-width is for fixed widths, but --universal draws some; leave one out")
+        if self.augmentation == "supervised" != method:
+            raise UsageError(f"--augmentation supervised makes one view of an image, but --method {method} takes two")
+        if self.local_crops and method != "dino":
+            raise UsageError(f"--local-crops is for --method dino, not {method}")
+        if method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
+            raise UsageError(
+                f"--distill {self.distill} compares logits, which --method {method} does not have; try own"
+            )
+        if gated and method not in GATED_METHODS:
+            raise UsageError(f"--gate-budget is for --method {_GATED}, not {method}")
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
+        if self.universal and (gated or self.views_per_width):
+            other = "--gate-budget" if gated else "--views-per-width"
+            raise UsageError(f"{other} is for fixed widths, but --universal draws some; leave one out")
 
     @property
     def kind(self) -> str:
@@ -360,11 +322,7 @@ class RunOptions:
     logger: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
     log_every: int = option(10, "steps between log entries", within=at_least(1), metavar="STEPS")
     knn_every: int | None = option(
-        None,
-        "epochs between measurements of kNN accuracy on held-out images; 0: none",
-        within=NOT_NEGATIVE,
-        shown="a tenth of all with --gate-budget, otherwise 0",
-        metavar="EPOCHS",
+        None, "epochs between kNN accuracies of held-out images; 0: none", within=at_least(0), shown="0; gated: a tenth"
     )
     quiet: bool = option(False, "tell of faults only, not of the progress and the results")
     diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")

@@ -7,50 +7,41 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader_factory import create_reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable._tables import listed
-from slimmable.cli.config import DIGITS, PretrainConfig, explained, printable, require, say
-from slimmable.cli.faults import GO_ON, STOPPING, explained_fault
-from slimmable.errors import DataError, SlimmableError
+from slimmable.cli.config import DIGITS, PretrainConfig, printable, require, say
+from slimmable.cli.faults import STOPPING
+from slimmable.errors import DataError, explained
 
-_SMALLEST_CANVAS = 20
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_FOLDER = partial(ReaderImageFolder, input_key=";".join(SUFFIXES))
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
 _MOST_STRETCHED = 100  # times as long as wide
 _NAMED = 10  # broken files listed in one message
 _TRIED = 50_000  # files that are checked in advance; with more, a broken one is found when its turn comes
 
-_PARTS = ("training image", "held-out image")
 _TRAIN, _HELD_OUT = ("train", "training"), ("test", "val", "valid", "validation", "eval", "evaluation")
 Key = tuple[int, int]  # an epoch, and the index of an image
-
-
-class ImageSet(Protocol):
-    """Images by index, uint8 of shape (channels, height, width), of any sizes; a tensor of images is one too."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Tensor: ...
+ImageSet: TypeAlias = "Tensor | Pictures"  # by index, uint8 of shape (channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -68,25 +59,40 @@ class Images:
 
 
 def load_images(config: PretrainConfig) -> Images:
-    """Return the images of `config`; the split does not depend on the run's seed."""
-    if config.data == DIGITS:
-        return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
+    """Return the images of `config`, of data sets that timm knows by name in their own split, if they have one."""
+    name, root, held_out = config.data, config.data_dir, ["validation"]
     told = say if is_first() else lambda text: None
-    return named_images(config, told) if config.kind else folder_images(Path(config.data), 0, told)
+    if name == DIGITS:
+        return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
+    if not config.kind:
+        return folder_images(Path(name), 0, told)
+    if name.lower() in ("torch/image_folder", "torch/folder"):
+        return folder_images(Path(str(root)), 0, told, lambda part: create_dataset(name, part, search_split=False))
+    if config.kind == "hfds":
+        require("datasets", "datasets", extra=None)
+    with explained(f"--data {printable(name)} cannot be read"):
+        found: dict[str, Any] = {"train": create_dataset(name, root, split="train")}
+        if config.kind == "hfds":
+            splits = found["train"].reader.dataset.info.splits or {}
+            held_out = [split for split in (*_HELD_OUT[1:], "test") if split in splits][:1]
+        found |= {split: create_dataset(name, root, split=split) for split in held_out}
+        readers = {split: getattr(part, "reader", part) for split, part in found.items()}
+        parts = [_listed(reader, f"{name} {split}", config.channels) for split, reader in readers.items()]
+    characters = config.channels == 1 and "fashion" not in name.lower()
+    return replace(_split(str(root), parts, 0, told), handwriting=characters)
 
 
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
     """Return `train` and `test` cluttered digits of `size` x `size` pixels, the same ones for the same `seed`.
 
-    The digits ship with scikit-learn and are made too hard to classify by their pixels alone: each 8x8 handwritten
-    digit is drawn at a random place, scale and rotation on a larger canvas, with a fragment of another digit as clutter
-    (Mnih et al., *Recurrent Models of Visual Attention*, 2014, section 4). Training and held-out images are made from
-    different handwritten digits.
+    They are too hard to classify by their pixels alone: each 8x8 handwritten digit of scikit-learn is drawn at a random
+    place, scale and rotation on a larger canvas, with a fragment of another digit as clutter (Mnih et al., *Recurrent
+    Models of Visual Attention*, 2014, section 4). Training and held-out images are made from different ones.
 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
-    if size < _SMALLEST_CANVAS:
-        raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size {_SMALLEST_CANVAS} or more")
+    if size < 20:
+        raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size 20 or more")
     handwriting = require("sklearn.datasets", "scikit-learn").load_digits()  # 1,797 digits
     digits = torch.from_numpy(handwriting.images).float().div(16).unsqueeze(1)  # (digits, 1, 8, 8), in [0, 1]
     labels = torch.from_numpy(handwriting.target).long()
@@ -100,8 +106,7 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
         chosen = source[torch.arange(count) % len(source)]  # every digit equally often
         canvas = _draw(digits, chosen, source, size, generator)
         parts.append((canvas.mul(255).round().to(torch.uint8), labels[chosen]))
-    (train_images, train_labels), (test_images, test_labels) = parts
-    return Images(train_images, train_labels, test_images, test_labels, tuple("0123456789"), 1, handwriting=True)
+    return Images(*parts[0], *parts[1], tuple("0123456789"), 1, handwriting=True)
 
 
 def _draw(digits: Tensor, chosen: Tensor, clutter: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -143,7 +148,7 @@ class Pictures:
     def __getitem__(self, index: int) -> Tensor:
         found = self.decode(index)
         if isinstance(found, str):
-            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it, then {GO_ON}")
+            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it")
         return found
 
     def decode(self, index: int) -> Tensor | str:
@@ -152,14 +157,16 @@ class Pictures:
             source = self.pairs[index][0]
             if isinstance(source, str) and not os.path.isfile(source):  # a pipe could be waited for without end
                 return "it is no file, or leads to none"
-            with (
-                nullcontext(source) if isinstance(source, str) else source as given,
-                given if isinstance(given, Image.Image) else Image.open(given, formats=_FORMATS) as picture,
-            ):
+            with source if isinstance(source, Image.Image) else Image.open(source, formats=_FORMATS) as picture:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS or max(width, height) > _MOST_STRETCHED * min(width, height):
                     return f"{width} x {height} pixels are too many, or too long a strip"
-                found: Tensor = pil_to_tensor(_eight_bits(picture).convert("L" if self.channels == 1 else "RGB"))
+                pixels: Any = picture
+                if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+                    pixels = picture.convert("I").point(lambda value: value / 256).convert("L")  # it would be clipped
+                elif picture.mode in ("I", "F"):
+                    return "pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits"
+                found: Tensor = pil_to_tensor(pixels.convert("L" if self.channels == 1 else "RGB"))
             return found.contiguous()
         except Exception as error:  # decoders raise many kinds of errors on broken files
             return str(error) or type(error).__name__
@@ -170,56 +177,19 @@ class Pictures:
         return replace(self, pairs=Subset(self.pairs, places), names=names, labels=labels)
 
 
-def _eight_bits(picture: Any) -> Any:
-    """Return the picture, reduced from 16 to 8 bits if necessary, because Pillow would clip its values at 255."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        return picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
-    return picture
-
-
-def folder_images(folder: Path, seed: int, say: Callable[[str], None]) -> Images:
+def folder_images(folder: Path, seed: int, say: Callable[[str], None], read: Callable[[str], Any] = _FOLDER) -> Images:
     """Return the images in a folder, a tar file or a folder of tar files, listed by timm: their last folder is a class.
 
-    A fifth of each class, chosen by `seed`, is held out, unless the folder has its own split into the folders, or tar
-    files, `train` and `test` (or `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
+    A fifth of each class, chosen by `seed`, is held out, unless there are folders, or tar files, `train` and `test` (or
+    `val`). Among up to 50,000 files, broken ones are left out and reported to `say`. `read` lists a folder otherwise.
 
     Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
-    parts = []
-    for root in _roots(folder):
-        tarred = _is_tar(root) or not _holds_images(root, folder)
-        with explained(f"--data {printable(root)} cannot be listed"):
-            if tarred:  # none stays open, for workers would share its position, and no cache is written beside it
-                reader: Any = ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
-            else:
-                reader = ReaderImageFolder(str(root), input_key=";".join(SUFFIXES))
-            parts.append(_listed(reader, str(root)))
+    with explained(f"--data {printable(folder)} cannot be listed"):
+        parts = [_listed(_reader(root, folder, read), str(root)) for root in _roots(folder)]
     return _split(str(folder), parts, seed, say)
-
-
-def named_images(config: PretrainConfig, say: Callable[[str], None]) -> Images:
-    """Return the images of a data set that timm's `create_dataset` knows by name, with its own split if it has one."""
-    name, root = config.data, config.data_dir
-    if config.kind == "hfds":
-        require("datasets", "datasets", extra=None)
-    with explained(f"--data {printable(name)} cannot be read"):
-        if config.kind == "hfds":
-            found: list[Any] = [create_reader(name, root=root, split="train")]
-            splits = found[0].dataset.info.splits or {}
-            held_out = [split for split in (*_HELD_OUT[1:], *_HELD_OUT) if split in splits]
-            found += [create_reader(name, root=root, split=split) for split in held_out[:1]]
-        elif name.lower() in ("torch/image_folder", "torch/folder"):
-            roots = [part for part in _roots(Path(str(root))) if _holds_images(part, Path(str(root)))]
-            found = [create_dataset(name, str(part), search_split=False) for part in roots]
-        else:
-            found = [create_dataset(name, root, split=split) for split in ("train", "validation")]
-        parts = [_listed(part, f"{name} {kind}", config.channels) for part, kind in zip(found, _PARTS, strict=False)]
-    characters = config.channels == 1 and "fashion" not in name.lower()
-    return replace(_split(str(root), parts, 0, say), handwriting=characters)
 
 
 def _is_tar(path: Path) -> bool:
@@ -228,68 +198,57 @@ def _is_tar(path: Path) -> bool:
 
 def _roots(folder: Path) -> list[Path]:
     """Return the folders or tar files with the images to train on and those held out, or the one with all of them."""
-
-    def found(names: Sequence[str]) -> list[Path]:
-        paths = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
-        return [path for path in paths if path.is_dir() or (_is_tar(path) and not path.is_symlink())][:1]
-
-    split = found(_TRAIN) + found(_HELD_OUT)
-    return split if len(split) == 2 else [folder]
+    found: list[Path] = []
+    for names in (_TRAIN, _HELD_OUT):
+        paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
+        found += [path for path in paths if path.is_dir() or _is_tar(path)][:1]
+    return found if len(found) == 2 and not any(path.is_symlink() for path in found) else [folder]
 
 
-def _holds_images(root: Path, data: Path) -> bool:
-    """Return whether there are images in folders of `root`, otherwise there must be tar files.
+def _reader(root: Path, data: Path, read: Callable[[str], Any]) -> Any:
+    """Return `read` of a folder `root`, or if there are no images in folders of it, timm's reader of its tar files.
 
     Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
     """
-    found = False
     unread: list[OSError] = []
-    try:
-        for place, folders, names in os.walk(root, onerror=unread.append):
-            files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
-            for path in (*(Path(place, name) for name in folders), *files, *([] if root == data else [root])):
-                target = Path(os.path.realpath(path)) if path.is_symlink() else path
-                if target != path and (path.is_dir() or not target.is_relative_to(os.path.realpath(data))):
-                    raise DataError(
-                        f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only "
-                        "links to files of the same folder are followed; replace it by copies (cp -rL) or hard links "
-                        "(cp -rlL) of them"
-                    )
-            found = found or (Path(place) != root and any(path.suffix.lower() != ".tar" for path in files))
-        for error in unread:
-            raise error
-        tars = list(root.glob("*.tar"))
-        if not found and not all(map(_is_tar, tars)):
-            raise OSError("it has tar files that are no files")
-    except (OSError, RecursionError) as error:
-        raise DataError(f"--data {printable(data)} cannot be listed ({error})") from error
-    if not found and not tars:
-        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))})"
+    found: list[Path] = []
+    for place, folders, names in os.walk(root, onerror=unread.append) if root.is_dir() else ():
+        files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
+        for path in filter(Path.is_symlink, [*(Path(place, name) for name in folders), *files]):
+            target = Path(os.path.realpath(path))
+            if path.is_dir() or not target.is_relative_to(os.path.realpath(data)):
+                raise DataError(
+                    f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only links to "
+                    "files of the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL)"
+                )
+        found += files
+    if unread:
+        raise unread[0]
+    if any(path.parent != root and path.suffix.lower() != ".tar" for path in found):
+        return read(str(root))
+    tars = [*root.glob("*.tar")] if root.is_dir() else [root]
+    if not tars or not all(map(_is_tar, tars)):
+        expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))}), or tar files"
         raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
-    return found
+    # none stays open, for workers would share its position, and no cache is written beside it
+    return ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
 
 
 def _listed(found: Any, name: str, channels: int = 3) -> Pictures:
     """Return the images of one of timm's readers or of torchvision's data sets, which messages call `name`."""
-    pairs = getattr(found, "imgs", getattr(found, "samples", None))
-    names: Sequence[str]
-    numbers: Sequence[Any]
-    if isinstance(pairs, list):
-        names, numbers = zip(*pairs, strict=True)
-    elif isinstance(found, ReaderImageInTar):
+    files, names = found, [f"{name} {number:07}" for number in range(len(found))]
+    if isinstance(found, ReaderImageInTar):
         paths = ((tar, inner and inner.name, info.path) for info, tar, inner in found.samples)
         names, numbers = ["/".join([name, *filter(None, parts)]) for parts in paths], found.targets
+    elif hasattr(found, "samples"):
+        files, names, numbers = found.samples, *map(list, zip(*found.samples, strict=True))
+    elif hasattr(found, "label_key"):  # on the Hub
+        numbers = found.dataset[found.label_key]
     else:
-        names = [f"{name} {number:07}" for number in range(len(found))]
-        if hasattr(found, "label_key"):  # on the Hub
-            numbers = found.dataset[found.label_key]
-        else:
-            numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
-    kinds = ("wnid_to_idx", "class_name_to_idx", "class_to_idx")  # two classes of ImageNet have the same name
-    known = next(getattr(found, kind) for kind in kinds if hasattr(found, kind))
-    classes = {number: name for name, number in known.items()}
-    labels = [classes.get(number, str(number)) for number in numbers]
-    return Pictures(pairs if isinstance(pairs, list) else found, names, labels, channels)
+        numbers = torch.as_tensor(found.targets).view(len(found), -1)[:, 0].tolist()
+    known = getattr(found, "class_to_idx", None) or getattr(found, "class_name_to_idx", {})
+    classes = {number: label for label, number in known.items()}
+    return Pictures(files, names, [classes.get(number, str(number)) for number in numbers], channels)
 
 
 def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], None]) -> Images:
@@ -305,12 +264,20 @@ def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], No
     total = sum(map(len, parts))
     if total <= _TRIED:
         parts = _readable(parts, say)
-    train, test = parts if len(parts) == 2 else _hold_out(parts[0], seed)
-    for purpose, part in (("train on", train), ("hold out", test)):
+    if len(parts) == 1:
+        held_out = set[int]()
+        generator, (whole,) = torch.Generator().manual_seed(seed), parts
+        for _, group in groupby(range(len(whole)), key=whole.labels.__getitem__):
+            own = list(group)
+            count = min(len(own) - 1, max(1, round(0.2 * len(own))))
+            held_out.update(own[at] for at in torch.randperm(len(own), generator=generator)[:count].tolist())
+        parts = [whole.take(sorted(places)) for places in ({*range(len(whole))} - held_out, held_out)]
+    for purpose, part in zip(("train on", "hold out"), parts, strict=True):
         if not part.names:
             raise DataError(f"--data {printable(place)}: no image left to {purpose}; {total} files were found there")
-    labels = [torch.tensor([numbers[label] for label in part.labels]) for part in (train, test)]
-    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in (train, test)]
+    train, test = parts
+    labels = [torch.tensor([numbers[label] for label in part.labels]) for part in parts]
+    names = [[name.removeprefix(f"{place}/") for name in part.names] for part in parts]
     content = repr((names, train.labels, test.labels)).encode()
     digest = f"{len(train)} and {len(test)} files, hash {hashlib.sha256(content).hexdigest()[:16]}"
     return Images(train, labels[0], test, labels[1], classes, train.channels, digest=digest)
@@ -318,33 +285,18 @@ def _split(place: str, parts: list[Pictures], seed: int, say: Callable[[str], No
 
 def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pictures]:
     """Leave out and report the images that cannot be read."""
-    tried = [(part, at) for part in parts for at in range(len(part))]
 
     def fault(part: Pictures, at: int) -> str:
-        return found if isinstance(found := part.decode(at), str) else ""
+        found = part.decode(at)
+        return f"{printable(part.names[at])} ({found})" if isinstance(found, str) else ""
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
-        reasons = list(pool.map(fault, *zip(*tried, strict=True)))
-    broken = [f"{printable(part.names[at])} ({why})" for (part, at), why in zip(tried, reasons, strict=True) if why]
-    if broken:
+        faults = [list(pool.map(partial(fault, part), range(len(part)))) for part in parts]
+    if broken := list(filter(None, chain(*faults))):
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         say("\n  ".join([f"left out {len(broken)} files that cannot be read:", *broken[:_NAMED]]) + more)
-    faults = iter(reasons)
-    return [part.take([at for at in range(len(part)) if not next(faults)]) for part in parts]
-
-
-def _hold_out(images: Pictures, seed: int) -> tuple[Pictures, Pictures]:
-    generator = torch.Generator().manual_seed(seed)
-    train: list[int] = []
-    test: list[int] = []
-    for _, group in groupby(range(len(images)), key=lambda place: images.labels[place]):
-        own = list(group)
-        order = torch.randperm(len(own), generator=generator).tolist()
-        count = min(len(own) - 1, max(1, round(0.2 * len(own))))
-        test += [own[place] for place in sorted(order[:count])]
-        train += [own[place] for place in sorted(order[count:])]
-    return images.take(train), images.take(test)
+    return [part.take([at for at, why in enumerate(own) if not why]) for part, own in zip(parts, faults, strict=True)]
 
 
 def seed_of(*numbers: int) -> int:
@@ -365,44 +317,30 @@ class Views(Dataset[list[Tensor]]):
             return [*(transform(image) for transform in self.transforms), self.labels[key[1]]]
 
 
-class Steps(Sampler[list[Key]]):
-    """One process's share of the images of each step, as lists of (epoch, index of the image).
+def keys_of_steps(
+    count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
+) -> Iterator[list[Key]]:
+    """Yield one process's share of the images of each step, after the first `start` steps.
 
     Of `count` images an incomplete batch at the end of an epoch is dropped. `batch_size` is that of all processes
-    together, a multiple of their number; `start` is the number of steps done.
+    together, a multiple of their number.
     """
-
-    def __init__(
-        self, count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
-    ) -> None:
-        self.count, self.batch_size, self.epochs = count, batch_size, epochs
-        self.start, self.seed, self.per_epoch = start, seed, count // batch_size
-        self.share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-
-    def __len__(self) -> int:
-        return max(0, self.epochs * self.per_epoch - self.start)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        first, skipped = divmod(self.start, self.per_epoch)
-        for epoch in range(first, self.epochs):
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            order = torch.randperm(self.count, generator=generator).tolist()
-            for step in range(skipped, self.per_epoch):
-                batch = order[step * self.batch_size :][: self.batch_size]
-                yield [(epoch, number) for number in batch[self.share]]
-            skipped = 0
+    share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+    first, skipped = divmod(start, count // batch_size)
+    for epoch in range(first, epochs):
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        order = torch.randperm(count, generator=generator).tolist()
+        for step in range(skipped, count // batch_size):
+            yield [(epoch, number) for number in order[step * batch_size :][:batch_size][share]]
+        skipped = 0
 
 
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
-    """Yield batches as a DataLoader with these settings does, but errors of its processes as this package's."""
+    """Yield batches as a DataLoader with these settings does, but the DataErrors of its processes as if raised here."""
     try:
         yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_terminal, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
-    except (MemoryError, OSError, RuntimeError) as error:
-        if (fault := explained_fault(error)) is None:
-            raise
-        raise SlimmableError(f"{fault}; {GO_ON}") from error
 
 
 def _ignore_terminal(worker: int) -> None:
@@ -414,31 +352,29 @@ def _ignore_terminal(worker: int) -> None:
 class Plain(Dataset[Tensor]):
     """Images for evaluation, uint8: the shorter side is resized to `size`, and the centre cropped.
 
-    `batches_of` turns them into floats in [0, 1], and then applies `normalise`.
+    With `most`, only so many are taken, evenly spaced, because a folder is ordered by class. `batches_of` turns them
+    into floats in [0, 1], and then applies `normalise`.
     """
 
-    def __init__(self, images: ImageSet, size: int, normalise: nn.Module | None = None) -> None:
+    def __init__(
+        self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None
+    ) -> None:
         self.images, self.normalise = images, normalise or nn.Identity()
         self.transform = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        count = len(images) if most is None else min(most, len(images))
+        self.places = [place * len(images) // count for place in range(count)]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self.images[index])  # type: ignore[no-any-return]
+        return self.transform(self.images[self.places[index]])  # type: ignore[no-any-return]
 
 
-def some_of(images: Plain, most: int | None) -> Subset[Tensor]:
-    """Return up to `most` of the images, or all, evenly spaced, because a folder is ordered by class."""
-    count = len(images) if most is None else min(most, len(images))
-    return Subset(images, [place * len(images) // count for place in range(count)])
-
-
-def batches_of(images: Plain | Subset[Tensor], batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
+def batches_of(images: Plain, batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
     """Yield the images in order, as floats."""
-    plain: Any = images.dataset if isinstance(images, Subset) else images
     for batch in load(images, workers, batch_size=batch_size):
-        yield plain.normalise(batch.float() / 255)
+        yield images.normalise(batch.float() / 255)
 
 
 def normalisation(config: PretrainConfig) -> nn.Module:
@@ -446,36 +382,34 @@ def normalisation(config: PretrainConfig) -> nn.Module:
     return v2.Normalize(config.mean or (0.0,), config.std or (1.0,))  # type: ignore[no-any-return]
 
 
-def make_views(name: str, size: int, *, min_crop_scale: float, mirror: bool) -> list[nn.Module]:
+def make_views(
+    name: str, size: int, *, min_crop_scale: float, mirror: bool, local_crops: int = 0, local_size: int = 1
+) -> list[nn.Module]:
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
-    `name` says whose augmentations: "mocov2" (Chen et al. 2020), "simclr" (also Chen et al. 2020), "byol" (Grill et al.
-    2020, appendix B; MoCo v3 and VICReg use the same), "gated" (Krishna et al. 2023, for small images), "supervised"
-    (crop, mirror and jitter), or "digits" (for handwriting: geometry, brightness and blur). A view has `size` x `size`
-    pixels of at least `min_crop_scale` of the image's area. With `mirror`, half of the views are flipped left to right.
-    All draw torch's global random numbers.
+    `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
+    in others), "gated" (Krishna et al. 2023, for small images), "supervised", or "digits" (no colours). A view has
+    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are
+    flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale`
+    (Caron et al. 2021). All draw torch's global random numbers.
     """
-    crop = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
-
-    def view(*changes: nn.Module) -> nn.Module:
-        flip = [v2.RandomHorizontalFlip()] if mirror else []
-        return v2.Compose([*changes, *flip, v2.ToDtype(torch.float32, scale=True)])  # type: ignore[no-any-return]
-
-    def blur(share: float) -> nn.Module:
-        kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
-        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=share)  # type: ignore[no-any-return]
-
-    if name == "digits":
-        turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
-        light = v2.ColorJitter(brightness=0.4, contrast=0.4)
-        softer = v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5)
-        return [view(turn, crop, light, softer)] * 2
-    if name == "supervised":
-        return [view(crop, v2.ColorJitter(0.4, 0.4, 0.4))]
+    whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
+    part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
-    first = (crop, v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2))
-    if name == "byol":
-        return [view(*first, blur(1.0)), view(*first, blur(0.1), v2.RandomSolarize(128, p=0.2))]
-    if name == "gated":
-        return [view(*first, v2.RandomSolarize(128, p=0.1))] * 2
-    return [view(*first, blur(0.5))] * 2
+    colours = v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)
+
+    def blur(share: float, size: int = size, most: float = 2.0) -> nn.Module:
+        kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
+        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, most))], p=share)  # type: ignore[no-any-return]
+
+    turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
+    light = v2.ColorJitter(brightness=0.4, contrast=0.4), blur(0.5, 1, 1.0)
+    local = [(part, *colours, blur(0.5, local_size))] * local_crops
+    known: dict[str, list[tuple[nn.Module, ...]]] = {
+        "digits": [(turn, whole, *light)] * 2 + [(turn, part, *light)] * local_crops,
+        "supervised": [(whole, v2.ColorJitter(0.4, 0.4, 0.4))],
+        "byol": [(whole, *colours, blur(1.0)), (whole, *colours, blur(0.1), v2.RandomSolarize(128, p=0.2)), *local],
+        "gated": [(whole, *colours, v2.RandomSolarize(128, p=0.1))] * 2,
+    }
+    last = (*([v2.RandomHorizontalFlip()] if mirror else []), v2.ToDtype(torch.float32, scale=True))
+    return [v2.Compose([*changes, *last]) for changes in known.get(name, [(whole, *colours, blur(0.5))] * 2 + local)]

@@ -2,93 +2,58 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from timm.utils.misc import natural_key
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import v2
 
 from slimmable._atomic import write_aside
 from slimmable._width import at_width
-from slimmable._widths import width_index
 from slimmable.cli.config import printable
-from slimmable.cli.data import SUFFIXES, Pictures, Plain, batches_of
+from slimmable.cli.data import SUFFIXES, Pictures, Plain
+from slimmable.cli.evaluation import features_in
+from slimmable.cli.export import Source
+from slimmable.cli.run import output_for
 from slimmable.errors import DataError, UsageError
-from slimmable.files.card import Source
 
 
 def embed(
     source: Source, folder: Path, widths: Sequence[float], output: Path, device: torch.device, workers: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Write the features of the images in `folder` as an npz file, whole or not at all; return its arrays' shapes.
+) -> int:
+    """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
 
-    They are `w0.5` and so on, float32 of shape (images, features); `names`, the paths in the folder; and, where images
-    are in folders, `classes`, the names of these, and `labels`, -1 for images that are in none.
+    They are what the network gives out, or, if it has a classifier, what that reads. The arrays are `w0.5` and so on,
+    float32 of shape (images, features); `names`, the paths in the folder; and, where images are in folders, `classes`,
+    the names of these, and `labels`, -1 for images that are in none.
     """
     channels, height, side = source.image
     if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):
         taken = f"{channels} x {height} x {side} numbers, with means {source.mean}"
         raise UsageError(f"{source.name} takes {taken}; embed makes grey or RGB squares, so give the folder of a run")
-    names = _listed(folder)
-    labels = [os.path.basename(os.path.dirname(name)) for name in names]
-    classes = sorted({*labels} - {""}, key=natural_key)
+    model: Any = source.model
+    if getattr(model, "num_classes", 0):
+        model.reset_classifier(0)
+    features = output_for(torch.zeros(2, *source.image), model, source.name)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise UsageError(f"{source.name} does not output one feature vector per image; choose another model")
+    unread: list[OSError] = []
+    places = os.walk(folder, onerror=unread.append)  # not into links to folders
+    found = [Path(place, name).relative_to(folder) for place, _, files in places for name in files]
+    names = sorted(path.as_posix() for path in found if path.suffix.lower() in SUFFIXES)
+    if unread or not names:
+        why = f"cannot be listed ({unread[0]})" if unread else f"holds no images ({', '.join(sorted(SUFFIXES))})"
+        raise DataError(f"{printable(folder)} {why}")
+    paths, labels = [str(folder / name) for name in names], [Path(name).parent.name for name in names]
     arrays: dict[str, Any] = {"names": np.array(names)}
-    if classes:
+    if classes := sorted({*labels} - {""}, key=natural_key):
         numbers = {name: number for number, name in enumerate(classes)}
         arrays |= {"classes": np.array(classes), "labels": np.array([numbers.get(label, -1) for label in labels])}
-    paths = [str(folder / name) for name in names]
-    pictures = Pictures([(path, 0) for path in paths], paths, labels, channels)
-    images = Plain(pictures, side, v2.Normalize(source.mean, source.std))
-    model = source.model.to(device).eval()
-    chosen = {f"w{known}": known for known in (source.widths[width_index(each, source.widths)] for each in widths)}
-
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def write(path: Path) -> None:
-        with TemporaryDirectory(dir=path.parent) as room:  # a file for each width, as memory may be too small
-            done = 0
-            for batch in batches_of(images, workers=workers):
-                for name, width in chosen.items():
-                    with at_width(model, width):
-                        found = _features(source.name, model, batch.to(device))
-                    if name not in arrays:
-                        shape = (len(names), found.shape[1])
-                        arrays[name] = np.lib.format.open_memmap(f"{room}/{name}.npy", "w+", "float32", shape)
-                    arrays[name][done : done + len(found)] = found.numpy()
-                done += len(batch)
-            np.savez(path, **arrays)
-            shapes.update((name, array.shape) for name, array in arrays.items())
-            arrays.clear()  # or the files could not be removed on Windows
-
-    write_aside(output, write)
-    return shapes
-
-
-@torch.no_grad()
-def _features(name: str, model: nn.Module, images: Tensor) -> Tensor:
-    """Return what the network gives out, or, if it has a classifier, what that reads."""
-    whole: Any = model
-    classifies = getattr(model, "num_classes", 0)
-    found = whole.forward_head(whole.forward_features(images), pre_logits=True) if classifies else whole(images)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        raise UsageError(f"{name} does not output one feature vector per image; choose another model")
-    return found.float().cpu()
-
-
-def _listed(folder: Path) -> list[str]:
-    """Return the paths of the images in `folder`, in alphabetical order; links to folders are not followed."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{printable(folder)}: there is no such folder of images")
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{printable(folder)} cannot be listed ({error})") from error
-
-    places = os.walk(folder, onerror=refuse)
-    found = [Path(place, name).relative_to(folder).as_posix() for place, _, names in places for name in names]
-    if images := sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES):
-        return images
-    raise DataError(f"{printable(folder)} holds no images ({', '.join(sorted(SUFFIXES))})")
+    images = Plain(Pictures([*zip(paths)], paths, labels, channels), side, v2.Normalize(source.mean, source.std))
+    passes = {f"w{width}": partial(at_width, model.to(device), width) for width in widths}
+    write_aside(output, lambda path: np.savez(path, **arrays | features_in(passes, model, images, workers)[0]))
+    return len(names)

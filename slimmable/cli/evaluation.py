@@ -4,13 +4,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import groupby
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
@@ -18,7 +17,7 @@ from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli import report
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, load, normalisation, some_of
+from slimmable.cli.data import Images, Plain, batches_of, load, normalisation
 from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
 from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
@@ -30,28 +29,26 @@ PROBES: tuple[ProbeName, ...] = ("knn", "linear")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
 _VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
-_CHUNK = 256  # images read at a time
 
 Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
 
 
 def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
     """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass at each."""
+
+    @contextmanager
+    def entered(kind: str, width: float) -> Iterator[GatedPass | None]:
+        with at_width(backbone, width), gated(backbone) if kind == GATED else nullcontext() as run:
+            yield run
+
     if config.gate_budget is None:
-        return {width: partial(at_width, backbone, width) for width in widths}
-    pairs = [(kind, width) for width in widths for kind in (DENSE, GATED)]
-    return {named_at(kind, width): partial(_pass_at, backbone, kind, width) for kind, width in pairs}
-
-
-@contextmanager
-def _pass_at(backbone: nn.Module, kind: str, width: float) -> Iterator[GatedPass | None]:
-    with at_width(backbone, width), gated(backbone) if kind == GATED else nullcontext() as run:
-        yield run
+        return {width: partial(entered, DENSE, width) for width in widths}
+    return {named_at(kind, width): partial(entered, kind, width) for width in widths for kind in (DENSE, GATED)}
 
 
 @torch.no_grad()
 def features_in(
-    passes: Passes, backbone: nn.Module, images: Plain | Subset[Tensor], workers: int = 0
+    passes: Passes, backbone: nn.Module, images: Plain, workers: int = 0
 ) -> tuple[dict[Any, Tensor], dict[Any, float]]:
     """Return the features in each of `passes`, and the costs of the gated ones.
 
@@ -69,13 +66,13 @@ def features_in(
                     parts[name].append(backbone(scaled).float().cpu())
                 if isinstance(run, GatedPass):
                     shares.setdefault(name, []).append(run.share().cpu())
-    costs = {name: float(torch.cat(found).mean()) for name, found in shares.items()}
-    return {name: torch.cat(found) for name, found in parts.items()}, costs
+    features = {name: torch.cat(found) for name, found in parts.items()}
+    return features, {name: float(torch.cat(found).mean()) for name, found in shares.items()}
 
 
 def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
     """Return the training images that set the gates of a run, in batches."""
-    return list(batches_of(some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)))
+    return list(batches_of(Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)))
 
 
 def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[float, float]:
@@ -89,13 +86,12 @@ def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> di
 
 def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images, workers: int = 0) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
-    title = f"{config.model}, {config.epochs} epochs of {config.method}"
-    if config.gate_budget is not None:
-        title += f", gated to {config.gate_budget:g}"
+    gates = "" if config.gate_budget is None else f", gated to {config.gate_budget:g}"
+    title = f"{config.model}, {config.epochs} epochs of {config.method}{gates}"
     size = min(config.image_size, 32)
-    train, test = (some_of(Plain(part, size), _VOTERS) for part in (images.train, images.test))
-    known, asked = (torch.cat(list(load(part, workers, batch_size=_CHUNK))) for part in (train, test))
-    pixels = knn_accuracy(known, images.train_labels[train.indices], asked, images.test_labels[test.indices])
+    train, test = (Plain(part, size, most=_VOTERS) for part in (images.train, images.test))
+    known, asked = (torch.cat(list(load(part, workers, batch_size=256))) for part in (train, test))
+    pixels = knn_accuracy(known, images.train_labels[train.places], asked, images.test_labels[test.places])
     return report.write_report(folder, rows, pixels, title)
 
 
@@ -106,31 +102,31 @@ def rows_of_run(
 
     A probe such as "knn@0.1" learns from this fraction of the labels.
     """
-    device = next(backbone.parameters()).device
-    untrained = new_method(config, images.channels, len(images.classes)).to(device).backbone
+    untrained = new_method(config, images.channels, len(images.classes)).backbone
+    untrained.to(next(backbone.parameters()).device)
     prober = _Prober(config, images, probes, workers)
-    shares, share_of = prober.measure(backbone, _passes(config, backbone, config.widths))
+    passes = _passes(config, backbone, config.widths)
+    shares, share_of = prober.measure(backbone, passes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         if config.gate_budget is not None:
             set_gates(config, untrained, images)
         for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
+    costs = profile(backbone, prober.size, repeats=0).rows
     if config.gate_budget is None:
-        costs = profile(backbone, prober.size, repeats=0).rows
-        return [Row(row.width, row.parameters, row.macs, shares[row.width]) for row in costs]
-    networks, rows = plain_networks(config, backbone, images), []
-    for width in config.widths:
-        dense, gates = named_at(DENSE, width), named_at(GATED, width)
-        own = profile(networks.pop(dense), prober.size, repeats=0).rows[0]
-        rows.append(Row(width, own.parameters, own.macs, shares[dense], dense))
-        with _pass_at(backbone, GATED, width):
+        return [Row(own.width, own.parameters, own.macs, shares[own.width]) for own in costs]
+    rows = []
+    for own, kind in product(costs, (DENSE, GATED)):
+        name = named_at(kind, own.width)
+        with passes[name]():
             parameters = parameter_count(backbone)
-        name = named_at(f"{GATED} {config.gate_budget:g}", width)
-        rows.append(Row(width, parameters, round(share_of[gates] * own.macs), shares[gates], name))
-    for name, network in networks.items():
-        own = profile(network, prober.size, repeats=0).rows[0]
-        rows.append(Row(1.0, own.parameters, own.macs, prober.measure(network, {1.0: nullcontext})[0][1.0], name))
+        shown = name.replace(GATED, f"{GATED} {config.gate_budget:g}")
+        rows.append(Row(own.width, parameters, round(share_of.get(name, 1) * own.macs), shares[name], shown))
+    for name, network in plain_networks(config, backbone, images).items():
+        if name.startswith(STATIC):
+            (own,) = profile(network, prober.size, repeats=0).rows
+            rows.append(Row(1.0, own.parameters, own.macs, prober.measure(network, {1.0: nullcontext})[0][1.0], name))
     return rows
 
 
@@ -154,12 +150,10 @@ class _Prober:
     def __init__(
         self, config: PretrainConfig, images: Images, probes: Sequence[str], workers: int, most: int | None = None
     ) -> None:
-        self.probes, self.workers = probes, workers
-        size = config.image_size
-        self.size = (images.channels, size, size)
-        train, self.test = (Plain(part, size, normalisation(config)) for part in (images.train, images.test))
-        self.train = some_of(train, most)
-        self.train_labels, self.test_labels = images.train_labels[self.train.indices], images.test_labels
+        self.probes, self.workers, size = probes, workers, config.image_size
+        self.size, normalise = (images.channels, size, size), normalisation(config)
+        self.train, self.test = Plain(images.train, size, normalise, most), Plain(images.test, size, normalise)
+        self.train_labels, self.test_labels = images.train_labels[self.train.places], images.test_labels
 
     def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], dict[Any, float]]:
         """Return pass -> probe -> accuracy, the widths of a network probed together, and costs as `features_in`."""
@@ -171,26 +165,20 @@ class _Prober:
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
         accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
-        for fraction, names in groupby(self.probes, key=lambda name: name.partition(PART)[2]):
-            probes: dict[str, Any] = {name: name.partition(PART)[0] for name in names}
-            part = (
-                labelled_part(self.train_labels, float(fraction)) if fraction else torch.arange(len(self.train_labels))
-            )
+        for name in self.probes:
+            probe, _, fraction = name.partition(PART)
+            part: Any = labelled_part(self.train_labels, float(fraction)) if fraction else slice(None)
             some = {width: features[part] for width, features in known.items()}
-            found = evaluate_features(some, self.train_labels[part], asked, self.test_labels, probes=[*probes.values()])
-            for width, each in found.items():
-                accuracies[width] |= {name: getattr(each, probe) for name, probe in probes.items()}
+            sets = some, self.train_labels[part], asked, self.test_labels
+            for width, each in evaluate_features(*sets, probes=cast("list[ProbeName]", [probe])).items():
+                accuracies[width][name] = getattr(each, probe)
         return accuracies
 
 
 def labelled_part(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Return the places of a `fraction` of the images, as many of each class, the same ones for the same `seed`.
-
-    A class gives at least one image, and all that it has if they are fewer than its share.
-    """
+    """Return the places of a `fraction` of the images, as many of each class, at least one, if it has so many."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]
-    counts = labels.bincount()
+    order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
     each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
     return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())])
 
@@ -204,9 +192,9 @@ class Watch:
         self.prober = _Prober(config, training.images, ("knn",), training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
         self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
-        kinds = ["knn/dense", "knn/gated", "gated_share"]
         columns = [f"knn/w{width:g}" for width in self.widths]
         if config.gate_budget is not None:
+            kinds = ("knn/dense", "knn/gated", "gated_share")
             columns = [named_at(kind, width) for width in self.widths for kind in kinds]
         self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
 
@@ -216,12 +204,10 @@ class Watch:
         found, costs = self.prober.measure(backbone, _passes(config, backbone, self.widths))
         shares = {name if isinstance(name, str) else f"w{name:g}": each["knn"] for name, each in found.items()}
         values = {f"knn/{name}": share for name, share in shares.items()}
+        values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}
         shown = "  ".join(f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items())
-        text = f"kNN accuracy in %  {shown}"
-        if costs:
-            values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}
-            text += f"  ({', '.join(f'{cost:.2f}' for cost in costs.values())} of the multiply-adds)"
+        spent = f"  ({', '.join(f'{cost:.2f}' for cost in costs.values())} of the multiply-adds)" if costs else ""
         for logger in self.loggers:
             logger.log(self.training.step, values)
             logger.flush()
-        return text
+        return f"kNN accuracy in %  {shown}{spent}"

@@ -6,8 +6,8 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,34 @@ from slimmable._nested import output_tensors
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli.config import DIGITS, explained, require
+from slimmable.cli.config import DIGITS, require
 from slimmable.cli.report import read_report
-from slimmable.cli.run import load_exactly, make_timm, output_for, read_config, trained_backbone
-from slimmable.errors import CheckpointError, SlimmableError, UsageError
-from slimmable.files.card import Source, model_card
-from slimmable.files.construction import build
-from slimmable.files.model import load, read, save
+from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_backbone
+from slimmable.errors import CheckpointError, SlimmableError, UsageError, explained
+from slimmable.files.hub import model_card
+from slimmable.files.model import build, load, read, save
 from slimmable.view.state import is_slim
 
 INPUT, OUTPUT = "images", "output"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-5  # of the largest output
 Program = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export."""
+
+    name: str  # of the architecture
+    model: nn.Module  # converted, in evaluation mode
+    widths: tuple[float, ...]
+    image: tuple[int, int, int]  # channels, height and width
+    arguments: Mapping[str, object] | None  # of `timm.create_model` for the plain network; None if timm cannot make it
+    weights: str  # their origin, in words
+    mean: tuple[float, ...]  # subtracted from values in [0, 1]
+    std: tuple[float, ...]  # by which they are divided then
+    base: str | None = None  # the model on the Hugging Face Hub that the weights come from
+    accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
 
 
 @dataclass(frozen=True)
@@ -53,17 +68,15 @@ class File:
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
     config = read_config(run)
-    channels = config.channels
+    channels, size = config.channels, config.image_size
     with torch.device("meta"):
-        _, arguments = make_timm(config.model, {"num_classes": 0, "in_chans": channels}, config.image_size)
+        _, arguments = make_timm(config.model, {**backbone_settings(config), "in_chans": channels}, size)
     data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
-    image = (channels, config.image_size, config.image_size)
     model = trained_backbone(config, run, channels)
-    report = {width: row.shares for width, row in read_report(run).items()}
-    accuracy = {width: {name: its[name] for name in ("knn", "linear") if name in its} for width, its in report.items()}
-    mean, std = config.mean or (0.0,), config.std or (1.0,)
+    accuracy = {width: row.shares for width, row in read_report(run).items()}
+    image, mean, std = (channels, size, size), config.mean or (0.0,), config.std or (1.0,)
     return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 
 
@@ -160,7 +173,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
         for width in chosen:
             files.extend(_write(source, width, dict.fromkeys(formats), folder))
         example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
-        card = model_card(source, profile(source.model, source.image, repeats=0), files=files, example=example)
+        card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
@@ -218,13 +231,14 @@ def save_pt2(program: ExportedProgram, path: Path) -> Program:
 def save_onnx(program: ExportedProgram, path: Path) -> Program:
     """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
     *_, runtime = (require(name, name, extra="onnx") for name in ONNX_PACKAGES)
+    settings: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamo": True, "verbose": False}
     # without gradients, as in tracing: with them, attention has another memory layout
     with torch.no_grad(), _quiet(), explained("torch.onnx cannot translate the model"):
         try:
-            written = _translate(program)
+            written: Any = torch.onnx.export(program, (), **settings)
         except Exception:  # it supports only one form of attention; decomposed, it is matrix products
             with sdpa_kernel(SDPBackend.MATH):
-                written = _translate(program.run_decompositions())
+                written = torch.onnx.export(program.run_decompositions(), (), **settings)
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()
     written.save(path)
@@ -233,13 +247,6 @@ def save_onnx(program: ExportedProgram, path: Path) -> Program:
     with explained("onnxruntime does not load the written program"):
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(array) for array in session.run(None, {INPUT: images.numpy()})]
-
-
-def _translate(program: ExportedProgram) -> torch.onnx.ONNXProgram:
-    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
-    written = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
-    assert written is not None
-    return written
 
 
 @torch.no_grad()
@@ -260,11 +267,8 @@ def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress warnings and log messages, which are meant for developers of torch."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with warnings.catch_warnings(), ExitStack() as after:
+        warnings.simplefilter("ignore")
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        yield

@@ -1,15 +1,13 @@
 """What can end a command from outside: signals, and a machine without memory, room or the processes it had."""
 
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from slimmable.errors import SlimmableError
 
-GO_ON = "continue with --resume"
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "alloc_failed", "size calculation overflowed")
 _NO_ANSWER = ("gloo", "nccl", "pair closure")  # errors of communication between processes
@@ -68,13 +66,3 @@ def explained_fault(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
     return text if isinstance(error, OSError) else None
-
-
-def flush_or_drop() -> None:
-    """Empty the buffers of the output, into nothing if nobody reads it any more, or Python would fail at its end."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if they were closed from the start
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

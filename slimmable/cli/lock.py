@@ -31,14 +31,11 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
     if place in _held:
         raise UsageError(f"{folder} is in use by this process; wait until it is done, or choose another")
     made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # pathlib fails for long names
-    if new and not made and not folder.is_dir():
-        raise UsageError(f"{folder} exists and is no folder; choose another one with --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        what = "create the run folder" if new else "write into the folder"
-        raise CheckpointError(f"cannot {what} {folder} ({error})") from error
+        raise CheckpointError(f"cannot write into the folder {folder} ({error}); choose another") from error
     with file:
         try:
             _take(file.fileno())

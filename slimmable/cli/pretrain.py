@@ -13,9 +13,9 @@ from torch import nn
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
 from slimmable.cli.config import DIGITS, PretrainConfig, RunOptions, require, say
-from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation, some_of
+from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
-from slimmable.cli.faults import GO_ON, exit_code, explained_fault, on_signals, stop
+from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.lock import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
 from slimmable.cli.run import CHECKPOINT, CONFIG, MODEL, load_checkpoint, new_method, save_networks
@@ -38,17 +38,15 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         config = training.config
         try:
             _tell(options, _introduction(config, training.images))
-            stopped = _train(training, folder, options)
-            if stopped:
-                raise KeyboardInterrupt(stopped)
+            _train(training, folder, options)
             if is_first():
                 _finish(training, folder, options)
             any_process(False, device)  # wait until the first one has written the results
             _tell(options, f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
-                done = f"{training.step} of {training.steps}"
-                _tell(replace(options, quiet=False), f"interrupted after step {done}; {_way_on(folder)}")
+                if is_first():
+                    say(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
             last = folder / CHECKPOINT
@@ -57,8 +55,8 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
         except Exception as error:
             if (fault := explained_fault(error)) is None:
                 raise
-            fault = fault.removesuffix(GO_ON).removesuffix(_way_on(folder)).rstrip("; ")  # another process has told it
-            raise SlimmableError(f"{fault}; {_way_on(folder)}") from error
+            way = _way_on(folder)  # which another process may have told
+            raise SlimmableError(fault if fault.endswith(way) else f"{fault}; {way}") from error
     return 0
 
 
@@ -114,20 +112,18 @@ def _normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
 
 
 def _introduction(config: PretrainConfig, images: Images) -> str:
-    gated = config.gate_budget is not None
-    networks = f", dense and gated to {config.gate_budget:g} of the multiply-adds," if gated else ""
-    if not gated or len(config.widths) > 1:
-        networks += f" at widths {', '.join(f'{width:g}' for width in config.widths)}"
-    later = config.slow_start if len(config.widths) > 1 else 0
-    joins = f"; narrower widths join after {later:.0%}" if later else ""
+    several = len(config.widths) > 1
+    gated = "" if config.gate_budget is None else f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
+    widths = f" at widths {', '.join(f'{width:g}' for width in config.widths)}" if several or not gated else ""
+    joins = f"; narrower widths join after {config.slow_start:.0%}" if several and config.slow_start else ""
     seen = f"{len(images.train)} images of {config.image_size} x {config.image_size} pixels for {config.epochs} epochs"
-    return f"pre-training {config.model} by {config.method}{networks} on {seen}{joins}"
+    return f"pre-training {config.model} by {config.method}{gated}{widths} on {seen}{joins}"
 
 
-def _train(training: Training, folder: Path, options: RunOptions) -> int:
-    """Take the remaining steps, with a checkpoint after each epoch; return the signal that stopped it early, or 0.
+def _train(training: Training, folder: Path, options: RunOptions) -> None:
+    """Take the remaining steps, with a checkpoint after each epoch.
 
-    The first signal in any process lets a checkpoint be written; a second one stops immediately.
+    Raises: KeyboardInterrupt: with the signal, after a checkpoint; a second signal in a process stops immediately.
     """
     asked: list[int] = []
     config, gates, watch = training.config, training.gates, None
@@ -169,15 +165,14 @@ def _train(training: Training, folder: Path, options: RunOptions) -> int:
                     if training.diagnostics is not None:
                         training.diagnostics.to_csv(folder / GRADIENTS)
             if stopping and training.step < training.steps:
-                return asked[0] if asked else signal.SIGTERM
-    return 0
+                raise KeyboardInterrupt(asked[0] if asked else signal.SIGTERM)
 
 
 def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal:
-        some = some_of(Plain(images.train, config.image_size, normalisation(config)), _CALIBRATION)
+        some = Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)
         calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
         training.save(folder / CHECKPOINT)
     if config.gate_budget is not None:

@@ -12,7 +12,7 @@ from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from slimmable._distributed import in_group
 from slimmable.cli.faults import explained_fault
@@ -54,13 +54,6 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         raise SlimmableError(fault) from error
     finally:
         _signs.clear()
-
-
-@cache
-def _met() -> tuple[Store, int, int]:
-    """Return the store by which the processes met, kept for the runs to come, the rank of this one, and the number."""
-    store, rank, world = next(rendezvous("env://"))
-    return store, rank, world
 
 
 def lost_process() -> str | None:
@@ -110,11 +103,12 @@ class _Signs:
             return "process 0 or torchrun, by which the processes met, has ended"
 
     def _run(self) -> None:
-        beats, last, unchanged = 0, self._read(self._watched), 0
-        while not self._ended.wait(_PAUSE):
-            beats += 1
+        last, unchanged = self._read(self._watched), 0
+        for beat in count():
+            if self._ended.wait(_PAUSE):
+                return
             with suppress(RuntimeError):
-                self._store.set(self._own, str(beats))
+                self._store.set(self._own, str(beat))
                 last, before = self._read(self._watched), last
                 unchanged = unchanged + 1 if last == before != _LEFT else 0
                 if unchanged * _PAUSE > _SILENCE:
@@ -124,5 +118,6 @@ class _Signs:
                 os._exit(1)
 
 
+_met = cache(lambda: next(rendezvous("env://")))  # the store for all runs, the rank of this process, and the number
 _runs = count()  # of this process, with one set of keys in the store for each
 _signs: list[_Signs] = []  # of the run that this process takes part in

@@ -3,11 +3,12 @@
 import csv
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Row:
     @property
     def kind(self) -> str:
         """The kind of the network, a key of `MARKERS`."""
-        return self.network.partition(" ")[0].partition("/")[0]
+        return re.split("[ /]", self.network)[0]
 
     @property
     def name(self) -> str:
@@ -79,11 +80,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _row(cells: dict[str, str]) -> Row:
-    network = cells.pop("network", "")
-    width, parameters, macs = (cells.pop(name) for name in ("width", "parameters", "macs"))
-    for name in cells:
-        title_of(name)
-    shares = {name: float(share) for name, share in cells.items() if share != ""}
+    network, width, parameters, macs = (cells.pop(name, "") for name in ("network", "width", "parameters", "macs"))
+    shares = {name: float(share) for name, share in cells.items() if title_of(name) and share != ""}
     row = Row(float(width), int(parameters), int(macs), shares, network)
     if not all(0 <= share <= 1 for share in (row.width, *shares.values())) or min(row.parameters, row.macs) < 0:
         raise ValueError(f"a width, a count or an accuracy of {row.name} is out of range")
@@ -93,40 +91,36 @@ def _row(cells: dict[str, str]) -> Row:
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
     """Return the rows as a Markdown table, followed by a line of explanation."""
     first = "network" if rows[0].network else "width"
-    tables: dict[str, list[str]] = {}  # by the fraction of the labels
-    for name in rows[0].shares:
-        tables.setdefault(name.partition(PART)[2], []).append(name)
-    lines: list[str] = []
-    for names in tables.values():
-        lines += [""] if lines else []
+    lines = []
+    for part in dict.fromkeys(name.partition(PART)[2] for name in rows[0].shares):  # a table for each
+        names = [name for name in rows[0].shares if name.partition(PART)[2] == part]
         titles = " | ".join(map(title_of, names))
         lines += [f"| {first} | parameters | MACs | {titles} |", "|" + "---:|" * (3 + len(names))]
         for row in rows:
             shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in names)
             lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
+        lines.append("")
     note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
-    return "\n".join([*lines, "", f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
+    return "\n".join([*lines, f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
 
 
 def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None:
     """Draw accuracy against MACs, trained and untrained, as a PNG file at `path`."""
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for name in (name for name in rows[0].shares if PART not in name):
-        style = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
-        colour = _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red")
-        for kind in dict.fromkeys(row.kind for row in rows if name in row.shares):
-            own = [row for row in rows if row.kind == kind and name in row.shares]
+    for name, kind in product(rows[0].shares, dict.fromkeys(row.kind for row in rows)):
+        own = [row for row in rows if row.kind == kind and name in row.shares]
+        if own and PART not in name:
+            style: dict[str, Any] = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
+            style |= {"color": _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red"), "marker": MARKERS.get(kind, "o")}
             points = [row.macs / 1e6 for row in own], [100 * row.shares[name] for row in own]
-            label = ", ".join(filter(None, (title_of(name), kind)))
-            axes.plot(*points, marker=MARKERS.get(kind, "o"), color=colour, label=label, **style)
+            axes.plot(*points, label=", ".join(filter(None, (title_of(name), kind))), **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in (row for row in rows if row.kind != STATIC):  # those are too close together for labels
-        best = 100 * max(row.shares.values())
-        axes.annotate(row.name, (row.macs / 1e6, best), (0, 6), textcoords="offset points", ha="center")
+        best = row.macs / 1e6, 100 * max(row.shares.values())
+        axes.annotate(row.name, best, (0, 6), textcoords="offset points", ha="center")
     axes.set(xlabel="million multiply-accumulates per image", ylabel="accuracy on held-out images (%)")
-    axes.set(title=title, ylim=(0, 100))
-    axes.margins(x=0.1)
+    axes.set(title=title, ylim=(0, 100), xmargin=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write_aside(path, lambda aside: figure.savefig(aside, dpi=150))
@@ -151,9 +145,9 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
-    Left are two ratios of gradient norms for each narrow width: of the weights that it does not use to those that it
-    uses (`rest_ratio`, solid), and of all weights to those (`grad_ratio`, dotted). Where the solid line is below 1, the
-    few weights of the narrow width have the larger gradient. Right is the cosine of its gradient with the full width's.
+    Left are two ratios of gradient norms for each narrow width: of the weights that it does not use to its own
+    (`rest_ratio`, solid; below 1, its few weights have the larger gradient), and of all weights to its own
+    (`grad_ratio`, dotted). Right is the cosine of its gradient with the full width's.
 
     Raises: DataError: if there are no rows, or they have no ratios.
     """
@@ -234,23 +228,22 @@ def make_loggers(
     folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Logger]:
     """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for."""
-    loggers = []
+    loggers = [csv_log(folder / "losses.csv", columns, done)]
     if "tensorboard" in asked:
         start = done + 1 if done else None
-        writer = require_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-        loggers += [
-            Logger(
-                lambda step, values: [writer.add_scalar(*each, step) for each in values.items()],
-                writer.flush,
-                writer.close,
-            )
-        ]
+        board = require_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        loggers.append(Logger(log, board.flush, board.close))
     if "wandb" in asked:
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # so a resumed run is found again
         known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
         run = require_logger("wandb").init(project="slimmable", resume="allow", **known)
-        loggers += [Logger(lambda step, values: run.log(dict(values), step=step), close=lambda: run.finish())]
-    return [csv_log(folder / "losses.csv", columns, done), *loggers]
+        loggers.append(Logger(lambda step, values: run.log(dict(values), step=step), close=lambda: run.finish()))
+    return loggers
 
 
 class Progress(AbstractContextManager["Progress"]):

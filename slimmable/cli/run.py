@@ -10,7 +10,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
-from slimmable.cli.config import PretrainConfig, explained, fits, printable, read_text
-from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
+from slimmable.cli.config import PretrainConfig, kind_of, printable, read_text
+from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors
@@ -42,8 +43,13 @@ _NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "
 def new_method(config: PretrainConfig, channels: int, classes: int) -> methods.Method:
     """Return the method of `config` with weights from its seed; supervised training tells `classes` classes apart."""
     torch.manual_seed(config.seed)
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
     return build_method(config, backbone, channels, classes)
+
+
+def backbone_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return timm's arguments for a backbone, which has no classifier, and takes local crops as well, if it can."""
+    return {"num_classes": 0} | ({"dynamic_img_size": True} if config.local_crops else {})
 
 
 def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, classes: int) -> methods.Method:
@@ -52,6 +58,9 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
     output = output_for(example, backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
+    if config.local_crops:
+        local = torch.zeros(2, channels, config.local_crop_size, config.local_crop_size)
+        output_for(local, backbone, config.model, "--local-crop-size")
     features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
@@ -76,30 +85,26 @@ def build_method(config: PretrainConfig, backbone: nn.Module, channels: int, cla
 
     if config.method == "supervised":
         return methods.Supervised(encoder(methods.Supervised.projector(features, classes)))
-    if config.method == "simclr":
-        return methods.SimCLR(encoder(methods.SimCLR.projector(features, hidden, dim)), temperature=config.temperature)
-    if config.method == "vicreg":
-        return methods.VICReg(encoder(methods.VICReg.projector(features, hidden, dim)))
-    both: dict[str, Any] = {"momentum": config.ema_momentum, "temperature": config.temperature}
-    if config.method == "mocov2":
-        slim = encoder(methods.MoCoV2.projector(features, hidden, dim))
-        queue, parts = config.queue_size, config.key_parts
-        return methods.MoCoV2(slim, proj_dim=dim, queue_size=queue, bn_splits=parts, **both)
-    if config.method == "byol":
-        online = encoder(methods.BYOL.projector(features, hidden, dim))
-        predictor = _slimmed(config, methods.BYOL.predictor(hidden, dim), torch.zeros(2, dim))
-        return methods.BYOL(online, predictor, momentum=config.ema_momentum)
-    if isinstance(patches, nn.Module):
+    kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
+    known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
+    known["freeze"] = 1 / config.epochs
+    settings = {name: known[name] for name in signature(kind).parameters if name in known}
+    head: dict[str, Any] = {"batch_norm": patches is None} if config.method == "dino" else {}
+    last: dict[str, Any] = {}
+    if config.method == "mocov3" and isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
-    projector = methods.MoCoV3.projector(features, hidden, dim, layers=2 if patches is None else 3)
-    predictor = methods.MoCoV3.predictor(hidden, dim, last_norm=patches is not None)
-    slim = _slimmed(config, predictor, torch.zeros(2, dim))
-    return methods.MoCoV3(encoder(projector), slim, **both)
+        head, last = {"layers": 3}, {"last_norm": True}
+    slim = [encoder(kind.projector(features, hidden, dim, **head))]
+    if hasattr(kind, "predictor"):
+        inner = max(1, dim // 4) if config.method == "simsiam" else hidden
+        slim.append(_slimmed(config, kind.predictor(inner, dim, **last), torch.zeros(2, dim)))
+    method: methods.Method = kind(*slim, **settings)
+    return method
 
 
 def converted_backbone(config: PretrainConfig, channels: int) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method."""
-    backbone = timm_backbone(config.model, channels, config.image_size, num_classes=0)
+    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -108,10 +113,10 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor) -> nn.
     return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
 
 
-def output_for(images: Tensor, model: nn.Module, name: str) -> Any:
+def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--image-size") -> Any:
     """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
     size = " x ".join(map(str, images.shape[2:]))
-    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", "; choose another --image-size"):
+    with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", f"; choose another {option}"):
         return model.eval()(images)
 
 
@@ -124,13 +129,17 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
+    asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+    sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
     try:
-        try:
-            return timm.create_model(name, **sized), sized
-        except TypeError:  # a model for images of any size has no `img_size`
-            return timm.create_model(name, **settings), {**settings}
+        while True:
+            try:
+                return timm.create_model(name, **sized), sized
+            except TypeError:  # a model for images of any size has neither
+                if not sizes:
+                    raise
+                del sized[sizes.pop(0)]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
         raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 
@@ -144,31 +153,24 @@ def check_name(name: str) -> None:
 
 
 def read_config(folder: Path) -> PretrainConfig:
-    """Return the configuration of the run in `folder`, or raise CheckpointError if there is none, or names differ."""
+    """Return the configuration of the run in `folder`, or raise SlimmableError if there is none, or names differ."""
     path = folder / CONFIG
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
-    try:
-        values = dict(json.loads(read_text(path, _MOST_BYTES), object_pairs_hook=_named_once))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not the configuration of a run ({error})") from error
+    with explained(f"{path} is not the configuration of a run"):
+        values = dict(json.loads(read_text(path, _MOST_BYTES)))
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
-    for name, value in values.items():
-        if not fits(PretrainConfig, name, value):
-            raise CheckpointError(f"{path}: {name} cannot be {value!r:.80}")
+    for each in fields(PretrainConfig):
+        (one, several), value = kind_of(each), values[each.name]
+        kinds = {list} if several else {int, float} if one is float else {one}
+        if type(value) not in kinds | {type(each.default)}:  # a bool is no int
+            raise CheckpointError(f"{path}: {each.name} cannot be {value!r:.80}")
     try:
         return PretrainConfig(**values)
     except SlimmableError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,7 @@ class Checkpoint:
         """Raise UsageError if `digest` is known and another than the checkpoint's, as the split would be another."""
         if None not in (digest, self.images) and digest != self.images:
             files = f"the files of the run (then {self.images}; now {digest})"
-            way = "undo what was added, removed or renamed there, or start a new run"
-            raise UsageError(f"--data {data} no longer holds {files}; {way}")
+            raise UsageError(f"--data {data} no longer holds {files}; put them back, or start a new run")
 
 
 def save_checkpoint(
@@ -233,48 +234,40 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<parameter>.<name>`; parameters without names are numbered."""
+    """Return the optimizer's state as tensors named `<parameter>.<name>`."""
     state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
     found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
-    return {name: torch.as_tensor(value) for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def load_optimizer_tensors(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int] | None = None, skipped: bool = False
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int], skipped: bool = False
 ) -> None:
     """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
 
-    Raises CheckpointError, and loads nothing, unless the tensors are like those that a step of this optimizer makes. If
-    `steps` is given, it has the parameters with state, and how many steps they took, of which some may be `skipped`.
+    Raises CheckpointError, and loads nothing, unless they are like those that a step of this optimizer makes, of the
+    parameters in `steps`, which says how many steps each took, of which some may be `skipped`.
     """
-    parameters, what = _parameters_of(optimizer), "the optimizer's state in the checkpoint"
-    asked = {key.rpartition(".")[0] for key in tensors} if steps is None else steps
-    example = copy.deepcopy(optimizer)
+    example, what = copy.deepcopy(optimizer), "the optimizer's state in the checkpoint"
     example.state.clear()
     for name, parameter in _parameters_of(example).items():
-        parameter.grad = torch.zeros_like(parameter) if name in asked else None
+        parameter.grad = torch.zeros_like(parameter) if name in steps else None
     type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
     check_alike(optimizer_tensors(example), tensors, what)
-    for name, count in (steps or {}).items():
+    for name, count in steps.items():
         done = tensors.get(f"{name}.step")
         most = min(count, 2**24)  # where a float32 stops to count
         if done is not None and not (done <= most if skipped else done == most):
             raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
-    state: dict[int, dict[str, Tensor]] = {}
-    numbers = {name: number for number, name in enumerate(parameters)}
-    for key, tensor in tensors.items():
-        owner, _, name = key.rpartition(".")
-        if tensor.shape == parameters[owner].shape:  # fused optimizers need the memory layout of the parameter
-            tensor = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(numbers[owner], {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, own in optimizer_tensors(example).items():  # in their memory layout, which fused optimizers need
+        own.copy_(tensors[name])
+    optimizer.load_state_dict(example.state_dict())
 
 
 def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the parameters in their order, by the optimizer's names for them, or else by number."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-    return dict(zip(names or map(str, range(len(parameters))), parameters, strict=True))
+    """Return the parameters in their order, by the optimizer's names for them."""
+    groups = optimizer.param_groups
+    return {name: each for group in groups for name, each in zip(group["param_names"], group["params"], strict=True)}
 
 
 def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> nn.Module:
@@ -290,8 +283,7 @@ def trained_backbone(config: PretrainConfig, folder: Path, channels: int, digest
 def save_networks(folder: Path, config: PretrainConfig, backbone: nn.Module, channels: int) -> bool:
     """Write the networks of a run for `slimmable.load`: each width as a plain network, and one network of all widths.
 
-    Returns: whether the latter was written. Without gates the backbone was converted together with its head; in the
-        rare case that a backbone converted alone keeps other channels, that file is left out.
+    Returns: whether the latter was written: not in the rare case that a backbone without its head keeps other channels.
     """
     plain = {width: extract(backbone, width) for width in config.widths}
     for width, network in plain.items():

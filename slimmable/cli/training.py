@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Steps, Views, load, make_views, normalisation, seed_of
+from slimmable.cli.data import Images, Views, keys_of_steps, load, make_views, normalisation, seed_of
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
@@ -32,26 +32,25 @@ class Training:
     def __init__(
         self, config: PretrainConfig, method: Method, images: Images, device: torch.device, workers: int = 0
     ) -> None:
-        count, batch, processes = len(images.train), config.batch_size, world_size()
+        count, batch, processes, groups = len(images.train), config.batch_size, world_size(), config.bn_groups
         if batch > count:
             raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
         if batch % processes:
             raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
-        groups = config.bn_groups
         if groups > 1 and (batch < 2 * groups or batch % groups or groups % processes):
-            needed = "must be equal, of two images or more, and a multiple of the number of processes"
-            raise UsageError(f"--bn-groups {groups} of --batch-size {batch}: they {needed} ({processes})")
-        parts = f"--key-parts {config.key_parts} of --batch-size {batch}"
+            needed = f"must be equal, of two images or more, and a multiple of the {processes} processes"
+            raise UsageError(f"--bn-groups {groups} of --batch-size {batch}: they {needed}")
+        parts, shared = f"--key-parts {config.key_parts} of --batch-size {batch}", max(config.key_parts, processes)
         if config.method == "mocov2" and batch < 2 * config.key_parts:
             raise UsageError(f"{parts} have fewer than two images each; choose fewer parts")
-        shared = max(config.key_parts, processes)
         if config.method == "mocov2" and processes > 1 and (shared % processes or batch % shared):
             raise UsageError(f"{parts} cannot be shared by {processes} processes; choose multiples of their number")
         self.config, self.images, self.device, self.workers = config, images, device, workers
         self.method, self.normalise = method.to(device).train(), normalisation(config)
         self.method.bn_groups = config.bn_groups
+        crops = {"local_crops": config.local_crops, "local_size": config.local_crop_size}
         crop, mirror = config.min_crop_scale, not images.handwriting
-        transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror)
+        transforms = make_views(config.augmentation, config.image_size, min_crop_scale=crop, mirror=mirror, **crops)
         sets = len(config.widths) if config.views_per_width else 1
         self.views = Views(images.train, images.train_labels, transforms[: method.views] * sets, config.seed)
         self.steps_per_epoch = count // batch
@@ -79,11 +78,11 @@ class Training:
         if rest <= 0:
             raise UsageError(f"--warmup-epochs {rising:g} leaves none of the {config.epochs} epochs; choose fewer")
         self.schedule = CosineLRScheduler(self.optimizer, rest, warmup_t=warm_up, warmup_prefix=True, t_in_epochs=False)
-        self._batches: Iterator[list[Tensor]] = iter(())
+        self._batches = self._draw()
 
     def take_step(self) -> dict[float, float]:
         """Train on the next batch; return each width's loss, the widest first; a DivergedError changes no weight."""
-        *drawn, labels = self._next()
+        *drawn, labels = next(self._batches)
         views, *others = (drawn[at : at + self.method.views] for at in range(0, len(drawn), self.method.views))
         narrow = dict(zip(self.config.widths[1:], others, strict=False))  # none, unless each width has its own
         progress = self.step / self.steps
@@ -111,18 +110,17 @@ class Training:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
-    def _next(self) -> list[Tensor]:
-        batch = next(self._batches, None)
-        if batch is None:  # the first step, or the first one after resuming
-            count, config = len(self.views.images), self.config
-            steps = Steps(count, config.batch_size, config.epochs, self.step, config.seed, rank(), world_size())
-            pinned = self.device.type == "cuda"
-            self._batches = load(self.views, self.workers, batch_sampler=steps, pin_memory=pinned)
-            batch = next(self._batches)
-        *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
-        return [*map(self.normalise, views), labels]
+    def _draw(self) -> Iterator[list[Tensor]]:
+        """Yield the views and the labels of each step that is left when the first of them is asked for."""
+        count, config, device = len(self.views.images), self.config, self.device
+        share = rank(), world_size()
+        keys = keys_of_steps(count, config.batch_size, config.epochs, self.step, config.seed, *share)
+        for *views, labels in load(self.views, self.workers, batch_sampler=keys, pin_memory=device.type == "cuda"):
+            moved = (view.to(device, non_blocking=True) for view in views)
+            yield [*map(self.normalise, moved), labels.to(device, non_blocking=True)]
 
     def _set_learning_rate(self, progress: float) -> None:
         later = self.config.lr_after_slow_start
@@ -169,7 +167,7 @@ class Training:
         self.method.load_state_dict(state)
         self.scaler.load_state_dict(scaler)
         self.step = done
-        self._batches = iter(())
+        self._batches = self._draw()
 
     def _own(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides encoder and optimizer."""
@@ -178,18 +176,19 @@ class Training:
         return own | {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
 
     def _steps_of_parameters(self, done: int) -> dict[str, int]:
-        """Return how many of the first `done` steps train each parameter, as steps of a copy at its ends tell."""
-        joined = sum(step / self.steps >= self.config.slow_start for step in range(done))
+        """Return how many of the first `done` steps train each parameter, as steps of a copy tell."""
         shared = math.lcm(self.config.key_parts, self.config.bn_groups, world_size())
         images = min(2 * shared, self.config.batch_size) // world_size()
         shape = images, self.images.channels, self.config.image_size, self.config.image_size
         labels = torch.zeros(images, dtype=torch.long, device=self.device)
         method, recipe, gates = copy.deepcopy((self.method, self.recipe, self.gates))
         found: dict[str, int] = {}
-        for progress, count in ((0.0, done), (1.0, joined)):  # the first perhaps at full width alone
+        # where narrow widths, and the last layer of dino, begin to train
+        for progress in sorted({0.0, self.config.slow_start, 1 / self.config.epochs}):
             batch = Batch([torch.rand(shape, device=self.device) for _ in range(method.views)], labels)
             method.step(recipe, batch, progress, step=0, gates=gates)
             trained = [name for name, parameter in method.online.named_parameters() if parameter.grad is not None]
+            count = sum(step / self.steps >= progress for step in range(done))
             found = dict.fromkeys(trained, count) | found
         return {name: count for name, count in found.items() if count}
 
@@ -198,6 +197,7 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
     plain: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay if config.decay_norms else 0.0}
+    plain["lr_scale"] = config.norm_lr_scale
     decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
     # timm's schedule multiplies by `lr_scale`
     gating: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_scale": config.gate_lr_scale}

@@ -1,21 +1,24 @@
 """What a network computes besides its tensors, as JSON data by module, and how networks and their tensors differ."""
 
+import json
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from slimmable._described import counts_channels, named_in_forward, stored_by_forward
 from slimmable._tables import listing
 
 _ABSENT: Any = object()
+_NUMBERS = (int, float, bool)
 _OWN = {*vars(nn.Module()), "training"}
 _FREE = re.compile(r"drop|stochastic|checkpoint|fused|flash|sdpa|momentum")  # matters for training or speed alone
 _NO_SIZE = re.compile(r"stride|pad|dilat|kernel|window|patch|level|layer|depth|block|class|label|axis|scale|factor")
@@ -27,8 +30,12 @@ Settings = dict[str, dict[str, Any]]  # by path
 
 def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
     """Return path, class and settings of each module: numbers, and what else a forward in the model reads by name."""
-    read = _read_in(model)
-    return [(path, _kind(module), _settings(module, read)) for path, module in model.named_modules()]
+    read, rows = _read_in(model), []
+    for path, module in model.named_modules():
+        own = {name: value for name, value in vars(module).items() if name not in _OWN}
+        shown = {name: written(value) for name, value in own.items() if name in read or _is_number(name, value)}
+        rows.append((path, _kind(module), {name: value for name, value in shown.items() if value is not _ABSENT}))
+    return rows
 
 
 def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, Settings]:
@@ -49,28 +56,26 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], nar
     for path, kind, settings in rows:
         if here.get(path) != kind:
             continue
-        module, cls = modules[path], cast(Any, type(modules[path]))
-        held = {**{name: getattr(cls, name, _ABSENT) for name in settings}, **vars(module)}
+        module, place = modules[path], f"{path}.".lstrip(".")
+        cls: Any = type(module)
+        held = {name: vars(module).get(name, getattr(cls, name, _ABSENT)) for name in settings}
         own = {name: written(held[name]) for name in settings}
         differing = [name for name in settings if own[name] is not _ABSENT and not _alike(settings[name], own[name])]
-        weight = given.get(f"{path}.weight".lstrip("."))
         bound = [
             name
             for name in differing
             if name in read and name not in stored_by_forward(cls)
             if not _FREE.search(kind.lower() if name == "p" else name.lower())
-            if not (narrow and _is_narrower(module, name, settings, weight))
+            if not (narrow and _is_narrower(module, name, settings, given.get(f"{place}weight")))
         ]
-        edited += [f"{_place(path, name)} is {settings[name]!r} in the file, {own[name]!r} here" for name in bound]
+        edited += [f"{place}{name} is {settings[name]!r} in the file, {own[name]!r} here" for name in bound]
         set_here = [name for name in differing if name in vars(module) and name not in bound]
         free[path] = {name: _like(held[name], settings[name]) for name in set_here}
     found = {
-        "modules only in the file": [f"{_place(path)} ({kind})" for path, kind in there.items() if path not in here],
-        "modules only here": [f"{_place(path)} ({kind})" for path, kind in here.items() if path not in there],
         "other modules": [
-            f"{_place(path)} is {there[path]} in the file, {kind} here"
-            for path, kind in here.items()
-            if there.get(path, kind) != kind
+            f"{path or 'the model'} is {there.get(path, 'missing')} in the file, {here.get(path, 'missing')} here"
+            for path in here | there
+            if there.get(path) != here.get(path)
         ],
         "other settings": edited,
         "of another type": [
@@ -95,14 +100,6 @@ def differences(
     """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
 
     `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.
-
-    >>> import torch
-    >>> one, two = torch.zeros(1), torch.zeros(2)
-    >>> print("not the same:" + differences({"a": two, "b": one}, {"a": one, "c": one}))
-    not the same:
-      missing: b
-      unknown: c
-      of another shape: a (1,), expected (2,)
     """
     kinds = {
         "missing": [name for name in expected if name not in given],
@@ -121,24 +118,10 @@ def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
     return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 
-def unlike_numbers(model: nn.Module, other: nn.Module) -> dict[str, Any]:
-    """Return the numbers that the modules of `model` hold and those of `other` do not, if all that differ are one."""
-    twins, found = dict(other.named_modules()), dict[str, list[Any]]()
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if path in twins and _is_number(value) and vars(twins[path]).get(name, value) != value:
-                found.setdefault(name, []).append(value)
-    return {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
-
-
 def _kind(module: nn.Module) -> str:
     """Return the name of a module's class; converters swap BatchNorms for those of other dimensions or processes."""
     name = type(module).__name__
     return re.sub(r"^Sync|\dd$", "", name) if isinstance(module, _BatchNorm) else name
-
-
-def _place(path: str, name: str = "") -> str:
-    return ".".join(filter(None, (path, name))) or "the model"
 
 
 def _read_in(model: nn.Module) -> set[str]:
@@ -146,38 +129,27 @@ def _read_in(model: nn.Module) -> set[str]:
     return {name for kind in set[Any](map(type, model.modules())) for name in named_in_forward(kind)}
 
 
-def _settings(module: nn.Module, read: set[str]) -> dict[str, Any]:
-    found = {
-        name: written(value)
-        for name, value in vars(module).items()
-        if name not in _OWN and (name in read or (not name.startswith("_") and _is_number(value)))
-    }
-    return {name: value for name, value in found.items() if value is not _ABSENT}
-
-
 def written(value: Any) -> Any:
     """Return plain data as JSON data, classes and functions as their names, and `_ABSENT` for everything else."""
-    if isinstance(value, Enum):
-        return f"{type(value).__name__}.{value.name}"
+    try:
+        return json.loads(json.dumps(value, default=_written, skipkeys=True))
+    except (TypeError, ValueError, RecursionError):
+        return _ABSENT
+
+
+def _written(value: Any) -> Any:
+    """Return what JSON does not know in its terms."""
     if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (int, float, str)):
-        return value
-    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return value.item()
+    if isinstance(value, (Enum, torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     if isinstance(value, partial):
-        return ["partial", *map(written, (value.func, value.args, sorted(value.keywords.items())))]
-    if isinstance(value, (tuple, list)):
-        parts = [written(part) for part in value]
-        return _ABSENT if any(part is _ABSENT for part in parts) else parts
+        return ["partial", value.func, value.args, sorted(value.keywords.items())]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    if isinstance(value, dict):
-        found = {str(key): written(part) for key, part in value.items()}
-        return _ABSENT if any(part is _ABSENT for part in found.values()) else found
     if callable(value) and not isinstance(value, nn.Module):
         return getattr(value, "__name__", type(value).__name__)
-    return _ABSENT
+    raise TypeError(f"{type(value).__name__} is no plain data")
 
 
 def _alike(given: Any, own: Any) -> bool:
@@ -211,10 +183,10 @@ def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], weig
     return smaller(settings[name], written(vars(module).get(name)))
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_number, value)) and len(value) > 0
-    return type(value) in (int, float, bool)
+def _is_number(name: str, value: object) -> bool:
+    """Tell whether an attribute without an underscore is a number, or nested lists of numbers."""
+    leaves = tree_leaves(value)
+    return not name.startswith("_") and bool(leaves) and all(type(leaf) in _NUMBERS for leaf in leaves)
 
 
 def _like(own: Any, given: Any) -> Any:
@@ -222,6 +194,6 @@ def _like(own: Any, given: Any) -> Any:
     if isinstance(own, (tuple, list)) and isinstance(given, list) and len(own) == len(given):
         parts = [_like(*pair) for pair in zip(own, given, strict=True)]
         return type(own)(*parts) if hasattr(own, "_fields") else type(own)(parts)
-    if type(own) in (int, float, bool) and type(given) in (int, float, bool):
+    if type(own) in _NUMBERS and type(given) in _NUMBERS:
         return type(own)(given)
     return own

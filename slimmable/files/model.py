@@ -1,31 +1,45 @@
-"""Files of models, slimmable or plain: safetensors whose metadata say how to rebuild the model."""
+"""Files of models, slimmable or plain: safetensors whose metadata say how to rebuild the model, mostly by timm."""
 
+import inspect
 import json
-from collections.abc import Mapping
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
 
 from slimmable._addons import ADDONS, MODULES, addons_of
-from slimmable._checks import check_module, check_path, check_whole, checked
-from slimmable._convert import M, apply_plan, copy_of, misfits, plan_of
+from slimmable._checks import check_whole, checked
+from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
+from slimmable._described import Facts, facts, fitting, named_in_forward
+from slimmable._modules import replace_modules
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.files.construction import filled, fitting_recipe, full_network, skeleton
 from slimmable.files.description import HIDDEN, describe, differences, hidden_buffers, unlike
 from slimmable.files.plan_json import decode, encode
 from slimmable.files.tensors import read_tensors, write_tensors
-from slimmable.view.state import is_slim, slim_state
+from slimmable.view.container import SwitchableContainer
+from slimmable.view.state import is_slim
 
 _FORMAT = "slimmable 2"
 _UNITS = "slimmable/units"
 _MOST_WIDTHS = 256  # of a model with few tensors
+_NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_PLAIN = (int, float, str, type(None))
+_LARGE = 2**13  # image sizes, depths and the like are smaller; other sizes are those of tensors
 
 
 @checked
@@ -52,7 +66,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     (1.0, 0.5)
     """
     check_whole("save", model)
-    if arguments is not None and not isinstance(arguments, Mapping):
+    if not isinstance(arguments, (Mapping, type(None))):
         raise CheckpointError(f"arguments are those of timm.create_model, as a dict; got {arguments!r}")
     bare, data = model, dict[str, Any]()
     for name, addon in addons_of(model).items():
@@ -60,10 +74,10 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     plan, full = _plan_to_save(bare), full_network(bare)
     tensors = model.state_dict() | hidden_buffers(full)
     data["recipe"] = fitting_recipe(full, plan is None, arguments)
-    data |= {"class": type(model).__name__, "versions": _versions(), "modules": describe(full)}
+    data |= {"class": type(model).__name__, "versions": versions(), "modules": describe(full)}
     if plan is not None:
         data["plan"], units = encode(plan)
-        data["registered"] = [column.width for column in slim_state(bare).columns[len(plan.widths) :]]
+        data["registered"] = [column.width for column in bare.__dict__["_slim"].columns[len(plan.widths) :]]
         tensors[_UNITS] = torch.from_numpy(units.astype(np.int32))
     write_tensors(Path(path), tensors, {"format": _FORMAT, "model": json.dumps(data)})
 
@@ -72,6 +86,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 def load(path: str | Path, model: None = None) -> nn.Module: ...
 @overload
 def load(path: str | Path, model: M) -> M: ...
+@checked
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote, with all its widths and gates, or as a plain network if it was one.
 
@@ -84,15 +99,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises: CheckpointError: if the file is missing, damaged or foreign, or of another network, one whose modules,
         settings (such as strides and activations) or tensors differ; the message names the differences.
     """
-    if model is not None:
-        check_module("load", model)
-    check_path("load", path=path)
     data, tensors = read(Path(path))
     if model is None and data.get("recipe") is None:
-        raise CheckpointError(
-            f"{path} holds a {data.get('class')} and no recipe for timm to make it; build the plain full-width network "
-            "and pass it, as in load(path, model=...)"
-        )
+        known = f"{path} holds a {data.get('class')} and no recipe for timm to make it"
+        raise CheckpointError(f"{known}; pass the plain full-width network, as in load(path, model=...)")
     if model is not None and any(is_slim(module) for module in model.modules()):
         raise CheckpointError(f"load({path}, model=...) needs the plain network, not a converted one")
     try:
@@ -103,26 +113,43 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"{path} cannot be loaded: {said}") from error
 
 
+@checked
+def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
+    """Return the state dict of the full-width plain network, which loads strictly into the model before conversion.
+
+    It has no narrower norms and no gates, whatever the active width. That of a model without widths is its own.
+
+    Args:
+        model: a converted or gated model, a part or wrapper of one, a model built by hand, or a plain model.
+        prefix, keep_vars: as in `torch.nn.Module.state_dict`.
+
+    >>> from slimmable import slimify
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    >>> slim = slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+    >>> net.load_state_dict(full_state_dict(slim))
+    <All keys matched successfully>
+    """
+    check_whole("full_state_dict", model)
+    return full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
+
+
 def _plan_to_save(model: nn.Module) -> Plan | None:
     """Return the plan of a converted model, or None for a plain one; raise `CheckpointError` if it is neither."""
     if not any(is_slim(module) for module in model.modules()):
         return None
-    places, plan = places_of(model), plan_of(model)  # the first raises if layers were added
+    places, plan, kind = places_of(model), plan_of(model), type(model).__name__  # the first raises if layers were added
     if plan is None or any(state.plan is not plan for _, state in places):
         raise CheckpointError(
-            f"{type(model).__name__} is not a model as slimmable.slimify returned it: it has slimmable layers from "
-            "elsewhere, or is a part or a wrapper of a converted model; save the converted model itself"
+            f"this {kind} is a part or a wrapper of a converted model, or made by hand; save the converted model itself"
         )
-    gone = [name for name, shape in misfits(model, plan) if shape is None]
+    gone = ", ".join([name for name, shape in misfits(model, plan) if shape is None][:6])
     if gone:
-        raise CheckpointError(
-            f"{', '.join(gone[:6])}: gone from this {type(model).__name__} since it was converted; convert it again "
-            "with slimmable.slimify, then save it"
-        )
+        raise CheckpointError(f"{gone}: gone from this {kind} since it was converted; convert it again, then save it")
     return plan
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that make a network."""
     from slimmable import __version__
 
     return {"slimmable": __version__, "timm": version("timm"), "torch": torch.__version__}
@@ -139,22 +166,21 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
     """Return the model in a file. Nothing has memory before the file has been compared with the plain network."""
-    units = tensors.pop(_UNITS) if "plan" in data else torch.empty(0)
-    plain = skeleton(data["recipe"], tensors) if model is None else model
-    own = plain.state_dict(keep_vars=True) | hidden_buffers(plain)
+    bare = skeleton(data["recipe"], tensors) if model is None else model
+    own = bare.state_dict(keep_vars=True) | hidden_buffers(bare)
     given = {name: tensor for name, tensor in tensors.items() if name in own}
-    differing, free = unlike(plain, data["modules"], given, narrow="plan" not in data)
+    differing, free = unlike(bare, data["modules"], given, narrow="plan" not in data)
     if differing:
-        versions = [(name, data["versions"].get(name), here) for name, here in _versions().items()]
-        other = [f"\n  written with {name} {then}, here {name} {here}" for name, then, here in versions if then != here]
+        pairs = [(name, data["versions"].get(name), here) for name, here in versions().items()]
+        other = [f"\n  written with {name} {then}, here {name} {here}" for name, then, here in pairs if then != here]
         raise CheckpointError(f"it is of another network{differing}{''.join(other)}")
-    network = copy_of(plain, {id(own[name]): filled(own[name], each, each.dtype) for name, each in given.items()})
+    network = copy_of(bare, {id(own[name]): filled(own[name], each, each.dtype) for name, each in given.items()})
     for path, settings in free.items():
         vars(network.get_submodule(path)).update(settings)
     if "plan" in data:
         if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
             raise CheckpointError("it has more widths than its tensors are for")
-        network = apply_plan(network, decode(data["plan"], units.numpy(), network))
+        network = apply_plan(network, decode(data["plan"], tensors.pop(_UNITS).numpy(), network))
         widths = [tuple(width) if isinstance(width, list) else float(width) for width in data["registered"]]
         with registered(network, widths):
             pass
@@ -163,10 +189,163 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         network = ADDONS[name].restore(network, data[name])
     own = network.state_dict(keep_vars=True)
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(HIDDEN)}
-    differing = differences(own, given, most=5)
-    if differing:
+    if differing := differences(own, given, most=5):
         raise CheckpointError(f"its tensors are those of another network{differing}")
     for name, tensor in own.items():
         tensor.data = tensor.data.to(given[name].dtype)
     network.load_state_dict(given)
     return network
+
+
+def full_network(model: nn.Module) -> nn.Module:
+    """Return the plain network of the full width, with the tensors of `model`, which is returned if it is plain."""
+    bare = plain(model)
+    full = {id(each): each.module_at(0) for each in bare.modules() if isinstance(each, SwitchableContainer)}
+    return replace_modules(bare, full)
+
+
+def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of `given` to take the place of a network's tensor; on the CPU if that has no memory."""
+    device = "cpu" if like.is_meta else like.device
+    layout = like.detach() if like.shape == given.shape else given
+    new = torch.empty_like(layout, dtype=dtype, device=device).copy_(given)
+    return nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
+
+
+def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
+
+    If it may be `narrow`, they make one of which it may be a sub-network. A network that surgery has changed from what
+    timm makes has no recipe either; a warning says so. Given arguments that make another model are refused.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if name is None:
+        if arguments is not None:
+            raise CheckpointError(f"arguments= is for timm models; this {type(model).__name__} is not one")
+        return None
+    tensors, rows = model.state_dict(keep_vars=True) | hidden_buffers(model), describe(model)
+    for candidate in [arguments] if arguments is not None else _candidates(model, config, tensors, rows):
+        recipe = {"timm": name, "arguments": dict(candidate)}
+        with nullcontext() if arguments is not None else suppress(CheckpointError):
+            if not unlike(skeleton(recipe, tensors), rows, tensors, narrow)[0]:
+                return recipe
+    if arguments is not None:
+        raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
+    warnings.warn(
+        f"timm.create_model({name!r}) makes a network unlike this one, so load(path, model=...) will need the plain "
+        "network; if arguments make it, pass them, as in save(..., arguments={'num_classes': 10})",
+        stacklevel=3,
+    )
+    return None
+
+
+def build(recipe: Mapping[str, Any]) -> nn.Module:
+    """Make a plain timm model with random weights; raise `CheckpointError` if timm cannot."""
+    import timm
+
+    import slimmable._small_resnet  # noqa: F401  adds it to timm's models
+
+    try:
+        name, arguments = recipe["timm"], recipe["arguments"]
+        known = ":" not in name and timm.is_model(name) and set(arguments).isdisjoint(_NEVER)
+        if not known or not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(arguments)):
+            raise ValueError("the name or the arguments are not those of a timm model")
+        model: nn.Module = timm.create_model(name, **arguments)
+        return model
+    except Exception as error:  # timm's constructors raise errors of all kinds
+        raise CheckpointError(f"timm cannot make the model {str(recipe)[:400]} ({error})") from error
+
+
+def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Make a timm model without memory; refuse arguments and numbers of modules far too large for such `tensors`."""
+    largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
+    if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
+        raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
+    import timm  # noqa: F401  here, since its own imports make tensors and modules
+
+    with torch.device("meta"), _at_most(100 + 10 * len(tensors)):
+        return build(recipe)
+
+
+@contextmanager
+def _at_most(registrations: int) -> Iterator[None]:
+    """Let modules of this thread register at most so many parameters and modules while the block runs."""
+    thread, left = threading.get_ident(), registrations
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise CheckpointError("it has more modules than the file has tensors for")
+
+    parameters = torch_module.register_module_parameter_registration_hook(count)
+    with parameters, torch_module.register_module_module_registration_hook(count):
+        yield
+
+
+def _candidates(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: list[Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
+    known = list(read_off(model, config).items())
+    for count in range(len(known) + 1):
+        yield dict(known[:count])
+    with suppress(CheckpointError):  # timm may not take them
+        made = describe(skeleton({"timm": config["architecture"], "arguments": dict(known)}, tensors))
+        there = {path: settings for path, _, settings in made}
+        taken, found = inspect.signature(type(model)).parameters, dict(known)
+        for path, _, settings in reversed(rows):  # the outermost module has the last word
+            own = {name: value for name, value in settings.items() if name in taken}
+            found |= {name: value for name, value in own.items() if there.get(path, own).get(name, value) != value}
+        yield found
+
+
+def read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of classes and image channels and the image size, as far as the model says them."""
+    classes, first = getattr(model, "num_classes", None), config.get("first_conv")
+    modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    read = {
+        "num_classes": classes if type(classes) is int else None,
+        "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
+        "img_size": None if size is None else list(size),
+    }
+    return {key: value for key, value in read.items() if value is not None}
+
+
+def narrow_arguments(model: Any, full: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with which timm makes a network with the sizes of this plain one, or raise `CheckpointError`.
+
+    They follow from the recipe of the `full` network. What the numbers that its constructor then gets do, also those
+    in the fields of a configuration, cannot be seen in them, so others are tried, on tensors without memory.
+    """
+    tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
+    fixed = {**full["arguments"], **read_off(model, model.pretrained_cfg)}
+    code, seen, before = inspect.unwrap(type(model).__init__).__code__, dict[str, Any](), sys.getprofile()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is code and not seen:
+            seen.update(frame.f_locals)
+
+    def changed(numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {**fixed, **{name: value for name, value in numbers.items() if value != given[name]}}
+
+    def build(numbers: Mapping[str, Any]) -> Facts | None:
+        with suppress(CheckpointError):
+            return facts(skeleton({**full, "arguments": changed(numbers)}, tensors))
+        return None
+
+    sys.setprofile(note)
+    try:
+        known = facts(skeleton({**full, "arguments": fixed}, tensors))
+    finally:
+        sys.setprofile(before)
+    nested = (vars(value) for value in seen.values() if is_dataclass(value))
+    given = {name: value for each in (*nested, seen, seen.get("kwargs", {})) for name, value in each.items()}
+    named = {(path, name) for path, module in model.named_modules() for name in named_in_forward(module.__class__)}
+    keys = [key for key, fact in known.items() if isinstance(fact, torch.Size) or key in named]
+    found = fitting(given, build, known, facts(model), keys)
+    if found is None:
+        raise CheckpointError("no arguments for timm say the sizes of this network")
+    return changed(found)

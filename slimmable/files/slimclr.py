@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.construction import filled
 from slimmable.files.description import differences
+from slimmable.files.model import filled
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
-_ENCODERS = ("encoder_q.", "base_encoder.")  # MoCo v2 and SimCLR, MoCo v3
 
 
 def load_slimclr(
@@ -76,11 +75,7 @@ def load_slimclr(
 
 
 def _published(name: str) -> str:
-    """Return the name in the published code of an entry of the state dict.
-
-    >>> _published("layer2.0.downsample.1.narrow.0.bias")
-    'features.3.shortcut.1.bn.1.bias'
-    """
+    """Return the published name of an entry: `features.3.shortcut.1.bn.1` for `layer2.0.downsample.1.narrow.0`."""
     name = re.sub(r"^layer(\d)\.(\d+)", lambda at: f"features.{sum(_BLOCKS[: int(at[1]) - 1]) + int(at[2])}", name)
     name = name.replace("downsample", "shortcut")
     name = re.sub(r"narrow\.(\d+)", lambda at: f"bn.{int(at[1]) + 1}", name)
@@ -91,7 +86,7 @@ def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the entries that belong to the published code's ResNet-50, without a projection head, or refuse it."""
     names = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in tensors.items()}
     head = r"fc\.\d"  # a projection head is a sequence of layers
-    for prefix in _ENCODERS:
+    for prefix in ("encoder_q.", "base_encoder."):  # MoCo v2 and SimCLR, MoCo v3
         if part := {name.removeprefix(prefix): each for name, each in names.items() if name.startswith(prefix)}:
             names, head = part, r"fc\."  # under these prefixes, any `fc` is a projection head
     network = {name: tensor for name, tensor in names.items() if not re.match(head, name)}

@@ -15,13 +15,11 @@ from torch import Tensor
 from slimmable._atomic import write_aside
 from slimmable.errors import CheckpointError
 
-CHECKSUM = "checksum"
-
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write strided tensors and texts to one file, or raise CheckpointError and leave an earlier one as it was."""
     plain = _plain(tensors)
-    described = {**metadata, CHECKSUM: _checksum(plain, metadata)}
+    described = {**metadata, "checksum": _checksum(plain, metadata)}
 
     def write(aside: Path) -> None:
         save_file(plain, aside, described)
@@ -52,8 +50,7 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
-    texts = {name: text for name, text in metadata.items() if name != CHECKSUM}
-    if metadata.get(CHECKSUM) != _checksum(tensors, texts):
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise CheckpointError(f"{path} is damaged or was changed: its checksum is missing or that of other contents")
     return metadata, tensors
 

@@ -1,6 +1,6 @@
 """Gates that open and close channels for each image: a dense and a gated network in one set of weights."""
 
-from slimmable.gating._convert import gate, gate_parameters, ungate
+from slimmable.gating._convert import calibrate_gates, extract_gated, gate, gate_activity, gate_parameters, ungate
 from slimmable.gating._gates import ChannelGate, LayerGates, hard_mask, has_gates
 from slimmable.gating._passes import (
     GateBudget,
@@ -14,7 +14,6 @@ from slimmable.gating._passes import (
     open_fractions,
 )
 from slimmable.gating._plan import GatePlan, gate_plan
-from slimmable.gating._trained import calibrate_gates, extract_gated, gate_activity
 
 __all__ = [
     "ChannelGate", "GateBudget", "GatePlan", "GatedPass", "LayerGates", "PassNorm", "annealed", "bound_loss",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,8 @@ class ChannelGate(nn.Module):
     @checked
     def logits(self, pooled: Tensor) -> Tensor:
         """Return one logit per unit: (images, channels) -> (images, units)."""
-        check_matrices("ChannelGate", pooled=pooled)
+        if not getattr(pooled, "is_meta", False):  # where a forward only finds shapes
+            check_matrices("ChannelGate", pooled=pooled)
         logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
         return logits
 
@@ -184,13 +185,14 @@ class LayerGates(SwitchableContainer):
         return self.active_pass.active is Pass.DENSE
 
     def own_at(self, index: int) -> nn.Module:
-        """Return a placeholder that `ungate` removes, since extracted networks have no gates."""
-        return NoGates()
+        """Return the whole, which `ungate` then removes, since extracted networks have no gates."""
+        return self
 
-    def decide(self, source: Tensor) -> None:
-        """Decide from the layer's input, and keep the mask for the layers that read its units."""
+    def decide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the layer that makes the units: decide from its input, and keep the mask for those that read them."""
         if self.idle:
             return
+        source: Tensor = args[0]
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         record = self.decision.active.record
@@ -199,10 +201,11 @@ class LayerGates(SwitchableContainer):
         if record is not None and not in_backward():
             record.append(decision)
 
-    def masked(self, source: Tensor, number: int) -> Tensor:
-        """Return the input of a reader, given by its number, with closed units set to zero."""
+    def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before a reader, given by its number: return its arguments, with closed units set to zero."""
+        source, *more = args
         if self.idle:
-            return cast(Tensor, self.linked(source))
+            return self.linked(source), *more
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
@@ -213,15 +216,11 @@ class LayerGates(SwitchableContainer):
             mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))
         shape = [1] * source.ndim
         shape[0], shape[self.reader_axes[number]] = mask.shape
-        return cast(Tensor, self.linked(source * mask.to(source.dtype).view(shape)))
+        return self.linked(source * mask.to(source.dtype).view(shape)), *more
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a running forward."""
         return {**self.__dict__, "decision": Active(Decision())}
-
-
-class NoGates(nn.Identity):
-    """Takes the place of gates while a network is extracted."""
 
 
 def gates_in(model: nn.Module) -> list[LayerGates]:
@@ -233,17 +232,3 @@ def has_gates(model: nn.Module) -> bool:
     """Return whether a model has gates."""
     check_is_module("has_gates", model)
     return bool(gates_in(model))
-
-
-class GateHook:
-    """Before the layer that makes the units, lets the gates decide; before a reader, closes its units."""
-
-    def __init__(self, gates: LayerGates, number: int | None = None) -> None:
-        self.gates, self.number = gates, number
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the layer's arguments, masked for a reader."""
-        if self.number is not None:
-            return (self.gates.masked(args[0], self.number), *args[1:])
-        self.gates.decide(args[0])
-        return args

@@ -16,7 +16,7 @@ from slimmable.errors import DataError, UsageError
 from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, macs_for
 from slimmable.view.container import inner_modules
-from slimmable.view.norms import SwitchableNorm
+from slimmable.view.norms import SwitchableNorm, copy_of_norm
 from slimmable.view.recompute import Active, switched
 
 
@@ -37,7 +37,7 @@ class PassNorm(SwitchableNorm):
         Only the first `widths` widths get them. A switchable norm is changed in place, others are put inside a new one.
         """
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
-        copies = [own.copy_at(index) for index in range(min(widths, 1 + len(own.narrow)))]
+        copies = [copy_of_norm(own.own_at(index)) for index in range(min(widths, 1 + len(own.narrow)))]
         own.__dict__["inside"] = own is not norm
         own.__dict__["active_pass"] = Active(Pass.DENSE)
         own.__class__ = PassNorm
@@ -51,18 +51,11 @@ class PassNorm(SwitchableNorm):
         self.__class__ = SwitchableNorm  # type: ignore[assignment]
         return self.to_plain() if self.__dict__.pop("inside") else self
 
-    def of_gated_pass(self, index: int) -> nn.Module:
-        """Return the gated pass's norm of the width with this index; raise `UsageError` if it has none."""
-        norms = inner_modules(self, "gated")
-        if str(index) not in norms:
-            raise UsageError(f"the active width {self._slim.active.width} has no norm for the gated pass")
-        return norms[str(index)]
-
     def module_at(self, index: int) -> nn.Module:
         """Return the active pass's norm of the width with this index."""
         if self.__dict__["active_pass"].active is Pass.DENSE:
             return super().module_at(index)
-        return self.of_gated_pass(index)
+        return inner_modules(self, "gated")[str(index)]
 
 
 class GatedPass:
@@ -72,8 +65,8 @@ class GatedPass:
     `torch.utils.checkpoint.checkpoint` need `use_reentrant=False` for that.
     """
 
-    def __init__(self, model: nn.Module, gates: list[LayerGates]) -> None:
-        self._model = model
+    def __init__(self, root: nn.Module | None, gates: list[LayerGates]) -> None:
+        self._root = root  # that `gate` returned
         self._records: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
         self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
@@ -90,8 +83,7 @@ class GatedPass:
             found[gates.name] = torch.cat([decision.mask for decision in record if decision.mask is not None])
         if len({len(mask) for mask in found.values()}) > 1:
             counts = ", ".join(f"{name} {len(mask)}" for name, mask in found.items())
-            broken = "a forward was broken off, so use a new `with gated(model)` block"
-            why = f"either {broken}, or at this image size some layers see windows, not images"
+            why = "a forward was broken off, so use a new `with` block, or at this image size some layers see windows"
             raise UsageError(f"the gates have decided for different numbers of images ({counts}): {why}")
         return found
 
@@ -120,7 +112,7 @@ class GatedPass:
     def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
         """Return the multiply-adds of one image in the dense pass, at the width at which the model has run."""
         _, macs, counts = self._plan(input_size)
-        return float(macs.total({}, counts))
+        return macs.total(counts)
 
     def share(self, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Return the multiply-adds of each image as a share of the dense pass's: shape (images,)."""
@@ -135,17 +127,16 @@ class GatedPass:
 
     def _plan(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, LayerMacs, tuple[int, ...]]:
         """Return the gate plan, the multiply-adds for images of a size, and the units that the width keeps."""
-        root = next((module for module in self._model.modules() if PLAN in module.__dict__), None)
-        if root is None:
+        if self._root is None:
             raise UsageError("multiply-adds are known only for the model that gate returned; this is a part of it")
-        found: GatePlan = root.__dict__[PLAN]
+        found: GatePlan = self._root.__dict__[PLAN]
         macs = found.macs
         if input_size is not None:
             if not is_size(input_size) or not input_size:
                 raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
             size = tuple(input_size)
             if size not in self._sizes:
-                self._sizes[size] = macs_for(root, found, image_batch(root, size, images=1))
+                self._sizes[size] = macs_for(self._root, found, image_batch(self._root, size, images=1))
             macs = self._sizes[size]
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
@@ -173,17 +164,17 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     (torch.Size([3]), 352.0)
     """
     gates = gates_of("gated", model)
-    roots = [path for path, module in model.named_modules() if PLAN in module.__dict__]
+    roots = {path: module for path, module in model.named_modules() if PLAN in module.__dict__}
     if len(roots) > 1:
         held = f"{len(roots)} gated models, {', '.join(roots)}"
         raise UsageError(f"gated: this {type(model).__name__} holds {held}; give each a `with gated(...)` of its own")
-    norm = getattr(gates[0].at[0], "norm", None)
-    if isinstance(norm, nn.BatchNorm1d) and not norm.training:
-        batches = norm.num_batches_tracked
-        if batches is not None and not batches.is_meta and bool(batches == 0):
+    first = gates[0].at[0]
+    if isinstance(first, ChannelGate) and not first.training:
+        batches = first.norm.num_batches_tracked
+        if batches is not None and not batches.is_meta and batches == 0:
             name = type(model).__name__
             warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
-    run = GatedPass(model, gates)
+    run = GatedPass(next(iter(roots.values()), None), gates)
     undecided = [Decision(record=record) for record in run._records.values()]
     with _during(Pass.GATED, model), switched([(None, each.decision) for each in gates], undecided):
         yield run

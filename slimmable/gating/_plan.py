@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
-from slimmable._inputs import MOST, Arguments, example_of, is_index
+from slimmable._inputs import MOST, example_of, is_index
 from slimmable._nested import output_tensors
 from slimmable._widths import width_index
 from slimmable.analysis.channels import Grouping
@@ -59,11 +59,6 @@ class PlannedGate:
         """The maker's path, followed by a slash and the number from its second gate on."""
         return f"{self.maker}/{self.number}" if self.number else self.maker
 
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of the gate itself, per image at full width."""
-        return gate_macs(len(self.channels), self.units)
-
 
 class Refused(NamedTuple):
     """A channel group without a gate: the layer that makes it, how many units it has, and the reason."""
@@ -91,8 +86,7 @@ class GatePlan:
         counts = self.plan.columns[width_index(width, self.plan.widths)].counts
         kept_on = partial(self.plan.channels.needed.grouping.count, np.array([*counts, 1]))
         gates = sum(gate_macs(kept_on(gate.channels), counts[gate.group]) for gate in self.gates)
-        left = self.macs.without(self.gates, counts) + gates
-        return left / self.macs.without((), counts)
+        return (self.macs.total(counts, self.gates) + gates) / self.macs.total(counts)
 
     def __str__(self) -> str:
         lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
@@ -146,13 +140,10 @@ class LayerMacs:
             found[path] = found.get(path, 0) + macs
         return {path: macs / self.images for path, macs in found.items()}
 
-    def total(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> Any:
-        """Return the sum of `by_layer` over all layers."""
-        return sum(self.by_layer(masks, counts).values())
-
-    def without(self, gates: Sequence[PlannedGate], counts: Sequence[int]) -> float:
-        """Return the sum over all layers with all units of some gates closed."""
-        return float(self.total({gate.group: torch.zeros(1, counts[gate.group]).double() for gate in gates}, counts))
+    def total(self, counts: Sequence[int], closed: Sequence[PlannedGate] = ()) -> float:
+        """Return the sum over all layers for one image, with all units of some gates closed."""
+        masks = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64) for gate in closed}
+        return float(sum(self.by_layer(masks, counts).values()))
 
 
 @checked
@@ -194,13 +185,13 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     order = {path: number for number, path in enumerate(trace.calls)}
     gates: list[PlannedGate] = []
     for gate in sorted(possible, key=lambda gate: order[gate.maker]):
-        saved = macs.without((), full) - macs.without([gate], full)
-        if gate.macs < saved:
+        saved = macs.total(full) - macs.total(full, [gate])
+        if gate_macs(len(gate.channels), gate.units) < saved:
             gates.append(replace(gate, number=sum(other.maker == gate.maker for other in gates)))
         else:
             reason = f"a gate would cost more multiply-adds than the {saved:.0f} that it could save"
             refused.append(Refused(gate.maker, gate.units, reason))
-    return GatePlan(tuple(gates), tuple(refused), plan, macs, encode_inputs(args, kwargs))
+    return GatePlan(tuple(gates), tuple(refused), plan, macs, encode((args, kwargs)))
 
 
 def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
@@ -222,7 +213,7 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
     bare = plain(model)
-    fake = FakeModel(bare, args, kwargs)
+    fake = FakeModel(bare, (args, kwargs))
     return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
@@ -279,7 +270,12 @@ class _Finder:
         maker = makers[0]
         if skip(maker, model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
-        axis, channels = self._looked_at(maker, images)
+        call = self._call(maker, "makes it", images)
+        read = (self._input_axis(call, ids) for path, ids in self.trace.context.reads if path == maker)
+        found = next(filter(None, read), None)
+        if found is None:
+            raise _RefusedError("its layer reads the model's input, of which a gate learns little")
+        axis, channels = found
         readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
         counts = np.array([*self.plan.channels.units, 1])
         counts[group] -= 1
@@ -314,15 +310,6 @@ class _Finder:
                 return axis, self._units_on(own)
         return None
 
-    def _looked_at(self, maker: str, images: int) -> tuple[int, Ids]:
-        """Return the channel axis of the maker's input, and the units on it."""
-        call = self._call(maker, "makes it", images)
-        for path, ids in self.trace.context.reads:
-            found = self._input_axis(call, ids) if path == maker else None
-            if found is not None:
-                return found
-        raise _RefusedError("its layer reads the model's input, of which a gate learns little")
-
     def _reader(self, path: str, ids: Ids, group: int, images: int) -> Reader:
         found = self._input_axis(self._call(path, "reads it", images), ids)
         if found is None:
@@ -345,49 +332,31 @@ class _Finder:
         return tuple(found)
 
 
-def encode_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def encode(value: Any) -> list[Any]:
     """Return the arguments of a forward as JSON data; of floating-point tensors it holds only dtype and shape."""
-    return _encode((tuple(args), dict(kwargs)))
-
-
-def decode_inputs(data: list[Any], like: Tensor) -> Arguments:
-    """Return the arguments that `encode_inputs` was given: on the device of `like`, floating tensors in its dtype."""
-    args, kwargs = _decode(data, like)
-    if type(args) is not tuple or type(kwargs) is not dict or not all(type(name) is str for name in kwargs):
-        raise CheckpointError("its example does not hold the arguments of a forward")
-    return args, kwargs
-
-
-def _encode(value: Any) -> list[Any]:
     if isinstance(value, Tensor):
         numbers = value.flatten().tolist() if is_index(value) and value.numel() <= MOST else None
         return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), numbers]
     if type(value) in (tuple, list):
-        return [type(value).__name__, *map(_encode, value)]
+        return [type(value).__name__, *map(encode, value)]
     if type(value) is dict:
-        return ["dict", *([_encode(key), _encode(part)] for key, part in value.items())]
+        return ["dict", *([encode(key), encode(part)] for key, part in value.items())]
     return ["plain", value] if type(value) in _PLAIN else ["object", type(value).__name__]
 
 
-def _decode(data: list[Any], like: Tensor) -> Any:
+def decode(data: list[Any], like: Tensor) -> Any:
+    """Return what `encode` was given, tensors on the device of `like`, those of floats as zeros of its dtype."""
     kind, *parts = data
     if kind == "tensor":
-        return _decode_tensor(like, *parts)
+        name, shape, numbers = parts
+        dtype = getattr(torch, name)
+        if numbers is not None:
+            return torch.tensor(numbers, dtype=dtype, device=like.device).reshape(shape)
+        return torch.zeros(shape, dtype=like.dtype if dtype.is_floating_point else dtype, device=like.device)
     if kind in ("tuple", "list"):
-        return (tuple if kind == "tuple" else list)(_decode(part, like) for part in parts)
+        return (tuple if kind == "tuple" else list)(decode(part, like) for part in parts)
     if kind == "dict":
-        return {_decode(key, like): _decode(part, like) for key, part in parts}
+        return {decode(key, like): decode(part, like) for key, part in parts}
     if kind == "plain" and type(parts[0]) in _PLAIN:
         return parts[0]
     raise CheckpointError(f"its example holds an object of class {parts[0]!r}, which no file can hold")
-
-
-def _decode_tensor(like: Tensor, name: str, shape: list[int], numbers: list[Any] | None) -> Tensor:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype) or not all(type(size) is int for size in shape):
-        raise CheckpointError(f"its example has a tensor of type {name!r} and shape {shape!r}")
-    if numbers is not None:
-        return torch.tensor(numbers, dtype=dtype, device=like.device).reshape(shape)
-    if dtype.is_floating_point:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)  # its contents are never read
-    return torch.zeros(shape, dtype=dtype, device=like.device)

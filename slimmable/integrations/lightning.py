@@ -85,15 +85,14 @@ class SlimCallback(Callback):
             new = wraps(original)(partial(getattr(self, f"_{name}"), pl_module, original))
             self._replaced.enter_context(swapped([(vars(pl_module), name, new)]))
         if not automatic:
-            vars(self.recipe)["backward"] = partial(self._averaged, trainer.model, self.recipe.backward)
-            self._replaced.callback(vars(self.recipe).pop, "backward")
+            backward = averaged_once(trainer.model)(self.recipe.backward)
+            self._replaced.enter_context(swapped([(vars(self.recipe), "backward", backward)]))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Run the narrower widths if no backward pass did, as when `StochasticWeightAveraging` updates norms."""
         if self._loss.grad is not None:
             fault = f"{type(trainer.strategy).__name__} ran its own backward pass, which trains width 1.0"
-            way = "return recipe.total(closure) from training_step instead, without this callback"
-            raise UsageError(f"SlimCallback: {fault}; {way}")
+            raise UsageError(f"SlimCallback: {fault}; return recipe.total(closure) instead, without this callback")
         while self._part is not None:
             self._run_next(pl_module)
 
@@ -139,10 +138,6 @@ class SlimCallback(Callback):
             self._part = next(self._parts, None)
 
     def _optimizer_step(self, module: Any, step: Callable[..., None], *args: Any) -> None:
-        *rest, closure = args
-        step(*rest, partial(self._averaged, module.trainer.model, closure))
-
-    def _averaged(self, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let DistributedDataParallel, which expects one backward pass, average once after the last."""
-        with averaged_once(model):
-            return run(*args, **kwargs)
+        *rest, closure = args
+        step(*rest, averaged_once(module.trainer.model)(closure))

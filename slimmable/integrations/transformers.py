@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from slimmable._modules import swapped
 from slimmable._width import at_width, columns_of, places_of
 from slimmable.errors import UsageError
 from slimmable.training import SlimRecipe
@@ -41,27 +42,21 @@ class SlimTrainer(Trainer):
         recipe, accelerator = self.recipe, self.accelerator
         recipe.model, recipe.steps, recipe.steps_done = model, self.state.max_steps, self.state.global_step
         step = partial(super().training_step, model, inputs, num_items_in_batch)
-        batches = self.current_gradient_accumulation_steps
-        # The Trainer divides a loss by the number of batches, so distillation is compared with it before that.
-        scale = 1 if recipe.distill is None else batches
+        batches: int = self.current_gradient_accumulation_steps  # the Trainer divides losses by it, but not scores
         held: list[tuple[Tensor, dict[str, Any]]] = []
 
         def closure() -> Tensor:
-            accelerator.backward = lambda loss, **options: held.append((loss * scale, options))
-            try:
+            with swapped([(accelerator.__dict__, "backward", lambda loss, **more: held.append((loss, more)))]):
                 step()
-            finally:
-                del accelerator.backward
-            return held[-1][0]
+            return held[-1][0] * batches
 
         def backward(loss: Tensor) -> None:
-            accelerator.backward(loss / scale, **held.pop()[1])
+            accelerator.backward(loss / batches, **held.pop()[1])
 
-        loss = recipe.backward(closure, backward=backward) / scale
+        loss = recipe.backward(closure, backward=backward) / batches
         for name, values in ("loss", recipe.losses), ("distillation", recipe.distillations):
             for width in values.keys() & recipe.loss_weights.keys() - {1.0}:  # but not widths drawn for this step
-                value = values[width] * batches / scale if name == "loss" else values[width]
-                self._logged[f"{name}/w{width:g}"].append(value)
+                self._logged[f"{name}/w{width:g}"].append(values[width])
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
@@ -83,9 +78,7 @@ class SlimTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save weights under the names of the modules: the Trainer does not rename them when it loads them again."""
-        if isinstance(self.model, PreTrainedModel):
-            self.model.__dict__["save_pretrained"] = partial(self.model.save_pretrained, save_original_format=False)
-        try:
+        named = isinstance(self.model, PreTrainedModel)
+        save = partial(self.model.save_pretrained, save_original_format=False) if named else None
+        with swapped([(self.model.__dict__, "save_pretrained", save)] if named else []):
             super()._save(output_dir, state_dict)
-        finally:
-            self.model.__dict__.pop("save_pretrained", None)

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from slimmable._checks import check_flags, check_rounding, checked, shown
+from slimmable._checks import BY_NAME, check_flags, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
 from slimmable.errors import ConversionError, InputError, SlimmableError
@@ -18,7 +18,6 @@ from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 
 Layer = TypeVar("Layer", bound="SlimLayer")
-_Cuts: TypeAlias = "dict[str, Sequence[Sequence[Kept]]]"
 
 
 class Explained(nn.Module):
@@ -45,7 +44,6 @@ class SlimLayer(Explained):
     """A layer of torch that runs at several widths."""
 
     _slim_plain: ClassVar[type[nn.Module]]  # that it is made from and converted back to
-
     _install: Callable[..., None]  # takes the widths and the constructor's options
 
     @classmethod
@@ -61,6 +59,8 @@ class SlimLayer(Explained):
                 f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
                 "which may compute something else; slimmable.slimify converts any module"
             )
+        for name, value in options.items():
+            BY_NAME.get(name, check_flags)(cls.__name__, **{name: value})
         slim = twin_of(module, cls)
         slim._install(check_widths(widths), **options)
         return slim
@@ -68,8 +68,7 @@ class SlimLayer(Explained):
     def to_plain(self) -> Any:
         """Return torch's layer of the full width, which shares the Parameters."""
         twin = twin_of(self, type(self))
-        if is_slim(twin):
-            remove_view(twin)
+        remove_view(twin)
         if type(twin) is not self._slim_plain:
             raise ConversionError(f"a {type(self).__name__} has no torch twin of class {self._slim_plain.__name__}")
         return twin
@@ -79,11 +78,6 @@ class _SlimProduct(SlimLayer):
     weight: Tensor
     _if_full = "pass slim_in=False to this layer"
 
-    def _makes_fewer_than(self, shape: Sequence[int]) -> bool:
-        """Tell whether a tensor of this shape needs all units that the layer makes, but it makes fewer if narrow."""
-        cut = self._slim.columns[-1].cuts.get("weight")
-        return cut is not None and cut.full[0] in shape and (cut.sizes[0] < cut.full[0] or 0 in dict(cut.picks))
-
     def _install(
         self,
         widths: tuple[float, ...],
@@ -92,24 +86,18 @@ class _SlimProduct(SlimLayer):
         overlap: bool = True,
         rounding: str = "nearest",
     ) -> None:
-        check_flags(type(self).__name__, slim_in=slim_in, slim_out=slim_out, overlap=overlap)
-        check_rounding(type(self).__name__, rounding=rounding)
-        rows: list[Kept]
         (outs, in_size, *kernel), count = self.weight.shape, getattr(self, "groups", 1)
         out_size, groups = outs // count, [count] * len(widths)
         if in_size == 1 and count > 1 and slim_in and slim_out:  # depthwise: its groups are its channels
             kept_groups = kept_at(widths, count, 1, True, overlap, rounding)
-            groups = [kept_of(count, kept) for kept in kept_groups]
-            rows = [
-                tuple(range(kept[0] * out_size, (kept[-1] + 1) * out_size)) if isinstance(kept, tuple) else None
-                for kept in kept_groups
-            ]
+            groups = [len(kept or range(count)) for kept in kept_groups]
+            rows = [kept and tuple(range(kept[0] * out_size, (kept[-1] + 1) * out_size)) for kept in kept_groups]
             columns = kept_at(widths, 1, 1)
         else:
             rows = kept_at(widths, out_size, count, slim_out, overlap, rounding)
             columns = kept_at(widths, in_size, 1, slim_in, overlap, rounding)
         weight = [(row, column, *kernel) for row, column in zip(rows, columns, strict=True)]
-        cuts: _Cuts = {"weight": weight, "bias": [(row,) for row in rows]}
+        cuts: dict[str, Sequence[Sequence[Kept]]] = {"weight": weight, "bias": [(row,) for row in rows]}
         install_view(self, widths, cuts, {"groups": groups} if len(set(groups)) > 1 else {})
 
 
@@ -266,7 +254,6 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
         self._install(check_widths(widths), rounding)
 
     def _install(self, widths: tuple[float, ...], rounding: str = "nearest") -> None:
-        check_rounding(type(self).__name__, rounding=rounding)
         *outer, last = self.normalized_shape
         shapes = [(*outer, kept_units(last, width, rounding=rounding)) for width in widths]
         install_view(self, widths, {"weight": shapes, "bias": shapes}, {"normalized_shape": shapes})
@@ -306,58 +293,49 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
         self._install(check_widths(widths), rounding)
 
     def _install(self, widths: tuple[float, ...], rounding: str = "nearest") -> None:
-        check_rounding(type(self).__name__, rounding=rounding)
         size = self.num_channels // self.num_groups
         shares = [width * self.num_groups for width in widths]
         groups = [round(share) for share in shares]
         kept: list[Kept] = [count * size for count in groups]
         if min(groups) < 1 or not all(map(math.isclose, groups, shares)):
-            groups, kept = [self.num_groups] * len(widths), kept_at(widths, size, self.num_groups, rounding=rounding)
+            groups = [self.num_groups] * len(widths)
+            kept = [*kept_at(widths, size, self.num_groups, rounding=rounding)]
         counts, cuts = [kept_of(self.num_channels, each) for each in kept], [(each,) for each in kept]
         install_view(self, widths, {"weight": cuts, "bias": cuts}, {"num_groups": groups, "num_channels": counts})
 
 
 def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
     """Raise `ConversionError` if, in a Sequential, a plain layer reads units of which a slim one makes fewer."""
-    maker: _SlimProduct | None = None
+    maker, fewer = nn.Module(), 0  # the last slim layer, and its number of units if it makes fewer when narrow
     for name, layer in layers.items():
         if isinstance(layer, _SlimProduct):
-            maker = layer
+            cut = layer._slim.columns[-1].cuts.get("weight")
+            maker, fewer = layer, 0
+            if cut is not None and (cut.sizes[0] < cut.full[0] or 0 in dict(cut.picks)):
+                fewer = cut.full[0]
         elif isinstance(layer, SwitchableContainer) and not isinstance(layer, SwitchableNorm):
-            maker = None  # it makes units of its own
+            fewer = 0  # it makes units of its own
         elif layer is not None and not is_slim(layer):
             tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
             across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels
-            if maker is not None and not across and any(maker._makes_fewer_than(tensor.shape) for tensor in tensors):
+            if fewer and not across and any(fewer in tensor.shape for tensor in tensors):
                 raise ConversionError(
                     f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__} "
                     "before it makes fewer units at narrow ones; use a layer of slimmable.layers, such as "
                     "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimify"
                 )
-            maker = None if tensors else maker
-
-
-# -- the units of an axis that each width keeps
-def disjoint_units(units: int, widths: Sequence[float], rounding: str = "nearest") -> list[range]:
-    """Return disjoint ranges for the narrower widths, the first one for the narrowest."""
-    counts = [kept_units(units, width, rounding=rounding) for width in widths]
-    starts = disjoint_starts(widths, counts)
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+            fewer = 0 if tensors else fewer
 
 
 def kept_at(
     widths: Sequence[float], size: int, groups: int, slim: bool = True, overlap: bool = True, rounding: str = "nearest"
-) -> list[Kept]:
-    """Return what each width keeps of an axis of groups of `size` units, the same of each: everything unless `slim`.
-
-    >>> kept_at((1.0, 0.67), 3, groups=2)
-    [None, (0, 1, 3, 4)]
-    """
+) -> list[tuple[int, ...] | None]:
+    """Return the units that each width keeps of an axis of groups of `size`, the same of each; None for all."""
     if not slim:
         return [None] * len(widths)
-    disjoint = [] if overlap else disjoint_units(size, widths, rounding)
-    ranges = disjoint or [range(kept_units(size, width, rounding=rounding)) for width in widths]
+    counts = [kept_units(size, width, rounding=rounding) for width in widths]
+    starts = [0] * len(widths) if overlap else disjoint_starts(widths, counts)
     return [
-        None if len(kept) == size else tuple(group * size + unit for group in range(groups) for unit in kept)
-        for kept in ranges
+        None if count == size else tuple(group * size + start + at for group in range(groups) for at in range(count))
+        for start, count in zip(starts, counts, strict=True)
     ]

@@ -67,7 +67,7 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
 class SwitchableBatchNorm1d(_SwitchableBatchNorm):
     """One `nn.BatchNorm1d` per width; everything is as in `SwitchableBatchNorm2d`.
 
-    >>> SwitchableBatchNorm1d(8, widths=(1.0, 0.5)).norm_at(1).num_features
+    >>> SwitchableBatchNorm1d(8, widths=(1.0, 0.5)).module_at(1).num_features
     4
     """
 
@@ -98,7 +98,7 @@ class SwitchableBatchNorm2d(_SwitchableBatchNorm):
 class SwitchableBatchNorm3d(_SwitchableBatchNorm):
     """One `nn.BatchNorm3d` per width; everything is as in `SwitchableBatchNorm2d`.
 
-    >>> SwitchableBatchNorm3d(8, widths=(1.0, 0.5)).norm_at(1).num_features
+    >>> SwitchableBatchNorm3d(8, widths=(1.0, 0.5)).module_at(1).num_features
     4
     """
 
@@ -155,11 +155,10 @@ class SwitchableLinear(Explained, SwitchableContainer):
         """Return a layer of `module` itself and cut copies of it; `ConversionError` if it is not a linear layer."""
         if not isinstance(module, nn.Linear):
             raise ConversionError(f"{cls.__name__} is made from a linear layer, got {type(module).__name__}")
-        weight, bias, sizes = module.weight, module.bias, (module.in_features, module.out_features)
-        layer = cls(*sizes, widths, bias is not None, weight.device, weight.dtype, **options)
-        for narrow in map(layer.module_at, range(1, len(layer.widths))):
-            outs, ins = narrow.weight.shape
-            narrow.load_state_dict({"weight": weight[:outs, :ins]} | ({} if bias is None else {"bias": bias[:outs]}))
+        sizes, weight = (module.in_features, module.out_features), module.weight
+        layer = cls(*sizes, widths, module.bias is not None, weight.device, weight.dtype, **options)
+        for name, own in layer.linears[1:].named_parameters():
+            own.data.copy_(getattr(module, name.rpartition(".")[2])[tuple(map(slice, own.shape))])
         layer.linears[0] = module
         return layer.train(module.training)
 
@@ -172,8 +171,7 @@ class SwitchableLinear(Explained, SwitchableContainer):
         return cast(nn.Linear, inner_modules(self, "linears")[str(index)])
 
     def __repr__(self) -> str:
-        settings = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{type(self).__name__}({settings}, bias={self.to_plain().bias is not None}, {self.extra_repr()})"
+        return f"{type(self).__name__}({self.to_plain().extra_repr()}, {self.extra_repr()})"
 
 
 class SwitchableProbe(SwitchableLinear):

@@ -15,24 +15,23 @@ from slimmable.losses.distillation import (
     width_weights,
 )
 from slimmable.losses.self_supervised import (
-    InfoNCE,
-    MoCoV3Loss,
-    NTXent,
-    VICRegLoss,
+    barlow_twins_loss,
     byol_loss,
     contrastive_cross_entropy,
+    dino_loss,
     info_nce,
     moco_logits,
     moco_v3_logits,
     moco_v3_loss,
     nt_xent,
     nt_xent_logits,
+    simsiam_loss,
     vicreg_loss,
 )
 
 __all__ = [
-    "InfoNCE", "MoCoV3Loss", "NTXent", "OnlineDistillation", "VICRegLoss", "byol_loss", "contrastive_cross_entropy",
-    "decoupled_distillation", "embedding_cross_entropy", "info_nce", "moco_logits", "moco_v3_logits", "moco_v3_loss",
-    "nt_xent", "nt_xent_logits", "slim_loss", "slim_term", "soft_cross_entropy", "squared_error",
+    "OnlineDistillation", "barlow_twins_loss", "byol_loss", "contrastive_cross_entropy", "decoupled_distillation",
+    "dino_loss", "embedding_cross_entropy", "info_nce", "moco_logits", "moco_v3_logits", "moco_v3_loss", "nt_xent",
+    "nt_xent_logits", "simsiam_loss", "slim_loss", "slim_term", "soft_cross_entropy", "squared_error",
     "standardised_distillation", "vicreg_loss", "width_weights",
 ]  # fmt: skip

@@ -8,13 +8,12 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimmable._checks import are_class_numbers, check_floats, check_fraction, check_number, check_same_shape, checked
 from slimmable._numerics import at_least_float32, unit_vectors
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, UsageError, WidthError
-from slimmable.losses.self_supervised import LossModule
 
 DistillationKind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
 Teachers = Literal["widest", "all wider"]
@@ -138,7 +137,7 @@ _COMPARE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class OnlineDistillation(LossModule):
+class OnlineDistillation(nn.Module):
     """The loss that pulls a narrow width's output towards the outputs of wider ones (SlimCLR, Zhao et al. 2024).
 
     Call it with the student's output and that of one teacher, or of several teachers from the widest down, all of shape
@@ -224,6 +223,11 @@ class OnlineDistillation(LossModule):
     @property
     def _temperatures(self) -> tuple[float, float]:
         return self.teacher_temperature, self.student_temperature
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor."""
+        names = "kind", "teacher_temperature", "student_temperature", "teachers", "weight"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def width_weights(widths: Sequence[float], mode: str = "widest_plus_rest") -> tuple[float, ...]:

@@ -1,17 +1,17 @@
-"""Losses of MoCo v2, SimCLR, MoCo v3, BYOL and VICReg, and the logits that online distillation compares.
+"""Losses of MoCo v2 and v3, SimCLR, BYOL, SimSiam, VICReg, Barlow Twins and DINO, and what distillation compares.
 
 All `*_logits` functions put the positive pair in column 0 and the negatives in the others. They scale embeddings to
 unit length, so raw and normalised ones give the same value, and compute half-precision input in float32.
 """
 
-from inspect import signature
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimmable._checks import check_matrices, check_same_shape, checked
-from slimmable._numerics import at_least_float32, matmul_without_autocast, unit_vectors
+from slimmable._numerics import at_least_float32, matmul_without_autocast, standardised, unit_vectors
 from slimmable.errors import DataError
 
 
@@ -42,10 +42,8 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     check_matrices("moco_logits", query=query, queue=queue)
     if queue.shape[0] != query.shape[1]:
         hint = "; it seems transposed" if queue.shape[1] == query.shape[1] else ""
-        raise DataError(
-            f"moco_logits: queue has shape {tuple(queue.shape)}, expected ({query.shape[1]}, negatives) "
-            f"for queries of shape {tuple(query.shape)}{hint}"
-        )
+        expected = f"expected ({query.shape[1]}, negatives) for queries of shape {tuple(query.shape)}"
+        raise DataError(f"moco_logits: queue has shape {tuple(queue.shape)}, {expected}{hint}")
     query = unit_vectors(query)
     positives = (query * unit_vectors(key)).sum(1, keepdim=True)
     return torch.cat([positives, matmul_without_autocast(query, unit_vectors(queue, dim=0))], dim=1)
@@ -112,10 +110,9 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     check_matrices("moco_v3_logits", query=query, keys=keys)
     batch, end = query.shape[0], offset + query.shape[0]
     if keys.shape[1] != query.shape[1] or not 0 <= offset <= keys.shape[0] - batch:
-        raise DataError(
-            f"moco_v3_logits: query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}: expected "
-            f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
-        )
+        given = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}"
+        expected = f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
+        raise DataError(f"moco_v3_logits: {given}: expected {expected}")
     logits = matmul_without_autocast(unit_vectors(query), unit_vectors(keys).T) / temperature
     own = logits[:, offset:end]
     return torch.cat([own.diagonal()[:, None], logits[:, :offset], _off_diagonal(own), logits[:, end:]], dim=1)
@@ -147,6 +144,19 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return 2 - 2 * (unit_vectors(prediction) * unit_vectors(target.detach())).sum(1).mean()
 
 
+def simsiam_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the loss of SimSiam for one direction, a scalar: the mean negative cosine (Chen and He 2021, eq. 1).
+
+    Both arguments have shape (batch, dim). No gradient flows into `target`, the embedding of the other view. A step's
+    loss is symmetric: `(simsiam_loss(p0, z1) + simsiam_loss(p1, z0)) / 2` (eq. 4).
+
+    >>> simsiam_loss(torch.eye(2), torch.ones(2, 2))  # -1 / sqrt(2)
+    tensor(-0.7071)
+    """
+    check_same_shape("simsiam_loss", prediction=prediction, target=target)
+    return -(unit_vectors(prediction) * unit_vectors(target.detach())).sum(1).mean()
+
+
 @checked
 def vicreg_loss(
     z0: Tensor, z1: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
@@ -175,87 +185,64 @@ def vicreg_loss(
     return loss
 
 
+@checked
+def barlow_twins_loss(z0: Tensor, z1: Tensor, redundancy: float = 5e-3) -> Tensor:
+    """Return the loss of Barlow Twins, a scalar (Zbontar et al. 2021, eq. 1; `redundancy` is its lambda).
+
+    `z0` and `z1` are raw embeddings of shape (batch >= 2, dim), with row i of both from the same image. Each feature is
+    standardised over the batch, with 1e-5 added to its variance. The features' correlations between the views should
+    be 1, and 0 between different ones. With several processes, gather both views first (`slimmable.training.gather`).
+
+    >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # uncorrelated features
+    >>> barlow_twins_loss(z, z) < 1e-6, barlow_twins_loss(z, -z)  # 2 features, (1 - -1)^2 each
+    (tensor(True), tensor(7.9998))
+    """
+    check_same_shape("barlow_twins_loss", z0=z0, z1=z1)
+    if z0.shape[0] < 2:
+        raise DataError(
+            f"barlow_twins_loss: batch of shape {tuple(z0.shape)} has no variance; give at least two images"
+        )
+    correlations = matmul_without_autocast(standardised(z0).T, standardised(z1)) / len(z0)
+    return (correlations.diagonal() - 1).square().sum() + redundancy * _off_diagonal(correlations).square().sum()
+
+
+@checked
+def dino_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    center: Tensor | None = None,
+    teacher_temperature: float = 0.04,
+    student_temperature: float = 0.1,
+) -> Tensor:
+    """Return the loss of DINO, a scalar in nats: the mean cross-entropy over pairs of views (Caron et al. 2021, eq. 3).
+
+    Args:
+        students, teachers: the outputs for each view, of shape (batch, classes), those of the teacher's views first. A
+            view of the student is compared with all of the teacher's but itself; no gradient flows into the teacher.
+        center: moving average of the teacher's outputs, of shape (classes), which is subtracted from them.
+        teacher_temperature, student_temperature: temperatures of the two softmaxes.
+
+    >>> dino_loss([torch.zeros(3, 5)] * 4, [torch.zeros(3, 5)] * 2)  # nothing learnt: log 5
+    tensor(1.6094)
+    """
+    pairs = len(students) * len(teachers) - min(len(students), len(teachers))
+    if pairs < 1:
+        raise DataError(f"dino_loss: {len(students)} and {len(teachers)} outputs are not of two different views")
+    named = {f"students[{at}]": each for at, each in enumerate(students)}
+    check_same_shape("dino_loss", **named, **{f"teachers[{at}]": each for at, each in enumerate(teachers)})
+    shift = students[0].new_zeros(students[0].shape[1:]) if center is None else center
+    check_matrices("dino_loss", center=shift[None])
+    if shift.shape != students[0].shape[1:]:
+        raise DataError(f"dino_loss: center has shape {tuple(shift.shape)}, expected {tuple(students[0].shape[1:])}")
+    targets = [((at_least_float32(each.detach()) - shift) / teacher_temperature).softmax(1) for each in teachers]
+    total = torch.stack(targets).sum(0)  # the cross-entropy is linear in its targets
+    others = [*(total - each for each in targets), *[total] * (len(students) - len(teachers))]
+    scaled = [at_least_float32(each) / student_temperature for each in students]
+    return torch.stack([F.cross_entropy(*pair) for pair in zip(scaled, others, strict=False)]).sum() / pairs
+
+
 def _off_diagonal(square: Tensor) -> Tensor:
     """Return the entries off the diagonal of a matrix of shape (n, n), as shape (n, n - 1)."""
     n = square.shape[0]
     # After its first entry, the flattened matrix is n - 1 runs of n entries, each followed by a diagonal one.
     return square.reshape(-1)[1:].reshape(n - 1, n + 1)[:, :n].reshape(n, n - 1)
-
-
-class LossModule(nn.Module):
-    """A loss that has the arguments of its constructor as attributes."""
-
-    def extra_repr(self) -> str:
-        """Return the arguments of the constructor."""
-        names = (name for name in signature(type(self)).parameters if name in vars(self))
-        return ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
-
-
-class _WithTemperature(LossModule):
-    @checked
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-
-class InfoNCE(_WithTemperature):
-    """`info_nce` as a module.
-
-    >>> InfoNCE()
-    InfoNCE(temperature=0.2)
-    """
-
-    def __init__(self, temperature: float = 0.2) -> None:
-        super().__init__(temperature)
-
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-        """Return `info_nce(query, key, queue)` at the module's temperature."""
-        return info_nce(query, key, queue, self.temperature)
-
-
-class NTXent(_WithTemperature):
-    """`nt_xent` as a module.
-
-    >>> NTXent(temperature=0.5)(torch.ones(4, 8), torch.ones(4, 8))
-    tensor(1.9459)
-    """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__(temperature)
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return `nt_xent(z0, z1)` at the module's temperature."""
-        return nt_xent(z0, z1, self.temperature)
-
-
-class MoCoV3Loss(_WithTemperature):
-    """The symmetric loss of MoCo v3 as a module: `moco_v3_loss` in both directions.
-
-    >>> q = k = torch.ones(4, 8)
-    >>> MoCoV3Loss()(q, q, k, k)
-    tensor(5.5452)
-    """
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__(temperature)
-
-    def forward(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, offset: int = 0) -> Tensor:
-        """Return `moco_v3_loss(q0, k1) + moco_v3_loss(q1, k0)` at the module's temperature."""
-        return moco_v3_loss(q0, k1, self.temperature, offset) + moco_v3_loss(q1, k0, self.temperature, offset)
-
-
-class VICRegLoss(LossModule):
-    """`vicreg_loss` as a module.
-
-    >>> VICRegLoss()
-    VICRegLoss(invariance=25.0, variance=25.0, covariance=1.0)
-    """
-
-    @checked
-    def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
-        super().__init__()
-        self.invariance, self.variance, self.covariance = invariance, variance, covariance
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        """Return `vicreg_loss(z0, z1)` with the module's factors."""
-        return vicreg_loss(z0, z1, self.invariance, self.variance, self.covariance)

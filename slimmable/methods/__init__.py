@@ -1,6 +1,10 @@
-"""Training methods as modules: SimCLR, MoCo v2 and v3, BYOL, VICReg, and supervised training, each at every width."""
+"""Training methods as modules: self-supervised ones, and supervised training, each at every width."""
 
+from slimmable.methods.dino import DINO
 from slimmable.methods.method import Batch, Encoder, Method, Outcome
-from slimmable.methods.published import BYOL, MoCoV2, MoCoV3, SimCLR, Supervised, VICReg
+from slimmable.methods.published import BYOL, BarlowTwins, MoCoV2, MoCoV3, SimCLR, SimSiam, Supervised, VICReg
 
-__all__ = ["BYOL", "Batch", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome", "SimCLR", "Supervised", "VICReg"]
+__all__ = [
+    "BYOL", "DINO", "BarlowTwins", "Batch", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome", "SimCLR", "SimSiam",
+    "Supervised", "VICReg",
+]  # fmt: skip

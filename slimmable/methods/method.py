@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import NoneType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_function, check_is_module, checked
+from slimmable._checks import check_function, check_is_module, check_tensors, checked
 from slimmable._distributed import means_over_processes, where_not_finite
 from slimmable._width import places_of, set_width
 from slimmable.errors import DataError, DivergedError, UsageError
@@ -86,11 +87,11 @@ class Method(nn.Module):
     [1.0, 0.5]
     """
 
-    views: ClassVar[int] = 2
+    views: int = 2
     """How many views of each image a step takes."""
 
     two_passes: ClassVar[bool] = True
-    """Whether the encoder sees more than one view, so that one can go through the gated network; see `step`."""
+    """Whether the encoder sees two views one by one, so that one can go through the gated network; see `step`."""
 
     bn_groups: int = 1
     """How many parts of the joined batch get BatchNorm statistics of their own; see `synchronised_batchnorm`."""
@@ -208,36 +209,32 @@ class Method(nn.Module):
             wrong = "the recipe switches the widths of another model, or of a part of this one"
             raise UsageError(f"{where}: {wrong}; make it from `online`: SlimRecipe(method.online, ...)")
         check_function(where, backward=backward)
-        if not isinstance(autocast, (torch.dtype, type(None))):
-            raise UsageError(f"{where}: autocast must be a type such as torch.bfloat16, or None, got {autocast!r}")
-        if not isinstance(diagnostics, (GradientDiagnostics, type(None))):
-            raise UsageError(f"{where}: diagnostics must be a GradientDiagnostics or None, got {diagnostics!r:.80}")
+        optional = {"autocast": torch.dtype, "diagnostics": GradientDiagnostics, "gates": GateBudget}
+        for (name, kind), value in zip(optional.items(), (autocast, diagnostics, gates), strict=True):
+            if not isinstance(value, (kind, NoneType)):
+                raise UsageError(f"{where}: {name} must be a {kind.__name__} or None, got {value!r:.80}")
         if gates is not None:
             if not self.two_passes:
-                others = "SimCLR, VICReg, BYOL or MoCoV3"
-                raise UsageError(f"{where}: its encoder sees one view, but gates need one for each pass; take {others}")
-            if not isinstance(gates, GateBudget):
-                raise UsageError(f"{where}: gates must be a GateBudget or None, got {type(gates).__name__}")
+                others = "BarlowTwins, BYOL, MoCoV3, SimCLR, SimSiam or VICReg"
+                seen = "its encoder sees one view, or all together, but gates need one for each pass"
+                raise UsageError(f"{where}: {seen}; take {others}")
             if not has_gates(self.encoder):
                 raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
             if recipe.random_widths:
                 raise UsageError(f"{where}: the recipe has random_widths, but gates are for the widths of slimify")
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
-        narrow = batch.narrow if isinstance(batch.narrow, Mapping) else {}
-        if batch.narrow is not narrow or (narrow and not set(recipe.loss_weights) - {1.0} >= set(narrow)):
+        if not isinstance(batch.narrow, Mapping) or not set(batch.narrow) <= set(recipe.loss_weights) - {1.0}:
             expected = "views for narrower widths of the model, as in {0.5: views}"
             raise UsageError(f"{where}: batch.narrow must hold {expected}, got {batch.narrow!r:.80}")
         views: list[Tensor] = []
-        for each in (batch.views, *narrow.values()):
+        for each in (batch.views, *batch.narrow.values()):
             if not isinstance(each, Collection) or len(each) != self.views:
                 found = len(each) if isinstance(each, Collection) else repr(each)
                 raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
             views.extend(each)
-        for view in views:
-            if not isinstance(view, Tensor) or not view.ndim or view.is_meta:
-                raise DataError(f"{where}: a view must be a tensor of shape (batch, ...), got {view!r}")
-        if len({len(view) for view in views}) > 1:
+        check_tensors(where, **{f"view {number}": view for number, view in enumerate(views)})
+        if len({view.shape[:1] for view in views}) > 1 or not views[0].ndim:
             shapes = " and ".join(str(tuple(view.shape)) for view in views)
             raise DataError(f"{where}: views have shapes {shapes}; row i of each must belong to the same image")
 

@@ -1,4 +1,4 @@
-"""SimCLR, VICReg and supervised training, and those with a momentum encoder: MoCo v2, MoCo v3 and BYOL."""
+"""SimCLR, VICReg, Barlow Twins and supervised training, and those with a momentum encoder or predictor."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimmable import losses
-from slimmable._checks import check_classes, check_module, checked
+from slimmable._checks import check_classes, check_module, checked, shown
 from slimmable._distributed import gather, rank
-from slimmable._numerics import unit_vectors
+from slimmable._numerics import standardised, unit_vectors
 from slimmable.errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation
 from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
@@ -57,6 +57,8 @@ class VICReg(Method):
         invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg_loss`.
     """
 
+    distillation = staticmethod(lambda: OnlineDistillation("mse"))
+
     @checked
     def __init__(
         self, encoder: nn.Module, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
@@ -71,17 +73,45 @@ class VICReg(Method):
         hidden = [*hidden_layer(in_features, hidden_dim), *hidden_layer(hidden_dim, hidden_dim)]
         return nn.Sequential(*hidden, nn.Linear(hidden_dim, proj_dim, bias=False))
 
-    @staticmethod
-    def distillation() -> OnlineDistillation:
-        """Return the squared difference of embeddings."""
-        return OnlineDistillation("mse")
-
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 6)."""
         first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
         loss = losses.vicreg_loss(first, second, self.invariance, self.variance, self.covariance)
         # The mean squared difference to the teacher then weighs as much as that between the views.
         return Outcome(loss, embeddings=[each * math.sqrt(self.invariance) for each in embeddings])
+
+
+class BarlowTwins(Method):
+    """Barlow Twins (Zbontar et al., *Self-Supervised Learning via Redundancy Reduction*, ICML 2021), at every width.
+
+    Narrow widths learn the full width's embeddings, each feature standardised over the batch as in the loss. The
+    example of `Method` shows a step.
+
+    Args:
+        encoder: a converted `Encoder`.
+        redundancy: factor of the redundancy term, the paper's lambda.
+    """
+
+    distillation = staticmethod(lambda: OnlineDistillation("mse"))
+
+    @checked
+    def __init__(self, encoder: nn.Module, *, redundancy: float = 5e-3) -> None:
+        super().__init__(encoder)
+        self.redundancy = redundancy
+
+    @staticmethod
+    @checked
+    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the three-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
+        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], last_norm=False)
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Return the loss over the gathered batch (eq. 1)."""
+        first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
+        loss = losses.barlow_twins_loss(first, second, self.redundancy)
+        # Their mean squared difference is then 1 - correlation, summed over features, as in the loss's first term.
+        scaled = [standardised(each) * math.sqrt(each.shape[1] / 2) for each in embeddings]
+        return Outcome(loss, embeddings=scaled)
 
 
 class Supervised(Method):
@@ -107,6 +137,7 @@ class Supervised(Method):
 
     views = 1
     two_passes = False
+    distillation = staticmethod(lambda: OnlineDistillation("kl", 1.0, 1.0, weight=1.0))
 
     @checked
     def __init__(self, encoder: nn.Module, *, label_smoothing: float = 0.0) -> None:
@@ -119,11 +150,6 @@ class Supervised(Method):
         """Return the classifier: (batch, in_features) -> (batch, num_classes)."""
         return nn.Linear(in_features, num_classes)
 
-    @staticmethod
-    def distillation() -> OnlineDistillation:
-        """Return in-place distillation: the full width's probabilities replace the labels."""
-        return OnlineDistillation(teacher_temperature=1.0, student_temperature=1.0, weight=1.0)
-
     def forward(self, batch: Batch) -> Outcome:
         """Return the cross-entropy with the labels: class numbers of shape (batch,), or probabilities like the scores.
 
@@ -134,10 +160,9 @@ class Supervised(Method):
             raise UsageError("Supervised learns from labels; give the batch some")
         probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
         if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
-            found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-            numbers, shares = tuple(scores.shape[:1]), tuple(scores.shape)
-            wanted = f"class numbers of shape {numbers}, or probabilities of shape {shares}"
-            raise DataError(f"Supervised: labels are {found}, expected {wanted}")
+            size = tuple(scores.shape)
+            wanted = f"class numbers of shape {size[:1]}, or probabilities of shape {size}"
+            raise DataError(f"Supervised: labels are {shown(labels)}, expected {wanted}")
         if not probabilities:
             check_classes("Supervised", labels, scores.shape[1])
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
@@ -196,19 +221,62 @@ class MoCoV2(Method):
 
 
 class _WithPredictor(Method):
-    """A method with a predictor, and with a momentum encoder for both views whose momentum rises to 1."""
+    """A method that predicts, for each view, the embedding of the other one."""
+
+    distillation = staticmethod(lambda: OnlineDistillation("mse"))  # of unit-length predictions
 
     @checked
-    def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
+    def __init__(self, encoder: nn.Module, predictor: nn.Module) -> None:
         super().__init__(encoder)
         check_module(f"{type(self).__name__}: predictor", predictor)
-        self.online_predictor, self.momentum = predictor, momentum
-        self.momentum_encoder = MomentumEncoder(encoder)
+        self.online_predictor = predictor
 
     @property
     def online(self) -> nn.ModuleList:
         """Encoder and predictor."""
         return nn.ModuleList([self.encoder, self.online_predictor])
+
+
+class SimSiam(_WithPredictor):
+    """SimSiam (Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021), at every width.
+
+    Each width predicts its own embeddings. Narrow widths also learn the full width's predictions, with the distance of
+    SimSiam's own loss. A step is as in the example of `BYOL`.
+
+    Args:
+        encoder: a converted `Encoder`.
+        predictor: a converted module, embeddings in, embeddings of the same size out.
+    """
+
+    @staticmethod
+    @checked
+    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the three-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
+        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], last_norm=True)
+
+    @staticmethod
+    @checked
+    def predictor(hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the predictor, (batch, proj_dim) -> (batch, proj_dim); as published, `hidden_dim` is a quarter."""
+        return nn.Sequential(*hidden_layer(proj_dim, hidden_dim, bias=False), nn.Linear(hidden_dim, proj_dim))
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Return the symmetric loss (eq. 4)."""
+        embeddings = self.embed(batch.views)
+        predictions = [self.online_predictor(each) for each in embeddings]
+        first, second = map(losses.simsiam_loss, predictions, embeddings[::-1])
+        # At half the length of BYOL's, their mean squared difference is half of 1 - cosine, as in the loss.
+        scaled = [unit_vectors(prediction) * prediction.shape[1] ** 0.5 / 2 for prediction in predictions]
+        return Outcome((first + second) / 2, embeddings=scaled)
+
+
+class _WithMomentum(_WithPredictor):
+    """One whose targets are made by a momentum encoder, the momentum of which rises to 1."""
+
+    @checked
+    def __init__(self, encoder: nn.Module, predictor: nn.Module, *, momentum: float = 0.996) -> None:
+        super().__init__(encoder, predictor)
+        self.momentum, self.momentum_encoder = momentum, MomentumEncoder(encoder)
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Update the momentum encoder; return for each view its embeddings of the other one."""
@@ -221,7 +289,7 @@ class _WithPredictor(Method):
         return [self.online_predictor(each) for each in self.embed(batch.views)]
 
 
-class MoCoV3(_WithPredictor):
+class MoCoV3(_WithMomentum):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
     A step is as in the example of `BYOL`.
@@ -230,6 +298,8 @@ class MoCoV3(_WithPredictor):
         encoder, predictor, momentum: as for `BYOL`.
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
     """
+
+    distillation = staticmethod(lambda: OnlineDistillation("kl", 1.0, 1.0))  # SlimCLR's, on the logits of its loss
 
     @checked
     def __init__(
@@ -250,11 +320,6 @@ class MoCoV3(_WithPredictor):
         """Return the predictor: (batch, proj_dim) -> (batch, proj_dim). Use `last_norm` for vision transformers."""
         return _mlp([proj_dim, hidden_dim, proj_dim], last_norm)
 
-    @staticmethod
-    def distillation() -> OnlineDistillation:
-        """Return the distillation of SlimCLR with MoCo v3: on the logits of its loss, at temperature 1."""
-        return OnlineDistillation(teacher_temperature=1.0, student_temperature=1.0)
-
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Return for each view the keys of the other, from all processes."""
         return [gather(keys) for keys in super().prepare(batch, progress)]
@@ -269,7 +334,7 @@ class MoCoV3(_WithPredictor):
         return Outcome(2 * self.temperature * (first + second), logits, queries)
 
 
-class BYOL(_WithPredictor):
+class BYOL(_WithMomentum):
     """BYOL (Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020), at every width.
 
     BYOL has no logits. Narrow widths learn the full width's predictions with the distance of BYOL's own loss.
@@ -304,11 +369,6 @@ class BYOL(_WithPredictor):
         """Return the predictor, built like the projection head: (batch, proj_dim) -> (batch, proj_dim)."""
         return BYOL.projector(proj_dim, hidden_dim, proj_dim)
 
-    @staticmethod
-    def distillation() -> OnlineDistillation:
-        """Return the squared distance of unit-length predictions."""
-        return OnlineDistillation("mse")
-
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss of both directions (eq. 2 and below)."""
         predictions = self.predict(batch)
@@ -319,7 +379,7 @@ class BYOL(_WithPredictor):
 
 
 def _mlp(sizes: Sequence[int], last_norm: bool) -> nn.Sequential:
-    """Return MoCo v3's head or predictor: linear layers without bias; the last BatchNorm has no gain or bias."""
+    """Return a head or predictor of linear layers without bias; the last BatchNorm has no gain or bias."""
     hidden = [layer for inputs, outputs in pairwise(sizes[:-1]) for layer in hidden_layer(inputs, outputs, bias=False)]
     norm = [nn.BatchNorm1d(sizes[-1], affine=False)] if last_norm else []
     return nn.Sequential(*hidden, nn.Linear(sizes[-2], sizes[-1], bias=False), *norm)

@@ -56,10 +56,10 @@ class Operation:
 
     def same(self, first: str, axis: int, second: str, other: int) -> None:
         """Say that two axes hold the same units, such as batches, heads or channels that meet one by one."""
-        mine, yours = self._axis(first, axis), self._axis(second, other)
-        if 1 not in (mine[0], yours[0]):
-            _check(mine[0], yours[0], f"axis {axis} of {first!r}", f"axis {other} of {second!r}")
-            self._context.merge(mine[1], yours[1])
+        (units, mine), (others, yours) = self._axis(first, axis), self._axis(second, other)
+        if 1 not in (units, others):
+            _check(units, others, f"axis {axis} of {first!r}", f"axis {other} of {second!r}")
+            self._context.merge(mine, yours)
 
     def moves(self, name: str, axis: int, to: int, output: int = 0) -> None:
         """Say that an axis becomes axis `to` of an output; all that moves to one axis there is the same units."""

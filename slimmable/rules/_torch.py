@@ -68,7 +68,6 @@ for _dims in (1, 2, 3):
     )
     _one_by_one(_kinds.replace("{}", str(_dims)), NEIGHBOURS, *range(-_dims, 0))
     _one_by_one(f"max_unpool{_dims}d", NEIGHBOURS, *range(-_dims, 0), also="indices")
-_one_by_one("mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d", NEIGHBOURS, -2, -1)
 
 
 @_rule_of("fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine")

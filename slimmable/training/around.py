@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any, TypeAlias
 
@@ -42,10 +42,7 @@ class Once:
 
     @contextmanager
     def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
-        """Run a block of a width; narrower ones start from the state that the widest did; of `left`, from what it left.
-
-        Raises: UsageError: at a narrower width, if stores were not given at the widest.
-        """
+        """Run a block of a width; narrower ones find `stores` as the widest one did, and `left` as it left them."""
         if widest:
             self._before = {id(store): _copied(_state(store)) for store in stores} | self._before
             yield
@@ -70,12 +67,10 @@ def shared_by_widths(modules: Iterable[nn.Module], without: Collection[nn.Module
     return [part for part in parts if not isinstance(part, (SwitchableContainer, DistributedDataParallel))]
 
 
-def stores_of(modules: Iterable[nn.Module]) -> list[Store]:
+def stores_of(modules: Collection[nn.Module]) -> list[Store]:
     """Return where modules themselves keep state; of slim layers, the attributes are the package's own."""
-    stores: list[Store] = []
-    for module in modules:
-        stores += [module._buffers, module._parameters, *([] if is_slim(module) else [vars(module)])]
-    return stores
+    attributes = [vars(module) for module in modules if not is_slim(module)]
+    return [*attributes, *(store for module in modules for store in (module._buffers, module._parameters))]
 
 
 def _state(store: Store) -> Store:
@@ -92,11 +87,9 @@ def _copied(state: Store) -> Store:
     """Return copies of tensors, arrays and containers; other objects themselves."""
 
     def copied(value: Any) -> Any:
-        if isinstance(value, nn.Parameter) and not value.requires_grad:
-            return nn.Parameter(value.detach().clone(), requires_grad=False)
-        if isinstance(value, Tensor) and not value.requires_grad:
-            return value.clone()
-        return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            return value if value.requires_grad else value.clone()
+        return copy.deepcopy(value) if isinstance(value, (nn.Parameter, *_CHANGEABLE)) else value
 
     copies: Store = tree_map(copied, state) if state else {}  # most modules have none
     return copies
@@ -135,9 +128,8 @@ class Replay:
         finally:
             self._busy = False
         if any(tensor.requires_grad for tensor in output_tensors(output)):
-            what = f"frozen {type(module).__name__} returned a tensor with a gradient, which depends on the width"
-            advice = "freeze only what has none in parameters and inputs, such as a momentum encoder or a teacher"
-            raise UsageError(f"SlimRecipe: {what}; {advice}")
+            what = f"frozen {type(module).__name__} returned a tensor with a gradient"
+            raise UsageError(f"SlimRecipe: {what}; freeze only what has none in parameters and inputs, as a teacher")
         self._outputs[module].append(map_tensors(Tensor.clone, output))
         return output
 
@@ -153,30 +145,26 @@ class SameDraws:
 
     def __init__(self, model: nn.Module) -> None:
         get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-        parameters = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-        devices = {tensor.device for tensor in parameters if tensor.device.type == "cuda"}
+        gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
             (random.getstate, random.setstate),
             (np.random.get_state, np.random.set_state),  # what others draw from
             (torch.get_rng_state, torch.set_rng_state),
-            *((partial(get, device), partial(put, device=device)) for device in devices),
+            *((partial(get, gpu), partial(put, device=gpu)) for gpu in gpus),
         ]
 
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block of the widest width, or of a narrower one."""
         put_back = [partial(put, get()) for get, put in self._generators]
-        if widest:
-            self._put_widest = put_back
+        with ExitStack() as after:
+            if widest:
+                self._put_widest = put_back
+            else:
+                for put, back in zip(self._put_widest, put_back, strict=True):
+                    after.callback(back)
+                    put()
             yield
-            return
-        try:
-            for put in self._put_widest:
-                put()
-            yield
-        finally:
-            for put in put_back:
-                put()
 
 
 class Calls:
@@ -248,18 +236,14 @@ def _learnable(output: Any) -> list[Tensor]:
 
 
 def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:
-    """Return what distillation of this kind compares, for each width; features that get thinner are left out.
-
-    Raises: UsageError: if nothing is left, or `kind` needs to know the right class.
-    """
+    """Return what distillation of this kind compares, for each width; features that get thinner are left out."""
     if len({len(tensors) for tensors in outputs.values()}) > 1:
         counts = ", ".join(f"{len(tensors)} at width {width}" for width, tensors in outputs.items())
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
     same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
     if not same:
-        what = "distillation finds nothing to compare in what the model returned"
-        wanted = "scores or embeddings of shape (batch, ...), of one size at all widths"
-        raise UsageError(f"SlimRecipe: {what}, which should be {wanted}; return (loss, teach) from the closure")
+        what = "nothing to compare in what the model returned: no scores (batch, ...) of one size at all widths"
+        raise UsageError(f"SlimRecipe: distillation finds {what}; return (loss, teach) from the closure")
     shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
     if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
         return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}
@@ -280,19 +264,10 @@ class OptimizerCheck:
         self._updated: set[int] = set()  # ids of parameters
         self._hook: Any = None
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_hook": None, "_updated": set()}
-
     def before_gradients(self) -> None:
         """Begin to look or, once an optimizer has stepped, say what the optimizers lack."""
         if self._hook is None:
-            own = weakref.WeakMethod(self._look)
-
-            def look(optimizer: torch.optim.Optimizer, *step: Any) -> None:
-                if (check := own()) is not None:
-                    check(optimizer)
-
-            self._hook = register_optimizer_step_post_hook(look)
+            self._hook = register_optimizer_step_post_hook(partial(OptimizerCheck._look, weakref.proxy(self)))
             weakref.finalize(self, self._hook.remove)
         elif self._updated:
             self._hook.remove()
@@ -302,18 +277,15 @@ class OptimizerCheck:
             missing = [name for name in held if not held[name] and held.get(full[name])]
             if missing:
                 what = f"the model's {missing[0]}, one of {len(missing)} of narrow norms"
-                advice = "make the optimizer after slimmable.slimify"
-                warnings.warn(f"SlimRecipe: no optimizer has {what}, which do not learn; {advice}", stacklevel=4)
+                warnings.warn(f"SlimRecipe: no optimizer has {what}; make it after slimmable.slimify", stacklevel=4)
 
-    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+    def _look(self, optimizer: torch.optim.Optimizer, *step: Any) -> None:
         kind, held = type(optimizer).__name__, [each for group in optimizer.param_groups for each in group["params"]]
         ids = {id(parameter) for parameter in held}
         if not ids.isdisjoint(map(id, self._model.parameters())):
             self._updated |= ids
             if all(parameter.grad is None for parameter in self._model.parameters()):
-                what = f"the model has no gradients when {kind} steps"
-                raise UsageError(f"SlimRecipe: {what}; call zero_grad before recipe.backward")
+                raise UsageError(f"SlimRecipe: no gradients when {kind} steps; call zero_grad before recipe.backward")
         elif all(parameter.grad is None for parameter in held):
-            what = f"this {kind} trains nothing: none of its parameters is the model's or has a gradient"
-            advice = "make it after slimmable.slimify, from the parameters of the converted model"
-            raise UsageError(f"SlimRecipe: {what}; {advice}")
+            what = f"this {kind} trains nothing: none of its parameters is the model's"
+            raise UsageError(f"SlimRecipe: {what}; make it after slimmable.slimify, for the converted model")

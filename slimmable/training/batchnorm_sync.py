@@ -98,14 +98,21 @@ def joined_batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Return this process's part of the batch norm of the joined batch, shape (batch, channels, ...)."""
-    counts = _counts(input)
+    if input.ndim < 2:
+        raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
+    channels, graph = input.shape[1], ", with gradient" if input.requires_grad and torch.is_grad_enabled() else ""
+    own = f"{channels} channels of {input.dtype.itemsize} bytes{graph}"
+    advice = "run the same layers at the same width in all processes"
+    counts = from_all_alike("synchronised_batchnorm", own, advice, input.device, input.numel() // max(1, channels))
+    total = sum(counts)  # values per channel
+    if total < 2:
+        raise DataError(f"synchronised_batchnorm: all have {total} values per channel, expected more than 1")
     with torch.no_grad():
         values = at_least_float32(input)
         mean = _sums(values) / max(1, counts[dist.get_rank()])
         squares = _sums((values - _per_channel(mean, values)).square_())
         means, all_squares = from_all(torch.stack([mean, squares])).unbind(1)
         mean, squares = merged_moments(counts, means, all_squares)
-        total = sum(counts)
         for running, found in ((running_mean, mean), (running_var, squares / (total - 1))):
             if running is not None:
                 running.copy_(torch.lerp(running.to(found.dtype), found, momentum))
@@ -172,20 +179,6 @@ class _Normalise(Function):
             inner = normal.mul_(_per_channel(-slope, input)).add_(grad).sub_(_per_channel(shift, input))
             grad_input = inner.mul_(_per_channel(gain, input)).to(input.dtype)
         return grad_input, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
-
-
-def _counts(input: Tensor) -> list[int]:
-    """Return the number of values per channel in each process; raise `DataError` in all if inputs cannot be joined."""
-    if input.ndim < 2:
-        raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
-    channels = input.shape[1]
-    graph = ", with gradient" if input.requires_grad and torch.is_grad_enabled() else ""
-    own = f"{channels} channels of {input.dtype.itemsize} bytes{graph}"
-    advice = "run the same layers at the same width in all processes"
-    counts = from_all_alike("synchronised_batchnorm", own, advice, input.device, input.numel() // max(1, channels))
-    if sum(counts) < 2:
-        raise DataError(f"synchronised_batchnorm: all have {sum(counts)} values per channel, expected more than 1")
-    return counts
 
 
 def _sums(values: Tensor) -> Tensor:

@@ -1,9 +1,6 @@
 """Recompute the BatchNorm statistics of chosen widths from data."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -12,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import check_tensors, checked
 from slimmable._inputs import Arguments, Inputs
-from slimmable._modules import in_eval_mode
+from slimmable._modules import in_eval_mode, swapped
 from slimmable._nested import map_tensors, output_tensors
 from slimmable._width import at_width, registered, set_width, widths_of
 from slimmable.analysis.plan import Setting
@@ -66,31 +63,45 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    _collect(model, loader, [None], [each.norm_at(-1) for each in containers if "guest" in each._modules])
+    _collect(model, loader, [None], [each.module_at(-1) for each in containers if "guest" in each._modules])
 
 
 def _collect(
-    model: nn.Module, loader: Iterable[ModelInput], widths: Sequence[Setting | None], modules: Iterable[nn.Module]
+    model: nn.Module, loader: Iterable[ModelInput], widths: Sequence["Setting | None"], modules: Iterable[nn.Module]
 ) -> None:
-    """Run every batch at each of `widths` (None: the active one), and collect statistics in the norms of `modules`."""
+    """Run every batch at each of `widths` (None: the active one), and collect statistics in the norms of `modules`.
+
+    Those that do not run are put back, and all of them after an error.
+    """
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
     if not torch.is_inference_mode_enabled() and any(each.is_inference() for norm in norms for each in norm.buffers()):
         raise UsageError("calibrate_bn: the model was made in torch.inference_mode, so call calibrate_bn in that too")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with _collecting(model, norms):
-        batch = None
-        for batch in loader:
-            args, kwargs = arguments_of(batch, device)
-            for width in widths:
-                if width is not None:
-                    set_width(model, width)
-                model(*args, **kwargs)
+    before = [{name: each.clone() for name, each in norm.named_buffers(recurse=False)} for norm in norms]
+    batch, done = None, False
+    try:
+        with in_eval_mode(model), swapped([(vars(norm), "momentum", None) for norm in norms]):  # cumulative averages
+            for norm in norms:
+                type(norm).reset_running_stats(norm)  # the norm itself may refuse it
+                norm.training = True
+            for batch in loader:
+                args, kwargs = arguments_of(batch, device)
+                for width in widths:
+                    if width is not None:
+                        set_width(model, width)
+                    model(*args, **kwargs)
         if batch is None:
             raise DataError("calibrate_bn: loader is empty; give at least one batch, in a list if it is needed again")
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers()):
             raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
+        done = True
+    finally:
+        for norm, buffers in zip(norms, before, strict=True):
+            if not (done and norm.num_batches_tracked):
+                for name, buffer in norm.named_buffers(recurse=False):
+                    buffer.copy_(buffers[name])
 
 
 def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
@@ -106,24 +117,3 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
     check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(output_tensors((batch.args, batch.kwargs)))})
     args, kwargs = map_tensors(lambda tensor: tensor.to(device), (batch.args, batch.kwargs))
     return tuple(args), dict(kwargs)
-
-
-@contextmanager
-def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Let the norms collect cumulative averages; restore those that did not run, or all after an error."""
-    momenta = [norm.momentum for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    done = False
-    try:
-        with in_eval_mode(model):
-            for norm in norms:
-                type(norm).reset_running_stats(norm)  # the norm itself may refuse it
-                norm.training, norm.momentum = True, None
-            yield
-        done = True
-    finally:
-        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
-            norm.momentum = momentum
-            if not (done and norm.num_batches_tracked):
-                for name, buffer in norm.named_buffers(recurse=False):
-                    buffer.copy_(buffers[name])

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from slimmable.errors import UsageError
 from slimmable.view.container import SwitchableContainer
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableNorm
-from slimmable.view.state import Column, state_of
+from slimmable.view.state import Column, is_slim, state_of
 
-Sums: TypeAlias = "dict[tuple[str, float, float], Tensor]"
+Sums: TypeAlias = "dict[tuple[str, float, float], float]"
 """(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
 
 
@@ -101,15 +100,13 @@ class GradientDiagnostics:
             columns_of(places_of(self.model), width)
         own = self._own.setdefault(width, {})
         for shared in self._shared:
-            gradient = shared.parameter.grad
-            if gradient is None:
+            if shared.parameter.grad is None:
                 continue
-            before = self._before.get(shared.name)
-            if (block := shared.blocks.get(width)) is not None:  # not a random width
-                part = at_least_float32(take(gradient.detach(), block))
-                part = part.clone() if before is None else part - at_least_float32(take(before, block))
-                own[shared.name] = own[shared.name] + part if shared.name in own else part
-            self._before[shared.name] = gradient.detach().clone()
+            gradient = at_least_float32(shared.parameter.grad.detach())
+            added = gradient - self._before.get(shared.name, 0.0)
+            self._before[shared.name] = gradient.clone()
+            if width in shared.blocks:  # not a random one
+                own[shared.name] = own.get(shared.name, 0.0) + take(added, shared.blocks[width])
 
     @checked
     def after_step(self, scale: float = 1.0) -> None:
@@ -128,28 +125,25 @@ class GradientDiagnostics:
         where = "GradientDiagnostics.after_step"
         if not self._own:
             raise UsageError(f"{where}: step {self.step} is sampled, but after_backward was not called in it")
-        sums: list[Sums] = []
+        whole: Sums = {}
+        layers: list[Sums] = []
         for shared in self._shared:
             gradient, name = shared.parameter.grad, shared.name
             own = {width: self._own[width][name] for width in self.widths if name in self._own.get(width, {})}
-            sums.append({} if gradient is None else sums_of(shared, gradient.detach(), own))
-        if not any(sums):
+            sums = {} if gradient is None else sums_of(shared, gradient.detach(), own)
+            whole |= {key: whole.get(key, 0.0) + value for key, value in sums.items()}
+            layers += [sums] * (shared.name in self.layer_names)
+        if not whole:
             raise UsageError(f"{where}: no shared parameter has a gradient; call it before the gradients are cleared")
-        whole: Sums = {}
-        for own_sums in sums:
-            whole |= {key: whole[key] + value if key in whole else value for key, value in own_sums.items()}
-        layer_sums = [own for own, shared in zip(sums, self._shared, strict=True) if shared.name in self.layer_names]
-        total, *each = (
-            {name: value / scale if "_norm/" in name else value for name, value in values_of(own, self.widths).items()}
-            for own in (whole, *layer_sums)
-        )
-        layers = {name: torch.stack([values[name] for values in each]) for name in total} if each else {}
+        groups = [whole, *layers]
+        joined = {key: torch.tensor([sums.get(key, math.nan) for sums in groups], dtype=torch.float64) for key in whole}
+        values = values_of(joined, self.widths, scale)
         row: dict[str, float] = {"step": self.step}
-        for name, value in total.items():
-            row[name] = layers[name][layers[name].isfinite()].mean().item() if each else math.nan
-            row[name.replace("/", "_total/")] = value.item()
+        for name, value in values.items():
+            row[name] = value[1:][value[1:].isfinite()].mean().item()
+            row[name.replace("/", "_total/")] = value[0].item()
         self.rows.append(row)
-        self.layers.append({name: values.float() for name, values in layers.items()})
+        self.layers.append({name: value[1:].float() for name, value in values.items()})
         self.discard()
 
     def discard(self) -> None:
@@ -179,8 +173,7 @@ class GradientDiagnostics:
         write_aside(Path(path), lambda aside: aside.write_text(text, newline=""))
 
 
-@dataclass(frozen=True)
-class SharedParameter:
+class SharedParameter(NamedTuple):
     """A parameter that all widths share, and the block of it that each width reads."""
 
     name: str
@@ -191,35 +184,34 @@ class SharedParameter:
 def shared_parameters(model: nn.Module, widths: Sequence[float]) -> list[SharedParameter]:
     """Return the parameters that all `widths` share, in the model's order, each once, with its first module's block."""
     places = places_of(model)
-    columns = {width: columns_of(places, width) for width in widths}
-    column_of = {id(place[0]): {w: columns[w][index] for w in widths} for index, place in enumerate(places)}
+    column_of = {(m, w): column for w in widths for (m, _), column in zip(places, columns_of(places, w), strict=True)}
     found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
-        at = column_of.get(id(module), {})
         for name, parameter in _parameters_at_all_widths(module).items():
             if parameter is not None:
-                found.setdefault(id(parameter), {w: _block(module, name, parameter, at.get(w)) for w in widths})
+                blocks = {w: _block(module, name, parameter, column_of.get((module, w))) for w in widths}
+                found.setdefault(id(parameter), blocks)
     named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in found]
     return [SharedParameter(name, parameter, found[id(parameter)]) for name, parameter in named]
 
 
 def _parameters_at_all_widths(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     if isinstance(module, SwitchableNorm):
-        return module.full._parameters if module.narrow.shared_affine else {}
+        return module.full._parameters if all(map(is_slim, module.narrow)) else {}
     return {} if isinstance(module, SwitchableContainer) else module._parameters
 
 
 def _block(module: nn.Module, name: str, parameter: Tensor, column: Column | None) -> Cut:
     """Return the block of a parameter that a module's column reads (None for a module without widths)."""
     if column is not None and isinstance(module, SwitchableNorm):
-        state = state_of(module.norm_at(column.index))  # narrow norms have a view of the full one's gain and bias
+        state = state_of(module.module_at(column.index))  # narrow norms have a view of the full one's gain and bias
         column = None if state is None else state.columns[0]
     cut = None if column is None else column.cuts.get(name)
     return cut or Cut(tuple(parameter.shape), (), (), (), ())
 
 
 def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tensor]) -> Sums:
-    """Return the sums of one parameter, float64 scalars on the CPU; own gradients have the shape of their block.
+    """Return the sums of one parameter; own gradients have the shape of their block.
 
     The kinds are `total` and `own` (squares of the total and of each width's own gradient in the width's block),
     `product` (of two widths' own gradients), and `first` and `second` (squares of the two in what both widths read).
@@ -234,21 +226,21 @@ def sums_of(shared: SharedParameter, gradient: Tensor, own: Mapping[float, Tenso
         sums["product", first, second] = _product(part, own[second])
         sums["first", first, second] = _product(part)
         sums["second", first, second] = _product(take(spread[second], blocks[first]))
-    return dict(zip(sums, torch.stack(list(sums.values())).cpu().double(), strict=True))
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
-def values_of(sums: Sums, widths: Sequence[float]) -> dict[str, Tensor]:
-    """Return column -> value for the sums of one or several parameters; NaN where there is no sum."""
-    missing = torch.tensor(math.nan, dtype=torch.float64)
+def values_of(sums: Mapping[Any, Tensor], widths: Sequence[float], scale: float) -> dict[str, Tensor]:
+    """Return column -> values for `Sums` that are tensors, an entry for each group; NaN where there is no sum."""
+    missing = torch.full_like(sums["total", 1.0, 1.0], math.nan)
     total, own = ({w: sums.get((kind, w, w), missing) for w in widths} for kind in ("total", "own"))
-    values = {f"grad_norm/w{width}": total[width].sqrt() for width in widths}
+    values = {f"grad_norm/w{width}": total[width].sqrt() / scale for width in widths}
     values |= {f"grad_ratio/w{width}": (total[1.0] / total[width]).sqrt() for width in widths[1:]}
     values |= {f"rest_ratio/w{w}": ((total[1.0] - total[w]).clamp(min=0) / total[w]).sqrt() for w in widths[1:]}
-    values |= {f"own_norm/w{width}": own[width].sqrt() for width in widths}
+    values |= {f"own_norm/w{width}": own[width].sqrt() / scale for width in widths}
     values |= {f"own_ratio/w{width}": (own[1.0] / own[width]).sqrt() for width in widths[1:]}
-    for pair in combinations(widths, 2):
-        product, *squares = (sums.get((kind, *pair), missing) for kind in ("product", "first", "second"))
-        values[f"grad_cosine/w{pair[0]}_w{pair[1]}"] = product / (squares[0].sqrt() * squares[1].sqrt())
+    for first, second in combinations(widths, 2):
+        product, *squares = (sums.get((kind, first, second), missing) for kind in ("product", "first", "second"))
+        values[f"grad_cosine/w{first}_w{second}"] = product / (squares[0].sqrt() * squares[1].sqrt())
     return values
 
 

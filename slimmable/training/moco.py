@@ -2,13 +2,14 @@
 
 import copy
 import math
+from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._checks import check_fraction, check_matrices, check_module, check_tensors, checked
+from slimmable._checks import check_fraction, check_matrices, check_module, check_tensors, checked, shown
 from slimmable._distributed import gather, rank, world_size
 from slimmable._width import set_width
 from slimmable.errors import DataError, UsageError
@@ -67,14 +68,10 @@ class MomentumEncoder(nn.Module):
         """
         own: list[Tensor] = list(self.network.parameters())
         others: list[Tensor] = list(network.parameters())
-        if len(own) != len(others):
-            found = f"the network has {len(others)} parameters, the copy has {len(own)}"
-            raise UsageError(f"MomentumEncoder.update: {found}; give the network that was copied")
-        for number, (mine, other) in enumerate(zip(own, others, strict=True)):
-            one, two = ((tuple(x.shape), x.dtype, x.device) for x in (other, mine))
-            if one != two:
-                found = f"{one[0]} in the network, {two[0]} in the copy ({one[1:]} and {two[1:]})"
-                raise UsageError(f"MomentumEncoder.update: parameter {number} has shape {found}")
+        for number, (mine, other) in enumerate(zip_longest(map(shown, own), map(shown, others))):
+            if mine != other:
+                what = f"parameter {number} is {mine} in the copy and {other} in the network"
+                raise UsageError(f"MomentumEncoder.update: {what}; give the network that was copied")
         torch._foreach_lerp_(own, others, 1 - momentum)
 
 
@@ -154,7 +151,6 @@ class MoCo(nn.Module):
         Raises: DataError: if the queue cannot hold the batch, or the size of the embeddings differs.
         """
         dim, size = self.queue.shape
-        check_tensors("MoCo.enqueue", keys=keys)
         check_matrices("MoCo.enqueue", keys=keys)
         keys = gather(keys)
         if keys.shape[1] != dim or len(keys) > size:

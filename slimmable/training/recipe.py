@@ -20,9 +20,7 @@ from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.training import around
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
-Teach: TypeAlias = "Tensor | Sequence[Tensor]"
-Loss: TypeAlias = "Tensor | tuple[Tensor, Teach]"
-Backward: TypeAlias = "Callable[[Tensor], object]"
+Loss: TypeAlias = "Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]"
 P = ParamSpec("P")
 
 
@@ -79,7 +77,7 @@ class SlimRecipe:
         steps: int | None = None,
         frozen: Iterable[nn.Module] = (),
         once: Iterable[nn.Module] = (),
-        backward: "Backward | None" = None,
+        backward: Callable[[Tensor], object] | None = None,
     ) -> None:
         if distill is not None and not (callable(distill) and hasattr(distill, "teachers")):
             raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
@@ -100,14 +98,12 @@ class SlimRecipe:
 
     def __repr__(self) -> str:
         weights = tuple(self.loss_weights.values()) if self._mode is None else self._mode
-        return (
-            f"SlimRecipe(widths={tuple(self.loss_weights)}, distill={self.distill}, loss_weights={weights!r}, "
-            f"slow_start={self.slow_start}, random_widths={self.random_widths})"
-        )
+        given = f"widths={tuple(self.loss_weights)}, distill={self.distill}, loss_weights={weights!r}"
+        return f"SlimRecipe({given}, slow_start={self.slow_start}, random_widths={self.random_widths})"
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out the running loop, which cannot be copied; a copy starts outside any loop."""
-        return {**self.__dict__, "_step": None, "_calls": None}
+        """Leave out the running loop and what is noted of optimizers; a copy starts outside any loop."""
+        return {**self.__dict__, "_step": None, "_calls": None, "_optimizers": around.OptimizerCheck(self.model)}
 
     def backward(
         self,
@@ -115,7 +111,7 @@ class SlimRecipe:
         *,
         frozen: Iterable[nn.Module] = (),
         once: Iterable[nn.Module] = (),
-        backward: "Backward | None" = None,
+        backward: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
@@ -161,10 +157,9 @@ class SlimRecipe:
     def parts(
         self, closure: Callable[[], Loss], *, frozen: Iterable[nn.Module] = (), once: Iterable[nn.Module] = ()
     ) -> Iterator[Tensor]:
-        """Run the closure at one width after another, and yield each width's part of the loss; then count the step.
+        """Yield each width's part of the loss, whose backward pass belongs before the next; then count the step.
 
-        This is `backward` without its backward passes, each of which belongs before the next width. Arguments and
-        errors are those of `backward`.
+        Arguments and errors are those of `backward`.
         """
         check_function("SlimRecipe", closure=closure)
         if self.slow_start and self.steps is None:
@@ -349,8 +344,7 @@ class SlimRecipe:
                 if self._step is not step:  # this loop was left early, and another one has begun
                     return
                 if width not in self.losses:
-                    what = f"width {width} ran without recipe.loss, so its loss was neither weighted nor distilled"
-                    warnings.warn(f"SlimRecipe: {what}", stacklevel=2)
+                    warnings.warn(f"SlimRecipe: width {width} ran without recipe.loss, so unweighted", stacklevel=2)
         finally:
             if self._step is step:
                 self._step = None

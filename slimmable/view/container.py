@@ -40,11 +40,6 @@ class SwitchableContainer(HasWidths):
         """Return the module of the width with this index; 0 is the full width."""
         raise NotImplementedError
 
-    @property
-    def idle(self) -> bool:
-        """Whether none of its modules is in use."""
-        return False
-
     def own_at(self, index: int) -> nn.Module:
         """Return the module of the width with this index, or a copy if it shares tensors with others."""
         return self.module_at(index)

@@ -97,6 +97,4 @@ def _block(tensor: Tensor, cut: Cut) -> Tensor:
     if type(tensor) not in _PLAIN_TENSORS or is_compiling() or _is_tracing():
         return tensor[cut.block]
     strides = tensor.stride()
-    if not cut.starts:
-        return tensor.as_strided(cut.sizes, strides)
     return tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))

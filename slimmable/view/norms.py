@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
-from slimmable._modules import size_axes, twin_of
+from slimmable._modules import twin_of
 from slimmable._widths import Kept, kept_of
 from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import make_cut, take
-from slimmable.view.state import Column, Counts
-from slimmable.view.view import install_view, remove_view
+from slimmable.view.state import Column, Counts, is_slim
+from slimmable.view.view import install_view
 
 M = TypeVar("M")
-_Units: TypeAlias = "dict[str, list[list[int]]]"  # name of a tensor -> the units of each axis
+_Units: TypeAlias = "dict[tuple[str, int], list[int]]"  # name of a tensor, and axis -> units
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 
 
@@ -29,70 +29,57 @@ class Part(NamedTuple):
 
     axes: Mapping[str, Sequence[Kept]]
     values: Mapping[str, object]
-
-
-class NarrowNorms(nn.ModuleList):
-    """The narrower norms, from wide to narrow; one that shares still does after a converter has replaced it."""
-
-    def __init__(self, norms: Iterable[nn.Module], shared_affine: bool) -> None:
-        super().__init__(norms)
-        self.shared_affine = shared_affine
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Insert a norm, as converters such as that of `SyncBatchNorm` do."""
-        before = self._modules.get(name)
-        if before is not None and module is not None and _shares(before) and not _shares(module):
-            _share(module, before.__dict__["_slim_lent"], before.__dict__["_slim_shared"])
-        super().add_module(name, _guarded(module))
+    shared: bool = False  # whether it reads its part of the full module's parameters, instead of having its own
 
 
 class Switchable(SwitchableContainer):
     """One real module per width, a norm or any layer; see `SwitchableNorm`."""
 
     full: nn.Module
-    narrow: NarrowNorms
+    narrow: nn.ModuleList
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
-    def __init__(
-        self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part], *, shared_affine: bool = False
-    ) -> None:
+    def __init__(self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part]) -> None:
         super().__init__(widths)
         if len(parts) != len(self.widths):
-            known = f"{len(parts)} entries, not one for each width of {self.widths}"
-            raise ConversionError(f"{type(self).__name__}: kept has {known}")
+            raise ConversionError(f"{type(self).__name__}: kept has {len(parts)} entries for the widths {self.widths}")
         self.__dict__["_parts"] = tuple(parts)
         self.add_module("full", full)
-        narrow = (self._narrowed(part, shared_affine) for part in parts[1:])
-        self.add_module("narrow", NarrowNorms(narrow, shared_affine))
-        self.__dict__["training"] = self._modules["narrow"].training = full.training  # type: ignore[union-attr]
+        self.add_module("narrow", nn.ModuleList(map(self._narrowed, parts[1:])))
+        self.__dict__["training"] = self.narrow.training = full.training
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Insert a module, as converters do; the container uses the parameter and buffer dicts of its full norm."""
-        super().add_module(name, _guarded(module) if name == "full" else module)
-        if name == "full":
-            self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
-            for norm in filter(_shares, self.norms()):
-                norm.__dict__["_slim_lent"] = self.full._parameters
+        super().add_module(name, module)
+        self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
+        _guarded(self.full)
+        narrow: Any = self._modules.get("narrow") or ()
+        for norm, part in zip(narrow, self._parts[1:], strict=False):
+            _guarded(norm)
+            if part.shared and not is_slim(norm):
+                _share(norm, self.full._parameters, part)
+        for norm in filter(is_slim, self.norms()):
+            norm.__dict__["_slim_lent"] = self.full._parameters
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse tensors that other code adds, as pruning does."""
         raise ConversionError(
-            f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own; change the modules "
-            "of all widths, in its full and narrow, or change the model before slimmable.slimify"
+            f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own; change those of all "
+            "widths, norm.full and norm.narrow, or change the model before slimmable.slimify"
         )
 
     @torch.inference_mode(False)  # it is used outside of that, too
-    def _narrowed(self, part: Part, shared: bool) -> nn.Module:
+    def _narrowed(self, part: Part) -> nn.Module:
         """Return a cut copy of the full module, which may read the parameters of that."""
-        module = _copy_of_norm(self.full)
+        module = copy_of_norm(self.full)
         tensors = dict((*module.named_parameters(), *module.named_buffers()))
         for name in tensors.keys() & part.axes.keys():
             tensors[name].data = _cut(tensors[name].data, part, name)
         for name, value in part.values.items():
             owner, _, own = name.rpartition(".")
             setattr(module.get_submodule(owner), own, value)
-        return _share(module, self.full._parameters, part) if shared else module
+        return _share(module, self.full._parameters, part) if part.shared else module
 
     def to_plain(self) -> nn.Module:
         """Return the module of the full width, the module itself, not a copy."""
@@ -107,20 +94,12 @@ class Switchable(SwitchableContainer):
     def own_at(self, index: int) -> nn.Module:
         """Return a module like that of the width with this index, on the same tensors except shared ones."""
         norm = self.module_at(index)
-        twin = _unguarded(twin_of(norm, type(norm)))
-        if not _shares(norm):
-            return twin
-        remove_view(twin)
-        full, _ = twin.__dict__.pop("_slim_lent"), twin.__dict__.pop("_slim_shared")
-        for name, whole in full.items():
-            own = None if whole is None else nn.Parameter(getattr(norm, name).detach().clone(), whole.requires_grad)
-            twin.__dict__["_parameters"][name] = own
-            twin.__dict__.update({"affine": True} if own is not None and "affine" in twin.__dict__ else {})
-        return twin
-
-    def copy_at(self, index: int) -> nn.Module:
-        """Return a copy of the module of the width with this index, with its own parameters."""
-        return _copy_of_norm(self.own_at(index))
+        if not is_slim(norm):
+            return _unguarded(twin_of(norm, type(norm)))
+        part = self._parts[index] if index > 0 else cast(Guest, self._slim.active).part
+        own = self._narrowed(part._replace(shared=False)).train(norm.training)
+        own.load_state_dict(norm.state_dict(), strict=False)  # its statistics
+        return _unguarded(own)
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the modules of all widths and of an active guest."""
@@ -190,30 +169,22 @@ class Switchable(SwitchableContainer):
             name = key.removeprefix(prefix)
             if name.partition(".")[0] not in self._lists:
                 state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
-        theirs = local_metadata.get("widths", ())
+        theirs, full = local_metadata.get("widths", ()), self.full.state_dict(keep_vars=True)
         same = all(mine == other for mine, other in zip(self._slim.widths, theirs, strict=False))
         for name, first in self._lists.items():
             if any(key.startswith(f"{prefix}{name}.") for key in state_dict):
                 if not same:
                     reports[-1].append(f"{prefix}{name} has norms of the widths {theirs}, not {self._slim.widths}")
-            else:
-                for index, norm in enumerate(getattr(self, name), first):
-                    state_dict.update(self._filled(norm, index, state_dict, prefix, f"{name}.{index - first}."))
+                continue
+            for place, norm in enumerate(getattr(self, name)):
+                index = first + place
+                dense = f"narrow.{index - 1}" if index else "full"
+                for key, own in norm.state_dict(keep_vars=True).items():  # of the dense pass, or parts of the full norm
+                    given = state_dict.get(f"{prefix}{dense}.{key}", state_dict.get(f"{prefix}full.{key}"))
+                    if given is not None and given.shape in (own.shape, full[key].shape):
+                        part = given.clone() if given.shape == own.shape else _cut(given, self._parts[index], key)
+                        state_dict[f"{prefix}{name}.{place}.{key}"] = part
         self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
-
-    def _filled(
-        self, norm: nn.Module, index: int, given: Mapping[str, Tensor], prefix: str, name: str
-    ) -> dict[str, Tensor]:
-        """Return entries for a norm that has none: the dense pass's at this width, or else parts of the full norm's."""
-        dense = f"{prefix}narrow.{index - 1}." if index else f"{prefix}full."
-        full = self.full.state_dict(keep_vars=True)
-        found = {}
-        for key, own in norm.state_dict(keep_vars=True).items():
-            tensor = given.get(f"{dense}{key}", given.get(f"{prefix}full.{key}"))
-            if tensor is not None and tensor.shape in (own.shape, full[key].shape):
-                fits = tensor.shape == own.shape
-                found[f"{prefix}{name}{key}"] = tensor.clone() if fits else _cut(tensor, self._parts[index], key)
-        return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
@@ -241,7 +212,7 @@ class SwitchableNorm(Switchable):
     >>> norm = SwitchableNorm(nn.BatchNorm2d(8), (1.0, 0.5), (None, 4))
     >>> [name for name, _ in norm.named_parameters()]
     ['weight', 'bias', 'narrow.0.weight', 'narrow.0.bias']
-    >>> norm.norm_at(1).num_features
+    >>> norm.module_at(1).num_features
     4
     """
 
@@ -249,20 +220,16 @@ class SwitchableNorm(Switchable):
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
     ) -> None:
-        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep) for keep in kept]
-        super().__init__(full, widths, parts, shared_affine=shared_affine)
-
-    def norm_at(self, index: int) -> nn.Module:
-        """Return the norm of the width with this index; 0 is the full width, -1 a guest."""
-        return self.module_at(index)
+        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep, shared_affine) for keep in kept]
+        super().__init__(full, widths, parts)
 
 
 class Guest(Column):
-    """A guest of a switchable module: a module that shares the full one's parameters and starts from its statistics."""
+    """A guest of a switchable module: a module that starts from the full one's statistics; its part is a shared one."""
 
     def __init__(self, container: Switchable, width: float | Counts, part: Part) -> None:
         super().__init__(width)
-        self.part, self.norm = part, container._narrowed(part, shared=True)
+        self.part, self.norm = part, container._narrowed(part)
 
     def enter(self, module: nn.Module) -> None:
         """Put the norm into the container as `guest`."""
@@ -294,8 +261,7 @@ def _report_plain_names(norm: Switchable, _: Any) -> None:
     prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
     if guest is not None:
         norm._modules["guest"] = guest
-        anew = norm._narrowed(cast(Guest, norm._slim.active).part, shared=False)
-        guest.load_state_dict(anew.state_dict(), strict=False)  # without what it shares
+        guest.load_state_dict(norm._narrowed(cast(Guest, norm._slim.active).part).state_dict())
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
 
@@ -303,15 +269,11 @@ def _report_plain_names(norm: Switchable, _: Any) -> None:
 def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], part: Part) -> nn.Module:
     """Let a narrow module read its part of `lent`, the full module's parameters, instead of having its own."""
     own = {name: None for name, tensor in lent.items() if tensor is None}
-    norm.__dict__.update(_parameters=own, _slim_lent=lent, _slim_shared=part)
+    norm.__dict__.update(_parameters=own, _slim_lent=lent)
     norm.__dict__.update({"affine": False} if "affine" in norm.__dict__ else {})  # which converters read
     whole = {name: [None] * tensor.ndim for name, tensor in lent.items() if tensor is not None}
     install_view(norm, (1.0,), {name: [part.axes.get(name, every)] for name, every in whole.items()}, {})
     return norm
-
-
-def _shares(norm: nn.Module) -> bool:
-    return "_slim_lent" in norm.__dict__
 
 
 def _guarded(norm: M) -> M:
@@ -329,8 +291,8 @@ def _unguarded(norm: M) -> M:
 
 def _refuse_reset() -> None:
     raise UsageError(
-        "the statistics of a switchable BatchNorm cannot be reset as torch.optim.swa_utils.update_bn does: it computes "
-        "those of the active width and loses the others. Call slimmable.calibrate_bn(model, loader), for all widths"
+        "the statistics of a switchable BatchNorm cannot be reset: torch.optim.swa_utils.update_bn would lose those of "
+        "all widths but the active one; call slimmable.calibrate_bn(model, loader) instead"
     )
 
 
@@ -339,34 +301,27 @@ def _start_anew(norm: _BatchNorm) -> None:
     _guarded(norm)
 
 
-def _copy_of_norm(norm: nn.Module) -> nn.Module:
+def copy_of_norm(norm: nn.Module) -> nn.Module:
     """Copy a norm, except for the process group of a SyncBatchNorm, which cannot be copied."""
     group = getattr(norm, "process_group", None)
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
-def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mapping[str, object]) -> Part:
+def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mapping[str, object], shared: bool) -> Part:
     """Return what a width has of a norm or layer, by what a plan keeps of its tensors, and its attributes then."""
     if isinstance(module, _BatchNorm):
-        return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1))
-    sizes = {}
-    for name, axis in size_axes(module).items() if "weight" in own else ():
-        groups = values.get("groups", getattr(module, "groups", 1)) if axis == 1 else 1
-        sizes[name] = kept_of(cast(Tensor, module.weight).shape[axis], own["weight"][axis]) * cast(int, groups)
-    return Part(own, {**sizes, **values})
+        return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1), shared)
+    return Part(own, values, shared)
 
 
-def _part_of_norm(norm: nn.Module, kept: Kept) -> Part:
+def _part_of_norm(norm: nn.Module, kept: Kept, shared: bool) -> Part:
     """Return what a width has of a norm that keeps these channels, and of modules inside, such as an activation."""
     if kept is None:
-        return Part({}, {})
+        return Part({}, {}, shared)
     counts = (getattr(norm, name, None) for name in _CHANNEL_COUNTS)
     channels = next((count for count in counts if isinstance(count, int)), None)
     if channels is None:
-        raise ConversionError(
-            f"{type(norm).__name__} does not say its number of channels as {' or '.join(_CHANNEL_COUNTS[:2])}; "
-            "only norms that do can be switched"
-        )
+        raise ConversionError(f"{type(norm).__name__} has no num_features or num_channels, its number of channels")
     units = kept if isinstance(kept, tuple) and kept else [kept - 1] if type(kept) is int else [-1]
     if not set(units) <= set(range(channels)):
         raise ConversionError(
@@ -376,7 +331,7 @@ def _part_of_norm(norm: nn.Module, kept: Kept) -> Part:
     axes = {name: (kept, *[None] * (each.ndim - 1)) for name, each in tensors if each.shape[:1] == (channels,)}
     places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)
     sizes = {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name, size in places if size == channels}
-    return Part(axes, sizes)
+    return Part(axes, sizes, shared)
 
 
 def _cut(tensor: Tensor, part: Part, name: str) -> Tensor:
@@ -389,10 +344,10 @@ def _units(tensors: Mapping[str, Tensor], part: Part, moved: Mapping[Any, Sequen
     found: _Units = {}
     for name, tensor in tensors.items():
         place = f"{path}.{name}".lstrip(".").rpartition(".")[::2]
-        orders = [moved.get((*place, axis), range(size)) for axis, size in enumerate(tensor.shape)]
-        kept = zip(orders, part.axes.get(name, [None] * tensor.ndim), strict=True)
-        units = ((of, keep if isinstance(keep, tuple) else range(kept_of(len(of), keep))) for of, keep in kept)
-        found[name] = [[int(order[unit]) for unit in each] for order, each in units]
+        kept = part.axes.get(name, [None] * tensor.ndim)
+        for axis, (size, keep) in enumerate(zip(tensor.shape, kept, strict=True)):
+            units, order = keep if isinstance(keep, tuple) else range(kept_of(size, keep)), moved.get((*place, axis))
+            found[name, axis] = [unit if order is None else int(order[unit]) for unit in units]
     return found
 
 
@@ -408,30 +363,27 @@ def inherit(
     norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_parts", "_modules")})
     norms = {width: before.module_at(index) for index, width in enumerate(before._slim.widths)}
     tensors = norm.full.state_dict(keep_vars=True)
-    had = {width: _units(tensors, part, {}, path) for width, part in zip(norms, before._parts, strict=True)}
-    shared, shared_before = norm.narrow.shared_affine, before.narrow.shared_affine
-    loses_affine = shared and not shared_before and norm.full.affine
+    parts = dict(zip(norms, before._parts, strict=True))
+    had = {width: _units(tensors, part, {}, path) for width, part in parts.items()}
     lost = []
     for place, (width, part) in enumerate(zip(norm._slim.widths[1:], norm._parts[1:], strict=True)):
-        units = _units(tensors, part, moved, path)
-        if (units, shared) == (had.get(width), shared_before):
+        units, known = _units(tensors, part, moved, path), width in norms
+        if known and units == had[width] and part.shared == parts[width].shared:
             norm.narrow[place] = norms[width]
             continue
         wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
-        for source in (*sorted(wider, reverse=True), *({width} & norms.keys())):
+        for source in (*sorted(wider, reverse=True), *([width] if known else [])):
             _take_over(norm.narrow[place], units, norms[source], had[source])
-        if width in norms and (loses_affine or _as_sets(units) != _as_sets(had[width])):
+        loses_affine = known and part.shared and not parts[width].shared and norm.full.affine
+        if loses_affine or (known and any(set(units[axis]) != set(had[width][axis]) for axis in units)):
             lost.append(width)
     return lost
-
-
-def _as_sets(units: _Units) -> dict[str, list[set[int]]]:
-    return {name: list(map(set, axes)) for name, axes in units.items()}
 
 
 def _take_over(norm: nn.Module, units: _Units, source: nn.Module, theirs: _Units) -> None:
     mine, given = norm.state_dict(), source.state_dict()
     for name in mine.keys() & given.keys():
-        shared = [np.intersect1d(*axes, return_indices=True) for axes in zip(units[name], theirs[name], strict=True)]
+        axes = [(name, axis) for axis in range(mine[name].ndim)]
+        shared = [np.intersect1d(units[axis], theirs[axis], return_indices=True) for axis in axes]
         into, out_of = (np.ix_(*(places[of] for places in shared)) for of in (1, 2))
         mine[name][into] = given[name][out_of].to(mine[name])

@@ -2,7 +2,8 @@
 
 import copy
 import operator
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -12,31 +13,26 @@ from slimmable.view.recompute import Active
 Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units that it keeps of each group of a plan
 
 
+@dataclass(eq=False)
 class Column:
     """What one module has at one width; a *guest*, which is none of the module's own, from one switch to the next.
 
     What else a guest needs in its module, subclasses add and remove.
     """
 
-    def __init__(self, width: float | Counts) -> None:
-        self.width = width  # or the counts of a sub-network without a single width
-        self.index = -1  # position among the module's own columns, or -1 for a guest
-        self.counts: Counts | None = None  # units kept of each group of the plan, if the module has one
-        self.cuts: dict[str, Cut] = {}  # name of a tensor -> the part of it that is used; without an entry, the whole
-        self.values: dict[str, object] = {}  # name of a plain attribute -> its value
-        self.caches: dict[str, object] = {}  # name of an attribute in which the forward keeps results -> its contents
+    width: float | Counts  # or the counts of a sub-network without a single width
+    index: int = -1  # position among the module's own columns, or -1 for a guest
+    counts: Counts | None = None  # units kept of each group of the plan, if the module has one
+    cuts: dict[str, Cut] = field(default_factory=dict)  # name of a tensor -> the part that is used, unless the whole
+    values: dict[str, object] = field(default_factory=dict)  # name of a plain attribute -> its value
+    caches: dict[str, object] = field(default_factory=dict)  # attribute in which the forward keeps results -> contents
 
     def enter(self, module: nn.Module) -> None:
-        """Add what a guest needs to the module, before it becomes active."""
+        """Add what a guest needs to the module, before it becomes active: nothing, unless a subclass says what."""
 
-    def leave(self, module: nn.Module) -> None:
-        """Undo `enter`, before another column becomes active."""
-
-    def keep(self, module: nn.Module) -> None:
-        """Add what a guest needs to the module for good, before it becomes one of the module's own."""
-
-    def drop(self, module: nn.Module) -> None:
-        """Undo `keep`."""
+    leave = enter  # undoes `enter`, before another column becomes active
+    keep = enter  # adds it for good, before the guest becomes one of the module's own
+    drop = enter  # undoes `keep`
 
 
 class WidthState(Active[Column]):
@@ -88,11 +84,6 @@ class HasWidths(nn.Module):
         replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__["_slim"] = copy.copy(self._slim)
         return replica
-
-
-def slim_state(module: nn.Module) -> WidthState:
-    """Return the width state of a module that has one."""
-    return cast(WidthState, module.__dict__["_slim"])
 
 
 def state_of(module: nn.Module) -> WidthState | None:

@@ -21,21 +21,12 @@ from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.cuts import Cut, make_cut, put, take
 from slimmable.view.recompute import switched
-from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, slim_state, state_of
+from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, state_of
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
 _COUNTERS = ("ptflops", "thop", "torchinfo")
 _INSTEAD = "give it slimmable.extract(model, width), the plain network of one width"
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of the module without its view; for this library's layers, torch's class.
-
-    A subclass of one of these layers is returned as it is, since it may have its own forward.
-    """
-    base = getattr(type(module), "_slim_base", type(module))
-    return cast("type[nn.Module]", base.__dict__.get("_slim_plain", base))
 
 
 def install_view(
@@ -51,24 +42,16 @@ def install_view(
 
     Args:
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
-        values: name of a plain attribute -> its value at each width; `in_features` and the like, from which other code
-            sizes its heads, are better left at full width.
+        values: name of a plain attribute -> its value at each width.
         caches: name of an attribute in which the forward keeps results -> its value when empty. Each width has its own;
             assigning one empties those of the others.
-
-    Raises: ConversionError: if the module already has a view, or a tensor does not exist or is too small.
     """
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
     state = WidthState(widths)
-    for name, per_width in (*tensors.items(), *values.items()):
-        if len(per_width) != len(widths):
-            raise ConversionError(
-                f"{type(module).__name__}.{name}: {len(per_width)} entries for the {len(widths)} widths {widths}"
-            )
     for index, column in enumerate(state.columns):
         column.cuts = _cuts(module, {name: per_width[index] for name, per_width in tensors.items()})
-        column.values = {name: per_width_values[index] for name, per_width_values in values.items()}
+        column.values = {name: per_width[index] for name, per_width in values.items()}
         column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     state.blanks = dict(caches or {})
     module.__dict__["_slim"] = state
@@ -79,12 +62,8 @@ def install_view(
 
 def remove_view(module: nn.Module) -> None:
     """Undo `install_view`: restore the original class, full tensors and full values."""
-    if (state := state_of(module)) is None:
-        raise ConversionError(f"{type(module).__name__} has no width view to remove")
     module.__class__ = _without_view(type(module))
-    state.now.leave(module)
-    del module.__dict__["_slim"]
-    module.__dict__.update(state.blanks)
+    module.__dict__.update(module.__dict__.pop("_slim").blanks)
 
 
 def _without_view(kind: type) -> type:
@@ -105,7 +84,7 @@ class GuestColumn(Column):
     ) -> None:
         super().__init__(width)
         self.cuts, self.values = _cuts(module, kept), dict(values)
-        self.caches = {name: empty_cache(blank) for name, blank in slim_state(module).blanks.items()}
+        self.caches = {name: empty_cache(blank) for name, blank in module.__dict__["_slim"].blanks.items()}
 
     def enter(self, module: nn.Module) -> None:
         """Add the properties."""
@@ -116,8 +95,8 @@ class GuestColumn(Column):
 
 def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
     """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
-    found = {name: (_full_tensor(module, name), cut) for name, cut in column.cuts.items()}
-    return {name: take(tensor, cut) for name, (tensor, cut) in found.items() if tensor is not None}
+    full = ((name, _full_tensor(module, name), cut) for name, cut in column.cuts.items())
+    return {name: take(tensor, cut) for name, tensor, cut in full if tensor is not None}
 
 
 def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -136,7 +115,7 @@ def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cu
 
 # -- the generated classes, whose properties return what the active column holds
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
-    place = f"{slim_state(module).path}.{name}".lstrip(".")
+    place = f"{module.__dict__['_slim'].path}.{name}".lstrip(".")
     return ConversionError(
         f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion; "
         "call slimmable.slimify on the model again"
@@ -212,7 +191,7 @@ def _cache_property(name: str) -> property:
 
 
 def _at_full(module: nn.Module) -> AbstractContextManager[None]:
-    state = slim_state(module)
+    state = module.__dict__["_slim"]
     return switched([(module, state)], state.columns[:1])
 
 

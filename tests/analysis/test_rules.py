@@ -156,6 +156,17 @@ def test_rectified_units_are_features_and_bounded_ones_are_not(function, made):
     assert plan.columns[-1].output_shapes == [(2, 5, made)]
 
 
+@pytest.mark.parametrize("function", [lambda h: h.unsqueeze_(1).squeeze_(1), lambda h: h.unsqueeze_(0).squeeze_()])
+def test_axes_of_size_one_come_and_go_in_place(function):
+    plan = plan_of(lambda net, h: net.head(function(h)))
+    assert kept(plan, "second", "weight")[0] == 8
+
+
+def test_a_layer_without_bias_takes_a_single_vector():  # torch lets one axis come and go in place
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    assert slimmable.plan(net, (1.0, 0.5), example_inputs=torch.zeros(4)).columns[-1].counts == (4,)
+
+
 SIZED = {  # how code uses an integer of the module -> its value, that at half width, and the inputs of the last layer
     "expand": (lambda net, h: h * net.gain.expand(2, 5, net.size), 16, 8, 16),
     "expand by position": (lambda net, h: h * net.gain.expand(-1, 5, net.size), 16, 8, 16),

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from slimmable.__main__ import main
+from slimmable.cli.data import load_images
+from slimmable.cli.run import read_config, trained_backbone
 
 OPTIONS = (
     *("--num-images", "64", "--batch-size", "16", "--epochs", "2", "--widths", "1", "0.5"),
@@ -29,3 +31,15 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert main(["pretrain", *OPTIONS, "--output", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def images(gated_run):
+    """The images of the run that a module makes as `gated_run`."""
+    return load_images(read_config(gated_run))
+
+
+@pytest.fixture
+def backbone(gated_run):
+    """The trained backbone of `gated_run`, for each test anew."""
+    return trained_backbone(read_config(gated_run), gated_run, channels=1)

@@ -95,6 +95,9 @@ TAKEN = {
     "pretrain --proj-hidden-dim": {"zero": "one hidden unit per feature", "20,000": LARGE},
     "pretrain --head-std": {},
     "pretrain --temperature": {},
+    "pretrain --teacher-temperature": {},
+    "pretrain --local-crops": {"zero": OFF},
+    "pretrain --local-crop-size": {},
     "pretrain --ema-momentum": {"zero": SHARE, "tiny": SHARE},
     "pretrain --queue-size": {"20,000": "it is cut to a quarter of the images"},
     "pretrain --key-parts": {},
@@ -105,6 +108,7 @@ TAKEN = {
     "pretrain --lr": {},
     "pretrain --lr-after-slow-start": {},
     "pretrain --warmup-epochs": {"zero": OFF, "tiny": "no step is shorter"},
+    "pretrain --norm-lr-scale": {},
     "pretrain --lars-trust": {},
     "pretrain --lars-clip": {},
     "pretrain --lars-gates": {},
@@ -310,7 +314,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
     monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed._features")
+    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed.features_in")
     for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
@@ -440,28 +444,28 @@ DEVICES = (
         (["pretrain", "--method", "byol", "--distill", "kl"], "--distill kl compares logits"),
         (["pretrain", "--method", "simclr", "--augmentation", "supervised"], "--augmentation supervised makes one"),
         (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
-        (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", "0.5", "--universal"], "no gates"),
+        (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", ".5", "--universal"], "fixed width"),
         (["pretrain", "--views-per-width", "--universal"], "--views-per-width is for fixed widths"),
         (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),
         (["pretrain", "--preset", "byol-imagenet", "--method", "simclr"], "is for --method byol, not simclr"),
         (["pretrain", "--preset", "byol-imagenet", "--data", "missing"], "--data missing: there is no such folder"),
         (["pretrain", "--data", "folder"], "holds no images"),
-        (["pretrain", "--data", "wds/photos"], "--data wds/photos: timm reads the images of wds/ in their order"),
-        (["pretrain", "--data", "TFDS/mnist"], "so a run could not be resumed"),
+        (["pretrain", "--data", "wds/photos"], "--data wds/photos: timm reads wds/ only in order"),
+        (["pretrain", "--data", "TFDS/mnist"], "so no run could be resumed"),
         (["pretrain", "--data", "torch/mnist"], "--data-dir is missing: it goes with torch/NAME"),
         (["pretrain", "--data", "torch/mnist", "--data-dir", "folder"], "--data torch/mnist cannot be read"),
         (["pretrain", "--data", "torch/abacus", "--data-dir", "folder"], "Unknown torchvision dataset abacus"),
         (["pretrain", "--data", "torch/folder", "--data-dir", "folder"], "folder holds no images"),
-        (["pretrain", "--data", "torch/folder", "--data-dir", "missing"], "missing cannot be listed"),
+        (["pretrain", "--data", "torch/folder", "--data-dir", "missing"], "--data missing: there is no such folder"),
         (["pretrain", "--data-dir", "folder"], "or hfds/NAME, here --data digits"),
-        (["pretrain", "--mean", "0.5", "0.5", "0.5"], "--mean: got 3 values, the number of channels is 1"),
-        (["pretrain", "--std", "1", "1"], "--std: got 2 values, the number of channels is 1"),
+        (["pretrain", "--mean", "0.5", "0.5", "0.5"], "--mean: got 3 values; give one for all"),
+        (["pretrain", "--std", "1", "1"], "--std: got 2 values; give one for all"),
         (["pretrain", "--model", "test_vit", "--image-size", "20"], "--image-size"),
         (["pretrain", "--image-size", "19"], "--image-size 20 or more"),
         (["export", "test_resnet", "--width", "1", "--pretrained", "--checkpoint", "x"], "--pretrained is not allowed"),
         (["export", "test_resnet", "--width", "1", "--checkpoint", "file"], "file is not a file of weights"),
         (["export", "test_resnet", "--width", "all", "--widths", "0.5"], "the full width 1.0 is missing"),
-        (["export", "test_resnet", "--width", "0.5", "--widths", "1", "0.75"], "--width 0.5 is not one of"),
+        (["export", "test_resnet", "--width", "0.5", "--widths", "1", "0.75"], "width 0.5 is not one of"),
         (["export", "file", "--width", "1"], "file cannot be read"),
         (["export", "RUN", "--width", "0.3"], "width 0.3 is not one of this model's widths"),
         (["export", "RUN", "--width", "1", "--num-classes", "0"], "already determines --num-classes"),

@@ -200,7 +200,7 @@ class Mean(nn.Module):
 def source_of(module):
     example = torch.zeros(2, 1, 8, 8)
     slim = slimmable.slimify(module.eval(), (1.0, 0.5), example_inputs=example)
-    return Source("mean", slim, (1.0, 0.5), (1, 8, 8), None, "Random", "in [0, 1]")
+    return Source("mean", slim, (1.0, 0.5), (1, 8, 8), None, "Random", (0.0,), (1.0,))
 
 
 def test_a_model_that_counts_its_images_takes_one_a_call(tmp_path):

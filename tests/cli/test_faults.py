@@ -205,7 +205,10 @@ def test_an_empty_folder_stays_and_a_full_one_is_not_new(tmp_path):
         (tmp_path / "note.txt").write_text("")
     with pytest.raises(UsageError, match="add --resume"), locked(tmp_path, new=True):
         pass
-    with pytest.raises(UsageError, match="is no folder"), locked(tmp_path / "note.txt", new=True):
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write into .*note\.txt .*exists"),
+        locked(tmp_path / "note.txt", new=True),
+    ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 

@@ -13,7 +13,7 @@ from slimmable.__main__ import main
 from slimmable.cli.config import configure
 from slimmable.cli.data import load_images
 from slimmable.cli.evaluation import Watch
-from slimmable.cli.run import new_method, read_config, trained_backbone
+from slimmable.cli.run import new_method
 from slimmable.cli.training import Training
 from slimmable.evaluation import knn_accuracy
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
@@ -33,16 +33,6 @@ def gated_run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "gated"
     assert main(["pretrain", *tiny, *GATED, "--output", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def images(gated_run):
-    return load_images(read_config(gated_run))
-
-
-@pytest.fixture
-def backbone(gated_run):
-    return trained_backbone(read_config(gated_run), gated_run, channels=1)
 
 
 def features(backbone, images):

@@ -1,30 +1,21 @@
 """Runs with gates at several widths: each width dense, and gated to the same share of its own multiply-adds."""
 
-import csv
-
 import pytest
 import torch
 
 import slimmable
 from slimmable.__main__ import main
-from slimmable.cli.data import load_images
 from slimmable.cli.export import run_source
 from slimmable.cli.report import read_report
-from slimmable.cli.run import read_config, trained_backbone
 from slimmable.errors import WidthError
 from slimmable.evaluation import knn_accuracy
 from slimmable.gating import gated
+from tests.cli.test_gated import ON_CPU, read
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 
 WIDTHS, BUDGET = (1.0, 0.5), 0.35
 GATED = ("--widths", "1", "0.5", "--method", "simclr", "--gate-budget", str(BUDGET), "--knn-every", "2")
-ON_CPU = ("--device", "cpu", "--workers", "0")
 NAMES = {"dense": 1.0, "gated 0.35": 1.0, "dense/w0.5": 0.5, "gated 0.35/w0.5": 0.5}
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +23,6 @@ def gated_run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "gated"
     assert main(["pretrain", *tiny, *GATED, "--output", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def images(gated_run):
-    return load_images(read_config(gated_run))
-
-
-@pytest.fixture
-def backbone(gated_run):
-    return trained_backbone(read_config(gated_run), gated_run, channels=1)
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def test_what_is_no_tar_file_is_refused(tmp_path):
     write_tar(tmp_path / "empty.tar", {"note.txt": b"x"})
     write_tar(tmp_path / "flat.tar", {"1.png": files_in(write_folder(tmp_path / "images"))["cat/1.png"]})
     for name, message in (
-        ("a.tar", "cannot be listed"), ("pipes", "tar files that are no files"), ("linked", "is a link to"),
+        ("a.tar", "cannot be listed"), ("pipes", "holds no images"), ("linked", "is a link to"),
         ("split", "is a link to"),
         ("empty.tar", "cannot be listed"), ("flat.tar", "no image left"), ("b.tar", "there is no such folder"),
     ):  # fmt: skip
@@ -328,7 +328,7 @@ def test_without_the_package_of_the_hub_a_message_says_so(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["wds", "tfds", "hfids", "WDS"])
 def test_data_sets_that_are_read_from_first_to_last_are_refused(kind):
-    with pytest.raises(UsageError, match="so a run could not be resumed; use a folder, tar files"):
+    with pytest.raises(UsageError, match="so no run could be resumed; use files"):
         PretrainConfig(data=f"{kind}/name")
 
 

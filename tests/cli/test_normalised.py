@@ -45,8 +45,8 @@ def test_a_training_batch_is_that_in_0_to_1_normalised(photos):
     own = timm.create_model("resnet10t").pretrained_cfg
     config = _normalised(plain, timm.create_model("resnet10t"))
     assert (config.mean, config.std) == (own["mean"], own["std"])
-    *views, labels = training_of(config)._next()
-    *others, same = training_of(plain)._next()
+    *views, labels = next(training_of(config)._batches)
+    *others, same = next(training_of(plain)._batches)
     mean, std = (torch.tensor(own[name]).view(3, 1, 1) for name in ("mean", "std"))
     assert torch.equal(labels, same)
     for view, other in zip(views, others, strict=True):

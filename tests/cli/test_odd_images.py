@@ -14,7 +14,7 @@ from PIL import Image
 
 from slimmable.__main__ import main
 from slimmable.cli.data import Pictures, Plain, Views, batches_of, folder_images, load, make_views
-from slimmable.errors import DataError
+from slimmable.errors import DataError, SlimmableError
 
 
 def pictures(path):
@@ -236,7 +236,7 @@ def test_a_very_deep_folder_is_read_or_refused(tmp_path, monkeypatch):
         if sys.version_info >= (3, 12):
             assert len(folder_images(tmp_path, 0, print).train) == 1
         else:
-            with pytest.raises(DataError, match="cannot be listed"):
+            with pytest.raises(SlimmableError, match="cannot be listed"):
                 folder_images(tmp_path, 0, print)
     finally:  # pytest cannot remove so deep a folder
         for _ in range(1200):
@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
         return original(path)
 
     monkeypatch.setattr(os, "scandir", forbidden)
-    with pytest.raises(DataError, match=r"cannot be listed \(.*Permission denied.*dog"):
+    with pytest.raises(SlimmableError, match=r"cannot be listed \(.*Permission denied.*dog"):
         folder_images(folder, 0, print)
 
 

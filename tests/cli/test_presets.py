@@ -34,7 +34,8 @@ def test_what_is_given_comes_before_the_preset():
     [
         ({}, "slimclr-imagenet", "there is no --preset slimclr-imagenet; choose one of slimclr-mocov2-imagenet"),
         ({"method": "byol"}, "vicreg-imagenet", "--preset vicreg-imagenet is for --method vicreg, not byol"),
-        ({"method": "dino"}, None, "--method cannot be dino; choose from mocov2"),
+        ({"method": "dinov2"}, None, "--method cannot be dinov2; choose from mocov2"),
+        ({"method": "byol", "local_crops": 2}, None, "--local-crops is for --method dino, not byol"),
         ({"distill": "magic"}, None, "--distill cannot be magic; choose from own, none, kl"),
         ({"loss_weights": "heavy"}, None, "unknown mode 'heavy'"),
         ({"ema_momentum": 1.5}, None, r"--ema-momentum must be in \[0, 1\], got 1.5"),
@@ -60,7 +61,7 @@ def test_a_run_goes_on_with_its_preset_named_again():
 @pytest.mark.parametrize("method", METHODS)
 def test_folders_get_the_views_of_their_method(method):
     config = configure({"method": method, "data": "/some/folder"})
-    own = {"mocov2": "mocov2", "simclr": "simclr", "supervised": "supervised"}
+    own = {"mocov2": "mocov2", "simclr": "simclr", "simsiam": "mocov2", "supervised": "supervised"}
     assert config.augmentation == own.get(method, "byol")
     assert config.image_size == 64
     assert configure({"method": method}).augmentation == "digits"
@@ -102,6 +103,14 @@ def test_the_learning_rate_rises_and_falls_as_published(images):
     assert {group["lr"] for group in run.optimizer.param_groups} == {run.learning_rate}
 
 
+def test_norms_and_biases_can_learn_more_slowly(images):
+    run = training(images, epochs=5, warmup_epochs=0.0, norm_lr_scale=0.024, lr=0.5)
+    run._set_learning_rate(0.0)
+    rates = {p.ndim > 1: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert rates == {True: pytest.approx(0.5), False: pytest.approx(0.012)}
+    assert run.learning_rate == pytest.approx(0.5)
+
+
 def test_a_warm_up_that_never_ends_is_refused(images):
     with pytest.raises(UsageError, match=r"--warmup-epochs 2.5 leaves none of the 2 epochs"):
         training(images, epochs=2, warmup_epochs=2.5)
@@ -120,7 +129,7 @@ def test_every_method_takes_a_step(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_kinds_of_distillation_are_refused_where_a_step_could_not_take_them(method, images):
     settings = {"method": method, "widths": (1.0, 0.5), "warmup_epochs": 0.0}
-    refused = {"kl", "dkd", "atkd"} if method in ("byol", "vicreg") else set()
+    refused = {"kl", "dkd", "atkd"} if method in ("byol", "simsiam", "vicreg", "barlowtwins") else set()
     for kind in refused:
         with pytest.raises(UsageError, match=f"--distill {kind} compares logits, which --method {method} does not"):
             PretrainConfig(method=method, distill=kind)

@@ -240,6 +240,9 @@ def test_the_network_for_cifar_is_resnet_18_with_a_small_stem():
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
     assert sum(parameter.numel() for parameter in ours.parameters()) == 11_168_832
+    assert ours.pretrained_cfg["mean"] == (0.4914, 0.4822, 0.4465)
+    assert ours.pretrained_cfg["std"] == (0.2470, 0.2435, 0.2616)
+    assert timm.create_model("resnet18_cifar", in_chans=1).pretrained_cfg["mean"] == (0.0,)
     assert all((ours.get_submodule(f"layer{stage}.1").bn2.weight == 1).all() for stage in range(1, 5))
 
 

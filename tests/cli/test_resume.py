@@ -202,7 +202,7 @@ def test_a_run_in_float16_whose_steps_all_overflowed_has_no_state(tmp_path):
 def test_a_kernel_never_sees_a_tensor_of_another_shape():
     """Fused AdamW would write behind the end of the three numbers."""
     parameter = torch.nn.Parameter(torch.ones(1000))
-    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer = torch.optim.AdamW([("0", parameter)], fused=True)
     parameter.grad = torch.ones(1000)
     optimizer.step()
     before = optimizer_tensors(optimizer)
@@ -216,7 +216,7 @@ def test_a_kernel_never_sees_a_tensor_of_another_shape():
         ({"0.exp_avg": memory}, r"missing: 0\.step, 0\.exp_avg_sq"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            load_optimizer_tensors(optimizer, tensors)
+            load_optimizer_tensors(optimizer, tensors, {"0": 1})
     assert all(optimizer_tensors(optimizer)[name] is before[name] for name in before)
 
 

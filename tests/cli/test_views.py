@@ -1,6 +1,7 @@
 """Random views, and the order in which they come."""
 
 import os
+import re
 import signal
 import time
 from itertools import pairwise
@@ -9,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Subset
+from torchvision.transforms import v2
 
-from slimmable import SlimmableError
 from slimmable.cli.config import AUGMENTATIONS
-from slimmable.cli.data import Plain, Steps, Views, batches_of, load, make_views, seed_of, some_of
+from slimmable.cli.data import Plain, Views, batches_of, keys_of_steps, load, make_views, seed_of
+from slimmable.cli.faults import explained_fault
 
 
 @given(
@@ -66,6 +67,18 @@ def test_byol_solarises_the_second_view_only():
     assert shares[1] == pytest.approx(0.2, abs=0.08)
 
 
+@pytest.mark.parametrize("name", ["digits", "byol", "mocov2"])
+def test_local_crops_follow_the_views_and_show_small_parts(name):
+    image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
+    transforms = make_views(name, 64, min_crop_scale=0.25, mirror=False, local_crops=3, local_size=16)
+    assert [tuple(transform(image).shape) for transform in transforms] == [(3, 64, 64)] * 2 + [(3, 16, 16)] * 3
+    crops = [
+        next(each for each in transform.transforms if isinstance(each, v2.RandomResizedCrop))
+        for transform in transforms
+    ]
+    assert [tuple(crop.scale) for crop in crops] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 3
+
+
 def test_a_plain_view_is_the_centre():
     image = torch.arange(30, dtype=torch.uint8).expand(3, 10, 30)
     assert torch.equal(Plain([image], 10)[0], image[:, :, 10:20])
@@ -87,9 +100,9 @@ def views_of(count, transforms=(lambda image: image.float() + torch.rand(()),)):
 @settings(max_examples=50, deadline=None)
 def test_every_epoch_shows_images_once_in_a_new_order(count, batch, epochs, seed):
     batch = min(batch, count)
-    steps = list(Steps(count, batch, epochs, 0, seed))
+    steps = list(keys_of_steps(count, batch, epochs, 0, seed))
     per_epoch = count // batch
-    assert len(steps) == len(Steps(count, batch, epochs, 0, seed)) == epochs * per_epoch
+    assert len(steps) == epochs * per_epoch
     for epoch in range(epochs):
         keys = [key for step in steps[epoch * per_epoch :][:per_epoch] for key in step]
         assert {number for number, _ in keys} == {epoch}
@@ -101,18 +114,18 @@ def test_every_epoch_shows_images_once_in_a_new_order(count, batch, epochs, seed
 def test_shares_of_processes_and_the_rest_after_a_break_are_parts_of_the_whole(processes, each, start, seed):
     batch = processes * each
     count = 3 * batch + 1
-    whole = list(Steps(count, batch, 4, 0, seed))
-    shares = [list(Steps(count, batch, 4, start, seed, rank, processes)) for rank in range(processes)]
+    whole = list(keys_of_steps(count, batch, 4, 0, seed))
+    shares = [list(keys_of_steps(count, batch, 4, start, seed, rank, processes)) for rank in range(processes)]
     assert [[key for share in step for key in share] for step in zip(*shares, strict=True)] == whole[start:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_views_depend_on_seed_epoch_and_image_only(workers):
-    steps = Steps(count=12, batch_size=4, epochs=2, start=0, seed=1)
+    steps = keys_of_steps(count=12, batch_size=4, epochs=2, start=0, seed=1)
     torch.manual_seed(5)
     whole = list(load(views_of(12), 0, batch_sampler=steps))
     torch.manual_seed(6)
-    rest = list(load(views_of(12), workers, batch_sampler=Steps(12, 4, 2, start=4, seed=1)))
+    rest = list(load(views_of(12), workers, batch_sampler=keys_of_steps(12, 4, 2, start=4, seed=1)))
     assert len(rest) == 2
     for ours, theirs in zip(whole[4:], rest, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -128,7 +141,7 @@ def after_a_signal(number):
         time.sleep(0.01)
         return image.float()
 
-    return load(views_of(4, (transform,)), 1, batch_sampler=Steps(4, 2, 1, 0, seed=0))
+    return load(views_of(4, (transform,)), 1, batch_sampler=keys_of_steps(4, 2, 1, 0, seed=0))
 
 
 def test_an_interrupt_does_not_reach_the_workers():
@@ -136,14 +149,15 @@ def test_an_interrupt_does_not_reach_the_workers():
 
 
 def test_a_worker_that_ends_is_one_message():
-    with pytest.raises(SlimmableError, match=r"a process that reads images ended \(.*; continue with --resume$"):
+    with pytest.raises(RuntimeError) as caught:
         list(after_a_signal(signal.SIGKILL))
+    assert re.match(r"a process that reads images ended \(.*use fewer --workers$", explained_fault(caught.value))
 
 
 @given(st.integers(1, 60), st.integers(1, 70))
 def test_some_images_are_spread_over_all(count, most):
     """Among those of a folder, which stand class by class, each class has its share."""
-    numbers = some_of(Plain(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), 8), most).indices
+    numbers = Plain(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), 8, most=most).places
     assert len(numbers) == min(count, most)
     assert 0 <= numbers[0] <= numbers[-1] < count
     gaps = {after - before for before, after in pairwise(numbers)}
@@ -153,6 +167,6 @@ def test_some_images_are_spread_over_all(count, most):
 
 def test_images_for_evaluation_come_in_order():
     images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
-    batches = list(batches_of(Subset(Plain(images, 8), range(5)), batch_size=3))
+    batches = list(batches_of(Plain(images[:5], 8), batch_size=3))
     assert [len(batch) for batch in batches] == [3, 2]
     assert torch.equal(torch.cat(batches), images[:5].float() / 255)

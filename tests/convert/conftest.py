@@ -2,15 +2,15 @@
 
 import pytest
 
-from slimmable.analysis import _rules_pointwise
+from slimmable.analysis import _rules_arithmetic
 
 
 @pytest.fixture(autouse=True)
 def _rules_do_not_fail(monkeypatch):
-    unknown = _rules_pointwise.unknown
+    unknown = _rules_arithmetic.unknown
 
     def strict(ctx, args, kwargs, out, why="has no rule"):
         assert not why.startswith("its rule fails"), f"{ctx.where}: {why}"
         unknown(ctx, args, kwargs, out, why)
 
-    monkeypatch.setattr(_rules_pointwise, "unknown", strict)
+    monkeypatch.setattr(_rules_arithmetic, "unknown", strict)

@@ -192,7 +192,7 @@ def test_universal_norms_share_gain_and_bias_and_have_statistics_of_their_own():
     before = {name: buffer.clone() for name, buffer in norm.full.named_buffers()}
     slimmable.set_width(model, 0.5)
     model.train()(torch.randn(4, 3, 64, 64, dtype=torch.float64)).sum().backward()
-    kept = norm.norm_at(1).num_features
+    kept = norm.module_at(1).num_features
     gradient = norm.full.weight.grad
     assert gradient[:kept].all()
     assert not gradient[kept:].any()
@@ -249,7 +249,7 @@ def test_universal_norms_survive_converters(convert):
     with torch.no_grad():
         for norm in norms(converted):
             norm.full.weight.zero_()
-            assert not norm.norm_at(2).weight.any()  # it is still a part of the full norm's
+            assert not norm.module_at(2).weight.any()  # it is still a part of the full norm's
 
 
 # -- life
@@ -279,9 +279,9 @@ def test_contexts_of_guests_nest_and_follow_the_mode_and_the_type():
             pass
         assert slimmable.width_of(model) == 0.4
         torch.testing.assert_close(model(x), outer, rtol=0, atol=0)
-        assert not norms(model)[0].norm_at(-1).train(False).training
+        assert not norms(model)[0].module_at(-1).train(False).training
         model.train()
-        assert norms(model)[0].norm_at(-1).training
+        assert norms(model)[0].module_at(-1).training
         model.eval().float()
         assert model(x.float()).dtype == torch.float32
 

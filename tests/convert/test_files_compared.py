@@ -103,7 +103,7 @@ EDITS = {
     "activation": lambda net: setattr(net, "activation", "tanh"),
     "_floor": lambda net: setattr(net, "_floor", -1.0),
     "drop is Dropout in the file, Identity here": lambda net: setattr(net, "drop", nn.Identity()),
-    "only here: second.0": lambda net: setattr(net, "second", nn.Sequential(net.second)),
+    "second.0 is missing in the file, Conv2d here": lambda net: setattr(net, "second", nn.Sequential(net.second)),
 }
 
 
@@ -134,7 +134,9 @@ def test_an_edited_file_is_refused_with_the_difference(kind, path, name, value, 
 
 
 def test_many_differences_are_counted(saved):
-    with pytest.raises(CheckpointError, match=r"only in the file: .* and \d+ more"):
+    with pytest.raises(
+        CheckpointError, match=r"other modules: .* is missing in the file, Linear here, .* and \d+ more"
+    ):
         slimmable.load(saved[0] / "whole", nn.Sequential(nn.Linear(2, 2)))
 
 

@@ -154,7 +154,9 @@ def test_a_size_where_a_tensor_was_expected_is_refused_with_what_to_write():
 
 
 def test_a_tensor_where_a_size_was_expected_is_refused_with_what_to_write():
-    with pytest.raises(slimmable.errors.UsageError, match=r"tensor of shape \(1, 4\); pass it as example_inputs="):
+    with pytest.raises(
+        slimmable.errors.UsageError, match=r"tensor of shape \(1, 4\), .*; a batch goes into example_inputs="
+    ):
         slimmable.profile(nn.Linear(4, 2), torch.zeros(1, 4))
 
 

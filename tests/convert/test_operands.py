@@ -30,19 +30,18 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Operand, ...]]] = {}
 
 UNREACHED = {
     "it returns random numbers, or runs in training only": "rand_like randn_like bernoulli bernoulli_p uniform normal "
-    "exponential native_dropout dropout rand randn randint randperm rrelu_with_noise fractional_max_pool2d "
+    "exponential native_dropout rand randn randint randperm rrelu_with_noise fractional_max_pool2d "
     "fractional_max_pool3d _batch_norm_with_update",
     "it returns memory as it is": "empty_like empty new_empty new_empty_strided empty_strided empty_permuted "
     "resize set",
     "it has no tensor operand, or none whose numbers it reads": "zeros ones full scalar_tensor linspace logspace eye "
     "arange lift_fresh zero new_zeros new_ones new_full",
-    "torch runs it as other operations": "contiguous narrow selu avg_pool1d _reshape_alias reshape chunk unsafe_chunk "
-    "movedim t numpy_T max_pool1d max_pool1d_with_indices max_pool2d max_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d batch_norm layer_norm rms_norm resolve_conj "
+    "torch runs it as other operations": "narrow avg_pool1d _reshape_alias reshape chunk unsafe_chunk "
+    "t max_pool1d max_pool1d_with_indices max_pool2d max_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d batch_norm layer_norm rms_norm "
     "_weight_norm _convolution native_channel_shuffle _unsafe_view view_copy _reshape_copy split_copy "
-    "native_batch_norm_legit conj_physical adaptive_max_pool1d",
-    "it needs other hardware, or a switch that the trace turns off": "cudnn_batch_norm _fused_rms_norm "
-    "mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d",
+    "native_batch_norm_legit adaptive_max_pool1d",
+    "it needs other hardware, or a switch that the trace turns off": "cudnn_batch_norm _fused_rms_norm",
     "it runs in a whole network of tests/rules or tests/convert": "_fused_moving_avg_obs_fq_helper _grouped_mm",
 }  # fmt: skip
 

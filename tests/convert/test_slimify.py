@@ -218,7 +218,7 @@ def test_norms_are_permuted_with_their_channels(images, universal):
     for width in (1.0, 0.5):
         with slimmable.at_width(again, width), slimmable.at_width(slim, width), torch.no_grad():
             assert oracles.difference(again(images.double()), slim(images.double())) < 1e-12
-    assert torch.equal(again[1].norm_at(1).running_mean, slim[1].full.running_mean[[2, 3, 1, 0, 6, 7]])  # a new width
+    assert torch.equal(again[1].module_at(1).running_mean, slim[1].full.running_mean[[2, 3, 1, 0, 6, 7]])  # a new width
     mine, theirs = again[1].own_at(3), slim[1].own_at(1)
     assert torch.equal(mine.running_mean, theirs.running_mean[[2, 3]])  # both are new at 0.25, and known at 0.5
     assert int(mine.num_batches_tracked) == 3  # of which it knows when
@@ -230,18 +230,18 @@ def test_a_width_whose_channels_change_is_named_and_keeps_what_it_can(images):
     slim = taught(slimmable.slimify(small_network(), (1.0, 0.4), example_inputs=images.double()), images.double())
     with pytest.warns(UserWarning, match="lose what a width has learned.*at 0.4 1. Train on, or call slimm.*calibrate"):
         other = slimmable.slimify(slim, (1.0, 0.4), example_inputs=images.double(), round_to=4)
-    mine, had, full = other[1].norm_at(1), slim[1].norm_at(1), slim[1].full
+    mine, had, full = other[1].module_at(1), slim[1].module_at(1), slim[1].full
     assert (mine.num_features, had.num_features) == (4, 3)
     for name in ("weight", "bias", "running_mean", "running_var"):
         assert torch.equal(getattr(mine, name)[:3], getattr(had, name))
         assert torch.equal(getattr(mine, name)[3:], getattr(full, name)[3:4])
-    assert torch.equal(slim[1].norm_at(1).weight, had.weight)
+    assert torch.equal(slim[1].module_at(1).weight, had.weight)
     with pytest.warns(UserWarning, match="at 0.4 1. Train"):
         shared = slimmable.slimify(slim, (1.0, 0.4), example_inputs=images.double(), universal=True)
-    assert torch.equal(shared[1].norm_at(1).running_mean, had.running_mean)
+    assert torch.equal(shared[1].module_at(1).running_mean, had.running_mean)
     apart = silently_converted(shared, (1.0, 0.4), example_inputs=images.double())
-    assert torch.equal(apart[1].norm_at(1).running_mean, had.running_mean)
-    assert torch.equal(apart[1].norm_at(1).weight, full.weight[:3])
+    assert torch.equal(apart[1].module_at(1).running_mean, had.running_mean)
+    assert torch.equal(apart[1].module_at(1).weight, full.weight[:3])
 
 
 def test_what_is_on_a_switchable_norm_stays_with_it(images):

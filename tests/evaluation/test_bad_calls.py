@@ -39,13 +39,13 @@ NET = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
-        ({"epochs": 1.5}, "epochs must be an integer of at least 0, got 1.5"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"batch_size": -3}, "batch_size must be an integer of at least 1, got -3"),
+        ({"epochs": -1}, "epochs must be a 64-bit integer of at least 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be a 64-bit integer of at least 0, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be a 64-bit integer of at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size must be a 64-bit integer of at least 1, got -3"),
         ({"learning_rate": "a"}, "learning_rate must be a finite number of at least 0, got 'a'"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0, got nan"),
-        ({"num_classes": 4.0}, "num_classes must be an integer of at least 1, got 4.0"),
+        ({"num_classes": 4.0}, "num_classes must be a 64-bit integer of at least 1, got 4.0"),
     ],
 )
 def test_settings_of_a_training(train, setting, says):
@@ -63,9 +63,9 @@ def test_settings_of_a_training(train, setting, says):
         (lambda: finetune(None, X, Y), UsageError, "finetune needs a torch.nn.Module"),
         (lambda: finetune(NET, X, Y, weight_decay=-1), UsageError, "weight_decay must be a finite number .* got -1"),
         (lambda: probe_loss({0.5: X}, Y), WidthError, "full width 1.0 is missing"),
-        (lambda: probe_loss({1.0: X}, Y[:3]), DataError, r"labels have shape \(3,\) .* scores of shape \(16, 4\)"),
+        (lambda: probe_loss({1.0: X}, Y[:3]), DataError, r"scores has shape \(16, 4\) and labels of shape \(3,\)"),
         (lambda: probe_loss({1.0: X}, Y.float()), DataError, "float32, expected class numbers"),
-        (lambda: knn_accuracy(X, Y, X, Y, k=1.5), UsageError, "k must be an integer of at least 1, got 1.5"),
+        (lambda: knn_accuracy(X, Y, X, Y, k=1.5), UsageError, "k must be a 64-bit integer of at least 1, got 1.5"),
         (lambda: knn_accuracy(X, Y, X, Y, temperature="a"), UsageError, "temperature must be .* got 'a'"),
         (lambda: knn_accuracy(X, Y - 1, X, Y), DataError, "labels from -1"),
         (lambda: knn_accuracy(X, Y.float(), X, Y), DataError, "labels are torch.float32"),
@@ -73,12 +73,12 @@ def test_settings_of_a_training(train, setting, says):
         (
             lambda: accuracy_of(NET, X, Y, batch_size=0),
             UsageError,
-            "batch_size must be an integer of at least 1, got 0",
+            "batch_size must be a 64-bit integer of at least 1, got 0",
         ),
         (
             lambda: accuracy_of(nn.Flatten(0), X, Y),
             DataError,
-            r"accuracy_of: scores has shape \(64,\), expected \(batch",
+            r"accuracy_of: scores must be a tensor of floats of shape \(batch, .* got a tensor of shape \(64,\)",
         ),
         (lambda: accuracy_of(NET, X, Y.float()), DataError, "labels are torch.float32"),
         (lambda: features_of(SLIM, X[:0], 1.0), DataError, "at least one image"),

@@ -168,7 +168,7 @@ def test_evaluation_of_features_is_that_of_each_classifier():
             (1.0, 1.0),
             {"probes": "knn"},
             UsageError,
-            "a list of knn, linear, slimmable, ridge; got 'knn'",
+            "a list of knn, linear, slimmable, ridge, got 'knn'",
         ),
         ((1.0, 1.0), {"probes": ("svm",)}, UsageError, "svm"),
         ((1.0, 0.5), {}, WidthError, "1.0 is missing"),

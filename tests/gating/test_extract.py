@@ -161,7 +161,7 @@ def test_bad_calls():
     ]:
         with pytest.raises(slimmable.errors.UsageError, match=message):
             slimmable.gating.extract_gated(model, [x], **{keyword: value})
-    with pytest.raises(slimmable.errors.UsageError, match="round_to must be an integer"):
+    with pytest.raises(slimmable.errors.UsageError, match="round_to must be a 64-bit integer"):
         slimmable.gating.extract_gated(model, [x], keep=0.5, round_to=0)
     for both in ({}, {"keep": 0.5, "budget": 0.5}):
         with pytest.raises(slimmable.errors.UsageError, match="either keep"):

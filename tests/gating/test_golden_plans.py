@@ -14,6 +14,7 @@ import timm
 import torch
 
 from slimmable.gating import GatePlan, gate_plan
+from slimmable.gating._gates import gate_macs
 from tests.kept import keep, kept
 
 KEPT = Path(__file__).parents[1] / "golden" / "gate_plans.json"
@@ -32,16 +33,17 @@ def plan_of(name: str) -> GatePlan:
 def summary(found: GatePlan) -> dict[str, Any]:
     """What a plan says, in the types of JSON."""
     gates = [
-        (gate.name, gate.number, gate.group, gate.units, gate.axis, gate.macs, channels, gate.norms)
+        (gate.name, gate.number, gate.group, gate.units, gate.axis, macs, channels, gate.norms)
         for gate in found.gates
         for channels in [(len(gate.channels), int(gate.channels.min()), int(gate.channels.max()))]
+        for macs in [gate_macs(len(gate.channels), gate.units)]
     ]
     readers = [[(r.path, r.axis, int((r.units >= 0).sum())) for r in gate.readers] for gate in found.gates]
     refused = Counter(f"{maker} {units}: {reason}" for maker, units, reason in found.refused)
     full, layers = found.plan.channels.units, found.macs
-    without = [layers.without([gate], full) for gate in found.gates]
+    without = [layers.total(full, [gate]) for gate in found.gates]
     named = {"gates": gates, "readers": readers, "refused": refused, "least": found.least_share(), "without": without}
-    return json.loads(json.dumps(named | {"full": layers.without((), full), "all": layers.without(found.gates, full)}))
+    return json.loads(json.dumps(named | {"full": layers.total(full), "all": layers.total(full, found.gates)}))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -139,7 +139,7 @@ def test_norms_with_two_names():
     assert model.norm is model.layers[3]
     with slimmable.gating.gated(model):
         model(IMAGES)
-    counts = [int(norm.num_batches_tracked) for norm in (model.norm.full, model.norm.of_gated_pass(0))]
+    counts = [int(norm.num_batches_tracked) for norm in (model.norm.full, model.norm.gated[0])]
     assert counts == [0, 1]
     ungate(model)
     assert type(model.norm) is nn.BatchNorm2d

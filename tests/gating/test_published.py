@@ -99,8 +99,8 @@ def ratio(masks):
     counts = found.plan.channels.units
     by_group = {gate.group: mask for gate, mask in zip(found.gates, masks, strict=True)}
     gates = sum(ChannelGate(len(gate.channels), gate.units).macs for gate in found.gates)
-    real = found.macs.total(by_group, counts)
-    return (real + gates) / found.macs.total({}, counts)
+    real = sum(found.macs.by_layer(by_group, counts).values())
+    return (real + gates) / found.macs.total(counts)
 
 
 @pytest.mark.parametrize("case", [case for case in MANIFEST["cases"] if case["kind"] == "reg"], ids=str)

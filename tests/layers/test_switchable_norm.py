@@ -62,7 +62,7 @@ def test_each_width_is_an_independent_norm(affine, track, momentum, eps, trainin
         state = {key: t if t.shape != (8,) else t[channels] for key, t in norm.full.state_dict().items()}
         plain.load_state_dict(state)
         alone.append(plain.train(training))
-        assert str(norm.norm_at(index)) == str(plain)
+        assert str(norm.module_at(index)) == str(plain)
     for index in order:
         set_width(norm, WIDTHS[index])
         x = x_at(index, **F64)
@@ -74,7 +74,7 @@ def test_each_width_is_an_independent_norm(affine, track, momentum, eps, trainin
         assert torch.allclose(x0.grad, x1.grad, rtol=1e-12, atol=1e-12)
     for index, plain in enumerate(alone):
         for key, tensor in plain.state_dict(keep_vars=True).items():
-            mine = norm.norm_at(index).state_dict(keep_vars=True)[key]
+            mine = norm.module_at(index).state_dict(keep_vars=True)[key]
             assert torch.allclose(mine, tensor, rtol=1e-12)
             assert (mine.grad is None) == (tensor.grad is None)
             assert tensor.grad is None or torch.allclose(mine.grad, tensor.grad, rtol=1e-12, atol=1e-12)
@@ -90,7 +90,7 @@ def test_names_are_torchs_and_narrow():
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert set(named) == set(expected)
     assert named["1.weight"] is norm.full.weight
-    assert named["1.narrow.1.running_var"] is norm.norm_at(2).running_var
+    assert named["1.narrow.1.running_var"] is norm.module_at(2).running_var
     assert len(list(model.parameters())) == 6
     assert len([p for module in model.modules() for p in module.parameters(recurse=False)]) == 6
     assert list(norm._parameters) == ["weight", "bias"]
@@ -98,7 +98,7 @@ def test_names_are_torchs_and_narrow():
     assert dict(model.named_modules())["1"] is norm
     assert {type(module).__name__ for module in model.modules()} >= {"BatchNorm2d", "SwitchableNorm"}
     assert model.get_parameter("1.weight") is norm.full.weight
-    assert model.get_submodule("1.narrow.0") is norm.norm_at(1)
+    assert model.get_submodule("1.narrow.0") is norm.module_at(1)
     assert list(model.state_dict()._metadata) == list(copy.deepcopy(model).state_dict()._metadata)
 
 
@@ -110,7 +110,7 @@ def test_state_dict_round_trip_changes_nothing():
         assert torch.equal(other.state_dict()[key], tensor)
     bare = switched()
     bare.load_state_dict(model[0].state_dict())
-    assert torch.equal(bare.norm_at(2).weight, model[0].norm_at(2).weight)
+    assert torch.equal(bare.module_at(2).weight, model[0].module_at(2).weight)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -122,9 +122,9 @@ def test_plain_checkpoint_fills_every_width(kind, assign):
     for index, channels in enumerate((slice(8), slice(4), [1, 6])):
         for key, tensor in plain[1].state_dict().items():
             expected = tensor[channels] if tensor.ndim else tensor
-            assert torch.equal(model[1].norm_at(index).state_dict()[key], expected)
+            assert torch.equal(model[1].module_at(index).state_dict()[key], expected)
     with torch.no_grad():
-        model[1].norm_at(1).weight.zero_()
+        model[1].module_at(1).weight.zero_()
     assert plain[1].weight.count_nonzero() == 8
     assert model[1].full.weight.count_nonzero() == 8
 
@@ -152,14 +152,14 @@ def test_norms_of_other_widths_are_not_taken_for_ones_own(strict):
     widths = {2: (1.0, 0.5), 3: WIDTHS, 4: (1.0, 0.75, 0.5, 0.25)}
     models = {n: nn.Sequential(SwitchableBatchNorm(8, widths=w, slim=False)) for n, w in widths.items()}
     for model in models.values():
-        nn.init.uniform_(model[0].norm_at(1).weight)
+        nn.init.uniform_(model[0].module_at(1).weight)
     for mine, other in ((3, 4), (4, 2), (4, 3)):
         with pytest.raises(RuntimeError, match=r"0\.narrow has norms of the widths \(.*\), not \(1.0, "):
             models[mine].load_state_dict(models[other].state_dict(), strict)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.narrow\.1"):
         models[2].load_state_dict(models[3].state_dict())
     found = models[3].load_state_dict(models[2].state_dict(), strict=False)  # those of 0.5 are at the same place
-    assert torch.equal(models[3][0].norm_at(1).weight, models[2][0].norm_at(1).weight)
+    assert torch.equal(models[3][0].module_at(1).weight, models[2][0].module_at(1).weight)
     assert {name.rpartition(".")[0] for name in found.missing_keys} == {"0.narrow.1"}
     buffer = io.BytesIO()
     torch.save(models[4].state_dict(), buffer)
@@ -169,7 +169,7 @@ def test_norms_of_other_widths_are_not_taken_for_ones_own(strict):
     for name in [name for name in state if ".narrow." in name]:
         del state[name]
     models[3].load_state_dict(state, strict)  # the full norm fills the narrower ones
-    assert torch.equal(models[3][0].norm_at(2).weight, models[4][0].full.weight)
+    assert torch.equal(models[3][0].module_at(2).weight, models[4][0].full.weight)
 
 
 def test_a_missing_counter_is_reported_as_by_torch():
@@ -185,15 +185,15 @@ def test_sync_converters_replace_every_inner_norm():
     for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, timm_convert_sync_batchnorm):
         synced = convert(copy.deepcopy(model))
         assert type(synced[1]) is SwitchableNorm
-        assert {type(synced[1].norm_at(index)) for index in range(3)} == {nn.SyncBatchNorm}
+        assert {type(synced[1].module_at(index)) for index in range(3)} == {nn.SyncBatchNorm}
         assert list(synced.state_dict()) == keys
         synced.load_state_dict(model.state_dict())
         synced.eval()
         for index, width in enumerate(WIDTHS):
             with at_width(synced[1], width):
-                assert torch.equal(synced[1](x := x_at(index)), model[1].norm_at(index).eval()(x))
+                assert torch.equal(synced[1](x := x_at(index)), model[1].module_at(index).eval()(x))
     synced = timm_convert_sync_batchnorm(nn.Sequential(switched(BatchNormAct2d)))
-    assert {type(synced[0].norm_at(index)) for index in range(3)} == {SyncBatchNormAct}
+    assert {type(synced[0].module_at(index)) for index in range(3)} == {SyncBatchNormAct}
 
 
 def test_norm_with_activation_keeps_it_at_every_width():
@@ -201,24 +201,24 @@ def test_norm_with_activation_keeps_it_at_every_width():
     for index, width in enumerate(WIDTHS):
         set_width(norm, width)
         x = x_at(index)
-        inner = norm.norm_at(index)
+        inner = norm.module_at(index)
         expected = nn.functional.silu(nn.functional.batch_norm(x, None, None, inner.weight, inner.bias, True))
         assert torch.allclose(norm(x), expected, atol=1e-6)
         assert isinstance(norm.act, nn.SiLU)
     prelu = switched(BatchNormAct2d, act_layer=nn.PReLU, act_kwargs={"num_parameters": 8})
-    assert [prelu.norm_at(index).act.weight.shape[0] for index in range(3)] == [8, 4, 2]
+    assert [prelu.module_at(index).act.weight.shape[0] for index in range(3)] == [8, 4, 2]
 
 
 def test_attributes_are_those_of_the_active_norm():
     norm = switched()
     assert norm.weight is norm.full.weight
     set_width(norm, 0.5)
-    assert norm.weight is norm.norm_at(1).weight
+    assert norm.weight is norm.module_at(1).weight
     assert (norm.num_features, norm.eps) == (4, 1e-5)
     norm.eps = 0.1
-    assert [norm.norm_at(index).eps for index in range(3)] == [0.1] * 3
+    assert [norm.module_at(index).eps for index in range(3)] == [0.1] * 3
     norm.weight = nn.Parameter(torch.zeros(4))
-    assert norm.norm_at(1).weight.count_nonzero() == 0
+    assert norm.module_at(1).weight.count_nonzero() == 0
     assert norm.full.weight.count_nonzero() == 8
     norm.note = "own"
     assert not hasattr(norm.full, "note")
@@ -230,7 +230,7 @@ def test_attributes_are_those_of_the_active_norm():
 def test_functional_call_replaces_by_name_at_every_width(index):
     model = nn.Sequential(switched(**F64)).eval()
     set_width(model, WIDTHS[index])
-    norm = model[0].norm_at(index)
+    norm = model[0].module_at(index)
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     prefix = "0." if index == 0 else f"0.narrow.{index - 1}."
     tensors[f"{prefix}weight"] *= 2
@@ -250,7 +250,7 @@ def test_settings_are_copied():
     assert norm.full is full
     assert norm.to_plain() is full
     for index in (1, 2):
-        narrow = norm.norm_at(index)
+        narrow = norm.module_at(index)
         assert (narrow.momentum, narrow.eps, narrow.training) == (0.3, 1e-3, False)
         assert narrow.weight.dtype == torch.float16
         assert not narrow.weight.requires_grad
@@ -286,10 +286,10 @@ def test_copies_are_independent():
             functional_call(again, {"weight": torch.zeros(8)}, x_at(0))
         again.load_state_dict(norm.state_dict())
         assert torch.equal(again.full.running_mean, norm.full.running_mean)
-        again.norm_at(1).running_mean.zero_()
+        again.module_at(1).running_mean.zero_()
         again.full.weight.data.zero_()
     assert norm.full.weight.count_nonzero() == 8
-    assert norm.norm_at(1).running_mean.count_nonzero() == 4
+    assert norm.module_at(1).running_mean.count_nonzero() == 4
     assert width_of(norm) == 0.5
 
 
@@ -301,14 +301,14 @@ def test_torch_constructors(rank):
     for width, channels in zip(WIDTHS, (10, 5, 2), strict=True):
         set_width(norm, width)
         assert norm(torch.randn(4, channels, *[3] * rank)).shape[1] == channels
-        assert type(norm.norm_at(WIDTHS.index(width))) is plain
+        assert type(norm.module_at(WIDTHS.index(width))) is plain
         full = repr(plain(10, 1e-3, 0.2))
         assert repr(norm) == f"Switchable{full[:-1]}, widths=(1.0, 0.5, 0.25), width={width})"
     again = kind.from_plain(norm.to_plain(), WIDTHS)
     assert type(again) is kind
     assert again.to_plain() is norm.full
     same = kind(10, widths=WIDTHS, slim=False, affine=False, track_running_stats=False)
-    assert [same.norm_at(index).num_features for index in range(3)] == [10, 10, 10]
+    assert [same.module_at(index).num_features for index in range(3)] == [10, 10, 10]
 
 
 def test_alias_and_errors():
@@ -336,7 +336,7 @@ def test_a_norm_in_two_places_is_listed_as_torch_lists_modules():
 
 def test_a_norm_that_borrows_its_gain_has_one_width():
     shared = SwitchableNorm(nn.BatchNorm2d(8), WIDTHS, KEPT, shared_affine=True)
-    assert repr(shared.norm_at(1)).endswith("widths=(1.0,), width=1.0)")
+    assert repr(shared.module_at(1)).endswith("widths=(1.0,), width=1.0)")
 
 
 class Stop(Function):

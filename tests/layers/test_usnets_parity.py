@@ -52,7 +52,7 @@ def test_norms_that_share_gain_and_bias():
     switched = SwitchableNorm(norm, WIDTHS, (None, 24, 16, 8, 8), shared_affine=True)
     for index, width in enumerate(WIDTHS):
         set_width(switched, width)
-        own = switched.norm_at(index)
+        own = switched.module_at(index)
         x = TENSORS["bn/x0"][:, : own.num_features]
         close(switched.train()(x), TENSORS[f"bn/{width:g}/train_out"])
         close(own.running_mean, TENSORS[f"bn/{width:g}/running_mean_after1"])

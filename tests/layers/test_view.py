@@ -19,7 +19,6 @@ from slimmable.view.view import (
     install_view,
     is_slim,
     narrow_tensors,
-    original_class,
     remove_view,
     state_of,
 )
@@ -136,7 +135,7 @@ def test_class_and_print():
     module = scaled()
     assert isinstance(module, Scaled)
     assert type(module).__name__ == "Scaled"
-    assert type(module) is not original_class(module) is Scaled
+    assert type(module) is not Scaled
     set_width(module, 0.5)
     assert repr(module) == "Scaled<6>"
     linear = nn.Linear(4, 4)
@@ -187,8 +186,6 @@ def test_remove_view_is_the_inverse():
     assert module.weight is weight
     assert (module.rows, module.shape) == (6, (6, 8))
     assert list(dict(module.named_buffers())) == ["gain"]
-    with pytest.raises(ConversionError, match="no width view"):
-        remove_view(module)
 
 
 def test_narrow_parts_for_extraction():
@@ -296,7 +293,6 @@ def test_wrong_plans_change_nothing():
     cases = [
         ({"weight": [(None, None), (None, 5), (None, 2)]}, "axis 1 has size 4, cannot keep 5"),
         ({"weight": [(None, None), (None, (0, 4)), (None, 2)]}, r"cannot keep \(0, 4\)"),
-        ({"weight": [(None, None)]}, "1 entries for the 3 widths"),
         ({"gain": [(None,), (2,), (1,)]}, "no tensor 'gain'"),
     ]
     for tensors, message in cases:

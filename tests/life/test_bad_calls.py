@@ -312,7 +312,7 @@ PUBLISHED = {
         lambda: {1.0: {"knn": 0.5}},
         **{"unknown width": {0.3: {"knn": 0.5}}, "per cent": {1.0: {"knn": 50}}, "a number": {1.0: 0.5}},
     ).but(none="none is known", dict="none is known"),
-    "license": TEXT.optional(), "base_model": TEXT.optional(), "repo_id": TEXT.optional(),
+    "license": TEXT.optional(), "repo_id": TEXT.optional(),
 }  # fmt: skip
 
 
@@ -427,7 +427,6 @@ CALLS: dict[str, Call] = {
             "model": ANY_MODEL,
             "repo_id": TEXT,
             "private": FLAG.optional(),
-            "revision": TEXT.optional(),
             "token": TEXT.optional(),
         },
         run=pushed,
@@ -441,9 +440,6 @@ CALLS: dict[str, Call] = {
             ),
             "revision": TEXT.optional(),
             "token": TEXT.optional(),
-            "cache_dir": bad.path(lambda: Path(tempfile.mkdtemp())).but(
-                none="the client's own", long="a folder is not looked up there", empty="a folder is not looked up there"
-            ),
         }
     ),
     "load_slimclr": Call(
@@ -580,6 +576,17 @@ CALLS: dict[str, Call] = {
     "losses.moco_v3_logits": Call(two("keys", query=FEWER, temperature=TEMPERATURE, offset=bad.natural(0))),
     "losses.moco_v3_loss": Call(two("keys", query=FEWER, temperature=TEMPERATURE, offset=bad.natural(0))),
     "losses.byol_loss": Call(two("prediction", "target")),
+    "losses.simsiam_loss": Call(two("prediction", "target")),
+    "losses.barlow_twins_loss": Call(two("z0", "z1", redundancy=WEIGHT)),
+    "losses.dino_loss": Call(
+        {
+            "students": bad.listed(MATRIX, 3),
+            "teachers": bad.listed(MATRIX, 2),
+            "center": bad.tensor(lambda: X[0].clone()).optional(),
+            "teacher_temperature": TEMPERATURE,
+            "student_temperature": TEMPERATURE,
+        }
+    ),
     "losses.vicreg_loss": Call(two("z0", "z1", invariance=WEIGHT, variance=WEIGHT, covariance=WEIGHT)),
     "losses.soft_cross_entropy": Call(
         two("student", "teacher", teacher_temperature=TEMPERATURE, student_temperature=TEMPERATURE)
@@ -641,14 +648,6 @@ CALLS: dict[str, Call] = {
     "OnlineDistillation.floor": Call(
         {"teachers": MATRIX.but(a_row_less="a batch like another", meta="so is the floor")},
         of=losses.OnlineDistillation,
-    ),
-    **{f"losses.{name}": Call({"temperature": TEMPERATURE}) for name in ("InfoNCE", "NTXent", "MoCoV3Loss")},
-    "losses.VICRegLoss": Call({"invariance": WEIGHT, "variance": WEIGHT, "covariance": WEIGHT}),
-    "losses.InfoNCE.forward": Call(two("query", "key", queue=QUEUE), of=losses.InfoNCE),
-    "losses.NTXent.forward": Call(two("z0", "z1"), of=losses.NTXent),
-    "losses.VICRegLoss.forward": Call(two("z0", "z1"), of=losses.VICRegLoss),
-    "losses.MoCoV3Loss.forward": Call(
-        {"q0": FEWER, "q1": FEWER, **two("k0", "k1"), "offset": bad.natural(0)}, of=losses.MoCoV3Loss
     ),
     # -- training
     "calibrate_bn": Call(
@@ -958,6 +957,22 @@ CALLS: dict[str, Call] = {
     "methods.Method": Call({"encoder": ENCODER}),
     "methods.SimCLR": Call({"encoder": ENCODER, "temperature": TEMPERATURE}),
     "methods.VICReg": Call({"encoder": ENCODER, "invariance": WEIGHT, "variance": WEIGHT, "covariance": WEIGHT}),
+    "methods.BarlowTwins": Call({"encoder": ENCODER, "redundancy": WEIGHT}),
+    "methods.SimSiam": Call({"encoder": ENCODER, "predictor": bad.module(predictor)}),
+    "methods.DINO": Call(
+        {
+            "encoder": ENCODER,
+            "proj_dim": CHANNELS,
+            "local_crops": bad.natural(2),
+            "momentum": bad.fraction(0.9),
+            "temperature": TEMPERATURE,
+            "teacher_temperature": TEMPERATURE,
+            "warm_up": bad.fraction(0.1),
+            "center_momentum": bad.fraction(0.9),
+            "freeze": bad.fraction(0.1),
+        }
+    ),
+    "methods.DINO.projector": Call(heads(bottleneck_dim=CHANNELS, batch_norm=FLAG)),
     "methods.Supervised": Call({"encoder": ENCODER, "label_smoothing": bad.fraction(0.1)}),
     "methods.BYOL": Call({"encoder": ENCODER, "predictor": bad.module(predictor), "momentum": bad.fraction(0.9)}),
     "methods.MoCoV3": Call(
@@ -981,9 +996,12 @@ CALLS: dict[str, Call] = {
     "methods.Supervised.projector": Call({"in_features": CHANNELS, "num_classes": CHANNELS}),
     **{
         f"methods.{name}.projector": Call(heads(**({"layers": bad.count(2)} if name == "MoCoV3" else {})))
-        for name in ("SimCLR", "VICReg", "MoCoV2", "BYOL", "MoCoV3")
+        for name in ("SimCLR", "VICReg", "MoCoV2", "BYOL", "MoCoV3", "SimSiam", "BarlowTwins")
     },
-    "methods.BYOL.predictor": Call({"hidden_dim": CHANNELS, "proj_dim": CHANNELS}),
+    **{
+        f"methods.{name}.predictor": Call({"hidden_dim": CHANNELS, "proj_dim": CHANNELS})
+        for name in ("BYOL", "SimSiam")
+    },
     "methods.MoCoV3.predictor": Call({"hidden_dim": CHANNELS, "proj_dim": CHANNELS, "last_norm": FLAG}),
     "methods.Method.step": Call(
         {
@@ -1136,8 +1154,8 @@ EXEMPT = {
     "methods.*.forward": "`step` calls it with what it has checked",
     "rules.Operation*": "a rule that says something wrong gets a RuleError, see tests/rules",
     **{f"layers.Switchable*.{name}": "torch or the library calls it, with an index, a name or a tensor of its own"
-       for name in ("add_module", "register_parameter", "named_modules", "state_dict", "linked", "own_at", "copy_at",
-                    "inherit", "norm_at", "module_at", "forward")},
+       for name in ("add_module", "register_parameter", "named_modules", "state_dict", "linked", "own_at",
+                    "inherit", "module_at", "forward")},
 }  # fmt: skip
 """Patterns of names that need no rows -> why."""
 

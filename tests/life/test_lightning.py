@@ -320,7 +320,7 @@ def test_a_plain_checkpoint_gives_its_weights_only(tmp_path):
     with pytest.raises(ValueError, match="parameter group that doesn't match"):
         fit(method, slim(method), path=tmp_path / "plain.ckpt")
     method.load_state_dict(torch.load(tmp_path / "plain.ckpt")["state_dict"])
-    kept = method.network[1].norm_at(1)
+    kept = method.network[1].module_at(1)
     assert torch.equal(kept.running_mean, plain.network[1].running_mean[: len(kept.running_mean)])
 
 

@@ -177,15 +177,17 @@ def test_the_queue_may_change_before_backward():
     close(after.grad, before.grad)
 
 
-def test_modules_equal_the_functions():
-    z0, z1, z2, z3, queue = random(0, (4, 8), (4, 8), (4, 8), (4, 8), (8, 16))
-    assert losses.InfoNCE(0.07)(z0, z1, queue) == losses.info_nce(z0, z1, queue, 0.07)
-    assert losses.NTXent(0.5)(z0, z1) == losses.nt_xent(z0, z1, 0.5)
-    assert losses.MoCoV3Loss(0.2)(z0, z1, z2, z3) == losses.moco_v3_loss(z0, z3, 0.2) + losses.moco_v3_loss(z1, z2, 0.2)
-    assert losses.VICRegLoss(1, 2, 3)(z0, z1) == losses.vicreg_loss(z0, z1, 1, 2, 3)
-
-
-@pytest.mark.parametrize("loss", [losses.nt_xent, losses.moco_v3_loss, losses.vicreg_loss])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.nt_xent,
+        losses.moco_v3_loss,
+        losses.vicreg_loss,
+        losses.barlow_twins_loss,
+        losses.simsiam_loss,
+        lambda a, b: losses.dino_loss([a, b], [b, a]),
+    ],
+)
 def test_compiles_to_one_graph(loss):
     z0, z1 = random(0, (4, 8), (4, 8))
     torch.compiler.reset()
@@ -199,9 +201,13 @@ A, B = torch.zeros(4, 8), torch.zeros(4, 7)
     ("call", "error", "words"),
     [
         (lambda: losses.nt_xent(A, B), DataError, [r"nt_xent_logits", r"z0 \(4, 8\), z1 \(4, 7\)"]),
-        (lambda: losses.nt_xent(A[0], A[0]), DataError, [r"z0 has shape \(8,\)", "batch, features"]),
+        (
+            lambda: losses.nt_xent(A[0], A[0]),
+            DataError,
+            ["z0 must be a tensor of floats", r"batch, features.* shape \(8,\)"],
+        ),
         (lambda: losses.nt_xent(A[:0], A[:0]), DataError, [r"\(0, 8\)", "at least one"]),
-        (lambda: losses.nt_xent(A.long(), A.long()), DataError, ["torch.int64", "floating-point"]),
+        (lambda: losses.nt_xent(A.long(), A.long()), DataError, ["torch.int64", "tensor of floats"]),
         (lambda: losses.nt_xent([[1.0]], A), DataError, ["tensor", "list"]),
         (lambda: losses.nt_xent(A, A, 0.0), UsageError, ["temperature", "positive", "0.0"]),
         (lambda: losses.nt_xent(A, A, math.nan), UsageError, ["temperature", "nan"]),
@@ -211,15 +217,22 @@ A, B = torch.zeros(4, 8), torch.zeros(4, 7)
             [r"\(16, 8\)", r"\(8, negatives\)", "transposed"],
         ),
         (lambda: losses.info_nce(A, A[:3], A.T), DataError, [r"query \(4, 8\), key \(3, 8\)"]),
-        (lambda: losses.moco_v3_loss(A[0], A), DataError, [r"query has shape \(8,\)", "batch, features"]),
-        (lambda: losses.moco_v3_loss(A, A[0]), DataError, [r"keys has shape \(8,\)", "batch, features"]),
+        (lambda: losses.moco_v3_loss(A[0], A), DataError, ["query must be", r"batch, features.* shape \(8,\)"]),
+        (lambda: losses.moco_v3_loss(A, A[0]), DataError, ["keys must be", r"batch, features.* shape \(8,\)"]),
         (lambda: losses.moco_v3_loss(A, A[:3]), DataError, [r"\(4, 8\)", r"\(3, 8\)", "positives"]),
         (lambda: losses.moco_v3_loss(A, torch.zeros(8, 8), offset=5), DataError, ["offset 5", "rows 5 to 9"]),
         (lambda: losses.moco_v3_loss(A, A, offset=-1), DataError, ["offset -1"]),
         (lambda: losses.vicreg_loss(A[:1], A[:1]), DataError, [r"\(1, 8\)", "two images"]),
+        (lambda: losses.barlow_twins_loss(A[:1], A[:1]), DataError, [r"\(1, 8\)", "two images"]),
+        (lambda: losses.barlow_twins_loss(A, A, -1.0), UsageError, ["barlow_twins_loss: redundancy", "-1.0"]),
+        (lambda: losses.simsiam_loss(A, B), DataError, [r"simsiam_loss.* prediction \(4, 8\), target \(4, 7\)"]),
+        (lambda: losses.dino_loss([A, B], [A]), DataError, [r"outputs|students\[1\] \(4, 7\)"]),
+        (lambda: losses.dino_loss([A, A], [A], B[0]), DataError, [r"center has shape \(7,\), expected \(8,\)"]),
+        (lambda: losses.dino_loss([A], [A]), DataError, ["1 and 1 outputs are not of two different views"]),
+        (lambda: losses.dino_loss([], []), DataError, ["0 and 0 outputs are not of two different views"]),
+        (lambda: losses.dino_loss([A, A], [A], None, 0.0), UsageError, ["teacher_temperature", "positive", "0.0"]),
         (lambda: losses.vicreg_loss(A, A, -1.0), UsageError, ["vicreg_loss: invariance", "-1.0"]),
-        (lambda: losses.VICRegLoss(covariance="1"), UsageError, ["VICRegLoss: covariance", "'1'"]),
-        (lambda: losses.InfoNCE(-1.0), UsageError, ["InfoNCE", "temperature", "-1.0"]),
+        (lambda: losses.vicreg_loss(A, A, covariance="1"), UsageError, ["vicreg_loss: covariance", "'1'"]),
     ],
 )
 def test_errors_say_what_does_not_fit(call, error, words):
@@ -240,3 +253,50 @@ def test_vicreg_equals_the_definition(n, dim, seed):
             expected += sum(covariances[i, j] ** 2 for j in range(dim) if j != i) / dim
     close(losses.vicreg_loss(z0, z1), expected)
     close(losses.vicreg_loss(z1, z0), expected)
+
+
+@quick
+@given(st.integers(2, 6), sizes, seeds)
+def test_barlow_twins_equals_the_definition(n, dim, seed):
+    z0, z1 = random(seed, (n, dim), (n, dim))
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z0, z1))
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(dim):
+        for j in range(dim):
+            correlation = (a[:, i] * b[:, j]).sum() / n
+            expected += (1 - correlation) ** 2 if i == j else 5e-3 * correlation**2
+    close(losses.barlow_twins_loss(z0, z1), expected)
+    close(losses.barlow_twins_loss(z1, z0), expected)
+
+
+@quick
+@given(st.integers(1, 6), sizes, seeds)
+def test_simsiam_equals_the_definition(n, dim, seed):
+    prediction, target = random(seed, (n, dim), (n, dim))
+    lengths = prediction.square().sum(1).sqrt() * target.square().sum(1).sqrt()
+    close(losses.simsiam_loss(prediction, target), -((prediction * target).sum(1) / lengths).mean())
+    close(2 + 2 * losses.simsiam_loss(prediction, target), losses.byol_loss(prediction, target))
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(2, 4), seeds)
+def test_dino_equals_the_definition(n, dim, teachers, students, seed):
+    center, *views = random(seed, (dim,), *[(n, dim)] * (teachers + students))
+    given, seen = views[:teachers], views[teachers:]
+    terms = []
+    for i, teacher in enumerate(given):
+        weights = ((teacher - center) / 0.3).exp()
+        probabilities = weights / weights.sum(1, keepdim=True)
+        for j, student in enumerate(seen):
+            if i != j:
+                scores = student / 0.2
+                terms.append(-(probabilities * (scores - scores.exp().sum(1, keepdim=True).log())).sum(1).mean())
+    close(losses.dino_loss(seen, given, center, 0.3, 0.2), torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("loss", [losses.simsiam_loss, lambda a, b: losses.dino_loss([a, a], [b, b])])
+def test_no_gradient_flows_into_targets(loss):
+    student, teacher = (each.requires_grad_() for each in random(0, (4, 8), (4, 8)))
+    loss(student, teacher).backward()
+    assert student.grad.any()
+    assert teacher.grad is None

@@ -13,6 +13,7 @@ from slimmable import methods
 
 WIDTHS = (1.0, 0.5, 0.25)
 DIM, HIDDEN, CLASSES, FEATURES = 16, 32, 4, 96
+LOCAL = 3  # crops of half the size, after two views
 
 
 def encoder(projector: nn.Module, widths: tuple[float, ...] = WIDTHS, universal: bool = False) -> nn.Module:
@@ -37,6 +38,13 @@ MAKE: dict[str, Callable[[], methods.Method]] = {
         encoder(methods.BYOL.projector(FEATURES, HIDDEN, DIM)), predictor(methods.BYOL.predictor(HIDDEN, DIM))
     ),
     "vicreg": lambda: methods.VICReg(encoder(methods.VICReg.projector(FEATURES, HIDDEN, DIM))),
+    "simsiam": lambda: methods.SimSiam(
+        encoder(methods.SimSiam.projector(FEATURES, HIDDEN, DIM)), predictor(methods.SimSiam.predictor(HIDDEN, DIM))
+    ),
+    "barlowtwins": lambda: methods.BarlowTwins(encoder(methods.BarlowTwins.projector(FEATURES, HIDDEN, DIM))),
+    "dino": lambda: methods.DINO(
+        encoder(methods.DINO.projector(FEATURES, HIDDEN, DIM)), proj_dim=DIM, local_crops=LOCAL
+    ),
     "supervised": lambda: methods.Supervised(encoder(methods.Supervised.projector(FEATURES, CLASSES))),
 }
 
@@ -48,10 +56,11 @@ def make(name: str) -> methods.Method:
 
 
 def batch_of(method: methods.Method, seed: int = 0, share: slice = slice(None)) -> methods.Batch:
-    """Return eight images in as many views as the method takes, or a share of them."""
+    """Return eight images in as many views as the method takes, or a share of them; those after two are smaller."""
     generator = torch.Generator().manual_seed(seed)
     views: list[Tensor] = [
-        torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)[share] for _ in range(method.views)
+        torch.randn(8, 3, size, size, generator=generator, dtype=torch.float64)[share]
+        for size in (32, 32, *[16] * LOCAL)[: method.views]
     ]
     return methods.Batch(views, (torch.arange(8) % CLASSES)[share])
 

@@ -34,7 +34,7 @@ PART = "switches the widths of another model, or of a part of this one"
         (lambda m: recipe_of(make("byol")), None, {}, UsageError, PART),
         (lambda m: None, None, {}, UsageError, "recipe must be a SlimRecipe"),
         (recipe_of, lambda batch: batch.views, {}, UsageError, "batch must be a Batch.*got list"),
-        (recipe_of, of(lambda views: ["a", "b"]), {}, DataError, "view must be a tensor .* got 'a'"),
+        (recipe_of, of(lambda views: ["a", "b"]), {}, DataError, "view 0 must be a tensor, got str"),
         (
             recipe_of,
             of(lambda views: [views[0], views[1][:5]]),
@@ -42,7 +42,7 @@ PART = "switches the widths of another model, or of a part of this one"
             DataError,
             r"\(8, 3, .* and \(5, 3,",
         ),
-        (recipe_of, None, {"autocast": "bfloat16"}, UsageError, "autocast must be a type .* got 'bfloat16'"),
+        (recipe_of, None, {"autocast": "bfloat16"}, UsageError, "autocast must be a dtype .* got 'bfloat16'"),
         (recipe_of, None, {"progress": 1.5}, UsageError, "progress .* got 1.5"),
     ],
 )
@@ -64,9 +64,9 @@ def test_a_recipe_may_switch_more_than_the_method():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.zeros(5).long(), r"int64 of shape \(5,\), expected class numbers of shape \(8,\)"),
+        (torch.zeros(5).long(), r"shape \(5,\), torch.int64 .* expected class numbers of shape \(8,\)"),
         (torch.arange(8), "labels from 0 to 7 are not class numbers from 0 to 3"),
-        (torch.zeros(8), r"float32 of shape \(8,\), .* probabilities of shape \(8, 4\)"),
+        (torch.zeros(8), r"shape \(8,\), torch.float32 .* probabilities of shape \(8, 4\)"),
         ([0] * 8, r"labels are \[0, 0"),
     ],
 )
@@ -97,7 +97,7 @@ NETWORK = nn.Linear(2, 2)
             r"label_smoothing must be .* in \[0, 1\], got 2.0",
         ),
         (lambda: methods.VICReg(NETWORK, variance=-1.0), "VICReg: variance must be a finite number .* got -1.0"),
-        (lambda: methods.MoCoV3.projector(2, 2, 2, layers=0), "layers must be an integer of at least 1, got 0"),
+        (lambda: methods.MoCoV3.projector(2, 2, 2, layers=0), "layers must be a 64-bit integer of at least 1, got 0"),
         (lambda: methods.SimCLR(NETWORK).backbone, "the encoder, Linear, has no module of this name"),
     ],
 )

@@ -19,7 +19,7 @@ from tests.methods.networks import DIM, FEATURES, HIDDEN, WIDTHS, batch_of, enco
 from tests.methods.test_methods import ORACLES
 from tests.two_processes import run_in_two
 
-GATED = ("simclr", "mocov3", "byol", "vicreg")
+GATED = ("simclr", "mocov3", "byol", "simsiam", "vicreg", "barlowtwins")
 TARGET, ALPHA = 0.4, 3.0
 EXAMPLE = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
 
@@ -114,7 +114,7 @@ def test_random_widths_are_refused_before_anything_changes():
         ("mocov2", GateBudget(0.3), "MoCoV2.step: its encoder sees one view"),
         ("supervised", GateBudget(0.3), "Supervised.step: its encoder sees one view"),
         ("vicreg", GateBudget(0.3), "the encoder has no gates; make some with slimmable.gating.gate"),
-        ("vicreg", 0.3, "gates must be a GateBudget or None, got float"),
+        ("vicreg", 0.3, "gates must be a GateBudget or None, got 0.3"),
     ],
 )
 def test_gates_that_cannot_be_trained(name, gates, message):

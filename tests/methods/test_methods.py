@@ -7,6 +7,7 @@ import itertools
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,6 +57,37 @@ def vicreg_oracle(method, batch):
     return loss
 
 
+def simsiam_oracle(method, batch):
+    """Half of what each direction adds, with embeddings that get no gradient as targets (algorithm 1)."""
+    first, second = (method.encoder(view) for view in batch.views)
+    pairs = ((method.online_predictor(first), second.detach()), (method.online_predictor(second), first.detach()))
+    return -sum(F.cosine_similarity(p, z).mean() / 2 for p, z in pairs)
+
+
+def barlowtwins_oracle(method, batch):
+    """The cross-correlation of features that BatchNorm without gain and bias standardises (algorithm 1)."""
+    first, second = (method.encoder(view) for view in batch.views)
+    first, second = (F.batch_norm(each, None, None, training=True) for each in (first, second))
+    difference = (first.T @ second / len(first) - torch.eye(DIM, dtype=first.dtype)).square()
+    factors = torch.full((DIM, DIM), 5e-3, dtype=first.dtype).fill_diagonal_(1.0)
+    return (difference * factors).sum()
+
+
+def dino_oracle(method, batch, progress=0.8):
+    """Every view of the student with each view of the teacher, but itself (algorithm 1, with multi-crop)."""
+    teachers = method.momentum_encoder(torch.cat(batch.views[:2])).detach().chunk(2)
+    whole, local = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])
+    students = [*method.encoder(whole).chunk(2), *method.encoder(local).chunk(len(batch.views) - 2)]
+    temperature = 0.04 + min(1.0, progress / method.warm_up) * (method.teacher_temperature - 0.04)
+    terms = []
+    for i, teacher in enumerate(teachers):
+        probabilities = ((teacher - method.center) / temperature).softmax(1)
+        for j, student in enumerate(students):
+            if i != j:
+                terms.append(-(probabilities * (student / method.temperature).log_softmax(1)).sum(1).mean())
+    return torch.stack(terms).mean()
+
+
 def supervised_oracle(method, batch):
     return F.cross_entropy(method.encoder(batch.views[0]), batch.labels)
 
@@ -65,6 +97,9 @@ ORACLES = {
     "mocov3": mocov3_oracle,
     "byol": byol_oracle,
     "vicreg": vicreg_oracle,
+    "simsiam": simsiam_oracle,
+    "barlowtwins": barlowtwins_oracle,
+    "dino": dino_oracle,
     "supervised": supervised_oracle,
 }
 
@@ -138,7 +173,7 @@ def test_a_copy_goes_its_own_way(name):
     assert all(torch.equal(a, b) for a, b in zip(method.buffers(), other.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["byol", "vicreg"])
+@pytest.mark.parametrize("name", ["byol", "simsiam", "vicreg", "barlowtwins"])
 def test_distillation_of_logits_needs_logits(name):
     method = make(name)
     recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation("kl"))
@@ -148,7 +183,7 @@ def test_distillation_of_logits_needs_logits(name):
 
 
 @pytest.mark.parametrize("kind", ["embedding", "mse", "dkd", "atkd"])
-@pytest.mark.parametrize("name", ["simclr", "mocov2", "mocov3"])
+@pytest.mark.parametrize("name", ["simclr", "mocov2", "mocov3", "dino"])
 def test_every_kind_of_distillation_runs(name, kind):
     method = make(name)
     recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation(kind, teachers="all wider"))
@@ -302,3 +337,85 @@ def test_a_universal_network_draws_the_same_widths_in_the_same_step():
         drawn.append([tuple(method.step(recipe, batch_of(method), 1.0, step=number)) for number in numbers])
     assert drawn[0][2] == drawn[1][0]
     assert len({*drawn[0]}) == 3
+
+
+def test_only_the_student_of_dino_sees_local_crops():
+    method = make("dino")
+    seen = {"student": [], "teacher": []}
+    method.encoder.register_forward_pre_hook(lambda _, inputs: seen["student"].append(tuple(inputs[0].shape)))
+    hook = lambda _, inputs: seen["teacher"].append(tuple(inputs[0].shape))  # noqa: E731
+    method.momentum_encoder.network.register_forward_pre_hook(hook)
+    method.step(recipe_of(method), batch_of(method), progress=0.2)
+    assert seen == {"student": [(16, 3, 32, 32), (24, 3, 16, 16)], "teacher": [(16, 3, 32, 32)]}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_only_the_last_layer_of_dino_waits(name):
+    method = make(name)
+    for progress, trained in ((0.0, name != "dino"), (0.01, True), (0.005, name != "dino")):
+        method.zero_grad()
+        method.step(recipe_of(method, slow_start=0.0), batch_of(method), progress=progress)
+        *others, last = method.encoder.parameters()
+        assert all(parameter.grad is not None for parameter in others)
+        assert (last.grad is not None) == trained
+
+
+def test_the_centre_of_dino_follows_the_teacher_and_shifts_its_targets():
+    method = make("dino")
+    expected = torch.zeros(DIM, dtype=torch.float64)
+    for number, (progress, temperature) in enumerate(((0.0, 0.04), (0.05, 0.055), (0.1, 0.07), (0.9, 0.07))):
+        again, batch = copy.deepcopy(method), batch_of(method, number)
+        targets = again.prepare(batch, progress)
+        outputs = again.momentum_encoder(torch.cat(batch.views[:2]))  # in training, BatchNorm sees the same batch
+        for target, output in zip(targets, outputs.chunk(2), strict=False):
+            torch.testing.assert_close(target, (output - expected) / temperature, rtol=1e-9, atol=1e-9)
+        method.step(recipe_of(method), batch, progress)
+        expected = 0.9 * expected + 0.1 * outputs.mean(0)
+        torch.testing.assert_close(method.center, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_last_layer_of_dino_gives_cosines_at_every_width(width):
+    method = make("dino")
+    small = slimmable.extract(method.encoder, width).eval()
+    images = batch_of(method).views[0]
+    hidden = small.projector[:-1](small.backbone(images))
+    weight = small.projector[-1].weight
+    assert weight.shape == (DIM, round(256 * width))
+    with slimmable.at_width(method.encoder.eval(), width):
+        torch.testing.assert_close(method.encoder(images), cosines(hidden, weight), rtol=1e-9, atol=1e-9)
+
+
+def test_dino_trains_a_transformer_for_images_of_several_sizes():
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_vit", num_classes=0, img_size=32, dynamic_img_size=True)
+    plain = methods.Encoder(backbone, methods.DINO.projector(64, HIDDEN, DIM)).double()
+    example = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
+    method = methods.DINO(
+        slimmable.slimify(plain, WIDTHS, example_inputs=example), proj_dim=DIM, local_crops=3
+    ).double()
+    found, batch = {}, batch_of(method)
+    for width in method.step(recipe_of(method), batch, progress=0.8):
+        with slimmable.at_width(method.encoder, width), torch.no_grad():
+            small = slimmable.extract(method.encoder, width)
+            found[width] = all(torch.equal(method.encoder(view), small(view)) for view in batch.views)
+    assert found == dict.fromkeys(WIDTHS, True)
+
+
+@pytest.mark.parametrize(("name", "half"), [("simsiam", 2.0), ("barlowtwins", None)])
+def test_the_distillation_of_a_method_without_logits_is_its_own_distance(name, half):
+    """Half of 1 - cosine for SimSiam; for Barlow Twins the sum of 1 - correlation over features."""
+    method, other = make(name), make(name)
+    other.load_state_dict({key: value + 0.1 if value.ndim > 1 else value for key, value in other.state_dict().items()})
+    batch = batch_of(method)
+    with torch.no_grad():
+        pairs = [(each.embed(batch.views), each(batch).embeddings) for each in (method, other)]
+        (raw, ours), (others, theirs) = pairs
+        for mine, his, a, b in zip(raw, others, ours, theirs, strict=True):
+            if half:
+                p, q = method.online_predictor(mine), other.online_predictor(his)
+                expected = (1 - F.cosine_similarity(p, q)).mean() / half
+            else:
+                a0, b0 = (F.batch_norm(each, None, None, training=True) for each in (mine, his))
+                expected = ((a0 - b0).square().mean(0) / 2).sum()
+            torch.testing.assert_close(method.distillation()(a, b), expected, rtol=1e-9, atol=1e-9)

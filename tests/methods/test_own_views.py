@@ -106,7 +106,7 @@ VIEW = torch.zeros(8, 3, 32, 32, dtype=torch.float64)
         (None, UsageError, "batch.narrow must hold views for narrower widths"),
         ({0.5: [VIEW]}, UsageError, "takes 2 views of each image, got 1"),
         ({0.5: [VIEW, VIEW[:4]]}, DataError, "row i of each must belong to the same image"),
-        ({0.5: [VIEW, "image"]}, DataError, "a view must be a tensor"),
+        ({0.5: [VIEW, "image"]}, DataError, "view 3 must be a tensor, got str"),
     ],
 )
 def test_views_that_do_not_fit_are_refused_before_anything_runs(narrow, error, message):

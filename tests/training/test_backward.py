@@ -541,7 +541,7 @@ X = views()[0]
     ("call", "error", "says"),
     [
         (lambda: step(lambda m: m(X).mean(), slow_start=0.5), UsageError, "steps=epochs"),
-        (lambda: SlimRecipe(network(), steps=0), UsageError, "steps must be an integer of at least 1, got 0"),
+        (lambda: SlimRecipe(network(), steps=0), UsageError, "steps must be a 64-bit integer of at least 1, got 0"),
         (lambda: SlimRecipe(network(), frozen=[3]), UsageError, "frozen must be a list of modules, got 3"),
         (lambda: SlimRecipe(network(), once=[None]), UsageError, "once must be a list of modules, got None"),
         (lambda: step(lambda m: m(X)), DataError, r"scalar tensor, got a tensor of shape \(5, 8\)"),

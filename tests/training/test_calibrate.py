@@ -217,16 +217,16 @@ def test_a_width_that_is_not_the_models_own_keeps_its_statistics_until_another_i
     model, x = small_network(universal=True)
     set_width(model, 0.6)
     model.train()(x)
-    norm, learned = model[1].norm_at(-1), str(model[1].norm_at(-1).state_dict())
+    norm, learned = model[1].module_at(-1), str(model[1].module_at(-1).state_dict())
     set_width(model, 0.6)
     with pytest.raises((DataError, WidthError)):
         calibrate_bn(model, [x * torch.nan], widths)
     with at_width(model, 0.6):
-        assert str(model[1].norm_at(-1).state_dict()) == learned
-    assert model[1].norm_at(-1) is norm
+        assert str(model[1].module_at(-1).state_dict()) == learned
+    assert model[1].module_at(-1) is norm
     assert width_of(model) == 0.6
     calibrate_bn(model, [x], widths=[0.6])  # which it can still become
-    assert model[1].norm_at(3) is norm
+    assert model[1].module_at(3) is norm
     assert str(norm.state_dict()) != learned
 
 
@@ -292,7 +292,7 @@ def test_the_statistics_of_one_width_alone_are_not_reset(width, way, universal):
     calibrate_bn(model, [2 * x])
     norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
     assert len(norms) == 2
-    assert all(norm.norm_at(index).num_batches_tracked == 1 for norm in norms for index in range(3))
+    assert all(norm.module_at(index).num_batches_tracked == 1 for norm in norms for index in range(3))
 
 
 def test_a_norm_that_leaves_its_container_or_starts_anew_is_as_torch_made_it():
@@ -303,9 +303,9 @@ def test_a_norm_that_leaves_its_container_or_starts_anew_is_as_torch_made_it():
         assert vars(small[1]).keys() == vars(nn.BatchNorm2d(8)).keys()
         update_bn([2 * x], small)
         assert small[1].num_batches_tracked == 1
-        assert not torch.equal(small[1].running_mean, model[1].norm_at(WIDTHS.index(width)).running_mean)
+        assert not torch.equal(small[1].running_mean, model[1].module_at(WIDTHS.index(width)).running_mean)
     with torch.no_grad():
-        for norm in (model[1].full, model[1].norm_at(1)):
+        for norm in (model[1].full, model[1].module_at(1)):
             norm.weight.fill_(3)
             norm.reset_parameters()  # as when a model is made on the meta device and then given memory
             assert torch.equal(norm.weight, torch.ones(len(norm.weight)))
@@ -342,7 +342,7 @@ def test_a_model_made_in_inference_mode_is_calibrated_in_it_or_not_at_all():
     with pytest.raises(UsageError, match=r"made in torch\.inference_mode"):
         calibrate_bn(model, [2 * x])
     assert str(model.state_dict()) == before
-    assert int(model[1].norm_at(1).num_batches_tracked) == 1
+    assert int(model[1].module_at(1).num_batches_tracked) == 1
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -352,7 +352,7 @@ def test_under_autocast_the_statistics_are_those_of_the_plain_network(width):
     with torch.autocast("cpu", torch.bfloat16):
         calibrate_bn(model, [x, 2 * x])
         update_bn([x, 2 * x], small)
-    mine = model[1].norm_at(WIDTHS.index(width))
+    mine = model[1].module_at(WIDTHS.index(width))
     assert torch.equal(mine.running_mean, small[1].running_mean)
     assert torch.equal(mine.running_var, small[1].running_var)
     assert mine.running_mean.dtype == torch.float32

@@ -371,7 +371,7 @@ def test_the_gradients_stay_as_they_are():
 # -- wrong calls
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, "50"])
 def test_every_must_be_a_number_of_steps(every):
-    with pytest.raises(UsageError, match="every must be an integer of at least 1"):
+    with pytest.raises(UsageError, match="every must be a 64-bit integer of at least 1"):
         GradientDiagnostics(mlp([3, 8, 2], (1.0, 0.5)), every)
 
 

@@ -121,7 +121,7 @@ def test_refused_keys(shape):
     with pytest.raises(DataError, match=r"do not fit a queue of shape \(3, 4\)"):
         moco.enqueue(torch.zeros(shape))
     assert torch.equal(moco.queue, before)
-    with pytest.raises(UsageError, match="the network has 4 parameters"):
+    with pytest.raises(UsageError, match="parameter 2 is None in the copy and a tensor"):
         moco.keys(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)), torch.zeros(1, 2))
     with pytest.raises(DataError, match="keys must be a tensor"):
         moco.enqueue([1.0, 2.0])
@@ -149,7 +149,8 @@ def test_calls_that_are_refused_leave_the_key_encoder_as_it_is():
     moco = MoCo(network, proj_dim=3, queue_size=4, momentum=0.0)
     before = [parameter.clone() for parameter in moco.key_encoder.network.parameters()]
     torch.nn.init.zeros_(network[0].weight)
-    with pytest.raises(UsageError, match=r"parameter 2 has shape \(5, 3\) in the network, \(3, 3\) in the copy"):
+    differing = r"parameter 2 is .* shape \(3, 3\), .* in the copy and .* \(5, 3\), .* in the network"
+    with pytest.raises(UsageError, match=differing):
         moco.keys(nn.Sequential(network[0], nn.Linear(3, 5)), torch.ones(4, 2))
     assert all(torch.equal(a, b) for a, b in zip(before, moco.key_encoder.network.parameters(), strict=True))
 

@@ -144,7 +144,7 @@ def test_different_widths_are_an_error_in_all_processes(name, processes):
     one, two = (found[f"different {name}"] for found in processes)
     assert one == two
     assert "the processes must train at the same widths, but those of process 0: " in one
-    listed = one.partition("process 0: ")[2].partition("; draw")[0].split("; process 1: ")
+    listed = one.partition("process 0: ")[2].partition("; give")[0].split("; process 1: ")
     assert len(set(listed)) == 2
 
 
