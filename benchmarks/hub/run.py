@@ -1,6 +1,6 @@
 """Of which of timm's families can timm itself load an extracted network, because its arguments can say the sizes?
 
-    python -m benchmarks.hub.run            # about an hour
+    python -m benchmarks.hub.run            # about an hour; started again, it goes on where it stopped
     python -m benchmarks.hub.run --quick    # a smoke run of seconds
 
 The smallest model of each of timm's modules is converted, its half-width network is written by `save_pretrained`, and
@@ -52,20 +52,30 @@ def row(module: str, name: str) -> dict[str, Any]:
         return found | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def parameters(name: str) -> int:
+    """Return how many parameters a model of timm has."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+
+
+def table(result: dict[str, Any]) -> str:
     """Return the table of the page: the models of each kind, and the names of timm's arguments."""
+    rows = result["rows"]
     native = [each for each in rows if each["loads"] == "timm"]
     lines = [
         (f"`{each['model']}`", ", ".join(f"`{name}`" for name in each["arguments"] if name != "global_pool"))
         for each in native
     ]
-    others = {kind: [each["model"] for each in rows if each["loads"] == kind] for kind in ("slimmable", "nothing")}
-    text = f"timm itself loads {len(native)} of {len(rows)}:\n\n" + markdown(
-        ("model", "arguments that say its sizes"), lines
-    )
-    text += f"\n`slimmable.from_pretrained` alone loads {len(others['slimmable'])}: {', '.join(others['slimmable'])}.\n"
-    if others["nothing"]:
-        text += f"\nNot measured, since the model itself failed here: {', '.join(others['nothing'])}.\n"
+    heads = {
+        "slimmable": "`slimmable.from_pretrained` alone loads",
+        "nothing": "An error ended the attempt with",
+        "nothing gets narrower": "Nothing gets narrower in",
+    }
+    text = f"Of {result['modules']} modules of timm, the smallest models of {len(rows)} were tried. "
+    text += f"timm itself loads {len(native)}:\n\n{markdown(('model', 'arguments that say its sizes'), lines)}"
+    for kind, head in heads.items():
+        if found := [each["model"] for each in rows if each["loads"] == kind]:
+            text += f"\n{head} {len(found)}: {', '.join(found)}.\n"
     return text
 
 
@@ -79,18 +89,17 @@ def main() -> None:
     smallest = json.loads(ZOO.read_text())
     if options.quick:
         smallest = {"vision_transformer": "test_vit", "efficientnet": "test_efficientnet"}
-    rows = []
-    for module, name in smallest.items():
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        if size <= options.most:
+    rows = [each for result in read_results(options.out) for each in result["rows"]]
+    sizes = {module: parameters(name) for module, name in smallest.items()}
+    for module in sorted(sizes, key=lambda module: sizes[module]):
+        if sizes[module] <= options.most and module not in [each["module"] for each in rows]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                rows.append(row(module, name))
+                rows.append(row(module, smallest[module]))
             print(rows[-1], flush=True)
-    write_result(options.out, "hub", rows, f"width{WIDTH}")
+            write_result(options.out, "hub", rows, f"width{WIDTH}", modules=len(smallest))
     (result,) = read_results(options.out)
-    (options.out / "table.md").write_text(f"{table(result['rows'])}\n{origin(result)}\n")
+    (options.out / "table.md").write_text(f"{table(result)}\n{origin(result)}\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def save_pretrained(
     """
     check_whole("save_pretrained", model)
     widths = widths_of(model) if is_slim(model) else ()
-    for width, shares in (accuracy or {}).items():
+    accuracy = {} if accuracy is None else accuracy
+    for width, shares in accuracy.items():
         width_index(width, widths or (1.0,))
         check_fraction("save_pretrained", **{f"accuracy of {name}": share for name, share in shares.items()})
     args, _ = example = example_of(model, example_inputs)
@@ -96,7 +97,7 @@ def save_pretrained(
         costs = profile(model, image or None, example_inputs=None if image else example_inputs, repeats=0)
         about = {"name": recipe.get("timm", type(model).__name__), "arguments": recipe.get("arguments"), "image": image}
         about |= {"native": native, "config": has_config, "repo_id": repo_id, "folder": Path(folder).resolve().name}
-        card = model_card(costs, model=model, widths=widths, accuracy=accuracy or {}, license=license, **about)
+        card = model_card(costs, model=model, widths=widths, accuracy=accuracy, license=license, **about)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
     fill_aside(Path(folder), write)
@@ -173,7 +174,8 @@ def from_pretrained(
     if not os.path.isdir(repo_or_folder):
         from huggingface_hub import hf_hub_download
 
-        with explained(f"{str(repo_or_folder)!r} is no folder, and cannot be read from the Hub", kind=CheckpointError):
+        what = f"from_pretrained: {str(repo_or_folder)!r} is no folder, and cannot be read from the Hub"
+        with explained(what, kind=CheckpointError):
             path = Path(hf_hub_download(str(repo_or_folder), FILE, revision=revision, token=token))
     found = load(path, model)
     return found if width is None else extract(found, width).eval()
