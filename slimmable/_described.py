@@ -5,7 +5,6 @@ The integers that the forward reads are in the plan. These are the others, which
 
 import dis
 import inspect
-import math
 import re
 import warnings
 from collections import Counter
@@ -200,10 +199,10 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     if unlike or all(known[key] == wanted[key] for key in tensors):
         return
     told = tensors | {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
-    keys = [key for key, fact in before.items() if fact == known.get(key) and (key in told or type(fact) is float)]
+    weights = {key: 1 for key, it in before.items() if it == known.get(key) and (key in told or type(it) is float)}
     saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers
     computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
-    found = None if computed or not before else fitting(own, build, known, wanted, keys)
+    found = None if computed or not before else fitting(own, build, known, wanted, weights)
     if found is None:
         warnings.warn(
             f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
@@ -218,10 +217,11 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
             modules[path].__dict__[name] = fact
 
 
-def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, wanted: Facts, keys: Any) -> Any:
-    """Return nested data like `given` with numbers of which `build` makes the `wanted` facts at `keys`, or None.
+def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, wanted: Facts, weights: Any) -> Any:
+    """Return nested data like `given` with numbers of which `build` makes the `wanted` facts, or None.
 
-    `known` are the facts of the full network, `wanted` those of the narrow one; what cannot be built has none.
+    `known` are the facts of the full network, `wanted` those of the narrow one; what cannot be built has none. The
+    facts that differ at the end must have `weights` of less than 1 together.
     """
     leaves, shape = tree_flatten_with_path(given)
 
@@ -229,13 +229,13 @@ def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, want
         return tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
 
     def misfits(edits: Edits) -> tuple[float, int]:
-        built = build(edited(edits))
-        return math.inf if built is None else sum(built.get(key) != wanted.get(key) for key in keys), len(edits)
+        built = build(edited(edits)) or {}
+        return sum(weight for key, weight in weights.items() if built.get(key) != wanted.get(key)), len(edits)
 
     options = _options(leaves, known, wanted)
     guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
     tried = (_descend(start, options, misfits) for start in (guess, {}))
-    return next((edited(edits) for edits in tried if not misfits(edits)[0]), None)
+    return next((edited(edits) for edits in tried if misfits(edits)[0] < 1), None)
 
 
 def _options(leaves: Any, known: Facts, wanted: Facts) -> dict[int, list[float]]:

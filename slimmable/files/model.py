@@ -344,8 +344,9 @@ def narrow_arguments(model: Any, full: Mapping[str, Any]) -> dict[str, Any]:
     nested = (vars(value) for value in seen.values() if is_dataclass(value))
     given = {name: value for each in (*nested, seen, seen.get("kwargs", {})) for name, value in each.items()}
     named = {(path, name) for path, module in model.named_modules() for name in named_in_forward(module.__class__)}
-    keys = [key for key, fact in known.items() if isinstance(fact, torch.Size) or key in named]
-    found = fitting(given, build, known, facts(model), keys)
+    numbers = dict.fromkeys(known.keys() & named, 1e-6)  # some may be those of the full network, which nothing reads
+    weights = numbers | {key: 1 for key, fact in known.items() if type(fact) is torch.Size}
+    found = fitting(given, build, known, facts(model), weights)
     if found is None:
         raise CheckpointError("no arguments for timm say the sizes of this network")
     return changed(found)
