@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
     from slimmable.cli.calls import pretrain
     from slimmable.errors import SlimmableError
+    from slimmable.files.hub import from_pretrained, push_to_hub, save_pretrained
     from slimmable.files.model import full_state_dict, load, save
     from slimmable.files.slimclr import load_slimclr
     from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm, SwitchableProbe
@@ -42,13 +43,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
-    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "full_state_dict", "load",
-    "load_slimclr", "plan", "pretrain", "profile", "register_rule", "run_widths", "save", "search", "set_width",
-    "slimify", "width_of", "widths_of",
+    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "from_pretrained",
+    "full_state_dict", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub", "register_rule",
+    "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inputs", "_profile", "_search", "_width", "errors", "files.model",
+    "_convert", "_inputs", "_profile", "_search", "_width", "errors", "files.hub", "files.model",
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")

@@ -124,9 +124,10 @@ _NAMES: dict[Callable[..., None], str] = {
     "redundancy variance weight_decay",
     check_number: "end epoch",
     check_function: "backward closure evaluate function",
-    check_path: "path",
+    check_path: "folder path repo_or_folder",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
     must_be("cosine or euclidean", lambda value: isinstance(value, str) and value in ("cosine", "euclidean")): "metric",
+    must_be("a text that is not empty", lambda it: isinstance(it, str) and it != ""): "license repo_id revision token",
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
     check_share: "budget",
@@ -146,7 +147,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     signature = inspect.signature(function)
     given_as = signature.parameters.items()
     checks = {name: check for name, check in BY_NAME.items() if name in signature.parameters}
-    checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool")}
+    checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool", bool | None)}
     optional = {name for name, each in given_as if each.default is None or type(None) in get_args(each.annotation)}
 
     @wraps(function)

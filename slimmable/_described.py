@@ -5,11 +5,10 @@ The integers that the forward reads are in the plan. These are the others, which
 
 import dis
 import inspect
-import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import CodeType
 from typing import Any, TypeAlias, cast
@@ -34,8 +33,8 @@ _SAY_OTHERS = re.compile(
 _AXES = 4  # a smaller integer may as well be the number of an axis
 
 Twins: TypeAlias = tuple[nn.Module, nn.Module]  # a module of the full model, and that of the extracted network
-Facts: TypeAlias = "dict[tuple[str, str], Any]"  # module path and name -> the shape of a tensor, or a plain number
-Edits: TypeAlias = "dict[int, int]"  # position of a configuration's leaf -> its new value
+Facts: TypeAlias = dict[tuple[str, str], Any]  # module path and name -> the shape of a tensor, or a plain number
+Edits: TypeAlias = dict[int, float]  # position of a configuration's leaf -> its new value
 
 
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
@@ -183,36 +182,27 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
 
 def _follow_config(full: nn.Module, narrow: Any) -> None:
     kind, config = type(narrow), narrow.config
-    leaves, shape = tree_flatten_with_path(_plain(config))
-    known, wanted = _facts(full), _facts(narrow)
+    own, known, wanted = _plain(config), facts(full), facts(narrow)
 
-    def build(edits: Edits) -> "Facts | None":
-        edited = tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
+    def build(edited: Any) -> Facts | None:
         try:
             with PROCESS, torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 nested = hasattr(config, "from_dict")  # in a class of its own, not diffusers' frozen dict
-                return _facts(kind(type(config).from_dict(edited)) if nested else kind.from_config(edited))
+                return facts(kind(type(config).from_dict(edited)) if nested else kind.from_config(edited))
         except Exception:  # constructors raise errors of all kinds
             return None
 
-    def misfits(edits: Edits) -> tuple[float, int]:
-        built = build(edits)
-        return math.inf if built is None else sum(built.get(key) != wanted.get(key) for key in keys), len(edits)
-
-    before = build({}) or {}
+    before = build(own) or {}
     tensors = {key for key, fact in known.items() if isinstance(fact, torch.Size) and key in wanted}
     unlike = before and any(before.get(key) != known[key] for key in tensors)  # the full network, too
     if unlike or all(known[key] == wanted[key] for key in tensors):
         return
     told = tensors | {(path, name) for path, module in full.named_modules() for name in read_by_forward(module)}
-    keys = [key for key, fact in before.items() if fact == known.get(key) and (key in told or type(fact) is float)]
-    options = _options(leaves, known, wanted)
-    guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
+    weights = {key: 1 for key, it in before.items() if it == known.get(key) and (key in told or type(it) is float)}
     saved = narrow.state_dict(keep_vars=True)  # the class computes other tensors anew, with other numbers
     computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
-    tried = () if computed or not before else (_descend(start, options, misfits) for start in (guess, {}))
-    found = next((edits for edits in tried if not misfits(edits)[0]), None)
+    found = None if computed or not before else fitting(own, build, known, wanted, weights)
     if found is None:
         warnings.warn(
             f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
@@ -220,32 +210,55 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
             stacklevel=4,
         )
         return
-    _update(narrow, tree_unflatten([found.get(i, value) for i, (_, value) in enumerate(leaves)], shape))
+    _update(narrow, found)
     modules = dict(narrow.named_modules())
     for (path, name), fact in (build(found) or {}).items():
         if type(fact) is int and type(wanted.get((path, name))) is int:
             modules[path].__dict__[name] = fact
 
 
-def _options(leaves: Any, known: Facts, wanted: Facts) -> dict[int, list[int]]:
-    """Return what integers may have become, the likeliest first: as sizes like them have, or in proportion."""
+def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, wanted: Facts, weights: Any) -> Any:
+    """Return nested data like `given` with numbers of which `build` makes the `wanted` facts, or None.
+
+    `known` are the facts of the full network, `wanted` those of the narrow one; what cannot be built has none. The
+    facts that differ at the end must have `weights` of less than 1 together.
+    """
+    leaves, shape = tree_flatten_with_path(given)
+
+    def edited(edits: Edits) -> Any:
+        return tree_unflatten([edits.get(i, value) for i, (_, value) in enumerate(leaves)], shape)
+
+    def misfits(edits: Edits) -> tuple[float, int]:
+        built = build(edited(edits)) or {}
+        return sum(weight for key, weight in weights.items() if built.get(key) != wanted.get(key)), len(edits)
+
+    options = _options(leaves, known, wanted)
+    guess = {i: values[0] for i, values in options.items() if counts_channels(_name(leaves[i][0]))}
+    tried = (_descend(start, options, misfits) for start in (guess, {}))
+    return next((edited(edits) for edits in tried if misfits(edits)[0] < 1), None)
+
+
+def _options(leaves: Any, known: Facts, wanted: Facts) -> dict[int, list[float]]:
+    """Return what numbers may have become, the likeliest first: as sizes like them have, or in proportion."""
     pairs: Counter[tuple[int, int]] = Counter()
     for key in known.keys() & wanted.keys():
         full, narrow = known[key], wanted[key]
         both = zip(full, narrow, strict=True) if isinstance(full, torch.Size) else [(full, narrow)]
         pairs.update((one, two) for one, two in both if type(one) is int and one != two)
     likely = [pair for pair, _ in pairs.most_common()]
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[float]] = {}
     for i, (path, value) in enumerate(leaves):
         if type(value) is int and value > 1 and "label" not in str(path):
             same = [two for one, two in likely if one == value]
             shares = [value * two // one for one, two in likely if value * two % one == 0]
             found[i] = [each for each in dict.fromkeys([*same, *shares]) if 0 < each < value]
+        elif type(value) is float and re.search("factor|mult|ratio|width", _name(path)):
+            found[i] = [value * two / one for one, two in likely[:4]]
     return {i: values for i, values in found.items() if values}
 
 
-def _descend(edits: Edits, options: Mapping[int, list[int]], misfits: Any) -> Edits:
-    """Change one integer at a time for as long as there are fewer misfits, or as few with fewer changes."""
+def _descend(edits: Edits, options: Mapping[int, list[float]], misfits: Any) -> Edits:
+    """Change one number at a time for as long as there are fewer misfits, or as few with fewer changes."""
     least, improved = misfits(edits), True
     while improved:
         improved = False
@@ -257,7 +270,7 @@ def _descend(edits: Edits, options: Mapping[int, list[int]], misfits: Any) -> Ed
     return edits
 
 
-def _facts(model: nn.Module) -> Facts:
+def facts(model: nn.Module) -> Facts:
     """Return the shapes of all tensors, and the numbers that modules hold, in a model with or without widths."""
     found: Facts = {}
     for path, module in model.named_modules():

@@ -1,5 +1,8 @@
 """Exceptions of the library; each is also a subclass of the matching built-in exception."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "CheckpointError", "ConversionError", "DataError", "DivergedError", "InputError", "RuleError", "SlimmableError",
     "TraceError", "UsageError", "WidthError",
@@ -46,3 +49,18 @@ class UsageError(SlimmableError, ValueError):
 
 class DivergedError(SlimmableError, ArithmeticError):
     """Training whose loss or weights became infinite or NaN."""
+
+
+@contextmanager
+def explained(what: str, advice: str = "", kind: type[SlimmableError] = SlimmableError) -> Iterator[None]:
+    """Raise an error of any kind, as other packages raise, as one that says `what`, its first cause, and `advice`."""
+    try:
+        yield
+    except SlimmableError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).strip() or "no message").splitlines()[0][:300]
+        raise kind(f"{what} ({type(cause).__name__}: {first}){advice}") from error

@@ -14,7 +14,7 @@ import slimmable
 from slimmable._widths import width_index
 from slimmable.cli import config as settings
 from slimmable.cli.config import DEVICE, ROUNDING, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
-from slimmable.errors import UsageError, WidthError
+from slimmable.errors import UsageError, WidthError, explained
 
 ALL = "all"
 _UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
@@ -317,7 +317,7 @@ def _find_device(name: str | None) -> Any:
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with settings.explained(f"--device {name} cannot be used", "; choose another, such as cpu"):
+    with explained(f"--device {name} cannot be used", "; choose another, such as cpu"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers
         if str(device) != name:  # torch counts devices modulo 256

@@ -7,8 +7,7 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import partial
 from math import inf
@@ -55,21 +54,6 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
     except ImportError as error:
         way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
         raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error
-
-
-@contextmanager
-def explained(what: str, advice: str = "") -> Iterator[None]:
-    """Raise an error of any kind, as other packages raise, as one that says `what`, its first cause, and `advice`."""
-    try:
-        yield
-    except SlimmableError:
-        raise
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        first = (str(cause).strip() or "no message").splitlines()[0][:300]
-        raise SlimmableError(f"{what} ({type(cause).__name__}: {first}){advice}") from error
 
 
 def printable(text: object) -> str:

@@ -27,9 +27,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable._tables import listed
-from slimmable.cli.config import DIGITS, PretrainConfig, explained, printable, require, say
+from slimmable.cli.config import DIGITS, PretrainConfig, printable, require, say
 from slimmable.cli.faults import STOPPING
-from slimmable.errors import DataError
+from slimmable.errors import DataError, explained
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FOLDER = partial(ReaderImageFolder, input_key=";".join(SUFFIXES))

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import logging
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,26 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import timm
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import slimmable
 from slimmable._atomic import fill_aside
 from slimmable._convert import extract, slimify
 from slimmable._nested import output_tensors
-from slimmable._profile import Profile, profile
+from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index
-from slimmable.cli.config import DIGITS, explained, require
+from slimmable.cli.config import DIGITS, require
 from slimmable.cli.report import read_report
 from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_method
 from slimmable.cli.start import read_weights
-from slimmable.errors import CheckpointError, SlimmableError
+from slimmable.errors import CheckpointError, SlimmableError, explained
+from slimmable.files.hub import model_card
 from slimmable.files.model import build, load, read, save
 from slimmable.view.state import is_slim
 
@@ -54,13 +51,6 @@ class Source:
     std: tuple[float, ...]  # by which they are divided then
     base: str | None = None  # the model on the Hugging Face Hub that the weights come from
     accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
-
-    @property
-    def values(self) -> str:
-        """The scaling of the pixels, in words."""
-        changed = any(self.mean) or any(each != 1 for each in self.std)
-        way = f", minus the mean {self.mean}, divided by the standard deviation {self.std}" if changed else ""
-        return f"in [0, 1]{way}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +149,8 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     def write(folder: Path) -> None:
         for width in chosen:
             files.extend(_write(source, width, dict.fromkeys(formats), folder))
-        card = model_card(source, profile(source.model, source.image, repeats=0), files)
+        example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
+        card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
@@ -186,16 +177,6 @@ def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -
             raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
         size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
         yield File(path.name, width, size, off, any_batch)
-
-
-def model_card(source: Source, costs: Profile, files: Sequence[File]) -> str:
-    """Return the model card as Markdown; whoever publishes the files must add the licence."""
-    text = Path(__file__).with_name("card.md.jinja").read_text()
-    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    made = {"slimmable": slimmable, "timm": timm, "torch": torch, "python": platform.python_version()}
-    example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
-    measured = all({"knn", "linear"} <= source.accuracy.get(row.width, {}).keys() for row in costs.rows)
-    return str(template.render(made, source=source, costs=costs.rows, files=files, example=example, measured=measured))
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:

@@ -25,8 +25,8 @@ from slimmable import methods
 from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
-from slimmable.cli.config import PretrainConfig, explained, kind_of, printable, read_text
-from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
+from slimmable.cli.config import PretrainConfig, kind_of, printable, read_text
+from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors

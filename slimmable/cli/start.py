@@ -12,9 +12,9 @@ from torchvision.transforms import v2
 
 from slimmable._convert import extract
 from slimmable._width import widths_of
-from slimmable.cli.config import DIGITS, PretrainConfig, explained
+from slimmable.cli.config import DIGITS, PretrainConfig
 from slimmable.cli.run import CONFIG, Start, make_timm, read_config, timm_backbone, trained_method
-from slimmable.errors import CheckpointError, UsageError
+from slimmable.errors import CheckpointError, UsageError, explained
 from slimmable.files.model import load
 from slimmable.methods import Encoder
 from slimmable.view.state import is_slim

@@ -2,13 +2,16 @@
 
 import inspect
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, overload
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from slimmable._addons import ADDONS, MODULES, addons_of
 from slimmable._checks import check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
+from slimmable._described import Facts, facts, fitting, named_in_forward
 from slimmable._modules import replace_modules
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
@@ -70,7 +74,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     plan, full = _plan_to_save(bare), full_network(bare)
     tensors = model.state_dict() | hidden_buffers(full)
     data["recipe"] = fitting_recipe(full, plan is None, arguments)
-    data |= {"class": type(model).__name__, "versions": _versions(), "modules": describe(full)}
+    data |= {"class": type(model).__name__, "versions": versions(), "modules": describe(full)}
     if plan is not None:
         data["plan"], units = encode(plan)
         data["registered"] = [column.width for column in bare.__dict__["_slim"].columns[len(plan.widths) :]]
@@ -144,7 +148,8 @@ def _plan_to_save(model: nn.Module) -> Plan | None:
     return plan
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that make a network."""
     from slimmable import __version__
 
     return {"slimmable": __version__, "timm": version("timm"), "torch": torch.__version__}
@@ -166,8 +171,8 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     given = {name: tensor for name, tensor in tensors.items() if name in own}
     differing, free = unlike(bare, data["modules"], given, narrow="plan" not in data)
     if differing:
-        versions = [(name, data["versions"].get(name), here) for name, here in _versions().items()]
-        other = [f"\n  written with {name} {then}, here {name} {here}" for name, then, here in versions if then != here]
+        pairs = [(name, data["versions"].get(name), here) for name, here in versions().items()]
+        other = [f"\n  written with {name} {then}, here {name} {here}" for name, then, here in pairs if then != here]
         raise CheckpointError(f"it is of another network{differing}{''.join(other)}")
     network = copy_of(bare, {id(own[name]): filled(own[name], each, each.dtype) for name, each in given.items()})
     for path, settings in free.items():
@@ -283,15 +288,7 @@ def _candidates(
     model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: list[Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
-    classes, first = getattr(model, "num_classes", None), config.get("first_conv")
-    modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    read = {
-        "num_classes": classes if type(classes) is int else None,
-        "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
-        "img_size": None if size is None else list(size),
-    }
-    known = [(key, value) for key, value in read.items() if value is not None]
+    known = list(read_off(model, config).items())
     for count in range(len(known) + 1):
         yield dict(known[:count])
     with suppress(CheckpointError):  # timm may not take them
@@ -302,3 +299,54 @@ def _candidates(
             own = {name: value for name, value in settings.items() if name in taken}
             found |= {name: value for name, value in own.items() if there.get(path, own).get(name, value) != value}
         yield found
+
+
+def read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of classes and image channels and the image size, as far as the model says them."""
+    classes, first = getattr(model, "num_classes", None), config.get("first_conv")
+    modules = map(dict(model.named_modules()).get, [first] if isinstance(first, str) else first or ())
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    read = {
+        "num_classes": classes if type(classes) is int else None,
+        "in_chans": next((each.in_channels for each in modules if isinstance(each, nn.modules.conv._ConvNd)), None),
+        "img_size": None if size is None else list(size),
+    }
+    return {key: value for key, value in read.items() if value is not None}
+
+
+def narrow_arguments(model: Any, full: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with which timm makes a network with the sizes of this plain one, or raise `CheckpointError`.
+
+    They follow from the recipe of the `full` network. What the numbers that its constructor then gets do, also those
+    in the fields of a configuration, cannot be seen in them, so others are tried, on tensors without memory.
+    """
+    tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
+    fixed = {**full["arguments"], **read_off(model, model.pretrained_cfg)}
+    code, seen, before = inspect.unwrap(type(model).__init__).__code__, dict[str, Any](), sys.getprofile()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is code and not seen:
+            seen.update(frame.f_locals)
+
+    def changed(numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {**fixed, **{name: value for name, value in numbers.items() if value != given[name]}}
+
+    def build(numbers: Mapping[str, Any]) -> Facts | None:
+        with suppress(CheckpointError):
+            return facts(skeleton({**full, "arguments": changed(numbers)}, tensors))
+        return None
+
+    sys.setprofile(note)
+    try:
+        known = facts(skeleton({**full, "arguments": fixed}, tensors))
+    finally:
+        sys.setprofile(before)
+    nested = (vars(value) for value in seen.values() if is_dataclass(value))
+    given = {name: value for each in (*nested, seen, seen.get("kwargs", {})) for name, value in each.items()}
+    named = {(path, name) for path, module in model.named_modules() for name in named_in_forward(module.__class__)}
+    numbers = dict.fromkeys(known.keys() & named, 1e-6)  # some may be those of the full network, which nothing reads
+    weights = numbers | {key: 1 for key, fact in known.items() if type(fact) is torch.Size}
+    found = fitting(given, build, known, facts(model), weights)
+    if found is None:
+        raise CheckpointError("no arguments for timm say the sizes of this network")
+    return changed(found)

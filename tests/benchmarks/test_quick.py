@@ -117,3 +117,13 @@ def test_fine_tuning_is_measured_and_goes_on_where_it_stopped(tmp_path):
     quick("fine_tune", tmp_path)
     assert (tmp_path / "accuracy.csv").read_bytes() == before
     assert (tmp_path / "table.md").read_text().count(" ± ") == 6 * 4
+
+
+def test_the_hub_benchmark_says_what_timm_loads(tmp_path):
+    quick("hub.run", tmp_path)
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("hub--*.json"))
+    assert {row["model"]: row["loads"] for row in result["rows"]} == {
+        "test_vit": "timm",
+        "test_efficientnet": "slimmable",
+    }
+    assert "`embed_dim`" in (tmp_path / "table.md").read_text()

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import types
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -148,6 +149,17 @@ def saved(model: Callable[[], nn.Module] = converted) -> Any:
 
 def elsewhere() -> Any:
     return saved().with_name("other.safetensors")
+
+
+def published(model: Callable[[], nn.Module]) -> Any:
+    folder = Path(tempfile.mkdtemp())
+    slimmable.save_pretrained(model(), folder, example_inputs=X)
+    return folder
+
+
+def pushed(**given: Any) -> str:
+    with unittest.mock.patch("huggingface_hub.HfApi"):
+        return slimmable.push_to_hub(**given, example_inputs=X)
 
 
 # -- arguments that several calls share
@@ -307,6 +319,16 @@ BATCH = Argument(
 )  # fmt: skip
 
 
+TEXT = bad.choice("main").but(text="a name like another")
+PUBLISHED = {
+    "accuracy": bad.mapping(
+        lambda: {1.0: {"knn": 0.5}},
+        **{"unknown width": {0.3: {"knn": 0.5}}, "per cent": {1.0: {"knn": 50}}, "a number": {1.0: 0.5}},
+    ).but(none="none is known", dict="none is known"),
+    "license": TEXT.optional(), "repo_id": TEXT.optional(),
+}  # fmt: skip
+
+
 CALLS: dict[str, Call] = {
     # -- converting, switching
     "slimify": Call(
@@ -402,6 +424,35 @@ CALLS: dict[str, Call] = {
             "model": Argument(
                 network, {**ANY_MODEL.bad, "another": nn.Linear(4, 2), "converted": bad.Of(lambda net: converted())}
             ),
+        }
+    ),
+    "save_pretrained": Call(
+        {
+            "model": ANY_MODEL,
+            "folder": bad.path(lambda: published(converted)).but(empty="the folder that is the current one"),
+            "example_inputs": EXAMPLE.but(dict="refused by the forward, as by that of slimify"),
+            "arguments": bad.mapping(lambda: None).but(none="they are read off the model", dict="no arguments"),
+            **PUBLISHED,
+        }
+    ),
+    "push_to_hub": Call(
+        {
+            "model": ANY_MODEL,
+            "repo_id": TEXT,
+            "private": FLAG.optional(),
+            "token": TEXT.optional(),
+        },
+        run=pushed,
+    ),
+    "from_pretrained": Call(
+        {
+            "repo_or_folder": bad.path(lambda: published(converted)),
+            "width": WIDTH.optional(),
+            "model": Argument(
+                network, {**ANY_MODEL.bad, "another": nn.Linear(4, 2), "converted": bad.Of(lambda net: converted())}
+            ),
+            "revision": TEXT.optional(),
+            "token": TEXT.optional(),
         }
     ),
     "load_slimclr": Call(
