@@ -1,8 +1,7 @@
 """Training methods as modules: self-supervised ones, and supervised training, each at every width."""
 
-from slimmable.methods.dino import DINO
 from slimmable.methods.method import Batch, Encoder, Method, Outcome
-from slimmable.methods.published import BYOL, BarlowTwins, MoCoV2, MoCoV3, SimCLR, SimSiam, Supervised, VICReg
+from slimmable.methods.published import BYOL, DINO, BarlowTwins, MoCoV2, MoCoV3, SimCLR, SimSiam, Supervised, VICReg
 
 __all__ = [
     "BYOL", "DINO", "BarlowTwins", "Batch", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome", "SimCLR", "SimSiam",

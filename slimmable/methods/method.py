@@ -213,15 +213,14 @@ class Method(nn.Module):
         for (name, kind), value in zip(optional.items(), (autocast, diagnostics, gates), strict=True):
             if not isinstance(value, (kind, NoneType)):
                 raise UsageError(f"{where}: {name} must be a {kind.__name__} or None, got {value!r:.80}")
-        if gates is not None:
-            if not self.two_passes:
-                others = "BarlowTwins, BYOL, MoCoV3, SimCLR, SimSiam or VICReg"
-                seen = "its encoder sees one view, or all together, but gates need one for each pass"
-                raise UsageError(f"{where}: {seen}; take {others}")
-            if not has_gates(self.encoder):
-                raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
-            if recipe.random_widths:
-                raise UsageError(f"{where}: the recipe has random_widths, but gates are for the widths of slimify")
+        faults = {
+            "its encoder sees one view, or all together, not one for each pass; take BYOL, say": not self.two_passes,
+            "the encoder has no gates; make some with slimmable.gating.gate": not has_gates(self.encoder),
+            "the recipe has random_widths, but gates are for the widths of slimify": recipe.random_widths,
+        }
+        for fault, found in faults.items() if gates is not None else ():
+            if found:
+                raise UsageError(f"{where}: {fault}")
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if not isinstance(batch.narrow, Mapping) or not set(batch.narrow) <= set(recipe.loss_weights) - {1.0}:
@@ -230,8 +229,8 @@ class Method(nn.Module):
         views: list[Tensor] = []
         for each in (batch.views, *batch.narrow.values()):
             if not isinstance(each, Collection) or len(each) != self.views:
-                found = len(each) if isinstance(each, Collection) else repr(each)
-                raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
+                given = len(each) if isinstance(each, Collection) else repr(each)
+                raise UsageError(f"{where}: takes {self.views} views of each image, got {given}")
             views.extend(each)
         check_tensors(where, **{f"view {number}": view for number, view in enumerate(views)})
         if len({view.shape[:1] for view in views}) > 1 or not views[0].ndim:
@@ -247,11 +246,6 @@ class Method(nn.Module):
             kinds = f"distillation of kind {distill.kind!r} compares; its own is {self.distillation().kind!r}"
             raise UsageError(f"{type(self).__name__} has no {kind}, which {kinds}")
         return found
-
-
-def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module]:
-    """Return a layer of a projection head or predictor: linear, BatchNorm, ReLU."""
-    return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
 def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]], weights: Iterable[Tensor]) -> dict[float, float]:
