@@ -18,15 +18,25 @@ from slimmable._addons import ADDONS, AddOn
 from slimmable._checks import check_positive, check_whole, checked, number_or_nan
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
-from slimmable._modules import in_eval_mode, replace_modules
+from slimmable._modules import in_eval_mode, replace_modules, swapped
 from slimmable._tables import listing
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
 from slimmable.errors import CheckpointError, ConversionError, DataError, SlimmableError, UsageError
-from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, LayerGates, gates_in, has_gates
-from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
-from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, PlannedGate, decode, gate_plan
+from slimmable.gating._passes import (
+    GATE,
+    TEMPERATURE,
+    ChannelGate,
+    GatedPass,
+    LayerGates,
+    PassNorm,
+    gated,
+    gates_in,
+    gates_of,
+    has_gates,
+)
+from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, decode, gate_plan
 from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 from slimmable.view.state import Column, state_of
 
@@ -93,16 +103,26 @@ def gate(
     if not found.gates:
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
-    width = None if state_of(model) is None else width_of(model)
-    make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
-    built = [(planned, _layer_gates(model, found, planned, make)) for planned in found.gates]
+    converted = state_of(model)
+    width = None if converted is None else width_of(model)
+    built = []
+    for planned in found.gates:
+        like = next(model.get_submodule(planned.maker).parameters())
+        make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
+        gates = LayerGates(planned, found.plan, make).to(like.device, like.dtype)
+        child = f"{GATE}_{planned.number}" if planned.number else GATE
+        built.append((planned, child, gates))
+        if converted is not None:
+            know(gates, found.plan, f"{planned.maker}.{child}")
+            for registered in converted.columns[len(found.plan.columns) :]:  # widths without gates, which run dense
+                gates._slim.add(Column(registered.width, counts=registered.counts))
     target = model if inplace else copy_of(model)
-    for planned, gates in built:
+    for planned, child, gates in built:
         for number, reader in enumerate(planned.readers):
             target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
-        maker.add_module(_child(planned), gates.train(maker.training))
-    for planned, gates in built:  # after the masks on the same layer's input
+        maker.add_module(child, gates.train(maker.training))
+    for planned, _, gates in built:  # after the masks on the same layer's input
         target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
@@ -151,36 +171,6 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     [(2, 8), (2,), (2,), (32, 2), (32,)]
     """
     return [parameter for gates in gates_in(model) for parameter in gates.parameters()]
-
-
-def _child(planned: PlannedGate) -> str:
-    return f"{GATE}_{planned.number}" if planned.number else GATE
-
-
-def _layer_gates(
-    model: nn.Module, found: GatePlan, planned: PlannedGate, make: Callable[[int, int], nn.Module]
-) -> LayerGates:
-    """Make the gates of one group, one per width, with the device and dtype of the layer's parameters."""
-    plan = found.plan
-    grouping = plan.channels.needed.grouping
-    own = next(model.get_submodule(planned.maker).parameters())
-    per_width = [np.array([*column.counts, 1]) for column in plan.columns]
-    gates = [
-        make(grouping.count(counts, planned.channels), int(counts[planned.group])).to(own.device, own.dtype)
-        for counts in per_width
-    ]
-    readers = [
-        (reader.axis, [reader.units[grouping.mask(counts, reader.ids)].tolist() for counts in per_width])
-        for reader in planned.readers
-    ]
-    made = LayerGates(planned.name, planned.axis, plan.widths, gates, readers)
-    converted = state_of(model)
-    if converted is not None:
-        know(made, plan, f"{planned.maker}.{_child(planned)}")
-        for registered in converted.columns[len(plan.columns) :]:  # widths without gates, which run dense
-            made._slim.add(Column(registered.width))
-            made._slim.columns[-1].counts = registered.counts
-    return made
 
 
 def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
@@ -320,34 +310,30 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     """
     if isinstance(loader, Iterator):
         raise UsageError("calibrate_gates: the loader is iterated over many times; give a list or a DataLoader")
-    gates = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
-    thresholds = [gate.threshold for gate in gates if isinstance(gate, ChannelGate)]
-    before = [threshold.clone() for threshold in thresholds]
+    active = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
+    gates = [gate for gate in active if isinstance(gate, ChannelGate)]
+    shares: dict[float, float] = {}  # threshold -> share
 
-    def share_at(value: float) -> float:
-        for threshold in thresholds:
-            threshold.fill_(value)
-        return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
+    def share_at(threshold: float) -> float:
+        with swapped([(gate._buffers, "threshold", torch.full_like(gate.threshold, threshold)) for gate in gates]):
+            return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
 
-    try:
-        least, most = share_at(math.inf), share_at(-math.inf)
-        if not least <= budget <= most:
-            costs = f"with all gates closed the network costs {least:.3f}, with all open {most:.3f}, of the dense one"
-            raise UsageError(f"calibrate_gates: budget is {budget}, but {costs}")
-        low, high, misses = -1.0, 1.0, {}
-        for _ in range(40):
-            middle = (low + high) / 2
-            value = math.tan(middle * math.pi / 2)
-            share = share_at(value)
-            misses[value] = abs(share - budget)
-            if misses[value] <= 5e-4:  # of the dense multiply-adds
-                break
-            low, high = (middle, high) if share > budget else (low, middle)
-        return share_at(min(misses, key=misses.__getitem__))
-    except BaseException:
-        for threshold, old in zip(thresholds, before, strict=True):
-            threshold.copy_(old)
-        raise
+    least, most = share_at(math.inf), share_at(-math.inf)
+    if not least <= budget <= most:
+        costs = f"with all gates closed the network costs {least:.3f}, with all open {most:.3f}, of the dense one"
+        raise UsageError(f"calibrate_gates: budget is {budget}, but {costs}")
+    low, high = -1.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        threshold = math.tan(middle * math.pi / 2)
+        shares[threshold] = share_at(threshold)
+        if abs(shares[threshold] - budget) <= 5e-4:  # of the dense multiply-adds
+            break
+        low, high = (middle, high) if shares[threshold] > budget else (low, middle)
+    closest = min(shares, key=lambda threshold: abs(shares[threshold] - budget))
+    for gate in gates:
+        gate.threshold.fill_(closest)
+    return shares[closest]
 
 
 def _over_batches(

@@ -1,25 +1,245 @@
-"""The dense and the gated pass of a model, their BatchNorms, a gated pass's decisions and cost, and losses on both."""
+"""Gates, which decide for each image which units of a layer are open; the dense and the gated pass, and its losses."""
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar, cast
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_floats, check_module, check_not_negative, check_number, checked
+from slimmable._checks import (
+    check_floats,
+    check_is_module,
+    check_matrices,
+    check_module,
+    check_not_negative,
+    check_number,
+    checked,
+)
 from slimmable._distributed import gather
 from slimmable._inputs import image_batch, is_size
+from slimmable._numerics import at_least_float32
+from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
-from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
-from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, macs_for
-from slimmable.view.container import inner_modules
+from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, gate_macs, hidden_units, macs_for
+from slimmable.view.container import SwitchableContainer, inner_modules
+from slimmable.view.cuts import Indices
 from slimmable.view.norms import SwitchableNorm, copy_of_norm
-from slimmable.view.recompute import Active, switched
+from slimmable.view.recompute import Active, in_backward, switch, switched
+
+GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
+TEMPERATURE = 2 / 3
+Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
+_TINY = 1e-8  # keeps the logarithms of the noise finite
 
 
+@checked
+def hard_mask(
+    logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
+) -> Tensor:
+    """Return a mask: 1 where a unit is open, 0 where it is closed.
+
+    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5, with
+    the gradient of `soft` (straight-through). Without noise, positive logits are open, and there is no gradient.
+
+    Source: the binary Gumbel-softmax of Krishna et al. 2023, whose code also opens units at logit 0 without noise.
+
+    Args:
+        logits, uniform: two tensors of any one shape; `u` is random in [0, 1), and None for no noise.
+        temperature: positive.
+        open_at_zero: without noise, open units with logit 0, as published.
+
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 1.])
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.9, 0.4, 0.5]))
+    tensor([1., 0., 1.])
+    """
+    check_floats("hard_mask", logits=logits, uniform=logits if uniform is None else uniform)
+    if uniform is None:
+        return (logits >= 0 if open_at_zero else logits > 0).to(logits.dtype)
+    if uniform.shape != logits.shape:
+        raise DataError(f"hard_mask: uniform has shape {tuple(uniform.shape)}, logits {tuple(logits.shape)}")
+    noise = torch.log(uniform + _TINY) - torch.log(1 - uniform + _TINY)
+    soft = torch.sigmoid((logits + noise) / temperature)
+    return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
+
+
+class ChannelGate(nn.Module):
+    """Decides for each image which of a layer's units are open.
+
+    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
+    in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
+    logits; it is 0 until `calibrate_gates` sets it.
+
+    Source: Krishna et al. 2023, whose gates have no bias, so all logits are 0 for an image without active hidden units.
+
+    Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
+
+    Args:
+        channels, units: how many channels the layer's input has, and how many units the gate opens or closes.
+        temperature, open_at_zero: as in `hard_mask`.
+        bias: add a learned bias per unit to the logits.
+
+    >>> gate = ChannelGate(16, 24).eval()
+    >>> gate(torch.randn(2, 16)).shape, gate.macs
+    (torch.Size([2, 24]), 160)
+    """
+
+    threshold: Tensor
+
+    @checked
+    def __init__(
+        self,
+        channels: int,
+        units: int,
+        *,
+        temperature: float = TEMPERATURE,
+        open_at_zero: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_units(channels)
+        self.reduce = nn.Linear(channels, hidden, bias=False)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.expand = nn.Linear(hidden, units, bias=bias)
+        for linear in (self.reduce, self.expand):
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        if self.expand.bias is not None:
+            nn.init.zeros_(self.expand.bias)
+        self.temperature, self.open_at_zero = temperature, open_at_zero
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per image."""
+        return gate_macs(self.reduce.in_features, self.expand.out_features)
+
+    @checked
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Return one logit per unit: (images, channels) -> (images, units)."""
+        if not getattr(pooled, "is_meta", False):  # where a forward only finds shapes
+            check_matrices("ChannelGate", pooled=pooled)
+        logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
+        return logits
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the mask."""
+        logits = at_least_float32(self.logits(pooled)) - self.threshold
+        noise = torch.rand_like(logits) if self.training else None
+        return hard_mask(logits, noise, self.temperature, open_at_zero=self.open_at_zero)
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """The decision of a gate in one forward."""
+
+    mask: Tensor | None = None  # of shape (images, units); None before the gate has decided
+    positions: tuple[int, ...] = ()  # shape of the layer's input without its image and channel axes
+    index: int = 0  # of the width
+    record: "list[Decision] | None" = None  # of those in the same `gated` block
+
+
+class LayerGates(SwitchableContainer):
+    """The gates of one group of units, one per width, and their decision in the current forward.
+
+    In the state dict the full width's gate is `channel_gate.at.0`, followed by those of narrower widths. The gates of a
+    second group that the same layer makes are in `channel_gate_1`.
+
+    Args:
+        planned, plan: the gate of the group, in the plan of the model's widths.
+        make: from the numbers of channels and units at a width to a module: features (images, channels) -> mask.
+    """
+
+    def __init__(self, planned: PlannedGate, plan: Plan, make: Callable[[int, int], nn.Module]) -> None:
+        super().__init__(plan.widths)
+        self.name, self.axis = planned.name, planned.axis
+        self.reader_axes = [reader.axis for reader in planned.readers]
+        self.active_pass, self.decision = Active(Pass.DENSE), Active(Decision())
+        self.at = nn.ModuleList()
+        self._units: dict[tuple[int, int], Indices] = {}  # reader's number and width's index -> unit at each position,
+        grouping = plan.channels.needed.grouping  # unless in order; the first of the mask, unit -1, is always open
+        for index, column in enumerate(plan.columns):
+            counts = np.array([*column.counts, 1])
+            self.at.append(make(grouping.count(counts, planned.channels), column.counts[planned.group]))
+            for number, reader in enumerate(planned.readers):
+                units = reader.units[grouping.mask(counts, reader.ids)].tolist()
+                if units != list(range(len(units))):
+                    self._units[number, index] = Indices([unit + 1 for unit in units])
+
+    def module_at(self, index: int) -> nn.Module:
+        """Return the gate of the width with this index; raise `UsageError` if it has none."""
+        return _in_gated_pass(self, "at", index)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the dense pass runs."""
+        return self.active_pass.active is Pass.DENSE
+
+    def own_at(self, index: int) -> nn.Module:
+        """Return the whole, which `ungate` then removes, since extracted networks have no gates."""
+        return self
+
+    def decide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the layer that makes the units: decide from its input, and keep the mask for those that read them."""
+        if self.idle:
+            return
+        source: Tensor = args[0]
+        others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
+        mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
+        record = self.decision.active.record
+        decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
+        switch([(None, self.decision)], [decision])
+        if record is not None and not in_backward():
+            record.append(decision)
+
+    def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before a reader, given by its number: return its arguments, with closed units set to zero."""
+        source, *more = args
+        if self.idle:
+            return self.linked(source), *more
+        mask = self.decision.active.mask
+        if mask is None or len(mask) != len(source):
+            found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
+            what = f"a layer reads the output of {self.name}, but its gate has {found}"
+            raise UsageError(f"{what}; run the whole model gated")
+        units = self._units.get((number, self._slim.index))
+        if units is not None:
+            mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))
+        shape = [1] * source.ndim
+        shape[0], shape[self.reader_axes[number]] = mask.shape
+        return self.linked(source * mask.to(source.dtype).view(shape)), *more
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the state of a running forward."""
+        return {**self.__dict__, "decision": Active(Decision())}
+
+
+def _in_gated_pass(container: SwitchableContainer, name: str, index: int) -> nn.Module:
+    """Return the module that a gated pass runs at the width with this index, from a list in a container."""
+    modules = inner_modules(container, name)
+    if str(index) not in modules:
+        widths, active = container.widths[: len(modules)], container._slim.active.width
+        raise UsageError(f"gates are for the widths {widths}, not for the active {active}; set one, or run dense")
+    return modules[str(index)]
+
+
+def gates_in(model: nn.Module) -> list[LayerGates]:
+    """Return the gates in a model, in the order of their layers."""
+    return [module for module in model.modules() if isinstance(module, LayerGates)]
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Return whether a model has gates."""
+    check_is_module("has_gates", model)
+    return bool(gates_in(model))
+
+
+# -- the two passes
 class PassNorm(SwitchableNorm):
     """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
 
@@ -55,7 +275,7 @@ class PassNorm(SwitchableNorm):
         """Return the active pass's norm of the width with this index."""
         if self.__dict__["active_pass"].active is Pass.DENSE:
             return super().module_at(index)
-        return inner_modules(self, "gated")[str(index)]
+        return _in_gated_pass(self, "gated", index)
 
 
 class GatedPass:
@@ -100,8 +320,7 @@ class GatedPass:
         by_group = {gate.group: masks[gate.name] for gate in found.gates}
         layers = macs.by_layer(by_group, counts)
         for gates in self._records:
-            own = gates.module_at(self._width_index())
-            cost = own.macs if isinstance(own, ChannelGate) else 0
+            cost = getattr(gates.module_at(self._width_index()), "macs", 0)
             layers[f"{gates.name}.{GATE}"] = masks[gates.name].new_full((len(masks[gates.name]),), cost)
         return layers
 

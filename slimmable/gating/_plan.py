@@ -23,12 +23,21 @@ from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import CheckpointError, ConversionError
-from slimmable.gating._gates import gate_macs
 from slimmable.view.state import is_slim
 
 PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 _PLAIN = (type(None), bool, int, float, str)  # values that JSON holds as they are
+
+
+def hidden_units(channels: int) -> int:
+    """Return the hidden units of a `ChannelGate`."""
+    return max(1, channels // 4)
+
+
+def gate_macs(channels: int, units: int) -> int:
+    """Return the multiply-adds of a `ChannelGate` per image."""
+    return hidden_units(channels) * (channels + units)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,30 +107,15 @@ class GatePlan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, eq=False)
 class LayerMacs:
-    """Multiply-adds of each layer for images of one size and any masks; pure data.
+    """Multiply-adds of each layer for images of one size and any masks; pure data."""
 
-    Args:
-        products: module path, multiply-adds of all images, and the axes that they are proportional to.
-        positions: path of a layer with gates -> shape of its input without its image and channel axes.
-    """
-
-    def __init__(
-        self,
-        products: Sequence[tuple[str, int, tuple[Ids, ...]]],
-        grouping: Grouping,
-        images: int,
-        positions: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        self.images, self.positions, self._grouping = images, dict(positions), grouping
-        units, axes = len(grouping.group_of), {ids.tobytes(): ids for _, _, each in products for ids in each}
-        number = {key: index for index, key in enumerate(axes)}
-        times = [np.bincount(ids, minlength=units) for ids in axes.values()]  # how often each unit is on each axis
-        self._times = torch.tensor(np.array(times)).view(len(axes), units)
-        self._products = [
-            (path, macs // math.prod(map(len, each)), [number[ids.tobytes()] for ids in each])
-            for path, macs, each in products
-        ]
+    products: Sequence[tuple[str, int, Sequence[int]]]  # module path, multiply-adds of one unit on each axis, the axes
+    times: Tensor  # how often each unit is on each axis, of shape (axes, units)
+    grouping: Grouping
+    images: int  # how many all of these are for
+    positions: Mapping[str, tuple[int, ...]]  # path of a layer with gates -> its input's shape, but images and channels
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
         """Return module path -> multiply-adds of each image, shape (images,); of any one if there are no masks.
@@ -130,10 +124,10 @@ class LayerMacs:
         """
         like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
         open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]
-        kept = self._grouping.mask(np.array([*counts, 1]), np.arange(self._times.shape[1]))
-        opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self._times[:, kept].T.to(like)
+        kept = self.grouping.mask(np.array([*counts, 1]), np.arange(self.times.shape[1]))
+        opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self.times[:, kept].T.to(like)
         found: dict[str, Tensor] = {}
-        for path, unit, axes in self._products:
+        for path, unit, axes in self.products:
             macs = like.new_full((len(like),), unit)
             for axis in axes:
                 macs = macs * opened[:, axis]
@@ -212,8 +206,7 @@ def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 @torch.inference_mode(False)
 def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
-    bare = plain(model)
-    fake = FakeModel(bare, (args, kwargs))
+    fake = FakeModel(plain(model), (args, kwargs))
     return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
@@ -246,13 +239,20 @@ class _Finder:
 
     def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
         """Return the multiply-adds of the trace, which ran on this many images."""
-        products = [(path, macs, tuple(map(self._units_on, axes))) for macs, axes, path in self.trace.context.products]
+        number: dict[bytes, int] = {}  # of each axis that occurs
+        products = []
+        for macs, labelled, path in self.trace.context.products:
+            axes = [self._units_on(ids) for ids in labelled]
+            on = [number.setdefault(ids.tobytes(), len(number)) for ids in axes]
+            products.append((path, macs // math.prod(map(len, axes)), on))
+        units = len(self.grouping.group_of)
+        times = [np.bincount(np.frombuffer(axis, self._units.dtype), minlength=units) for axis in number]
         positions = {}
         for gate in gates:
             source = self.trace.calls[gate.maker][0].source
             assert source is not None
             positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
-        return LayerMacs(products, self.grouping, images, positions)
+        return LayerMacs(products, torch.tensor(np.array(times)).view(-1, units), self.grouping, images, positions)
 
     def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
         """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
