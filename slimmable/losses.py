@@ -92,8 +92,6 @@ def decoupled_distillation(
     `alpha` weights the divergence of "target or not", `beta` that among the other classes. `target` is the column of
     the right class: one for all rows, or a tensor of shape (batch,). In this package's logits it is column 0.
 
-    Raises: DataError: if the shapes do not match, or there is only one class.
-
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> decoupled_distillation(logits, logits)
     tensor(0.)
@@ -103,12 +101,11 @@ def decoupled_distillation(
     batch, classes = student.shape
     if classes < 2:
         raise DataError(f"{where}: logits of shape {tuple(student.shape)} have no class other than the target")
-    if isinstance(target, int) and not isinstance(target, bool):
-        if not 0 <= target < classes:
-            raise DataError(f"{where}: target column {target} is not among the {classes} classes")
+    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < classes:
         target = torch.full((batch,), target, device=student.device)
     if not isinstance(target, Tensor) or target.shape != (batch,) or not are_class_numbers(target):
-        raise DataError(f"{where}: target must be a column number or {batch} column numbers, got {shown(target)}")
+        expected = f"a column number below {classes}, or {batch} column numbers"
+        raise DataError(f"{where}: target must be {expected}, got {shown(target)}")
     right = target.long()[:, None]
     columns = torch.arange(classes - 1, device=student.device)
     of_target, of_others = [], []
@@ -172,8 +169,7 @@ class OnlineDistillation(nn.Module):
     Args:
         kind: one of the table.
         teacher_temperature: for `kl` and `embedding`; the other kinds use the constants of their publications. The
-            default is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; for MoCo v3 use 1, with
-            logits divided by its own temperature.
+            default is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; for those of MoCo v3 use 1.
         student_temperature: the same for the student.
         teachers: "widest" uses only the first of several teachers, "all wider" averages the losses over all of them.
         weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].

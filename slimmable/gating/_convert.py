@@ -24,19 +24,8 @@ from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
 from slimmable.errors import CheckpointError, ConversionError, DataError, SlimmableError, UsageError
-from slimmable.gating._passes import (
-    GATE,
-    TEMPERATURE,
-    ChannelGate,
-    GatedPass,
-    LayerGates,
-    PassNorm,
-    gated,
-    gates_in,
-    gates_of,
-    has_gates,
-)
-from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, decode, gate_plan
+from slimmable.gating._passes import ChannelGate, GatedPass, LayerGates, PassNorm, gated, gates_in, gates_of, has_gates
+from slimmable.gating._plan import GATE, PLAN, SKIPPED, TEMPERATURE, GatePlan, decode, gate_plan
 from slimmable.training.calibrate import ModelInput, arguments_of, calibrate_bn
 from slimmable.view.state import Column, state_of
 
@@ -65,9 +54,8 @@ def gate(
     gate sees the input of the layer that makes the units; its mask multiplies the inputs of those that read them, as if
     the channels were dropped. `print(gate_plan(model))` shows where and why. Every tensor has the batch first.
 
-    Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it. Loading a state dict whose gates differ from the
-    model's raises a CheckpointError and changes nothing.
+    Outside `with gated(model):` the model is dense and computes the same numbers as before. A model that was
+    converted first gets gates for each width. Loading a state dict of other gates fails and changes nothing.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
@@ -83,13 +71,13 @@ def gate(
 
     Source: Krishna et al. 2023 gate the inner channels of residual blocks; other architectures and widths are new here.
 
-    >>> import torch, slimmable
+    >>> from slimmable.gating import gate, gated
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> x = torch.randn(3, 4)
     >>> torch.equal(model(x), net(x))
     True
-    >>> with slimmable.gating.gated(model.train()) as run:
+    >>> with gated(model.train()) as run:
     ...     scores = model(x)
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
@@ -138,9 +126,8 @@ def gate(
 def ungate(model: M) -> M:
     """Remove the gates and the gated pass's norms from a model in place, and return it.
 
-    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> len(model.state_dict()), len(ungate(model).state_dict())
     (15, 6)
     """
@@ -164,9 +151,8 @@ def ungate(model: M) -> M:
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model's gates, for a separate optimizer group; empty for a model without gates.
 
-    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> [tuple(parameter.shape) for parameter in gate_parameters(model)]
     [(2, 8), (2,), (2,), (32, 2), (32,)]
     """
@@ -264,12 +250,10 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
 
     The gates decide in eval mode, without noise; modes are restored afterwards. `loader` is as for `calibrate_bn`.
 
-    Raises: UsageError: if the model has no gates, or the loader is not an iterable of batches. DataError: if the loader
-        is empty or holds anything other than batches.
+    Raises: UsageError: if the model has no gates, or the loader is no iterable. DataError: if it holds no batches.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> _ = nn.init.ones_(model[2].channel_gate.at[0].expand.weight)
     >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
     1
@@ -301,9 +285,8 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
         open; if the model has no gates, or the loader can be iterated over only once. DataError: as `gate_activity`.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> _ = nn.init.normal_(model[2].channel_gate.at[0].expand.bias)  # as if trained
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
@@ -380,13 +363,11 @@ def extract_gated(
             16 suit most hardware. An attention head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
-    Raises: UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
-        smallest network; if the model has no gates, or `loader` can be iterated over only once. DataError: as
-        `gate_activity`.
+    Raises: UsageError: unless one of `keep` and `budget` is given, in its range and no less than the smallest network
+        costs; if the model has no gates, or `loader` can be iterated over only once. DataError: as `gate_activity`.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> small = extract_gated(model, [torch.randn(16, 4)], budget=0.5)
     >>> type(small[2]), small[2].out_features
     (<class 'torch.nn.modules.linear.Linear'>, 14)

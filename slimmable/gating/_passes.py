@@ -12,28 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import (
-    check_floats,
-    check_is_module,
-    check_matrices,
-    check_module,
-    check_not_negative,
-    check_number,
-    checked,
-)
+from slimmable._checks import check_floats, check_is_module, check_matrices, check_module, check_not_negative, checked
 from slimmable._distributed import gather
-from slimmable._inputs import image_batch, is_size
+from slimmable._inputs import is_size
 from slimmable._numerics import at_least_float32
 from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
-from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, PlannedGate, gate_macs, hidden_units, macs_for
+from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, hidden_units, macs_for
 from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import Indices
 from slimmable.view.norms import SwitchableNorm, copy_of_norm
 from slimmable.view.recompute import Active, in_backward, switch, switched
 
-GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
-TEMPERATURE = 2 / 3
 Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
 _TINY = 1e-8  # keeps the logarithms of the noise finite
 
@@ -51,7 +41,6 @@ def hard_mask(
 
     Args:
         logits, uniform: two tensors of any one shape; `u` is random in [0, 1), and None for no noise.
-        temperature: positive.
         open_at_zero: without noise, open units with logit 0, as published.
 
     >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]))
@@ -73,8 +62,7 @@ class ChannelGate(nn.Module):
     """Decides for each image which of a layer's units are open.
 
     A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
-    in training mode (see `hard_mask`). Decides in at least float32. The buffer `threshold` is subtracted from all
-    logits; it is 0 until `calibrate_gates` sets it.
+    in training mode (see `hard_mask`). Units open where logits, in at least float32, exceed the buffer `threshold`.
 
     Source: Krishna et al. 2023, whose gates have no bias, so all logits are 0 for an image without active hidden units.
 
@@ -117,7 +105,7 @@ class ChannelGate(nn.Module):
     @property
     def macs(self) -> int:
         """Multiply-adds per image."""
-        return gate_macs(self.reduce.in_features, self.expand.out_features)
+        return self.reduce.weight.numel() + self.expand.weight.numel()
 
     @checked
     def logits(self, pooled: Tensor) -> Tensor:
@@ -148,11 +136,8 @@ class LayerGates(SwitchableContainer):
     """The gates of one group of units, one per width, and their decision in the current forward.
 
     In the state dict the full width's gate is `channel_gate.at.0`, followed by those of narrower widths. The gates of a
-    second group that the same layer makes are in `channel_gate_1`.
-
-    Args:
-        planned, plan: the gate of the group, in the plan of the model's widths.
-        make: from the numbers of channels and units at a width to a module: features (images, channels) -> mask.
+    second group that the same layer makes are in `channel_gate_1`. Any module that maps pooled features (images,
+    channels) to a mask (images, units) can be in the place of a gate.
     """
 
     def __init__(self, planned: PlannedGate, plan: Plan, make: Callable[[int, int], nn.Module]) -> None:
@@ -175,18 +160,13 @@ class LayerGates(SwitchableContainer):
         """Return the gate of the width with this index; raise `UsageError` if it has none."""
         return _in_gated_pass(self, "at", index)
 
-    @property
-    def idle(self) -> bool:
-        """Whether the dense pass runs."""
-        return self.active_pass.active is Pass.DENSE
-
     def own_at(self, index: int) -> nn.Module:
         """Return the whole, which `ungate` then removes, since extracted networks have no gates."""
         return self
 
     def decide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before the layer that makes the units: decide from its input, and keep the mask for those that read them."""
-        if self.idle:
+        if self.active_pass.active is Pass.DENSE:
             return
         source: Tensor = args[0]
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
@@ -200,7 +180,7 @@ class LayerGates(SwitchableContainer):
     def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before a reader, given by its number: return its arguments, with closed units set to zero."""
         source, *more = args
-        if self.idle:
+        if self.active_pass.active is Pass.DENSE:
             return self.linked(source), *more
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
@@ -273,7 +253,7 @@ class PassNorm(SwitchableNorm):
 
     def module_at(self, index: int) -> nn.Module:
         """Return the active pass's norm of the width with this index."""
-        if self.__dict__["active_pass"].active is Pass.DENSE:
+        if self.active_pass.active is Pass.DENSE:
             return super().module_at(index)
         return _in_gated_pass(self, "gated", index)
 
@@ -355,7 +335,7 @@ class GatedPass:
                 raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
             size = tuple(input_size)
             if size not in self._sizes:
-                self._sizes[size] = macs_for(self._root, found, image_batch(self._root, size, images=1))
+                self._sizes[size] = macs_for(self._root, found, size)
             macs = self._sizes[size]
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
@@ -441,7 +421,6 @@ def annealed(
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
     """
-    check_number("annealed", start=start)
     return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))
 
 
@@ -449,8 +428,7 @@ def annealed(
 def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
     """Return `weight * (mean share - budget)^2` (Krishna et al. 2023, computational budget).
 
-    `share` holds the multiply-adds of each image as a share of the dense network's, in any shape; `budget`, the target
-    mean, is in (0, 1). The weight is the paper's lambda.
+    `share` has the multiply-adds of images as shares of the dense network's, `budget` is in (0, 1), `weight` is lambda.
 
     >>> budget_loss(torch.tensor([0.4, 0.6]), budget=0.3)
     tensor(0.2000)
@@ -494,8 +472,7 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
     Args:
         masks: one of shape (images, units) per gate, zeros and ones.
-        closed_gradient: if False, use the L1 norm of the masks, as published. Its gradient is zero at closed units, so
-            a loss on it can close units but not open them.
+        closed_gradient: if False, use the L1 norm of the masks, as published, whose gradient opens no closed units.
 
     Raises: DataError: if there is no mask.
 
@@ -511,11 +488,10 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
 
 class GateBudget(nn.Module):
-    """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
+    """Sum of the budget loss and the bound loss of a gated pass, whose bounds widen by epoch (Krishna et al. 2023).
 
     With several processes the losses are those of the joined batch; average the gradients. `reached` is the mean share
     of multiply-adds of the last batch, without gradient, None at first, and `reached_at` maps each width to its last.
-    The defaults are those of Krishna et al. 2023.
 
     Args:
         budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.
@@ -551,10 +527,7 @@ class GateBudget(nn.Module):
         self.reached_at: dict[float, Tensor] = {}
 
     def forward(self, run: GatedPass, epoch: float) -> Tensor:
-        """Return the sum of both losses for a gated pass, a scalar.
-
-        Raises: UsageError: if `run` is not a gated pass, or `epoch` is not a number.
-        """
+        """Return the sum of both losses, a scalar; raise UsageError if `run` is no gated pass or `epoch` no number."""
         if not isinstance(run, GatedPass):
             raise UsageError(f"GateBudget: expected the run of `with gated(model) as run`, got {type(run).__name__}")
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)

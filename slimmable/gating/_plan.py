@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
-from slimmable._inputs import MOST, example_of, is_index
+from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index
 from slimmable._nested import output_tensors
 from slimmable._widths import width_index
 from slimmable.analysis.channels import Grouping
@@ -25,19 +25,11 @@ from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import CheckpointError, ConversionError
 from slimmable.view.state import is_slim
 
+GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
+TEMPERATURE = 2 / 3
 PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 _PLAIN = (type(None), bool, int, float, str)  # values that JSON holds as they are
-
-
-def hidden_units(channels: int) -> int:
-    """Return the hidden units of a `ChannelGate`."""
-    return max(1, channels // 4)
-
-
-def gate_macs(channels: int, units: int) -> int:
-    """Return the multiply-adds of a `ChannelGate` per image."""
-    return hidden_units(channels) * (channels + units)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +132,16 @@ class LayerMacs:
         return float(sum(self.by_layer(masks, counts).values()))
 
 
+def hidden_units(channels: int) -> int:
+    """Return the hidden units of a `ChannelGate`."""
+    return max(1, channels // 4)
+
+
+def gate_macs(channels: int, units: int) -> int:
+    """Return the multiply-adds of a `ChannelGate` per image."""
+    return hidden_units(channels) * (channels + units)
+
+
 @checked
 def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) -> GatePlan:
     """Return which channel groups `gate` would give gates, and why the others get none; the model is not changed.
@@ -164,8 +166,12 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         raise ConversionError(f"{what}; gate the model that slimify returned before it becomes a part of another")
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
-    images = _image_count(args, kwargs)
-    fake, trace, solution = _traced(model, args, kwargs, plan or Plan((1.0,)))
+    first = next(iter(output_tensors((args, kwargs))), None)
+    if first is None or not first.ndim or not len(first):
+        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
+        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
+    images = len(first)
+    fake, trace, solution = _traced(model, (args, kwargs), plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
     finder = _Finder(trace, plan)
     possible, refused = [], []
@@ -188,25 +194,16 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     return GatePlan(tuple(gates), tuple(refused), plan, macs, encode((args, kwargs)))
 
 
-def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
-    """Return the multiply-adds of a gated model for inputs whose size differs from its example's."""
-    args, kwargs = example_of(model, example_inputs)
-    _, trace, _ = _traced(model, args, kwargs, found.plan)
-    return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
-
-
-def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    tensors = output_tensors((args, kwargs))
-    if not tensors or not tensors[0].ndim or not len(tensors[0]):
-        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
-        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
-    return len(tensors[0])
+def macs_for(model: nn.Module, found: GatePlan, size: tuple[int, ...]) -> LayerMacs:
+    """Return the multiply-adds of a gated model for images of another size than its example's."""
+    _, trace, _ = _traced(model, example_of(model, image_batch(model, size, images=1)), found.plan)
+    return _Finder(trace, found.plan).layer_macs(found.gates, images=1)
 
 
 @torch.inference_mode(False)
-def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
+def _traced(model: nn.Module, example: Arguments, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
-    fake = FakeModel(plain(model), (args, kwargs))
+    fake = FakeModel(plain(model), example)
     return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
@@ -233,9 +230,8 @@ class _Finder:
             for group in self._groups_on(ids):
                 self.reads[group].append((path, ids))
         self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
-        self.summed = {group for ids in context.sums for group in self._groups_on(ids)}
-        outputs = [ids for output in trace.outputs for ids in output.units if ids is not None]
-        self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
+        self.summed = self._groups_on(*context.sums)
+        self.outputs = self._groups_on(*(ids for output in trace.outputs for ids in output.units))
 
     def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
         """Return the multiply-adds of the trace, which ran on this many images."""
@@ -290,8 +286,8 @@ class _Finder:
         units: Ids = self._units[self.labels.find(ids)]
         return units
 
-    def _groups_on(self, ids: Ids) -> list[int]:
-        return self.grouping.groups_in([self._units_on(ids)])
+    def _groups_on(self, *axes: Ids | None) -> list[int]:
+        return self.grouping.groups_in([self._units_on(ids) for ids in axes if ids is not None])
 
     def _call(self, path: str, role: str, images: int) -> ModuleCall:
         calls = self.trace.calls.get(path, [])
@@ -326,8 +322,7 @@ class _Finder:
             if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
                 continue
             axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
-            inside = any(ids is not None and group in self._groups_on(ids) for ids in axes)
-            if inside or any(id(call.source) in outputs for call in self.trace.calls[path]):
+            if group in self._groups_on(*axes) or any(id(call.source) in outputs for call in self.trace.calls[path]):
                 found.append(path)
         return tuple(found)
 

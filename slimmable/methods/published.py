@@ -23,8 +23,7 @@ _COLD = 0.04  # temperature of the teacher of DINO at first
 class SimCLR(Method):
     """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
 
-    The embeddings of all processes are gathered with their gradients, so each image is compared with the whole batch.
-    The example of `Method` shows a step.
+    The processes' embeddings are gathered, with their gradients. The example of `Method` shows a step.
 
     Args:
         encoder: a converted `Encoder`.
@@ -85,8 +84,7 @@ class VICReg(Method):
 class BarlowTwins(Method):
     """Barlow Twins (Zbontar et al., *Self-Supervised Learning via Redundancy Reduction*, ICML 2021), at every width.
 
-    Narrow widths learn the full width's embeddings, each feature standardised over the batch as in the loss. The
-    example of `Method` shows a step.
+    Narrow widths learn the full width's embeddings, standardised as in the loss. The example of `Method` shows a step.
 
     Args:
         encoder: a converted `Encoder`.
@@ -131,8 +129,7 @@ class Supervised(Method):
     >>> encoder = Encoder(backbone, Supervised.projector(8, num_classes=3))
     >>> method = Supervised(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation(), loss_weights="ones")
-    >>> losses = method.step(recipe, Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7)
-    >>> list(losses)
+    >>> list(method.step(recipe, Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7))
     [1.0, 0.5]
     """
 
@@ -351,8 +348,7 @@ class _WithPredictor(Method):
 class SimSiam(_WithPredictor):
     """SimSiam (Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021), at every width.
 
-    Each width predicts its own embeddings. Narrow widths also learn the full width's predictions, with the distance of
-    SimSiam's own loss. A step is as in the example of `BYOL`.
+    Narrow widths also learn the full width's predictions, with the loss's distance. A step is as in `BYOL`'s example.
 
     Args:
         encoder: a converted `Encoder`.
@@ -464,8 +460,7 @@ class BYOL(_WithMomentum):
     >>> predictor = slimmable.slimify(BYOL.predictor(16, 4), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> method = BYOL(encoder, predictor)
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
-    >>> list(losses)
+    >>> list(method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7))
     [1.0, 0.5]
     """
 
