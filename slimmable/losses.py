@@ -425,11 +425,10 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:
 
 @checked
 def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset: int = 0) -> Tensor:
-    """Return the logits of MoCo v3 for one direction: cosines divided by `temperature`.
+    """Return the logits of MoCo v3 for one direction: cosines divided by `temperature`, the positive in column 0.
 
     `query` has shape (batch, dim) and `keys` (n, dim) with n >= batch; row `offset + i` of `keys` is the positive of
-    `query[i]`. For keys gathered from several processes, `offset` is `rank * batch`. The result has shape (batch, n):
-    the positive in column 0, then the other keys in order.
+    `query[i]`. For keys gathered from several processes, `offset` is `rank * batch`. The result has shape (batch, n).
 
     >>> moco_v3_logits(torch.eye(2), torch.eye(2), temperature=0.5)
     tensor([[2., 0.],

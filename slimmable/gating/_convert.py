@@ -93,10 +93,10 @@ def gate(
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
     converted = state_of(model)
     width = None if converted is None else width_of(model)
+    make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
     built = []
     for planned in found.gates:
         like = next(model.get_submodule(planned.maker).parameters())
-        make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
         gates = LayerGates(planned, found.plan, make).to(like.device, like.dtype)
         child = f"{GATE}_{planned.number}" if planned.number else GATE
         built.append((planned, child, gates))
@@ -416,14 +416,12 @@ def _kept(
             for group, whole in enumerate(full)
         )
 
-    def macs(units: int) -> float:
-        return found.macs.total(counts(units))
-
     if keep is not None:
         return counts(sum(share >= keep for share, _ in ranked))
     dense = found.macs.total(full)
-    fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=macs)
+    fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=lambda units: found.macs.total(counts(units)))
     if not fitting:
-        what = f"the budget is {budget}, but the smallest network costs {macs(0) / dense:.3f}"
+        least = found.macs.total(counts(0)) / dense
+        what = f"the budget is {budget}, but the smallest network costs {least:.3f}"
         raise UsageError(f"extract_gated: {what}; give a larger budget or a smaller round_to")
     return counts(fitting - 1)

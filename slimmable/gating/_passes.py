@@ -232,10 +232,7 @@ class PassNorm(SwitchableNorm):
 
     @staticmethod
     def of(norm: nn.Module, widths: int) -> "PassNorm":
-        """Give a norm, switchable or not, norms for the gated pass, which start as copies.
-
-        Only the first `widths` widths get them. A switchable norm is changed in place, others are put inside a new one.
-        """
+        """Give copies for the gated pass to the first `widths` of a norm, which is put inside a new one if plain."""
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
         copies = [copy_of_norm(own.own_at(index)) for index in range(min(widths, 1 + len(own.narrow)))]
         own.__dict__["inside"] = own is not norm
@@ -447,9 +444,8 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
 
     Args:
         open_fractions: of shape (gates,), from the function `open_fractions`.
-        budget: as for `budget_loss`.
+        budget, weight: as for `budget_loss`; the weight is the paper's gamma.
         p: tightness of the bounds, in [0, 1]; see `annealed`.
-        weight: the paper's gamma.
 
     Raises: DataError: if there is no gate.
 

@@ -110,20 +110,14 @@ class LayerMacs:
     positions: Mapping[str, tuple[int, ...]]  # path of a layer with gates -> its input's shape, but images and channels
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
-        """Return module path -> multiply-adds of each image, shape (images,); of any one if there are no masks.
-
-        `masks` map groups to (images, kept units), float64; others are open. `counts` are each group's kept units.
-        """
+        """Return module path -> multiply-adds of each image, for masks (images, kept units) of groups, or open ones."""
         like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
         open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]
         kept = self.grouping.mask(np.array([*counts, 1]), np.arange(self.times.shape[1]))
         opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self.times[:, kept].T.to(like)
         found: dict[str, Tensor] = {}
         for path, unit, axes in self.products:
-            macs = like.new_full((len(like),), unit)
-            for axis in axes:
-                macs = macs * opened[:, axis]
-            found[path] = found.get(path, 0) + macs
+            found[path] = found.get(path, 0) + unit * opened[:, axes].prod(1)
         return {path: macs / self.images for path, macs in found.items()}
 
     def total(self, counts: Sequence[int], closed: Sequence[PlannedGate] = ()) -> float:

@@ -17,8 +17,6 @@ from slimmable.losses import OnlineDistillation
 from slimmable.methods.method import Batch, Method, Outcome
 from slimmable.training import MoCo, MomentumEncoder, cosine_momentum, synchronised_batchnorm
 
-_COLD = 0.04  # temperature of the teacher of DINO at first
-
 
 class SimCLR(Method):
     """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
@@ -296,7 +294,7 @@ class DINO(Method):
         with synchronised_batchnorm(self.bn_groups):
             outputs = [at_least_float32(each) for each in _outputs(self.momentum_encoder, batch.views[:2])]
         left = max(0.0, 1 - progress / self.warm_up) if self.warm_up else 0.0
-        temperature = self.teacher_temperature + left * (_COLD - self.teacher_temperature)
+        temperature = self.teacher_temperature + left * (0.04 - self.teacher_temperature)
         mean = gather(torch.stack(outputs).mean((0, 1))[None]).mean(0)
         return [*((each - self.center) / temperature for each in outputs), mean]
 
