@@ -117,7 +117,8 @@ class LayerMacs:
         opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self.times[:, kept].T.to(like)
         found: dict[str, Tensor] = {}
         for path, unit, axes in self.products:
-            found[path] = found.get(path, 0) + unit * opened[:, axes].prod(1)
+            macs = math.prod((opened[:, axis] for axis in axes), start=like.new_full((len(like),), unit))
+            found[path] = found.get(path, 0) + macs
         return {path: macs / self.images for path, macs in found.items()}
 
     def total(self, counts: Sequence[int], closed: Sequence[PlannedGate] = ()) -> float:

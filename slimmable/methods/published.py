@@ -397,10 +397,8 @@ class _WithMomentum(_WithPredictor):
 class MoCoV3(_WithMomentum):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
-    A step is as in the example of `BYOL`.
-
     Args:
-        encoder, predictor, momentum: as for `BYOL`.
+        encoder, predictor, momentum: as for `BYOL`, whose example shows a step.
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
     """
 
