@@ -31,7 +31,7 @@ from slimmable.files.description import differences
 from slimmable.files.model import save
 from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
-from slimmable.methods.teachers import TeacherKind
+from slimmable.methods.published import TeacherKind
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"

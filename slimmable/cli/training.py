@@ -17,7 +17,7 @@ from slimmable.cli.data import Images, Views, keys_of_steps, load, make_views, n
 from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
-from slimmable.losses.distillation import DistillationKind, OnlineDistillation
+from slimmable.losses import DistillationKind, OnlineDistillation
 from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients
 

@@ -18,15 +18,14 @@ from slimmable._addons import ADDONS, AddOn
 from slimmable._checks import check_positive, check_whole, checked, number_or_nan
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
-from slimmable._modules import in_eval_mode, replace_modules
+from slimmable._modules import in_eval_mode, replace_modules, swapped
 from slimmable._tables import listing
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
 from slimmable.errors import CheckpointError, ConversionError, DataError, SlimmableError, UsageError
-from slimmable.gating._gates import GATE, TEMPERATURE, ChannelGate, LayerGates, gates_in, has_gates
-from slimmable.gating._passes import GatedPass, PassNorm, gated, gates_of
-from slimmable.gating._plan import PLAN, SKIPPED, GatePlan, PlannedGate, decode, gate_plan
+from slimmable.gating._passes import ChannelGate, GatedPass, LayerGates, PassNorm, gated, gates_in, gates_of, has_gates
+from slimmable.gating._plan import GATE, PLAN, SKIPPED, TEMPERATURE, GatePlan, decode, gate_plan
 from slimmable.training.batchnorm import ModelInput, arguments_of, calibrate_bn
 from slimmable.view.state import Column, state_of
 
@@ -55,9 +54,8 @@ def gate(
     gate sees the input of the layer that makes the units; its mask multiplies the inputs of those that read them, as if
     the channels were dropped. `print(gate_plan(model))` shows where and why. Every tensor has the batch first.
 
-    Outside `with gated(model):` the model is dense and computes the same numbers as before. A slimmable model gets
-    gates for each of its widths; convert it first, then gate it. Loading a state dict whose gates differ from the
-    model's raises a CheckpointError and changes nothing.
+    Outside `with gated(model):` the model is dense and computes the same numbers as before. A model that was
+    converted first gets gates for each width. Loading a state dict of other gates fails and changes nothing.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
@@ -73,13 +71,13 @@ def gate(
 
     Source: Krishna et al. 2023 gate the inner channels of residual blocks; other architectures and widths are new here.
 
-    >>> import torch, slimmable
+    >>> from slimmable.gating import gate, gated
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> x = torch.randn(3, 4)
     >>> torch.equal(model(x), net(x))
     True
-    >>> with slimmable.gating.gated(model.train()) as run:
+    >>> with gated(model.train()) as run:
     ...     scores = model(x)
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
@@ -93,16 +91,26 @@ def gate(
     if not found.gates:
         reasons = "\n".join(f"  {maker} ({units}): {reason}" for maker, units, reason in found.refused[:20])
         raise ConversionError(f"nothing in this {type(model).__name__} can be gated\n{reasons}".rstrip())
-    width = None if state_of(model) is None else width_of(model)
+    converted = state_of(model)
+    width = None if converted is None else width_of(model)
     make = partial(ChannelGate, temperature=temperature, open_at_zero=open_at_zero, bias=bias)
-    built = [(planned, _layer_gates(model, found, planned, make)) for planned in found.gates]
+    built = []
+    for planned in found.gates:
+        like = next(model.get_submodule(planned.maker).parameters())
+        gates = LayerGates(planned, found.plan, make).to(like.device, like.dtype)
+        child = f"{GATE}_{planned.number}" if planned.number else GATE
+        built.append((planned, child, gates))
+        if converted is not None:
+            know(gates, found.plan, f"{planned.maker}.{child}")
+            for registered in converted.columns[len(found.plan.columns) :]:  # widths without gates, which run dense
+                gates._slim.add(Column(registered.width, counts=registered.counts))
     target = model if inplace else copy_of(model)
-    for planned, gates in built:
+    for planned, child, gates in built:
         for number, reader in enumerate(planned.readers):
             target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
-        maker.add_module(_child(planned), gates.train(maker.training))
-    for planned, gates in built:  # after the masks on the same layer's input
+        maker.add_module(child, gates.train(maker.training))
+    for planned, _, gates in built:  # after the masks on the same layer's input
         target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
@@ -118,9 +126,8 @@ def gate(
 def ungate(model: M) -> M:
     """Remove the gates and the gated pass's norms from a model in place, and return it.
 
-    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> len(model.state_dict()), len(ungate(model).state_dict())
     (15, 6)
     """
@@ -144,43 +151,12 @@ def ungate(model: M) -> M:
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model's gates, for a separate optimizer group; empty for a model without gates.
 
-    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> [tuple(parameter.shape) for parameter in gate_parameters(model)]
     [(2, 8), (2,), (2,), (32, 2), (32,)]
     """
     return [parameter for gates in gates_in(model) for parameter in gates.parameters()]
-
-
-def _child(planned: PlannedGate) -> str:
-    return f"{GATE}_{planned.number}" if planned.number else GATE
-
-
-def _layer_gates(
-    model: nn.Module, found: GatePlan, planned: PlannedGate, make: Callable[[int, int], nn.Module]
-) -> LayerGates:
-    """Make the gates of one group, one per width, with the device and dtype of the layer's parameters."""
-    plan = found.plan
-    grouping = plan.channels.needed.grouping
-    own = next(model.get_submodule(planned.maker).parameters())
-    per_width = [np.array([*column.counts, 1]) for column in plan.columns]
-    gates = [
-        make(grouping.count(counts, planned.channels), int(counts[planned.group])).to(own.device, own.dtype)
-        for counts in per_width
-    ]
-    readers = [
-        (reader.axis, [reader.units[grouping.mask(counts, reader.ids)].tolist() for counts in per_width])
-        for reader in planned.readers
-    ]
-    made = LayerGates(planned.name, planned.axis, plan.widths, gates, readers)
-    converted = state_of(model)
-    if converted is not None:
-        know(made, plan, f"{planned.maker}.{_child(planned)}")
-        for registered in converted.columns[len(plan.columns) :]:  # widths without gates, which run dense
-            made._slim.add(Column(registered.width))
-            made._slim.columns[-1].counts = registered.counts
-    return made
 
 
 def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
@@ -274,12 +250,10 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
 
     The gates decide in eval mode, without noise; modes are restored afterwards. `loader` is as for `calibrate_bn`.
 
-    Raises: UsageError: if the model has no gates, or the loader is not an iterable of batches. DataError: if the loader
-        is empty or holds anything other than batches.
+    Raises: UsageError: if the model has no gates, or the loader is no iterable. DataError: if it holds no batches.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> _ = nn.init.ones_(model[2].channel_gate.at[0].expand.weight)
     >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
     1
@@ -311,43 +285,38 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
         open; if the model has no gates, or the loader can be iterated over only once. DataError: as `gate_activity`.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> _ = nn.init.normal_(model[2].channel_gate.at[0].expand.bias)  # as if trained
     >>> round(calibrate_gates(model, [torch.randn(64, 4)], budget=0.5), 1)
     0.5
     """
     if isinstance(loader, Iterator):
         raise UsageError("calibrate_gates: the loader is iterated over many times; give a list or a DataLoader")
-    gates = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
-    thresholds = [gate.threshold for gate in gates if isinstance(gate, ChannelGate)]
-    before = [threshold.clone() for threshold in thresholds]
+    active = [gates.module_at(gates._slim.index) for gates in gates_of("calibrate_gates", model)]
+    gates = [gate for gate in active if isinstance(gate, ChannelGate)]
+    shares: dict[float, float] = {}  # threshold -> share
 
-    def share_at(value: float) -> float:
-        for threshold in thresholds:
-            threshold.fill_(value)
-        return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
+    def share_at(threshold: float) -> float:
+        with swapped([(gate._buffers, "threshold", torch.full_like(gate.threshold, threshold)) for gate in gates]):
+            return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
 
-    try:
-        least, most = share_at(math.inf), share_at(-math.inf)
-        if not least <= budget <= most:
-            costs = f"with all gates closed the network costs {least:.3f}, with all open {most:.3f}, of the dense one"
-            raise UsageError(f"calibrate_gates: budget is {budget}, but {costs}")
-        low, high, misses = -1.0, 1.0, {}
-        for _ in range(40):
-            middle = (low + high) / 2
-            value = math.tan(middle * math.pi / 2)
-            share = share_at(value)
-            misses[value] = abs(share - budget)
-            if misses[value] <= 5e-4:  # of the dense multiply-adds
-                break
-            low, high = (middle, high) if share > budget else (low, middle)
-        return share_at(min(misses, key=misses.__getitem__))
-    except BaseException:
-        for threshold, old in zip(thresholds, before, strict=True):
-            threshold.copy_(old)
-        raise
+    least, most = share_at(math.inf), share_at(-math.inf)
+    if not least <= budget <= most:
+        costs = f"with all gates closed the network costs {least:.3f}, with all open {most:.3f}, of the dense one"
+        raise UsageError(f"calibrate_gates: budget is {budget}, but {costs}")
+    low, high = -1.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        threshold = math.tan(middle * math.pi / 2)
+        shares[threshold] = share_at(threshold)
+        if abs(shares[threshold] - budget) <= 5e-4:  # of the dense multiply-adds
+            break
+        low, high = (middle, high) if shares[threshold] > budget else (low, middle)
+    closest = min(shares, key=lambda threshold: abs(shares[threshold] - budget))
+    for gate in gates:
+        gate.threshold.fill_(closest)
+    return shares[closest]
 
 
 def _over_batches(
@@ -394,13 +363,11 @@ def extract_gated(
             16 suit most hardware. An attention head of 64 channels counts as 64.
         recalibrate: recompute the BatchNorm statistics of the small network on the loader.
 
-    Raises: UsageError: unless exactly one of `keep` and `budget` is given, in its range and at least the cost of the
-        smallest network; if the model has no gates, or `loader` can be iterated over only once. DataError: as
-        `gate_activity`.
+    Raises: UsageError: unless one of `keep` and `budget` is given, in its range and no less than the smallest network
+        costs; if the model has no gates, or `loader` can be iterated over only once. DataError: as `gate_activity`.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
+    >>> model = gate(net, example_inputs=torch.zeros(2, 4))
     >>> small = extract_gated(model, [torch.randn(16, 4)], budget=0.5)
     >>> type(small[2]), small[2].out_features
     (<class 'torch.nn.modules.linear.Linear'>, 14)
@@ -449,14 +416,12 @@ def _kept(
             for group, whole in enumerate(full)
         )
 
-    def macs(units: int) -> float:
-        return found.macs.total(counts(units))
-
     if keep is not None:
         return counts(sum(share >= keep for share, _ in ranked))
     dense = found.macs.total(full)
-    fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=macs)
+    fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=lambda units: found.macs.total(counts(units)))
     if not fitting:
-        what = f"the budget is {budget}, but the smallest network costs {macs(0) / dense:.3f}"
+        least = found.macs.total(counts(0)) / dense
+        what = f"the budget is {budget}, but the smallest network costs {least:.3f}"
         raise UsageError(f"extract_gated: {what}; give a larger budget or a smaller round_to")
     return counts(fitting - 1)

@@ -1,25 +1,225 @@
-"""The dense and the gated pass of a model, their BatchNorms, a gated pass's decisions and cost, and losses on both."""
+"""Gates, which decide for each image which units of a layer are open; the dense and the gated pass, and its losses."""
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar, cast
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_floats, check_module, check_not_negative, check_number, checked
+from slimmable._checks import check_floats, check_is_module, check_matrices, check_module, check_not_negative, checked
 from slimmable._distributed import gather
-from slimmable._inputs import image_batch, is_size
+from slimmable._inputs import is_size
+from slimmable._numerics import at_least_float32
+from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
-from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
-from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, macs_for
-from slimmable.view.container import inner_modules
+from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, hidden_units, macs_for
+from slimmable.view.container import SwitchableContainer, inner_modules
+from slimmable.view.cuts import Indices
 from slimmable.view.norms import SwitchableNorm, copy_of_norm
-from slimmable.view.recompute import Active, switched
+from slimmable.view.recompute import Active, in_backward, switch, switched
+
+Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
+_TINY = 1e-8  # keeps the logarithms of the noise finite
 
 
+@checked
+def hard_mask(
+    logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
+) -> Tensor:
+    """Return a mask: 1 where a unit is open, 0 where it is closed.
+
+    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5, with
+    the gradient of `soft` (straight-through). Without noise, positive logits are open, and there is no gradient.
+
+    Source: the binary Gumbel-softmax of Krishna et al. 2023, whose code also opens units at logit 0 without noise.
+
+    Args:
+        logits, uniform: two tensors of any one shape; `u` is random in [0, 1), and None for no noise.
+        open_at_zero: without noise, open units with logit 0, as published.
+
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 1.])
+    >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.9, 0.4, 0.5]))
+    tensor([1., 0., 1.])
+    """
+    check_floats("hard_mask", logits=logits, uniform=logits if uniform is None else uniform)
+    if uniform is None:
+        return (logits >= 0 if open_at_zero else logits > 0).to(logits.dtype)
+    if uniform.shape != logits.shape:
+        raise DataError(f"hard_mask: uniform has shape {tuple(uniform.shape)}, logits {tuple(logits.shape)}")
+    noise = torch.log(uniform + _TINY) - torch.log(1 - uniform + _TINY)
+    soft = torch.sigmoid((logits + noise) / temperature)
+    return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
+
+
+class ChannelGate(nn.Module):
+    """Decides for each image which of a layer's units are open.
+
+    A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
+    in training mode (see `hard_mask`). Units open where logits, in at least float32, exceed the buffer `threshold`.
+
+    Source: Krishna et al. 2023, whose gates have no bias, so all logits are 0 for an image without active hidden units.
+
+    Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
+
+    Args:
+        channels, units: how many channels the layer's input has, and how many units the gate opens or closes.
+        temperature, open_at_zero: as in `hard_mask`.
+        bias: add a learned bias per unit to the logits.
+
+    >>> gate = ChannelGate(16, 24).eval()
+    >>> gate(torch.randn(2, 16)).shape, gate.macs
+    (torch.Size([2, 24]), 160)
+    """
+
+    threshold: Tensor
+
+    @checked
+    def __init__(
+        self,
+        channels: int,
+        units: int,
+        *,
+        temperature: float = TEMPERATURE,
+        open_at_zero: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_units(channels)
+        self.reduce = nn.Linear(channels, hidden, bias=False)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.expand = nn.Linear(hidden, units, bias=bias)
+        for linear in (self.reduce, self.expand):
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+        if self.expand.bias is not None:
+            nn.init.zeros_(self.expand.bias)
+        self.temperature, self.open_at_zero = temperature, open_at_zero
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per image."""
+        return self.reduce.weight.numel() + self.expand.weight.numel()
+
+    @checked
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Return one logit per unit: (images, channels) -> (images, units)."""
+        if not getattr(pooled, "is_meta", False):  # where a forward only finds shapes
+            check_matrices("ChannelGate", pooled=pooled)
+        logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
+        return logits
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the mask."""
+        logits = at_least_float32(self.logits(pooled)) - self.threshold
+        noise = torch.rand_like(logits) if self.training else None
+        return hard_mask(logits, noise, self.temperature, open_at_zero=self.open_at_zero)
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """The decision of a gate in one forward."""
+
+    mask: Tensor | None = None  # of shape (images, units); None before the gate has decided
+    positions: tuple[int, ...] = ()  # shape of the layer's input without its image and channel axes
+    index: int = 0  # of the width
+    record: "list[Decision] | None" = None  # of those in the same `gated` block
+
+
+class LayerGates(SwitchableContainer):
+    """The gates of one group of units, one per width, and their decision in the current forward.
+
+    In the state dict the full width's gate is `channel_gate.at.0`, followed by those of narrower widths. The gates of a
+    second group that the same layer makes are in `channel_gate_1`. Any module that maps pooled features (images,
+    channels) to a mask (images, units) can be in the place of a gate.
+    """
+
+    def __init__(self, planned: PlannedGate, plan: Plan, make: Callable[[int, int], nn.Module]) -> None:
+        super().__init__(plan.widths)
+        self.name, self.axis = planned.name, planned.axis
+        self.reader_axes = [reader.axis for reader in planned.readers]
+        self.active_pass, self.decision = Active(Pass.DENSE), Active(Decision())
+        self.at = nn.ModuleList()
+        self._units: dict[tuple[int, int], Indices] = {}  # reader's number and width's index -> unit at each position,
+        grouping = plan.channels.needed.grouping  # unless in order; the first of the mask, unit -1, is always open
+        for index, column in enumerate(plan.columns):
+            counts = np.array([*column.counts, 1])
+            self.at.append(make(grouping.count(counts, planned.channels), column.counts[planned.group]))
+            for number, reader in enumerate(planned.readers):
+                units = reader.units[grouping.mask(counts, reader.ids)].tolist()
+                if units != list(range(len(units))):
+                    self._units[number, index] = Indices([unit + 1 for unit in units])
+
+    def module_at(self, index: int) -> nn.Module:
+        """Return the gate of the width with this index; raise `UsageError` if it has none."""
+        return _in_gated_pass(self, "at", index)
+
+    def own_at(self, index: int) -> nn.Module:
+        """Return the whole, which `ungate` then removes, since extracted networks have no gates."""
+        return self
+
+    def decide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the layer that makes the units: decide from its input, and keep the mask for those that read them."""
+        if self.active_pass.active is Pass.DENSE:
+            return
+        source: Tensor = args[0]
+        others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
+        mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
+        record = self.decision.active.record
+        decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
+        switch([(None, self.decision)], [decision])
+        if record is not None and not in_backward():
+            record.append(decision)
+
+    def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before a reader, given by its number: return its arguments, with closed units set to zero."""
+        source, *more = args
+        if self.active_pass.active is Pass.DENSE:
+            return self.linked(source), *more
+        mask = self.decision.active.mask
+        if mask is None or len(mask) != len(source):
+            found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
+            what = f"a layer reads the output of {self.name}, but its gate has {found}"
+            raise UsageError(f"{what}; run the whole model gated")
+        units = self._units.get((number, self._slim.index))
+        if units is not None:
+            mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))
+        shape = [1] * source.ndim
+        shape[0], shape[self.reader_axes[number]] = mask.shape
+        return self.linked(source * mask.to(source.dtype).view(shape)), *more
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the state of a running forward."""
+        return {**self.__dict__, "decision": Active(Decision())}
+
+
+def _in_gated_pass(container: SwitchableContainer, name: str, index: int) -> nn.Module:
+    """Return the module that a gated pass runs at the width with this index, from a list in a container."""
+    modules = inner_modules(container, name)
+    if str(index) not in modules:
+        widths, active = container.widths[: len(modules)], container._slim.active.width
+        raise UsageError(f"gates are for the widths {widths}, not for the active {active}; set one, or run dense")
+    return modules[str(index)]
+
+
+def gates_in(model: nn.Module) -> list[LayerGates]:
+    """Return the gates in a model, in the order of their layers."""
+    return [module for module in model.modules() if isinstance(module, LayerGates)]
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Return whether a model has gates."""
+    check_is_module("has_gates", model)
+    return bool(gates_in(model))
+
+
+# -- the two passes
 class PassNorm(SwitchableNorm):
     """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
 
@@ -32,10 +232,7 @@ class PassNorm(SwitchableNorm):
 
     @staticmethod
     def of(norm: nn.Module, widths: int) -> "PassNorm":
-        """Give a norm, switchable or not, norms for the gated pass, which start as copies.
-
-        Only the first `widths` widths get them. A switchable norm is changed in place, others are put inside a new one.
-        """
+        """Give copies for the gated pass to the first `widths` of a norm, which is put inside a new one if plain."""
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
         copies = [copy_of_norm(own.own_at(index)) for index in range(min(widths, 1 + len(own.narrow)))]
         own.__dict__["inside"] = own is not norm
@@ -53,9 +250,9 @@ class PassNorm(SwitchableNorm):
 
     def module_at(self, index: int) -> nn.Module:
         """Return the active pass's norm of the width with this index."""
-        if self.__dict__["active_pass"].active is Pass.DENSE:
+        if self.active_pass.active is Pass.DENSE:
             return super().module_at(index)
-        return inner_modules(self, "gated")[str(index)]
+        return _in_gated_pass(self, "gated", index)
 
 
 class GatedPass:
@@ -100,8 +297,7 @@ class GatedPass:
         by_group = {gate.group: masks[gate.name] for gate in found.gates}
         layers = macs.by_layer(by_group, counts)
         for gates in self._records:
-            own = gates.module_at(self._width_index())
-            cost = own.macs if isinstance(own, ChannelGate) else 0
+            cost = getattr(gates.module_at(self._width_index()), "macs", 0)
             layers[f"{gates.name}.{GATE}"] = masks[gates.name].new_full((len(masks[gates.name]),), cost)
         return layers
 
@@ -136,7 +332,7 @@ class GatedPass:
                 raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
             size = tuple(input_size)
             if size not in self._sizes:
-                self._sizes[size] = macs_for(self._root, found, image_batch(self._root, size, images=1))
+                self._sizes[size] = macs_for(self._root, found, size)
             macs = self._sizes[size]
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
@@ -222,7 +418,6 @@ def annealed(
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
     """
-    check_number("annealed", start=start)
     return end + (start - end) * math.exp(-alpha * max(0.0, epoch - first_epoch))
 
 
@@ -230,8 +425,7 @@ def annealed(
 def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
     """Return `weight * (mean share - budget)^2` (Krishna et al. 2023, computational budget).
 
-    `share` holds the multiply-adds of each image as a share of the dense network's, in any shape; `budget`, the target
-    mean, is in (0, 1). The weight is the paper's lambda.
+    `share` has the multiply-adds of images as shares of the dense network's, `budget` is in (0, 1), `weight` is lambda.
 
     >>> budget_loss(torch.tensor([0.4, 0.6]), budget=0.3)
     tensor(0.2000)
@@ -250,9 +444,8 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
 
     Args:
         open_fractions: of shape (gates,), from the function `open_fractions`.
-        budget: as for `budget_loss`.
+        budget, weight: as for `budget_loss`; the weight is the paper's gamma.
         p: tightness of the bounds, in [0, 1]; see `annealed`.
-        weight: the paper's gamma.
 
     Raises: DataError: if there is no gate.
 
@@ -275,8 +468,7 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
     Args:
         masks: one of shape (images, units) per gate, zeros and ones.
-        closed_gradient: if False, use the L1 norm of the masks, as published. Its gradient is zero at closed units, so
-            a loss on it can close units but not open them.
+        closed_gradient: if False, use the L1 norm of the masks, as published, whose gradient opens no closed units.
 
     Raises: DataError: if there is no mask.
 
@@ -292,11 +484,10 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
 
 class GateBudget(nn.Module):
-    """Sum of the budget loss and the bound loss of a gated pass; the bounds widen over the epochs.
+    """Sum of the budget loss and the bound loss of a gated pass, whose bounds widen by epoch (Krishna et al. 2023).
 
     With several processes the losses are those of the joined batch; average the gradients. `reached` is the mean share
     of multiply-adds of the last batch, without gradient, None at first, and `reached_at` maps each width to its last.
-    The defaults are those of Krishna et al. 2023.
 
     Args:
         budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.
@@ -332,10 +523,7 @@ class GateBudget(nn.Module):
         self.reached_at: dict[float, Tensor] = {}
 
     def forward(self, run: GatedPass, epoch: float) -> Tensor:
-        """Return the sum of both losses for a gated pass, a scalar.
-
-        Raises: UsageError: if `run` is not a gated pass, or `epoch` is not a number.
-        """
+        """Return the sum of both losses, a scalar; raise UsageError if `run` is no gated pass or `epoch` no number."""
         if not isinstance(run, GatedPass):
             raise UsageError(f"GateBudget: expected the run of `with gated(model) as run`, got {type(run).__name__}")
         p = annealed(epoch, alpha=self.alpha, first_epoch=self.first_epoch)

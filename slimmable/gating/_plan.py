@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
-from slimmable._inputs import MOST, example_of, is_index
+from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index
 from slimmable._nested import output_tensors
 from slimmable._widths import width_index
 from slimmable.analysis.channels import Grouping
@@ -23,9 +23,10 @@ from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import CheckpointError, ConversionError
-from slimmable.gating._gates import gate_macs
 from slimmable.view.state import is_slim
 
+GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
+TEMPERATURE = 2 / 3
 PLAN = "_gate_plan"  # the attribute that holds the plan, in the module that `gate` returned
 SKIPPED = "skipped"  # the reason where the caller wants no gate
 _PLAIN = (type(None), bool, int, float, str)  # values that JSON holds as they are
@@ -98,45 +99,25 @@ class GatePlan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, eq=False)
 class LayerMacs:
-    """Multiply-adds of each layer for images of one size and any masks; pure data.
+    """Multiply-adds of each layer for images of one size and any masks; pure data."""
 
-    Args:
-        products: module path, multiply-adds of all images, and the axes that they are proportional to.
-        positions: path of a layer with gates -> shape of its input without its image and channel axes.
-    """
-
-    def __init__(
-        self,
-        products: Sequence[tuple[str, int, tuple[Ids, ...]]],
-        grouping: Grouping,
-        images: int,
-        positions: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        self.images, self.positions, self._grouping = images, dict(positions), grouping
-        units, axes = len(grouping.group_of), {ids.tobytes(): ids for _, _, each in products for ids in each}
-        number = {key: index for index, key in enumerate(axes)}
-        times = [np.bincount(ids, minlength=units) for ids in axes.values()]  # how often each unit is on each axis
-        self._times = torch.tensor(np.array(times)).view(len(axes), units)
-        self._products = [
-            (path, macs // math.prod(map(len, each)), [number[ids.tobytes()] for ids in each])
-            for path, macs, each in products
-        ]
+    products: Sequence[tuple[str, int, Sequence[int]]]  # module path, multiply-adds of one unit on each axis, the axes
+    times: Tensor  # how often each unit is on each axis, of shape (axes, units)
+    grouping: Grouping
+    images: int  # how many all of these are for
+    positions: Mapping[str, tuple[int, ...]]  # path of a layer with gates -> its input's shape, but images and channels
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
-        """Return module path -> multiply-adds of each image, shape (images,); of any one if there are no masks.
-
-        `masks` map groups to (images, kept units), float64; others are open. `counts` are each group's kept units.
-        """
+        """Return module path -> multiply-adds of each image, for masks (images, kept units) of groups, or open ones."""
         like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
         open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]
-        kept = self._grouping.mask(np.array([*counts, 1]), np.arange(self._times.shape[1]))
-        opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self._times[:, kept].T.to(like)
+        kept = self.grouping.mask(np.array([*counts, 1]), np.arange(self.times.shape[1]))
+        opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self.times[:, kept].T.to(like)
         found: dict[str, Tensor] = {}
-        for path, unit, axes in self._products:
-            macs = like.new_full((len(like),), unit)
-            for axis in axes:
-                macs = macs * opened[:, axis]
+        for path, unit, axes in self.products:
+            macs = math.prod((opened[:, axis] for axis in axes), start=like.new_full((len(like),), unit))
             found[path] = found.get(path, 0) + macs
         return {path: macs / self.images for path, macs in found.items()}
 
@@ -144,6 +125,16 @@ class LayerMacs:
         """Return the sum over all layers for one image, with all units of some gates closed."""
         masks = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64) for gate in closed}
         return float(sum(self.by_layer(masks, counts).values()))
+
+
+def hidden_units(channels: int) -> int:
+    """Return the hidden units of a `ChannelGate`."""
+    return max(1, channels // 4)
+
+
+def gate_macs(channels: int, units: int) -> int:
+    """Return the multiply-adds of a `ChannelGate` per image."""
+    return hidden_units(channels) * (channels + units)
 
 
 @checked
@@ -170,8 +161,12 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         raise ConversionError(f"{what}; gate the model that slimify returned before it becomes a part of another")
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
-    images = _image_count(args, kwargs)
-    fake, trace, solution = _traced(model, args, kwargs, plan or Plan((1.0,)))
+    first = next(iter(output_tensors((args, kwargs))), None)
+    if first is None or not first.ndim or not len(first):
+        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
+        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
+    images = len(first)
+    fake, trace, solution = _traced(model, (args, kwargs), plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
     finder = _Finder(trace, plan)
     possible, refused = [], []
@@ -194,26 +189,16 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     return GatePlan(tuple(gates), tuple(refused), plan, macs, encode((args, kwargs)))
 
 
-def macs_for(model: nn.Module, found: GatePlan, example_inputs: Any) -> LayerMacs:
-    """Return the multiply-adds of a gated model for inputs whose size differs from its example's."""
-    args, kwargs = example_of(model, example_inputs)
-    _, trace, _ = _traced(model, args, kwargs, found.plan)
-    return _Finder(trace, found.plan).layer_macs(found.gates, _image_count(args, kwargs))
-
-
-def _image_count(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    tensors = output_tensors((args, kwargs))
-    if not tensors or not tensors[0].ndim or not len(tensors[0]):
-        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
-        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
-    return len(tensors[0])
+def macs_for(model: nn.Module, found: GatePlan, size: tuple[int, ...]) -> LayerMacs:
+    """Return the multiply-adds of a gated model for images of another size than its example's."""
+    _, trace, _ = _traced(model, example_of(model, image_batch(model, size, images=1)), found.plan)
+    return _Finder(trace, found.plan).layer_macs(found.gates, images=1)
 
 
 @torch.inference_mode(False)
-def _traced(model: nn.Module, args: Any, kwargs: Any, rules: Plan) -> tuple[FakeModel, Trace, Any]:
+def _traced(model: nn.Module, example: Arguments, rules: Plan) -> tuple[FakeModel, Trace, Any]:
     """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
-    bare = plain(model)
-    fake = FakeModel(bare, (args, kwargs))
+    fake = FakeModel(plain(model), example)
     return fake, *best_trace(fake, rules, lambda path, module: False)
 
 
@@ -240,19 +225,25 @@ class _Finder:
             for group in self._groups_on(ids):
                 self.reads[group].append((path, ids))
         self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
-        self.summed = {group for ids in context.sums for group in self._groups_on(ids)}
-        outputs = [ids for output in trace.outputs for ids in output.units if ids is not None]
-        self.outputs = {group for ids in outputs for group in self._groups_on(ids)}
+        self.summed = self._groups_on(*context.sums)
+        self.outputs = self._groups_on(*(ids for output in trace.outputs for ids in output.units))
 
     def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
         """Return the multiply-adds of the trace, which ran on this many images."""
-        products = [(path, macs, tuple(map(self._units_on, axes))) for macs, axes, path in self.trace.context.products]
+        number: dict[bytes, int] = {}  # of each axis that occurs
+        products = []
+        for macs, labelled, path in self.trace.context.products:
+            axes = [self._units_on(ids) for ids in labelled]
+            on = [number.setdefault(ids.tobytes(), len(number)) for ids in axes]
+            products.append((path, macs // math.prod(map(len, axes)), on))
+        units = len(self.grouping.group_of)
+        times = [np.bincount(np.frombuffer(axis, self._units.dtype), minlength=units) for axis in number]
         positions = {}
         for gate in gates:
             source = self.trace.calls[gate.maker][0].source
             assert source is not None
             positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
-        return LayerMacs(products, self.grouping, images, positions)
+        return LayerMacs(products, torch.tensor(np.array(times)).view(-1, units), self.grouping, images, positions)
 
     def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
         """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
@@ -290,8 +281,8 @@ class _Finder:
         units: Ids = self._units[self.labels.find(ids)]
         return units
 
-    def _groups_on(self, ids: Ids) -> list[int]:
-        return self.grouping.groups_in([self._units_on(ids)])
+    def _groups_on(self, *axes: Ids | None) -> list[int]:
+        return self.grouping.groups_in([self._units_on(ids) for ids in axes if ids is not None])
 
     def _call(self, path: str, role: str, images: int) -> ModuleCall:
         calls = self.trace.calls.get(path, [])
@@ -326,8 +317,7 @@ class _Finder:
             if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
                 continue
             axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
-            inside = any(ids is not None and group in self._groups_on(ids) for ids in axes)
-            if inside or any(id(call.source) in outputs for call in self.trace.calls[path]):
+            if group in self._groups_on(*axes) or any(id(call.source) in outputs for call in self.trace.calls[path]):
                 found.append(path)
         return tuple(found)
 

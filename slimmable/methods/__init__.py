@@ -1,8 +1,18 @@
 """Training methods as modules: self-supervised ones, and supervised training, each at every width."""
 
 from slimmable.methods.method import Batch, Encoder, Method, Outcome
-from slimmable.methods.published import BYOL, BarlowTwins, MoCoV2, MoCoV3, SimCLR, SimSiam, Supervised, VICReg
-from slimmable.methods.teachers import DINO, Distillation
+from slimmable.methods.published import (
+    BYOL,
+    DINO,
+    BarlowTwins,
+    Distillation,
+    MoCoV2,
+    MoCoV3,
+    SimCLR,
+    SimSiam,
+    Supervised,
+    VICReg,
+)
 
 __all__ = [
     "BYOL", "DINO", "BarlowTwins", "Batch", "Distillation", "Encoder", "Method", "MoCoV2", "MoCoV3", "Outcome",

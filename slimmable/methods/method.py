@@ -82,8 +82,7 @@ class Method(nn.Module):
     >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))
     >>> method = SimCLR(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
-    >>> list(losses)
+    >>> list(method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7))
     [1.0, 0.5]
     """
 
@@ -168,7 +167,7 @@ class Method(nn.Module):
             as a GradScaler looks for them. UsageError: if the recipe belongs to another model, or the `gates` or the
             number of views do not fit. DataError: if a view is not a tensor, or their numbers of images differ.
         """
-        self._check(recipe, batch, autocast, backward, diagnostics, gates)
+        self._check(recipe, batch, backward, autocast=autocast, diagnostics=diagnostics, gates=gates)
         set_width(self, 1.0)  # including the modules that only `prepare` runs
         found: dict[float, tuple[Tensor, Tensor]] = {}  # each width's own loss, and its loss with distillation
         batch = replace(batch)  # the caller's keeps no targets
@@ -199,9 +198,7 @@ class Method(nn.Module):
             raise
         return losses
 
-    def _check(
-        self, recipe: SlimRecipe, batch: object, autocast: object, backward: object, diagnostics: object, gates: object
-    ) -> None:
+    def _check(self, recipe: SlimRecipe, batch: object, backward: object, **optional: object) -> None:
         where = f"{type(self).__name__}.step"
         check_recipe(where, recipe=recipe)
         switched = {id(module) for module, _ in places_of(recipe.model)}
@@ -209,19 +206,17 @@ class Method(nn.Module):
             wrong = "the recipe switches the widths of another model, or of a part of this one"
             raise UsageError(f"{where}: {wrong}; make it from `online`: SlimRecipe(method.online, ...)")
         check_function(where, backward=backward)
-        optional = {"autocast": torch.dtype, "diagnostics": GradientDiagnostics, "gates": GateBudget}
-        for (name, kind), value in zip(optional.items(), (autocast, diagnostics, gates), strict=True):
-            if not isinstance(value, (kind, NoneType)):
-                raise UsageError(f"{where}: {name} must be a {kind.__name__} or None, got {value!r:.80}")
-        if gates is not None:
-            if not self.two_passes:
-                others = "BarlowTwins, BYOL, MoCoV3, SimCLR, SimSiam or VICReg"
-                seen = "its encoder sees one view, or all together, but gates need one for each pass"
-                raise UsageError(f"{where}: {seen}; take {others}")
-            if not has_gates(self.encoder):
-                raise UsageError(f"{where}: the encoder has no gates; make some with slimmable.gating.gate")
-            if recipe.random_widths:
-                raise UsageError(f"{where}: the recipe has random_widths, but gates are for the widths of slimify")
+        for name, kind in (("autocast", torch.dtype), ("diagnostics", GradientDiagnostics), ("gates", GateBudget)):
+            if not isinstance(optional[name], (kind, NoneType)):
+                raise UsageError(f"{where}: {name} must be a {kind.__name__} or None, got {optional[name]!r:.80}")
+        faults = {
+            "its encoder sees one view, or all together, not one for each pass; take BYOL, say": not self.two_passes,
+            "the encoder has no gates; make some with slimmable.gating.gate": not has_gates(self.encoder),
+            "the recipe has random_widths, but gates are for the widths of slimify": recipe.random_widths,
+        }
+        for fault, found in faults.items() if optional["gates"] is not None else ():
+            if found:
+                raise UsageError(f"{where}: {fault}")
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if not isinstance(batch.narrow, Mapping) or not set(batch.narrow) <= set(recipe.loss_weights) - {1.0}:
@@ -230,8 +225,8 @@ class Method(nn.Module):
         views: list[Tensor] = []
         for each in (batch.views, *batch.narrow.values()):
             if not isinstance(each, Collection) or len(each) != self.views:
-                found = len(each) if isinstance(each, Collection) else repr(each)
-                raise UsageError(f"{where}: takes {self.views} views of each image, got {found}")
+                given = len(each) if isinstance(each, Collection) else repr(each)
+                raise UsageError(f"{where}: takes {self.views} views of each image, got {given}")
             views.extend(each)
         check_tensors(where, **{f"view {number}": view for number, view in enumerate(views)})
         if len({view.shape[:1] for view in views}) > 1 or not views[0].ndim:
@@ -250,18 +245,13 @@ class Method(nn.Module):
         return found
 
 
-def hidden_layer(inputs: int, outputs: int, bias: bool = True) -> list[nn.Module]:
-    """Return a layer of a projection head or predictor: linear, BatchNorm, ReLU."""
-    return [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
-
-
 def _finite_losses(found: Mapping[float, tuple[Tensor, Tensor]], weights: Iterable[Tensor]) -> dict[float, float]:
     """Return each width's own loss, averaged over the processes; raise `DivergedError` if one is not finite."""
     own = [loss for pair in found.values() for loss in pair]
     numbers = means_over_processes(*own)
-    where = "" if all(map(math.isfinite, numbers)) else where_not_finite(own[0].device, weights=weights, losses=own)
     for at, number in enumerate(numbers):
         if not math.isfinite(number):
             what = "loss with distillation" if at % 2 else "loss"
+            where = where_not_finite(own[0].device, weights=weights, losses=own)
             raise DivergedError(f"the {what} is {number} at width {list(found)[at // 2]:g}{where}")
     return dict(zip(found, numbers[::2], strict=True))

@@ -1,27 +1,31 @@
-"""SimCLR, VICReg, Barlow Twins and supervised training, and those with a momentum encoder or predictor."""
+"""The published methods, and supervised training."""
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimmable import losses
-from slimmable._checks import check_classes, check_module, checked, shown
+from slimmable._checks import check_classes, check_matrices, check_module, check_tensors, checked, shown
 from slimmable._distributed import gather, rank
-from slimmable._numerics import standardised, unit_vectors
+from slimmable._modules import in_eval_mode
+from slimmable._numerics import at_least_float32, matmul_without_autocast, standardised, unit_vectors
 from slimmable.errors import DataError, UsageError
 from slimmable.losses import OnlineDistillation
-from slimmable.methods.method import Batch, Method, Outcome, hidden_layer
+from slimmable.methods.method import Batch, Method, Outcome
 from slimmable.training import MoCo, MomentumEncoder, cosine_momentum, synchronised_batchnorm
+
+TeacherKind = Literal["scores", "mse", "cosine"]
 
 
 class SimCLR(Method):
     """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
 
-    The embeddings of all processes are gathered with their gradients, so each image is compared with the whole batch.
-    The example of `Method` shows a step.
+    The processes' embeddings are gathered, with their gradients. The example of `Method` shows a step.
 
     Args:
         encoder: a converted `Encoder`.
@@ -37,8 +41,7 @@ class SimCLR(Method):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the projection head of two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
-        last = nn.Linear(hidden_dim, proj_dim, bias=False)
-        return nn.Sequential(*hidden_layer(in_features, hidden_dim), last, nn.BatchNorm1d(proj_dim))
+        return _mlp([in_features, hidden_dim, proj_dim], nn.BatchNorm1d(proj_dim), bias=True)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return NT-Xent over the gathered batch (eq. 1)."""
@@ -70,8 +73,7 @@ class VICReg(Method):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the three-layer projection head (the "expander"): (batch, in_features) -> (batch, proj_dim)."""
-        hidden = [*hidden_layer(in_features, hidden_dim), *hidden_layer(hidden_dim, hidden_dim)]
-        return nn.Sequential(*hidden, nn.Linear(hidden_dim, proj_dim, bias=False))
+        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], bias=True)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 6)."""
@@ -84,8 +86,7 @@ class VICReg(Method):
 class BarlowTwins(Method):
     """Barlow Twins (Zbontar et al., *Self-Supervised Learning via Redundancy Reduction*, ICML 2021), at every width.
 
-    Narrow widths learn the full width's embeddings, each feature standardised over the batch as in the loss. The
-    example of `Method` shows a step.
+    Narrow widths learn the full width's embeddings, standardised as in the loss. The example of `Method` shows a step.
 
     Args:
         encoder: a converted `Encoder`.
@@ -103,7 +104,7 @@ class BarlowTwins(Method):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the three-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], last_norm=False)
+        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim])
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 1)."""
@@ -130,8 +131,7 @@ class Supervised(Method):
     >>> encoder = Encoder(backbone, Supervised.projector(8, num_classes=3))
     >>> method = Supervised(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation(), loss_weights="ones")
-    >>> losses = method.step(recipe, Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7)
-    >>> list(losses)
+    >>> list(method.step(recipe, Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7))
     [1.0, 0.5]
     """
 
@@ -167,6 +167,81 @@ class Supervised(Method):
             check_classes("Supervised", labels, scores.shape[1])
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
         return Outcome(loss, [scores], [scores])
+
+
+class Distillation(Method):
+    """A frozen teacher that teaches every width at once (Hinton et al., *Distilling the Knowledge*, 2015).
+
+    The teacher runs once per step, in evaluation mode and without gradients, and is left as it is. It is no submodule,
+    so neither `parameters` nor the state dict has it; `to` moves it along. The full width does not teach the others,
+    unless the recipe has an `OnlineDistillation` too. The example of `Method` shows a step; here the batch has one
+    view, and the method also needs a teacher: `Distillation(encoder, timm.create_model(..., pretrained=True))`.
+
+    Args:
+        encoder: a converted `Encoder` whose embeddings are as large as the teacher's output, as with `projector`.
+        teacher: images in, a tensor (batch, size) out, as a timm model gives; of a model of transformers, "scores" are
+            its `logits`, and features its `pooler_output` or else the mean of `last_hidden_state` over the tokens. A
+            slimmable teacher runs at its active width.
+        kind: "scores": Kullback-Leibler divergence of the classes' probabilities at `temperature`, times its square;
+            "mse": mean squared difference of features; "cosine": 1 minus the cosine of features.
+        temperature: of both sides' scores.
+
+    Raises: UsageError: if the teacher shares parameters with the encoder.
+    """
+
+    views = 1
+    two_passes = False
+    distillation = staticmethod(lambda: None)
+    teacher: nn.Module
+
+    @checked
+    def __init__(
+        self, encoder: nn.Module, teacher: nn.Module, *, kind: TeacherKind = "scores", temperature: float = 4.0
+    ) -> None:
+        super().__init__(encoder)
+        check_module("Distillation: teacher", teacher)
+        if not isinstance(kind, str) or kind not in get_args(TeacherKind):
+            raise UsageError(f"Distillation: kind must be one of {', '.join(get_args(TeacherKind))}, got {kind!r:.80}")
+        if not set(encoder.parameters()).isdisjoint(teacher.parameters()):
+            raise UsageError("Distillation: the teacher shares parameters with the encoder; give a copy, which stays")
+        self.kind, self.on_scores = kind, OnlineDistillation("kl", temperature, temperature)
+        vars(self)["teacher"] = teacher  # no submodule
+
+    @staticmethod
+    @checked
+    def projector(in_features: int, proj_dim: int) -> nn.Linear:
+        """Return the linear map to the size of the teacher's output: (batch, in_features) -> (batch, proj_dim)."""
+        return nn.Linear(in_features, proj_dim)
+
+    def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
+        """Return the teacher's scores or features; raise DataError if its output has none."""
+        with in_eval_mode(self.teacher):
+            output: Any = self.teacher(batch.views[0])
+        names = ("logits",) if self.kind == "scores" else ("pooler_output", "last_hidden_state")  # of transformers
+        found = [each for name in names if isinstance(each := getattr(output, name, None), Tensor)]
+        output = found[0].mean(1) if found and found[0].ndim == 3 else (found or [output])[0]
+        check_tensors("Distillation", **{f"the teacher's output, or its {' or '.join(names)},": output})
+        output = output.flatten(1) if output.shape[2:] == (1, 1) else output
+        check_matrices("Distillation", **{"the teacher's output": output})
+        return [output.detach()]
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Return the loss of the embeddings; raise DataError if the teacher's output has another shape."""
+        student, (target,) = self.encoder(batch.views[0]), batch.targets
+        if student.shape != target.shape:
+            sizes = f"embeddings of shape {tuple(student.shape)} from a teacher's output of {tuple(target.shape)}"
+            raise DataError(f"Distillation: cannot learn {sizes}; end the encoder with Distillation.projector(...)")
+        if self.kind == "scores":
+            loss = self.on_scores(student, target) - self.on_scores.floor(target)
+        elif self.kind == "mse":
+            loss = losses.squared_error(student, target)
+        else:
+            loss = 1 + losses.simsiam_loss(student, target)
+        return Outcome(loss, [student], [student])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # of `to`, `cuda`, `double` and the like
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class MoCoV2(Method):
@@ -220,6 +295,116 @@ class MoCoV2(Method):
         self.moco.enqueue(batch.targets[0])
 
 
+class DINO(Method):
+    """DINO (Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021), at every width.
+
+    The full width's momentum encoder, the teacher, sees the first two views; the student sees the local crops too. They
+    may be of any size that the backbone takes: convolutional networks do, timm's vision transformers with
+    `dynamic_img_size=True`. Views of one size run together. Narrow widths learn the full width's class probabilities.
+
+    Args:
+        encoder: a converted `Encoder` that ends with the head of `projector`.
+        proj_dim: number of classes, the outputs of the head.
+        local_crops: how many views follow the first two.
+        momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
+        temperature: that of the student.
+        teacher_temperature, warm_up: that of the teacher, after a fraction of the training in which it comes from 0.04.
+        center_momentum: fraction of itself that the centre of the teacher's outputs keeps in a step.
+        freeze: fraction of the training in which the encoder's last layer is not trained; as published, one epoch.
+
+    >>> import slimmable
+    >>> from slimmable.methods import Batch, Encoder
+    >>> backbone = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> encoder = Encoder(backbone, DINO.projector(8, 16, 32))
+    >>> method = DINO(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 8, 8)), proj_dim=32)
+    >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
+    >>> views = [torch.rand(6, 1, size, size) for size in [8] * 2 + [4] * 8]
+    >>> list(method.step(recipe, Batch(views), progress=0.7))
+    [1.0, 0.5]
+    """
+
+    two_passes = False
+    distillation = staticmethod(lambda: OnlineDistillation("kl", 1.0, 1.0))
+    center: Tensor
+
+    @checked
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        proj_dim: int = 65536,
+        local_crops: int = 8,
+        momentum: float = 0.996,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        warm_up: float = 0.1,
+        center_momentum: float = 0.9,
+        freeze: float = 0.01,
+    ) -> None:
+        super().__init__(encoder)
+        self.views = 2 + local_crops
+        self.momentum, self.momentum_encoder = momentum, MomentumEncoder(encoder)
+        self.temperature, self.teacher_temperature, self.warm_up = temperature, teacher_temperature, warm_up
+        self.center_momentum, self.freeze = center_momentum, freeze
+        self.register_buffer("center", torch.zeros(proj_dim, device=next(encoder.parameters()).device))
+
+    @staticmethod
+    @checked
+    def projector(
+        in_features: int, hidden_dim: int, proj_dim: int, *, bottleneck_dim: int = 256, batch_norm: bool = False
+    ) -> nn.Sequential:
+        """Return the head, (batch, in_features) -> (batch, proj_dim); use `batch_norm` for convolutional networks."""
+        layers: list[nn.Module] = []
+        for inputs in (in_features, hidden_dim):
+            norm = [nn.BatchNorm1d(hidden_dim)] if batch_norm else []
+            layers += [nn.Linear(inputs, hidden_dim), *norm, nn.GELU()]
+        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        return nn.Sequential(*layers, _Cosines(bottleneck_dim, proj_dim, bias=False))
+
+    def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
+        """Update the momentum encoder; return its outputs, centred and divided by its temperature, and their mean."""
+        self.momentum_encoder.update(self.encoder, cosine_momentum(progress, self.momentum))
+        *_, last = self.encoder.modules()
+        last.requires_grad_(progress >= self.freeze)
+        with synchronised_batchnorm(self.bn_groups):
+            outputs = [at_least_float32(each) for each in _outputs(self.momentum_encoder, batch.views[:2])]
+        left = max(0.0, 1 - progress / self.warm_up) if self.warm_up else 0.0
+        temperature = self.teacher_temperature + left * (0.04 - self.teacher_temperature)
+        mean = gather(torch.stack(outputs).mean((0, 1))[None]).mean(0)
+        return [*((each - self.center) / temperature for each in outputs), mean]
+
+    def forward(self, batch: Batch) -> Outcome:
+        """Return the cross-entropy of each view with the teacher's probabilities of the others (eq. 3)."""
+        outputs = _outputs(self.encoder, batch.views)
+        loss = losses.dino_loss(outputs, batch.targets[:2], None, 1.0, self.temperature)
+        every = torch.cat(outputs)
+        return Outcome(loss, [every / self.temperature], [every])
+
+    def finish(self, batch: Batch) -> None:
+        """Move the centre towards the mean of the teacher's outputs in this step."""
+        self.center.lerp_(batch.targets[2].to(self.center), 1 - self.center_momentum)
+
+
+class _Cosines(nn.Linear):
+    """The cosines of the input and each row of the weight: a weight-normalised layer whose gains stay 1."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return matmul_without_autocast(unit_vectors(input), unit_vectors(self.weight).T)
+
+
+def _outputs(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Return the network's outputs of each view; those of one size run through it together, image by image."""
+    found: list[Tensor] = []
+    for _, group in groupby(views, key=lambda view: view.shape):
+        together = torch.stack(list(group), 1)
+        found += network(together.flatten(0, 1)).unflatten(0, together.shape[:2]).unbind(1)
+    return found
+
+
 class _WithPredictor(Method):
     """A method that predicts, for each view, the embedding of the other one."""
 
@@ -240,8 +425,7 @@ class _WithPredictor(Method):
 class SimSiam(_WithPredictor):
     """SimSiam (Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021), at every width.
 
-    Each width predicts its own embeddings. Narrow widths also learn the full width's predictions, with the distance of
-    SimSiam's own loss. A step is as in the example of `BYOL`.
+    Narrow widths also learn the full width's predictions, with the loss's distance. A step is as in `BYOL`'s example.
 
     Args:
         encoder: a converted `Encoder`.
@@ -252,13 +436,13 @@ class SimSiam(_WithPredictor):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the three-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], last_norm=True)
+        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], nn.BatchNorm1d(proj_dim, affine=False))
 
     @staticmethod
     @checked
     def predictor(hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the predictor, (batch, proj_dim) -> (batch, proj_dim); as published, `hidden_dim` is a quarter."""
-        return nn.Sequential(*hidden_layer(proj_dim, hidden_dim, bias=False), nn.Linear(hidden_dim, proj_dim))
+        return _mlp([proj_dim, hidden_dim, proj_dim], last_bias=True)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the symmetric loss (eq. 4)."""
@@ -292,10 +476,8 @@ class _WithMomentum(_WithPredictor):
 class MoCoV3(_WithMomentum):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
-    A step is as in the example of `BYOL`.
-
     Args:
-        encoder, predictor, momentum: as for `BYOL`.
+        encoder, predictor, momentum: as for `BYOL`, whose example shows a step.
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
     """
 
@@ -312,13 +494,14 @@ class MoCoV3(_WithMomentum):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int, *, layers: int = 2) -> nn.Sequential:
         """Return the head, of 2 layers for ResNets, 3 for transformers: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, *[hidden_dim] * (layers - 1), proj_dim], last_norm=True)
+        return _mlp([in_features, *[hidden_dim] * (layers - 1), proj_dim], nn.BatchNorm1d(proj_dim, affine=False))
 
     @staticmethod
     @checked
     def predictor(hidden_dim: int, proj_dim: int, *, last_norm: bool = False) -> nn.Sequential:
         """Return the predictor: (batch, proj_dim) -> (batch, proj_dim). Use `last_norm` for vision transformers."""
-        return _mlp([proj_dim, hidden_dim, proj_dim], last_norm)
+        last = [nn.BatchNorm1d(proj_dim, affine=False)] if last_norm else []
+        return _mlp([proj_dim, hidden_dim, proj_dim], *last)
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Return for each view the keys of the other, from all processes."""
@@ -352,8 +535,7 @@ class BYOL(_WithMomentum):
     >>> predictor = slimmable.slimify(BYOL.predictor(16, 4), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> method = BYOL(encoder, predictor)
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> losses = method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7)
-    >>> list(losses)
+    >>> list(method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7))
     [1.0, 0.5]
     """
 
@@ -361,7 +543,7 @@ class BYOL(_WithMomentum):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the two-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
-        return nn.Sequential(*hidden_layer(in_features, hidden_dim), nn.Linear(hidden_dim, proj_dim))
+        return _mlp([in_features, hidden_dim, proj_dim], bias=True, last_bias=True)
 
     @staticmethod
     @checked
@@ -378,8 +560,9 @@ class BYOL(_WithMomentum):
         return Outcome(first + second, embeddings=scaled)
 
 
-def _mlp(sizes: Sequence[int], last_norm: bool) -> nn.Sequential:
-    """Return a head or predictor of linear layers without bias; the last BatchNorm has no gain or bias."""
-    hidden = [layer for inputs, outputs in pairwise(sizes[:-1]) for layer in hidden_layer(inputs, outputs, bias=False)]
-    norm = [nn.BatchNorm1d(sizes[-1], affine=False)] if last_norm else []
-    return nn.Sequential(*hidden, nn.Linear(sizes[-2], sizes[-1], bias=False), *norm)
+def _mlp(sizes: Sequence[int], *last: nn.Module, bias: bool = False, last_bias: bool = False) -> nn.Sequential:
+    """Return a head or predictor: linear layers, BatchNorm and ReLU between them, and what comes last."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes[:-1]):
+        layers += [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=last_bias), *last)

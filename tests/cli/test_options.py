@@ -17,7 +17,7 @@ from slimmable.__main__ import main
 from slimmable.cli.commands import COMMANDS, make_parser
 from slimmable.cli.config import DISTILLATIONS, PretrainConfig, flag
 from slimmable.errors import UsageError
-from slimmable.losses.distillation import DistillationKind
+from slimmable.losses import DistillationKind
 
 ROOT = Path(__file__).parents[2]
 

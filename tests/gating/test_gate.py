@@ -250,6 +250,20 @@ def test_a_slimmable_model_has_gates_for_each_width(universal):
 
 
 @torch.no_grad()
+def test_a_norm_alone_tells_that_a_width_has_no_gates():
+    x = images("resnet18")
+    slim = slimmable.slimify(plain("resnet18"), (1.0, 0.5), example_inputs=x, universal=True)
+    slimmable.calibrate_bn(slim, [x], [0.7])
+    model = gate(slim, example_inputs=x)
+    for width in (0.7, 0.6):  # one with statistics of its own, and one without
+        with slimmable.at_width(model, width):
+            features = torch.zeros(2, round(64 * width), 8, 8, dtype=torch.float64)
+            assert model.layer1[0].bn1(features).shape == features.shape
+            with pytest.raises(UsageError, match=f"not for the active {width}"), gated(model):
+                model.layer1[0].bn1(features)
+
+
+@torch.no_grad()
 def test_gates_know_registered_widths_and_the_active_one():
     x = images("resnet18")
     slim = slimmable.slimify(plain("resnet18"), (1.0, 0.5), example_inputs=x, universal=True)

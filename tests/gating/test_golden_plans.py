@@ -14,7 +14,7 @@ import timm
 import torch
 
 from slimmable.gating import GatePlan, gate_plan
-from slimmable.gating._gates import gate_macs
+from slimmable.gating._plan import gate_macs
 from tests.kept import keep, kept
 
 KEPT = Path(__file__).parents[1] / "golden" / "gate_plans.json"
