@@ -30,9 +30,9 @@ from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import Switchable, SwitchableNorm, inherit, part_of
+from slimmable.view.norms import Switchable, SwitchableNorm, inherit
 from slimmable.view.state import Counts, WidthState, is_slim, state_of
-from slimmable.view.view import install_view, narrow_tensors, remove_view
+from slimmable.view.view import column_of, install_view, narrow_tensors, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 M = TypeVar("M", bound=nn.Module)
@@ -352,12 +352,15 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
             continue
         if (isinstance(module, _BatchNorm) and own) or path in found.switchable:
             inside = (*inside, f"{path}.") if path else inside
-            parts = [
-                part_of(module, {name: own[name][at] for name in own}, column.values.get(path, {}), found.universal)
-                for at, column in enumerate(found.columns)
-            ]
-            kind: type[Switchable] = SwitchableNorm if isinstance(module, _BatchNorm) else Switchable
-            norms[id(module)] = norm = kind(module, found.widths, parts)
+            if isinstance(module, _BatchNorm):
+                kept = next([axes[0] for axes in per_width] for per_width in own.values() if len(per_width[0]) == 1)
+                norm: Switchable = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
+            else:
+                each = enumerate(found.columns)
+                parts = [({name: own[name][at] for name in own}, column.values.get(path, {})) for at, column in each]
+                pairs = zip(found.widths, parts, strict=True)
+                norm = Switchable(module, [column_of(module, width, *part) for width, part in pairs])
+            norms[id(module)] = norm
             know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}

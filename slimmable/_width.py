@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 
@@ -14,10 +14,10 @@ from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import refuse_plain_between
 from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import Guest, Switchable, part_of
+from slimmable.view.norms import Switchable, guest_of
 from slimmable.view.recompute import switch, switched
 from slimmable.view.state import Column, WidthState
-from slimmable.view.view import GuestColumn
+from slimmable.view.view import add_properties, column_of
 
 Places: TypeAlias = "list[tuple[nn.Module, WidthState]]"
 
@@ -189,14 +189,17 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
         for setting in settings:
             for (module, state), column in zip(places, columns_of(places, setting), strict=True):
                 if column.index == -1:
-                    column.keep(module)
+                    if column.module is not None:
+                        cast(Switchable, module).narrow.append(column.module)
+                        column.module = None  # a converter may replace the appended one
                     state.add(column)
         yield
     except BaseException:
         switch(places, [state.columns[0] for _, state in places])
         for (module, state), (_, own) in zip(places, before, strict=True):
             while len(state.columns) > own:
-                state.remove().drop(module)
+                column = state.remove()
+                column.module = module.narrow.pop(-1) if isinstance(module, Switchable) else None
         switch(places, [active for active, _ in before])
         raise
 
@@ -219,8 +222,9 @@ def _column(module: nn.Module, state: WidthState, setting: Setting, number: floa
     own = {name: kept[state.path, name] for name in tensors_of(module) if (state.path, name) in kept}
     values = found.values.get(state.path, {})
     if isinstance(module, Switchable):
-        column = Guest(module, width, part_of(module.full, own, values, shared=True))
+        column = guest_of(module, width, own, values)
     else:
-        column = GuestColumn(module, width, own, values)
+        column = column_of(module, width, own, values, state.blanks)
+        add_properties(module, column.cuts, values)  # for what was never cut before
     column.counts = found.counts
     return column

@@ -72,7 +72,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    _collect(model, loader, [None], [each.module_at(-1) for each in containers if "guest" in each._modules])
+    _collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1])
 
 
 def _collect(

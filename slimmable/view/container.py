@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._distributed import alone, check_same_widths, in_group, note_width
 from slimmable._widths import check_widths
-from slimmable.view.state import HasWidths, WidthState
+from slimmable.view.state import Column, HasWidths, WidthState
 
 _COMPARED = 8  # forwards with DistributedDataParallel in which a container compares widths
 
@@ -24,7 +24,7 @@ class SwitchableContainer(HasWidths):
 
     def __init__(self, widths: Iterable[float]) -> None:
         super().__init__()
-        self.__dict__["_slim"] = WidthState(check_widths(widths))
+        self.__dict__["_slim"] = WidthState(map(Column, check_widths(widths)))
 
     @property
     def widths(self) -> tuple[float, ...]:

@@ -71,6 +71,15 @@ def make_cut(tensor: Tensor, kept: Sequence[Kept], what: str) -> Cut | None:
     return Cut(shape, tuple(block) if sizes != shape else (), starts if any(starts) else (), sizes, tuple(picks))
 
 
+def units_of(cut: Cut) -> list[Sequence[int]]:
+    """Return the units that a cut keeps of each axis."""
+    starts = cut.starts or (0,) * len(cut.sizes)
+    units: list[Sequence[int]] = [range(at, at + size) for at, size in zip(starts, cut.sizes, strict=True)]
+    for axis, picked in cut.picks:
+        units[axis] = picked.units
+    return units
+
+
 def take(tensor: Tensor, cut: Cut) -> Tensor:
     """Return the part of a tensor that a cut keeps."""
     if cut.block:

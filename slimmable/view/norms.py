@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,24 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
 from slimmable._modules import twin_of
-from slimmable._widths import Kept, kept_of
+from slimmable._widths import Kept, check_widths, kept_of
 from slimmable.errors import ConversionError, UsageError
 from slimmable.view.container import SwitchableContainer, inner_modules
-from slimmable.view.cuts import make_cut, take
-from slimmable.view.state import Column, Counts, is_slim
-from slimmable.view.view import install_view
+from slimmable.view.cuts import Cut, make_cut, take, units_of
+from slimmable.view.state import Column, Counts, WidthState, is_slim
+from slimmable.view.view import add_properties, column_of
 
 M = TypeVar("M")
 _Units: TypeAlias = "dict[tuple[str, int], list[int]]"  # name of a tensor, and axis -> units
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
-
-
-class Part(NamedTuple):
-    """What a width has of a module: what it keeps of the axes of each tensor, and the values of attributes."""
-
-    axes: Mapping[str, Sequence[Kept]]
-    values: Mapping[str, object]
-    shared: bool = False  # whether it reads its part of the full module's parameters, instead of having its own
 
 
 class Switchable(SwitchableContainer):
@@ -39,13 +32,11 @@ class Switchable(SwitchableContainer):
     narrow: nn.ModuleList
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
-    def __init__(self, full: nn.Module, widths: Iterable[float], parts: Sequence[Part]) -> None:
-        super().__init__(widths)
-        if len(parts) != len(self.widths):
-            raise ConversionError(f"{type(self).__name__}: kept has {len(parts)} entries for the widths {self.widths}")
-        self.__dict__["_parts"] = tuple(parts)
+    def __init__(self, full: nn.Module, columns: Sequence[Column]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["_slim"] = WidthState(columns)
         self.add_module("full", full)
-        self.add_module("narrow", nn.ModuleList(map(self._narrowed, parts[1:])))
+        self.add_module("narrow", nn.ModuleList(map(self._narrowed, columns[1:])))
         self.__dict__["training"] = self.narrow.training = full.training
         self.register_load_state_dict_post_hook(_report_plain_names)  # type: ignore[no-untyped-call]
 
@@ -55,10 +46,10 @@ class Switchable(SwitchableContainer):
         self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
         _guarded(self.full)
         narrow: Any = self._modules.get("narrow") or ()
-        for norm, part in zip(narrow, self._parts[1:], strict=False):
+        for norm, column in zip(narrow, self._slim.columns[1:], strict=False):
             _guarded(norm)
-            if part.shared and not is_slim(norm):
-                _share(norm, self.full._parameters, part)
+            if column.shared and not is_slim(norm):
+                _share(norm, self.full._parameters, column.cuts)
         for norm in filter(is_slim, self.norms()):
             norm.__dict__["_slim_lent"] = self.full._parameters
 
@@ -70,16 +61,16 @@ class Switchable(SwitchableContainer):
         )
 
     @torch.inference_mode(False)  # it is used outside of that, too
-    def _narrowed(self, part: Part) -> nn.Module:
+    def _narrowed(self, column: Column) -> nn.Module:
         """Return a cut copy of the full module, which may read the parameters of that."""
         module = copy_of_norm(self.full)
-        tensors = dict((*module.named_parameters(), *module.named_buffers()))
-        for name in tensors.keys() & part.axes.keys():
-            tensors[name].data = _cut(tensors[name].data, part, name)
-        for name, value in part.values.items():
+        for name, tensor in _tensors(module).items():
+            if name in column.cuts:
+                tensor.data = take(tensor.data, column.cuts[name]).clone()
+        for name, value in column.values.items():
             owner, _, own = name.rpartition(".")
             setattr(module.get_submodule(owner), own, value)
-        return _share(module, self.full._parameters, part) if part.shared else module
+        return _share(module, self.full._parameters, column.cuts) if column.shared else module
 
     def to_plain(self) -> nn.Module:
         """Return the module of the full width, the module itself, not a copy."""
@@ -89,15 +80,15 @@ class Switchable(SwitchableContainer):
         """Return the module of the width with this index; 0 is the full width, -1 a guest."""
         if index > 0:
             return inner_modules(self, "narrow")[str(index - 1)]
-        return cast(nn.Module, self._modules["guest" if index else "full"])
+        return cast(nn.Module, self._slim.active.module if index else self._modules["full"])
 
     def own_at(self, index: int) -> nn.Module:
         """Return a module like that of the width with this index, on the same tensors except shared ones."""
         norm = self.module_at(index)
         if not is_slim(norm):
             return _unguarded(twin_of(norm, type(norm)))
-        part = self._parts[index] if index > 0 else cast(Guest, self._slim.active).part
-        own = self._narrowed(part._replace(shared=False)).train(norm.training)
+        column = self._slim.columns[index] if index > 0 else self._slim.active
+        own = self._narrowed(replace(column, shared=False)).train(norm.training)
         own.load_state_dict(norm.state_dict(), strict=False)  # its statistics
         return _unguarded(own)
 
@@ -106,7 +97,12 @@ class Switchable(SwitchableContainer):
         yield self.full
         for name in self._lists:
             yield from self._modules.get(name) or ()  # type: ignore[misc]
-        yield from filter(None, [self._modules.get("guest")])
+        yield from filter(None, [self._slim.now.module])
+
+    def children(self) -> Iterator[nn.Module]:
+        """Yield an active guest, too, so that it follows modes, types and devices."""
+        yield from super().children()
+        yield from filter(None, [self._slim.now.module])
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -185,9 +181,9 @@ class Switchable(SwitchableContainer):
                 for key, own in norm.state_dict(keep_vars=True).items():  # of the dense pass, or parts of the full norm
                     given = state_dict.get(f"{prefix}{dense}.{key}", state_dict.get(f"{prefix}full.{key}"))
                     if given is not None and given.shape in (own.shape, full[key].shape):
-                        part = given.clone() if given.shape == own.shape else _cut(given, self._parts[index], key)
-                        state_dict[f"{prefix}{name}.{place}.{key}"] = part
-        self.__dict__["_loading"] = (prefix, reports, self._modules.pop("guest", None))
+                        part = given if given.shape == own.shape else take(given, self._slim.columns[index].cuts[key])
+                        state_dict[f"{prefix}{name}.{place}.{key}"] = part.clone()
+        self.__dict__["_loading"] = (prefix, reports)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
@@ -223,59 +219,42 @@ class SwitchableNorm(Switchable):
     def __init__(
         self, full: nn.Module, widths: Iterable[float], kept: Sequence[Kept], *, shared_affine: bool = False
     ) -> None:
-        parts = [keep if isinstance(keep, Part) else _part_of_norm(full, keep, shared_affine) for keep in kept]
-        super().__init__(full, widths, parts)
+        known = check_widths(widths)
+        if len(kept) != len(known):
+            raise ConversionError(f"SwitchableNorm: kept must be one entry for each of {known}, got {kept!r}")
+        columns = zip(known, kept, strict=True)
+        super().__init__(full, [column_of_norm(full, width, keep, shared_affine) for width, keep in columns])
 
 
-class Guest(Column):
-    """A guest of a switchable module: a module that starts from the full one's statistics; its part is a shared one."""
-
-    def __init__(self, container: Switchable, width: float | Counts, part: Part) -> None:
-        super().__init__(width)
-        self.part, self.norm = part, container._narrowed(part)
-
-    def enter(self, module: nn.Module) -> None:
-        """Put the norm into the container as `guest`."""
-        module._modules["guest"] = self.norm.train(module.training)
-
-    def leave(self, module: nn.Module) -> None:
-        """Take the norm out of the container."""
-        module._modules.pop("guest", None)
-
-    def keep(self, module: nn.Module) -> None:
-        """Append the norm to the narrow ones, which puts its statistics into the state dict."""
-        container = cast(Switchable, module)
-        container.narrow.append(self.norm)
-        container.__dict__["_parts"] = (*container._parts, self.part)
-        if container._slim.active is self:
-            self.leave(module)
-        del self.norm  # a converter may replace the appended one
-
-    def drop(self, module: nn.Module) -> None:
-        """Take back the norm that `keep` appended."""
-        container = cast(Switchable, module)
-        container.__dict__["_parts"] = container._parts[:-1]
-        self.norm = container.narrow[-1]
-        del container.narrow[-1]
+def guest_of(
+    norm: Switchable, width: float | Counts, kept: Mapping[str, Sequence[Kept]], values: Mapping[str, object]
+) -> Column:
+    """Return a further column, whose module starts from the full one's statistics and shares its parameters."""
+    if isinstance(norm.full, _BatchNorm):
+        channels = next(axes[0] for axes in kept.values() if len(axes) == 1)
+        column = column_of_norm(norm.full, width, channels, shared=True)
+    else:
+        column = replace(column_of(norm.full, width, kept, values), shared=True)
+    column.module = norm._narrowed(column).train(norm.training)
+    return column
 
 
 def _report_plain_names(norm: Switchable, _: Any) -> None:
     """Report missing, unexpected and ill-shaped tensors by their state-dict names; reset an active guest."""
-    prefix, reports, guest = norm.__dict__.pop("_loading", ("", (), None))
-    if guest is not None:
-        norm._modules["guest"] = guest
-        guest.load_state_dict(norm._narrowed(cast(Guest, norm._slim.active).part).state_dict())
+    prefix, reports = norm.__dict__.pop("_loading", ("", ()))
+    if guest := norm._slim.now.module:
+        guest.load_state_dict(norm._narrowed(norm._slim.now).state_dict())
     for report in reports:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
 
 
-def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], part: Part) -> nn.Module:
+def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], cuts: Mapping[str, Cut]) -> nn.Module:
     """Let a narrow module read its part of `lent`, the full module's parameters, instead of having its own."""
     own = {name: None for name, tensor in lent.items() if tensor is None}
     norm.__dict__.update(_parameters=own, _slim_lent=lent)
     norm.__dict__.update({"affine": False} if "affine" in norm.__dict__ else {})  # which converters read
-    whole = {name: [None] * tensor.ndim for name, tensor in lent.items() if tensor is not None}
-    install_view(norm, (1.0,), {name: [part.axes.get(name, every)] for name, every in whole.items()}, {})
+    norm.__dict__["_slim"] = WidthState([Column(1.0, cuts={name: cuts[name] for name in cuts.keys() & lent.keys()})])
+    add_properties(norm, lent.keys() - own.keys(), ())
     return norm
 
 
@@ -310,17 +289,10 @@ def copy_of_norm(norm: nn.Module) -> nn.Module:
     return copy.deepcopy(norm, {} if group is None else {id(group): group})
 
 
-def part_of(module: nn.Module, own: Mapping[str, Sequence[Kept]], values: Mapping[str, object], shared: bool) -> Part:
-    """Return what a width has of a norm or layer, by what a plan keeps of its tensors, and its attributes then."""
-    if isinstance(module, _BatchNorm):
-        return _part_of_norm(module, next(axes[0] for axes in own.values() if len(axes) == 1), shared)
-    return Part(own, values, shared)
-
-
-def _part_of_norm(norm: nn.Module, kept: Kept, shared: bool) -> Part:
-    """Return what a width has of a norm that keeps these channels, and of modules inside, such as an activation."""
+def column_of_norm(norm: nn.Module, width: float | Counts, kept: Kept, shared: bool) -> Column:
+    """Return what a norm that keeps these channels has at a width, and modules inside it, such as an activation."""
     if kept is None:
-        return Part({}, {}, shared)
+        return Column(width, shared=shared)
     counts = (getattr(norm, name, None) for name in _CHANNEL_COUNTS)
     channels = next((count for count in counts if isinstance(count, int)), None)
     if channels is None:
@@ -330,27 +302,26 @@ def _part_of_norm(norm: nn.Module, kept: Kept, shared: bool) -> Part:
         raise ConversionError(
             f"SwitchableNorm: an entry of kept must be None, 1 to {channels} channels or a tuple of them, got {kept!r}"
         )
-    tensors = (*norm.named_parameters(), *norm.named_buffers())
-    axes = {name: (kept, *[None] * (each.ndim - 1)) for name, each in tensors if each.shape[:1] == (channels,)}
+    tensors = ((name, it) for name, it in _tensors(norm).items() if it.shape[:1] == (channels,))
+    cuts = {name: make_cut(it, (kept, *[None] * (it.ndim - 1)), name) for name, it in tensors}
     places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)
     sizes = {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name, size in places if size == channels}
-    return Part(axes, sizes, shared)
+    return Column(width, cuts={name: cut for name, cut in cuts.items() if cut}, values={**sizes}, shared=shared)
 
 
-def _cut(tensor: Tensor, part: Part, name: str) -> Tensor:
-    cut = make_cut(tensor, part.axes[name], name) if name in part.axes else None
-    return (tensor if cut is None else take(tensor, cut)).clone()
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict((*module.named_parameters(), *module.named_buffers()))
 
 
-def _units(tensors: Mapping[str, Tensor], part: Part, moved: Mapping[Any, Sequence[int]], path: str) -> _Units:
-    """Return the units that are kept of each axis of a full module's tensors, by where they were before they moved."""
+def _units(tensors: Mapping[str, Tensor], column: Column, moved: Mapping[Any, Any], path: str) -> _Units:
+    """Return the units that a column keeps of each axis of a full module's tensors, by where they are now."""
     found: _Units = {}
     for name, tensor in tensors.items():
         place = f"{path}.{name}".lstrip(".").rpartition(".")[::2]
-        kept = part.axes.get(name, [None] * tensor.ndim)
-        for axis, (size, keep) in enumerate(zip(tensor.shape, kept, strict=True)):
-            units, order = keep if isinstance(keep, tuple) else range(kept_of(size, keep)), moved.get((*place, axis))
-            found[name, axis] = [unit if order is None else int(order[unit]) for unit in units]
+        kept = units_of(column.cuts[name]) if name in column.cuts else map(range, tensor.shape)
+        for axis, units in enumerate(kept):
+            order = moved.get((*place, axis))
+            found[name, axis] = [*units] if order is None else np.argsort(order)[[*units]].tolist()
     return found
 
 
@@ -363,30 +334,27 @@ def inherit(
     channels that it had, from its own. `moved` says of axes (module path, name, number) where each unit was before.
     """
     norm.__class__ = type(before)
-    norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_parts", "_modules")})
-    norms = {width: before.module_at(index) for index, width in enumerate(before._slim.widths)}
-    tensors = norm.full.state_dict(keep_vars=True)
-    parts = dict(zip(norms, before._parts, strict=True))
-    had = {width: _units(tensors, part, {}, path) for width, part in parts.items()}
+    norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_modules")})
+    full, columns = norm.full.state_dict(), {column.width: column for column in before._slim.columns}
+    had = {width: _units(full, column, moved, path) for width, column in columns.items()}
     lost = []
-    for place, (width, part) in enumerate(zip(norm._slim.widths[1:], norm._parts[1:], strict=True)):
-        units, known = _units(tensors, part, moved, path), width in norms
-        if known and units == had[width] and part.shared == parts[width].shared:
-            norm.narrow[place] = norms[width]
+    for place, column in enumerate(norm._slim.columns[1:]):
+        width, units, own = column.width, _units(full, column, {}, path), columns.get(column.width)
+        if own is not None and units == had[width] and column.shared == own.shared:
+            norm.narrow[place] = before.module_at(own.index)
             continue
-        wider = [w for w in norms if isinstance(w, float) and isinstance(width, float) and width < w < 1]
-        for source in (*sorted(wider, reverse=True), *([width] if known else [])):
-            _take_over(norm.narrow[place], units, norms[source], had[source])
-        loses_affine = known and part.shared and not parts[width].shared and norm.full.affine
-        if loses_affine or (known and any(set(units[axis]) != set(had[width][axis]) for axis in units)):
+        wider = [w for w in columns if isinstance(w, float) and isinstance(width, float) and width < w < 1]
+        known = {name: tensor.clone() for name, tensor in full.items()}
+        for source in (*sorted(wider, reverse=True), *([] if own is None else [width])):
+            for name, tensor in before.module_at(columns[source].index).state_dict().items():
+                known[name][_at(had[source], tensor, name)] = tensor.to(known[name])
+        parts = {name: tensor[_at(units, tensor, name)] for name, tensor in known.items()}
+        norm.narrow[place].load_state_dict(parts, strict=False)
+        loses_affine = own is not None and column.shared and not own.shared and norm.full.affine
+        if loses_affine or (own is not None and any(set(units[axis]) != set(had[width][axis]) for axis in units)):
             lost.append(width)
     return lost
 
 
-def _take_over(norm: nn.Module, units: _Units, source: nn.Module, theirs: _Units) -> None:
-    mine, given = norm.state_dict(), source.state_dict()
-    for name in mine.keys() & given.keys():
-        axes = [(name, axis) for axis in range(mine[name].ndim)]
-        shared = [np.intersect1d(units[axis], theirs[axis], return_indices=True) for axis in axes]
-        into, out_of = (np.ix_(*(places[of] for places in shared)) for of in (1, 2))
-        mine[name][into] = given[name][out_of].to(mine[name])
+def _at(units: _Units, tensor: Tensor, name: str) -> tuple[Any, ...]:
+    return np.ix_(*(units[name, axis] for axis in range(tensor.ndim)))

@@ -121,7 +121,6 @@ class Active(Generic[C]):
                     "another thread or task has this model at a width of its own; call slimmable.at_width or set_width "
                     "in this one too, or give it a copy of the model"
                 )
-            self._refuse_gone(value)
             self._note(user, value)
             self._last = user.mark, _here.mark, value
             return value
@@ -153,8 +152,8 @@ class Active(Generic[C]):
                     known.add(thread)
         if None in found or not known.issuperset(thread() for thread in self._forgotten):
             raise WidthError(
-                f"gradient checkpointing repeats a forward that lies more than {_REMEMBERED} switches back; "
-                "call backward earlier, such as once per width"
+                f"gradient checkpointing repeats a forward of more than {_REMEMBERED} switches ago, or at a width that "
+                "is none of the model's own; call backward earlier, such as once per width"
             )
         if any(value is not found[0] for value in found):
             raise WidthError(
@@ -162,15 +161,7 @@ class Active(Generic[C]):
                 "widths, could be the one; give each thread or task a copy of the model"
             )
         value: C = found[0] if found else self._found()
-        self._refuse_gone(value)
         return value
-
-    def _refuse_gone(self, value: C) -> None:
-        if _is_guest(value) and value is not self.now:
-            raise WidthError(
-                "a forward runs or is repeated at a width that the model has only while it is active, but it was "
-                "switched since; call backward earlier, or keep the width with calibrate_bn"
-            )
 
 
 def switch(places: Places, values: Iterable[Any]) -> None:
@@ -273,10 +264,6 @@ def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> Non
 
 
 def _show(module: Any, active: Active[Any], value: Any) -> None:
-    if active.now is not value and _is_guest(active.now):
-        active.now.leave(module)
-    if active.now is not value and _is_guest(value):
-        value.enter(module)
     active.now = active._shown = value
     active._last, active._unread = _NEVER, (_here.mark, _next_number())
 

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,10 +16,7 @@ Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units tha
 
 @dataclass(eq=False)
 class Column:
-    """What one module has at one width; a *guest*, which is none of the module's own, from one switch to the next.
-
-    What else a guest needs in its module, subclasses add and remove.
-    """
+    """What one module has at one width; a *guest*, which is none of the module's own, from one switch to the next."""
 
     width: float | Counts  # or the counts of a sub-network without a single width
     index: int = -1  # position among the module's own columns, or -1 for a guest
@@ -26,13 +24,8 @@ class Column:
     cuts: dict[str, Cut] = field(default_factory=dict)  # name of a tensor -> the part that is used, unless the whole
     values: dict[str, object] = field(default_factory=dict)  # name of a plain attribute -> its value
     caches: dict[str, object] = field(default_factory=dict)  # attribute in which the forward keeps results -> contents
-
-    def enter(self, module: nn.Module) -> None:
-        """Add what a guest needs to the module, before it becomes active: nothing, unless a subclass says what."""
-
-    leave = enter  # undoes `enter`, before another column becomes active
-    keep = enter  # adds it for good, before the guest becomes one of the module's own
-    drop = enter  # undoes `keep`
+    shared: bool = False  # whether a container's module reads its part of the full one's parameters, and has none
+    module: nn.Module | None = None  # that of a guest of a container
 
 
 class WidthState(Active[Column]):
@@ -42,10 +35,10 @@ class WidthState(Active[Column]):
     conversion that made them, None for a module built by hand, and `path` the place in it, "" for the converted model.
     """
 
-    def __init__(self, widths: tuple[float, ...]) -> None:
+    def __init__(self, columns: Iterable[Column]) -> None:
         self.columns: list[Column] = []
-        for width in widths:
-            self.add(Column(width))
+        for column in columns:
+            self.add(column)
         super().__init__(self.columns[0])
         self.blanks: dict[str, object] = {}
         self.plan: Any = None

@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from slimmable._modules import empty_cache, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view.cuts import Cut, make_cut, put, take
+from slimmable.view.cuts import make_cut, put, take
 from slimmable.view.recompute import switched
 from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, state_of
 
@@ -48,16 +48,30 @@ def install_view(
     """
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
-    state = WidthState(widths)
-    for index, column in enumerate(state.columns):
-        column.cuts = _cuts(module, {name: per_width[index] for name, per_width in tensors.items()})
-        column.values = {name: per_width[index] for name, per_width in values.items()}
-        column.caches = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
+    columns = []
+    for index, width in enumerate(widths):
+        kept = {name: per_width[index] for name, per_width in tensors.items()}
+        own = {name: per_width[index] for name, per_width in values.items()}
+        columns.append(column_of(module, width, kept, own, caches))
+    state = module.__dict__["_slim"] = WidthState(columns)
     state.blanks = dict(caches or {})
-    module.__dict__["_slim"] = state
-    for name, full in state.columns[0].values.items():
+    for name, full in columns[0].values.items():
         module.__dict__.setdefault(name, full)
-    _add_properties(module, tensors, values, state.blanks)
+    add_properties(module, tensors, values, state.blanks)
+
+
+def column_of(
+    module: nn.Module,
+    width: float | Counts,
+    kept: Mapping[str, Sequence[Kept]],
+    values: Mapping[str, object],
+    caches: Mapping[str, object] | None = None,
+) -> Column:
+    """Return what a module has at a width, by the units kept of its tensors' axes, and the values of attributes."""
+    full = ((name, _full_tensor(module, name), axes) for name, axes in kept.items())
+    cuts = {name: make_cut(it, axes, f"{type(module).__name__}.{name}") for name, it, axes in full if it is not None}
+    empty = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
+    return Column(width, cuts={name: cut for name, cut in cuts.items() if cut}, values=dict(values), caches=empty)
 
 
 def remove_view(module: nn.Module) -> None:
@@ -76,23 +90,6 @@ def _without_view(kind: type) -> type:
     return type(kind.__name__, tuple(map(_without_view, kind.__bases__)), body)
 
 
-class GuestColumn(Column):
-    """A guest of a module with a view, with properties for what was never cut before."""
-
-    def __init__(
-        self, module: nn.Module, width: float | Counts, kept: Mapping[str, Sequence[Kept]], values: Mapping[str, object]
-    ) -> None:
-        super().__init__(width)
-        self.cuts, self.values = _cuts(module, kept), dict(values)
-        self.caches = {name: empty_cache(blank) for name, blank in module.__dict__["_slim"].blanks.items()}
-
-    def enter(self, module: nn.Module) -> None:
-        """Add the properties."""
-        _add_properties(module, self.cuts, self.values)
-
-    keep = enter
-
-
 def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
     """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
     full = ((name, _full_tensor(module, name), cut) for name, cut in column.cuts.items())
@@ -105,12 +102,6 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
         if name in store:
             return cast("Tensor | None", store[name])
     raise ConversionError(f"{type(module).__name__} has no tensor {name!r}")
-
-
-def _cuts(module: nn.Module, kept: Mapping[str, Sequence[Kept]]) -> dict[str, Cut]:
-    full = ((name, _full_tensor(module, name), axes) for name, axes in kept.items())
-    cuts = {name: make_cut(it, axes, f"{type(module).__name__}.{name}") for name, it, axes in full if it is not None}
-    return {name: cut for name, cut in cuts.items() if cut is not None}
 
 
 # -- the generated classes, whose properties return what the active column holds
@@ -297,7 +288,7 @@ def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
     return viewed.__new__(viewed, *args)
 
 
-def _add_properties(
+def add_properties(
     module: nn.Module, tensors: Iterable[str], values: Iterable[str], caches: Iterable[str] = ()
 ) -> None:
     """Make these names of a module return what its active width has, in addition to those that already do."""

@@ -319,7 +319,7 @@ def test_alias_and_errors():
         SwitchableBatchNorm.from_plain(nn.Linear(2, 2), WIDTHS)
     with pytest.raises(ConversionError, match="number of channels"):
         SwitchableNorm(nn.LayerNorm(8), WIDTHS, KEPT)
-    with pytest.raises(ConversionError, match="2 entries"):
+    with pytest.raises(ConversionError, match="one entry for each"):
         SwitchableNorm(nn.BatchNorm2d(8), WIDTHS, KEPT[:2])
     with pytest.raises(AttributeError, match="no attribute 'momentum'"):  # before its constructor
         _ = SwitchableBatchNorm.__new__(SwitchableBatchNorm).momentum
