@@ -108,10 +108,7 @@ class Context:
                 self.pin(ids, "a unit's number is used")
 
     def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
-        """Join two axes that must shrink together, and return the labels of both.
-
-        If only one is labelled, it is pinned, because the other cannot shrink; if neither is, nothing happens.
-        """
+        """Join two axes that must shrink together; pin one if the other has no labels. Return the labels of both."""
         if first is not None and second is not None:
             self.labels.merge(first, second)
         else:
@@ -172,9 +169,8 @@ class Context:
     def split(self, ids: Ids, shape: Sequence[int], sizes: Sequence[Any]) -> list[Ids | None]:
         """Label the axes of `shape` into which an axis labelled `ids` is folded; one of them carries the labels.
 
-        `sizes` holds the size argument of each axis: an integer, traced or not, or None if the code passed none. An
-        axis sized by a constant cannot carry labels. Preferred is one that needs no merge, then the first that has a
-        whole size at every width (whole attention heads), then the largest, unless `choices` picks another.
+        `sizes` holds the size argument of each, None if the code passed none; one sized by a constant cannot carry.
+        First comes one that needs no merge, then one of whole size at every width (attention heads), then the largest.
         """
         result: list[Ids | None] = [None] * len(shape)
         able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (type(size) is not int or size == -1)]
@@ -218,8 +214,7 @@ def rule_of(*names: str) -> Callable[[Rule], Rule]:
     """Make the decorated function the rule of these operations."""
 
     def add(rule: Rule) -> Rule:
-        for name in names:
-            RULES[name] = rule
+        RULES.update(dict.fromkeys(names, rule))
         return rule
 
     return add

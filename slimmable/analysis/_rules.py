@@ -81,9 +81,6 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(result, joined[::-1], origin)
 
 
-_NUMBERING = {"max", "min", "median", "nanmedian", "mode", "kthvalue", "topk"}  # their second result holds indices
-
-
 @rule_of(
     "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
     "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum", "aminmax", "median", "nanmedian",
@@ -107,8 +104,8 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         keep = result.ndim == source.ndim
         left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
         ctx.label(result, left, ctx.origin(source))
-    indices = results[1:] if ctx.operation in _NUMBERING else results if ctx.operation.startswith("arg") else []
-    for result in indices:
+    last = ctx.operation in ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk")  # they hold indices
+    for result in results[1:] if last else results if ctx.operation.startswith("arg") else ():
         ctx.number(result, [axes[dim] for dim in reduced])
     return None
 
@@ -206,25 +203,22 @@ def convolution(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
             space[i] = None
     for ids in w[2:]:
         ctx.pin(ids, "is the kernel of a convolution")
-    inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])
-    channels, made = int(source.shape[1]), int(out.shape[1])
+    inner, result = (w[0], w[1]) if transposed else (w[1], w[0])
     if groups == 1:
         ctx.consume(x[1], inner)
-        result = outer
     else:
-        result = _grouped(ctx, x[1], w, groups, channels, made, transposed)
+        result = _grouped(ctx, args, out, transposed, groups)
     ctx.produce(result)
-    positions = (source if transposed else out).numel() // (channels if transposed else made)
-    ctx.multiply(int(positions) * int(weight.numel()), [x[0], *w, *space])
+    places = source if transposed else out
+    ctx.multiply(int(places.numel() // places.shape[1]) * int(weight.numel()), [x[0], *w, *space])
     if bias is not None:
         result = ctx.merge(result, ctx.axes(bias)[0])
     ctx.label(out, [x[0], result, *space], "made")
 
 
-def _grouped(
-    ctx: Context, x: Ids | None, w: Sequence[Ids | None], groups: int, channels: int, made: int, transposed: bool
-) -> Ids | None:
-    each_in, each_out = channels // groups, made // groups
+def _grouped(ctx: Context, args: Args, out: Tensor, transposed: bool, groups: int) -> Ids | None:
+    x, w = ctx.axes(args[0])[1], ctx.axes(args[1])
+    each_in, each_out = int(args[0].shape[1]) // groups, int(out.shape[1]) // groups
     if transposed:
         x, inner_each = ctx.merge(x, w[0]), None
         outer = None if w[1] is None else spread(w[1], groups, 1)
@@ -237,7 +231,7 @@ def _grouped(
         outer = made_of if outer is None or transposed else outer  # transposed, all groups share the output axis
         ctx.labels.merge(made_of, outer)
         ctx.consumed.append(x)
-        ctx.constrain(given, x, channels)
+        ctx.constrain(given, x, groups)
         return outer
     ctx.constrain(given, None, groups)
     if x is not None:
@@ -265,13 +259,6 @@ def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     ctx.pin(rows, "is indexed")
     ctx.produce(units)
     ctx.label(out, [*ctx.axes(args[1]), units], "made")
-
-
-def normalized_shape(ctx: Context, source: Tensor, shape: Sequence[Any]) -> None:
-    """Require the sizes passed to a layer or RMS norm to follow the last axes."""
-    for i, size in enumerate(reversed(shape), 1):
-        if source.shape[-i] > 1:
-            ctx.constrain(size, ctx.axes(source)[-i], int(source.shape[-i]))
 
 
 @rule_of("native_group_norm")
@@ -484,22 +471,22 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 @rule_of("slice", "narrow")
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Take a range of an axis; if it is labelled, the ends of the range must follow the units before them."""
-    source, dim = args[0], _dim(ctx, args, kwargs, args[0].ndim)
-    axes, ids = ctx.axes(source), ctx.axes(source)[dim]
+    axes, dim = ctx.axes(args[0]), _dim(ctx, args, kwargs, args[0].ndim)
+    ids = axes[dim]
     if ids is not None:
-        start, stop, step = [*args[2:], None, None, None][:3]
-        axes[dim] = _range(ctx, ids, *slice(start, stop, step).indices(len(ids)))
-    ctx.label(out, axes, ctx.origin(source))
-
-
-def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | None:
-    units = len(ids)
-    if step > 1:
-        if start >= step or units % step or stop < units - step + 1:
+        start, stop, step = slice(*[*args[2:], None, None, None][:3]).indices(len(ids))
+        if step == 1:
+            _follow_ends(ctx, ids, start, stop)
+        elif start >= step or len(ids) % step or stop < len(ids) - step + 1:
             ctx.pin(ids, f"every {step}th unit from {start} to {stop} is taken")
         else:
             ctx.labels.merge_rows(ids.reshape(-1, step))
-        return ids[start:stop:step]
+        axes[dim] = ids[start:stop:step]
+    ctx.label(out, axes, ctx.origin(args[0]))
+
+
+def _follow_ends(ctx: Context, ids: Ids, start: int, stop: int) -> None:
+    units = len(ids)
     for end, at, outermost in zip(_ends_in_call(ctx, start, stop, units), (start, stop), (0, units), strict=True):
         if at != outermost and end is not None and int(end) < 0:
             ctx.constrain(-end, ids[at:], units - at)
@@ -507,7 +494,6 @@ def _range(ctx: Context, ids: Ids, start: int, stop: int, step: int) -> Ids | No
             ctx.constrain(at if end is None else end, ids[:at], at)
     if stop - start < units:
         ctx.labels.roles.extend(piece for piece in (ids[:start], ids[start:stop], ids[stop:]) if len(piece))
-    return ids[start:stop]
 
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:

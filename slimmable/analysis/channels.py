@@ -12,7 +12,6 @@ from slimmable._widths import Kept, kept_of
 from slimmable.analysis.integers import Attribute, Constraint
 from slimmable.analysis.labels import Ids, Mask
 
-_STEPS = 24  # of the local search for counts that satisfy all constraints
 NESTED = "use_nested_tensor"
 
 TensorName = tuple[str, str]  # module path, name of a parameter or buffer
@@ -94,7 +93,7 @@ class Requirements:
             for key, asking in ready.items():
                 values[key], sources[key] = _value(asking, key, self.attributes[key], values, count)
             if not ready:  # several unknowns: the smallest attribute stays full
-                least = min(waiting[0][1], key=lambda key: (self.attributes[key], key))
+                least = min((k for k in waiting[0][0].attributes() if k not in values), key=self.attributes.__getitem__)
                 values[least] = self.attributes[least]
         failures = []
         for constraint in self.constraints:
@@ -107,9 +106,7 @@ class Requirements:
         """Change the counts of groups that disagree by a unit or two, in place, while that leaves fewer failures."""
         start = counts.copy()
         values, failures = self.fit(counts)
-        for _ in range(_STEPS):
-            if not failures:
-                break
+        while failures:
             tried = []
             for group in self.grouping.groups_in(failures[0].axes()):
                 units = self.grouping.units[group]
@@ -215,10 +212,7 @@ class Channels:
         return self.needed.grouping.units
 
     def sub_network(self, counts: Counts, values: Values, starts: Counts | None = None) -> SubNetwork:
-        """Return the sub-network of these counts, which keeps units from `starts` on, by default the first ones.
-
-        `values` are those of the attributes, from `Requirements.fit`.
-        """
+        """Return the sub-network of these counts and values, which keeps units from `starts` on, or the first ones."""
         grouping = self.needed.grouping if starts is None else self.needed.grouping.starting_at(starts)
         found: dict[int, Kept] = {}
 

@@ -8,6 +8,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +31,14 @@ _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that
 class FakeModel:
     """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
 
-    Modules in `replayed` do not run: each call passes the module's path and inputs to `on_replay`, and returns a copy
-    of the next of these outputs. `on_branch` gets tensors whose numbers code asks for, and `on_call` the path, the
-    arguments and the output of each module that has run.
+    Modules in `replayed` return these outputs in turn; `on_replay` gets their path and inputs. `on_branch` gets tensors
+    whose numbers code asks for, and `on_call` the path, the arguments and the output of each module that has run.
     """
 
     on_replay: Callable[..., None] = staticmethod(lambda *_: None)
     on_branch = on_call = on_replay
 
-    def __init__(
-        self, model: nn.Module, example: Arguments, replayed: Mapping[str, Sequence[Any]] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, example: Arguments, replayed: Mapping[str, list[Any]] | None = None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._where: Any = self.mode  # the context of a forward
         memo: dict[int, Any] = left_behind(model)
@@ -60,12 +58,9 @@ class FakeModel:
             module.register_forward_pre_hook(lambda module, args, path=path: stack.append(path))
             module.register_forward_hook(lambda module, args, output, path=path: self._left(path, args, output))
             module.__dict__["_apply"] = lambda *_, own=module: own  # a forward may call `to`, which fakes refuse
-        for path, outputs in (replayed or {}).items():
-            self.model.get_submodule(path).forward = self._replay(path, outputs)
-
-    def _left(self, path: str, args: Any, output: Any) -> None:
-        self._stack.pop()
-        self.on_call(path, args, output)
+        self._replayed = replayed or {}
+        for path in self._replayed:
+            self.model.get_submodule(path).forward = partial(self._replay, path)
 
     def on_meta(self) -> AbstractContextManager[None]:
         """Run the model on plain meta tensors, which is faster, but fails in forwards that need a real device."""
@@ -79,13 +74,13 @@ class FakeModel:
             know(fake, tensor, copied=True)
         return fake
 
-    def _replay(self, path: str, outputs: Sequence[Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self.on_replay(path, (args, kwargs))
-            self._replays[path] = self._replays.get(path, 0) + 1
-            return map_tensors(self._fake_input, outputs[self._replays[path] - 1])
+    def _left(self, path: str, args: Any, output: Any) -> None:
+        self._stack.pop()
+        self.on_call(path, args, output)
 
-        return forward
+    def _replay(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self.on_replay(path, (args, kwargs))
+        return map_tensors(self._fake_input, next(self._replays[path]))
 
     @property
     def running(self) -> str:
@@ -99,7 +94,7 @@ class FakeModel:
             buffer.__dict__.pop("slim_value", None)
         values = KnownNumbers(self._buffers, self.on_branch) if self._where is self.mode else nullcontext()
         args, kwargs = map_tensors(self._input, self._given)
-        self._replays: dict[str, int] = {}
+        self._replays = {path: iter(outputs) for path, outputs in self._replayed.items()}
         quietly = swapped([(vars(_LOGGER), "disabled", True)])
         around: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), quietly, self._where, values]
         with ExitStack() as stack:

@@ -16,12 +16,10 @@ Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
 def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
     """Return the units of each group, the most important first: by the L1 norm of the weights that read them.
 
-    The weights of the convolutions and linear layers that read a unit bound its effect on the network. Those that make
-    it do not count, since a later normalization cancels their size. If no such layer reads a group, all its weights
-    with more than one axis count. A group whose order matters keeps its order.
+    Weights that make a unit do not count, since a normalization cancels their size. If no convolution or linear layer
+    reads a group, all its weights with more than one axis count. A group whose order matters keeps its order.
 
-    Source: Cai et al., Once-for-All, ICLR 2020, section 3.3 (channels sorted by L1 norm; as in its published code, of
-    the reading layers). Measured in `benchmarks/importance`.
+    Source: Cai et al., Once-for-All, ICLR 2020, section 3.3, and its code. Measured in `benchmarks/importance`.
     """
     orders = []
     for group in plan.groups:

@@ -9,9 +9,7 @@ from slimmable.analysis.labels import Ids
 
 Attribute = tuple[str, str, tuple[int, ...]]  # module path, attribute name, position inside nested tuples
 
-OPERATIONS: dict[str, Callable[..., int]] = {
-    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs")
-}
+OPERATIONS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Expression:
         read: dict[str, Callable[[Any], int]] = {"constant": int, "attribute": attributes.__getitem__, "size": count}
         if self.kind in read:
             return read[self.kind](self.value)
-        return OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value))
+        return int(OPERATIONS[self.kind](*(operand.evaluate(attributes, count) for operand in self.value)))
 
     def mapped(self, change: Callable[[Ids], Ids]) -> "Expression":
         """Return it with other labels for each axis whose size it reads."""
@@ -52,10 +50,7 @@ class Expression:
 
 
 class TracedInt(int):
-    """An integer attribute or labelled size of a model that is traced, with an `Expression` that arithmetic extends.
-
-    When two of them compare equal, `on_equal` is called, since a branch in the model's code may depend on that.
-    """
+    """An integer whose expression arithmetic extends; equal ones are told to `on_equal`, as code may branch on it."""
 
     expression: Expression
     on_equal: Callable[[Expression, Expression], None] | None

@@ -1,8 +1,4 @@
-"""Channel labels, which tell which units of which tensor axes must be kept or dropped together.
-
-Every axis of every parameter starts with a fresh id per unit; running the model merges ids in a union-find. A set of
-merged ids is a *class*: one unit of the network, shared by several axes.
-"""
+"""Channel labels: an id for each unit of each axis; merged ids are a *class*, a unit of the network on several axes."""
 
 from functools import partialmethod
 
@@ -19,8 +15,7 @@ _PINNED, _PRODUCED, _ORDERED = 1, 2, 4  # marks of a class, as bits
 class Labels:
     """A vectorized union-find over ids; the smallest id of a class is its root.
 
-    A class can be *pinned* (kept at full width), *produced* (by a layer with weights; only these are slimmed) and
-    *ordered* (with neighbours on its axis: it may be slimmed, but not permuted).
+    A class can be *pinned* (it stays), *produced* (by weights; only these are slimmed) and *ordered* (not permuted).
     """
 
     def __init__(self) -> None:
@@ -98,10 +93,7 @@ class Labels:
         return next(reasons, "merged with an axis that stays full")
 
     def groups(self) -> list[Ids]:
-        """Return the channel groups: one array per group, with the roots of its classes in order.
-
-        Classes with the same multiset of roles are in one group, compared as sums of one random number per role.
-        """
+        """Return the roots of each channel group: classes that have the same roles, by sums of a random number each."""
         signature = np.zeros(len(self), np.uint64)
         draw = np.random.default_rng(0).integers(0, 2**64, len(self.roles), np.uint64)
         for role, ids in zip(draw, self.roles, strict=True):

@@ -102,9 +102,8 @@ def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "aut
     if not stuck:
         return first, solution
     second = trace(fake, widths, skip, dict.fromkeys(stuck, 1), outputs)
-    other = solve(second, rules)
-    better = other.parameters(second) < solution.parameters(first)
-    return (second, other) if better else (first, solution)
+    found = [(first, solution), (second, solve(second, rules))]
+    return min(found, key=lambda pair: pair[1].parameters(pair[0]))
 
 
 def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Trace:
@@ -139,10 +138,9 @@ class Solution:
 
 
 def solve(trace: Trace, rules: Plan) -> Solution:
-    """Find groups and counts, by the rules of an empty plan, for which every constraint holds at every width.
+    """Find groups and counts for which every constraint holds at every width, by the rules of an empty plan.
 
-    Where rounding makes constraints disagree, counts are changed by a few units; if that does not help, axes are
-    coupled or pinned, whichever keeps fewer parameters.
+    Where adjusting counts does not help, axes are coupled or pinned, whichever keeps fewer parameters.
     """
     context = trace.context
     labels = context.labels
@@ -241,9 +239,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     plan.caches = found.caches
     plan.fill([counts[:-1].tolist() for counts in solution.counts])
     for (path, name), axes in found.tensors.items():
-        for axis, ids in enumerate(axes):
-            if ids is None:
-                continue
+        for axis, ids in ((axis, ids) for axis, ids in enumerate(axes) if ids is not None):
             groups = grouping.groups_in([ids])
             sizes = {name for name, own in size_axes(model.get_submodule(path)).items() if own == axis}
             layers = name == "weight" and not sizes.isdisjoint(("out_features", "out_channels", "embedding_dim"))
@@ -265,10 +261,7 @@ def _why(output: Output, labels: Labels, grouping: Grouping) -> str:
 
 
 def _scales(model: nn.Module, trace: Trace, grouping: Grouping) -> Iterator[tuple[str, str, Ids]]:
-    """Find attributes that are `head_dim ** -0.5`, in modules that multiply queries and keys.
-
-    Attention kernels derive the scale from the size that they see; a scale stored as an attribute must agree.
-    """
+    """Find scales `head_dim ** -0.5` of modules that multiply queries and keys, which kernels derive from the size."""
     for path, ids in trace.context.contractions:
         for name, value in vars(model.get_submodule(path)).items():
             if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9 and grouping.groups_in([ids]):
@@ -282,22 +275,18 @@ def first_failure(fake: FakeModel, plan: Plan) -> tuple[str, Exception] | None:
     with fake.on_meta():  # most models run there too, and faster
         while narrow and _failure(fake, *narrow[0]) is None:
             del narrow[0]
-    for width, column in narrow:
-        error = _failure(fake, width, column)
-        if error is not None:
-            return ("" if isinstance(error, ConversionError) else fake.running), error
-    return None
+    return next(filter(None, (_failure(fake, *each) for each in narrow)), None)
 
 
-def _failure(fake: FakeModel, width: float, column: SubNetwork) -> Exception | None:
+def _failure(fake: FakeModel, width: float, column: SubNetwork) -> tuple[str, Exception] | None:
     with _shrunk(fake, column):
         try:
             out = fake.run()
         except Exception as error:
-            return error
+            return fake.running, error
     got, planned = [tuple(tensor.shape) for tensor in output_tensors(out)], column.output_shapes
     if got != planned:
-        return ConversionError(f"the outputs at width {width} have shapes {got}, but {planned} were planned")
+        return "", ConversionError(f"the outputs at width {width} have shapes {got}, but {planned} were planned")
     return None
 
 

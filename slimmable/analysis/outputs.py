@@ -1,12 +1,14 @@
 """Outputs: which keep their size (class scores, images, embeddings), and which get thinner (features)."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
+from contextlib import suppress
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from slimmable._modules import is_under
+from slimmable._tables import listed
 from slimmable.analysis._context import Context
 from slimmable.analysis.channels import Output
 from slimmable.analysis.labels import Ids
@@ -15,19 +17,14 @@ from slimmable.errors import ConversionError
 Outputs: TypeAlias = "str | Sequence[str] | Mapping[str | int, str]"
 """What becomes of the outputs: "auto", "full" or "slim" for all of them, by position, or by name or position."""
 
-_KINDS = ("auto", "full", "slim")
-_SCORES = "class scores, an image or an embedding"
-
 
 def label_outputs(
     context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs, called: Collection[str]
 ) -> list[Output]:
     """Pin the outputs that keep their size; `called` are the paths of the modules that ran.
 
-    By default, units that layers with weights made and that were then only moved, scaled, normalized or bounded are
-    class scores, an image or an embedding, and stay. Those of a residual stream (sums that layers read), keys and
-    values that attention reads, those of a timm model that ran without its classifier, and any others, such as
-    rectified ones, are features and get thinner.
+    By default, units that layers with weights made and that were then only moved, scaled, normalized or bounded stay.
+    Those of a residual stream, keys and values, all of a timm model without its classifier, and others get thinner.
     """
     labels = context.labels
     backbones = _backbones(model, called)
@@ -53,7 +50,7 @@ def label_outputs(
 
     found = []
     names = [name or "output" for name, _ in named]
-    for name, (_, tensor), kind in zip(names, named, _kinds(model, wanted, names), strict=True):
+    for name, (_, tensor), kind in zip(names, named, _kinds(wanted, names), strict=True):
         context.at(f"output {name}" if len(names) > 1 else "output", "")
         axes = context.axes(tensor)
         slim: dict[str, None] = {}
@@ -62,30 +59,29 @@ def label_outputs(
                 continue
             why = features(context.origin(tensor), ids) if kind == "auto" else "as asked"
             if kind == "full" or not why:
-                context.pin(ids, why or _SCORES)
+                context.pin(ids, why or "class scores, an image or an embedding")
             else:
                 slim[why] = None
         found.append(Output(name, tuple(tensor.shape), tuple(axes), ", ".join(slim)))
     return found
 
 
-def _kinds(model: nn.Module, wanted: Outputs, names: Sequence[str]) -> list[str]:
+def _kinds(wanted: Outputs, names: Sequence[str]) -> list[str]:
     given = {"*": wanted} if isinstance(wanted, str) else wanted
     if not isinstance(given, Collection):
         raise ConversionError(f"outputs is {wanted!r}; it must be 'auto', 'full' or 'slim', or say so for each output")
     positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
-    kinds = ["auto"] * len(names)
+    kinds = dict.fromkeys(names, "auto")
     for key, kind in given.items() if isinstance(given, Mapping) else enumerate(given):
-        if kind not in _KINDS:
+        if kind not in ("auto", "full", "slim"):
             raise ConversionError(f"outputs={wanted!r}: {kind!r} is unknown; use 'auto', 'full' or 'slim'")
         pattern = positions[key] if isinstance(key, int) and 0 <= key < len(positions) else str(key)
-        matching = [i for i, name in enumerate(names) if is_under(name, pattern)]
+        matching = [name for name in names if is_under(name, pattern)]
         if not matching and key != "*":
-            known = ", ".join(map(repr, names))
-            raise ConversionError(f"outputs={wanted!r}: {type(model).__name__} has no output {key!r}; it has {known}")
-        for i in matching:
-            kinds[i] = kind
-    return kinds
+            known = listed([*map(repr, names)])
+            raise ConversionError(f"outputs={wanted!r}: this model has no output {key!r}; it has {known}")
+        kinds |= dict.fromkeys(matching, kind)
+    return [kinds[name] for name in names]
 
 
 def is_inside(path: str, outer: str) -> bool:
@@ -101,10 +97,9 @@ def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:
         if hasattr(vars(module).get("feature_info"), "out_indices"):
             found.append(path)
         elif hasattr(module, "pretrained_cfg") and callable(getattr(module, "get_classifier", None)):
-            try:
+            heads: list[Any] = []
+            with suppress(AttributeError):  # some without one look for its layer
                 heads = tree_leaves(module.get_classifier())
-            except AttributeError:  # some without one look for its layer
-                heads = []
             layers = [m for head in heads if isinstance(head, nn.Module) for m in head.modules() if m._parameters]
             if not any(names.get(layer) in called for layer in layers):
                 found.append(path)

@@ -79,15 +79,12 @@ class Plan:
     pins: list[Pin] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
-        if self.pins:
-            lines.append("kept at full width:")
-        lines += [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in self.pins]
-        lines.append("outputs:")
-        lines += [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(self)]
+        groups = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
+        pins = [f"  {_axis(pin.axis)} ({pin.size}): {pin.reason}" for pin in self.pins]
+        outputs = [f"  {name}: {shapes}, {kind}{why and ': '}{why}" for name, shapes, kind, why in _outputs(self)]
         rules = [f"{name}={value!r}" for name, value in self.rules().items() if value != getattr(Plan, name, value)]
-        lines += [f"rules: {', '.join(rules)}"] if rules else []
-        return "\n".join(lines)
+        full, asked = ["kept at full width:"] * bool(pins), [f"rules: {', '.join(rules)}"] * bool(rules)
+        return "\n".join([*groups, *full, *pins, "outputs:", *outputs, *asked])
 
     __repr__ = __str__
 
@@ -114,20 +111,15 @@ class Plan:
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
         """
+        groups = [{**vars(group), "axes": list(map(_axis_data, group.members))} for group in self.groups]
+        outputs = zip(self.channels.outputs, *self.output_shapes, strict=True)
         data = {
             **self.rules(),
             "macs": [column.macs for column in self.columns],
             "parameters": [column.parameters for column in self.columns],
-            "groups": [
-                {name: value for name, value in vars(group).items() if name != "members"}
-                | {"axes": [_axis_data(axis) for axis in group.members]}
-                for group in self.groups
-            ],
+            "groups": [{name: value for name, value in group.items() if name != "members"} for group in groups],
             "pins": [{**_axis_data(pin.axis), "size": pin.size, "reason": pin.reason} for pin in self.pins],
-            "outputs": [
-                {"name": output.name, "shapes": shapes, "reason": output.why}
-                for output, *shapes in zip(self.channels.outputs, *self.output_shapes, strict=True)
-            ],
+            "outputs": [{"name": each.name, "shapes": shapes, "reason": each.why} for each, *shapes in outputs],
         }
         return dict(json.loads(json.dumps(data)))  # in which tuples are lists
 
@@ -142,16 +134,14 @@ class Plan:
     def fill(self, counts: Sequence[Sequence[int]]) -> None:
         """Set the sub-networks of the widths, by the units that they keep of each group; all constraints hold."""
         vars(self).pop("_found", None)
-        by_group, first = zip(*counts, strict=True), [0] * len(counts)
-        starts = [
-            first
-            if self.overlap or len(set(kept)) == 1
-            else disjoint_starts(self.widths, kept, f" of a group, made by {listed(makers, most=3)}")
-            for kept, makers in zip(by_group, self.channels.makers, strict=True)
-        ]
-        for each, start in zip(counts, np.array([*starts, first]).T, strict=True):
-            kept = np.array([*each, 1])
-            self.columns.append(self.channels.sub_network(kept, self.channels.needed.fit(kept)[0], start))
+        starts = np.zeros((len(counts), len(self.channels.units) + 1), np.int64)
+        for group, (kept, makers) in enumerate(zip(zip(*counts, strict=True), self.channels.makers, strict=True)):
+            if not self.overlap and len(set(kept)) > 1:
+                where = f" of a group, made by {listed(makers, most=3)}"
+                starts[:, group] = disjoint_starts(self.widths, kept, where)
+        for each, start in zip(counts, starts, strict=True):
+            units = np.array([*each, 1])
+            self.columns.append(self.channels.sub_network(units, self.channels.needed.fit(units)[0], start))
 
     def __deepcopy__(self, memo: Any) -> "Plan":
         return self
@@ -205,9 +195,7 @@ class Plan:
         if setting in self.widths or not self.universal:
             return self.columns[width_index(setting, self.widths)]
         if not self.widths[-1] <= number_or_nan(setting) <= 1:
-            raise WidthError(
-                f"width {setting!r} is not a number in [{self.widths[-1]}, 1], this model's range of widths"
-            )
+            raise WidthError(f"width {setting!r} is not a number in [{self.widths[-1]}, 1], this model's range")
         return self.near(tuple(self.kept(units, setting) for units in self.channels.units))
 
     @cached_property
@@ -216,10 +204,9 @@ class Plan:
         return {column.counts: column for column in self.columns}
 
     def near(self, wanted: tuple[int, ...]) -> SubNetwork:
-        """Return the sub-network with counts near `wanted` that satisfy all constraints.
+        """Return the sub-network with counts near `wanted` that satisfy all constraints, as those of columns do.
 
-        If changing counts by a few units does not suffice, groups that disagree are raised together to their counts in
-        the narrowest column in which none of them shrinks, since the counts of a column satisfy the constraints.
+        Where a few units more or less do not help, groups that disagree rise to the narrowest column with no fewer.
         """
         if wanted in self._found:
             return self._found[wanted]
@@ -254,10 +241,8 @@ class Plan:
             failure = self.channels.needed.fit(np.array([*key, 1]))[1][0]
             groups = self.channels.needed.grouping.groups_in(failure.axes())
             kept = ", ".join(f"group {group} with {key[group]}" for group in groups)
-            raise WidthError(
-                f"these counts do not go together: {kept} ({failure.constraint.where}: "
-                f"{failure.constraint.expression}); some that do are plan.sub_network(width).counts"
-            )
+            why = f"{failure.constraint.where}: {failure.constraint.expression}"
+            raise WidthError(f"these counts do not go together: {kept} ({why}); plan.sub_network(width).counts do")
         return found
 
     def _counts_by_layer(self, widths: Mapping[str, float]) -> tuple[int, ...]:
@@ -277,7 +262,7 @@ def _groups(plan: Plan) -> list[list[Any]]:
     """Return, below a header, the number of each group, its units, those kept, and its first axes."""
     rows: list[list[Any]] = [["group", "units", f"kept at {', '.join(map(str, plan.widths))}", "axes"]]
     for number, group in enumerate(plan.groups):
-        axes = listed([_axis(axis) for axis in group.members], most=3)
+        axes = listed([*map(_axis, group.members)], most=3)
         rows.append([number, group.units, ", ".join(map(str, group.kept)), axes])
     return rows
 

@@ -1,7 +1,7 @@
 """The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,14 +105,14 @@ class _Calls(TorchFunctionMode):
             return out
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
             self.context.operation = name
-            _rules.normalized_shape(self.context, args[0], args[1])
+            for axis, size in zip(range(-len(args[1]), 0), args[1], strict=True):
+                if (units := int(args[0].shape[axis])) > 1:
+                    self.context.constrain(size, self.context.axes(args[0])[axis], units)
         with swapped([(vars(self.context), "call", Call(name, args, kwargs))]):
             return func(*args, **kwargs)
 
 
-def trace(
-    fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: Mapping[int, int], outputs: Outputs
-) -> Trace:
+def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[int, int], outputs: Outputs) -> Trace:
     """Run `fake` once and return the labels of all parameters, buffers and outputs."""
     context = Context(widths, choices)
     result = Trace(context)
@@ -141,10 +141,6 @@ def trace(
             raise
         except Exception as error:
             raise _failed(fake, context, error) from error
-        finally:
-            for tensor in (own for module in fake.model.modules() for own in tensors_of(module).values()):
-                for name in ("slim_axes", "slim_origin", "slim_shape"):
-                    tensor.__dict__.pop(name, None)
     result.caches = fake.reach.caches
     for cache in ((path, name) for path, names in result.caches.items() for name in names):
         result.tensors.pop(cache, None)
@@ -159,7 +155,7 @@ def trace(
 def _followed_sizes(model: nn.Module, result: Trace) -> Iterator[None]:
     """Require the size attributes of torch's layers that the forward in the block reads to follow the weights."""
     layers = {path: (module, type(module)) for path, module in model.named_modules() if size_axes(module)}
-    read: set[tuple[str, str]] = set()
+    read = set[tuple[str, str]]()
 
     def property_of(path: str, name: str) -> property:
         def get(module: Any) -> Any:
@@ -192,27 +188,28 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     why = "it asks for numbers that depend on weights or on the first input" if asks else str(error).strip()[:400]
     inside = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
     frames = extract_tb(error.__traceback__)
-    lines = [at for at in frames if "nn" in Path(at.filename).parts or not at.filename.startswith(inside)]
+    at = [each for each in frames if "nn" in Path(each.filename).parts or not each.filename.startswith(inside)][-1]
     failed = TraceError(
         f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
-        f"{context.operation or '(none)'!r}: {why}\nIt is in {lines[-1].filename}, line {lines[-1].lineno}: "
-        f"{lines[-1].line}\nThe forward is run on shapes alone: it can branch on numbers of buffers, constants, "
-        "integer and boolean inputs, and all inputs but the first, such as masks, but not on features and weights. "
-        "Which units topk, argmax and the like choose is assumed if the example has a row for each. You can convert "
-        "the part of the model that should get narrower, such as its backbone, in place, or pass other example_inputs."
+        f"{context.operation or '(none)'!r}: {why}\nIt is in {at.filename}, line {at.lineno}: {at.line}\n"
+        "The forward runs on shapes alone: it can branch on numbers of buffers, constants, integer and boolean inputs, "
+        "and all inputs but the first, but not on features and weights; what topk, argmax and the like choose is "
+        "assumed if the example has a row for each unit. You can convert the part of the model that should get "
+        "narrower, such as its backbone, in place, or pass other example_inputs."
     )
     failed.module = path
     return failed
 
 
 def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
-    context = result.context
+    context, known = result.context, set[int]()
     for path, module in model.named_modules():
         skipped = skip(path, module)
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
         for name, tensor in tensors_of(module).items():
-            if not hasattr(tensor, "slim_axes"):
+            if id(tensor) not in known:
+                known.add(id(tensor))
                 sizes = [n if axis < first_space else 1 for axis, n in enumerate(tensor.shape)]
                 axes = [context.labels.fresh(n) if n > 1 else None for n in sizes]
                 context.label(tensor, axes, "weights")
@@ -225,12 +222,15 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
 
 def _traced_attributes(model: nn.Module, result: Trace) -> AbstractContextManager[None]:
     """Replace the integer attributes of all modules with traced ones while the block runs."""
-    new: list[tuple[dict[str, Any], str, Any]] = []
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if type(value) in (int, tuple, list, torch.Size) and value:
-                new.append((vars(module), name, _traced(value, (path, name, ()), result)))
-    return swapped(new)
+    held = [(path, vars(module), *item) for path, module in model.named_modules() for item in vars(module).items()]
+    kinds = (int, tuple, list, torch.Size)
+    return swapped(
+        [
+            (own, name, _traced(value, (path, name, ()), result))
+            for path, own, name, value in held
+            if type(value) in kinds and value
+        ]
+    )
 
 
 def _traced(value: Any, key: Attribute, result: Trace) -> Any:
