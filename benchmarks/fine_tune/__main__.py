@@ -47,7 +47,7 @@ FIELDS = ("arm", "seed", "statistics", "width", "accuracy")
 
 def half(images: Images, classes: range, most: int | None = None) -> Images:
     """Return the images of some classes, which are counted from 0, up to `most` of them to train on."""
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for part in ("train", "test"):
         labels = getattr(images, f"{part}_labels")
         rows = ((labels >= classes.start) & (labels < classes.stop)).nonzero().flatten()
@@ -116,7 +116,8 @@ def table(folder: Path) -> str:
             if cells:
                 lines.append([name, len(shares), *cells])
     [result] = read_results(folder)
-    return f"{markdown(['start', 'seeds', *WIDTHS], lines)}\n{origin(result)}\n"
+    header = ["start", "seeds", *map(str, WIDTHS)]
+    return f"{markdown(header, lines)}\n{origin(result)}\n"
 
 
 def main() -> None:
