@@ -97,12 +97,8 @@ class Context:
                 if ids is not None:
                     self.labels.produce(ids)
 
-    def number(self, indices: Tensor, axes: Sequence[Ids | None]) -> None:
-        """Note that a tensor holds numbers of units on these axes."""
-        indices.slim_numbered = [ids for ids in axes if ids is not None]  # type: ignore[attr-defined]
-
     def use(self, tensors: Iterable[Tensor]) -> None:
-        """Note that these tensors are read, which pins the axes whose units they number."""
+        """Note that these tensors are read, which pins the axes `slim_numbered`, whose units they number."""
         for tensor in tensors:
             for ids in getattr(tensor, "slim_numbered", ()):
                 self.pin(ids, "a unit's number is used")

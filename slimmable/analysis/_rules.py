@@ -1,6 +1,6 @@
 """Rules of operations: arithmetic, new tensors, layers with weights, norms, attention, and moves of axes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         ctx.label(result, left, ctx.origin(source))
     last = ctx.operation in ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk")  # they hold indices
     for result in results[1:] if last else results if ctx.operation.startswith("arg") else ():
-        ctx.number(result, [axes[dim] for dim in reduced])
+        vars(result)["slim_numbered"] = [ids for dim in reduced if (ids := axes[dim]) is not None]
     return None
 
 
@@ -137,7 +137,10 @@ def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
     if asked and ctx.operation == "arange":
-        given = [_steps(ctx.call.args, ctx.call.kwargs)]
+        names = ("start", "end", "step") if len(ctx.call.args) > 1 else ("end",)
+        ends = {"start": 0, "step": 1, **ctx.call.kwargs, **dict(zip(names, ctx.call.args, strict=False))}
+        start, end, step = ends["start"], ends["end"], ends["step"]
+        given = [end if (start, step) == (0, 1) else -((start - end) // step)]
     traced = {int(size): size for size in given if isinstance(size, TracedInt)}
     axes: list[Ids | None] = []
     for units in out.shape:
@@ -151,14 +154,6 @@ def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
                 ctx.labels.order(ids)
         axes.append(ids)
     ctx.label(out, axes, "constant")
-
-
-def _steps(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """Return how many numbers `arange` makes of these arguments."""
-    names = ("start", "end", "step") if len(given) > 1 else ("end",)
-    ends = {"start": 0, "step": 1, **named, **dict(zip(names, given, strict=False))}
-    start, end, step = ends["start"], ends["end"], ends["step"]
-    return end if (start, step) == (0, 1) else -((start - end) // step)
 
 
 # -- channels are mixed by weights, or normalized in groups

@@ -38,11 +38,6 @@ class Grouping:
         """Return which units of an axis are kept."""
         return self.rank[ids] < counts[self.group_of[ids]]
 
-    def starting_at(self, starts: Counts) -> "Grouping":
-        """Return it with other units first: of each group the one at its start, and then those before last."""
-        units = np.array([*self.units, 1])
-        return replace(self, rank=(self.rank - starts[self.group_of]) % units[self.group_of])
-
     def count(self, counts: Counts, ids: Ids) -> int:
         """Return how many units of an axis are kept."""
         return int(self.mask(counts, ids).sum())
@@ -180,31 +175,17 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channel groups of a model and what they size; pure data.
+    """The channel groups of a model and what they size; pure data, in which units are numbered as by `Grouping.of`."""
 
-    Units are numbered across all groups; the number after the last one stands for whatever stays full.
-
-    Attributes:
-        needed: the groups, and the constraints on how many units they keep.
-        tensors: (module path, parameter or buffer name) -> units of each axis, or None.
-        attributes: (module path, attribute name) -> full value, which may be a tuple or list of integers.
-        scales: module path, attribute name and units of attributes equal to `len(units) ** -0.5`.
-        outputs: the model's output tensors.
-        makers: for each group, the modules with weights that make it.
-        ordered: for each group, whether the order of its units matters.
-        products: full multiply-adds, and the units that they are proportional to.
-        sizes: full shape of each parameter, shared ones only once.
-    """
-
-    needed: Requirements
-    tensors: Mapping[TensorName, tuple[Ids | None, ...]]
-    attributes: Mapping[tuple[str, str], Any]
-    scales: Sequence[tuple[str, str, Ids]]
+    needed: Requirements  # the groups, and the constraints on how many units they keep
+    tensors: Mapping[TensorName, tuple[Ids | None, ...]]  # units of each axis
+    attributes: Mapping[tuple[str, str], Any]  # module path, name -> full value: an integer, or several in a tuple
+    scales: Sequence[tuple[str, str, Ids]]  # module path, name, units of attributes that are `len(units) ** -0.5`
     outputs: Sequence[Output]
-    makers: tuple[tuple[str, ...], ...]
-    ordered: tuple[bool, ...]
-    products: Sequence[tuple[int, tuple[Ids, ...]]]
-    sizes: Mapping[TensorName, tuple[int, ...]]
+    makers: tuple[tuple[str, ...], ...]  # for each group, the modules with weights that make it
+    ordered: tuple[bool, ...]  # for each group, whether the order of its units matters
+    products: Sequence[tuple[int, tuple[Ids, ...]]]  # full multiply-adds, and the units that they are proportional to
+    sizes: Mapping[TensorName, tuple[int, ...]]  # full shape of each parameter, shared ones only once
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -213,7 +194,10 @@ class Channels:
 
     def sub_network(self, counts: Counts, values: Values, starts: Counts | None = None) -> SubNetwork:
         """Return the sub-network of these counts and values, which keeps units from `starts` on, or the first ones."""
-        grouping = self.needed.grouping if starts is None else self.needed.grouping.starting_at(starts)
+        grouping = self.needed.grouping
+        if starts is not None:  # of each group the unit at its start comes first, and those before it last
+            sizes = np.array([*grouping.units, 1])[grouping.group_of]
+            grouping = replace(grouping, rank=(grouping.rank - starts[grouping.group_of]) % sizes)
         found: dict[int, Kept] = {}
 
         def kept(ids: Ids) -> Kept:

@@ -88,8 +88,7 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
 
 def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "tuple[Trace, Solution]":
     """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
-    widths = rules.widths
-    first = _settled_trace(fake, widths, skip, outputs)
+    first = _settled_trace(fake, rules.widths, skip, outputs)
     solution = solve(first, rules)
     labels = first.context.labels
     disagreed = labels.roots(*solution.disagreed)
@@ -101,7 +100,7 @@ def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "aut
     stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
     if not stuck:
         return first, solution
-    second = trace(fake, widths, skip, dict.fromkeys(stuck, 1), outputs)
+    second = trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs)
     found = [(first, solution), (second, solve(second, rules))]
     return min(found, key=lambda pair: pair[1].parameters(pair[0]))
 

@@ -222,15 +222,12 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
 
 def _traced_attributes(model: nn.Module, result: Trace) -> AbstractContextManager[None]:
     """Replace the integer attributes of all modules with traced ones while the block runs."""
-    held = [(path, vars(module), *item) for path, module in model.named_modules() for item in vars(module).items()]
-    kinds = (int, tuple, list, torch.Size)
-    return swapped(
-        [
-            (own, name, _traced(value, (path, name, ()), result))
-            for path, own, name, value in held
-            if type(value) in kinds and value
-        ]
-    )
+    new: list[tuple[dict[str, Any], str, Any]] = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if type(value) in (int, tuple, list, torch.Size) and value:
+                new.append((vars(module), name, _traced(value, (path, name, ()), result)))
+    return swapped(new)
 
 
 def _traced(value: Any, key: Attribute, result: Trace) -> Any:
