@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from slimmable._checks import check_floats, check_is_module, check_matrices, checked
 from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
-from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import Indices
+from slimmable.view.norms import SwitchableContainer, inner_modules
 from slimmable.view.recompute import Active, in_backward, switch
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close

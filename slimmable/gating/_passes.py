@@ -15,8 +15,7 @@ from slimmable._inputs import image_batch, is_size
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._gates import GATE, ChannelGate, Decision, LayerGates, Pass, gates_in
 from slimmable.gating._plan import PLAN, GatePlan, LayerMacs, macs_for
-from slimmable.view.container import inner_modules
-from slimmable.view.norms import SwitchableNorm, copy_of_norm
+from slimmable.view.norms import SwitchableNorm, copy_of_norm, inner_modules
 from slimmable.view.recompute import Active, switched
 
 

@@ -24,7 +24,7 @@ from slimmable._nested import map_tensors, named_tensors, output_tensors
 from slimmable.errors import UsageError
 from slimmable.losses import nt_xent_logits
 from slimmable.losses.distillation import DistillationKind
-from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 
 Store: TypeAlias = dict[str, Any]
