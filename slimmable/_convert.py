@@ -29,8 +29,7 @@ from slimmable.analysis.make import make_plan
 from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.errors import ConversionError, WidthError
-from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import Switchable, SwitchableNorm, inherit
+from slimmable.view.norms import Switchable, SwitchableContainer, SwitchableNorm, inherit
 from slimmable.view.state import Counts, WidthState, is_slim, state_of
 from slimmable.view.view import column_of, install_view, narrow_tensors, remove_view
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatt
 
 from slimmable._modules import size_axes, tensors_of
 from slimmable._reach import PROCESS, codes_in
-from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import state_of
 
 _SAY_CHANNELS = re.compile(

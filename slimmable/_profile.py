@@ -24,7 +24,7 @@ from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, widths_of
 from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.errors import UsageError
-from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import state_of
 
 

@@ -13,8 +13,7 @@ from slimmable._widths import width_index
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, WidthError
 from slimmable.layers import refuse_plain_between
-from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import Switchable, guest_of
+from slimmable.view.norms import Switchable, SwitchableContainer, guest_of
 from slimmable.view.recompute import switch, switched
 from slimmable.view.state import Column, WidthState
 from slimmable.view.view import add_properties, column_of

@@ -20,7 +20,7 @@ NAME = "SLIMMABLE_MUTATION_TIMES"  # the environment variable with the path of t
 
 ELSEWHERE = {  # files that tests run in processes of their own, where nothing is recorded
     "slimmable/training/batchnorm.py": ("tests/training/test_processes.py",),
-    "slimmable/view/container.py": ("tests/life/test_distributed.py",),
+    "slimmable/view/norms.py": ("tests/life/test_distributed.py",),
 }
 
 

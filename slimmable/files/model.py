@@ -31,7 +31,7 @@ from slimmable.errors import CheckpointError, SlimmableError
 from slimmable.files.description import HIDDEN, describe, differences, hidden_buffers, unlike
 from slimmable.files.plan_json import decode, encode
 from slimmable.files.tensors import read_tensors, write_tensors
-from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 
 _FORMAT = "slimmable 2"

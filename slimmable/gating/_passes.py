@@ -19,9 +19,8 @@ from slimmable._numerics import at_least_float32
 from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, hidden_units, macs_for
-from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import Indices
-from slimmable.view.norms import SwitchableNorm, copy_of_norm
+from slimmable.view.norms import SwitchableContainer, SwitchableNorm, copy_of_norm, inner_modules
 from slimmable.view.recompute import Active, in_backward, switch, switched
 
 Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs

@@ -10,8 +10,7 @@ from slimmable.layers._switchable import (
     SwitchableLinear,
     SwitchableProbe,
 )
-from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import SwitchableNorm
+from slimmable.view.norms import SwitchableContainer, SwitchableNorm
 
 __all__ = [
     "SlimConv1d", "SlimConv2d", "SlimConv3d", "SlimGroupNorm", "SlimLayerNorm", "SlimLinear", "SwitchableBatchNorm",

@@ -12,8 +12,7 @@ from slimmable._checks import BY_NAME, check_flags, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
 from slimmable.errors import ConversionError, InputError, SlimmableError
-from slimmable.view.container import SwitchableContainer
-from slimmable.view.norms import SwitchableNorm
+from slimmable.view.norms import SwitchableContainer, SwitchableNorm
 from slimmable.view.state import WidthState, is_slim
 from slimmable.view.view import install_view, remove_view
 

@@ -10,8 +10,7 @@ from slimmable._checks import check_flags, check_rounding, checked
 from slimmable._widths import check_widths, kept_units
 from slimmable.errors import ConversionError
 from slimmable.layers._slim import Explained
-from slimmable.view.container import SwitchableContainer, inner_modules
-from slimmable.view.norms import SwitchableNorm
+from slimmable.view.norms import SwitchableContainer, SwitchableNorm, inner_modules
 
 Norm = TypeVar("Norm", bound="_SwitchableBatchNorm")
 Linear = TypeVar("Linear", bound="SwitchableLinear")

@@ -23,7 +23,7 @@ from slimmable._modules import swapped, walk
 from slimmable._nested import map_tensors, named_tensors, output_tensors
 from slimmable.errors import UsageError
 from slimmable.losses import DistillationKind, nt_xent_logits
-from slimmable.view.container import SwitchableContainer
+from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 
 Store: TypeAlias = dict[str, Any]

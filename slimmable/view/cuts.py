@@ -81,9 +81,12 @@ def units_of(cut: Cut) -> list[Sequence[int]]:
 
 
 def take(tensor: Tensor, cut: Cut) -> Tensor:
-    """Return the part of a tensor that a cut keeps."""
-    if cut.block:
-        tensor = _block(tensor, cut)
+    """Return the part of a tensor that a cut keeps; the block in one operation, where indexing needs one per axis."""
+    if cut.block and (type(tensor) not in _PLAIN_TENSORS or is_compiling() or _is_tracing()):
+        tensor = tensor[cut.block]  # which is all that those who record a program know
+    elif cut.block:
+        strides = tensor.stride()
+        tensor = tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))
     for axis, picked in cut.picks:
         tensor = tensor.index_select(axis, picked.on(tensor.device))
     return tensor
@@ -99,11 +102,3 @@ def put(tensor: Tensor, cut: Cut, part: Tensor) -> Tensor:
             places[axis] = picked.on(whole.device)
         block[torch.meshgrid(*places, indexing="ij") if cut.picks else ...] = part.to(whole.device)
     return whole
-
-
-def _block(tensor: Tensor, cut: Cut) -> Tensor:
-    """Take the block in one operation; indexing, which all that records a program knows, needs one per axis."""
-    if type(tensor) not in _PLAIN_TENSORS or is_compiling() or _is_tracing():
-        return tensor[cut.block]
-    strides = tensor.stride()
-    return tensor.as_strided(cut.sizes, strides, tensor.storage_offset() + sum(map(mul, cut.starts, strides)))

@@ -1,4 +1,4 @@
-"""Switchable norms and layers: one real module per width; the narrow ones are cut copies of the full one."""
+"""Switchable containers of one real module per width; those of norms and layers hold cut copies of the full one."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,20 +9,115 @@ from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._checks import checked
+from slimmable._distributed import alone, check_same_widths, in_group, note_width
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, kept_of
 from slimmable.errors import ConversionError, UsageError
-from slimmable.view.container import SwitchableContainer, inner_modules
 from slimmable.view.cuts import Cut, make_cut, take, units_of
-from slimmable.view.state import Column, Counts, WidthState, is_slim
+from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim
 from slimmable.view.view import add_properties, column_of
 
 M = TypeVar("M")
 _Units: TypeAlias = "dict[tuple[str, int], list[int]]"  # name of a tensor, and axis -> units
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
+_COMPARED = 8  # forwards with DistributedDataParallel in which a container compares widths
+
+
+class SwitchableContainer(HasWidths):
+    """One real module per width; see `SwitchableNorm` and `SwitchableProbe`."""
+
+    _static_graph = False  # of the DistributedDataParallel around it
+    _compared = 0  # forwards before whose backward the processes have compared their widths
+
+    def __init__(self, widths: Iterable[float]) -> None:
+        super().__init__()
+        self.__dict__["_slim"] = WidthState(map(Column, check_widths(widths)))
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """The widths, from the widest to the narrowest."""
+        return self._slim.numbers
+
+    @property
+    def width(self) -> float:
+        """The active width."""
+        return cast(float, self._slim.active.width)
+
+    def module_at(self, index: int) -> nn.Module:
+        """Return the module of the width with this index; 0 is the full width."""
+        raise NotImplementedError
+
+    def own_at(self, index: int) -> nn.Module:
+        """Return the module of the width with this index, or a copy if it shares tensors with others."""
+        return self.module_at(index)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module of the active width."""
+        return self.linked(self.module_at(self._slim.index)(*args, **kwargs))
+
+    def linked(self, output: Any) -> Any:
+        """Return `output`; with a process group, its graph then has the idle modules' parameters too, unused.
+
+        DistributedDataParallel waits for the gradient of every parameter; that of an idle one counts as zero there.
+        """
+        if not in_group() or not isinstance(output, Tensor):
+            return output
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if wrapper is not None:  # None in the forwards that checkpointing repeats
+            self._static_graph = wrapper.static_graph
+        if not torch.is_grad_enabled():
+            return output
+        linked: Tensor = _Linked.apply(output, self._static_graph, *self.parameters())
+        if not is_compiling() and linked.requires_grad and not alone():
+            self._compare(wrapper, linked)
+        return linked
+
+    def _compare(self, wrapper: DistributedDataParallel | None, output: Tensor) -> None:
+        """Let the processes notice that they train at different widths: now, or when they average gradients."""
+        width = str(self._slim.active.width)
+        output.register_hook(lambda grad: note_width(self, width))  # type: ignore[no-untyped-call]
+        averages = wrapper is not None and wrapper.training and wrapper.require_backward_grad_sync
+        if wrapper is not None and averages and self._compared < _COMPARED and not wrapper._join_config.enable:
+            self._compared += 1
+            check_same_widths("DistributedDataParallel", width, output.device, wrapper.process_group)
+
+    def extra_repr(self) -> str:
+        """Return the widths and the active one."""
+        return f"widths={self.widths}, width={self.width}"
+
+
+class _Linked(Function):
+    """The identity, whose backward reaches further tensors without a gradient for them.
+
+    Or with zeros: what has no gradient in its first step, a static graph never reduces.
+    """
+
+    @staticmethod
+    def forward(output: Tensor, zeros: bool, *idle: Tensor) -> Tensor:
+        return output.detach()  # not a view for autograd, so it may be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, zeros, *idle = inputs
+        ctx.count = len(idle)
+        ctx.save_for_backward(*idle if zeros else ())
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        missing: list[Tensor | None] = [None] * ctx.count
+        return grad, None, *([torch.zeros_like(idle) for idle in ctx.saved_tensors] or missing)
+
+
+def inner_modules(container: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return the modules of a list inside a container, faster than through attribute access."""
+    return cast("dict[str, nn.Module]", container._modules[name]._modules)  # type: ignore[union-attr]
 
 
 class Switchable(SwitchableContainer):
@@ -55,10 +150,8 @@ class Switchable(SwitchableContainer):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse tensors that other code adds, as pruning does."""
-        raise ConversionError(
-            f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own; change those of all "
-            "widths, norm.full and norm.narrow, or change the model before slimmable.slimify"
-        )
+        what = f"{name} cannot be added to a {type(self).__name__}, which has no tensors of its own"
+        raise ConversionError(f"{what}; change norm.full and norm.narrow, or the model before slimmable.slimify")
 
     @torch.inference_mode(False)  # it is used outside of that, too
     def _narrowed(self, column: Column) -> nn.Module:
@@ -248,12 +341,11 @@ def _report_plain_names(norm: Switchable, _: Any) -> None:
         report[:] = [text.replace(f"{prefix}full.", prefix) for text in report]
 
 
-def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], cuts: Mapping[str, Cut]) -> nn.Module:
+def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], cuts: dict[str, Cut]) -> nn.Module:
     """Let a narrow module read its part of `lent`, the full module's parameters, instead of having its own."""
     own = {name: None for name, tensor in lent.items() if tensor is None}
-    norm.__dict__.update(_parameters=own, _slim_lent=lent)
+    norm.__dict__.update(_parameters=own, _slim_lent=lent, _slim=WidthState([Column(1.0, cuts=cuts)]))
     norm.__dict__.update({"affine": False} if "affine" in norm.__dict__ else {})  # which converters read
-    norm.__dict__["_slim"] = WidthState([Column(1.0, cuts={name: cuts[name] for name in cuts.keys() & lent.keys()})])
     add_properties(norm, lent.keys() - own.keys(), ())
     return norm
 
@@ -272,10 +364,8 @@ def _unguarded(norm: M) -> M:
 
 
 def _refuse_reset() -> None:
-    raise UsageError(
-        "the statistics of a switchable BatchNorm cannot be reset: torch.optim.swa_utils.update_bn would lose those of "
-        "all widths but the active one; call slimmable.calibrate_bn(model, loader) instead"
-    )
+    what = "those of all widths but the active one would be lost; call slimmable.calibrate_bn(model, loader) instead"
+    raise UsageError(f"the statistics of a switchable BatchNorm cannot be reset: {what}")
 
 
 def _start_anew(norm: _BatchNorm) -> None:
@@ -299,9 +389,7 @@ def column_of_norm(norm: nn.Module, width: float | Counts, kept: Kept, shared: b
         raise ConversionError(f"{type(norm).__name__} has no num_features or num_channels, its number of channels")
     units = kept if isinstance(kept, tuple) and kept else [kept - 1] if type(kept) is int else [-1]
     if not set(units) <= set(range(channels)):
-        raise ConversionError(
-            f"SwitchableNorm: an entry of kept must be None, 1 to {channels} channels or a tuple of them, got {kept!r}"
-        )
+        raise ConversionError(f"SwitchableNorm: kept must hold None, 1 to {channels}, or tuples of these, got {kept!r}")
     tensors = ((name, it) for name, it in _tensors(norm).items() if it.shape[:1] == (channels,))
     cuts = {name: make_cut(it, (kept, *[None] * (it.ndim - 1)), name) for name, it in tensors}
     places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)

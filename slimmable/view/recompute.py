@@ -143,7 +143,7 @@ class Active(Generic[C]):
         del self._history[:-_REMEMBERED]
 
     def _of_first_run(self, number: int) -> C:
-        found: list[Any] = []
+        found: list[C] = []
         known: set[_Mark | None] = {None}
         for thread, since, sure, noted in reversed(tuple(self._history)):
             if thread not in known and since <= number + (not sure):
@@ -160,8 +160,7 @@ class Active(Generic[C]):
                 "gradient checkpointing repeats a forward, but forwards of several threads or tasks, at different "
                 "widths, could be the one; give each thread or task a copy of the model"
             )
-        value: C = found[0] if found else self._found()
-        return value
+        return found[0] if found else self._found()
 
 
 def switch(places: Places, values: Iterable[Any]) -> None:
@@ -169,7 +168,7 @@ def switch(places: Places, values: Iterable[Any]) -> None:
     if is_compiling():
         for (_, active), value in zip(places, values, strict=True):
             active.now, active._last = value, _NEVER
-    elif _task() != -1 and (node := _node()) is not None:
+    elif (node := _node()) is not None:
         for (_, active), value in zip(places, values, strict=True):
             active._again[_here.mark] = node, value
     else:
@@ -179,7 +178,7 @@ def switch(places: Places, values: Iterable[Any]) -> None:
 @contextmanager
 def switched(places: Places, values: Iterable[Any]) -> Iterator[None]:
     """Activate something in each of several modules while the block runs, for those who run in it."""
-    if is_compiling() or (_task() != -1 and _node() is not None):
+    if is_compiling() or _node() is not None:
         before = [active.active for _, active in places]
         switch(places, values)
         try:
@@ -201,9 +200,9 @@ def switched(places: Places, values: Iterable[Any]) -> Iterator[None]:
             block.left = True
             _blocks.remove(block)
             _own_user()
-            for module, active in places:
+            for _, active in places:
                 still = (each.has[active] for each in reversed(_blocks) if active in each.has)
-                _show(module, active, next(still, active._base))
+                _show(active, next(still, active._base))
             _settle()
 
 
@@ -213,7 +212,7 @@ def in_backward() -> bool:
 
 
 def _node() -> tuple[int, int] | None:
-    node = torch._C._current_autograd_node()
+    node = torch._C._current_autograd_node() if _task() != -1 else None
     return None if node is None else (_task(), node._sequence_nr())
 
 
@@ -246,30 +245,27 @@ def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> Non
     """Give something to a new block, or to the innermost block that has the same, or else to the thread or task."""
     with _LOCK:
         user = _own_user()
-        pairs = [(module, active, value) for (module, active), value in zip(places, values, strict=True)]
-        for _, active, value in pairs:
-            if (_is_guest(value) or _is_guest(active.now)) and any(True for _ in _others(user, active)):
+        pairs = [(active, value) for (_, active), value in zip(places, values, strict=True)]
+        for active, value in pairs:
+            guest = -1 in (getattr(value, "index", 0), getattr(active.now, "index", 0))
+            if guest and any(True for _ in _others(user, active)):
                 raise WidthError(
                     "another thread or task runs this model, which can be in use at a width that it does not have of "
                     "its own by one only; keep the width with calibrate_bn, or use a copy of the model"
                 )
         root = next(each for each in user.line() if not each.is_block)
-        for module, active, value in pairs:
+        for active, value in pairs:
             block = new or next((each for each in user.line() if each.is_block and active in each.has), None)
             if block is None:
                 active._base = value
             (root if block is None or block.who is not root.who else block).has[active] = value
-            _show(module, active, value)
+            _show(active, value)
         _settle()
 
 
-def _show(module: Any, active: Active[Any], value: Any) -> None:
+def _show(active: Active[Any], value: Any) -> None:
     active.now = active._shown = value
     active._last, active._unread = _NEVER, (_here.mark, _next_number())
-
-
-def _is_guest(value: Any) -> bool:
-    return getattr(value, "index", 0) == -1
 
 
 def _settle() -> None:

@@ -237,9 +237,7 @@ class _Viewed(HasWidths):
     def apply(self, fn: Any) -> Any:
         """Apply a function to every module; refuse those of tools that know layers by their exact class."""
         if counter := _counter(fn):
-            raise ConversionError(
-                f"{counter} knows layers by their exact class, so it would miss those of a converted model; {_INSTEAD}"
-            )
+            raise ConversionError(f"{counter} knows layers by their exact class, not converted ones; {_INSTEAD}")
         return super().apply(fn)
 
     def register_forward_pre_hook(self, hook: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from slimmable.layers import (
     SwitchableBatchNorm3d,
     SwitchableNorm,
 )
-from slimmable.view.container import _Linked
+from slimmable.view.norms import _Linked
 
 WIDTHS = (1.0, 0.5, 0.25)
 KEPT = (None, 4, (1, 6))
