@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from slimmable._known_numbers import arguments as arguments
-from slimmable._nested import tensors as tensors
+from slimmable._inputs import tensors as tensors
+from slimmable._reach import arguments as arguments
 from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Axes, Ids, Labels, spread
 

@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
+from slimmable._atomic import read_tensors, write_tensors
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
 from slimmable.cli.config import PretrainConfig, explained, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.files.description import differences
 from slimmable.files.model import save
-from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
 
 CHECKPOINT = "checkpoint.safetensors"

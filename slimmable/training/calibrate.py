@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import check_tensors, checked
-from slimmable._inputs import Arguments, Inputs
+from slimmable._inputs import Arguments, Inputs, map_tensors, output_tensors
 from slimmable._modules import in_eval_mode, swapped
-from slimmable._nested import map_tensors, output_tensors
 from slimmable._width import at_width, registered, set_width, widths_of
 from slimmable.analysis.plan import Setting
 from slimmable.errors import DataError, UsageError
