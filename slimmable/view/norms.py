@@ -139,7 +139,10 @@ class Switchable(SwitchableContainer):
     ) -> Iterator[tuple[str, nn.Module]]:
         """List the full norm under the container's own name, before the container."""
         memo = set() if memo is None else memo
+        own = vars(self.full).get("_slim")
         yield from self.full.named_modules(memo, prefix, remove_duplicate)
+        if vars(self.full).pop("_parts", None):  # torch.export gives all modules of a name the last one's attributes
+            vars(self.full).pop("_slim") if own is None else vars(self.full).update(_slim=own)
         if self not in memo:
             if remove_duplicate:
                 memo.add(self)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from slimmable._convert import extract
 from slimmable._width import set_width
 from slimmable.layers import (
     SlimConv2d,
@@ -14,6 +15,7 @@ from slimmable.layers import (
     SwitchableBatchNorm2d,
     SwitchableProbe,
 )
+from slimmable.view.state import state_of
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 X = torch.randn(2, 3, 6, 6)
@@ -52,9 +54,12 @@ def test_one_graph_per_width_and_none_after_switching_back(training):
 def test_export_at_a_width(width):
     model = net().eval()
     set_width(model, width)
+    before = [(set(vars(module)), state_of(module)) for module in model.modules()]
     program = torch.export.export(model, (X,), strict=False)
     assert torch.equal(program.module()(X), model(X))
     assert set(program.state_dict) == set(model.state_dict())
+    assert [(set(vars(module)), state_of(module)) for module in model.modules()] == before
+    assert torch.allclose(extract(model, width)(X), model(X), atol=1e-6)
 
 
 def test_recomputation_at_the_width_of_the_forward():
