@@ -109,7 +109,7 @@ def slimify(
         return model if inplace else copy_of(model)
     found = _plan(model, example_inputs, *asked)
     if not found.channels.units:
-        warnings.warn(f"nothing in this {type(model).__name__} gets narrower; its plan says why", stacklevel=2)
+        warnings.warn(f"nothing in this {type(model).__name__} gets narrower; slimmable.plan says why", stacklevel=2)
     target = model if inplace else copy_of(model)
     with undone_on_error(target):
         before = strip(target)
