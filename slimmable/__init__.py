@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from slimmable import training as training
     from slimmable._convert import extract, plan, slimify
     from slimmable._inputs import Inputs
-    from slimmable._profile import profile
-    from slimmable._search import search
+    from slimmable._profile import profile, search
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
     from slimmable.cli.calls import pretrain
     from slimmable.errors import SlimmableError
@@ -49,7 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inputs", "_profile", "_search", "_width", "errors", "files.hub", "files.model",
+    "_convert", "_inputs", "_profile", "_width", "errors", "files.hub", "files.model",
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")

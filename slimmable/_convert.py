@@ -15,13 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
-from slimmable._addons import addons_of, detach_all
 from slimmable._checks import check_flags, check_rounding, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
-from slimmable._modules import is_under, replace_modules, tensors_of, undone_on_error, walk
+from slimmable._modules import addons_of, detach_all, is_under, replace_modules, tensors_of, undone_on_error, walk
 from slimmable._tables import listed
-from slimmable._width import at_width, registered, widths_of
+from slimmable._width import at_width, places_of, registered, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import moved, order_by_magnitude, permute
@@ -109,24 +108,19 @@ def slimify(
         return model if inplace else copy_of(model)
     found = _plan(model, example_inputs, *asked)
     if not found.channels.units:
-        warnings.warn(
-            f"nothing in this {type(model).__name__} gets narrower at any width; print(slimmable.plan(...)) says why",
-            stacklevel=2,
-        )
+        warnings.warn(f"nothing in this {type(model).__name__} gets narrower; slimmable.plan says why", stacklevel=2)
     target = model if inplace else copy_of(model)
     with undone_on_error(target):
         before = strip(target)
         orders = order_by_magnitude(target, found) if importance is not None else []
         try:
-            if orders:
-                permute(target, found, orders)
+            permute(target, found, orders)
             slim = cast(M, apply_plan(target, found))
-            _inherit(slim, before, moved(found, orders) if orders else {})
+            _inherit(slim, before, moved(found, orders))
             return slim
         except BaseException:
             strip(target)
-            if orders:
-                permute(target, found, [np.argsort(units) for units in orders])
+            permute(target, found, [np.argsort(units) for units in orders])
             raise
 
 
@@ -183,18 +177,25 @@ def extract(model: M, width: Setting) -> M:
     with at_width(model, width):
         memo: dict[int, Any] = {}
         slim = []
-        for module in shallow_modules(model):
-            if (state := state_of(module)) is None:
-                continue
+        for module, state in places_of(model):
             if isinstance(module, SwitchableContainer):
                 memo[id(module)] = copy_of(module.own_at(state.index), memo)
                 continue
             slim.append((module, state.active))
-            _refuse_derived(module, state)
+            known = {*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ())}
+            for name in state.active.cuts.keys() - known:  # computed from others since the conversion
+                if state.plan is None or (state.path, name) in state.plan.channels.sizes:  # it was a parameter
+                    what = f"{f'{state.path}.{name}'.lstrip('.')} of a {type(module).__name__} is no longer a parameter"
+                    way = "make that permanent, as torch.nn.utils.prune.remove does, or call slimmable.slimify again"
+                    raise ConversionError(f"{what}, as after torch.nn.utils.prune or weight_norm; {way}, then extract")
             for name, part in narrow_tensors(module, state.active).items():
                 full = {**module._parameters, **module._buffers, **module.__dict__}[name]
                 if id(full) not in memo:
-                    own = _laid_out_as(full, part)
+                    part = part.detach()
+                    if full.is_contiguous():  # also of quantised tensors, which are only copied this way
+                        own = part.clone(memory_format=torch.contiguous_format)
+                    else:  # laid out as the full one, such as in `channels_last`
+                        own = torch.empty_like(full[tuple(map(slice, part.shape))]).copy_(part)
                     memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
         small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
         for module, active in slim:
@@ -206,28 +207,6 @@ def extract(model: M, width: Setting) -> M:
         follow_layers(model, small)
         follow_configs(model, small)
         return small
-
-
-def _refuse_derived(module: nn.Module, state: WidthState) -> None:
-    """Refuse tensors that are computed from others since the conversion, which are full and not known to the plan."""
-    own = (*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ()))
-    for name in state.active.cuts.keys() - set(own):
-        if state.plan is None or (state.path, name) in state.plan.channels.sizes:  # it was a parameter
-            place = f"{state.path}.{name}".lstrip(".")
-            raise ConversionError(
-                f"{place} of a {type(module).__name__} is no longer a parameter, as after "
-                "torch.nn.utils.prune or weight_norm; make the change permanent with torch.nn.utils.prune.remove or "
-                "its counterpart, or call slimmable.slimify on the model again, then extract"
-            )
-
-
-def _laid_out_as(full: Tensor, part: Tensor) -> Tensor:
-    """Return a copy of a part of `full` with the same memory format, such as `channels_last`."""
-    part, order = part.detach(), sorted(range(full.ndim), key=full.stride, reverse=True)
-    if order == sorted(order):  # also of quantised tensors, which have no `permute`
-        return part.clone(memory_format=torch.contiguous_format)
-    copied = part.permute(order).clone(memory_format=torch.contiguous_format)
-    return copied.permute([order.index(axis) for axis in range(full.ndim)])
 
 
 # -- the steps of a conversion
@@ -291,10 +270,8 @@ def skipper(model: nn.Module, skip: Skip, what: str = "skip") -> Callable[[str, 
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(is_under(name, pattern) for name in names):
-            raise ConversionError(
-                f"{what} pattern {pattern!r} matches no module of {type(model).__name__}; "
-                f"it has modules such as {', '.join(repr(name) for name in names[1:6])}"
-            )
+            found = f"matches no module of {type(model).__name__}; it has {', '.join(map(repr, names[1:6]))}"
+            raise ConversionError(f"{what} pattern {pattern!r} {found}")
     return lambda name, module: any(is_under(name, pattern) for pattern in patterns)
 
 
@@ -385,11 +362,9 @@ def _inherit(model: nn.Module, before: Mapping[str, Switchable], moved: Mapping[
             lost.setdefault(width, []).append(path)
     if lost:
         listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())
-        warnings.warn(
-            "some layers lose what a width has learned, since they keep other channels at it than before, share gain "
-            f"and bias now, or are no longer switched: {listing}. Train on, or call slimmable.calibrate_bn",
-            stacklevel=3,
-        )
+        why = "as they keep other channels, share gain and bias, or are no longer switched"
+        what = f"some layers lose what a width has learned, {why}: {listing}"
+        warnings.warn(f"{what}. Train on, or call slimmable.calibrate_bn", stacklevel=3)
 
 
 def know(module: nn.Module, found: Plan, path: str) -> None:
@@ -409,5 +384,5 @@ def copy_of(model: M, memo: dict[int, Any] | None = None) -> M:
     """Return a deep copy; tensors that a forward has left in attributes lose their autograd history."""
     memo = {} if memo is None else memo
     for key, value in left_behind(model).items():
-        memo.setdefault(key, value.clone())
+        memo.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
     return copy.deepcopy(model, memo)

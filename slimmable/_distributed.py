@@ -2,7 +2,7 @@
 
 import weakref
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import compress
@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
@@ -139,28 +140,22 @@ def average_gradients(model: nn.Module) -> None:
     check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = defaultdict(list)
-    filled: Counter[tuple[torch.dtype, torch.device]] = Counter()
+    gradients = []
     for parameter in compress(parameters, used.tolist()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        kind = parameter.grad.dtype, parameter.grad.device
-        buckets[(*kind, filled[kind] // _BUCKET)].append(parameter.grad)
-        filled[kind] += parameter.grad.nbytes
-    for bucket in buckets.values():
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        gradients.append(parameter.grad)
+    for bucket in _take_tensors(gradients, _BUCKET):  # type: ignore[no-untyped-call]
+        flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
+        torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def averaged_once(model: nn.Module) -> Iterator[None]:
-    """Average the gradients of each DistributedDataParallel in `model` once, after the block, not in its backwards.
-
-    One that is under its `no_sync`, or has a static graph, is left alone.
-    """
+    """Average the gradients of each DistributedDataParallel in `model` once, after the block, not in its backwards."""
     wrapped = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
+    # not those under their `no_sync`, or with a static graph
     synced = [part for part in wrapped if part.require_backward_grad_sync and not part.static_graph]
     with ExitStack() as stack:
         for part in synced:

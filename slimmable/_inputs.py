@@ -1,11 +1,14 @@
-"""Example inputs that a model is analysed on: the caller's, or zeros of the input size that timm names."""
+"""Inputs and outputs of a forward: the example that a model is analysed on, and the tensors nested in them."""
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from slimmable.errors import ConversionError, UsageError
 
@@ -19,16 +22,13 @@ class Inputs:
     A tensor, a tuple or list of positional arguments, or a dict of keyword arguments needs no `Inputs`. Positional
     and keyword arguments together do, and so does a forward whose only argument is a tuple, list or dict.
 
-    >>> class Scaled(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+    >>> class Scaled(nn.Linear):
     ...     def forward(self, batch, *, scale):
-    ...         return self.second(self.first(batch["image"]) * scale)
+    ...         return super().forward(batch["image"]) * scale
     >>> from slimmable import Inputs, slimify
     >>> example = Inputs({"image": torch.zeros(2, 4)}, scale=torch.ones(1))
-    >>> slimify(Scaled(), (1.0, 0.5), example_inputs=example).first
-    Linear(in_features=4, out_features=8, bias=True, widths=(1.0, 0.5), width=1.0)
+    >>> slimify(Scaled(4, 8), (1.0, 0.5), example_inputs=example, outputs="slim")
+    Scaled(in_features=4, out_features=8, bias=True, widths=(1.0, 0.5), width=1.0)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,18 +43,13 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     """Return arguments for the forward of `model`: the example, or zeros of the size in timm's `pretrained_cfg`."""
     example, name = example_inputs, type(model).__name__
     if example is None:
-        size = _image_size(model)
-        if size is None:
-            raise ConversionError(
-                f"{name} names no input size; pass example_inputs, such as torch.zeros(2, 3, 224, 224)"
-            )
+        if (size := _image_size(model)) is None:
+            raise ConversionError(f"{name} names no input size; pass example_inputs=, as torch.zeros(2, 3, 224, 224)")
         return (image_batch(model, size),), {}
     if is_size(example) and example:
         sizes = ", ".join(map(str, example))
-        raise ConversionError(
-            f"example_inputs is {example!r}, which looks like an input size; pass a batch of that "
-            f"size, such as torch.zeros(2, {sizes}). If the forward takes integers, pass slimmable.Inputs({sizes})"
-        )
+        way = f"pass torch.zeros(2, {sizes}), or slimmable.Inputs({sizes}) if the forward takes integers"
+        raise ConversionError(f"example_inputs is {example!r}, which looks like an input size; {way}")
     args, kwargs = (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
     if isinstance(example, Inputs):
         args, kwargs = example.args, example.kwargs
@@ -67,19 +62,13 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise ConversionError(
-            f"{name}.forward{signature} does not take example_inputs: {error}. A tuple or list holds positional "
-            "arguments, a dict keyword arguments; if the forward takes it as one, pass slimmable.Inputs(...)"
-        ) from error
+        way = "pass slimmable.Inputs(...), also of a tuple, list or dict that is one argument"
+        raise ConversionError(f"{name}.forward{signature} does not take example_inputs: {error}; {way}") from error
     return args, kwargs
 
 
 def is_size(value: object) -> bool:
-    """Tell whether a value is a size such as (3, 224, 224), not the arguments of a forward.
-
-    >>> is_size((3, 224, 224)), is_size((torch.zeros(2, 3), 5)), is_size(())
-    (True, False, True)
-    """
+    """Tell whether a value is a size such as (3, 224, 224), or empty, not the arguments of a forward."""
     return isinstance(value, (tuple, list)) and all(type(size) is int and size > 0 for size in value)
 
 
@@ -108,3 +97,62 @@ def _image_size(model: nn.Module) -> tuple[int, ...] | None:
 def is_index(value: Any) -> bool:
     """Tell whether a value is a tensor of integers or booleans, on which shapes may depend."""
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.is_meta)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists, dicts and objects with attributes."""
+    return [tensor for _, tensor in named_tensors(output)]
+
+
+def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
+    """Return the same tensors with names such as "1.features", joined from positions, keys and attribute names."""
+    seen: set[int] = set()  # ids of objects, which may hold each other
+
+    def named(value: Any, *name: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield ".".join(name), value
+            return
+        if isinstance(value, Mapping):
+            parts = dict(value)
+        elif isinstance(value, (tuple, list)):
+            parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+        elif id(value) in seen:
+            return
+        else:
+            seen.add(id(value))
+            leaves = tree_leaves(value)  # of a container that torch knows
+            parts = _parts(value) if any(leaf is value for leaf in leaves) else dict(enumerate(leaves))
+        for key, part in parts.items():
+            yield from named(part, *name, str(key))
+
+    return list(named(output))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of nested tuples, lists, dicts and objects in which `function` has replaced every tensor."""
+
+    def replaced(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not output_tensors(leaf):
+            return leaf
+        twin = copy.copy(leaf)
+        for name, part in _parts(leaf).items():
+            object.__setattr__(twin, name, map_tensors(function, part))
+        return twin
+
+    return tree_map(replaced, value)
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """Return the attributes of a data object; none for classes and modules."""
+    if isinstance(value, (type, nn.Module)):
+        return {}
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(getattr(value, "__dict__", {}))

@@ -1,8 +1,9 @@
-"""Modules of any class: match names, replace modules, switch modes for a while, copy, subclass unnoticed, sizes."""
+"""Modules of any class: match, replace and copy them, switch them for a while, subclass unnoticed; add-ons to them."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -56,10 +57,7 @@ def walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> I
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters, buffers and plain attributes of a module itself that are tensors.
-
-    Of the attributes only floating-point numbers count, such as a position table; integers are indices.
-    """
+    """Return a module's own parameters and buffers, and its plain tensors of floats, such as a position table."""
     owned = {**module._parameters, **module._buffers}
     plain = {name: value for name, value in vars(module).items() if type(value) is Tensor and value.is_floating_point()}
     return {name: tensor for name, tensor in owned.items() if tensor is not None} | plain
@@ -76,24 +74,19 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give all modules back the classes, attributes and widths that they had if the block fails."""
-    modules = list(model.modules())
-    kinds = [type(module) for module in modules]
-    states = [vars(module)["_slim"] for module in modules if "_slim" in vars(module)]
-    owners = [*map(vars, modules), *map(vars, states)]
-    dicts = [each for owner in owners for each in (owner, *owner.values()) if isinstance(each, dict)]
-    before = [(each, each.copy()) for each in dicts]
-    columns = [(state.columns, state.columns.copy()) for state in states]
+    """Give all modules back the classes and attributes that they had if the block fails."""
+    before = []
+    for module in model.modules():
+        dicts = [each for each in (vars(module), *vars(module).values()) if isinstance(each, dict)]
+        before.append((module, type(module), [(each, each.copy()) for each in dicts]))
     try:
         yield
     except BaseException:
-        for module, kind in zip(modules, kinds, strict=True):
+        for module, kind, copies in before:
             module.__class__ = kind
-        for each, entries in before:
-            each.clear()
-            each.update(entries)
-        for own, listed in columns:
-            own[:] = listed
+            for each, entries in copies:
+                each.clear()
+                each.update(entries)
         raise
 
 
@@ -135,3 +128,31 @@ def size_axes(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.Bilinear):
         return {"out_features": 0, "in1_features": 1, "in2_features": 2}
     return {"num_channels": 0} if isinstance(module, nn.GroupNorm) else {}
+
+
+# -- add-ons to models, such as gates: how the core, which knows none, removes them, writes them to files and restores
+MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that registers it
+ADDONS: "dict[str, AddOn]" = {}  # those whose modules have been imported
+
+
+@dataclass(frozen=True)
+class AddOn:
+    """The functions of one add-on."""
+
+    refusal: str  # why a model that has it cannot be converted, and how to remove it; follows "this ResNet"
+    present: Callable[[nn.Module], bool]  # whether a model has it
+    detach: Callable[[nn.Module], nn.Module]  # remove it from a model, if present, in place, and return the model
+    describe: Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]  # a copy without it, and JSON data for `restore`
+    restore: Callable[[nn.Module, dict[str, Any]], nn.Module]  # add it again, in place, as `describe` recorded it
+
+
+def addons_of(model: nn.Module) -> dict[str, AddOn]:
+    """Return the add-ons that a model has, by name."""
+    return {name: addon for name, addon in ADDONS.items() if addon.present(model)}
+
+
+def detach_all(model: nn.Module) -> nn.Module:
+    """Remove all add-ons from a model, in place, and return it."""
+    for addon in ADDONS.values():
+        model = addon.detach(model)
+    return model

@@ -82,10 +82,8 @@ def width_of(model: nn.Module) -> float | tuple[int, ...]:
     """
     active = {state.active.width for _, state in places_of(model)}
     if len(active) > 1:
-        raise WidthError(
-            f"parts of {type(model).__name__} are at different widths {sorted(active, key=str, reverse=True)}; "
-            "call set_width on the whole model"
-        )
+        found = f"parts of {type(model).__name__} are at different widths {sorted(active, key=str, reverse=True)}"
+        raise WidthError(f"{found}; call set_width on the whole model")
     return active.pop()
 
 
@@ -155,15 +153,11 @@ def places_of(model: nn.Module) -> Places:
         pending += [(child, converted) for child in children.values() if child is not None]
     if new:
         found = [f"{name or 'the model itself'} ({type(m).__name__})" for name, m in model.named_modules() if m in new]
-        raise ConversionError(
-            f"{type(model).__name__} gained layers after its conversion that no width applies to: {', '.join(found)}; "
-            "call slimmable.slimify on it again"
-        )
+        what = f"{type(model).__name__} gained layers after its conversion that no width applies to: {', '.join(found)}"
+        raise ConversionError(f"{what}; call slimmable.slimify on it again")
     if not places:
-        raise ConversionError(
-            f"{type(model).__name__} was never converted and has no slimmable layer; "
-            "call slimmable.slimify first, or build the model from slimmable.layers"
-        )
+        what = f"{type(model).__name__} was never converted and has no layer of slimmable.layers"
+        raise ConversionError(f"{what}; call slimmable.slimify first")
     return places
 
 
@@ -208,10 +202,8 @@ def _column(module: nn.Module, state: WidthState, setting: Setting, number: floa
     if number is not None and (plan is None or not plan.universal):
         return state.columns[width_index(number, state.numbers)]  # whose message names those registered later, too
     if plan is None:
-        raise WidthError(
-            f"{type(module).__name__} was made by hand and has only the widths {state.widths}; "
-            "widths by layer and channel counts are for models that slimmable.slimify has converted"
-        )
+        what = f"{type(module).__name__} was made by hand and has only the widths {state.widths}"
+        raise WidthError(f"{what}; widths by layer and counts are for models that slimmable.slimify has converted")
     found = plan.sub_network(setting)
     for column in (*state.columns, state.now):
         if column.counts == found.counts:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -17,16 +17,13 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     if isinstance(widths, (str, bytes)) or not isinstance(widths, Iterable):
         raise WidthError(f"widths must be a sequence of numbers such as (1.0, 0.5, 0.25), got {widths!r}")
     given: list[Any] = list(widths)
-    if not given:
-        raise WidthError("widths is empty; pass at least the full width, as in (1.0, 0.5)")
     for width in given:
         if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width <= 1:  # type: ignore[operator]
             raise WidthError(f"width {width!r} in {given} is not in (0, 1]; a width is a share of the full network")
     found = sorted(map(float, given), reverse=True)
-    for wider, narrower in pairwise(found):
-        if wider == narrower:
-            raise WidthError(f"width {wider} appears twice in {given}")
-    if found[0] != 1.0:
+    if len(set(found)) < len(found):
+        raise WidthError(f"a width appears twice in {given}")
+    if 1.0 not in found:
         raise WidthError(f"the full width 1.0 is missing from {given}; add it, as in {(1.0, *given)}")
     return tuple(found)
 
@@ -39,10 +36,8 @@ def width_index(width: float, widths: Sequence[float]) -> int:
     if width in widths:
         return widths.index(width)
     nearest = min(widths, key=lambda known: abs(known - width))
-    raise WidthError(
-        f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}. "
-        "For other widths, pass them in widths= when you build or convert the model."
-    )
+    what = f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}"
+    raise WidthError(f"{what}. For others, build or convert the model with widths=")
 
 
 def kept_of(size: int, kept: Kept) -> int:
@@ -62,8 +57,6 @@ def disjoint_starts(widths: Sequence[float], counts: Sequence[int], where: str =
     """Return the first unit of each width, where narrower ones keep disjoint units, the narrowest the first ones."""
     *starts, total = accumulate(reversed(counts[1:]), initial=0)
     if total > counts[0] or sum(widths[1:]) > 1 + 1e-9:
-        raise WidthError(
-            f"overlap=False needs disjoint units for the narrower widths, but those of {tuple(widths)} keep "
-            f"{list(counts[1:])} of {counts[0]} units{where}; choose narrower widths with a sum of at most 1"
-        )
+        what = f"those of {tuple(widths)} below 1 keep {list(counts[1:])} of {counts[0]} units{where}"
+        raise WidthError(f"overlap=False needs disjoint units, but {what}; choose narrower ones, of a sum of at most 1")
     return [0, *reversed(starts)]

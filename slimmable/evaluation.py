@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import (
     are_class_numbers,
     check_classes,
@@ -34,7 +35,6 @@ from slimmable._numerics import at_least_float32
 from slimmable._width import at_width, run_widths
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, DivergedError, UsageError
-from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.layers import SwitchableNorm, SwitchableProbe
 from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view

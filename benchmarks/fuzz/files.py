@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import slimmable
 from benchmarks.fuzz.mutations import changed, damaged, text
-from slimmable.files.tensors import write_tensors
+from slimmable._atomic import write_tensors
 from tests.life.test_slimclr_checkpoint import resnet50
 
 Call = Callable[[], object]

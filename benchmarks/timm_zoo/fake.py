@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import flop_registry
 
 import slimmable
 from slimmable._inputs import example_of
@@ -52,7 +51,7 @@ class Kinds(_Counter):
     """Counts multiply-adds by kind of operation too."""
 
     def __init__(self) -> None:
-        super().__init__(flop_registry)
+        super().__init__()
         self.macs: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from slimmable._known_numbers import arguments
-from slimmable._nested import tensors
+from slimmable._inputs import tensors
+from slimmable._reach import arguments
 from slimmable.analysis._context import Context, rule_of
 from slimmable.analysis.integers import TracedInt
 from slimmable.analysis.labels import Ids, spread

@@ -17,11 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimmable._inputs import Arguments, is_index
-from slimmable._known_numbers import KnownNumbers, ReadInMemory, fits, know
+from slimmable._inputs import Arguments, is_index, map_tensors, output_tensors, tensors
 from slimmable._modules import swapped
-from slimmable._nested import map_tensors, output_tensors, tensors
-from slimmable._reach import PROCESS, Reach
+from slimmable._reach import PROCESS, KnownNumbers, Reach, ReadInMemory, fits, know
 from slimmable.analysis.integers import depends_on_trace
 
 _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(threading.RLock()))

@@ -39,7 +39,7 @@ def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
-    """Permute the units of every group of a plain model's plan by its order, in place, along all of their axes."""
+    """Permute the units of every group of a plain model's plan by its order, if any, in place, along all their axes."""
     names: dict[int, tuple[str, str]] = {}  # the first name of each tensor; one that is shared is permuted only once
     for (path, name, axis), index in moved(plan, orders).items():
         tensor = tensors_of(model.get_submodule(path))[name]
@@ -51,7 +51,7 @@ def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
 def moved(plan: Plan, orders: Sequence[Order]) -> dict[AxisName, Order]:
     """Return, for each axis that `permute` permutes, where it takes the unit at each place from."""
     found: dict[AxisName, Order] = {}
-    for group, order in zip(plan.groups, orders, strict=True):
+    for group, order in zip(plan.groups, orders, strict=False):
         for axis, units in group.members.items():
             places = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :].reshape(group.units, -1)
             found.setdefault(axis, np.arange(len(units)))[places] = places[order]

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimmable._inputs import Arguments
+from slimmable._inputs import Arguments, output_tensors
 from slimmable._modules import size_axes, swapped
-from slimmable._nested import output_tensors
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
 from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, SubNetwork

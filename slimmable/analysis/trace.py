@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._known_numbers import written
+from slimmable._inputs import named_tensors, output_tensors, tensors
 from slimmable._modules import size_axes, swapped, tensors_of, unannounced
-from slimmable._nested import named_tensors, output_tensors, tensors
+from slimmable._reach import written
 from slimmable.analysis import _rules
 from slimmable.analysis._context import RULES as RULES
 from slimmable.analysis._context import Call

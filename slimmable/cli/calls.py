@@ -88,10 +88,8 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
             words += [flag(name), *map(str, value)]
         elif one in (str, Path) and not isinstance(value, (str, Path)):
             raise UsageError(f"{flag(name)} must be a text, got {value!r:.80}")
-        elif one is bool or str(value).startswith("-"):
-            words.append(flag(name) if value is True else f"{flag(name)}={value}")
         else:
-            words += [flag(name), str(value)]
+            words.append(flag(name) if one is bool and value is True else f"{flag(name)}={value}")
     return parse(words)[1] | unsaid
 
 

@@ -73,7 +73,7 @@ class Evaluate:
     def _run(self) -> None:
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
-        from slimmable.cli.lock import locked
+        from slimmable.cli.processes import locked
         from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_method
 
@@ -162,7 +162,7 @@ class Export:
 
     def _run(self, **network: Any) -> None:
         from slimmable.cli.export import export as write
-        from slimmable.cli.lock import locked
+        from slimmable.cli.processes import locked
 
         source, widths, folder = Network(**network).source()
         folder = self.output or folder

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimmable._atomic import fill_aside
 from slimmable._convert import extract, slimify
-from slimmable._nested import output_tensors
+from slimmable._inputs import output_tensors
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index

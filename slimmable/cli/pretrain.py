@@ -14,7 +14,7 @@ from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
-from slimmable.cli.lock import locked
+from slimmable.cli.processes import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
 from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, save_networks, timm_backbone
 from slimmable.cli.start import make_teacher, normalised, read_start

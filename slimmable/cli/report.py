@@ -68,9 +68,17 @@ def read_report(folder: Path) -> dict[float, Row]:
 
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of `metrics.csv` in `folder`, none without a file; raise CheckpointError if it is no report."""
-    path = folder / "metrics.csv"
+    path, rows = folder / "metrics.csv", []
     try:
-        return [_row(cells) for cells in _read_table(path)]
+        for cells in _read_table(path):
+            network, width = cells.pop("network", ""), float(cells.pop("width"))
+            parameters, macs = int(cells.pop("parameters")), int(cells.pop("macs"))
+            shares = {name: float(share) for name, share in cells.items() if title_of(name) and share != ""}
+            row = Row(width, parameters, macs, shares, network)
+            if not all(0 <= share <= 1 for share in (row.width, *shares.values())) or min(row.parameters, row.macs) < 0:
+                raise ValueError(f"a width, a count or an accuracy of {row.name} is out of range")
+            rows.append(row)
+        return rows
     except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
         raise CheckpointError(f"{path} is not the report of a run ({error}); move it away") from error
 
@@ -79,15 +87,6 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, none without a file, and without a last line that a full disk cut short."""
     text = read_text(path, _MOST_BYTES) if os.path.lexists(path) else ""
     return list(csv.DictReader(text.split("\n")[:-1], strict=True))
-
-
-def _row(cells: dict[str, str]) -> Row:
-    network, width, parameters, macs = (cells.pop(name, "") for name in ("network", "width", "parameters", "macs"))
-    shares = {name: float(share) for name, share in cells.items() if title_of(name) and share != ""}
-    row = Row(float(width), int(parameters), int(macs), shares, network)
-    if not all(0 <= share <= 1 for share in (row.width, *shares.values())) or min(row.parameters, row.macs) < 0:
-        raise ValueError(f"a width, a count or an accuracy of {row.name} is out of range")
-    return row
 
 
 def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
@@ -194,14 +193,12 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
     if kept and tuple(kept[0]) != names:
         raise CheckpointError(f"{path} has columns other than {', '.join(names)}; move it away, then resume")
     write_aside(path, lambda aside: aside.write_text(csv_text(names, kept)))
-    file = path.open("ab", buffering=0)  # line by line, so none is written in part, or again when the file is closed
 
     def log(step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
-        try:  # the cell of a width that did not run stays empty
-            line = csv_text(names, [row]).partition("\n")[2].encode()
-            if file.write(line) < len(line):
-                raise OSError("No space left on device")
+        try:
+            with path.open("a") as file:  # the cell of a width that did not run stays empty
+                file.write(csv_text(names, [row]).partition("\n")[2])
         except OSError as error:
             raise CheckpointError(f"cannot write {path} ({error})") from error
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
+from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
@@ -29,7 +30,6 @@ from slimmable.cli.config import PretrainConfig, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import differences
 from slimmable.files.model import save
-from slimmable.files.tensors import read_tensors, write_tensors
 from slimmable.gating import gate
 from slimmable.methods.published import TeacherKind
 

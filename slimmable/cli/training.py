@@ -197,20 +197,19 @@ class Training:
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
     """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
-    plain: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay if config.decay_norms else 0.0}
-    plain["lr_scale"] = config.norm_lr_scale
-    decaying: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay}
-    # timm's schedule multiplies by `lr_scale`
-    gating: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_scale": config.gate_lr_scale}
-    scaled = {**gating, "params": [], "always_adapt": config.lars_gates}  # LARS scales without weight decay too
+    decay = config.weight_decay
+    gating: dict[str, Any] = {"weight_decay": 0.0, "lr_scale": config.gate_lr_scale}  # by which timm's schedule scales
+    kinds: dict[tuple[bool, bool], dict[str, Any]] = {  # whether it is a gate, and a matrix
+        (False, False): {"weight_decay": decay if config.decay_norms else 0.0, "lr_scale": config.norm_lr_scale},
+        (False, True): {"weight_decay": decay},
+        (True, False): gating,
+        (True, True): {**gating, "always_adapt": config.lars_gates},  # LARS scales without weight decay too
+    }
     for name, parameter in online.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim > 1 and not name.endswith(".bias")
-            kind = decaying if matrix else plain
-            if id(parameter) in gates:
-                kind = scaled if matrix else gating
-            kind["params"].append((name, parameter))
-    groups = [group for group in (plain, decaying, gating, scaled) if group["params"]]
+            kinds[id(parameter) in gates, matrix].setdefault("params", []).append((name, parameter))
+    groups = [group for group in kinds.values() if "params" in group]
     name = {"adamw": "adamw", "lars": "lars", "sgd": "momentum"}[config.opt]  # timm's "sgd" is Nesterov's
     settings: dict[str, Any] = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
     if config.opt == "lars":

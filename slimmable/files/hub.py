@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_map_only
 from slimmable._atomic import fill_aside
 from slimmable._checks import check_fraction, check_whole, checked
 from slimmable._convert import extract
-from slimmable._inputs import Arguments, example_of
+from slimmable._inputs import Arguments, example_of, output_tensors
 from slimmable._modules import in_eval_mode
-from slimmable._nested import output_tensors
 from slimmable._profile import Profile, profile
 from slimmable._width import widths_of
 from slimmable._widths import width_index

@@ -20,17 +20,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from slimmable._addons import ADDONS, MODULES, addons_of
+from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
 from slimmable._described import Facts, facts, fitting, named_in_forward
-from slimmable._modules import replace_modules
+from slimmable._modules import ADDONS, MODULES, addons_of, replace_modules
 from slimmable._width import places_of, registered
 from slimmable.analysis.plan import Plan
 from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.files.description import HIDDEN, describe, differences, hidden_buffers, unlike
-from slimmable.files.plan_json import decode, encode
-from slimmable.files.tensors import read_tensors, write_tensors
+from slimmable.files.description import HIDDEN, decode, describe, differences, encode, hidden_buffers, unlike
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 

@@ -67,10 +67,8 @@ def load_slimclr(
             vars(model)["num_classes"] = classes
     own = {_published(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     if differing := differences(own, given):
-        raise CheckpointError(
-            f"{source} is not a ResNet-50 of the published SlimCLR code with widths {checked}; "
-            f"if it has other widths, pass them, as in load_slimclr(..., widths=...){differing}"
-        )
+        what = f"{source} is not a ResNet-50 of the published SlimCLR code with widths {checked}"
+        raise CheckpointError(f"{what}; if it has others, pass widths={differing}")
     return copy_of(model, {id(own[name]): filled(own[name], given[name], own[name].dtype) for name in own}).eval()
 
 
@@ -117,10 +115,9 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
             with torch.serialization.safe_globals([argparse.Namespace]):
                 data = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
-            raise CheckpointError(
-                f"{source} cannot be read; it is damaged, not a torch checkpoint, or holds objects that could run "
-                "programs. If you trust it, pass load_slimclr what torch.load(path, weights_only=False) returns"
-            ) from error
+            why = "it is damaged, not a torch checkpoint, or holds objects that could run programs"
+            way = "if you trust it, pass what torch.load(path, weights_only=False) returns"
+            raise CheckpointError(f"{source} cannot be read; {why}; {way}") from error
     elif not isinstance(checkpoint, Mapping):
         raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
     if isinstance(data, Mapping):

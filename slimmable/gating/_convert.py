@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._addons import ADDONS, AddOn
 from slimmable._checks import check_positive, check_whole, checked, number_or_nan
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
-from slimmable._modules import in_eval_mode, replace_modules, swapped
+from slimmable._modules import ADDONS, AddOn, in_eval_mode, replace_modules, swapped
 from slimmable._tables import listing
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units

@@ -13,8 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
-from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index
-from slimmable._nested import output_tensors
+from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, output_tensors
 from slimmable._widths import width_index
 from slimmable.analysis.channels import Grouping
 from slimmable.analysis.fake import FakeModel

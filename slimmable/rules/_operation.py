@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from slimmable._checks import check_flags
-from slimmable._known_numbers import arguments
-from slimmable._nested import tensors
+from slimmable._inputs import tensors
+from slimmable._reach import arguments
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.trace import RULES, Context
 from slimmable.errors import RuleError, UsageError

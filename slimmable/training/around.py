@@ -19,8 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map
 
 from slimmable._convert import shallow_modules
+from slimmable._inputs import map_tensors, named_tensors, output_tensors
 from slimmable._modules import swapped, walk
-from slimmable._nested import map_tensors, named_tensors, output_tensors
 from slimmable.errors import UsageError
 from slimmable.losses import DistillationKind, nt_xent_logits
 from slimmable.view.norms import SwitchableContainer

@@ -13,9 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import check_count, check_tensors, checked
 from slimmable._distributed import alone, from_all, from_all_alike, world_size
-from slimmable._inputs import Arguments, Inputs
+from slimmable._inputs import Arguments, Inputs, map_tensors, output_tensors
 from slimmable._modules import in_eval_mode, swapped
-from slimmable._nested import map_tensors, output_tensors
 from slimmable._numerics import at_least_float32
 from slimmable._reach import PROCESS
 from slimmable._width import at_width, registered, set_width, widths_of

@@ -20,7 +20,7 @@ from slimmable import _atomic
 from slimmable.__main__ import main
 from slimmable.cli import data
 from slimmable.cli.faults import explained_fault, on_signals
-from slimmable.cli.lock import locked
+from slimmable.cli.processes import locked
 from slimmable.cli.run import load_checkpoint
 from slimmable.cli.training import Training
 from slimmable.errors import CheckpointError, UsageError
@@ -152,7 +152,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tiny, tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from slimmable.cli.lock import locked
+from slimmable.cli.processes import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -217,7 +217,7 @@ def test_without_locks_a_run_says_so(tmp_path, monkeypatch, capsys):
     def take(handle):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("slimmable.cli.lock._take", take)
+    monkeypatch.setattr("slimmable.cli.processes._take", take)
     with locked(tmp_path):
         assert "is on a file system without locks" in capsys.readouterr().out
 

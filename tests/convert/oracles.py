@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable._nested import output_tensors
+from slimmable._inputs import output_tensors
 from slimmable.analysis.importance import order_by_magnitude, permute
 from slimmable.analysis.plan import Plan
 

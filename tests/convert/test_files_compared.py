@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 import slimmable
 from benchmarks.fuzz.__main__ import attempt
+from slimmable._atomic import write_tensors
 from slimmable.errors import CheckpointError
 from slimmable.files.description import describe
-from slimmable.files.tensors import write_tensors
 
 WIDTHS = (1.0, 0.5)
 ROOT = Path(slimmable.__file__).parents[1]

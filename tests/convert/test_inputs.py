@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable import Inputs
-from slimmable._nested import output_tensors
+from slimmable._inputs import output_tensors
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slimmable
-from slimmable._nested import named_tensors
+from slimmable._inputs import named_tensors
 from slimmable.errors import ConversionError
 from tests.convert import oracles
 from tests.convert.test_zoo import SAMPLE, SMALLEST

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimmable
+from slimmable._atomic import write_tensors
 from slimmable.errors import CheckpointError, ConversionError
-from slimmable.files.tensors import write_tensors
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.5, 0.25)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
+from slimmable._atomic import write_tensors
 from slimmable.errors import CheckpointError
-from slimmable.files.tensors import write_tensors
 from slimmable.gating import ChannelGate, LayerGates, PassNorm, gate_plan, ungate
 from slimmable.gating._plan import decode, encode
 from tests.convert.oracles import randomise

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,23 @@ def test_a_converted_checkpoint_loads_into_another_conversion_with_every_width()
     again.load_state_dict(torch.load(file, weights_only=True), assign=True)
     assert_same_outputs(slim, again.eval(), images())
     assert not torch.equal(again.bn1.narrow[0].running_mean, again.bn1.full.running_mean[:8])
+
+
+class Locked(nn.Module):
+    """Holds a lock, which no copy can have of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.lock = nn.Linear(4, 8), nn.Linear(8, 2), threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return self.last(self.first(x))
+
+
+def test_what_cannot_be_copied_is_shared():
+    model = Locked()
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+    small = slimmable.extract(slim, 0.5)
+    assert slim.lock is model.lock is small.lock
+    assert small(torch.zeros(2, 4)).shape == (2, 2)

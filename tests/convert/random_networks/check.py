@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable._nested import output_tensors
+from slimmable._inputs import output_tensors
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.make import best_trace
 from slimmable.analysis.plan import Plan
