@@ -5,7 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, cast
 
 import torch
@@ -140,11 +140,11 @@ def average_gradients(model: nn.Module) -> None:
     check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    gradients = []
+    gradients: dict[torch.device, list[Tensor]] = {}
     for parameter in compress(parameters, used.tolist()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients.append(parameter.grad)
-    for bucket in _take_tensors(gradients, _BUCKET):  # type: ignore[no-untyped-call]
+        gradients.setdefault(parameter.grad.device, []).append(parameter.grad)
+    for bucket in chain(*(_take_tensors(each, _BUCKET) for each in gradients.values())):  # type: ignore[no-untyped-call]
         flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
