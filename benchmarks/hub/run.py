@@ -71,7 +71,7 @@ def table(result: dict[str, Any]) -> str:
         "nothing": "An error ended the attempt with",
         "nothing gets narrower": "Nothing gets narrower in",
     }
-    text = f"Of {result['modules']} modules of timm, the smallest models of {len(rows)} were tried. "
+    text = f"Of {result['modules']} modules of timm, {len(rows)} were tried, those with the smallest models. "
     text += f"timm itself loads {len(native)}:\n\n{markdown(('model', 'arguments that say its sizes'), lines)}"
     for kind, head in heads.items():
         if found := [each["model"] for each in rows if each["loads"] == kind]:
@@ -98,8 +98,8 @@ def main() -> None:
                 rows.append(row(module, smallest[module]))
             print(rows[-1], flush=True)
             write_result(options.out, "hub", rows, f"width{WIDTH}", modules=len(smallest))
-    (result,) = read_results(options.out)
-    (options.out / "table.md").write_text(f"{table(result)}\n{origin(result)}\n")
+            (result,) = read_results(options.out)
+            (options.out / "table.md").write_text(f"{table(result)}\n{origin(result)}\n")
 
 
 if __name__ == "__main__":
