@@ -206,8 +206,8 @@ def test_a_universal_run_has_statistics_for_all_its_widths(tiny, tmp_path, capsy
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "mocov2"])
-def test_every_method_resumes_to_the_same_numbers(method, tiny, tmp_path, monkeypatch):
-    options = [*tiny, "--method", method]
+def test_every_method_resumes_to_the_same_numbers(method, tiny, run, tmp_path, monkeypatch):
+    options = [*tiny, "--method", method, *(["--teacher", str(run)] if method == "distillation" else [])]
     assert main(["pretrain", *options, "--output", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(5, patch)
