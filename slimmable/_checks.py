@@ -68,9 +68,7 @@ check_number = must_be("a finite number", lambda value: math.isfinite(number_or_
 check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(value) <= 1)
 check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
 check_positive = must_be("a positive number", lambda value: 0 < number_or_nan(value) < math.inf)
-check_share = must_be(
-    "a share of the dense multiply-adds; it must be in (0, 1)", lambda value: 0 < number_or_nan(value) < 1
-)
+check_share = must_be("in (0, 1)", lambda value: 0 < number_or_nan(value) < 1)
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
