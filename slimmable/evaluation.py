@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from slimmable._checks import (
     check_same_shape,
     check_tensors,
     checked,
-    must_be,
     number_or_nan,
     shown,
 )
@@ -174,7 +173,6 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
-    _check_probes("evaluate_widths", probes=probes)
     sets: list[Any] = []
     for name, images, labels in cast("Any", (("train", train, train_labels), ("test", test, test_labels))):
         where = f"evaluate_widths: {name}"
@@ -239,7 +237,6 @@ def evaluate_features(
     >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
     1.0
     """
-    _check_probes("evaluate_features", probes=probes)
     widths = check_widths(train)
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
@@ -265,13 +262,6 @@ def evaluate_features(
             shares["ridge"] = _accuracy(classifier(test[width]), test_labels)
         found[width] = Accuracies(**shares)
     return found
-
-
-_PROBES = get_args(ProbeName)
-_check_probes = must_be(
-    f"a list of {', '.join(_PROBES)}",
-    lambda names: isinstance(names, Collection) and bool(names) and all(name in _PROBES for name in names),
-)
 
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
@@ -490,8 +480,7 @@ def _trained(
 
 def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[float, Tensor]:
     """Return the scores of linear layers, the first columns of which serve a width with fewer features."""
-    each = ((width, linears[width], part) for width, part in features.items())
-    return {width: F.linear(part, linear.weight[:, : part.shape[1]], linear.bias) for width, linear, part in each}
+    return {w: F.linear(part, linears[w].weight[:, : part.shape[1]], linears[w].bias) for w, part in features.items()}
 
 
 def _minimised(
