@@ -8,10 +8,11 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from slimmable._checks import check_classes, check_finite, check_labelled, checked
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation import as_input, outputs_of, zero_linear
+from slimmable.evaluation import as_input, outputs_of
 from slimmable.view.state import is_slim
 
 
@@ -68,7 +69,9 @@ def finetune(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
         )
     check_finite("finetune: features of the first images", features)
-    classifier = zero_linear(features.shape[1], classes, features.device)
+    classifier = skip_init(nn.Linear, features.shape[1], classes, device=features.device)  # draws no random numbers
+    for parameter in classifier.parameters():
+        nn.init.zeros_(parameter)
     network = nn.Sequential(OrderedDict(backbone=copy.deepcopy(backbone), classifier=classifier)).train()
     optimizer = torch.optim.SGD(
         param_groups_weight_decay(network, weight_decay), lr=learning_rate, momentum=0.9, nesterov=True

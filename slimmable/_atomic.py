@@ -38,12 +38,11 @@ def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
             fill(aside)
-        made = False
     except OSError as error:
         raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
     finally:
         if made:
-            with suppress(OSError):
+            with suppress(OSError):  # it has files
                 folder.rmdir()
 
 

@@ -7,12 +7,12 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial, wraps
 from numbers import Integral, Real
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
@@ -68,9 +68,7 @@ check_number = must_be("a finite number", lambda value: math.isfinite(number_or_
 check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(value) <= 1)
 check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
 check_positive = must_be("a positive number", lambda value: 0 < number_or_nan(value) < math.inf)
-check_share = must_be(
-    "a share of the dense multiply-adds; it must be in (0, 1)", lambda value: 0 < number_or_nan(value) < 1
-)
+check_share = must_be("in (0, 1)", lambda value: 0 < number_or_nan(value) < 1)
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
@@ -126,7 +124,6 @@ _NAMES: dict[Callable[..., None], str] = {
     check_function: "backward closure evaluate function",
     check_path: "folder path repo_or_folder",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
-    must_be("cosine or euclidean", lambda value: isinstance(value, str) and value in ("cosine", "euclidean")): "metric",
     must_be("a text that is not empty", lambda it: isinstance(it, str) and it != ""): "license repo_id revision token",
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
@@ -138,8 +135,20 @@ BY_NAME = {name: check for check, names in _NAMES.items() for name in names.spli
 """The parameters whose names mean the same in all public functions, and what their values must be."""
 
 
+def _choice(kind: Any) -> Callable[..., None] | None:
+    """Return the check of what is annotated as one of some texts, or as a list of them, and None for all else."""
+    each = get_args(kind)[0] if get_origin(kind) is Sequence else kind
+    if get_origin(each) is not Literal:
+        return None
+    known = get_args(each)
+    if each is kind:
+        return must_be(f"one of {', '.join(known)}", lambda name: isinstance(name, str) and name in known)
+    what = f"a list of {', '.join(known)}"
+    return must_be(what, lambda it: isinstance(it, Collection) and bool(it) and all(name in known for name in it))
+
+
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check flags, and the arguments that `BY_NAME` knows, before the function runs; None only where it may be None.
+    """Check flags, choices, and what `BY_NAME` knows, before the function runs; None only where it may be None.
 
     What torch or Python then say of the others becomes a `UsageError` that shows the call, unless memory ran out.
     Errors of the caller's own code, such as a closure or a loader, stay what they are.
@@ -148,6 +157,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     given_as = signature.parameters.items()
     checks = {name: check for name, check in BY_NAME.items() if name in signature.parameters}
     checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool", bool | None)}
+    checks |= {name: check for name, each in given_as if (check := _choice(each.annotation))}
     optional = {name for name, each in given_as if each.default is None or type(None) in get_args(each.annotation)}
 
     @wraps(function)
@@ -218,9 +228,6 @@ def check_matrices(where: str, **tensors: Tensor) -> None:
         if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
             what = "a tensor of floats of shape (batch, features), with at least one of each"
             raise DataError(f"{where}: {name} must be {what}, got {shown(tensor)}; flatten any further axes first")
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")
 
 
 def check_same_shape(where: str, **tensors: Tensor) -> None:

@@ -288,14 +288,12 @@ def _update(model: Any, plain: dict[str, Any]) -> None:
     if not hasattr(model.config, "from_dict"):
         model.register_to_config(**plain)
         return
-    pending = [(model.config, *(type(model.config).from_dict(each) for each in (_plain(model.config), plain)))]
-    while pending:
-        own, before, after = pending.pop()
-        for name, value in vars(after).items():
-            if hasattr(value, "to_dict"):
-                pending.append((vars(own)[name], vars(before)[name], value))
-            elif value != vars(before)[name]:
-                vars(own)[name] = value
+    before, after = (type(model.config).from_dict(each) for each in (_plain(model.config), plain))
+    pending = [(model.config, before, after)]
+    for own, *both in pending:  # which grows
+        old, new = map(vars, both)
+        pending += [(vars(own)[name], old[name], each) for name, each in new.items() if hasattr(each, "to_dict")]
+        vars(own).update({n: each for n, each in new.items() if not hasattr(each, "to_dict") and each != old[n]})
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from slimmable._checks import (
     check_same_shape,
     check_tensors,
     checked,
-    must_be,
     number_or_nan,
     shown,
 )
@@ -174,7 +173,6 @@ def evaluate_widths(
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
     """
-    _check_probes("evaluate_widths", probes=probes)
     sets: list[Any] = []
     for name, images, labels in cast("Any", (("train", train, train_labels), ("test", test, test_labels))):
         where = f"evaluate_widths: {name}"
@@ -239,7 +237,6 @@ def evaluate_features(
     >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
     1.0
     """
-    _check_probes("evaluate_features", probes=probes)
     widths = check_widths(train)
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
@@ -252,27 +249,19 @@ def evaluate_features(
     trained = {name: kinds[name](train, train_labels, num_classes=classes) for name in kinds if name in probes}
     found = {}
     for width in widths:
-        known, asked = train[width], test[width]
-        accuracies: dict[str, float] = {}
+        shares: dict[str, float] = {}
         for name, probe in trained.items():
             with at_width(probe, width), torch.no_grad():
-                scores = probe(asked.float())
-            accuracies |= {name: _accuracy(scores, test_labels), f"{name}_top5": _accuracy(scores, test_labels, 5)}
+                scores = probe(test[width].float())
+            shares |= {name: _accuracy(scores, test_labels), f"{name}_top5": _accuracy(scores, test_labels, 5)}
         if "knn" in probes:
-            sets = known, train_labels, asked, test_labels
-            accuracies["knn"] = knn_accuracy(*sets, k=k, metric=metric, temperature=temperature)
+            sets = train[width], train_labels, test[width], test_labels
+            shares["knn"] = knn_accuracy(*sets, k=k, metric=metric, temperature=temperature)
         if "ridge" in probes:
-            classifier = ridge_classifier(known, train_labels, num_classes=classes)
-            accuracies["ridge"] = _accuracy(classifier(asked), test_labels)
-        found[width] = Accuracies(**accuracies)
+            classifier = ridge_classifier(train[width], train_labels, num_classes=classes)
+            shares["ridge"] = _accuracy(classifier(test[width]), test_labels)
+        found[width] = Accuracies(**shares)
     return found
-
-
-_PROBES = get_args(ProbeName)
-_check_probes = must_be(
-    f"a list of {', '.join(_PROBES)}",
-    lambda names: isinstance(names, Collection) and bool(names) and all(name in _PROBES for name in names),
-)
 
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
@@ -412,16 +401,15 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    classes, moments, scaled = _scaled("train_probe", features, labels, num_classes)
-    probe = SwitchableProbe(features[1.0].shape[1], classes, scaled, device=labels.device)
-    linears = {width: zero_linear(part.shape[1], classes, labels.device) for width, part in scaled.items()}
-    probe.linears = nn.ModuleList(linears.values())
-    batches = partial(_shuffled, scaled, labels, batch_size, torch.Generator().manual_seed(seed))
-    _minimise(linears, batches, epochs, learning_rate)
+    how = num_classes, epochs, batch_size, learning_rate, seed
+    linears, moments = _trained("train_probe", features, labels, False, how)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
             linears[width].bias.sub_(linears[width].weight @ mean)
+    full = linears[1.0]
+    probe = SwitchableProbe(full.in_features, full.out_features, linears, device=labels.device)
+    probe.linears = nn.ModuleList(linears.values())
     return probe
 
 
@@ -457,67 +445,61 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
-    classes, moments, scaled = _scaled("train_slimmable_probe", features, labels, num_classes)
-    widths, kept = tuple(scaled), [part.shape[1] for part in scaled.values()]
-    full = kept[0]
-    if max(kept) > full:
-        raise DataError(f"train_slimmable_probe: {kept} features at widths {widths}; the full width must have most")
-    norm = SwitchableNorm(nn.BatchNorm1d(full, eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
+    how = num_classes, epochs, batch_size, learning_rate, seed
+    linears, moments = _trained("train_slimmable_probe", features, labels, True, how)
+    widths, linear, kept = tuple(moments), linears[1.0], [len(mean) for mean, _ in moments.values()]
+    norm = SwitchableNorm(nn.BatchNorm1d(kept[0], eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
         norm.module_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
-    linear = zero_linear(full, classes, labels.device)
-    batches = partial(_shuffled, scaled, labels, batch_size, torch.Generator().manual_seed(seed))
-    _minimise(dict.fromkeys(scaled, linear), batches, epochs, learning_rate)
     install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
     return nn.Sequential(norm, linear).eval()
 
 
-def zero_linear(features: int, classes: int, device: torch.device) -> nn.Linear:
-    """Return a linear layer of zeros, without drawing random numbers."""
-    linear: nn.Linear = skip_init(nn.Linear, features, classes, device=device)  # type: ignore[no-untyped-call]
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _scaled(
-    where: str, features: Features, labels: Tensor, num_classes: int | None
-) -> tuple[int, dict[float, tuple[Tensor, Tensor]], dict[float, Tensor]]:
-    """Return the number of classes, and for each width the mean and deviation of its features, and them scaled."""
+def _trained(
+    where: str, features: Features, labels: Tensor, shared: bool, how: tuple[int | None, int, int, float, int]
+) -> tuple[dict[float, nn.Linear], dict[float, tuple[Tensor, Tensor]]]:
+    """Return width -> a classifier of scaled features, `shared` by all or its own, and their mean and deviation."""
+    num_classes, epochs, size, rate, seed = how
     widths = check_widths(features)
     for width in widths:
         classes = check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
     exact = {width: features[width].float() for width in widths}
     moments = {width: (x.mean(0), x.std(0, correction=0).clamp(min=1e-6)) for width, x in exact.items()}
-    return classes, moments, {width: (exact[width] - mean) / std for width, (mean, std) in moments.items()}
+    scaled = {width: (exact[width] - mean) / std for width, (mean, std) in moments.items()}
+    kept = [part.shape[1] for part in scaled.values()]
+    if shared and max(kept) > kept[0]:
+        raise DataError(f"{where}: {kept} features at widths {widths}; the full width must have most")
+    generator = torch.Generator().manual_seed(seed)
 
+    def batches(_: int) -> Iterator[tuple[Features, Tensor]]:
+        for rows in torch.split(torch.randperm(len(labels), generator=generator).to(labels.device), size):
+            yield {width: part[rows] for width, part in scaled.items()}, labels[rows]
 
-def _shuffled(
-    features: Features, labels: Tensor, size: int, generator: torch.Generator, epoch: int
-) -> Iterator[tuple[Features, Tensor]]:
-    """Yield batches of features and labels, in another order in each epoch."""
-    order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    for rows in torch.split(order, size):
-        yield {width: part[rows] for width, part in features.items()}, labels[rows]
+    return _minimised(scaled, classes, shared, batches, epochs, rate, milestones=None, path=None), moments
 
 
 def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[float, Tensor]:
     """Return the scores of linear layers, the first columns of which serve a width with fewer features."""
-    each = ((width, linears[width], part) for width, part in features.items())
-    return {width: F.linear(part, linear.weight[:, : part.shape[1]], linear.bias) for width, linear, part in each}
+    return {w: F.linear(part, linears[w].weight[:, : part.shape[1]], linears[w].bias) for w, part in features.items()}
 
 
-def _minimise(
-    linears: Mapping[float, nn.Linear], batches: Any, epochs: int, rate: float, milestones: Any = None, path: Any = None
-) -> None:
-    """Minimise `probe_loss` of linear layers on `batches` of an epoch; the rest is as in `linear_evaluation`."""
+def _minimised(
+    first: Features, classes: int, shared: bool, batches: Any, epochs: int, rate: float, milestones: Any, path: Any
+) -> dict[float, nn.Linear]:
+    """Return width -> a linear classifier of features like the `first`, `shared` by all widths or its own.
+
+    They start from zero, and minimise `probe_loss` on `batches` of an epoch; the rest is as in `linear_evaluation`.
+    """
+    new = partial(skip_init, nn.Linear, out_features=classes)  # draws no random numbers
+    linears = {width: new(part.shape[1], device=part.device, dtype=part.dtype) for width, part in first.items()}
+    linears = dict.fromkeys(first, linears[1.0]) if shared else linears
     parameters = dict(nn.ModuleList(linears.values()).named_parameters())
+    for parameter in parameters.values():
+        nn.init.zeros_(parameter)
     optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
     shapes = [tuple(linear.weight.shape) for linear in linears.values()]
-    how, start = (
-        f"linear_evaluation of {shapes}, {epochs=}, learning_rate={rate}, milestones={milestones and [*milestones]}",
-        0,
-    )
+    start, falls = 0, milestones and [*milestones]
+    how = f"linear_evaluation of {shapes}, {epochs=}, learning_rate={rate}, milestones={falls}"
     if path is not None and os.path.exists(path):
         said, tensors = read_tensors(Path(path), how, how)
         start = int(said["epoch"])
@@ -537,6 +519,7 @@ def _minimise(
         if path is not None:
             momenta = {f"{name}.momentum": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
             write_tensors(Path(path), parameters | momenta, {"format": how, "epoch": str(epoch + 1)})
+    return linears
 
 
 @checked
@@ -583,8 +566,8 @@ def linear_evaluation(
         return _batches(f"linear_evaluation: {name}", backbone, loader, num_classes)
 
     first, _ = next(batches("test", test))
-    linears = {width: zero_linear(part.shape[1], num_classes, part.device).to(part) for width, part in first.items()}
-    _minimise(linears, partial(batches, "train", train), epochs, learning_rate, milestones, path)
+    crops = partial(batches, "train", train)
+    linears = _minimised(first, num_classes, False, crops, epochs, learning_rate, milestones, path)
     features, labels = _joined(batches("test", test))
     scores = _scores(linears, features).items()
     return {width: Accuracies(linear=_accuracy(x, labels), linear_top5=_accuracy(x, labels, 5)) for width, x in scores}

@@ -6,7 +6,7 @@ whose shapes or types do not fit, and UsageError for numbers out of range.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -191,10 +191,6 @@ class OnlineDistillation(nn.Module):
         weight: float = 0.5,
     ) -> None:
         super().__init__()
-        if not isinstance(kind, str) or kind not in _COMPARE:
-            raise UsageError(f"OnlineDistillation: unknown kind {kind!r}; there are {', '.join(_COMPARE)}")
-        if not isinstance(teachers, str) or teachers not in get_args(Teachers):
-            raise UsageError(f"OnlineDistillation: teachers must be 'widest' or 'all wider', got {teachers!r}")
         check_fraction("OnlineDistillation", weight=weight)
         self.kind, self.teachers, self.weight = kind, teachers, weight
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature

@@ -254,8 +254,6 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     total = sum(sizes)
     if min(sizes, default=1) < 1 or total > len(units) or (len(units) and not 0 <= units.min() <= units.max() <= total):
         raise CheckpointError("its channel groups do not fit its axes")
-    group_of = np.repeat(np.arange(len(sizes)), sizes)
-    grouping = Grouping(sizes, np.append(group_of, -1), np.concatenate([*map(np.arange, sizes), np.zeros(1, np.int64)]))
     axis = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1]).__getitem__
     leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
 
@@ -289,7 +287,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
         plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
     constraints = [Constraint(*row) for row in rows("constraints", expression, expression, str)]
     plan.channels = Channels(
-        Requirements(grouping, constraints, attributes),
+        Requirements(Grouping.of(sizes), constraints, attributes),
         {(path, name): units_of for path, name, units_of in rows("tensors", str, str, axes)},
         originals,
         rows("scales", str, str, axis),
