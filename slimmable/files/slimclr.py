@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._convert import WIDTHS, copy_of, slimify
-from slimmable._tables import listed
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
 from slimmable.files.description import differences
@@ -108,6 +108,10 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
         if not os.path.isfile(source):
             raise CheckpointError(f"there is no file {source}")
         try:
+            if zipfile.is_zipfile(source):
+                with zipfile.ZipFile(source) as archive:  # torch.save compresses nothing
+                    if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(source):
+                        raise ValueError("its parts are larger than the file")
             with torch.serialization.safe_globals([argparse.Namespace]):
                 data = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
@@ -120,11 +124,18 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
         data = data.get("state_dict", data)
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{source} holds no state dict, but a {type(data).__name__}")
-    other = [
-        f"{name!s:.80} ({type(each).__name__})"
-        for name, each in data.items()
-        if not (isinstance(name, str) and isinstance(each, Tensor) and not each.is_meta)
-    ]
+    other = [f"a {type(name).__name__}" for name in data if not isinstance(name, str)]
+    other = other or [f"{name:.80} ({_no_numbers(value)})" for name, value in data.items() if _no_numbers(value)]
     if other:
-        raise CheckpointError(f"{source} holds no state dict of named tensors; others are {listed(other, 5)}")
+        raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
     return source, data
+
+
+def _no_numbers(value: object) -> str:
+    """Return "" for a plain tensor with as much memory as it shows, or else what the value is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
+    if plain and value.untyped_storage().nbytes() >= value.nbytes:
+        return ""
+    return f"a tensor of {value.dtype}, {value.layout} on {value.device}, not a plain one"
