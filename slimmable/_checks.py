@@ -7,12 +7,12 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from numbers import Integral, Real
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
@@ -64,6 +64,11 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> Callable[..., None]:
     return check
 
 
+def one_of(names: Sequence[str]) -> Callable[..., None]:
+    """Return such a check for one of several words."""
+    return must_be(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
 check_number = must_be("a finite number", lambda value: math.isfinite(number_or_nan(value)))
 check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(value) <= 1)
 check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
@@ -74,7 +79,7 @@ check_share = must_be(
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
-check_rounding = must_be(f"one of {ROUNDINGS}", lambda value: isinstance(value, str) and value in ROUNDINGS)
+check_rounding = one_of(ROUNDINGS)
 
 
 def check_is_module(where: str, model: object) -> None:
@@ -126,7 +131,6 @@ _NAMES: dict[Callable[..., None], str] = {
     check_function: "backward closure evaluate function",
     check_path: "folder path repo_or_folder",
     must_be("a text", lambda value: isinstance(value, str)): "prefix",
-    must_be("cosine or euclidean", lambda value: isinstance(value, str) and value in ("cosine", "euclidean")): "metric",
     must_be("a text that is not empty", lambda it: isinstance(it, str) and it != ""): "license repo_id revision token",
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
@@ -139,7 +143,7 @@ BY_NAME = {name: check for check, names in _NAMES.items() for name in names.spli
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check flags, and the arguments that `BY_NAME` knows, before the function runs; None only where it may be None.
+    """Check flags, words of a `Literal` and what `BY_NAME` knows before the function runs; None only where it may be.
 
     What torch or Python then say of the others becomes a `UsageError` that shows the call, unless memory ran out.
     Errors of the caller's own code, such as a closure or a loader, stay what they are.
@@ -148,6 +152,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     given_as = signature.parameters.items()
     checks = {name: check for name, check in BY_NAME.items() if name in signature.parameters}
     checks |= {name: check_flags for name, each in given_as if each.annotation in (bool, "bool", bool | None)}
+    known = {name: get_args(each.annotation) for name, each in given_as if get_origin(each.annotation) is Literal}
+    checks |= {name: one_of(names) for name, names in known.items()}
     optional = {name for name, each in given_as if each.default is None or type(None) in get_args(each.annotation)}
 
     @wraps(function)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -200,8 +200,6 @@ class Distillation(Method):
     ) -> None:
         super().__init__(encoder)
         check_module("Distillation: teacher", teacher)
-        if not isinstance(kind, str) or kind not in get_args(TeacherKind):
-            raise UsageError(f"Distillation: kind must be one of {', '.join(get_args(TeacherKind))}, got {kind!r:.80}")
         if not set(encoder.parameters()).isdisjoint(teacher.parameters()):
             raise UsageError("Distillation: the teacher shares parameters with the encoder; give a copy, which stays")
         self.kind, self.on_scores = kind, OnlineDistillation("kl", temperature, temperature)

@@ -108,7 +108,7 @@ def test_both_metrics_are_the_same_for_features_of_unit_length():
 @pytest.mark.parametrize("metric", ["manhattan", None, 2, ["cosine"]])
 def test_an_unknown_metric_is_refused(metric):
     x, labels = drawn(4, 2, 2, 0)
-    with pytest.raises(UsageError, match="metric must be cosine or euclidean, got"):
+    with pytest.raises(UsageError, match="metric must be one of cosine, euclidean, got"):
         knn_accuracy(x, labels, x, labels, metric=metric)
-    with pytest.raises(UsageError, match="metric must be cosine or euclidean, got"):
+    with pytest.raises(UsageError, match="metric must be one of cosine, euclidean, got"):
         evaluate_features({1.0: x}, labels, {1.0: x}, labels, probes=("ridge",), metric=metric)
