@@ -64,6 +64,11 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> Callable[..., None]:
     return check
 
 
+def one_of(names: Sequence[str]) -> Callable[..., None]:
+    """Return such a check for one of several words."""
+    return must_be(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
 check_number = must_be("a finite number", lambda value: math.isfinite(number_or_nan(value)))
 check_fraction = must_be("a number in [0, 1]", lambda value: 0 <= number_or_nan(value) <= 1)
 check_not_negative = must_be("a finite number of at least 0", lambda value: 0 <= number_or_nan(value) < math.inf)
@@ -72,7 +77,7 @@ check_share = must_be("in (0, 1)", lambda value: 0 < number_or_nan(value) < 1)
 check_flags = must_be("True or False", lambda value: isinstance(value, (bool, np.bool_)))
 check_function = must_be("a function", lambda value: callable(value) and not isinstance(value, type))
 check_path = must_be("a path", lambda value: isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value))
-check_rounding = must_be(f"one of {ROUNDINGS}", lambda value: isinstance(value, str) and value in ROUNDINGS)
+check_rounding = one_of(ROUNDINGS)
 
 
 def check_is_module(where: str, model: object) -> None:
@@ -142,7 +147,7 @@ def _choice(kind: Any) -> Callable[..., None] | None:
         return None
     known = get_args(each)
     if each is kind:
-        return must_be(f"one of {', '.join(known)}", lambda name: isinstance(name, str) and name in known)
+        return one_of(known)
     what = f"a list of {', '.join(known)}"
     return must_be(what, lambda it: isinstance(it, Collection) and bool(it) and all(name in known for name in it))
 
@@ -228,6 +233,9 @@ def check_matrices(where: str, **tensors: Tensor) -> None:
         if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
             what = "a tensor of floats of shape (batch, features), with at least one of each"
             raise DataError(f"{where}: {name} must be {what}, got {shown(tensor)}; flatten any further axes first")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")
 
 
 def check_same_shape(where: str, **tensors: Tensor) -> None:

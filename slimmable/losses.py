@@ -321,18 +321,16 @@ def slim_loss(
     >>> slim_loss(c, a, weights=(1.5, 1.0))  # 1.5 * 3 + (5 + 7) / 2
     tensor(10.5000)
     """
-    for name, given in {"losses": losses, "distillations": distillations, "weights": weights}.items():
-        if isinstance(given, (str, Mapping)):
-            raise UsageError(f"slim_loss: {name} must be a list with an entry for each width, got {given!r:.80}")
+    for name, each in {"losses": losses, "distillations": distillations, "weights": weights}.items():
+        if isinstance(each, (str, Mapping)):
+            raise UsageError(f"slim_loss: {name} must be a list with an entry for each width, got {each!r:.80}")
     widths, taught = len(losses), len(distillations)
-    if not widths:
-        raise UsageError("slim_loss: losses is empty; give at least the loss of the widest width")
-    if taught not in (0, widths - 1):
-        raise UsageError(f"slim_loss: {widths} losses and {taught} distillation losses; give {widths - 1} or none")
-    if weights is not None and len(weights) != widths:
-        raise UsageError(f"slim_loss: {widths} losses and {len(weights)} weights; give one weight for each")
+    factors = [1.0] * widths if weights is None else weights
+    if not widths or taught not in (0, widths - 1) or len(factors) != widths:
+        given = f"{widths} losses, {taught} distillation losses and {len(factors)} weights"
+        raise UsageError(f"slim_loss: {given}; give one of each for each width, without distillation of the widest")
     lessons: list[Tensor | None] = [None, *distillations] if taught else [None] * widths
-    terms = zip(losses, lessons, [1.0] * widths if weights is None else weights, strict=True)
+    terms = zip(losses, lessons, factors, strict=True)
     check_floats("slim_loss", 1, **{f"distillations[{at}]": each for at, each in enumerate(distillations)})
     return torch.stack([slim_term(loss, a, weight, distill_weight).reshape(()) for loss, a, weight in terms]).sum()
 
@@ -470,8 +468,7 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def simsiam_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the loss of SimSiam for one direction, a scalar: the mean negative cosine (Chen and He 2021, eq. 1).
 
-    Both arguments have shape (batch, dim). No gradient flows into `target`, the embedding of the other view. A step's
-    loss is symmetric: `(simsiam_loss(p0, z1) + simsiam_loss(p1, z0)) / 2` (eq. 4).
+    Arguments are as for `byol_loss`. A step's loss is `(simsiam_loss(p0, z1) + simsiam_loss(p1, z0)) / 2` (eq. 4).
 
     >>> simsiam_loss(torch.eye(2), torch.ones(2, 2))  # -1 / sqrt(2)
     tensor(-0.7071)
@@ -503,8 +500,7 @@ def vicreg_loss(
         loss = loss + variance * F.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean()
         centred = z - z.mean(0)
         covariances = matmul_without_autocast(centred.T, centred) / (len(z) - 1)
-        others = covariances - torch.diag(covariances.diagonal())  # of different features
-        loss = loss + covariance * others.square().sum() / z.shape[1]
+        loss = loss + covariance * _off_diagonal(covariances).square().sum() / z.shape[1]
     return loss
 
 
@@ -512,9 +508,8 @@ def vicreg_loss(
 def barlow_twins_loss(z0: Tensor, z1: Tensor, redundancy: float = 5e-3) -> Tensor:
     """Return the loss of Barlow Twins, a scalar (Zbontar et al. 2021, eq. 1; `redundancy` is its lambda).
 
-    `z0` and `z1` are raw embeddings of shape (batch >= 2, dim), with row i of both from the same image. Each feature is
-    standardised over the batch, with 1e-5 added to its variance. The features' correlations between the views should
-    be 1, and 0 between different ones. With several processes, gather both views first (`slimmable.training.gather`).
+    `z0` and `z1` are as for `vicreg_loss`. Each feature is standardised over the batch, with 1e-5 added to its
+    variance. The features' correlations between the views should be 1, and 0 between different ones.
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # uncorrelated features
     >>> barlow_twins_loss(z, z) < 1e-6, barlow_twins_loss(z, -z)  # 2 features, (1 - -1)^2 each

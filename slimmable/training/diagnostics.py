@@ -1,10 +1,10 @@
 """Measure how the widths' gradients interact: which one dominates the shared weights, and how well they agree."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from slimmable.errors import UsageError
 from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm
 from slimmable.view.state import is_slim, state_of
-
-Sums: TypeAlias = "dict[tuple[str, float, float], float]"
-"""(kind, width, the same or another width) -> a sum over the entries of one or several parameters."""
 
 
 class GradientDiagnostics:
@@ -146,8 +143,8 @@ class GradientDiagnostics:
         self.layers.append({name: value[1:].float() for name, value in values.items()})
         self.discard()
 
-    def _sums(self, name: str) -> Sums:
-        """Return sums over the entries of a parameter, none without a gradient.
+    def _sums(self, name: str) -> dict[tuple[str, float, float], float]:
+        """Return (kind, width, the same or another) -> sum over a parameter's entries, none without a gradient.
 
         The kinds are `total` (squares of its gradient in the width's block), `own` (squares of the width's own gradient
         in what both widths read), and `product` (of the two widths' own gradients).
@@ -192,26 +189,18 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> dict[str, tu
     """Return name -> parameter that all `widths` share, and width -> the block of it that its first module reads."""
     found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
-        full = module
+        state, full = state_of(module), module
         if isinstance(module, SwitchableContainer):
             if not isinstance(module, SwitchableNorm) or not all(map(is_slim, module.narrow)):
                 continue  # each width has parameters of its own
             full = module.full
-        cuts = {width: _cuts_at(module, width) for width in widths}
+        cuts = {width: state.columns[state.widths.index(width)].cuts if state else {} for width in widths}
         for name, parameter in full._parameters.items():
             if parameter is not None:
                 whole = Cut(tuple(parameter.shape), (), (), (), ())
                 found.setdefault(id(parameter), {width: cuts[width].get(name, whole) for width in widths})
     named = model.named_parameters()
     return {name: (parameter, found[id(parameter)]) for name, parameter in named if id(parameter) in found}
-
-
-def _cuts_at(module: nn.Module, width: float) -> Mapping[str, Cut]:
-    state = state_of(module)
-    if state is not None and isinstance(module, SwitchableNorm):
-        state = state_of(module.module_at(state.widths.index(width)))  # which has a view of the full one's parameters
-        return {} if state is None else state.columns[0].cuts
-    return {} if state is None else state.columns[state.widths.index(width)].cuts
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

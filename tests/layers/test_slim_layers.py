@@ -13,8 +13,7 @@ from slimmable._convert import extract
 from slimmable._width import set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.errors import ConversionError, WidthError
-from slimmable.layers import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear
-from slimmable.layers._slim import kept_at
+from slimmable.layers import SlimConv1d, SlimConv2d, SlimConv3d, SlimGroupNorm, SlimLayerNorm, SlimLinear, kept_at
 
 SLIM_CONV = {1: SlimConv1d, 2: SlimConv2d, 3: SlimConv3d}
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 import slimmable
 from slimmable._width import set_width, width_of, widths_of
 from slimmable.errors import WidthError
-from slimmable.layers import SlimConv2d, SlimLinear, SwitchableBatchNorm1d, SwitchableBatchNorm2d, SwitchableProbe
-from slimmable.layers._slim import kept_at
+from slimmable.layers import (
+    SlimConv2d,
+    SlimLinear,
+    SwitchableBatchNorm1d,
+    SwitchableBatchNorm2d,
+    SwitchableProbe,
+    kept_at,
+)
 from slimmable.view.state import is_slim
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -78,9 +78,9 @@ def test_without_distillation_the_contrastive_loss_counts_in_full():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (([],), "slim_loss: losses is empty"),
-        (([torch.ones(())] * 3, [torch.ones(())] * 3), "3 losses and 3 distillation losses; give 2"),
-        (([torch.ones(())] * 3, (), [1.0]), "3 losses and 1 weights"),
+        (([],), "slim_loss: 0 losses"),
+        (([torch.ones(())] * 3, [torch.ones(())] * 3), "3 losses, 3 distillation losses and 3 weights; give one"),
+        (([torch.ones(())] * 3, (), [1.0]), "3 losses, 0 distillation losses and 1 weights"),
     ],
 )
 def test_total_says_what_does_not_fit(arguments, words):

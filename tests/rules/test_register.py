@@ -49,7 +49,7 @@ joined.register_fake(lambda parts: (torch.empty_like(parts[0]), torch.empty_like
 
 @pytest.fixture(autouse=True)
 def _rules_of_a_test(monkeypatch):
-    monkeypatch.setattr("slimmable.rules._operation.RULES", rules := dict(trace.RULES))
+    monkeypatch.setattr("slimmable.rules.RULES", rules := dict(trace.RULES))
     monkeypatch.setattr(trace, "RULES", rules)
 
 
