@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+import slimmable
 from benchmarks.finetuning import finetune
 from slimmable.cli.data import Plain, load_images
-from slimmable.cli.evaluation import PROBES, plain_networks, report_run, rows_of_run
-from slimmable.cli.report import UNTRAINED, Row
+from slimmable.cli.evaluation import PROBES, report_run, rows_of_run, static_networks
+from slimmable.cli.report import UNTRAINED, Row, named_at
 from slimmable.cli.run import read_config, trained_method
 from slimmable.errors import SlimmableError, UsageError
 from slimmable.evaluation import accuracy_of
@@ -37,7 +38,11 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = PROBES) -
     plain = (Plain(part, config.image_size) for part in (images.train, images.test))
     train, test = (torch.stack([part[index] for index in range(len(part))]) for part in plain)
     shares = {}
-    for name, network in plain_networks(config, backbone, images).items():
+    gated = config.gate_budget is not None
+    networks = {named_at("dense", w) if gated else f"{w:g}": slimmable.extract(backbone, w) for w in config.widths}
+    if gated:
+        networks |= static_networks(config, backbone, images)
+    for name, network in networks.items():
         classifier = finetune(
             network, train, images.train_labels, num_classes=len(images.classes), epochs=epochs, seed=config.seed
         )

@@ -206,9 +206,9 @@ class Plan:
     def _model(self) -> tuple[Any, Any]:
         import torch
 
-        from slimmable.cli.run import timm_backbone
+        from slimmable.cli.run import make_timm
 
-        model: Any = timm_backbone(self.name, channels=3, image_size=self.image_size)
+        model: Any = make_timm(self.name, {"in_chans": 3}, self.image_size)[0]
         channels, height, width = model.pretrained_cfg["input_size"]
         return model, torch.zeros(2, channels, self.image_size or height, self.image_size or width)
 

@@ -85,9 +85,9 @@ def load_images(config: PretrainConfig) -> Images:
 def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: int = 0) -> Images:
     """Return `train` and `test` cluttered digits of `size` x `size` pixels, the same ones for the same `seed`.
 
-    They are too hard to classify by their pixels alone: each 8x8 handwritten digit of scikit-learn is drawn at a random
-    place, scale and rotation on a larger canvas, with a fragment of another digit as clutter (Mnih et al., *Recurrent
-    Models of Visual Attention*, 2014, section 4). Training and held-out images are made from different ones.
+    Each 8x8 handwritten digit of scikit-learn is drawn at a random place, scale and rotation on a larger canvas, with a
+    4x4 fragment of another as clutter, too hard for raw pixels (Mnih et al., *Recurrent Models of Visual Attention*,
+    2014, section 4). Training and held-out images are made from different ones.
 
     Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
@@ -320,11 +320,7 @@ class Views(Dataset[list[Tensor]]):
 def keys_of_steps(
     count: int, batch_size: int, epochs: int, start: int, seed: int, rank: int = 0, processes: int = 1
 ) -> Iterator[list[Key]]:
-    """Yield one process's share of the images of each step, after the first `start` steps.
-
-    Of `count` images an incomplete batch at the end of an epoch is dropped. `batch_size` is that of all processes
-    together, a multiple of their number.
-    """
+    """Yield the keys of one process's share of each whole batch of an epoch's images, after the first `start` steps."""
     share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
     first, skipped = divmod(start, count // batch_size)
     for epoch in range(first, epochs):

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimmable._convert import extract
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
@@ -53,8 +52,8 @@ def features_in(
 ) -> tuple[dict[Any, Tensor], dict[Any, float]]:
     """Return the features in each of `passes`, and the costs of the gated ones.
 
-    Features are computed in eval mode, and have shape (images, features), float32, on the CPU. A cost is the mean over
-    the images of the multiply-adds, gates included, as a share of those of the dense network of the same width.
+    Features are computed in eval mode: (images, features), float32, on the CPU. A cost is the mean share of the
+    multiply-adds, gates included, in those of the dense network of the same width.
     """
     device = next(backbone.parameters()).device
     parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
@@ -132,20 +131,16 @@ def rows_of_run(
             parameters = parameter_count(backbone)
         shown = name.replace(GATED, f"{GATED} {config.gate_budget:g}")
         rows.append(Row(own.width, parameters, round(share_of.get(name, 1) * own.macs), shares[name], shown))
-    for name, network in plain_networks(config, backbone, images).items():
-        if name.startswith(STATIC):
-            (own,) = profile(network, prober.size, repeats=0).rows
-            rows.append(Row(1.0, own.parameters, own.macs, prober.measure(network, {1.0: nullcontext})[0][1.0], name))
+    for name, network in static_networks(config, backbone, images).items():
+        (own,) = profile(network, prober.size, repeats=0).rows
+        rows.append(Row(1.0, own.parameters, own.macs, prober.measure(network, {1.0: nullcontext})[0][1.0], name))
     return rows
 
 
-def plain_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
-    """Return the plain networks of a run by name: its widths, or if gated the dense ones and static ones."""
-    if config.gate_budget is None:
-        return {f"{width:g}": extract(backbone, width) for width in config.widths}
-    some = calibration_images(config, images)
-    networks = {named_at(DENSE, width): extract(backbone, width) for width in config.widths}
-    for budget in sorted({*_BUDGETS, config.gate_budget}, reverse=True):
+def static_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
+    """Return the static networks of a gated run by name: of the published budgets and its own."""
+    networks, some = {}, calibration_images(config, images)
+    for budget in sorted({*_BUDGETS, config.gate_budget or 0.0}, reverse=True):
         try:
             networks[f"{STATIC} {budget:g}"] = extract_gated(backbone, some, budget=budget)
         except UsageError:  # even one unit per gate costs more
@@ -217,21 +212,20 @@ class Watch:
     """Log of the kNN accuracy of a run's networks in `knn.csv` and in `loggers`, without effect on the training."""
 
     def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
-        self.training = training
-        config = training.config
+        self.training, config, backbone = training, training.config, training.method.backbone
         self.prober = _Prober(config, training.images, {"knn": {}}, training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
-        self.widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
-        columns = [f"knn/w{width:g}" for width in self.widths]
+        widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
+        self.passes = _passes(config, backbone, widths)
+        columns = [f"knn/w{width:g}" for width in widths]
         if config.gate_budget is not None:
             kinds = ("knn/dense", "knn/gated", "gated_share")
-            columns = [named_at(kind, width) for width in self.widths for kind in kinds]
+            columns = [named_at(kind, width) for width in widths for kind in kinds]
         self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as text; gates decide without noise, at training's thresholds."""
-        config, backbone = self.training.config, self.training.method.backbone
-        found, costs = self.prober.measure(backbone, _passes(config, backbone, self.widths))
+        found, costs = self.prober.measure(self.training.method.backbone, self.passes)
         shares = {name if isinstance(name, str) else f"w{name:g}": each["knn"] for name, each in found.items()}
         values = {f"knn/{name}": share for name, share in shares.items()}
         values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}

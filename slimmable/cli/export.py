@@ -21,11 +21,9 @@ from slimmable._convert import extract, slimify
 from slimmable._inputs import output_tensors
 from slimmable._profile import profile
 from slimmable._width import widths_of
-from slimmable._widths import width_index
+from slimmable.cli import run as runs
 from slimmable.cli.config import DIGITS, require
 from slimmable.cli.report import read_report
-from slimmable.cli.run import backbone_settings, load_exactly, make_timm, output_for, read_config, trained_method
-from slimmable.cli.start import read_weights
 from slimmable.errors import CheckpointError, SlimmableError, explained
 from slimmable.files.hub import model_card
 from slimmable.files.model import build, load, read, save
@@ -66,14 +64,14 @@ class File:
 
 def run_source(run: Path) -> Source:
     """Return the backbone of the run in `run` with its final weights."""
-    config = read_config(run)
+    config = runs.read_config(run)
     channels, size = config.channels, config.image_size
     with torch.device("meta"):
-        _, arguments = make_timm(config.model, {**backbone_settings(config), "in_chans": channels}, size)
+        _, arguments = runs.make_backbone(config, channels)
     data = f"the images in `{Path(config.data).name}`" if config.data != DIGITS else f"embedded {config.data}"
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
-    model = trained_method(config, run, channels).backbone
+    model = runs.trained_method(config, run, channels).backbone
     accuracy = {width: row.shares for width, row in read_report(run).items()}
     image, mean, std = (channels, size, size), config.mean or (0.0,), config.std or (1.0,)
     return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
@@ -94,7 +92,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     height, width = size if isinstance(size, list) else (size, size)
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
-        output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
+        runs.output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
     mean, std = tuple(known["mean"]), tuple(known["std"])
     return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 
@@ -115,19 +113,19 @@ def timm_source(
         settings["pretrained"] = True
     else:
         weights = "Random: this is an architecture, not a trained network."
-    model, used = make_timm(name, settings, image_size)
+    model, used = runs.make_timm(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
     tensors: dict[str, Tensor] = {}
     if checkpoint is not None:
-        weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
+        weights, tensors = f"`{checkpoint.name}`.", runs.read_weights(checkpoint, "--checkpoint")
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
-        load_exactly(model, tensors, str(checkpoint))
+        runs.load_exactly(model, tensors, str(checkpoint))
     model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None and slimmed:
-        load_exactly(model, tensors, str(checkpoint))
+        runs.load_exactly(model, tensors, str(checkpoint))
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
     mean, std = tuple(known["mean"]), tuple(known["std"])
@@ -139,7 +137,6 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
 
     The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
     """
-    chosen = [source.widths[width_index(width, source.widths)] for width in dict.fromkeys(widths)]
     if formats is None:
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
     for package in ONNX_PACKAGES if "onnx" in formats else ():
@@ -147,7 +144,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     files: list[File] = []
 
     def write(folder: Path) -> None:
-        for width in chosen:
+        for width in dict.fromkeys(widths):
             files.extend(_write(source, width, dict.fromkeys(formats), folder))
         example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))

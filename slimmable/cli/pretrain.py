@@ -10,20 +10,18 @@ import torch
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
+from slimmable.cli import run as runs
 from slimmable.cli.config import PretrainConfig, RunOptions, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
 from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
-from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, save_networks, timm_backbone
-from slimmable.cli.start import make_teacher, normalised, read_start
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
 from slimmable.files.description import differences
 from slimmable.gating import gate_plan
-from slimmable.training.batchnorm import calibrate_bn
-from slimmable.training.diagnostics import GradientDiagnostics
+from slimmable.training import GradientDiagnostics, calibrate_bn
 
 GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network, or one that was fine-tuned
@@ -35,9 +33,8 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
     with locked(folder, not options.resume) if is_first() else nullcontext():
         any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
-        config = training.config
         try:
-            _tell(options, _introduction(config, training.images))
+            _tell(options, _introduction(training.config, training.images))
             _train(training, folder, options)
             if is_first():
                 _finish(training, folder, options)
@@ -49,7 +46,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
                     say(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
-            last = folder / CHECKPOINT
+            last = folder / runs.CHECKPOINT
             kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
             raise DivergedError(f"step {training.step + 1}: {error}; {kept}") from error
         except Exception as error:
@@ -62,7 +59,7 @@ def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) 
 
 def _way_on(folder: Path) -> str:
     """Return how to go on after a run in `folder` has ended early."""
-    if not (folder / CONFIG).exists():
+    if not (folder / runs.CONFIG).exists():
         return f"nothing is left in {folder}; start the run again"
     return f"continue with: slimmable pretrain --output {folder} --resume"
 
@@ -78,14 +75,14 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
     images = load_images(config)
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
-    checkpoint = options.output / CHECKPOINT
+    checkpoint = options.output / runs.CHECKPOINT
     resumed = options.resume and checkpoint.exists()
     if not options.resume:
         with torch.device("meta"):
-            config = normalised(config, timm_backbone(config.model, images.channels, config.image_size))
-    start = None if config.init is None or resumed else read_start(config, images.channels)
-    teacher = None if config.teacher is None else make_teacher(config, images.channels)
-    method = new_method(replace(config, queue_size=queue), images.channels, len(images.classes), start, teacher)
+            config = runs.normalised(config, runs.make_backbone(config, images.channels)[0])
+    start = None if config.init is None or resumed else runs.read_start(config, images.channels)
+    teacher = None if config.teacher is None else runs.make_teacher(config, images.channels)
+    method = runs.new_method(replace(config, queue_size=queue), images.channels, len(images.classes), start, teacher)
     if start is not None:
         head = method.encoder.get_submodule("projector").state_dict()
         kept = config.method == "supervised" and not differences(head, start.classifier)
@@ -97,16 +94,14 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
             raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.workers or 0)
     if resumed:
-        found = load_checkpoint(checkpoint)
-        found.check_images(config.data, images.digest)
-        training.resume(found)
+        training.resume(runs.load_checkpoint(checkpoint, images.digest))
         _tell(options, f"continuing after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
         training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and is_first():
-        write_aside(options.output / CONFIG, lambda path: path.write_text(config.to_json()))
+        write_aside(options.output / runs.CONFIG, lambda path: path.write_text(config.to_json()))
     return training
 
 
@@ -160,7 +155,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> None:
                 if watch is not None and training.step % every == 0:  # before the checkpoint, or its row would be lost
                     progress.note(watch.look())
                 if is_first():
-                    training.save(folder / CHECKPOINT)
+                    training.save(folder / runs.CHECKPOINT)
                     if training.diagnostics is not None:
                         training.diagnostics.to_csv(folder / GRADIENTS)
             if stopping and training.step < training.steps:
@@ -173,13 +168,13 @@ def _finish(training: Training, folder: Path, options: RunOptions) -> None:
     if config.universal or (config.init is not None and config.gate_budget is None):
         some = Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)
         calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
-        training.save(folder / CHECKPOINT)
+        training.save(folder / runs.CHECKPOINT)
     if config.gate_budget is not None:
         for width, reached in set_gates(config, backbone, images).items():
             share = f"{reached:.3f} of the multiply-adds"
             _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
-        training.save(folder / CHECKPOINT)
-    for name in save_networks(folder, config, training.method, images.channels):
+        training.save(folder / runs.CHECKPOINT)
+    for name in runs.save_networks(folder, config, training.method, images.channels):
         say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
     if training.diagnostics is not None and training.diagnostics.rows:
         plot_imbalance(training.diagnostics.rows, folder / "gradients.png")

@@ -1,4 +1,4 @@
-"""Runs of pre-training: the network, a timm backbone with a method around it, and the folder.
+"""Runs of pre-training: the network, a timm backbone with a method around it, what it starts from, and the folder.
 
 The folder holds the settings, a checkpoint, and the trained networks as files. The checkpoint is one safetensors file,
 a state dict of the converted network and, under names with `training.` in front, what else resuming needs.
@@ -10,15 +10,15 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torchvision.transforms import v2
 
 import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 from slimmable import methods
@@ -26,12 +26,13 @@ from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
 from slimmable._tables import listed, listing
-from slimmable.cli.config import PretrainConfig, kind_of, printable, read_text
+from slimmable._width import widths_of
+from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import differences
-from slimmable.files.model import save
+from slimmable.files.model import load, save
 from slimmable.gating import gate
-from slimmable.methods.published import TeacherKind
+from slimmable.view.state import is_slim
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
@@ -61,18 +62,23 @@ def new_method(
     Supervised training tells `classes` classes apart; distillation has as many outputs, or as many as its `teacher`.
     """
     torch.manual_seed(config.seed)
-    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config))
+    backbone, _ = make_backbone(config, channels)
+    if teacher is not None:
+        images = torch.zeros(2, channels, config.image_size, config.image_size)
+        taught = output_for(images, teacher, str(config.teacher))
+        check_matrices(f"--teacher {config.teacher}", output=taught)
+        classes = taught.shape[1]
+    method = build_method(config, backbone, channels, classes, start)
     if teacher is None:
-        return build_method(config, backbone, channels, classes, start)
-    taught = output_for(torch.zeros(2, channels, config.image_size, config.image_size), teacher, str(config.teacher))
-    check_matrices(f"--teacher {config.teacher}", output=taught)
-    encoder = build_method(config, backbone, channels, taught.shape[1], start).encoder
-    return methods.Distillation(encoder, teacher, kind=cast(TeacherKind, config.teach), temperature=config.temperature)
+        return method
+    kind: Any = config.teach
+    return methods.Distillation(method.encoder, teacher, kind=kind, temperature=config.temperature)
 
 
-def backbone_settings(config: PretrainConfig, classes: int = 0) -> dict[str, Any]:
-    """Return timm's arguments for a backbone, without a classifier, which takes local crops as well, if it can."""
-    return {"num_classes": classes} | ({"dynamic_img_size": True} if config.local_crops else {})
+def make_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a backbone of `config` as `make_timm` does, without a classifier, or with timm's for `classes`."""
+    local = {"dynamic_img_size": True} if config.local_crops else {}  # if it can
+    return make_timm(config.model, {"num_classes": classes, **local, "in_chans": channels}, config.image_size)
 
 
 def build_method(
@@ -139,7 +145,7 @@ def build_method(
 
 def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> nn.Module:
     """Return a fresh backbone of `config`, converted without the head of the method, or with timm's classifier."""
-    backbone = timm_backbone(config.model, channels, config.image_size, **backbone_settings(config, classes))
+    backbone, _ = make_backbone(config, channels, classes)
     return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
 
 
@@ -155,11 +161,6 @@ def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--ima
         return model.eval()(images)
 
 
-def timm_backbone(name: str, channels: int, image_size: int | None, **settings: object) -> nn.Module:
-    """Return the timm model `name`; see `make_timm`."""
-    return make_timm(name, {"in_chans": channels, **settings}, image_size)[0]
-
-
 def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the timm model `name` and the settings it took, with `image_size` if it is for images of one size."""
     check_name(name)
@@ -168,8 +169,9 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
         raise UsageError(f"timm has no pretrained weights for {name}; leave them out, or give a file of them")
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
     asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+    advice = "; where its weights cannot be downloaded, give a file: --checkpoint or --init" if pretrained else ""
     sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
-    try:
+    with explained(f"timm cannot make the model {name!r} with {asked}", advice, UsageError):
         while True:
             try:
                 return timm.create_model(name, **sized), sized
@@ -177,12 +179,6 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
                 if not sizes:
                     raise
                 del sized[sizes.pop(0)]
-    except OSError:  # of the Hub or a folder
-        what = f"the pretrained weights of {name} cannot be downloaded" if pretrained else f"timm has no model {name!r}"
-        with explained(what, "; download them elsewhere, and give the file: --checkpoint" if pretrained else ""):
-            raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{name} cannot be made with {asked} ({error})") from error
 
 
 def check_name(name: str) -> None:
@@ -217,18 +213,11 @@ def read_config(folder: Path) -> PretrainConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of the network and of its training, the number of steps done, and `Images.digest`, if known."""
+    """The tensors of the network and of its training, and the number of steps done."""
 
     network: dict[str, Tensor]
     training: dict[str, Tensor]
     step: int
-    images: str | None = None
-
-    def check_images(self, data: str, digest: str | None) -> None:
-        """Raise UsageError if `digest` is known and another than the checkpoint's, as the split would be another."""
-        if None not in (digest, self.images) and digest != self.images:
-            files = f"the files of the run (then {self.images}; now {digest})"
-            raise UsageError(f"--data {data} no longer holds {files}; put them back, or start a new run")
 
 
 def save_checkpoint(
@@ -240,16 +229,19 @@ def save_checkpoint(
     write_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read what `save_checkpoint` wrote, or raise CheckpointError if that is missing, damaged or something else."""
+def load_checkpoint(path: Path, images: str | None = None) -> Checkpoint:
+    """Read what `save_checkpoint` wrote; refuse it if it is none, or of images with another digest than `images`."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
     step = metadata.get("step", "")
     if not re.fullmatch("[0-9]{1,18}", step):
         raise CheckpointError(f"{path} is damaged: the number of steps done is {step[:40]!r}")
+    if images and images != (then := metadata.get("images", images)):
+        files = f"the files of the run (then {then}; now {images})"
+        raise UsageError(f"--data no longer holds {files}; put them back, or start a new run")
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, int(step), metadata.get("images"))
+    return Checkpoint(tensors, training, int(step))
 
 
 def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -275,47 +267,9 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
     module.load_state_dict(dict(tensors))
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `<parameter>.<name>`."""
-    state = {name: optimizer.state.get(tensor, {}) for name, tensor in _parameters_of(optimizer).items()}
-    found = {f"{parameter}.{name}": value for parameter, values in state.items() for name, value in values.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def load_optimizer_tensors(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int], skipped: bool = False
-) -> None:
-    """Load what `optimizer_tensors` returned; the schedule sets the learning rates.
-
-    Raises CheckpointError, and loads nothing, unless they are like those that a step of this optimizer makes, of the
-    parameters in `steps`, which says how many steps each took, of which some may be `skipped`.
-    """
-    example, what = copy.deepcopy(optimizer), "the optimizer's state in the checkpoint"
-    example.state.clear()
-    for name, parameter in _parameters_of(example).items():
-        parameter.grad = torch.zeros_like(parameter) if name in steps else None
-    type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
-    check_alike(optimizer_tensors(example), tensors, what)
-    for name, count in steps.items():
-        done = tensors.get(f"{name}.step")
-        most = min(count, 2**24)  # where a float32 stops to count
-        if done is not None and not (done <= most if skipped else done == most):
-            raise CheckpointError(f"{what} counts {done:g} steps of {name}, the checkpoint {count}")
-    for name, own in optimizer_tensors(example).items():  # in their memory layout, which fused optimizers need
-        own.copy_(tensors[name])
-    optimizer.load_state_dict(example.state_dict())
-
-
-def _parameters_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the parameters in their order, by the optimizer's names for them."""
-    groups = optimizer.param_groups
-    return {name: each for group in groups for name, each in zip(group["param_names"], group["params"], strict=True)}
-
-
 def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Method:
     """Return the method of the run in `folder` with trained weights, in eval mode; `digest` is that of its images."""
-    checkpoint = load_checkpoint(folder / CHECKPOINT)
-    checkpoint.check_images(config.data, digest)
+    checkpoint = load_checkpoint(folder / CHECKPOINT, digest)
     scores = checkpoint.network.get("projector.bias", torch.empty(0))
     method = new_method(config, channels, scores.numel())  # the size of a classifier
     load_exactly(method.encoder, checkpoint.network, str(folder / CHECKPOINT))
@@ -323,10 +277,7 @@ def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: 
 
 
 def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> list[str]:
-    """Write the networks of a run for `slimmable.load`: each width as a plain network, and networks of all widths.
-
-    Returns: those of the latter that are left out, as timm's network keeps other channels, or does more with features.
-    """
+    """Write each width as a plain network, and whole ones for `slimmable.load`; return those that timm cannot make."""
     backbone = method.backbone
     for width in config.widths:
         save(extract(backbone, width), folder / f"width-{width}.safetensors")
@@ -339,13 +290,12 @@ def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, 
 
 def _save_whole(path: Path, config: PretrainConfig, trained: nn.Module, channels: int) -> bool:
     """Write all widths of a backbone, or of an encoder that classifies, as timm makes it; return whether it can."""
+    state, head = trained.state_dict(), dict[str, Tensor]()
     if isinstance(trained, methods.Encoder):
-        head, state = trained.projector.state_dict(), trained.backbone.state_dict()
-        network = converted_backbone(config, channels, len(head["bias"]))
-        missing = network.state_dict().keys() - state.keys()
-        state |= {name: head.get(name.rpartition(".")[2], head["bias"]) for name in missing}
-    else:
-        network, state = converted_backbone(config, channels), trained.state_dict()
+        state, head = trained.backbone.state_dict(), trained.projector.state_dict()
+    network = converted_backbone(config, channels, len(head.get("bias", ())))
+    for name in network.state_dict().keys() - state.keys() if head else ():
+        state[name] = head.get(name.rpartition(".")[2], head["bias"])
     if differences(network.state_dict(), state):
         return False
     network.load_state_dict(state)
@@ -356,3 +306,82 @@ def _save_whole(path: Path, config: PretrainConfig, trained: nn.Module, channels
             return False
     save(network, path)
     return True
+
+
+def read_start(config: PretrainConfig, channels: int) -> Start:
+    """Return the weights of `--init`, all of which `new_method` compares with the network before it uses them."""
+    name = str(config.init)
+    if name != "pretrained" and not os.path.exists(name):
+        raise UsageError(f"--init {name} is neither pretrained, nor a file of weights, nor the folder of a run")
+    with torch.device("meta"):
+        whole, bare = (make_backbone(config, channels, classes)[0].state_dict() for classes in (2, 0))
+    of_head = whole.keys() - bare.keys()
+    try:
+        network = _network(config.model if name == "pretrained" else name, channels, config.image_size)
+        slim = any(map(is_slim, network.modules())) and len(widths_of(network)) > 1
+        tensors = network.state_dict()
+        if isinstance(network, methods.Encoder):
+            tensors, of_head = network.backbone.state_dict() | network.projector.state_dict(), {"weight", "bias"}
+    except CheckpointError:
+        if not os.path.isfile(name):
+            raise
+        tensors = read_weights(Path(name), "--init")
+        slim = any(".narrow." in key for key in tensors)
+    classifier = {key.rpartition(".")[2]: tensors.pop(key) for key in of_head & tensors.keys()}
+    return Start(tensors, slim, classifier)
+
+
+def make_teacher(config: PretrainConfig, channels: int) -> nn.Module:
+    """Return the plain network of `--teacher`, on images as the run has them: class scores out, or features."""
+    name, run = str(config.teacher), Path(str(config.teacher))
+    model = _network(name, channels, config.image_size)
+    own = read_config(run) if os.path.exists(run / CONFIG) else normalised(replace(config, mean=None, std=None), model)
+    model = extract(model, 1.0) if any(map(is_slim, model.modules())) else model
+    if config.teach == "scores":
+        if getattr(model, "num_classes", None) == 0:
+            raise UsageError(f"--teach scores: {name} has no classifier; choose cosine or mse")
+    elif isinstance(model, methods.Encoder):
+        model = model.backbone
+    else:
+        model.reset_classifier(0)  # type: ignore[operator]
+    both = [(torch.tensor(each.mean or (0.0,)), torch.tensor(each.std or (1.0,))) for each in (config, own)]
+    (mean, std), (own_mean, own_std) = both
+    return nn.Sequential(v2.Normalize(((own_mean - mean) / std).tolist(), (own_std / std).tolist()), model)
+
+
+def normalised(config: PretrainConfig, network: nn.Module) -> PretrainConfig:
+    """Return the settings with the mean and the standard deviation that timm has for the network, if none are given."""
+    known: Any = {} if config.data == DIGITS else network.pretrained_cfg
+    found = [tuple(known.get(name, (usual,))) for name, usual in (("mean", 0.0), ("std", 1.0))]
+    if config.channels == 1:
+        found = [(sum(values) / len(values),) for values in found]
+    return replace(config, mean=config.mean or found[0], std=config.std or found[1])
+
+
+def _network(source: str, channels: int, image_size: int) -> nn.Module:
+    """Return the encoder or backbone of a run, the network in a file, or a timm model with its own weights."""
+    path = Path(source)
+    if os.path.exists(path / CONFIG):
+        method = trained_method(config := read_config(path), path, channels)
+        return method.encoder if config.method == "supervised" else method.backbone
+    if os.path.isfile(path):
+        return load(path)
+    return make_timm(source, {"in_chans": channels, "pretrained": True}, image_size)[0]
+
+
+def read_weights(path: Path, option: str) -> dict[str, Tensor]:
+    """Return the tensors in a file of torch.save or safetensors, floats as float32; `option` has named it."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{option}: there is no file {path}")
+    with explained(f"{path} is not a file of weights"):
+        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+    if not all(map(_is_plain, tensors.values())):
+        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()

@@ -1,7 +1,6 @@
 """Training steps of a run, each of which seeds its own random numbers, so a run can resume after any step."""
 
 import copy
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +9,12 @@ import torch
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from slimmable._distributed import rank, world_size
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Views, keys_of_steps, load, make_views, normalisation, seed_of
-from slimmable.cli.run import Checkpoint, check_alike, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from slimmable.cli.run import Checkpoint, check_alike, save_checkpoint
 from slimmable.errors import CheckpointError, DivergedError, UsageError
 from slimmable.gating import GateBudget, gate_parameters
 from slimmable.losses import DistillationKind, OnlineDistillation
@@ -23,6 +23,7 @@ from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradient
 
 _GATE_ALPHA = 10.0  # over the whole training: 0.02 per epoch for 500 epochs (Krishna et al. 2023)
 _LEAST_SCALE = 2.0**-20  # of the losses in float16; where gradients overflow even then, scaling is not the matter
+_OF_SCALER = ("scale", "_growth_tracker")  # what changes of it
 _RANDOM_WIDTHS = 2  # per step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
 
 
@@ -117,8 +118,7 @@ class Training:
     def _draw(self) -> Iterator[list[Tensor]]:
         """Yield the views and the labels of each step that is left when the first of them is asked for."""
         count, config, device = len(self.views.images), self.config, self.device
-        share = rank(), world_size()
-        keys = keys_of_steps(count, config.batch_size, config.epochs, self.step, config.seed, *share)
+        keys = keys_of_steps(count, config.batch_size, config.epochs, self.step, config.seed, rank(), world_size())
         for *views, labels in load(self.views, self.workers, batch_sampler=keys, pin_memory=device.type == "cuda"):
             moved = (view.to(device, non_blocking=True) for view in views)
             yield [*map(self.normalise, moved), labels.to(device, non_blocking=True)]
@@ -139,62 +139,43 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint that `resume` returns to."""
-        optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-        save_checkpoint(path, self.method.encoder, self._own() | optimizer, self.step, self.images.digest)
+        save_checkpoint(path, self.method.encoder, self._own(), self.step, self.images.digest)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Return to the state of `checkpoint`, or change nothing and raise CheckpointError if it is another's."""
         done, given = checkpoint.step, checkpoint.training
         if not 0 < done <= self.steps:
             raise CheckpointError(f"the checkpoint is of step {done}, but the run has steps 1 to {self.steps}")
-        optimizer = _under("optimizer.", given)
-        own = {name: tensor for name, tensor in given.items() if not name.startswith("optimizer.")}
         check_alike(self.method.encoder.state_dict(), checkpoint.network, "the network in the checkpoint")
-        check_alike(self._own(), own, "the training in the checkpoint")
-        state = _under("method.", own) | {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
+        check_alike(self._own(), given, "the training in the checkpoint")
+        state = _under("method.", given) | {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
         position = state.get("moco.position")
         if position is not None and position != (done * self.config.batch_size) % state["moco.queue"].shape[1]:
             raise CheckpointError(f"the queue in the checkpoint is at {position}, where it is not after step {done}")
-        scaler = {name: tensor.item() for name, tensor in _under("scaler.", own).items()}
-        scale, growing = scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0)
-        constant = {name: v for name, v in self.scaler.state_dict().items() if name not in ("scale", "_growth_tracker")}
-        if not constant.items() <= scaler.items() or scale <= 0 or not 0 <= growing <= done:
-            raise CheckpointError(f"the gradients' scaler cannot be in the state of the checkpoint: {scaler}")
-        trained = self._steps_of_parameters(done)
-        if scaler and not growing:  # perhaps every step, or every one at all widths, was skipped for an overflow
-            known = {trained.get(name.rpartition(".")[0]) for name in optimizer}
-            trained = {name: count for name, count in trained.items() if count in known}
-        load_optimizer_tensors(self.optimizer, optimizer, trained, skipped=bool(scaler))
+        optimizer, scaler = _under("optimizer.", given), _under("scaler.", given)
+        begins = 0.0, self.config.slow_start, 1 / self.config.epochs, 1.0  # of all widths, and of dino's last layer
+        counts = {sum(step / self.steps >= begin for step in range(done)) for begin in begins}
+        counts = {min(count, 2**24) for count in counts}  # where a float32 stops to count
+        for name, tensor in optimizer.items():
+            if name.endswith(".step") and tensor.item() not in (range(done + 1) if scaler else counts):
+                what = f"the optimizer's state in the checkpoint counts {tensor:g} steps of {name[:-5]}"
+                raise CheckpointError(f"{what}, which cannot be after step {done}")
+        for name, tensor in optimizer_tensors(self.optimizer).items():  # in its memory layout, which fused ones need
+            tensor.copy_(optimizer[name])
         self.method.load_state_dict(state)
-        self.scaler.load_state_dict(scaler)
+        self.scaler.load_state_dict(self.scaler.state_dict() | {name: value.item() for name, value in scaler.items()})
         self.step = done
         self._batches = self._draw()
 
     def _own(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds besides encoder and optimizer."""
-        state = self.method.state_dict()
+        """Return what a checkpoint holds besides the encoder."""
+        state, scaler = self.method.state_dict(), self.scaler.state_dict()
         own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
-        return own | {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
-
-    def _steps_of_parameters(self, done: int) -> dict[str, int]:
-        """Return how many of the first `done` steps train each parameter, as steps of a copy tell."""
-        shared = math.lcm(self.config.key_parts, self.config.bn_groups, world_size())
-        images = min(2 * shared, self.config.batch_size) // world_size()
-        shape = images, self.images.channels, self.config.image_size, self.config.image_size
-        labels = torch.zeros(images, dtype=torch.long, device=self.device)
-        method, recipe, gates = copy.deepcopy((self.method, self.recipe, self.gates))
-        found: dict[str, int] = {}
-        # where narrow widths, and the last layer of dino, begin to train
-        for progress in sorted({0.0, self.config.slow_start, 1 / self.config.epochs}):
-            batch = Batch([torch.rand(shape, device=self.device) for _ in range(method.views)], labels)
-            method.step(recipe, batch, progress, step=0, gates=gates)
-            trained = [name for name, parameter in method.online.named_parameters() if parameter.grad is not None]
-            count = sum(step / self.steps >= progress for step in range(done))
-            found = dict.fromkeys(trained, count) | found
-        return {name: count for name, count in found.items() if count}
+        own |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _OF_SCALER if scaler}
+        return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
 
 
-def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: PretrainConfig, online: nn.Module) -> Optimizer:
     """Return timm's optimizer; by default without weight decay, and in LARS scaling, of norms, biases and gates."""
     gates = set(map(id, gate_parameters(online)))
     decay = config.weight_decay
@@ -214,7 +195,26 @@ def make_optimizer(config: PretrainConfig, online: nn.Module) -> torch.optim.Opt
     settings: dict[str, Any] = {"fused": True} if config.opt == "adamw" else {"momentum": 0.9}
     if config.opt == "lars":
         settings |= {"trust_coeff": config.lars_trust, "trust_clip": config.lars_clip}
-    return create_optimizer_v2(groups, name, lr=config.lr, **settings)
+    optimizer = create_optimizer_v2(groups, name, lr=config.lr, **settings)
+    fill_state(optimizer)
+    return optimizer
+
+
+def fill_state(optimizer: Optimizer) -> None:
+    """Give every parameter the state that its first step starts from, zeros, so that any checkpoint holds all of it."""
+    example = copy.deepcopy(optimizer)
+    for parameter in (each for group in example.param_groups for each in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+    type(example).step.__wrapped__(example)  # type: ignore[attr-defined]  # without the hooks that watch all optimizers
+    optimizer.load_state_dict(example.state_dict())
+    for tensor in optimizer_tensors(optimizer).values():
+        tensor.zero_()
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named `<parameter>.<name>`."""
+    pairs = [pair for own in optimizer.param_groups for pair in zip(own["param_names"], own["params"], strict=True)]
+    return {f"{name}.{key}": value for name, tensor in pairs for key, value in optimizer.state[tensor].items()}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

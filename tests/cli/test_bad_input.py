@@ -87,11 +87,11 @@ def test_pretrain_refuses(tmp_path, capsys, options, message):
 
 
 def test_a_model_without_anything_to_gate(tmp_path, capsys, monkeypatch):
-    def plain(name, channels, image_size, **settings):
-        first = (nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return nn.Sequential(*first, nn.Linear(8, 4))
+    def plain(name, settings, image_size):
+        first = (nn.Conv2d(settings["in_chans"], 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*first, nn.Linear(8, 4)), settings
 
-    monkeypatch.setattr("slimmable.cli.run.timm_backbone", plain)
+    monkeypatch.setattr("slimmable.cli.run.make_timm", plain)
     options = ("--model", "vgg11", *VICREG, "--gate-budget", "0.3", "--num-images", "64")
     message = refused(capsys, "pretrain", *options, "--output", str(tmp_path / "run"))
     assert "--gate-budget needs a --model that can be gated: nothing in this Sequential can be gated" in message
@@ -178,7 +178,7 @@ def test_configuration_with_a_value_of_another_kind(run, tmp_path, capsys, name,
         ("widths", [1.0] * 10_000, "--widths: got 10,000 of them; choose at most 100"),
         ("method", "dinov2", "--method cannot be dinov2"),
         ("gate_budget", 0.5, "--gate-budget is for --method"),
-        ("model", "hf-hub:timm/resnet18", "timm has no model 'hf-hub:timm/resnet18'"),
+        ("model", "hf-hub:timm/resnet18", "timm cannot make the model 'hf-hub:timm/resnet18' with"),
         ("model", "\ud800\n", "timm has no model '\\ud800\\n'"),
         ("data", "a\nb\0", "--data 'a\\nb\\x00': there is no such folder"),
         ("data", "", "--data is empty"),

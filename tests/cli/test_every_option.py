@@ -485,9 +485,10 @@ DEVICES = (
         (["profile", "test_resnet", "--image-size", "-1"], "--image-size must be at least 1, got -1"),
         # kinds of models and devices
         *((["plan", name], f"timm has no model {name!r}") for name in (
-            "hf-hub:timm/resnet18", "local-dir:folder", "timm/resnet18", "./file", "RESNET18", "resnet18 ",
+            "timm/resnet18", "./file", "RESNET18", "resnet18 ",
             "resnet*", "torch.nn", "small_resnet/../resnet18",
         )),
+        *((["plan", name], f"cannot make the model {name!r}") for name in ("hf-hub:timm/resnet18", "local-dir:folder")),
         (["plan", "resnet18.no_such_tag"], "resnet18.no_such_tag"),
         (["plan", "resnet18.a:b"], "resnet18.a:b"),
         (["plan", "resnet18.../../file"], "resnet18.../../file"),

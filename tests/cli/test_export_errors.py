@@ -183,7 +183,7 @@ def test_weights_of_another_model(tmp_path, capsys):
 def test_pretrained_weights_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", fails)
     message = refused(capsys, NAME, "--width", "1", "--pretrained", "--output", tmp_path / "out")
-    assert "the pretrained weights of test_resnet cannot be downloaded (OSError: no route" in message
+    assert "timm cannot make the model 'test_resnet' with pretrained=True (OSError: no route" in message
     assert "--checkpoint" in message
     assert os.listdir(tmp_path) == []
 

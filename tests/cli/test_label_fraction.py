@@ -109,13 +109,13 @@ def test_evaluation_holds_a_batch_of_images_however_many_there_are(run, tmp_path
 
     monkeypatch.setattr("slimmable.cli.evaluation.knn_accuracy", counting)
     config = read_config(run)
-    backbone = trained_method(config, run, 1).backbone
+    method = trained_method(config, run, 1)
     most = []
     for count in (300, 1200):
         parts = [Counted(count), Counted(count)]
         labels = torch.arange(count) % 10
         images = Images(parts[0], labels, parts[1], labels, tuple("0123456789"), 1)
-        rows = rows_of_run(config, backbone, images, {"knn": {}, "knn@0.1": {}})
+        rows = rows_of_run(config, method, images, {"knn": {}, "knn@0.1": {}})
         report_run(config, tmp_path, rows, images)
         most.append(max(part.most for part in parts))
     assert most[0] == most[1] <= 300

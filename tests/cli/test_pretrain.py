@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 import slimmable
 from slimmable.__main__ import main
@@ -84,7 +83,7 @@ def test_a_backbone_that_keeps_other_channels_without_its_head_is_left_out(run, 
     config = read_config(run)
     method = trained_method(config, run, channels=1)
     other = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=torch.zeros(2, 1, 24, 24), skip="")
-    monkeypatch.setattr("slimmable.cli.run.converted_backbone", lambda config, channels: other)
+    monkeypatch.setattr("slimmable.cli.run.converted_backbone", lambda config, channels, classes: other)
     assert save_networks(tmp_path, config, method, 1) == ["model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.safetensors", "width-0.5.safetensors"}
 
@@ -176,7 +175,7 @@ def test_timm_model_with_dropout_resumes_to_the_same_numbers(tiny, tmp_path, mon
     """A vision transformer with a fixed image size; its random depth draws from the same seeded numbers."""
     options = ("--model", "test_vit", "--image-size", "32", *tiny)
     make = small_network_with_dropout
-    monkeypatch.setattr("slimmable.cli.run.timm_backbone", make)
+    monkeypatch.setattr("slimmable.cli.run.make_timm", make)
     assert main(["pretrain", *options, "--output", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         interrupt_after(5, patch)
@@ -185,10 +184,11 @@ def test_timm_model_with_dropout_resumes_to_the_same_numbers(tiny, tmp_path, mon
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 
-def small_network_with_dropout(name, channels, image_size, **settings) -> nn.Module:
+def small_network_with_dropout(name, settings, image_size):
     import timm
 
-    return timm.create_model(name, in_chans=channels, img_size=image_size, num_classes=0, proj_drop_rate=0.2)
+    settings = {**settings, "img_size": image_size, "proj_drop_rate": 0.2}
+    return timm.create_model(name, **settings), settings
 
 
 def test_a_universal_run_has_statistics_for_all_its_widths(tiny, tmp_path, capsys):

@@ -11,8 +11,7 @@ import torch
 import slimmable
 from slimmable.__main__ import main
 from slimmable.cli.config import configure
-from slimmable.cli.run import CLASSIFIER, load_checkpoint, new_method, read_config
-from slimmable.cli.start import make_teacher, read_start
+from slimmable.cli.run import CLASSIFIER, load_checkpoint, make_teacher, new_method, read_config, read_start
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 
 IMAGE = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -259,5 +258,6 @@ def test_a_model_in_a_folder_is_planned_and_exported(tmp_path, capsys):
     loaded = slimmable.load(tmp_path / "files" / "width-1.0.safetensors")
     with torch.no_grad():
         torch.testing.assert_close(loaded(IMAGE), model(IMAGE))
-    assert main(["plan", f"local-dir:{tmp_path / 'missing'}"]) == 2
-    assert f"timm has no model 'local-dir:{tmp_path / 'missing'}' (FileNotFoundError" in capsys.readouterr().err
+    missing = f"local-dir:{tmp_path / 'missing'}"
+    assert main(["plan", missing]) == 2
+    assert f"timm cannot make the model '{missing}' with in_chans=3 (FileNotFoundError" in capsys.readouterr().err
