@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimmable.cli.commands import COMMANDS, parse, run, suggestion
-from slimmable.cli.config import RunOptions, flag, help_text, kind_of
+from slimmable.cli.config import flag, help_text, kind_of
 from slimmable.cli.faults import explained_fault
 from slimmable.cli.report import Row, read_rows
 from slimmable.errors import SlimmableError, UsageError
@@ -72,7 +72,7 @@ def pretrain(**options: Any) -> Run:
     if code:
         signal.raise_signal(code - 128)
         raise KeyboardInterrupt(code - 128)  # if the program ignores the signal
-    return Run(Path(options.get("output", RunOptions.output)))
+    return Run(Path(options.get("output", _OPTIONS["output"].default)))
 
 
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import slimmable
 from slimmable._widths import width_index
 from slimmable.cli import config as settings
-from slimmable.cli.config import DEVICE, ROUNDING, SIZE, WIDTHS, WORKERS, RunOptions, checked_widths, flag, option, say
+from slimmable.cli.config import FROM_0, FROM_1, POSITIVE, ROUNDING, SIZE, WIDTHS, checked_widths, flag, option, say
 from slimmable.errors import UsageError, WidthError, explained
 
 ALL = "all"
@@ -25,50 +25,78 @@ def width(text: str) -> float | str:
     return text if text == ALL else float(text)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Machine:
+    """What a command runs on."""
+
+    workers: int | None = option(
+        None, "processes that read images", within=(0, 256), shown="one per processor, up to 8", group="machine"
+    )
+    device: str | None = option(None, "torch device, such as cpu or cuda", shown="cuda if available")
+
+    def _found_device(self) -> Any:
+        import torch
+
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with explained(f"--device {name} cannot be used", "; choose another, such as cpu"):
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers
+            if str(device) != name:  # torch counts devices modulo 256
+                raise ValueError(f"torch takes it for {device}")
+        return device
+
+    def _count_workers(self) -> int:
+        shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return min(8, max(0, shared - 1)) if self.workers is None else self.workers
+
+
 @dataclass(frozen=True)
-class Pretrain(RunOptions):
+class Pretrain(_Machine):
     """Pre-train a slimmable network, evaluate every width, and fill the run folder."""
 
+    preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
+    output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
+    resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
+    logger: tuple[str, ...] = option((), "where to log, besides losses.csv", choices=tuple(settings.LOGGERS))
+    log_every: int = option(10, "steps between log entries", within=FROM_1, metavar="STEPS")
+    knn_every: int | None = option(None, "epochs between kNN tests; 0: none", within=FROM_0, shown="0; gated: a tenth")
+    quiet: bool = option(False, "tell of faults only, not of the progress and the results")
+    diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")
+
     def _run(self, **given: Any) -> int:
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        if "widths" in given:
-            given["widths"] = checked_widths(given["widths"])
         from slimmable.cli.pretrain import pretrain as run
         from slimmable.cli.processes import process_group
         from slimmable.cli.run import read_config
 
         if self.resume:
             config = read_config(self.output)
-            config.check_same(settings.with_preset(given, self.preset))
+            asked = replace(config, **settings.with_preset(given, self.preset))
+            both = [(flag(name), value, getattr(asked, name)) for name, value in asdict(config).items()]
+            if other := "; ".join(f"{name}: the run has {own}, now {new}" for name, own, new in both if own != new):
+                raise UsageError(f"--resume keeps the settings of the run; {other}")
         else:
             config = settings.configure(given, self.preset)
-        with process_group(_find_device(self.device)) as device:
-            return run(config, replace(self, workers=_count_workers(self.workers)), device)
+        with process_group(self._found_device()) as device:
+            return run(config, replace(self, workers=self._count_workers()), device)
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_Machine):
     """Evaluate the final weights of a run again, and replace its report."""
 
-    run: Path = option(help="folder of a pre-training run", metavar="RUN")
+    run: Path = option(help="folder of a pre-training run", metavar="RUN", group="evaluation")
     probes: tuple[str, ...] = option(
         ("knn", "linear"),
         "linear: one per width; slimmable: one for all; ridge: closed form; published: one per width, on random crops",
         choices=("knn", "linear", "slimmable", "ridge", "published"),
     )
-    label_fraction: tuple[float, ...] = option(
-        (),
-        "train the probes also with these fractions of the labels, as many of each class, such as 0.01 0.1",
-        within=settings.Range("in (0, 1)", lambda value: 0 < value < 1),
-    )
-    k: int = option(20, "neighbours that vote in kNN", within=settings.at_least(1), metavar="N")
+    label_fraction: tuple[float, ...] = option((), "fractions of the labels to train on, too", within=settings.SHARE)
+    k: int = option(20, "neighbours that vote in kNN", within=FROM_1, metavar="N")
     knn_metric: str = option("cosine", "how near features are in kNN", choices=("cosine", "euclidean"))
-    knn_temperature: float = option(0.1, "of the votes in kNN; the larger, the more equal", within=settings.POSITIVE)
-    probe_epochs: int | None = option(None, "epochs of published", within=settings.at_least(1), shown="90; mocov2: 100")
-    probe_lr: float | None = option(None, "its rate, for 256 images", within=settings.POSITIVE, shown="0.1; mocov2: 15")
-    probe_batch_size: int = option(256, "its images per step", within=settings.at_least(1))
-    workers: int | None = option(None, **WORKERS)
-    device: str | None = option(None, **DEVICE)
+    knn_temperature: float = option(0.1, "of the votes in kNN; the larger, the more equal", within=POSITIVE)
+    probe_epochs: int | None = option(None, "epochs of published", within=FROM_1, shown="90; mocov2: 100")
+    probe_lr: float | None = option(None, "its rate, for 256 images", within=POSITIVE, shown="0.1; mocov2: 15")
+    probe_batch_size: int = option(256, "its images per step", within=FROM_1)
 
     def _run(self) -> None:
         from slimmable.cli.data import load_images
@@ -77,12 +105,12 @@ class Evaluate:
         from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_method
 
-        config, workers = read_config(self.run), _count_workers(self.workers)
+        config, workers = read_config(self.run), self._count_workers()
         if config.gate_budget is not None and "published" in self.probes:
             raise UsageError(f"--probes published is for a run with widths, and {self.run} has gates; leave it out")
         with locked(self.run):
             images = load_images(config)
-            method = trained_method(config, self.run, images.channels, images.digest).to(_find_device(self.device))
+            method = trained_method(config, self.run, images.channels, images.digest).to(self._found_device())
             parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
             knn = {"k": self.k, "metric": self.knn_metric, "temperature": self.knn_temperature}
             given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
@@ -95,7 +123,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Network:
+class _Network:
     """Which network of a run, a file or timm."""
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
@@ -106,12 +134,11 @@ class Network:
     rounding: str | None = option(None, **ROUNDING, shown="nearest")
     checkpoint: Path | None = option(None, "weights, plain or converted, by torch.save or safetensors", metavar="FILE")
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
-    num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=settings.at_least(0))
+    num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=FROM_0)
     image_size: int | None = option(None, **SIZE)
 
-    def source(self) -> tuple[Any, list[float], Path]:
+    def _source(self) -> tuple[Any, list[float], Path]:
         """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
-        settings.check(self)
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
         from slimmable.cli.export import file_source, run_source, timm_source
@@ -141,13 +168,13 @@ class Network:
     def _leave_out(self, what: str, *more: str) -> None:
         """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
         names = ("widths", "rounding", "checkpoint", "pretrained", "num_classes", *more)
-        settled = [flag(name) for name in names if getattr(self, name) is not getattr(Network, name)]
+        settled = [flag(name) for name in names if getattr(self, name) is not getattr(_Network, name)]
         if settled:
             raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
 
 
-@dataclass(frozen=True)
-class Export:
+@dataclass(frozen=True, kw_only=True)
+class Export(_Network):
     """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
 
     format: tuple[str, ...] | None = option(
@@ -160,11 +187,11 @@ class Export:
     )
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
 
-    def _run(self, **network: Any) -> None:
+    def _run(self) -> None:
         from slimmable.cli.export import export as write
         from slimmable.cli.processes import locked
 
-        source, widths, folder = Network(**network).source()
+        source, widths, folder = self._source()
         folder = self.output or folder
         with locked(folder):
             files = write(source, widths, self.format, folder)
@@ -175,22 +202,20 @@ class Export:
         say(f"wrote {folder / 'README.md'}, the model card")
 
 
-@dataclass(frozen=True)
-class Embed:
+@dataclass(frozen=True, kw_only=True)
+class Embed(_Machine, _Network):
     """Write the features of all images in a folder, at any widths of a timm model, a saved model or a run."""
 
     images: Path = option(help="folder of images, at any depth", metavar="FOLDER", group="what to write")
     output: Path = option(Path("features.npz"), "file to write, for numpy.load; it is replaced", metavar="FILE.npz")
-    workers: int | None = option(None, **WORKERS)
-    device: str | None = option(None, **DEVICE)
 
-    def _run(self, **network: Any) -> None:
-        from slimmable.cli.embed import embed
+    def _run(self) -> None:
+        from slimmable.cli.evaluation import embed
 
         if self.output.suffix != ".npz":
             raise UsageError(f"--output {self.output} must end in .npz")
-        source, widths, _ = Network(**network).source()
-        count = embed(source, self.images, widths, self.output, _find_device(self.device), _count_workers(self.workers))
+        source, widths, _ = self._source()
+        count = embed(source, self.images, widths, self.output, self._found_device(), self._count_workers())
         say(f"wrote {self.output}, the features of {count} images")
 
 
@@ -243,8 +268,8 @@ class Profile(Plan):
 COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
     "pretrain": (settings.PretrainConfig, Pretrain),
     "evaluate": (Evaluate,),
-    "export": (Network, Export),
-    "embed": (Network, Embed),
+    "export": (Export,),
+    "embed": (Embed,),
     "profile": (Profile,),
     "plan": (Plan,),
 }
@@ -310,22 +335,3 @@ def run(name: str, given: dict[str, Any]) -> int:
     own = command(**{each.name: given.pop(each.name) for each in fields(command) if each.name in given})
     settings.check(own)
     return own._run(**given) or 0  # only that of `pretrain` returns one
-
-
-def _find_device(name: str | None) -> Any:
-    """Return the device of this name; by default cuda if available, otherwise the CPU."""
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with explained(f"--device {name} cannot be used", "; choose another, such as cpu"):
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers
-        if str(device) != name:  # torch counts devices modulo 256
-            raise ValueError(f"torch takes it for {device}")
-    return device
-
-
-def _count_workers(given: int | None) -> int:
-    """Return how many workers read images for each training process: by default up to 8, as processors allow."""
-    shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(8, max(0, shared - 1)) if given is None else given

@@ -5,12 +5,10 @@ Options are fields of dataclasses, the one source of the parser, the checks and 
 
 import argparse
 import importlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
-from math import inf
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -27,12 +25,13 @@ GATED_METHODS = ("mocov3", "simclr", "byol", "simsiam", "vicreg", "barlowtwins")
 _GATED = ", ".join(GATED_METHODS)
 _WITHOUT_LOGITS = ("byol", "simsiam", "vicreg", "barlowtwins")
 DISTILLATIONS = ("own", "none", "kl", "embedding", "mse", "dkd", "atkd")
+_PRECISIONS = ("float32", "bfloat16", "float16")
 _ORDERS, _TEACH = ("magnitude", "none"), ("cosine", "mse", "scores")
 AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _CROPS = "0.56; for folders 0.08 or 0.2"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
-LOGGERS = ("tensorboard", "wandb")
+LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # the module that each needs
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST = 100  # numbers in a list
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
@@ -68,40 +67,15 @@ def read_text(path: Path, most: int) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option accepts, and how a message describes them after "must be"; `ends` bound the absurd."""
-
-    text: str
-    holds: Callable[[float], bool]
-    ends: tuple[float, float] = (0, 1_000_000)
-
-
-POSITIVE = Range("positive", lambda value: 0 < value < inf, (1e-9, 1_000_000))
-FRACTION = Range("in [0, 1]", lambda value: 0 <= value <= 1)
-SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
-SEED = Range("in [0, 2**31)", lambda value: 0 <= value < 2**31, (0, 2**31))
-
-
-def at_least(least: int, most: int = 1_000_000) -> Range:
-    """Return the range of numbers from `least` up, of which those above `most` are absurd."""
-    return Range(f"at least {least}" if least else "0 or more", lambda value: least <= value < inf, (least, most))
-
-
-UNITS = at_least(1, 65_536)
-DEVICE: dict[str, Any] = {"help": "torch device, such as cpu or cuda", "shown": "cuda if available"}
-SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": at_least(1, 4096), "shown": "the model's own"}
-WORKERS: dict[str, Any] = {
-    "help": "processes that read and augment images; the result does not depend on them",
-    "within": at_least(0, 256),
-    "shown": "chosen by the number of processors",
-}
+POSITIVE, FRACTION, SHARE = (1e-9, 1_000_000), (0, 1), (1e-6, 1 - 1e-6)  # the least and the most, for `within`
+FROM_1, FROM_0, UNITS = (1, 1_000_000), (0, 1_000_000), (1, 65_536)
+SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": (1, 4096), "shown": "the model's own"}
 
 
 def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     """Return a dataclass field that is an option of a command; without a default, a positional or `required` one.
 
-    It accepts `choices`, one or several by the field's type, or numbers `within` a range, and None if the type does.
+    It accepts `choices`, one or several by the field's type, or numbers `within` limits, and None if the type does.
     `group` is the heading above it and those after it, `shown` the default in words, where its value does not say
     enough. What else is given is for `ArgumentParser.add_argument`.
     """
@@ -146,8 +120,12 @@ def help_text(each: Field[Any]) -> str:
     within, shown = each.metadata["within"], each.metadata["shown"]
     if not shown and each.default not in (MISSING, None, ()) and each.default is not False:
         shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
-    more = ([within.text] if within else []) + ([f"default: {shown}"] if shown != "" else [])
+    more = ([_limits(within)] if within else []) + ([f"default: {shown}"] if shown != "" else [])
     return f"{each.metadata['help']} ({'; '.join(more)})" if more else str(each.metadata["help"])
+
+
+def _limits(within: tuple[float, float]) -> str:
+    return f"from {within[0]} to {within[1]:,}"
 
 
 def check(settings: Any) -> None:
@@ -156,24 +134,20 @@ def check(settings: Any) -> None:
         name, value = flag(each.name), getattr(settings, each.name)
         choices, within = each.metadata["choices"], each.metadata["within"]
         values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if within and len(values) > _MOST:
+        if len(values) > _MOST:
             raise UsageError(f"{name}: got {len(values):,} of them; choose at most {_MOST}")
         for one in values:
             if isinstance(one, str) and not one.strip():
                 raise UsageError(f"{name} is empty")
             if choices and one not in choices:
                 raise UsageError(f"{name} cannot be {one}; choose from {', '.join(choices)}")
-            if within and not (isinstance(one, (int, float)) and within.holds(one)):
-                raise UsageError(f"{name} must be {within.text}, got {one!r:.80}")
-            if within and not within.ends[0] <= one <= within.ends[1]:
-                raise UsageError(f"{name} must be from {within.ends[0]} to {within.ends[1]:,}, got {one!r:.80}")
+            if within and not (isinstance(one, (int, float)) and within[0] <= one <= within[1]):
+                raise UsageError(f"{name} must be {_limits(within)}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
     widths = DEFAULT_WIDTHS if given is None else given
-    if len(widths) > _MOST:
-        raise WidthError(f"--widths: got {len(widths):,} of them; choose at most {_MOST}")
     try:
         return check_widths(widths)
     except WidthError as error:
@@ -189,16 +163,13 @@ class PretrainConfig:
     init: str | None = option(None, "plain or slimmable weights to begin with", metavar="pretrained|FILE|RUN")
     importance: str = option("magnitude", "order of plain weights; narrow widths keep the first", choices=_ORDERS)
     data: str = option(
-        DIGITS,
-        "digits: those of scikit-learn, cluttered; a folder with one folder of images per class, or a tar file; a name "
-        "that timm knows, as in torch/cifar10 or hfds/USER/NAME; only --method supervised trains on the classes",
-        metavar="NAME",
+        DIGITS, "digits; a folder with one folder of images per class; a tar file; as torch/cifar10 or hfds/USER/NAME"
     )
     data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
     mean: tuple[float, ...] | None = option(None, "what to subtract from each channel", within=FRACTION, shown=_AS_TIMM)
     std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
-    num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=at_least(4))
-    image_size: int = option(24, "height and width in pixels", within=at_least(8, 4096), shown="24; for a folder 64")
+    num_images: int = option(4096, "digits to train on; a quarter as many are held out", within=(4, 1_000_000))
+    image_size: int = option(24, "height and width in pixels", within=(8, 4096), shown="24; for a folder 64")
     augmentation: str = option("digits", "whose views", choices=AUGMENTATIONS, shown="digits; for folders the method's")
     min_crop_scale: float = option(0.56, "smallest part of an image in a view", within=FRACTION, shown=_CROPS)
     views_per_width: bool = option(False, "draw views of its own for each width; keys and targets see the full width's")
@@ -209,58 +180,46 @@ class PretrainConfig:
     loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")
     slow_start: float = option(0.5, "fraction of the training in which the full width trains alone", within=FRACTION)
     gate_budget: float | None = option(
-        None,
-        f"also gate each width, by default only the full one, to this share of its multiply-adds; for {_GATED}",
-        within=SHARE,
-        metavar="SHARE",
+        None, f"also gate each of --widths (default: 1) to this share of its multiply-adds; for {_GATED}", within=SHARE
     )
     gate_loss_weight: float = option(100.0, "weight of the loss that keeps gates to the budget", within=POSITIVE)
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
-    proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=at_least(0, 65_536))
+    proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=(0, 65_536))
     head_std: float | None = option(
         None, "deviation of the projector's first weights", within=POSITIVE, shown="torch's"
     )
     temperature: float = option(0.2, "temperature of the contrastive loss, or of a student", within=POSITIVE)
-    teacher_temperature: float = option(
-        0.07, "temperature of dino's teacher, after a tenth of the training that begins at 0.04", within=POSITIVE
-    )
-    local_crops: int = option(0, "smaller crops of an image that only dino's student sees", within=at_least(0, 100))
-    local_crop_size: int = option(
-        10, "their height and width in pixels", within=at_least(4, 4096), shown="10; for a folder 32"
-    )
-    ema_momentum: float = option(
-        0.99, "momentum of the averaged encoder; mocov3, byol, dino: rising to 1", within=FRACTION
-    )
-    queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=at_least(1))
-    key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=at_least(1))
+    teacher_temperature: float = option(0.07, "temperature of dino's teacher; it begins at 0.04", within=POSITIVE)
+    local_crops: int = option(0, "smaller crops of an image that only dino's student sees", within=(0, 100))
+    local_crop_size: int = option(10, "their height and width", within=(4, 4096), shown="10; for a folder 32")
+    ema_momentum: float = option(0.99, "momentum of averaged encoders; rises to 1, but not in mocov2", within=FRACTION)
+    queue_size: int = option(256, "keys that mocov2 keeps, at most a quarter of the images", within=FROM_1)
+    key_parts: int = option(4, "parts of the batch that mocov2 computes keys for separately", within=FROM_1)
     bn_groups: int = option(1, "parts of the batch with BatchNorm statistics of their own, as on GPUs", within=UNITS)
     teacher: str | None = option(None, "what --method distillation learns from", metavar="NAME|FILE|RUN")
     teach: str = option("cosine", "what of it: features, by cosine or mse, or scores", choices=_TEACH)
-    epochs: int = option(20, "passes over the training images", within=at_least(1), group="optimization")
-    batch_size: int = option(64, "images per step over all processes", within=at_least(2))
+    epochs: int = option(20, "passes over the training images", within=FROM_1, group="optimization")
+    batch_size: int = option(64, "images per step over all processes", within=(2, 1_000_000))
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
     lr: float = option(0.006, "peak learning rate, for the given batch size", within=POSITIVE)
     lr_after_slow_start: float | None = option(None, "peak after the slow start", within=POSITIVE, shown="the same")
     warmup_epochs: float | None = option(
-        None, "epochs of linear warm-up, before a cosine down to 0", within=at_least(0), shown="a twentieth of all"
+        None, "epochs of linear warm-up before a cosine", within=FROM_0, shown="a 20th"
     )
     norm_lr_scale: float = option(1.0, "factor on the learning rate of norms and biases", within=POSITIVE)
     lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
     lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
     lars_gates: bool = option(False, "adapt the rates of gates in lars too")
-    weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=at_least(0))
+    weight_decay: float = option(0.05, "weight decay, by default not of norms and biases", within=FROM_0)
     decay_norms: bool = option(False, "apply the weight decay to norms and biases too, but not to gates")
-    precision: str = option(
-        "float32",
-        "bfloat16, float16: mixed precision; float16 scales the losses, and skips steps whose gradients overflow",
-        choices=("float32", "bfloat16", "float16"),
-    )
-    seed: int = option(0, "seed of the weights, the order of the images and the views", within=SEED)
+    precision: str = option("float32", "all others are mixed; float16 skips steps that overflow", choices=_PRECISIONS)
+    seed: int = option(0, "seed of the weights, the order of the images and the views", within=(0, 2**31 - 1))
 
     def __post_init__(self) -> None:
         from slimmable.losses import width_weights
 
+        check(self)
         object.__setattr__(self, "widths", checked_widths(self.widths))
         for name in ("mean", "std"):
             if (values := getattr(self, name)) is not None:
@@ -268,7 +227,6 @@ class PretrainConfig:
                 if len(values) not in (1, self.channels):
                     count = f"got {len(values):,} values; give one for all, or one for each of {self.channels} channels"
                     raise UsageError(f"{flag(name)}: {count}")
-        check(self)
         method, kind, data, gated = self.method, self.kind, printable(self.data), self.gate_budget is not None
         if kind in _IN_ORDER:
             raise UsageError(f"--data {data}: timm reads {kind}/ only in order, so no run could be resumed; use files")
@@ -286,9 +244,7 @@ class PretrainConfig:
         if self.local_crops and method != "dino":
             raise UsageError(f"--local-crops is for --method dino, not {method}")
         if method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
-            raise UsageError(
-                f"--distill {self.distill} compares logits, which --method {method} does not have; try own"
-            )
+            raise UsageError(f"--distill {self.distill} compares logits, which {method} does not have; try own")
         if gated and method not in GATED_METHODS:
             raise UsageError(f"--gate-budget is for --method {_GATED}, not {method}")
         if self.universal and len(self.widths) == 1:
@@ -307,35 +263,6 @@ class PretrainConfig:
     def channels(self) -> int:
         """Channels of the images: 1 for digits and torchvision's kinds of MNIST, which are grey, otherwise 3."""
         return 1 if self.data == DIGITS or re.fullmatch("torch/.*mnist", self.data.lower()) else 3
-
-    def to_json(self) -> str:
-        """Return the settings as JSON text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    def check_same(self, given: Mapping[str, Any]) -> None:
-        """Raise UsageError if values of `given` differ from these settings, which a resumed run must keep."""
-        changed = {name: value for name, value in given.items() if getattr(self, name) != value}
-        other = [f"{flag(name)}: the run has {getattr(self, name)}, now {value}" for name, value in changed.items()]
-        if other:
-            raise UsageError("--resume keeps the settings of the run; " + "; ".join(other))
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The options of `pretrain` besides its settings."""
-
-    preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
-    output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
-    resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
-    logger: tuple[str, ...] = option((), "where to log, in addition to losses.csv in the run folder", choices=LOGGERS)
-    log_every: int = option(10, "steps between log entries", within=at_least(1), metavar="STEPS")
-    knn_every: int | None = option(
-        None, "epochs between kNN accuracies of held-out images; 0: none", within=at_least(0), shown="0; gated: a tenth"
-    )
-    quiet: bool = option(False, "tell of faults only, not of the progress and the results")
-    diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")
-    workers: int | None = option(None, **WORKERS)
-    device: str | None = option(None, **DEVICE)
 
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ from slimmable.cli.faults import STOPPING
 from slimmable.errors import DataError, explained
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_FOLDER = partial(ReaderImageFolder, input_key=";".join(SUFFIXES))
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs
 _MOST_PIXELS = 89_478_485  # of an image, like Pillow's limit
 _MOST_STRETCHED = 100  # times as long as wide
@@ -67,7 +65,7 @@ def load_images(config: PretrainConfig) -> Images:
     if not config.kind:
         return folder_images(Path(name), 0, told)
     if name.lower() in ("torch/image_folder", "torch/folder"):
-        return folder_images(Path(str(root)), 0, told, lambda part: create_dataset(name, part, search_split=False))
+        return folder_images(Path(str(root)), 0, told, level=0)
     if config.kind == "hfds":
         require("datasets", "datasets", extra=None)
     with explained(f"--data {printable(name)} cannot be read"):
@@ -177,18 +175,18 @@ class Pictures:
         return replace(self, pairs=Subset(self.pairs, places), names=names, labels=labels)
 
 
-def folder_images(folder: Path, seed: int, say: Callable[[str], None], read: Callable[[str], Any] = _FOLDER) -> Images:
-    """Return the images in a folder, a tar file or a folder of tar files, listed by timm: their last folder is a class.
+def folder_images(folder: Path, seed: int, say: Callable[[str], None], level: int = -1) -> Images:
+    """Return the images in a folder, a tar file or a folder of tar files; for `level`, see `pictures_in`.
 
     A fifth of each class, chosen by `seed`, is held out, unless there are folders, or tar files, `train` and `test` (or
-    `val`). Among up to 50,000 files, broken ones are left out and reported to `say`. `read` lists a folder otherwise.
+    `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
 
     Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
     with explained(f"--data {printable(folder)} cannot be listed"):
-        parts = [_listed(_reader(root, folder, read), str(root)) for root in _roots(folder)]
+        parts = [_part(root, folder, level) for root in _roots(folder)]
     return _split(str(folder), parts, seed, say)
 
 
@@ -205,33 +203,39 @@ def _roots(folder: Path) -> list[Path]:
     return found if len(found) == 2 and not any(path.is_symlink() for path in found) else [folder]
 
 
-def _reader(root: Path, data: Path, read: Callable[[str], Any]) -> Any:
-    """Return `read` of a folder `root`, or if there are no images in folders of it, timm's reader of its tar files.
+def pictures_in(folder: Path, data: Path, channels: int = 3, level: int = -1) -> Pictures:
+    """Return the images in a folder at any depth, by path; a class is the last folder, or the first at `level` 0.
 
     Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
     """
     unread: list[OSError] = []
-    found: list[Path] = []
-    for place, folders, names in os.walk(root, onerror=unread.append) if root.is_dir() else ():
-        files = [Path(place, name) for name in names if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
-        for path in filter(Path.is_symlink, [*(Path(place, name) for name in folders), *files]):
+    names: list[str] = []
+    for place, folders, files in os.walk(folder, onerror=unread.append):
+        files = [name for name in files if Path(name).suffix.lower() in {*SUFFIXES, ".tar"}]
+        for path in filter(Path.is_symlink, (Path(place, name) for name in (*folders, *files))):
             target = Path(os.path.realpath(path))
             if path.is_dir() or not target.is_relative_to(os.path.realpath(data)):
-                raise DataError(
-                    f"--data {printable(data)}: {printable(path)} is a link to {printable(target)}, but only links to "
-                    "files of the same folder are followed; replace it by copies (cp -rL) or hard links (cp -rlL)"
-                )
-        found += files
+                way = "but only links to files of the same folder are followed; copy (cp -rL) or hard-link it (cp -rlL)"
+                raise DataError(f"{printable(path)} is a link to {printable(target)}, {way}")
+        names += (os.path.join(place, name) for name in files if not name.lower().endswith(".tar"))
     if unread:
         raise unread[0]
-    if any(path.parent != root and path.suffix.lower() != ".tar" for path in found):
-        return read(str(root))
-    tars = [*root.glob("*.tar")] if root.is_dir() else [root]
+    names.sort()
+    ways = [Path(name).relative_to(folder).parts[:-1] for name in names]
+    return Pictures([*zip(names)], names, [way[level] if way else "" for way in ways], channels)
+
+
+def _part(root: Path, data: Path, level: int) -> Pictures:
+    """Return the images in folders of `root`, or if there are none, in tar files."""
+    found = pictures_in(root, data, level=level) if root.is_dir() else None
+    if found is not None and any(found.labels):
+        return found
+    tars = [root] if found is None else [*root.glob("*.tar")]
     if not tars or not all(map(_is_tar, tars)):
         expected = f"one folder per class, as in cat/1.jpg ({', '.join(sorted(SUFFIXES))}), or tar files"
         raise DataError(f"--data {printable(root)} holds no images; expected {expected}")
     # none stays open, for workers would share its position, and no cache is written beside it
-    return ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False)
+    return _listed(ReaderImageInTar(str(root), cache_tarfiles=False, cache_tarinfo=False), str(root))
 
 
 def _listed(found: Any, name: str, channels: int = 3) -> Pictures:

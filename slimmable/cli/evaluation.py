@@ -8,19 +8,24 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from timm.utils.misc import natural_key
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
+from slimmable._atomic import write_aside
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
-from slimmable.cli import report
-from slimmable.cli.config import LINEAR, PretrainConfig, say
+from slimmable.cli import data, report
+from slimmable.cli.config import LINEAR, PretrainConfig, printable, say
 from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, normalisation, seed_of
-from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Logger, Row, csv_log, named_at
-from slimmable.cli.run import new_method
+from slimmable.cli.export import Source
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Log, Row, csv_log, named_at
+from slimmable.cli.run import new_method, output_for
 from slimmable.cli.training import Training
-from slimmable.errors import UsageError
+from slimmable.errors import DataError, UsageError, explained
 from slimmable.evaluation import evaluate_features, knn_accuracy, label_fraction, linear_evaluation, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 from slimmable.methods import Method
@@ -209,9 +214,9 @@ def on_crops(
 
 
 class Watch:
-    """Log of the kNN accuracy of a run's networks in `knn.csv` and in `loggers`, without effect on the training."""
+    """Log of the kNN accuracy of a run's networks in `knn.csv` and in `logs`, without effect on the training."""
 
-    def __init__(self, training: Training, folder: Path, loggers: Sequence[Logger]) -> None:
+    def __init__(self, training: Training, folder: Path, logs: Sequence[Log]) -> None:
         self.training, config, backbone = training, training.config, training.method.backbone
         self.prober = _Prober(config, training.images, {"knn": {}}, training.workers, most=_VOTERS)
         # a universal model has no statistics for the other widths before the end
@@ -221,7 +226,7 @@ class Watch:
         if config.gate_budget is not None:
             kinds = ("knn/dense", "knn/gated", "gated_share")
             columns = [named_at(kind, width) for width in widths for kind in kinds]
-        self.loggers = [csv_log(folder / "knn.csv", columns, training.step), *loggers]
+        self.logs = [csv_log(folder / "knn.csv", columns, training.step), *logs]
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as text; gates decide without noise, at training's thresholds."""
@@ -231,7 +236,39 @@ class Watch:
         values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}
         shown = "  ".join(f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items())
         spent = f"  ({', '.join(f'{cost:.2f}' for cost in costs.values())} of the multiply-adds)" if costs else ""
-        for logger in self.loggers:
-            logger.log(self.training.step, values)
-            logger.flush()
+        for log in self.logs:
+            log(self.training.step, values)
         return f"kNN accuracy in %  {shown}{spent}"
+
+
+def embed(
+    source: Source, folder: Path, widths: Sequence[float], output: Path, device: torch.device, workers: int = 0
+) -> int:
+    """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
+
+    They are what the network gives out, or, if it has a classifier, what that reads. The arrays are `w0.5` and so on,
+    float32 of shape (images, features); `names`, the paths in the folder; and, where images are in folders, `classes`,
+    the names of these, and `labels`, -1 for images that are in none.
+    """
+    channels, height, side = source.image
+    if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):
+        taken = f"{channels} x {height} x {side} numbers, with means {source.mean}"
+        raise UsageError(f"{source.name} takes {taken}; embed makes grey or RGB squares, so give the folder of a run")
+    model: Any = source.model
+    if getattr(model, "num_classes", 0):
+        model.reset_classifier(0)
+    features = output_for(torch.zeros(2, *source.image), model, source.name)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise UsageError(f"{source.name} does not output one feature vector per image; choose another model")
+    with explained(f"{printable(folder)} cannot be listed"):
+        pictures = data.pictures_in(folder, folder, channels)
+    if not pictures.names:
+        raise DataError(f"{printable(folder)} holds no images ({', '.join(sorted(data.SUFFIXES))})")
+    arrays: dict[str, Any] = {"names": np.array([Path(name).relative_to(folder).as_posix() for name in pictures.names])}
+    if classes := sorted({*pictures.labels} - {""}, key=natural_key):
+        numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
+        arrays |= {"classes": np.array(classes), "labels": np.array([numbers[label] for label in pictures.labels])}
+    images = Plain(pictures, side, v2.Normalize(source.mean, source.std))
+    passes = {f"w{width}": partial(at_width, model.to(device), width) for width in widths}
+    write_aside(output, lambda path: np.savez(path, **arrays | features_in(passes, model, images, workers)[0]))
+    return len(pictures)

@@ -1,5 +1,6 @@
 """`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
+import json
 import signal
 import time
 from contextlib import ExitStack, nullcontext, suppress
@@ -11,12 +12,13 @@ import torch
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
 from slimmable.cli import run as runs
-from slimmable.cli.config import PretrainConfig, RunOptions, require, say
+from slimmable.cli.commands import Pretrain
+from slimmable.cli.config import LOGGERS, PretrainConfig, require, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
-from slimmable.cli.report import Logger, Progress, logged_rows, make_loggers, named_at, plot_imbalance, require_logger
+from slimmable.cli.report import Progress, logged_rows, make_logs, named_at, plot_imbalance
 from slimmable.cli.training import Training
 from slimmable.errors import DivergedError, SlimmableError, UsageError
 from slimmable.files.description import differences
@@ -27,7 +29,7 @@ GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network, or one that was fine-tuned
 
 
-def pretrain(config: PretrainConfig, options: RunOptions, device: torch.device) -> int:
+def pretrain(config: PretrainConfig, options: Pretrain, device: torch.device) -> int:
     """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
     with locked(folder, not options.resume) if is_first() else nullcontext():
@@ -64,10 +66,10 @@ def _way_on(folder: Path) -> str:
     return f"continue with: slimmable pretrain --output {folder} --resume"
 
 
-def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) -> Training:
+def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) -> Training:
     """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
     for name in options.logger:
-        require_logger(name)
+        require(LOGGERS[name], name, extra=None)
     for package in ("matplotlib", "tqdm"):
         require(package, package)  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
@@ -101,7 +103,8 @@ def _prepare(config: PretrainConfig, options: RunOptions, device: torch.device) 
         training.diagnostics.step = training.step
         training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and is_first():
-        write_aside(options.output / runs.CONFIG, lambda path: path.write_text(config.to_json()))
+        settings = json.dumps(asdict(config), indent=2) + "\n"
+        write_aside(options.output / runs.CONFIG, lambda path: path.write_text(settings))
     return training
 
 
@@ -114,28 +117,24 @@ def _introduction(config: PretrainConfig, images: Images) -> str:
     return f"pre-training {config.model} by {config.method}{gated}{widths} on {seen}{joins}"
 
 
-def _train(training: Training, folder: Path, options: RunOptions) -> None:
+def _train(training: Training, folder: Path, options: Pretrain) -> None:
     """Take the remaining steps, with a checkpoint after each epoch.
 
     Raises: KeyboardInterrupt: with the signal, after a checkpoint; a second signal in a process stops immediately.
     """
     asked: list[int] = []
-    config, gates, watch = training.config, training.gates, None
+    config, gates = training.config, training.gates
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in config.widths)]
     columns += [] if gates is None else [named_at("gated_share", width) for width in config.widths]
     usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
-    loggers: list[Logger] = []
-    if is_first():
-        loggers = make_loggers(folder, columns, training.step, options.logger, asdict(config))
-        watch = Watch(training, folder, loggers[1:]) if every else None
     with (
         on_signals(lambda number: stop(number) if asked else asked.append(number)),
         Progress(training.steps, training.step, training.steps_per_epoch, options.quiet) as progress,
         ExitStack() as ends,
     ):
-        for logger in loggers:
-            ends.callback(logger.close)
+        logs = make_logs(ends, folder, columns, training.step, options.logger, asdict(config)) if is_first() else []
+        watch = Watch(training, folder, logs[1:]) if every and is_first() else None
         while training.step < training.steps:
             losses = training.take_step()
             if is_first():
@@ -145,12 +144,10 @@ def _train(training: Training, folder: Path, options: RunOptions) -> None:
                 shown = {f"train_loss/w{width:g}": losses[width] for width in config.widths if width in losses}
                 for width, reached in {} if gates is None else gates.reached_at.items():
                     shown[named_at("gated_share", width)] = float(reached)
-                for logger in loggers:
-                    logger.log(training.step, {"learning_rate": training.learning_rate, **shown})
+                for log in logs:
+                    log(training.step, {"learning_rate": training.learning_rate, **shown})
             stopping = any_process(bool(asked), training.device)
             if stopping or training.step % training.steps_per_epoch == 0:
-                for logger in loggers:
-                    logger.flush()
                 training.check_finite()
                 if watch is not None and training.step % every == 0:  # before the checkpoint, or its row would be lost
                     progress.note(watch.look())
@@ -162,7 +159,7 @@ def _train(training: Training, folder: Path, options: RunOptions) -> None:
                 raise KeyboardInterrupt(asked[0] if asked else signal.SIGTERM)
 
 
-def _finish(training: Training, folder: Path, options: RunOptions) -> None:
+def _finish(training: Training, folder: Path, options: Pretrain) -> None:
     """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal or (config.init is not None and config.gate_budget is None):
@@ -188,6 +185,6 @@ def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
     return [row | {"step": int(row["step"])} for row in rows]
 
 
-def _tell(options: RunOptions, text: str) -> None:
+def _tell(options: Pretrain, text: str) -> None:
     if is_first() and not options.quiet:
         say(text)

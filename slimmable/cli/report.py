@@ -6,15 +6,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.config import read_text, require, say
+from slimmable.cli.config import LOGGERS, read_text, require, say
 from slimmable.errors import CheckpointError, DataError
 
 UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
@@ -24,6 +24,7 @@ TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, t
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
 _MOST_BYTES = 2**28  # of a table
+Log: TypeAlias = Callable[[int, Mapping[str, float]], object]  # of a step's metrics by names such as train_loss/w0.5
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 
 
@@ -157,7 +158,6 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     if not widths or not others <= rows[0].keys():
         way = "give the rows of GradientDiagnostics of a model with at least two widths"
         raise DataError(f"plot_imbalance: {len(rows)} rows without ratios and cosines of narrow widths; {way}")
-    ticker = require("matplotlib.ticker", "matplotlib")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)
     steps = [row["step"] for row in rows]
@@ -168,26 +168,17 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     for axes, level in ((ratios, 1), (cosines, 0)):
         axes.axhline(level, color="grey", linewidth=1)
         axes.grid(alpha=0.3)
-    ratios.set(yscale="log", xlabel="step", ylabel="ratio of gradient norms")
-    marks = {"major_locator": ticker.LogLocator(subs=(1, 2, 5)), "minor_locator": ticker.NullLocator()}
-    ratios.yaxis.set(**marks, major_formatter="{x:g}")
+    ratios.set_yscale("log", base=2)
+    ratios.yaxis.set_major_formatter("{x:g}")
+    ratios.set(xlabel="step", ylabel="ratio of gradient norms")
     cosines.set(ylim=(-1, 1), xlabel="step", ylabel="cosine with the full width's gradient")
     cosines.legend(loc="lower right", frameon=False)
     figure.suptitle(title)
     write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))
 
 
-@dataclass(frozen=True)
-class Logger:
-    """Writes the metrics of a step under flat names such as `train_loss/w0.5`; `flush` empties its buffer."""
-
-    log: Callable[[int, Mapping[str, float]], object]
-    flush: Callable[[], object] = lambda: None
-    close: Callable[[], object] = lambda: None  # or the next run in this process would go on with it
-
-
-def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
-    """Log to a file with a line for each step; a resumed run keeps the lines of the steps that are done."""
+def csv_log(path: Path, columns: Sequence[str], done: int) -> Log:
+    """Return a log in a file with a line for each step; a resumed run keeps the lines of the steps that are done."""
     names = ("step", *columns)
     kept = logged_rows(path, done)
     if kept and tuple(kept[0]) != names:
@@ -202,12 +193,7 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Logger:
         except OSError as error:
             raise CheckpointError(f"cannot write {path} ({error})") from error
 
-    return Logger(log)
-
-
-def require_logger(name: str) -> Any:
-    """Import and return the module that the logger of this name needs; no extra of this package installs it."""
-    return require({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name, extra=None)
+    return log
 
 
 def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
@@ -223,26 +209,31 @@ def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     return rows
 
 
-def make_loggers(
-    folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
-) -> list[Logger]:
-    """Return the loggers of a run with `done` steps done: the CSV file, and those that are `asked` for."""
-    loggers = [csv_log(folder / "losses.csv", columns, done)]
+def make_logs(
+    ends: ExitStack, folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
+) -> list[Log]:
+    """Return the logs of a run with `done` steps done: the CSV file, and those `asked` for, which `ends` closes."""
+    logs = [csv_log(folder / "losses.csv", columns, done)]
     if "tensorboard" in asked:
         start = done + 1 if done else None
-        board = require_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        board = require(LOGGERS["tensorboard"], "tensorboard", extra=None).SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start
+        )
 
         def log(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
+            board.flush()
 
-        loggers.append(Logger(log, board.flush, board.close))
+        logs.append(log)
+        ends.callback(board.close)
     if "wandb" in asked:
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # so a resumed run is found again
         known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
-        run = require_logger("wandb").init(project="slimmable", resume="allow", **known)
-        loggers.append(Logger(lambda step, values: run.log(dict(values), step=step), close=lambda: run.finish()))
-    return loggers
+        run = require("wandb", "wandb", extra=None).init(project="slimmable", resume="allow", **known)
+        logs.append(lambda step, values: run.log(dict(values), step=step))
+        ends.callback(run.finish)
+    return logs
 
 
 class Progress(AbstractContextManager["Progress"]):

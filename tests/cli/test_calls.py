@@ -96,7 +96,7 @@ def test_the_signature_and_the_help_have_every_option_of_the_command():
         assert f"    {action.dest}: " in text
         assert parameters[action.dest].kind == inspect.Parameter.KEYWORD_ONLY
         assert parameters[action.dest].annotation == known[action.dest].type
-    assert "epochs: passes over the training images (at least 1; default: 20)" in text
+    assert "epochs: passes over the training images (from 1 to 1,000,000; default: 20)" in text
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,14 @@ def test_a_flat_folder_has_no_labels(pictures, tmp_path):
     assert found["names"].tolist() == [name.replace("/", "-") for name in NAMES]
 
 
+def test_links_out_of_the_folder_are_refused(pictures, tmp_path, capsys):
+    (tmp_path / "other.png").write_bytes(b"anything")
+    (pictures / "cat" / "other.png").symlink_to(tmp_path / "other.png")
+    options = ("--width", "1", "--output", str(tmp_path / "features.npz"), *HERE)
+    assert main(["embed", "test_resnet", str(pictures), *options]) == 2
+    assert "other.png is a link to" in capsys.readouterr().err
+
+
 def test_a_file_is_written_whole_or_not_at_all(pictures, tmp_path, capsys, monkeypatch):
     out = tmp_path / "features.npz"
     out.write_bytes(b"before")

@@ -141,11 +141,11 @@ TAKEN = {
     "evaluate --probe-epochs": {"20,000": LARGE},
     "evaluate --probe-lr": {},
     "evaluate --probe-batch-size": {"20,000": "all images make one step"},
-    "evaluate --label-fraction": {"tiny": "one image of each class"},
+    "evaluate --label-fraction": {},
     "evaluate --workers": {"zero": OFF},
     "evaluate --device": {},
     "export MODEL_OR_RUN": {},
-    "export --width": {"hundreds of one": "it is written once"},
+    "export --width": {},
     "export --format": {},
     "export --output": {
         **dict.fromkeys(("missing", "missing/below", "unknown", "number", "address", "unicode"), NEW),
@@ -158,7 +158,7 @@ TAKEN = {
     "export --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
     "export --image-size": {},
     "embed MODEL_OR_RUN": {},
-    "embed --width": {"hundreds of one": "it is written once"},
+    "embed --width": {},
     "embed --widths": {},
     "embed --rounding": {},
     "embed --checkpoint": {},
@@ -324,7 +324,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
     monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "embed.features_in")
+    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "evaluation.features_in")
     for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
@@ -482,7 +482,7 @@ DEVICES = (
         (["export", "test_vit", "--width", "1", "--image-size", "20"], "Input height (20) should be divisible"),
         (["plan", "test_vit", "--image-size", "20"], "Input height (20) should be divisible"),
         (["profile", "test_resnet", "--csv", "missing/table.csv"], "missing/table.csv"),
-        (["profile", "test_resnet", "--image-size", "-1"], "--image-size must be at least 1, got -1"),
+        (["profile", "test_resnet", "--image-size", "-1"], "--image-size must be from 1 to 4,096, got -1"),
         # kinds of models and devices
         *((["plan", name], f"timm has no model {name!r}") for name in (
             "timm/resnet18", "./file", "RESNET18", "resnet18 ",

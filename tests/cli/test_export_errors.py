@@ -39,8 +39,8 @@ def refused(capsys, *arguments):
         ([NAME, "--width", "nan"], "--width nan is not one of"),
         ([NAME, "--width", "1", "--widths", "0.5", "0.25"], "full width 1.0 is missing"),
         ([NAME, "--width", "1", "--checkpoint", "none.pth"], "there is no file none.pth"),
-        ([NAME, "--width", "1", "--num-classes", "-1"], "--num-classes must be 0 or more, got -1"),
-        ([NAME, "--width", "1", "--image-size", "0"], "--image-size must be at least 1, got 0"),
+        ([NAME, "--width", "1", "--num-classes", "-1"], "--num-classes must be from 0 to 1,000,000, got -1"),
+        ([NAME, "--width", "1", "--image-size", "0"], "--image-size must be from 1 to 4,096, got 0"),
         (["test_vit", "--width", "1", "--image-size", "20"], "Input height (20) should be divisible by patch size"),
         (["vit_base_patch16_18x2_224", "--width", "1", "--pretrained"], "timm has no pretrained weights"),
         ([NAME, "--width", "1", "--pretrained", "--checkpoint", "x"], "--pretrained is not allowed with --checkpoint"),
@@ -102,7 +102,7 @@ def test_image_sizes_that_a_saved_model_does_not_take(tmp_path, capsys):
     settings = {"img_size": 64, "dynamic_img_size": False}
     slim = slimmable.slimify(timm.create_model("test_vit", **settings), (1.0, 0.5))
     slimmable.save(slim, path, arguments=settings)
-    for size, message in ((0, "must be at least 1, got 0"), (96, "does not accept images of 96 x 96 pixels")):
+    for size, message in ((0, "must be from 1 to 4,096, got 0"), (96, "does not accept images of 96 x 96 pixels")):
         said = refused(capsys, path, "--width", "0.5", "--image-size", size, "--output", tmp_path / "out")
         assert message in said
 

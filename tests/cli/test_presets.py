@@ -38,9 +38,9 @@ def test_what_is_given_comes_before_the_preset():
         ({"method": "byol", "local_crops": 2}, None, "--local-crops is for --method dino, not byol"),
         ({"distill": "magic"}, None, "--distill cannot be magic; choose from own, none, kl"),
         ({"loss_weights": "heavy"}, None, "unknown mode 'heavy'"),
-        ({"ema_momentum": 1.5}, None, r"--ema-momentum must be in \[0, 1\], got 1.5"),
-        ({"temperature": 0.0}, None, "--temperature must be positive, got 0.0"),
-        ({"weight_decay": -1.0}, None, "--weight-decay must be 0 or more"),
+        ({"ema_momentum": 1.5}, None, r"--ema-momentum must be from 0 to 1, got 1.5"),
+        ({"temperature": 0.0}, None, "--temperature must be from 1e-09 to 1,000,000, got 0.0"),
+        ({"weight_decay": -1.0}, None, "--weight-decay must be from 0"),
     ],
 )
 def test_settings_without_meaning_are_refused(given, preset, message):

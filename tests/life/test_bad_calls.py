@@ -1100,8 +1100,8 @@ def option_argument(each: Any) -> Argument:
     within = each.metadata["within"]
     fine = {"none": "the default"} if each.default is None else {}
     fine |= {"list": "the default"} if each.default == () else {}
-    fine |= {"zero": "in its range"} if within and within.holds(0) else {}
-    fine |= {"fractional": "in its range"} if one is float and within and within.holds(1.5) else {}
+    fine |= {"zero": "in its range"} if within and within[0] <= 0 else {}
+    fine |= {"fractional": "in its range"} if one is float and within and within[0] <= 1.5 <= within[1] else {}
     fine |= {"text": "a new name"} if each.name == "output" else {}
     return Argument(lambda: good, wrong).but(**fine)
 
