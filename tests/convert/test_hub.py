@@ -246,9 +246,9 @@ for place, options in ("me/none", {}), ("me/half", {"revision": "none"}), ("a/b/
 def test_the_hub_gives_back_what_was_pushed(tmp_path):
     with serving() as hub:
         paths = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.getcwd(), "HF_ENDPOINT": hub.address}
-        environment = os.environ | paths | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+        own = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
         run = subprocess.run(
-            [sys.executable, "-c", CLIENT], env=environment, cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-c", CLIENT], env=os.environ | paths | own, cwd=tmp_path, capture_output=True, text=True
         )
     assert run.returncode == 0, run.stderr
     assert hub.private["me/all"]
