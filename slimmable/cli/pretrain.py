@@ -1,6 +1,5 @@
 """`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
-import json
 import signal
 import time
 from contextlib import ExitStack, nullcontext, suppress
@@ -108,7 +107,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         training.diagnostics.step = training.step
         training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and is_first():
-        write_aside(options.output / CONFIG, lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"))
+        write_aside(options.output / CONFIG, lambda path: path.write_text(config.to_json()))
     return training
 
 
