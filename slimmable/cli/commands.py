@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,10 +70,7 @@ class Pretrain(_Machine):
 
         if self.resume:
             config = read_config(self.output)
-            asked = replace(config, **settings.with_preset(given, self.preset))
-            both = [(flag(name), value, getattr(asked, name)) for name, value in asdict(config).items()]
-            if other := "; ".join(f"{name}: the run has {own}, now {new}" for name, own, new in both if own != new):
-                raise UsageError(f"--resume keeps the settings of the run; {other}")
+            config.check_same(settings.with_preset(given, self.preset))
         else:
             config = settings.configure(given, self.preset)
         with process_group(self._found_device()) as device:

@@ -5,9 +5,10 @@ Options are fields of dataclasses, the one source of the parser, the checks and 
 
 import argparse
 import importlib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -263,6 +264,17 @@ class PretrainConfig:
     def channels(self) -> int:
         """Channels of the images: 1 for digits and torchvision's kinds of MNIST, which are grey, otherwise 3."""
         return 1 if self.data == DIGITS or re.fullmatch("torch/.*mnist", self.data.lower()) else 3
+
+    def to_json(self) -> str:
+        """Return the settings as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def check_same(self, given: Mapping[str, Any]) -> None:
+        """Raise UsageError if values of `given` differ from these settings, which a resumed run must keep."""
+        asked = replace(self, **given)
+        both = [(flag(name), value, getattr(asked, name)) for name, value in asdict(self).items()]
+        if other := "; ".join(f"{name}: the run has {own}, now {new}" for name, own, new in both if own != new):
+            raise UsageError(f"--resume keeps the settings of the run; {other}")
 
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())

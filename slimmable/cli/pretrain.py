@@ -1,6 +1,5 @@
 """`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder."""
 
-import json
 import signal
 import time
 from contextlib import ExitStack, nullcontext, suppress
@@ -103,8 +102,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         training.diagnostics.step = training.step
         training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and is_first():
-        settings = json.dumps(asdict(config), indent=2) + "\n"
-        write_aside(options.output / runs.CONFIG, lambda path: path.write_text(settings))
+        write_aside(options.output / runs.CONFIG, lambda path: path.write_text(config.to_json()))
     return training
 
 

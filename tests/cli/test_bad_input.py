@@ -50,7 +50,7 @@ def refused(capsys, *arguments):
             ["--augmentation", "supervised"],
             "--augmentation supervised makes one view of an image, but --method mocov2 takes two",
         ),
-        (["--method", "vicreg", "--distill", "dkd"], "--distill dkd compares logits, which --method vicreg"),
+        (["--method", "vicreg", "--distill", "dkd"], "--distill dkd compares logits, which vicreg"),
         (["--universal", "--widths", "1"], "--universal needs a narrowest width"),
         (["--diagnostics", "--widths", "1"], "--diagnostics compares widths"),
         (["--loss-weights", "heavy"], "--loss-weights heavy: unknown mode"),
