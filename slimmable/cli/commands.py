@@ -300,10 +300,11 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"the arguments must be a list of words, got {argv!r:.80}")
     option = ""
     for word in argv:
-        value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
+        where, _, value = word.partition("=") if word.startswith("--") and "=" in word else (option, "", word)
         if not value.strip() or len(word) > 4096 or _UNSEEN.search(word):
-            raise UsageError(f"{option}{word!a:.80} is empty, longer than 4,096 characters, or not text")
-        option = f"{word} " if word.startswith("--") else option
+            what = f"{where:.40} {value!a:.80}".strip() if where.isprintable() else f"{word!a:.80}"
+            raise UsageError(f"{what} is empty, longer than 4,096 characters, or not text")
+        option = word if word.startswith("--") else option
     parser = make_parser()
     if not argv:
         parser.print_help(sys.stderr)

@@ -241,7 +241,7 @@ class PretrainConfig:
         if self.augmentation == "supervised" and method not in _ONE_VIEW:
             raise UsageError(f"--augmentation supervised makes one view of an image, but --method {method} takes two")
         if (self.teacher is None) == (method == "distillation"):
-            raise UsageError(f"--teacher is for --method distillation, which needs one; here --method {method}")
+            raise UsageError(f"only --method distillation needs a --teacher, got {self.teacher} for {method}")
         if self.local_crops and method != "dino":
             raise UsageError(f"--local-crops is for --method dino, not {method}")
         if method in _WITHOUT_LOGITS and self.distill not in ("own", "none", "embedding", "mse"):
