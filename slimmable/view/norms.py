@@ -230,7 +230,7 @@ class Switchable(SwitchableContainer):
         memo = set() if memo is None else memo
         own = vars(self.full).get("_slim")
         yield from self.full.named_modules(memo, prefix, remove_duplicate)
-        if vars(self.full).pop("_parts", None):  # torch.export gives all modules of a name the last one's attributes
+        if vars(self.full).get("_slim") is self._slim:  # torch.export gives all of one name the last one's attributes
             vars(self.full).pop("_slim") if own is None else vars(self.full).update(_slim=own)
         if self not in memo:
             if remove_duplicate:
@@ -364,8 +364,9 @@ def _unguarded(norm: M) -> M:
 
 
 def _refuse_reset() -> None:
-    what = "those of all widths but the active one would be lost; call slimmable.calibrate_bn(model, loader) instead"
-    raise UsageError(f"the statistics of a switchable BatchNorm cannot be reset: {what}")
+    what = "torch.optim.swa_utils.update_bn would lose those of all widths but the active one"
+    advice = "call slimmable.calibrate_bn(model, loader) instead"
+    raise UsageError(f"the statistics of a switchable BatchNorm cannot be reset: {what}; {advice}")
 
 
 def _start_anew(norm: _BatchNorm) -> None:
