@@ -433,8 +433,8 @@ DEVICES = (
         (["plan", "--", "--widths"], "timm has no model '--widths'"),
         (["plan", "test_resnet", "@file"], "there is no option @file"),
         (["plan", "test_resnet", "--image"], "there is no option --image; did you mean --image-size?"),
-        (["profile", "test_resnet", "--csv="], "'--csv=' is empty"),
-        (["pretrain", "--output="], "'--output=' is empty"),
+        (["profile", "test_resnet", "--csv="], "--csv '' is empty"),
+        (["pretrain", "--output="], "--output '' is empty"),
         (["pretrain", "--resume", "--output", "folder"], "is not the folder of a pre-training run"),
         # what is no list of words
         ("plan test_resnet", "the arguments must be a list of words, got 'plan test_resnet'"),
