@@ -67,15 +67,15 @@ def test_a_folder_holds_all_widths(model, images, tmp_path):
         assert torch.equal(outputs(small, images), outputs(expected, images))
 
 
-NATIVE = [
-    "test_convnext", "test_mambaout", "test_resnet", "test_vit", "test_vit4", "test_vit_relpos",
-    "deit_tiny_patch16_224", "densenet121", "levit_128s", "repvgg_a0", "resnet10t", "swin_tiny_patch4_window7_224",
+NATIVE = ["test_convnext", "test_mambaout", "test_resnet", "test_vit", "test_vit4", "test_vit_relpos", "resnet10t"]
+LARGER = [
+    "deit_tiny_patch16_224", "densenet121", "levit_128s", "repvgg_a0", "swin_tiny_patch4_window7_224",
     "xcit_nano_12_p16_224",
 ]  # fmt: skip
 OURS_ONLY = ["test_byobnet", "test_efficientnet", "mixer_s32_224", "poolformer_s12", "resnet18"]
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [*NATIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)])
 def test_timm_loads_an_extracted_model_whose_sizes_its_arguments_can_say(name, tmp_path):
     small, x = narrow(name, num_classes=7)
     slimmable.save_pretrained(small, tmp_path / "small")
