@@ -402,8 +402,7 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    how = num_classes, epochs, batch_size, learning_rate, seed
-    linears, moments = _trained("train_probe", features, labels, False, how)
+    linears, moments = _trained(features, labels, False, num_classes, epochs, batch_size, learning_rate, seed)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
@@ -446,8 +445,7 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
-    how = num_classes, epochs, batch_size, learning_rate, seed
-    linears, moments = _trained("train_slimmable_probe", features, labels, True, how)
+    linears, moments = _trained(features, labels, True, num_classes, epochs, batch_size, learning_rate, seed)
     widths, linear, kept = tuple(moments), linears[1.0], [len(mean) for mean, _ in moments.values()]
     norm = SwitchableNorm(nn.BatchNorm1d(kept[0], eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
@@ -457,11 +455,11 @@ def train_slimmable_probe(
 
 
 def _trained(
-    where: str, features: Features, labels: Tensor, shared: bool, how: tuple[int | None, int, int, float, int]
+    features: Features, labels: Tensor, shared: bool, *how: Any
 ) -> tuple[dict[float, nn.Linear], dict[float, tuple[Tensor, Tensor]]]:
     """Return width -> a classifier of scaled features, `shared` by all or its own, and their mean and deviation."""
     num_classes, epochs, size, rate, seed = how
-    widths = check_widths(features)
+    where, widths = "train_slimmable_probe" if shared else "train_probe", check_widths(features)
     for width in widths:
         classes = check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
     exact = {width: features[width].float() for width in widths}

@@ -144,30 +144,24 @@ class Pictures:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        found = self.decode(index)
-        if isinstance(found, str):
-            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it")
-        return found
-
-    def decode(self, index: int) -> Tensor | str:
-        """Return the image, or the reason why it cannot be read."""
         try:
             source = self.pairs[index][0]
             if isinstance(source, str) and not os.path.isfile(source):  # a pipe could be waited for without end
-                return "it is no file, or leads to none"
+                raise ValueError("it is no file, or leads to none")
             with source if isinstance(source, Image.Image) else Image.open(source, formats=_FORMATS) as picture:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS or max(width, height) > _MOST_STRETCHED * min(width, height):
-                    return f"{width} x {height} pixels are too many, or too long a strip"
+                    raise ValueError(f"{width} x {height} pixels are too many, or too long a strip")
                 pixels: Any = picture
                 if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
                     pixels = picture.convert("I").point(lambda value: value / 256).convert("L")  # it would be clipped
                 elif picture.mode in ("I", "F"):
-                    return "pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits"
+                    raise ValueError("pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
                 found: Tensor = pil_to_tensor(pixels.convert("L" if self.channels == 1 else "RGB"))
             return found.contiguous()
         except Exception as error:  # decoders raise many kinds of errors on broken files
-            return str(error) or type(error).__name__
+            why = str(error) or type(error).__name__
+            raise DataError(f"{printable(self.names[index])} cannot be read ({why}); replace it") from error
 
     def take(self, places: Sequence[int]) -> "Pictures":
         """Return the images at these places."""
@@ -186,21 +180,18 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None], level: in
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
     with explained(f"--data {printable(folder)} cannot be listed"):
-        parts = [_part(root, folder, level) for root in _roots(folder)]
+        roots: list[Path] = []
+        for names in (_TRAIN, _HELD_OUT):
+            paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
+            roots += [path for path in paths if path.is_dir() or _is_tar(path)][:1]
+        if len(roots) < 2 or any(map(Path.is_symlink, roots)):
+            roots = [folder]
+        parts = [_part(root, folder, level) for root in roots]
     return _split(str(folder), parts, seed, say)
 
 
 def _is_tar(path: Path) -> bool:
     return path.suffix == ".tar" and os.path.isfile(path)
-
-
-def _roots(folder: Path) -> list[Path]:
-    """Return the folders or tar files with the images to train on and those held out, or the one with all of them."""
-    found: list[Path] = []
-    for names in (_TRAIN, _HELD_OUT):
-        paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
-        found += [path for path in paths if path.is_dir() or _is_tar(path)][:1]
-    return found if len(found) == 2 and not any(path.is_symlink() for path in found) else [folder]
 
 
 def pictures_in(folder: Path, data: Path, channels: int = 3, level: int = -1) -> Pictures:
@@ -291,15 +282,18 @@ def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pic
     """Leave out and report the images that cannot be read."""
 
     def fault(part: Pictures, at: int) -> str:
-        found = part.decode(at)
-        return f"{printable(part.names[at])} ({found})" if isinstance(found, str) else ""
+        try:
+            part[at]
+        except DataError as error:
+            return str(error).removesuffix("; replace it")
+        return ""
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
         faults = [list(pool.map(partial(fault, part), range(len(part)))) for part in parts]
     if broken := list(filter(None, chain(*faults))):
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        say("\n  ".join([f"left out {len(broken)} files that cannot be read:", *broken[:_NAMED]]) + more)
+        say("\n  ".join([f"left out {len(broken)} files:", *broken[:_NAMED]]) + more)
     return [part.take([at for at, why in enumerate(own) if not why]) for part, own in zip(parts, faults, strict=True)]
 
 

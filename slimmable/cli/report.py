@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
 from slimmable.cli.config import LOGGERS, read_text, require, say
-from slimmable.errors import CheckpointError, DataError
+from slimmable.errors import CheckpointError, DataError, explained
 
 UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge"}
@@ -70,7 +70,7 @@ def read_report(folder: Path) -> dict[float, Row]:
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of `metrics.csv` in `folder`, none without a file; raise CheckpointError if it is no report."""
     path, rows = folder / "metrics.csv", []
-    try:
+    with explained(f"{path} is not the report of a run", "; move it away", CheckpointError):
         for cells in _read_table(path):
             network, width = cells.pop("network", ""), float(cells.pop("width"))
             parameters, macs = int(cells.pop("parameters")), int(cells.pop("macs"))
@@ -79,9 +79,7 @@ def read_rows(folder: Path) -> list[Row]:
             if not all(0 <= share <= 1 for share in (row.width, *shares.values())) or min(row.parameters, row.macs) < 0:
                 raise ValueError(f"a width, a count or an accuracy of {row.name} is out of range")
             rows.append(row)
-        return rows
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise CheckpointError(f"{path} is not the report of a run ({error}); move it away") from error
+    return rows
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
@@ -187,25 +185,20 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Log:
 
     def log(step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
-        try:
-            with path.open("a") as file:  # the cell of a width that did not run stays empty
-                file.write(csv_text(names, [row]).partition("\n")[2])
-        except OSError as error:
-            raise CheckpointError(f"cannot write {path} ({error})") from error
+        with explained(f"cannot write {path}", kind=CheckpointError), path.open("a") as file:
+            file.write(csv_text(names, [row]).partition("\n")[2])  # the cell of a width that did not run stays empty
 
     return log
 
 
 def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
-    try:
+    with explained(f"{path} cannot be read", "; move it away, then resume", CheckpointError):
         rows = [row for row in _read_table(path) if int(row["step"]) <= last]
         for row in rows:
             [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
         if any(earlier >= later for earlier, later in pairwise([-1, *(int(row["step"]) for row in rows)])):
             raise ValueError("its steps do not ascend")
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}); move it away, then resume") from error
     return rows
 
 

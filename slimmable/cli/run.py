@@ -31,6 +31,7 @@ from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, rea
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import differences
 from slimmable.files.model import load, save
+from slimmable.files.model import read_weights as read_weights  # for the export, too
 from slimmable.gating import gate
 from slimmable.view.state import is_slim
 
@@ -277,35 +278,30 @@ def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: 
 
 
 def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> list[str]:
-    """Write each width as a plain network, and whole ones for `slimmable.load`; return those that timm cannot make."""
-    backbone = method.backbone
+    """Write each width as a plain network, and whole ones as timm makes them; return those that timm cannot make."""
+    backbone, left_out = method.backbone, []
     for width in config.widths:
         save(extract(backbone, width), folder / f"width-{width}.safetensors")
     if config.gate_budget is not None:
         save(backbone, folder / MODEL)
         return []
-    whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
-    return [name for name, network in whole.items() if not _save_whole(folder / name, config, network, channels)]
-
-
-def _save_whole(path: Path, config: PretrainConfig, trained: nn.Module, channels: int) -> bool:
-    """Write all widths of a backbone, or of an encoder that classifies, as timm makes it; return whether it can."""
-    state, head = trained.state_dict(), dict[str, Tensor]()
-    if isinstance(trained, methods.Encoder):
-        state, head = trained.backbone.state_dict(), trained.projector.state_dict()
-    network = converted_backbone(config, channels, len(head.get("bias", ())))
-    for name in network.state_dict().keys() - state.keys() if head else ():
-        state[name] = head.get(name.rpartition(".")[2], head["bias"])
-    if differences(network.state_dict(), state):
-        return False
-    network.load_state_dict(state)
     images = torch.rand(2, channels, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
-    for width in config.widths:
-        ours, theirs = (extract(each, width).cpu().eval()(images) for each in (network, trained))
-        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
-            return False
-    save(network, path)
-    return True
+    whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
+    for name, trained in whole.items():
+        head: dict[str, Tensor] = {} if trained is backbone else method.encoder.get_submodule("projector").state_dict()
+        network, state = converted_backbone(config, channels, len(head.get("bias", ()))), backbone.state_dict()
+        for key in network.state_dict().keys() - state.keys() if head else ():
+            state[key] = head.get(key.rpartition(".")[2], head["bias"])
+        alike = not differences(network.state_dict(), state)
+        if alike:
+            network.load_state_dict(state)
+            at = ([extract(each, width).cpu().eval()(images) for each in (network, trained)] for width in config.widths)
+            alike = all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in at)
+        if alike:
+            save(network, folder / name)
+        else:
+            left_out.append(name)
+    return left_out
 
 
 def read_start(config: PretrainConfig, channels: int) -> Start:
@@ -325,7 +321,7 @@ def read_start(config: PretrainConfig, channels: int) -> Start:
     except CheckpointError:
         if not os.path.isfile(name):
             raise
-        tensors = read_weights(Path(name), "--init")
+        tensors = read_weights(name, "--init")
         slim = any(".narrow." in key for key in tensors)
     classifier = {key.rpartition(".")[2]: tensors.pop(key) for key in of_head & tensors.keys()}
     return Start(tensors, slim, classifier)
@@ -367,21 +363,3 @@ def _network(source: str, channels: int, image_size: int) -> nn.Module:
     if os.path.isfile(path):
         return load(path)
     return make_timm(source, {"in_chans": channels, "pretrained": True}, image_size)[0]
-
-
-def read_weights(path: Path, option: str) -> dict[str, Tensor]:
-    """Return the tensors in a file of torch.save or safetensors, floats as float32; `option` has named it."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{option}: there is no file {path}")
-    with explained(f"{path} is not a file of weights"):
-        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    if not all(map(_is_plain, tensors.values())):
-        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _is_plain(value: object) -> bool:
-    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
-    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()

@@ -43,7 +43,9 @@ def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
     read, rows = _read_in(model), []
     for path, module in model.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in _OWN}
-        shown = {name: written(value) for name, value in own.items() if name in read or _is_number(name, value)}
+        leaves = {name: tree_leaves(value) for name, value in own.items() if not name.startswith("_")}
+        numbers = {name for name, each in leaves.items() if each and all(type(leaf) in _NUMBERS for leaf in each)}
+        shown = {name: written(own[name]) for name in own if name in read or name in numbers}
         rows.append((path, _kind(module), {name: value for name, value in shown.items() if value is not _ABSENT}))
     return rows
 
@@ -111,6 +113,10 @@ def differences(
 
     `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.
     """
+
+    def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
+        return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
+
     kinds = {
         "missing": [name for name in expected if name not in given],
         "unknown": [name for name in given if name not in expected],
@@ -118,14 +124,10 @@ def differences(
             f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
             for name, tensor in expected.items()
             if name in given and given[name].shape != tensor.shape
-            if not (name in smaller and _fits_inside(given[name].shape, tensor.shape))
+            if not (name in smaller and fits_inside(given[name].shape, tensor.shape))
         ],
     }
     return listing(kinds, most)
-
-
-def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-    return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 
 def _kind(module: nn.Module) -> str:
@@ -191,12 +193,6 @@ def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], weig
         return size and type(given) is int and type(own) is int and 1 <= given < own
 
     return smaller(settings[name], written(vars(module).get(name)))
-
-
-def _is_number(name: str, value: object) -> bool:
-    """Tell whether an attribute without an underscore is a number, or nested lists of numbers."""
-    leaves = tree_leaves(value)
-    return not name.startswith("_") and bool(leaves) and all(type(leaf) in _NUMBERS for leaf in leaves)
 
 
 def _like(own: Any, given: Any) -> Any:

@@ -1,7 +1,9 @@
 """Files of models, slimmable or plain: safetensors whose metadata say how to rebuild the model, mostly by timm."""
 
+import argparse
 import inspect
 import json
+import os
 import sys
 import threading
 import warnings
@@ -26,8 +28,7 @@ from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
 from slimmable._described import Facts, facts, fitting, named_in_forward
 from slimmable._modules import ADDONS, MODULES, addons_of, replace_modules
 from slimmable._width import places_of, registered
-from slimmable.analysis.plan import Plan
-from slimmable.errors import CheckpointError, SlimmableError
+from slimmable.errors import CheckpointError, SlimmableError, explained
 from slimmable.files.description import HIDDEN, decode, describe, differences, encode, hidden_buffers, unlike
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
@@ -69,7 +70,16 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     bare, data = model, dict[str, Any]()
     for name, addon in addons_of(model).items():
         bare, data[name] = addon.describe(bare)
-    plan, full = _plan_to_save(bare), full_network(bare)
+    plan = None
+    if any(is_slim(module) for module in bare.modules()):
+        places, plan = places_of(bare), plan_of(bare)  # the first raises if layers were added
+        this = f"this {type(bare).__name__}"
+        if plan is None or any(state.plan is not plan for _, state in places):
+            known = "a part or a wrapper of a converted model, or made by hand; save the converted model itself"
+            raise CheckpointError(f"{this} is {known}")
+        if gone := ", ".join([name for name, shape in misfits(bare, plan) if shape is None][:6]):
+            raise CheckpointError(f"{gone}: gone from {this} since it was converted; convert it again, then save it")
+    full = full_network(bare)
     tensors = model.state_dict() | hidden_buffers(full)
     data["recipe"] = fitting_recipe(full, plan is None, arguments)
     data |= {"class": type(model).__name__, "versions": versions(), "modules": describe(full)}
@@ -131,21 +141,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     return full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
 
 
-def _plan_to_save(model: nn.Module) -> Plan | None:
-    """Return the plan of a converted model, or None for a plain one; raise `CheckpointError` if it is neither."""
-    if not any(is_slim(module) for module in model.modules()):
-        return None
-    places, plan, kind = places_of(model), plan_of(model), type(model).__name__  # the first raises if layers were added
-    if plan is None or any(state.plan is not plan for _, state in places):
-        raise CheckpointError(
-            f"this {kind} is a part or a wrapper of a converted model, or made by hand; save the converted model itself"
-        )
-    gone = ", ".join([name for name, shape in misfits(model, plan) if shape is None][:6])
-    if gone:
-        raise CheckpointError(f"{gone}: gone from this {kind} since it was converted; convert it again, then save it")
-    return plan
-
-
 def versions() -> dict[str, str]:
     """Return the versions of the packages that make a network."""
     from slimmable import __version__
@@ -156,10 +151,9 @@ def versions() -> dict[str, str]:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
-    try:
-        return dict(json.loads(metadata["model"])), tensors
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read; it is damaged ({error})") from error
+    with explained(f"{path} cannot be read; it is damaged", kind=CheckpointError):
+        data = dict(json.loads(metadata["model"]))
+    return data, tensors
 
 
 def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
@@ -193,6 +187,27 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         tensor.data = tensor.data.to(given[name].dtype)
     network.load_state_dict(given)
     return network
+
+
+def read_weights(path: str | os.PathLike[str], where: str) -> dict[str, Tensor]:
+    """Return the tensors in a file of torch.save or safetensors, floats as float32; nothing in it is executed."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{where}: there is no file {path}")
+    import timm
+
+    known = torch.serialization.safe_globals([argparse.Namespace])  # which training scripts often save
+    with explained(f"{path} is not a file of weights", kind=CheckpointError), known:
+        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+        if other := [f"{name!s:.80}" for name, value in tensors.items() if not is_plain(value)]:
+            raise ValueError(f"it holds more than plain tensors: {', '.join(other[:5])}")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a value is a tensor of real numbers whose memory holds each of them."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.is_complex() or value.layout != torch.strided:
+        return False
+    return not value.is_meta and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def full_network(model: nn.Module) -> nn.Module:
@@ -244,15 +259,13 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 
     import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 
-    try:
+    with explained(f"timm cannot make the model {str(recipe)[:400]}", kind=CheckpointError):
         name, arguments = recipe["timm"], recipe["arguments"]
         known = ":" not in name and timm.is_model(name) and set(arguments).isdisjoint(_NEVER)
         if not known or not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(arguments)):
             raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
-        return model
-    except Exception as error:  # timm's constructors raise errors of all kinds
-        raise CheckpointError(f"timm cannot make the model {str(recipe)[:400]} ({error})") from error
+    return model
 
 
 def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -7,6 +7,7 @@ import torch
 
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import load_images
+from slimmable.cli.pretrain import Training, optimizer_tensors
 from slimmable.cli.run import (
     check_alike,
     load_checkpoint,
@@ -14,7 +15,6 @@ from slimmable.cli.run import (
     save_checkpoint,
     trained_method,
 )
-from slimmable.cli.training import Training, optimizer_tensors
 from slimmable.errors import CheckpointError
 
 SETTINGS = {"num_images": 64, "batch_size": 16, "epochs": 2, "widths": (1.0, 0.5), "queue_size": 64}
