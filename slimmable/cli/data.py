@@ -86,8 +86,6 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     Each 8x8 handwritten digit of scikit-learn is drawn at a random place, scale and rotation on a larger canvas, with a
     4x4 fragment of another as clutter, too hard for raw pixels (Mnih et al., *Recurrent Models of Visual Attention*,
     2014, section 4). Training and held-out images are made from different ones.
-
-    Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
     if size < 20:
         raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size 20 or more")
@@ -174,8 +172,6 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None], level: in
 
     A fifth of each class, chosen by `seed`, is held out, unless there are folders, or tar files, `train` and `test` (or
     `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
-
-    Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
@@ -346,8 +342,7 @@ def _ignore_terminal(worker: int) -> None:
 class Plain(Dataset[Tensor]):
     """Images for evaluation, uint8: the shorter side is resized, to `size` by default, and the centre cropped.
 
-    With `most`, only so many are taken, evenly spaced, because a folder is ordered by class. `batches_of` turns them
-    into floats in [0, 1], and then applies `normalise`.
+    With `most`, only so many are taken, evenly spaced, because a folder is ordered by class.
     """
 
     def __init__(
@@ -366,7 +361,7 @@ class Plain(Dataset[Tensor]):
 
 
 def batches_of(images: Plain, batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
-    """Yield the images in order, as floats."""
+    """Yield the images in order, as floats in [0, 1], normalised."""
     for batch in load(images, workers, batch_size=batch_size):
         yield images.normalise(batch.float() / 255)
 

@@ -54,10 +54,9 @@ def passes_of(config: PretrainConfig, backbone: nn.Module, widths: Sequence[floa
 def features_in(
     passes: Passes, backbone: nn.Module, images: Plain, workers: int = 0
 ) -> tuple[dict[Any, Tensor], dict[Any, float]]:
-    """Return the features in each of `passes`, and the costs of the gated ones.
+    """Return the features in each of `passes`, in eval mode, float32 on the CPU, and the costs of the gated ones.
 
-    Features are computed in eval mode: (images, features), float32, on the CPU. A cost is the mean share of the
-    multiply-adds, gates included, in those of the dense network of the same width.
+    A cost is the mean share of the multiply-adds, gates included, in those of the dense network of the same width.
     """
     device = next(backbone.parameters()).device
     parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
@@ -102,10 +101,7 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 def rows_of_run(
     config: PretrainConfig, method: Method, images: Images, probes: Mapping[str, Any] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; the gates of `method`, if any, must be calibrated.
-
-    A probe such as "knn@0.1" learns from this fraction of the labels.
-    """
+    """Evaluate every network of a run, trained and untrained; a probe "knn@0.1" learns from 0.1 of the labels."""
     backbone = method.backbone
     untrained = new_method(config, images.channels, len(images.classes)).backbone
     untrained.to(next(backbone.parameters()).device)

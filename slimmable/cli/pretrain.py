@@ -1,7 +1,4 @@
-"""`slimmable pretrain`: pre-train a slimmable network, evaluate every width, and write the run folder.
-
-Each training step seeds its own random numbers, so a run can resume after any step.
-"""
+"""`slimmable pretrain`: the training, each step of which seeds its own random numbers, and the command around it."""
 
 import copy
 import signal
@@ -165,17 +162,7 @@ class Training:
         runs.check_alike(self.method.encoder.state_dict(), checkpoint.network, "the network in the checkpoint")
         runs.check_alike(self._own(), given, "the training in the checkpoint")
         state = _under("method.", given) | {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
-        position = state.get("moco.position")
-        if position is not None and position != (done * self.config.batch_size) % state["moco.queue"].shape[1]:
-            raise CheckpointError(f"the queue in the checkpoint is at {position}, where it is not after step {done}")
         optimizer, scaler = _under("optimizer.", given), _under("scaler.", given)
-        begins = 0.0, self.config.slow_start, 1 / self.config.epochs, 1.0  # of all widths, and of dino's last layer
-        counts = {sum(step / self.steps >= begin for step in range(done)) for begin in begins}
-        counts = {min(count, 2**24) for count in counts}  # where a float32 stops to count
-        for name, tensor in optimizer.items():
-            if name.endswith(".step") and tensor.item() not in (range(done + 1) if scaler else counts):
-                what = f"the optimizer's state in the checkpoint counts {tensor:g} steps of {name[:-5]}"
-                raise CheckpointError(f"{what}, which cannot be after step {done}")
         for name, tensor in optimizer_tensors(self.optimizer).items():  # in its memory layout, which fused ones need
             tensor.copy_(optimizer[name])
         self.method.load_state_dict(state)

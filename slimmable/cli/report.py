@@ -145,17 +145,14 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
-    Left are two ratios of gradient norms for each narrow width: of the weights that it does not use to its own
-    (`rest_ratio`, solid; below 1, its few weights have the larger gradient), and of all weights to its own
-    (`grad_ratio`, dotted). Right is the cosine of its gradient with the full width's.
+    Left are `rest_ratio` (solid) and `grad_ratio` (dotted) of each narrow width, right its cosine with the full one's.
 
     Raises: DataError: if there are no rows, or they have no ratios.
     """
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
     others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}
     if not widths or not others <= rows[0].keys():
-        way = "give the rows of GradientDiagnostics of a model with at least two widths"
-        raise DataError(f"plot_imbalance: {len(rows)} rows without ratios and cosines of narrow widths; {way}")
+        raise DataError(f"plot_imbalance: {len(rows)} rows, not those of GradientDiagnostics of at least two widths")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)
     steps = [row["step"] for row in rows]

@@ -53,9 +53,8 @@ def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
 def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, Settings]:
     """Return how a network differs from `plain`, "" if it does not, and by path the settings in which it may differ.
 
-    These are numbers that forwards set themselves or do not read, settings of training and speed and, if the network
-    may be `narrow`, a sub-network of `plain`, sizes. `rows` describe the network, and `tensors` are its own, with
-    hidden buffers; those that forwards have added or cut do not count.
+    These are numbers that forwards set themselves or do not read, settings of training and speed and, in a `narrow`
+    network, sizes. `rows` describe it, and `tensors` are its own; those that forwards have added or cut do not count.
     """
     hidden = hidden_buffers(plain)
     expected = plain.state_dict(keep_vars=True) | hidden
@@ -68,21 +67,18 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], nar
     for path, kind, settings in rows:
         if here.get(path) != kind:
             continue
-        module, place = modules[path], f"{path}.".lstrip(".")
+        module, weight = modules[path], given.get(f"{path}.weight".lstrip("."))
         cls: Any = type(module)
-        held = {name: vars(module).get(name, getattr(cls, name, _ABSENT)) for name in settings}
-        own = {name: written(held[name]) for name in settings}
-        differing = [name for name in settings if own[name] is not _ABSENT and not _alike(settings[name], own[name])]
-        bound = [
-            name
-            for name in differing
-            if name in read and name not in stored_by_forward(cls)
-            if not _FREE.search(kind.lower() if name == "p" else name.lower())
-            if not (narrow and _is_narrower(module, name, settings, given.get(f"{place}weight")))
-        ]
-        edited += [f"{place}{name} is {settings[name]!r} in the file, {own[name]!r} here" for name in bound]
-        set_here = [name for name in differing if name in vars(module) and name not in bound]
-        free[path] = {name: _like(held[name], settings[name]) for name in set_here}
+        for name, value in settings.items():
+            held = vars(module).get(name, getattr(cls, name, _ABSENT))
+            if (own := written(held)) is _ABSENT or _alike(value, own):
+                continue
+            bound = name in read and name not in stored_by_forward(cls)
+            bound = bound and not _FREE.search(kind.lower() if name == "p" else name.lower())
+            if bound and not (narrow and _is_narrower(module, name, settings, weight)):
+                edited.append(f"{path}.{name}".lstrip(".") + f" is {value!r} in the file, {own!r} here")
+            elif name in vars(module):
+                free.setdefault(path, {})[name] = _like(held, value)
     found = {
         "other modules": [
             f"{path or 'the model'} is {there.get(path, 'missing')} in the file, {here.get(path, 'missing')} here"
@@ -294,8 +290,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
         {(path, name): shape for path, name, shape in rows("sizes", str, str, _numbers)},
     )
     for place, shape in misfits(network, plan):
-        seen = "is missing" if shape is None else f"has shape {shape}"
-        raise CheckpointError(f"{place} {seen}, which does not fit the file's plan")
+        raise CheckpointError(f"{place} of shape {shape} does not fit the file's plan")
     plan.fill([plan.sub_network(tuple(counts)).counts for counts in data["counts"]])
     if len(plan.columns) != len(plan.widths) or plan.columns[0].counts != sizes:
         raise CheckpointError("its counts are not those of its widths, of which the first is the full network")

@@ -75,8 +75,9 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
         places, plan = places_of(bare), plan_of(bare)  # the first raises if layers were added
         this = f"this {type(bare).__name__}"
         if plan is None or any(state.plan is not plan for _, state in places):
-            known = "a part or a wrapper of a converted model, or made by hand; save the converted model itself"
-            raise CheckpointError(f"{this} is {known}")
+            raise CheckpointError(
+                f"{this} is a part or a wrapper of a converted model, or made by hand; save that model"
+            )
         if gone := ", ".join([name for name, shape in misfits(bare, plan) if shape is None][:6]):
             raise CheckpointError(f"{gone}: gone from {this} since it was converted; convert it again, then save it")
     full = full_network(bare)
@@ -226,10 +227,9 @@ def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
+    """Return the timm architecture and arguments that make a plain network, or if it may be `narrow`, a wider one.
 
-    If it may be `narrow`, they make one of which it may be a sub-network. A network that surgery has changed from what
-    timm makes has no recipe either; a warning says so. Given arguments that make another model are refused.
+    None if it is not timm's, or surgery has changed it; then with a warning. Given arguments that do not are refused.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
@@ -328,8 +328,7 @@ def read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 def narrow_arguments(model: Any, full: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments with which timm makes a network with the sizes of this plain one, or raise `CheckpointError`.
 
-    They follow from the recipe of the `full` network. What the numbers that its constructor then gets do, also those
-    in the fields of a configuration, cannot be seen in them, so others are tried, on tensors without memory.
+    The numbers that the constructor of the `full` one gets are changed by trial, on tensors without memory.
     """
     tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
     fixed = {**full["arguments"], **read_off(model, model.pretrained_cfg)}

@@ -462,7 +462,7 @@ DEVICES = (
         (["pretrain", "--data", "folder"], "holds no images"),
         (["pretrain", "--data", "wds/photos"], "--data wds/photos: timm reads wds/ only in order"),
         (["pretrain", "--data", "TFDS/mnist"], "so no run could be resumed"),
-        (["pretrain", "--data", "torch/mnist"], "--data-dir is missing: it goes with torch/NAME"),
+        (["pretrain", "--data", "torch/mnist"], "--data-dir None: it goes with torch/NAME"),
         (["pretrain", "--data", "torch/mnist", "--data-dir", "folder"], "--data torch/mnist cannot be read"),
         (["pretrain", "--data", "torch/abacus", "--data-dir", "folder"], "Unknown torchvision dataset abacus"),
         (["pretrain", "--data", "torch/folder", "--data-dir", "folder"], "folder holds no images"),
