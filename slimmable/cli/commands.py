@@ -41,6 +41,8 @@ class _Machine:
         with explained(f"--device {name} cannot be used", "; choose another, such as cpu"):
             device = torch.device(name)
             torch.zeros(1, device=device).item()  # fails on the meta device, which has no numbers
+            if str(device) != name:  # torch counts devices modulo 256
+                raise ValueError(f"torch takes it for {device}")
         return device
 
     def _count_workers(self) -> int:
@@ -250,6 +252,8 @@ class Profile(Plan):
         from slimmable._convert import slimify
         from slimmable._profile import profile as measure
 
+        if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
+            raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
         model, example = self._model()
         slim = slimify(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)
         table = measure(slim, tuple(example.shape[1:]))

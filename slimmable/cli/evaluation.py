@@ -208,9 +208,7 @@ def on_crops(
     return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
 
 
-def embed(
-    source: Source, folder: Path, widths: Sequence[float], output: Path, device: torch.device, workers: int = 0
-) -> int:
+def embed(source: Source, folder: Path, widths: Sequence[float], path: Path, device: torch.device, workers: int) -> int:
     """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
 
     They are what the network gives out, or, if it has a classifier, what that reads. The arrays are `w0.5` and so on,
@@ -237,5 +235,5 @@ def embed(
         arrays |= {"classes": np.array(classes), "labels": np.array([numbers[label] for label in pictures.labels])}
     images = Plain(pictures, side, v2.Normalize(source.mean, source.std))
     passes = {f"w{width}": partial(at_width, model.to(device), width) for width in widths}
-    write_aside(output, lambda path: np.savez(path, **arrays | features_in(passes, model, images, workers)[0]))
+    write_aside(path, lambda aside: np.savez(aside, **arrays | features_in(passes, model, images, workers)[0]))
     return len(pictures)

@@ -205,10 +205,8 @@ def make_logs(
     """Return the logs of a run with `done` steps done: the CSV file, and those `asked` for, which `ends` closes."""
     logs = [csv_log(folder / "losses.csv", columns, done)]
     if "tensorboard" in asked:
-        start = done + 1 if done else None
-        board = require(LOGGERS["tensorboard"], "tensorboard", extra=None).SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start
-        )
+        writer = require(LOGGERS["tensorboard"], "tensorboard", extra=None).SummaryWriter
+        board = writer(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
         def log(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():

@@ -24,7 +24,7 @@ from slimmable._tables import listed, listing
 from slimmable._width import widths_of
 from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
-from slimmable.files.description import differences
+from slimmable.files.description import Tensors, differences
 from slimmable.files.model import load, save
 from slimmable.files.model import read_weights as read_weights  # for the export, too
 from slimmable.gating import gate
@@ -44,9 +44,9 @@ _SOURCES = ("hf-hub:", "local-dir:")  # of models, as timm names them
 class Start:
     """Weights to start from: of the backbone, slimmable or plain, and of its linear classifier, if it has one."""
 
-    backbone: Mapping[str, Tensor]
+    backbone: Tensors
     slim: bool
-    classifier: Mapping[str, Tensor]
+    classifier: Tensors
 
 
 def new_method(
@@ -212,9 +212,7 @@ class Checkpoint:
     step: int
 
 
-def save_checkpoint(
-    path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
-) -> None:
+def save_checkpoint(path: Path, network: nn.Module, training: Tensors, step: int, images: str | None = None) -> None:
     """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
     tensors = network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()}
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
@@ -235,7 +233,7 @@ def load_checkpoint(path: Path, images: str | None = None) -> Checkpoint:
     return Checkpoint(tensors, training, step)
 
 
-def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+def check_alike(expected: Tensors, given: Tensors, what: str) -> None:
     """Raise CheckpointError unless the tensors have the expected names, shapes and types, and are finite."""
     if found := differences(expected, given, most=10):
         raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
@@ -250,7 +248,7 @@ def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
         raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+def load_exactly(module: nn.Module, tensors: Tensors, what: str) -> None:
     """Load `tensors` into `module`, or change nothing and raise CheckpointError with the differences."""
     check_alike(module.state_dict(), tensors, what)
     module.load_state_dict(dict(tensors))

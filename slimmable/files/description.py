@@ -36,6 +36,7 @@ _SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "u
 HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
 
 Settings = dict[str, dict[str, Any]]  # by path
+Tensors = Mapping[str, Tensor]
 
 
 def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
@@ -50,7 +51,7 @@ def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
     return rows
 
 
-def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, Settings]:
+def unlike(plain: nn.Module, rows: list[Any], tensors: Tensors, narrow: bool) -> tuple[str, Settings]:
     """Return how a network differs from `plain`, "" if it does not, and by path the settings in which it may differ.
 
     These are numbers that forwards set themselves or do not read, settings of training and speed and, in a `narrow`
@@ -102,9 +103,7 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {f"{HIDDEN}{name}": buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
-def differences(
-    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None, smaller: Container[str] = ()
-) -> str:
+def differences(expected: Tensors, given: Tensors, most: int | None = None, smaller: Container[str] = ()) -> str:
     """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
 
     `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.

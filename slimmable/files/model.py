@@ -29,7 +29,7 @@ from slimmable._described import Facts, facts, fitting, named_in_forward
 from slimmable._modules import ADDONS, MODULES, addons_of, replace_modules
 from slimmable._width import places_of, registered
 from slimmable.errors import CheckpointError, SlimmableError, explained
-from slimmable.files.description import HIDDEN, decode, describe, differences, encode, hidden_buffers, unlike
+from slimmable.files.description import HIDDEN, Tensors, decode, describe, differences, encode, hidden_buffers, unlike
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 
@@ -75,9 +75,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
         places, plan = places_of(bare), plan_of(bare)  # the first raises if layers were added
         this = f"this {type(bare).__name__}"
         if plan is None or any(state.plan is not plan for _, state in places):
-            raise CheckpointError(
-                f"{this} is a part or a wrapper of a converted model, or made by hand; save that model"
-            )
+            raise CheckpointError(f"{this} is a part or wrapper of a converted model, or made by hand; save that model")
         if gone := ", ".join([name for name, shape in misfits(bare, plan) if shape is None][:6]):
             raise CheckpointError(f"{gone}: gone from {this} since it was converted; convert it again, then save it")
     full = full_network(bare)
@@ -268,7 +266,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def skeleton(recipe: Mapping[str, Any], tensors: Tensors) -> nn.Module:
     """Make a timm model without memory; refuse arguments and numbers of modules far too large for such `tensors`."""
     largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
     if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
@@ -295,9 +293,7 @@ def _at_most(registrations: int) -> Iterator[None]:
         yield
 
 
-def _candidates(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: list[Any]
-) -> Iterator[dict[str, Any]]:
+def _candidates(model: nn.Module, config: Any, tensors: Tensors, rows: list[Any]) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
     known = list(read_off(model, config).items())
     for count in range(len(known) + 1):
