@@ -29,9 +29,7 @@ def width(text: str) -> float | str:
 class _Machine:
     """What a command runs on."""
 
-    workers: int | None = option(
-        None, "processes that read images", within=(0, 256), shown="one per processor, up to 8", group="machine"
-    )
+    workers: int | None = option(None, "processes that read images", within=(0, 256), shown="up to 8", group="machine")
     device: str | None = option(None, "torch device, such as cpu or cuda", shown="cuda if available")
 
     def _found_device(self) -> Any:

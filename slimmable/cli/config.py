@@ -1,7 +1,4 @@
-"""What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages.
-
-Options are fields of dataclasses, the one source of the parser, the checks and the tables in the docs.
-"""
+"""What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages."""
 
 import argparse
 import importlib
@@ -74,11 +71,10 @@ SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": (1, 4096
 
 
 def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
-    """Return a dataclass field that is an option of a command; without a default, a positional or `required` one.
+    """Return a dataclass field that is an option; parser, checks and docs read it; without a default, it is required.
 
-    It accepts `choices`, one or several by the field's type, or numbers `within` limits, and None if the type does.
-    `group` is the heading above it and those after it, `shown` the default in words, where its value does not say
-    enough. What else is given is for `ArgumentParser.add_argument`.
+    It accepts `choices`, or numbers `within` limits. `group` is the heading above it and those after it, `shown` the
+    default in words, where its value does not say enough. What else is given is for `ArgumentParser.add_argument`.
     """
     known = {"help": help, "choices": (), "within": None, "group": "", "shown": ""}
     parsing = {name: value for name, value in more.items() if name not in known}

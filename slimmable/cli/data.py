@@ -377,10 +377,8 @@ def make_views(
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
-    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". A view has
-    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are
-    flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale`
-    (Caron et al. 2021). All draw torch's global random numbers.
+    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". Views show at least
+    `min_crop_scale` of the image's area. Then come `local_crops`, from a twentieth of it up (Caron et al. 2021).
     """
     whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
     part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)

@@ -211,9 +211,8 @@ def on_crops(
 def embed(source: Source, folder: Path, widths: Sequence[float], path: Path, device: torch.device, workers: int) -> int:
     """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
 
-    They are what the network gives out, or, if it has a classifier, what that reads. The arrays are `w0.5` and so on,
-    float32 of shape (images, features); `names`, the paths in the folder; and, where images are in folders, `classes`,
-    the names of these, and `labels`, -1 for images that are in none.
+    The arrays are `w0.5` and so on, what the network gives out, or its classifier reads: float32 (images, features);
+    `names`, the paths in the folder; and of images in folders `classes`, and `labels`, -1 for those in none.
     """
     channels, height, side = source.image
     if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):

@@ -246,7 +246,8 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     if min(sizes, default=1) < 1 or total > len(units) or (len(units) and not 0 <= units.min() <= units.max() <= total):
         raise CheckpointError("its channel groups do not fit its axes")
     axis = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1]).__getitem__
-    leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
+    leaves: dict[str, Callable[..., Any]] = {"constant": int, "size": axis}
+    leaves["attribute"] = lambda path, name, position: (path, name, tuple(position))
 
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
         return tuple(None if number is None else axis(number) for number in numbers)
@@ -255,38 +256,35 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
         kind, *rest = parts
         return Expression(kind, leaves[kind](*rest) if kind in leaves else tuple(map(expression, rest)))
 
-    def rows(name: str, *kinds: Callable[[Any], Any]) -> list[Any]:
-        return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in data[name]]
-
     modules = dict(network.named_modules())
     originals = dict[tuple[str, str], Any]()
     for path, name, value in data["originals"]:
         own = originals[path, name] = vars(modules[path])[name]
         if written(own) != value:
             raise CheckpointError(f"{path}.{name} is {own!r}, but {value!r} in the file")
-    keys = [_attribute(*row) for row in data["attributes"]]
+    keys: list[Attribute] = [leaves["attribute"](*row) for row in data["attributes"]]
     attributes = {key: int(reduce(getitem, key[2], originals[key[:2]])) for key in keys}
     kinds: dict[str, Callable[[Any], Any]] = {"widths": check_widths, "round_to": int, "rounding": str}
     kinds |= {"overlap": bool, "universal": bool, "switchable": lambda paths: tuple(map(str, paths))}
     rules = {name: kind(data[name]) for name, kind in kinds.items() if name in data}
-    plan = Plan(**rules, pins=[Pin(row[:3], *row[3:]) for row in rows("pins", str, str, int, int, str)])
+    plan = Plan(**rules, pins=[Pin((path, name, dim), size, why) for path, name, dim, size, why in data["pins"]])
     check_rounding("the plan", rounding=plan.rounding)
-    for path, name in rows("caches", str, str):
+    for path, name in data["caches"]:
         value = vars(modules[path])[name]
         if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
             raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
         plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
-    constraints = [Constraint(*row) for row in rows("constraints", expression, expression, str)]
+    constraints = [Constraint(expression(one), expression(other), where) for one, other, where in data["constraints"]]
     plan.channels = Channels(
         Requirements(Grouping.of(sizes), constraints, attributes),
-        {(path, name): units_of for path, name, units_of in rows("tensors", str, str, axes)},
+        {(path, name): axes(numbers) for path, name, numbers in data["tensors"]},
         originals,
-        rows("scales", str, str, axis),
-        [Output(*row) for row in rows("outputs", str, _numbers, axes, str)],
-        tuple(tuple(map(str, paths)) for paths in data["makers"]),
-        tuple(map(bool, data["ordered"])),
-        [(int(macs), tuple(map(axis, numbers))) for macs, numbers in data["products"]],
-        {(path, name): shape for path, name, shape in rows("sizes", str, str, _numbers)},
+        [(path, name, axis(number)) for path, name, number in data["scales"]],
+        [Output(name, tuple(shape), axes(numbers), why) for name, shape, numbers, why in data["outputs"]],
+        tuple(map(tuple, data["makers"])),
+        tuple(data["ordered"]),
+        [(macs, tuple(map(axis, numbers))) for macs, numbers in data["products"]],
+        {(path, name): tuple(shape) for path, name, shape in data["sizes"]},
     )
     for place, shape in misfits(network, plan):
         raise CheckpointError(f"{place} of shape {shape} does not fit the file's plan")
@@ -294,11 +292,3 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     if len(plan.columns) != len(plan.widths) or plan.columns[0].counts != sizes:
         raise CheckpointError("its counts are not those of its widths, of which the first is the full network")
     return plan
-
-
-def _attribute(path: str, name: str, position: list[int]) -> Attribute:
-    return str(path), str(name), _numbers(position)
-
-
-def _numbers(values: list[Any]) -> tuple[int, ...]:
-    return tuple(map(int, values))

@@ -115,8 +115,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         return _restored(data, tensors, model).eval()
     except Exception as error:  # of any class, if the description is no such thing
-        invalid = f"its description of the model is invalid ({type(error).__name__}: {error})"
-        said = error if isinstance(error, SlimmableError) else invalid
+        said = error if isinstance(error, SlimmableError) else f"its description of the model is invalid ({error!r})"
         raise CheckpointError(f"{path} cannot be loaded: {said}") from error
 
 
