@@ -283,10 +283,7 @@ def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
-    """Sort the features by width so that those of each come first in every wider one, as the plan of `backbone` says.
-
-    Features of a network without a plan of its own are returned unchanged.
-    """
+    """Sort features so that those of each width come first in every wider one, by the plan of `backbone`, if any."""
     plan = plan_of(backbone)
     ids = None if plan is None else plan.channels.outputs[0].units[1]
     if plan is None or ids is None:
@@ -485,10 +482,7 @@ def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[floa
 def _minimised(
     first: Features, classes: int, shared: bool, batches: Any, epochs: int, rate: float, milestones: Any, path: Any
 ) -> dict[float, nn.Linear]:
-    """Return width -> a linear classifier of features like the `first`, `shared` by all widths or its own.
-
-    They start from zero, and minimise `probe_loss` on `batches` of an epoch; the rest is as in `linear_evaluation`.
-    """
+    """Return width -> a classifier of features like the `first`, `shared` or its own, that minimises `probe_loss`."""
     new = partial(skip_init, nn.Linear, out_features=classes)  # draws no random numbers
     linears = {width: new(part.shape[1], device=part.device, dtype=part.dtype) for width, part in first.items()}
     linears = dict.fromkeys(first, linears[1.0]) if shared else linears

@@ -340,10 +340,7 @@ def _ignore_terminal(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, uint8: the shorter side is resized, to `size` by default, and the centre cropped.
-
-    With `most`, only so many are taken, evenly spaced, because a folder is ordered by class.
-    """
+    """Images for evaluation, `most` of them, uint8: the shorter side is `resized`, the centre of `size` cropped."""
 
     def __init__(
         self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None, resized: int = 0
@@ -351,7 +348,7 @@ class Plain(Dataset[Tensor]):
         self.images, self.normalise = images, normalise or nn.Identity()
         self.transform = v2.Compose([v2.Resize(resized or size, antialias=True), v2.CenterCrop(size)])
         count = len(images) if most is None else min(most, len(images))
-        self.places = [place * len(images) // count for place in range(count)]
+        self.places = [place * len(images) // count for place in range(count)]  # a folder is ordered by class
 
     def __len__(self) -> int:
         return len(self.places)

@@ -54,10 +54,7 @@ def passes_of(config: PretrainConfig, backbone: nn.Module, widths: Sequence[floa
 def features_in(
     passes: Passes, backbone: nn.Module, images: Plain, workers: int = 0
 ) -> tuple[dict[Any, Tensor], dict[Any, float]]:
-    """Return the features in each of `passes`, in eval mode, float32 on the CPU, and the costs of the gated ones.
-
-    A cost is the mean share of the multiply-adds, gates included, in those of the dense network of the same width.
-    """
+    """Return the features in each of `passes`, float32 on the CPU, and the gated ones' mean shares of multiply-adds."""
     device = next(backbone.parameters()).device
     parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
     shares: dict[Any, list[Tensor]] = {}

@@ -339,10 +339,7 @@ def _introduction(config: PretrainConfig, images: data.Images) -> str:
 
 
 def _train(training: Training, folder: Path, options: Pretrain) -> None:
-    """Take the remaining steps, with a checkpoint after each epoch.
-
-    Raises: KeyboardInterrupt: with the signal, after a checkpoint; a second signal in a process stops immediately.
-    """
+    """Take the remaining steps, with a checkpoint after each epoch and a signal; a second one stops immediately."""
     asked: list[int] = []
     config, gates = training.config, training.gates
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in config.widths)]
@@ -381,7 +378,6 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
 
 
 def _finish(training: Training, folder: Path, options: Pretrain) -> None:
-    """Calibrate, then write the networks and the reports."""
     config, backbone, images = training.config, training.method.backbone, training.images
     if config.universal or (config.init is not None and config.gate_budget is None):
         some = data.Plain(images.train, config.image_size, data.normalisation(config), _CALIBRATION)

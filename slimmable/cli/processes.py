@@ -49,10 +49,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 # -- the lock on a folder of results
 @contextmanager
 def locked(folder: Path, new: bool = False) -> Iterator[None]:
-    """Hold a folder, made if necessary, and remove what a killed process left half-written; a new one must be empty.
-
-    Raises: UsageError: if another process holds it, or a new one has files. CheckpointError: if it cannot be written.
-    """
+    """Hold a folder, made if necessary, and remove what a killed process left half-written; a new one must be empty."""
     path, place = folder / LOCK, os.path.realpath(folder)
     if place in _held:
         raise UsageError(f"{folder} is in use by this process; wait until it is done, or choose another")

@@ -146,8 +146,6 @@ def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
     Left are `rest_ratio` (solid) and `grad_ratio` (dotted) of each narrow width, right its cosine with the full one's.
-
-    Raises: DataError: if there are no rows, or they have no ratios.
     """
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
     others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}

@@ -104,10 +104,7 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def differences(expected: Tensors, given: Tensors, most: int | None = None, smaller: Container[str] = ()) -> str:
-    """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
-
-    `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.
-    """
+    """Return how tensors `given` in a file differ in names and shapes: a line per kind, with `most` names, or ""."""
 
     def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
         return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
@@ -237,10 +234,7 @@ def encode(plan: Plan) -> tuple[dict[str, Any], NDArray[np.int64]]:
 
 
 def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -> Plan:
-    """Return the plan of a plain network that `encode` wrote; attributes and empty caches are those of the network.
-
-    Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan of this network.
-    """
+    """Return the plan of a plain network that `encode` wrote; attributes and empty caches are those of the network."""
     sizes = tuple(int(n) for n in data["units"])
     total = sum(sizes)
     if min(sizes, default=1) < 1 or total > len(units) or (len(units) and not 0 <= units.min() <= units.max() <= total):

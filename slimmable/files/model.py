@@ -321,10 +321,7 @@ def read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def narrow_arguments(model: Any, full: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with which timm makes a network with the sizes of this plain one, or raise `CheckpointError`.
-
-    The numbers that the constructor of the `full` one gets are changed by trial, on tensors without memory.
-    """
+    """Return arguments with which timm makes a network of this one's sizes: the `full` one's, changed by trial."""
     tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
     fixed = {**full["arguments"], **read_off(model, model.pretrained_cfg)}
     code, seen, before = inspect.unwrap(type(model).__init__).__code__, dict[str, Any](), sys.getprofile()
