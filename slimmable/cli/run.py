@@ -278,15 +278,13 @@ def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, 
         network, state = converted_backbone(config, channels, len(head.get("bias", ()))), backbone.state_dict()
         for key in network.state_dict().keys() - state.keys() if head else ():
             state[key] = head.get(key.rpartition(".")[2], head["bias"])
-        alike = not differences(network.state_dict(), state)
-        if alike:
+        if not differences(network.state_dict(), state):
             network.load_state_dict(state)
             at = ([extract(each, width).cpu().eval()(images) for each in (network, trained)] for width in config.widths)
-            alike = all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in at)
-        if alike:
-            save(network, folder / name)
-        else:
-            left_out.append(name)
+            if all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in at):
+                save(network, folder / name)
+                continue
+        left_out.append(name)
     return left_out
 
 
