@@ -36,7 +36,6 @@ GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network, or one that was fine-tuned
 _GATE_ALPHA = 10.0  # over the whole training: 0.02 per epoch for 500 epochs (Krishna et al. 2023)
 _LEAST_SCALE = 2.0**-20  # of the losses in float16; where gradients overflow even then, scaling is not the matter
-_OF_SCALER = ("scale", "_growth_tracker")  # what changes of it
 _RANDOM_WIDTHS = 2  # per step of a universal model, besides the widest and the narrowest (Yu and Huang 2019)
 
 
@@ -174,7 +173,7 @@ class Training:
         """Return what a checkpoint holds besides the encoder."""
         state, scaler = self.method.state_dict(), self.scaler.state_dict()
         own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
-        own |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in _OF_SCALER if scaler}
+        own |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in ("scale", "_growth_tracker") if scaler}
         return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
 
 

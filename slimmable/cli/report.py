@@ -23,7 +23,6 @@ TITLES |= {"classifier": "own classifier", "finetuned": "fine-tuned"}
 TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, top 5"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
-_MOST_BYTES = 2**28  # of a table
 Log: TypeAlias = Callable[[int, Mapping[str, float]], object]  # of a step's metrics by names such as train_loss/w0.5
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 
@@ -84,7 +83,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, none without a file, and without a last line that a full disk cut short."""
-    text = read_text(path, _MOST_BYTES) if os.path.lexists(path) else ""
+    text = read_text(path, 2**28) if os.path.lexists(path) else ""
     return list(csv.DictReader(text.split("\n")[:-1], strict=True))
 
 

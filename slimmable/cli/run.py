@@ -36,7 +36,6 @@ MODEL = "model.safetensors"
 CLASSIFIER = "classifier.safetensors"
 _FORMAT = "slimmable pretrain 1"
 _TRAINING = "training."  # before the names of what resuming needs besides the state dict of the network
-_MOST_BYTES = 2**20  # of a configuration
 _SOURCES = ("hf-hub:", "local-dir:")  # of models, as timm names them
 
 
@@ -188,7 +187,7 @@ def read_config(folder: Path) -> PretrainConfig:
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     with explained(f"{path} is not the configuration of a run"):
-        values = dict(json.loads(read_text(path, _MOST_BYTES)))
+        values = dict(json.loads(read_text(path, 2**20)))
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")

@@ -35,9 +35,7 @@ from slimmable.view.state import is_slim
 
 _FORMAT = "slimmable 2"
 _UNITS = "slimmable/units"
-_MOST_WIDTHS = 256  # of a model with few tensors
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-_PLAIN = (int, float, str, type(None))
 _LARGE = 2**13  # image sizes, depths and the like are smaller; other sizes are those of tensors
 
 
@@ -168,7 +166,7 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     for path, settings in free.items():
         vars(network.get_submodule(path)).update(settings)
     if "plan" in data:
-        if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
+        if len(data["plan"]["counts"]) + len(data["registered"]) > max(256, len(tensors)):
             raise CheckpointError("it has more widths than its tensors are for")
         network = apply_plan(network, decode(data["plan"], tensors.pop(_UNITS).numpy(), network))
         widths = [tuple(width) if isinstance(width, list) else float(width) for width in data["registered"]]
@@ -259,7 +257,7 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
     with explained(f"timm cannot make the model {str(recipe)[:400]}", kind=CheckpointError):
         name, arguments = recipe["timm"], recipe["arguments"]
         known = ":" not in name and timm.is_model(name) and set(arguments).isdisjoint(_NEVER)
-        if not known or not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(arguments)):
+        if not known or not all(isinstance(leaf, (int, float, str, type(None))) for leaf in tree_leaves(arguments)):
             raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
     return model
@@ -278,7 +276,7 @@ def skeleton(recipe: Mapping[str, Any], tensors: Tensors) -> nn.Module:
 
 @contextmanager
 def _at_most(registrations: int) -> Iterator[None]:
-    """Let modules of this thread register at most so many parameters and modules while the block runs."""
+    """Let modules of this thread register at most so many modules while the block runs."""
     thread, left = threading.get_ident(), registrations
 
     def count(*_: object) -> None:
@@ -287,8 +285,7 @@ def _at_most(registrations: int) -> Iterator[None]:
         if left < 0:
             raise CheckpointError("it has more modules than the file has tensors for")
 
-    parameters = torch_module.register_module_parameter_registration_hook(count)
-    with parameters, torch_module.register_module_module_registration_hook(count):
+    with torch_module.register_module_module_registration_hook(count):
         yield
 
 

@@ -34,13 +34,11 @@ def load_slimclr(
 
     Args:
         checkpoint: path of the file, or the result of `torch.load` or `state_dict`, with or without the `module.`
-            prefix of parallel training and the other entries of a training checkpoint. Nothing in a file is executed;
-            besides tensors and plain data it may only hold an `argparse.Namespace`, which training scripts often save.
+            prefix of parallel training and the other entries of a training checkpoint. Nothing in a file is executed.
         widths: those of the training; by default, of the released networks. Sub-networks must share their weights
             (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
 
-    Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the
-        message then lists all entries that are missing, unknown or of another shape.
+    Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network.
 
     Source: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, arXiv 2209.15525.
 
