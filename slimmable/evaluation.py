@@ -283,10 +283,7 @@ def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
 
 
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
-    """Sort the features by width so that those of each come first in every wider one, as the plan of `backbone` says.
-
-    Features of a network without a plan of its own are returned unchanged.
-    """
+    """Sort features so that those of each width come first in every wider one, by the plan of `backbone`, if any."""
     plan = plan_of(backbone)
     ids = None if plan is None else plan.channels.outputs[0].units[1]
     if plan is None or ids is None:
@@ -402,8 +399,7 @@ def train_probe(
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    how = num_classes, epochs, batch_size, learning_rate, seed
-    linears, moments = _trained("train_probe", features, labels, False, how)
+    linears, moments = _trained(features, labels, False, num_classes, epochs, batch_size, learning_rate, seed)
     with torch.no_grad():
         for width, (mean, deviation) in moments.items():
             linears[width].weight.div_(deviation)
@@ -446,8 +442,7 @@ def train_slimmable_probe(
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
-    how = num_classes, epochs, batch_size, learning_rate, seed
-    linears, moments = _trained("train_slimmable_probe", features, labels, True, how)
+    linears, moments = _trained(features, labels, True, num_classes, epochs, batch_size, learning_rate, seed)
     widths, linear, kept = tuple(moments), linears[1.0], [len(mean) for mean, _ in moments.values()]
     norm = SwitchableNorm(nn.BatchNorm1d(kept[0], eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
     for index, (mean, deviation) in enumerate(moments.values()):
@@ -457,11 +452,11 @@ def train_slimmable_probe(
 
 
 def _trained(
-    where: str, features: Features, labels: Tensor, shared: bool, how: tuple[int | None, int, int, float, int]
+    features: Features, labels: Tensor, shared: bool, *how: Any
 ) -> tuple[dict[float, nn.Linear], dict[float, tuple[Tensor, Tensor]]]:
     """Return width -> a classifier of scaled features, `shared` by all or its own, and their mean and deviation."""
     num_classes, epochs, size, rate, seed = how
-    widths = check_widths(features)
+    where, widths = "train_slimmable_probe" if shared else "train_probe", check_widths(features)
     for width in widths:
         classes = check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
     exact = {width: features[width].float() for width in widths}
@@ -487,10 +482,7 @@ def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[floa
 def _minimised(
     first: Features, classes: int, shared: bool, batches: Any, epochs: int, rate: float, milestones: Any, path: Any
 ) -> dict[float, nn.Linear]:
-    """Return width -> a linear classifier of features like the `first`, `shared` by all widths or its own.
-
-    They start from zero, and minimise `probe_loss` on `batches` of an epoch; the rest is as in `linear_evaluation`.
-    """
+    """Return width -> a classifier of features like the `first`, `shared` or its own, that minimises `probe_loss`."""
     new = partial(skip_init, nn.Linear, out_features=classes)  # draws no random numbers
     linears = {width: new(part.shape[1], device=part.device, dtype=part.dtype) for width, part in first.items()}
     linears = dict.fromkeys(first, linears[1.0]) if shared else linears

@@ -26,10 +26,9 @@ from slimmable.cli.commands import COMMANDS, parse
 from slimmable.cli.config import PRESETS, PretrainConfig, check, configure, flag
 from slimmable.cli.data import Plain, Views, cluttered_digits, folder_images, load, make_views
 from slimmable.cli.export import timm_source
-from slimmable.cli.pretrain import read_gradients
+from slimmable.cli.pretrain import Training, read_gradients
 from slimmable.cli.report import Row, csv_log, read_report, to_csv
 from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_method
-from slimmable.cli.training import Training
 
 Input = tuple[Callable[[], object], str]
 SMALL = PretrainConfig(

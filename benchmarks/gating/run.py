@@ -26,8 +26,8 @@ from benchmarks.training_data import Kept, features_at_widths, few_of_each, firs
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, load_images
+from slimmable.cli.pretrain import Training
 from slimmable.cli.run import build_method
-from slimmable.cli.training import Training
 from slimmable.evaluation import evaluate_features
 from slimmable.gating import calibrate_gates, gate_activity, ungate
 

@@ -26,8 +26,8 @@ from benchmarks.training_data import first_of
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import batches_of, load_images
+from slimmable.cli.pretrain import Training
 from slimmable.cli.run import build_method
-from slimmable.cli.training import Training
 from slimmable.gating import calibrate_gates, gated
 
 HERE = Path(__file__).parent

@@ -27,8 +27,8 @@ from benchmarks.training_data import Kept, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, load_images
+from slimmable.cli.pretrain import Training
 from slimmable.cli.run import build_method
-from slimmable.cli.training import Training
 from slimmable.evaluation import evaluate_features
 from slimmable.training import GradientDiagnostics
 

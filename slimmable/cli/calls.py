@@ -61,9 +61,22 @@ def pretrain(**options: Any) -> Run:
     [1.0, 0.5]
     >>> features = run.load()(torch.zeros(2, 1, 24, 24))
     """
+    words, unsaid = ["pretrain"], {}  # no word says None, False, or that there are none
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise UsageError(f"pretrain: there is no option {name}{suggestion(name, _OPTIONS)}")
+        (one, several), default = kind_of(_OPTIONS[name]), _OPTIONS[name].default
+        if value is default in (None, False) or (default == () and value in ((), [])):
+            unsaid[name] = default
+        elif several and isinstance(value, (tuple, list)):
+            words += [flag(name), *map(str, value)]
+        elif one in (str, Path) and not isinstance(value, (str, Path)):
+            raise UsageError(f"pretrain: {flag(name)} must be a text, got {value!r:.80}")
+        else:
+            words.append(flag(name) if one is bool and value is True else f"{flag(name)}={value}")
     with _as_in_a_new_process():
         try:
-            code = run("pretrain", _parsed(options))
+            code = run("pretrain", parse(words)[1] | unsaid)
         except Exception as error:
             if (fault := explained_fault(error)) is None:
                 raise
@@ -73,24 +86,6 @@ def pretrain(**options: Any) -> Run:
         signal.raise_signal(code - 128)
         raise KeyboardInterrupt(code - 128)  # if the program ignores the signal
     return Run(Path(options.get("output", _OPTIONS["output"].default)))
-
-
-def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options as the parser makes them of words, which cannot say None, False or that there are none."""
-    words, unsaid = ["pretrain"], {}
-    for name, value in options.items():
-        if name not in _OPTIONS:
-            raise UsageError(f"there is no option {name}{suggestion(name, _OPTIONS)}")
-        (one, several), default = kind_of(_OPTIONS[name]), _OPTIONS[name].default
-        if value is default in (None, False) or (default == () and value in ((), [])):
-            unsaid[name] = default
-        elif several and isinstance(value, (tuple, list)):
-            words += [flag(name), *map(str, value)]
-        elif one in (str, Path) and not isinstance(value, (str, Path)):
-            raise UsageError(f"{flag(name)} must be a text, got {value!r:.80}")
-        else:
-            words.append(flag(name) if one is bool and value is True else f"{flag(name)}={value}")
-    return parse(words)[1] | unsaid
 
 
 @contextmanager

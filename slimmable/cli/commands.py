@@ -29,9 +29,7 @@ def width(text: str) -> float | str:
 class _Machine:
     """What a command runs on."""
 
-    workers: int | None = option(
-        None, "processes that read images", within=(0, 256), shown="one per processor, up to 8", group="machine"
-    )
+    workers: int | None = option(None, "processes that read images", within=(0, 256), shown="up to 8", group="machine")
     device: str | None = option(None, "torch device, such as cpu or cuda", shown="cuda if available")
 
     def _found_device(self) -> Any:
@@ -292,10 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the command and the given options of a command line; without words, show the help and exit with 2.
-
-    Raises: UsageError: if a word is none, cannot be shown in a message, or has no meaning.
-    """
+    """Return the command and the given options of a command line; without words, show the help and exit with 2."""
     if not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv):
         raise UsageError(f"the arguments must be a list of words, got {argv!r:.80}")
     option = ""

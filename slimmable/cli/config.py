@@ -1,7 +1,4 @@
-"""What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages.
-
-Options are fields of dataclasses, the one source of the parser, the checks and the tables in the docs.
-"""
+"""What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages."""
 
 import argparse
 import importlib
@@ -74,11 +71,10 @@ SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": (1, 4096
 
 
 def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
-    """Return a dataclass field that is an option of a command; without a default, a positional or `required` one.
+    """Return a dataclass field that is an option; parser, checks and docs read it; without a default, it is required.
 
-    It accepts `choices`, one or several by the field's type, or numbers `within` limits, and None if the type does.
-    `group` is the heading above it and those after it, `shown` the default in words, where its value does not say
-    enough. What else is given is for `ArgumentParser.add_argument`.
+    It accepts `choices`, or numbers `within` limits. `group` is the heading above it and those after it, `shown` the
+    default in words, where its value does not say enough. What else is given is for `ArgumentParser.add_argument`.
     """
     known = {"help": help, "choices": (), "within": None, "group": "", "shown": ""}
     parsing = {name: value for name, value in more.items() if name not in known}
@@ -163,9 +159,7 @@ class PretrainConfig:
     model: str = option("small_resnet", "a timm model or hf-hub:NAME; small_resnet, resnet18_cifar for small images")
     init: str | None = option(None, "plain or slimmable weights to begin with", metavar="pretrained|FILE|RUN")
     importance: str = option("magnitude", "order of plain weights; narrow widths keep the first", choices=_ORDERS)
-    data: str = option(
-        DIGITS, "digits; a folder with one folder of images per class; a tar file; as torch/cifar10 or hfds/USER/NAME"
-    )
+    data: str = option(DIGITS, "digits; a folder with one per class; a tar file; as torch/cifar10 or hfds/USER/NAME")
     data_dir: str | None = option(None, "the folder of torch/NAME, or where to keep hfds/NAME", metavar="FOLDER")
     mean: tuple[float, ...] | None = option(None, "what to subtract from each channel", within=FRACTION, shown=_AS_TIMM)
     std: tuple[float, ...] | None = option(None, "what each is then divided by", within=POSITIVE, shown=_AS_TIMM)
@@ -187,9 +181,7 @@ class PretrainConfig:
     gate_lr_scale: float = option(5.0, "factor on the learning rate of the gates", within=POSITIVE)
     proj_dim: int = option(64, "size of the projector's output, the embedding", within=UNITS, group="method")
     proj_hidden_dim: int = option(0, "hidden units of the projector; 0: one per feature", within=(0, 65_536))
-    head_std: float | None = option(
-        None, "deviation of the projector's first weights", within=POSITIVE, shown="torch's"
-    )
+    head_std: float | None = option(None, "deviation of a projector's first weights", within=POSITIVE, shown="torch's")
     temperature: float = option(0.2, "temperature of the contrastive loss, or of a student", within=POSITIVE)
     teacher_temperature: float = option(0.07, "temperature of dino's teacher; it begins at 0.04", within=POSITIVE)
     local_crops: int = option(0, "smaller crops of an image that only dino's student sees", within=(0, 100))
@@ -205,9 +197,7 @@ class PretrainConfig:
     opt: str = option("adamw", "optimizer", choices=("adamw", "lars", "sgd"))
     lr: float = option(0.006, "peak learning rate, for the given batch size", within=POSITIVE)
     lr_after_slow_start: float | None = option(None, "peak after the slow start", within=POSITIVE, shown="the same")
-    warmup_epochs: float | None = option(
-        None, "epochs of linear warm-up before a cosine", within=FROM_0, shown="a 20th"
-    )
+    warmup_epochs: float | None = option(None, "epochs of linear warm-up before cosine", within=FROM_0, shown="a 20th")
     norm_lr_scale: float = option(1.0, "factor on the learning rate of norms and biases", within=POSITIVE)
     lars_trust: float = option(0.001, "trust coefficient of lars", within=POSITIVE)
     lars_clip: bool = option(False, "let no layer's rate in lars exceed the learning rate")
@@ -226,14 +216,12 @@ class PretrainConfig:
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
                 if len(values) not in (1, self.channels):
-                    count = f"got {len(values):,} values; give one for all, or one for each of {self.channels} channels"
-                    raise UsageError(f"{flag(name)}: {count}")
+                    raise UsageError(f"{flag(name)}: got {len(values):,} values; give one for all or each channel")
         method, kind, data, gated = self.method, self.kind, printable(self.data), self.gate_budget is not None
         if kind in _IN_ORDER:
             raise UsageError(f"--data {data}: timm reads {kind}/ only in order, so no run could be resumed; use files")
         if kind != "hfds" and (self.data_dir is None) == (kind == "torch"):
-            given = "is missing" if self.data_dir is None else printable(self.data_dir)
-            raise UsageError(f"--data-dir {given}: it goes with torch/NAME or hfds/NAME, here --data {data}")
+            raise UsageError(f"--data-dir {self.data_dir!a}: it goes with torch/NAME or hfds/NAME, not --data {data}")
         try:
             width_weights(self.widths, self.loss_weights)
         except SlimmableError as error:
@@ -251,8 +239,7 @@ class PretrainConfig:
         if self.universal and len(self.widths) == 1:
             raise UsageError("--universal needs a narrowest width: add one below 1 to --widths")
         if self.universal and (gated or self.views_per_width):
-            other = "--gate-budget" if gated else "--views-per-width"
-            raise UsageError(f"{other} is for fixed widths, but --universal draws some; leave one out")
+            raise UsageError("--gate-budget and --views-per-width are for fixed widths; leave out --universal")
 
     @property
     def kind(self) -> str:

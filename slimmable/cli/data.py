@@ -86,8 +86,6 @@ def cluttered_digits(train: int = 4096, test: int = 1024, size: int = 24, seed: 
     Each 8x8 handwritten digit of scikit-learn is drawn at a random place, scale and rotation on a larger canvas, with a
     4x4 fragment of another as clutter, too hard for raw pixels (Mnih et al., *Recurrent Models of Visual Attention*,
     2014, section 4). Training and held-out images are made from different ones.
-
-    Raises: DataError: if `size` is below 20 pixels, too small for a digit with clutter.
     """
     if size < 20:
         raise DataError(f"digits do not fit into {size} x {size} pixels; use --image-size 20 or more")
@@ -144,30 +142,24 @@ class Pictures:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        found = self.decode(index)
-        if isinstance(found, str):
-            raise DataError(f"{printable(self.names[index])} cannot be read ({found}); replace it")
-        return found
-
-    def decode(self, index: int) -> Tensor | str:
-        """Return the image, or the reason why it cannot be read."""
         try:
             source = self.pairs[index][0]
             if isinstance(source, str) and not os.path.isfile(source):  # a pipe could be waited for without end
-                return "it is no file, or leads to none"
+                raise ValueError("it is no file, or leads to none")
             with source if isinstance(source, Image.Image) else Image.open(source, formats=_FORMATS) as picture:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS or max(width, height) > _MOST_STRETCHED * min(width, height):
-                    return f"{width} x {height} pixels are too many, or too long a strip"
+                    raise ValueError(f"{width} x {height} pixels are too many, or too long a strip")
                 pixels: Any = picture
                 if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
                     pixels = picture.convert("I").point(lambda value: value / 256).convert("L")  # it would be clipped
                 elif picture.mode in ("I", "F"):
-                    return "pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits"
+                    raise ValueError("pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
                 found: Tensor = pil_to_tensor(pixels.convert("L" if self.channels == 1 else "RGB"))
             return found.contiguous()
         except Exception as error:  # decoders raise many kinds of errors on broken files
-            return str(error) or type(error).__name__
+            why = str(error) or type(error).__name__
+            raise DataError(f"{printable(self.names[index])} cannot be read ({why}); replace it") from error
 
     def take(self, places: Sequence[int]) -> "Pictures":
         """Return the images at these places."""
@@ -180,27 +172,22 @@ def folder_images(folder: Path, seed: int, say: Callable[[str], None], level: in
 
     A fifth of each class, chosen by `seed`, is held out, unless there are folders, or tar files, `train` and `test` (or
     `val`). Among up to 50,000 files, broken ones are left out and reported to `say`.
-
-    Raises: DataError: if there is no such folder, no readable image to train on or hold out, or a link out of it.
     """
     if not (os.path.isdir(folder) or _is_tar(folder)):
         raise DataError(f"--data {printable(folder)}: there is no such folder, nor a tar file of this name")
     with explained(f"--data {printable(folder)} cannot be listed"):
-        parts = [_part(root, folder, level) for root in _roots(folder)]
+        roots: list[Path] = []
+        for names in (_TRAIN, _HELD_OUT):
+            paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
+            roots += [path for path in paths if path.is_dir() or _is_tar(path)][:1]
+        if len(roots) < 2 or any(map(Path.is_symlink, roots)):
+            roots = [folder]
+        parts = [_part(root, folder, level) for root in roots]
     return _split(str(folder), parts, seed, say)
 
 
 def _is_tar(path: Path) -> bool:
     return path.suffix == ".tar" and os.path.isfile(path)
-
-
-def _roots(folder: Path) -> list[Path]:
-    """Return the folders or tar files with the images to train on and those held out, or the one with all of them."""
-    found: list[Path] = []
-    for names in (_TRAIN, _HELD_OUT):
-        paths = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".tar"))
-        found += [path for path in paths if path.is_dir() or _is_tar(path)][:1]
-    return found if len(found) == 2 and not any(path.is_symlink() for path in found) else [folder]
 
 
 def pictures_in(folder: Path, data: Path, channels: int = 3, level: int = -1) -> Pictures:
@@ -291,15 +278,18 @@ def _readable(parts: Sequence[Pictures], say: Callable[[str], None]) -> list[Pic
     """Leave out and report the images that cannot be read."""
 
     def fault(part: Pictures, at: int) -> str:
-        found = part.decode(at)
-        return f"{printable(part.names[at])} ({found})" if isinstance(found, str) else ""
+        try:
+            part[at]
+        except DataError as error:
+            return str(error).removesuffix("; replace it")
+        return ""
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are left out
         faults = [list(pool.map(partial(fault, part), range(len(part)))) for part in parts]
     if broken := list(filter(None, chain(*faults))):
         more = f"\n  and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        say("\n  ".join([f"left out {len(broken)} files that cannot be read:", *broken[:_NAMED]]) + more)
+        say("\n  ".join([f"left out {len(broken)} files:", *broken[:_NAMED]]) + more)
     return [part.take([at for at, why in enumerate(own) if not why]) for part, own in zip(parts, faults, strict=True)]
 
 
@@ -350,11 +340,7 @@ def _ignore_terminal(worker: int) -> None:
 
 
 class Plain(Dataset[Tensor]):
-    """Images for evaluation, uint8: the shorter side is resized, to `size` by default, and the centre cropped.
-
-    With `most`, only so many are taken, evenly spaced, because a folder is ordered by class. `batches_of` turns them
-    into floats in [0, 1], and then applies `normalise`.
-    """
+    """Images for evaluation, `most` of them, uint8: the shorter side is `resized`, the centre of `size` cropped."""
 
     def __init__(
         self, images: ImageSet, size: int, normalise: nn.Module | None = None, most: int | None = None, resized: int = 0
@@ -362,7 +348,7 @@ class Plain(Dataset[Tensor]):
         self.images, self.normalise = images, normalise or nn.Identity()
         self.transform = v2.Compose([v2.Resize(resized or size, antialias=True), v2.CenterCrop(size)])
         count = len(images) if most is None else min(most, len(images))
-        self.places = [place * len(images) // count for place in range(count)]
+        self.places = [place * len(images) // count for place in range(count)]  # a folder is ordered by class
 
     def __len__(self) -> int:
         return len(self.places)
@@ -372,7 +358,7 @@ class Plain(Dataset[Tensor]):
 
 
 def batches_of(images: Plain, batch_size: int = 256, workers: int = 0) -> Iterator[Tensor]:
-    """Yield the images in order, as floats."""
+    """Yield the images in order, as floats in [0, 1], normalised."""
     for batch in load(images, workers, batch_size=batch_size):
         yield images.normalise(batch.float() / 255)
 
@@ -388,10 +374,8 @@ def make_views(
     """Return one transform per view, from uint8 images of any size to square floats in [0, 1].
 
     `name` says whose augmentations: "mocov2" and "simclr" (Chen et al. 2020), "byol" (Grill et al. 2020, appendix B, as
-    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". A view has
-    `size` x `size` pixels of at least `min_crop_scale` of the image's area; with `mirror`, half of the views are
-    flipped left to right. Then come `local_crops` of `local_size`, from a twentieth of the area to `min_crop_scale`
-    (Caron et al. 2021). All draw torch's global random numbers.
+    in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". Views show at least
+    `min_crop_scale` of the image's area. Then come `local_crops`, from a twentieth of it up (Caron et al. 2021).
     """
     whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
     part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)

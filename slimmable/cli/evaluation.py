@@ -22,9 +22,8 @@ from slimmable.cli import data, report
 from slimmable.cli.config import LINEAR, PretrainConfig, printable, say
 from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, normalisation, seed_of
 from slimmable.cli.export import Source
-from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Log, Row, csv_log, named_at
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Row, named_at
 from slimmable.cli.run import new_method, output_for
-from slimmable.cli.training import Training
 from slimmable.errors import DataError, UsageError, explained
 from slimmable.evaluation import evaluate_features, knn_accuracy, label_fraction, linear_evaluation, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
@@ -33,12 +32,12 @@ from slimmable.methods import Method
 PROBES: Mapping[str, Any] = {"knn": {}, "linear": {}}  # how each is to be done, other than by default
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
-_VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
+VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
 
 Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
 
 
-def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
+def passes_of(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]) -> Passes:
     """Return what a run evaluates of its backbone: these widths, or the dense and the gated pass at each."""
 
     @contextmanager
@@ -55,11 +54,7 @@ def _passes(config: PretrainConfig, backbone: nn.Module, widths: Sequence[float]
 def features_in(
     passes: Passes, backbone: nn.Module, images: Plain, workers: int = 0
 ) -> tuple[dict[Any, Tensor], dict[Any, float]]:
-    """Return the features in each of `passes`, and the costs of the gated ones.
-
-    Features are computed in eval mode: (images, features), float32, on the CPU. A cost is the mean share of the
-    multiply-adds, gates included, in those of the dense network of the same width.
-    """
+    """Return the features in each of `passes`, float32 on the CPU, and the gated ones' mean shares of multiply-adds."""
     device = next(backbone.parameters()).device
     parts: dict[Any, list[Tensor]] = {name: [] for name in passes}
     shares: dict[Any, list[Tensor]] = {}
@@ -94,7 +89,7 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
     gates = "" if config.gate_budget is None else f", gated to {config.gate_budget:g}"
     title = f"{config.model}, {config.epochs} epochs of {config.method}{gates}"
     size = min(config.image_size, 32)
-    train, test = (Plain(part, size, most=_VOTERS) for part in (images.train, images.test))
+    train, test = (Plain(part, size, most=VOTERS) for part in (images.train, images.test))
     known, asked = (torch.cat(list(load(part, workers, batch_size=256))) for part in (train, test))
     pixels = knn_accuracy(known, images.train_labels[train.places], asked, images.test_labels[test.places])
     return report.write_report(folder, rows, pixels, title)
@@ -103,25 +98,22 @@ def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images
 def rows_of_run(
     config: PretrainConfig, method: Method, images: Images, probes: Mapping[str, Any] = PROBES, workers: int = 0
 ) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; the gates of `method`, if any, must be calibrated.
-
-    A probe such as "knn@0.1" learns from this fraction of the labels.
-    """
+    """Evaluate every network of a run, trained and untrained; a probe "knn@0.1" learns from 0.1 of the labels."""
     backbone = method.backbone
     untrained = new_method(config, images.channels, len(images.classes)).backbone
     untrained.to(next(backbone.parameters()).device)
-    prober = _Prober(config, images, {name: how for name, how in probes.items() if "published" not in name}, workers)
-    passes = _passes(config, backbone, config.widths)
+    prober = Prober(config, images, {name: how for name, how in probes.items() if "published" not in name}, workers)
+    passes = passes_of(config, backbone, config.widths)
     shares, share_of = prober.measure(backbone, passes)
     if config.method == "supervised":
-        scores, _ = features_in(_passes(config, method.encoder, config.widths), method.encoder, prober.test, workers)
+        scores, _ = features_in(passes_of(config, method.encoder, config.widths), method.encoder, prober.test, workers)
         for width, rated in scores.items():
             shares[width]["classifier"] = float((rated.argmax(1) == images.test_labels).float().mean())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
         if config.gate_budget is not None:
             set_gates(config, untrained, images)
-        for name, found in prober.measure(untrained, _passes(config, untrained, config.widths))[0].items():
+        for name, found in prober.measure(untrained, passes_of(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
     for name in [name for name in probes if name not in prober.probes]:
         for width, more in on_crops(config, backbone, images, name, probes[name], workers).items():
@@ -153,7 +145,7 @@ def static_networks(config: PretrainConfig, backbone: nn.Module, images: Images)
     return networks
 
 
-class _Prober:
+class Prober:
     """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
     def __init__(
@@ -213,42 +205,11 @@ def on_crops(
     return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
 
 
-class Watch:
-    """Log of the kNN accuracy of a run's networks in `knn.csv` and in `logs`, without effect on the training."""
-
-    def __init__(self, training: Training, folder: Path, logs: Sequence[Log]) -> None:
-        self.training, config, backbone = training, training.config, training.method.backbone
-        self.prober = _Prober(config, training.images, {"knn": {}}, training.workers, most=_VOTERS)
-        # a universal model has no statistics for the other widths before the end
-        widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
-        self.passes = _passes(config, backbone, widths)
-        columns = [f"knn/w{width:g}" for width in widths]
-        if config.gate_budget is not None:
-            kinds = ("knn/dense", "knn/gated", "gated_share")
-            columns = [named_at(kind, width) for width in widths for kind in kinds]
-        self.logs = [csv_log(folder / "knn.csv", columns, training.step), *logs]
-
-    def look(self) -> str:
-        """Evaluate, log the numbers, and return them as text; gates decide without noise, at training's thresholds."""
-        found, costs = self.prober.measure(self.training.method.backbone, self.passes)
-        shares = {name if isinstance(name, str) else f"w{name:g}": each["knn"] for name, each in found.items()}
-        values = {f"knn/{name}": share for name, share in shares.items()}
-        values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}
-        shown = "  ".join(f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items())
-        spent = f"  ({', '.join(f'{cost:.2f}' for cost in costs.values())} of the multiply-adds)" if costs else ""
-        for log in self.logs:
-            log(self.training.step, values)
-        return f"kNN accuracy in %  {shown}{spent}"
-
-
-def embed(
-    source: Source, folder: Path, widths: Sequence[float], output: Path, device: torch.device, workers: int = 0
-) -> int:
+def embed(source: Source, folder: Path, widths: Sequence[float], path: Path, device: torch.device, workers: int) -> int:
     """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
 
-    They are what the network gives out, or, if it has a classifier, what that reads. The arrays are `w0.5` and so on,
-    float32 of shape (images, features); `names`, the paths in the folder; and, where images are in folders, `classes`,
-    the names of these, and `labels`, -1 for images that are in none.
+    The arrays are `w0.5` and so on, what the network gives out, or its classifier reads: float32 (images, features);
+    `names`, the paths in the folder; and of images in folders `classes`, and `labels`, -1 for those in none.
     """
     channels, height, side = source.image
     if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):
@@ -270,5 +231,5 @@ def embed(
         arrays |= {"classes": np.array(classes), "labels": np.array([numbers[label] for label in pictures.labels])}
     images = Plain(pictures, side, v2.Normalize(source.mean, source.std))
     passes = {f"w{width}": partial(at_width, model.to(device), width) for width in widths}
-    write_aside(output, lambda path: np.savez(path, **arrays | features_in(passes, model, images, workers)[0]))
+    write_aside(path, lambda aside: np.savez(aside, **arrays | features_in(passes, model, images, workers)[0]))
     return len(pictures)

@@ -59,10 +59,7 @@ def explained_fault(error: BaseException) -> str | None:
     if "dataloader worker" in lower or "pin memory thread" in lower:
         return f"a process that reads images ended ({text}); if memory was short, use fewer --workers"
     if _lost_contact(error):
-        from slimmable.cli.processes import lost_process
-
-        with on_signals(lambda number: None):  # by which torchrun ends the processes that are left
-            return lost_process() or f"another process of this run ended, or cannot be reached ({text})"
+        return f"another process of this run ended, or cannot be reached ({text})"
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
     return text if isinstance(error, OSError) else None

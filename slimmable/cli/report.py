@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
 from slimmable.cli.config import LOGGERS, read_text, require, say
-from slimmable.errors import CheckpointError, DataError
+from slimmable.errors import CheckpointError, DataError, explained
 
 UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge"}
@@ -23,7 +23,6 @@ TITLES |= {"classifier": "own classifier", "finetuned": "fine-tuned"}
 TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, top 5"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
-_MOST_BYTES = 2**28  # of a table
 Log: TypeAlias = Callable[[int, Mapping[str, float]], object]  # of a step's metrics by names such as train_loss/w0.5
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 
@@ -70,7 +69,7 @@ def read_report(folder: Path) -> dict[float, Row]:
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of `metrics.csv` in `folder`, none without a file; raise CheckpointError if it is no report."""
     path, rows = folder / "metrics.csv", []
-    try:
+    with explained(f"{path} is not the report of a run", "; move it away", CheckpointError):
         for cells in _read_table(path):
             network, width = cells.pop("network", ""), float(cells.pop("width"))
             parameters, macs = int(cells.pop("parameters")), int(cells.pop("macs"))
@@ -79,14 +78,12 @@ def read_rows(folder: Path) -> list[Row]:
             if not all(0 <= share <= 1 for share in (row.width, *shares.values())) or min(row.parameters, row.macs) < 0:
                 raise ValueError(f"a width, a count or an accuracy of {row.name} is out of range")
             rows.append(row)
-        return rows
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise CheckpointError(f"{path} is not the report of a run ({error}); move it away") from error
+    return rows
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, none without a file, and without a last line that a full disk cut short."""
-    text = read_text(path, _MOST_BYTES) if os.path.lexists(path) else ""
+    text = read_text(path, 2**28) if os.path.lexists(path) else ""
     return list(csv.DictReader(text.split("\n")[:-1], strict=True))
 
 
@@ -147,17 +144,12 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
 def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
     """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
 
-    Left are two ratios of gradient norms for each narrow width: of the weights that it does not use to its own
-    (`rest_ratio`, solid; below 1, its few weights have the larger gradient), and of all weights to its own
-    (`grad_ratio`, dotted). Right is the cosine of its gradient with the full width's.
-
-    Raises: DataError: if there are no rows, or they have no ratios.
+    Left are `rest_ratio` (solid) and `grad_ratio` (dotted) of each narrow width, right its cosine with the full one's.
     """
     widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
     others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}
     if not widths or not others <= rows[0].keys():
-        way = "give the rows of GradientDiagnostics of a model with at least two widths"
-        raise DataError(f"plot_imbalance: {len(rows)} rows without ratios and cosines of narrow widths; {way}")
+        raise DataError(f"plot_imbalance: {len(rows)} rows, not those of GradientDiagnostics of at least two widths")
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
     ratios, cosines = figure.subplots(1, 2, sharex=True)
     steps = [row["step"] for row in rows]
@@ -187,25 +179,20 @@ def csv_log(path: Path, columns: Sequence[str], done: int) -> Log:
 
     def log(step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, **{name: f"{value:.6g}" for name, value in values.items()}}
-        try:
-            with path.open("a") as file:  # the cell of a width that did not run stays empty
-                file.write(csv_text(names, [row]).partition("\n")[2])
-        except OSError as error:
-            raise CheckpointError(f"cannot write {path} ({error})") from error
+        with explained(f"cannot write {path}", kind=CheckpointError), path.open("a") as file:
+            file.write(csv_text(names, [row]).partition("\n")[2])  # the cell of a width that did not run stays empty
 
     return log
 
 
 def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     """Return the rows of a CSV file up to the step `last`, none without a file; refuse incomplete or other rows."""
-    try:
+    with explained(f"{path} cannot be read", "; move it away, then resume", CheckpointError):
         rows = [row for row in _read_table(path) if int(row["step"]) <= last]
         for row in rows:
             [float(cell) for cell in row.values() if cell != ""]  # fails on missing or extra cells, too
         if any(earlier >= later for earlier, later in pairwise([-1, *(int(row["step"]) for row in rows)])):
             raise ValueError("its steps do not ascend")
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}); move it away, then resume") from error
     return rows
 
 
@@ -215,10 +202,8 @@ def make_logs(
     """Return the logs of a run with `done` steps done: the CSV file, and those `asked` for, which `ends` closes."""
     logs = [csv_log(folder / "losses.csv", columns, done)]
     if "tensorboard" in asked:
-        start = done + 1 if done else None
-        board = require(LOGGERS["tensorboard"], "tensorboard", extra=None).SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start
-        )
+        writer = require(LOGGERS["tensorboard"], "tensorboard", extra=None).SummaryWriter
+        board = writer(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
         def log(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():

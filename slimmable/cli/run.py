@@ -1,14 +1,9 @@
-"""Runs of pre-training: the network, a timm backbone with a method around it, what it starts from, and the folder.
-
-The folder holds the settings, a checkpoint, and the trained networks as files. The checkpoint is one safetensors file,
-a state dict of the converted network and, under names with `training.` in front, what else resuming needs.
-"""
+"""Runs of pre-training: the network, a timm backbone with a method around it, what it starts from, and the folder."""
 
 import copy
 import difflib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
@@ -29,8 +24,9 @@ from slimmable._tables import listed, listing
 from slimmable._width import widths_of
 from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
-from slimmable.files.description import differences
+from slimmable.files.description import Tensors, differences
 from slimmable.files.model import load, save
+from slimmable.files.model import read_weights as read_weights  # for the export, too
 from slimmable.gating import gate
 from slimmable.view.state import is_slim
 
@@ -39,28 +35,23 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 CLASSIFIER = "classifier.safetensors"
 _FORMAT = "slimmable pretrain 1"
-_TRAINING = "training."
-_MOST_BYTES = 2**20  # of a configuration
+_TRAINING = "training."  # before the names of what resuming needs besides the state dict of the network
 _SOURCES = ("hf-hub:", "local-dir:")  # of models, as timm names them
-_NEVER_NEGATIVE = ("num_batches_tracked", "running_var", "step", "exp_avg_sq", "square_avg")
 
 
 @dataclass(frozen=True)
 class Start:
     """Weights to start from: of the backbone, slimmable or plain, and of its linear classifier, if it has one."""
 
-    backbone: Mapping[str, Tensor]
+    backbone: Tensors
     slim: bool
-    classifier: Mapping[str, Tensor]
+    classifier: Tensors
 
 
 def new_method(
     config: PretrainConfig, channels: int, classes: int, start: Start | None = None, teacher: nn.Module | None = None
 ) -> methods.Method:
-    """Return the method of `config` with random weights from its seed, or those of `start`.
-
-    Supervised training tells `classes` classes apart; distillation has as many outputs, or as many as its `teacher`.
-    """
+    """Return the method of `config`, for so many classes or those of `teacher`, with random weights or `start`'s."""
     torch.manual_seed(config.seed)
     backbone, _ = make_backbone(config, channels)
     if teacher is not None:
@@ -196,7 +187,7 @@ def read_config(folder: Path) -> PretrainConfig:
     if not os.path.isfile(path):
         raise CheckpointError(f"{folder} is not the folder of a pre-training run: there is no {path}")
     with explained(f"{path} is not the configuration of a run"):
-        values = dict(json.loads(read_text(path, _MOST_BYTES)))
+        values = dict(json.loads(read_text(path, 2**20)))
     if differing := sorted({each.name for each in fields(PretrainConfig)} ^ set(values)):
         names = listed([f"{printable(name):.60}" for name in differing], 10)
         raise CheckpointError(f"{path} was written by another version: {names} missing or unknown")
@@ -220,9 +211,7 @@ class Checkpoint:
     step: int
 
 
-def save_checkpoint(
-    path: Path, network: nn.Module, training: Mapping[str, Tensor], step: int, images: str | None = None
-) -> None:
+def save_checkpoint(path: Path, network: nn.Module, training: Tensors, step: int, images: str | None = None) -> None:
     """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
     tensors = network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()}
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
@@ -234,34 +223,31 @@ def load_checkpoint(path: Path, images: str | None = None) -> Checkpoint:
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
-    step = metadata.get("step", "")
-    if not re.fullmatch("[0-9]{1,18}", step):
-        raise CheckpointError(f"{path} is damaged: the number of steps done is {step[:40]!r}")
+    with explained(f"{path} is damaged", kind=CheckpointError):
+        step = int(metadata["step"])
     if images and images != (then := metadata.get("images", images)):
         files = f"the files of the run (then {then}; now {images})"
         raise UsageError(f"--data no longer holds {files}; put them back, or start a new run")
     training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, int(step))
+    return Checkpoint(tensors, training, step)
 
 
-def check_alike(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError unless the tensors have the expected names, shapes and types, and possible values."""
+def check_alike(expected: Tensors, given: Tensors, what: str) -> None:
+    """Raise CheckpointError unless the tensors have the expected names, shapes and types, and are finite."""
     if found := differences(expected, given, most=10):
         raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
-    kinds: dict[str, list[str]] = {"of another type": [], "infinite or NaN": [], "negative": []}
+    kinds: dict[str, list[str]] = {"of another type": [], "infinite or NaN": []}
     for name, tensor in expected.items():
         values = given[name]
         if values.dtype != tensor.dtype:
             kinds["of another type"].append(f"{name} {values.dtype}, expected {tensor.dtype}")
         if tensor.isfinite().all() and not values.isfinite().all():
             kinds["infinite or NaN"].append(name)
-        if name.rpartition(".")[2] in _NEVER_NEGATIVE and (values < 0).any():
-            kinds["negative"].append(name)
     if found := listing(kinds, 10):
         raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+def load_exactly(module: nn.Module, tensors: Tensors, what: str) -> None:
     """Load `tensors` into `module`, or change nothing and raise CheckpointError with the differences."""
     check_alike(module.state_dict(), tensors, what)
     module.load_state_dict(dict(tensors))
@@ -277,35 +263,28 @@ def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: 
 
 
 def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, channels: int) -> list[str]:
-    """Write each width as a plain network, and whole ones for `slimmable.load`; return those that timm cannot make."""
-    backbone = method.backbone
+    """Write each width as a plain network, and whole ones as timm makes them; return those that timm cannot make."""
+    backbone, left_out = method.backbone, []
     for width in config.widths:
         save(extract(backbone, width), folder / f"width-{width}.safetensors")
     if config.gate_budget is not None:
         save(backbone, folder / MODEL)
         return []
-    whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
-    return [name for name, network in whole.items() if not _save_whole(folder / name, config, network, channels)]
-
-
-def _save_whole(path: Path, config: PretrainConfig, trained: nn.Module, channels: int) -> bool:
-    """Write all widths of a backbone, or of an encoder that classifies, as timm makes it; return whether it can."""
-    state, head = trained.state_dict(), dict[str, Tensor]()
-    if isinstance(trained, methods.Encoder):
-        state, head = trained.backbone.state_dict(), trained.projector.state_dict()
-    network = converted_backbone(config, channels, len(head.get("bias", ())))
-    for name in network.state_dict().keys() - state.keys() if head else ():
-        state[name] = head.get(name.rpartition(".")[2], head["bias"])
-    if differences(network.state_dict(), state):
-        return False
-    network.load_state_dict(state)
     images = torch.rand(2, channels, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
-    for width in config.widths:
-        ours, theirs = (extract(each, width).cpu().eval()(images) for each in (network, trained))
-        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
-            return False
-    save(network, path)
-    return True
+    whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
+    for name, trained in whole.items():
+        head: dict[str, Tensor] = {} if trained is backbone else method.encoder.get_submodule("projector").state_dict()
+        network, state = converted_backbone(config, channels, len(head.get("bias", ()))), backbone.state_dict()
+        for key in network.state_dict().keys() - state.keys() if head else ():
+            state[key] = head.get(key.rpartition(".")[2], head["bias"])
+        if not differences(network.state_dict(), state):
+            network.load_state_dict(state)
+            at = ([extract(each, width).cpu().eval()(images) for each in (network, trained)] for width in config.widths)
+            if all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in at):
+                save(network, folder / name)
+                continue
+        left_out.append(name)
+    return left_out
 
 
 def read_start(config: PretrainConfig, channels: int) -> Start:
@@ -325,7 +304,7 @@ def read_start(config: PretrainConfig, channels: int) -> Start:
     except CheckpointError:
         if not os.path.isfile(name):
             raise
-        tensors = read_weights(Path(name), "--init")
+        tensors = read_weights(name, "--init")
         slim = any(".narrow." in key for key in tensors)
     classifier = {key.rpartition(".")[2]: tensors.pop(key) for key in of_head & tensors.keys()}
     return Start(tensors, slim, classifier)
@@ -367,21 +346,3 @@ def _network(source: str, channels: int, image_size: int) -> nn.Module:
     if os.path.isfile(path):
         return load(path)
     return make_timm(source, {"in_chans": channels, "pretrained": True}, image_size)[0]
-
-
-def read_weights(path: Path, option: str) -> dict[str, Tensor]:
-    """Return the tensors in a file of torch.save or safetensors, floats as float32; `option` has named it."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{option}: there is no file {path}")
-    with explained(f"{path} is not a file of weights"):
-        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    if not all(map(_is_plain, tensors.values())):
-        raise CheckpointError(f"{path} is not a file of weights: it holds more than plain tensors")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _is_plain(value: object) -> bool:
-    """Return whether a value is a tensor of numbers on the CPU, whose memory holds each of them."""
-    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()

@@ -36,6 +36,7 @@ _SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "u
 HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
 
 Settings = dict[str, dict[str, Any]]  # by path
+Tensors = Mapping[str, Tensor]
 
 
 def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
@@ -43,17 +44,18 @@ def describe(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
     read, rows = _read_in(model), []
     for path, module in model.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in _OWN}
-        shown = {name: written(value) for name, value in own.items() if name in read or _is_number(name, value)}
+        leaves = {name: tree_leaves(value) for name, value in own.items() if not name.startswith("_")}
+        numbers = {name for name, each in leaves.items() if each and all(type(leaf) in _NUMBERS for leaf in each)}
+        shown = {name: written(own[name]) for name in own if name in read or name in numbers}
         rows.append((path, _kind(module), {name: value for name, value in shown.items() if value is not _ABSENT}))
     return rows
 
 
-def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], narrow: bool) -> tuple[str, Settings]:
+def unlike(plain: nn.Module, rows: list[Any], tensors: Tensors, narrow: bool) -> tuple[str, Settings]:
     """Return how a network differs from `plain`, "" if it does not, and by path the settings in which it may differ.
 
-    These are numbers that forwards set themselves or do not read, settings of training and speed and, if the network
-    may be `narrow`, a sub-network of `plain`, sizes. `rows` describe the network, and `tensors` are its own, with
-    hidden buffers; those that forwards have added or cut do not count.
+    These are numbers that forwards set themselves or do not read, settings of training and speed and, in a `narrow`
+    network, sizes. `rows` describe it, and `tensors` are its own; those that forwards have added or cut do not count.
     """
     hidden = hidden_buffers(plain)
     expected = plain.state_dict(keep_vars=True) | hidden
@@ -66,21 +68,18 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Mapping[str, Tensor], nar
     for path, kind, settings in rows:
         if here.get(path) != kind:
             continue
-        module, place = modules[path], f"{path}.".lstrip(".")
+        module, weight = modules[path], given.get(f"{path}.weight".lstrip("."))
         cls: Any = type(module)
-        held = {name: vars(module).get(name, getattr(cls, name, _ABSENT)) for name in settings}
-        own = {name: written(held[name]) for name in settings}
-        differing = [name for name in settings if own[name] is not _ABSENT and not _alike(settings[name], own[name])]
-        bound = [
-            name
-            for name in differing
-            if name in read and name not in stored_by_forward(cls)
-            if not _FREE.search(kind.lower() if name == "p" else name.lower())
-            if not (narrow and _is_narrower(module, name, settings, given.get(f"{place}weight")))
-        ]
-        edited += [f"{place}{name} is {settings[name]!r} in the file, {own[name]!r} here" for name in bound]
-        set_here = [name for name in differing if name in vars(module) and name not in bound]
-        free[path] = {name: _like(held[name], settings[name]) for name in set_here}
+        for name, value in settings.items():
+            held = vars(module).get(name, getattr(cls, name, _ABSENT))
+            if (own := written(held)) is _ABSENT or _alike(value, own):
+                continue
+            bound = name in read and name not in stored_by_forward(cls)
+            bound = bound and not _FREE.search(kind.lower() if name == "p" else name.lower())
+            if bound and not (narrow and _is_narrower(module, name, settings, weight)):
+                edited.append(f"{path}.{name}".lstrip(".") + f" is {value!r} in the file, {own!r} here")
+            elif name in vars(module):
+                free.setdefault(path, {})[name] = _like(held, value)
     found = {
         "other modules": [
             f"{path or 'the model'} is {there.get(path, 'missing')} in the file, {here.get(path, 'missing')} here"
@@ -104,13 +103,12 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {f"{HIDDEN}{name}": buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
-def differences(
-    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int | None = None, smaller: Container[str] = ()
-) -> str:
-    """Return how two state dicts differ in names and shapes: one line per kind of difference, or "" for none.
+def differences(expected: Tensors, given: Tensors, most: int | None = None, smaller: Container[str] = ()) -> str:
+    """Return how tensors `given` in a file differ in names and shapes: a line per kind, with `most` names, or ""."""
 
-    `expected` are tensors of the network, `given` those of the file, some maybe `smaller`; a line lists `most` names.
-    """
+    def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
+        return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
+
     kinds = {
         "missing": [name for name in expected if name not in given],
         "unknown": [name for name in given if name not in expected],
@@ -118,14 +116,10 @@ def differences(
             f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
             for name, tensor in expected.items()
             if name in given and given[name].shape != tensor.shape
-            if not (name in smaller and _fits_inside(given[name].shape, tensor.shape))
+            if not (name in smaller and fits_inside(given[name].shape, tensor.shape))
         ],
     }
     return listing(kinds, most)
-
-
-def _fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-    return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
 
 
 def _kind(module: nn.Module) -> str:
@@ -193,12 +187,6 @@ def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], weig
     return smaller(settings[name], written(vars(module).get(name)))
 
 
-def _is_number(name: str, value: object) -> bool:
-    """Tell whether an attribute without an underscore is a number, or nested lists of numbers."""
-    leaves = tree_leaves(value)
-    return not name.startswith("_") and bool(leaves) and all(type(leaf) in _NUMBERS for leaf in leaves)
-
-
 def _like(own: Any, given: Any) -> Any:
     """Return numbers from a file with the types of a module's own, or the own ones if they are something else."""
     if isinstance(own, (tuple, list)) and isinstance(given, list) and len(own) == len(given):
@@ -246,16 +234,14 @@ def encode(plan: Plan) -> tuple[dict[str, Any], NDArray[np.int64]]:
 
 
 def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -> Plan:
-    """Return the plan of a plain network that `encode` wrote; attributes and empty caches are those of the network.
-
-    Raises: CheckpointError, or the error that reading some part raises, if the data is not a plan of this network.
-    """
+    """Return the plan of a plain network that `encode` wrote; attributes and empty caches are those of the network."""
     sizes = tuple(int(n) for n in data["units"])
     total = sum(sizes)
     if min(sizes, default=1) < 1 or total > len(units) or (len(units) and not 0 <= units.min() <= units.max() <= total):
         raise CheckpointError("its channel groups do not fit its axes")
     axis = np.split(units.astype(np.int64), np.cumsum(data["lengths"])[:-1]).__getitem__
-    leaves: dict[str, Callable[..., Any]] = {"constant": int, "attribute": _attribute, "size": axis}
+    leaves: dict[str, Callable[..., Any]] = {"constant": int, "size": axis}
+    leaves["attribute"] = lambda path, name, position: (path, name, tuple(position))
 
     def axes(numbers: Sequence[int | None]) -> tuple[Ids | None, ...]:
         return tuple(None if number is None else axis(number) for number in numbers)
@@ -264,51 +250,39 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
         kind, *rest = parts
         return Expression(kind, leaves[kind](*rest) if kind in leaves else tuple(map(expression, rest)))
 
-    def rows(name: str, *kinds: Callable[[Any], Any]) -> list[Any]:
-        return [tuple(kind(cell) for kind, cell in zip(kinds, row, strict=True)) for row in data[name]]
-
     modules = dict(network.named_modules())
     originals = dict[tuple[str, str], Any]()
     for path, name, value in data["originals"]:
         own = originals[path, name] = vars(modules[path])[name]
         if written(own) != value:
             raise CheckpointError(f"{path}.{name} is {own!r}, but {value!r} in the file")
-    keys = [_attribute(*row) for row in data["attributes"]]
+    keys: list[Attribute] = [leaves["attribute"](*row) for row in data["attributes"]]
     attributes = {key: int(reduce(getitem, key[2], originals[key[:2]])) for key in keys}
     kinds: dict[str, Callable[[Any], Any]] = {"widths": check_widths, "round_to": int, "rounding": str}
     kinds |= {"overlap": bool, "universal": bool, "switchable": lambda paths: tuple(map(str, paths))}
     rules = {name: kind(data[name]) for name, kind in kinds.items() if name in data}
-    plan = Plan(**rules, pins=[Pin(row[:3], *row[3:]) for row in rows("pins", str, str, int, int, str)])
+    plan = Plan(**rules, pins=[Pin((path, name, dim), size, why) for path, name, dim, size, why in data["pins"]])
     check_rounding("the plan", rounding=plan.rounding)
-    for path, name in rows("caches", str, str):
+    for path, name in data["caches"]:
         value = vars(modules[path])[name]
         if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
             raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
         plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
-    constraints = [Constraint(*row) for row in rows("constraints", expression, expression, str)]
+    constraints = [Constraint(expression(one), expression(other), where) for one, other, where in data["constraints"]]
     plan.channels = Channels(
         Requirements(Grouping.of(sizes), constraints, attributes),
-        {(path, name): units_of for path, name, units_of in rows("tensors", str, str, axes)},
+        {(path, name): axes(numbers) for path, name, numbers in data["tensors"]},
         originals,
-        rows("scales", str, str, axis),
-        [Output(*row) for row in rows("outputs", str, _numbers, axes, str)],
-        tuple(tuple(map(str, paths)) for paths in data["makers"]),
-        tuple(map(bool, data["ordered"])),
-        [(int(macs), tuple(map(axis, numbers))) for macs, numbers in data["products"]],
-        {(path, name): shape for path, name, shape in rows("sizes", str, str, _numbers)},
+        [(path, name, axis(number)) for path, name, number in data["scales"]],
+        [Output(name, tuple(shape), axes(numbers), why) for name, shape, numbers, why in data["outputs"]],
+        tuple(map(tuple, data["makers"])),
+        tuple(data["ordered"]),
+        [(macs, tuple(map(axis, numbers))) for macs, numbers in data["products"]],
+        {(path, name): tuple(shape) for path, name, shape in data["sizes"]},
     )
     for place, shape in misfits(network, plan):
-        seen = "is missing" if shape is None else f"has shape {shape}"
-        raise CheckpointError(f"{place} {seen}, which does not fit the file's plan")
+        raise CheckpointError(f"{place} of shape {shape} does not fit the file's plan")
     plan.fill([plan.sub_network(tuple(counts)).counts for counts in data["counts"]])
     if len(plan.columns) != len(plan.widths) or plan.columns[0].counts != sizes:
         raise CheckpointError("its counts are not those of its widths, of which the first is the full network")
     return plan
-
-
-def _attribute(path: str, name: str, position: list[int]) -> Attribute:
-    return str(path), str(name), _numbers(position)
-
-
-def _numbers(values: list[Any]) -> tuple[int, ...]:
-    return tuple(map(int, values))

@@ -1,7 +1,9 @@
 """Files of models, slimmable or plain: safetensors whose metadata say how to rebuild the model, mostly by timm."""
 
+import argparse
 import inspect
 import json
+import os
 import sys
 import threading
 import warnings
@@ -26,17 +28,14 @@ from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
 from slimmable._described import Facts, facts, fitting, named_in_forward
 from slimmable._modules import ADDONS, MODULES, addons_of, replace_modules
 from slimmable._width import places_of, registered
-from slimmable.analysis.plan import Plan
-from slimmable.errors import CheckpointError, SlimmableError
-from slimmable.files.description import HIDDEN, decode, describe, differences, encode, hidden_buffers, unlike
+from slimmable.errors import CheckpointError, SlimmableError, explained
+from slimmable.files.description import HIDDEN, Tensors, decode, describe, differences, encode, hidden_buffers, unlike
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 
 _FORMAT = "slimmable 2"
 _UNITS = "slimmable/units"
-_MOST_WIDTHS = 256  # of a model with few tensors
 _NEVER = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-_PLAIN = (int, float, str, type(None))
 _LARGE = 2**13  # image sizes, depths and the like are smaller; other sizes are those of tensors
 
 
@@ -69,7 +68,15 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
     bare, data = model, dict[str, Any]()
     for name, addon in addons_of(model).items():
         bare, data[name] = addon.describe(bare)
-    plan, full = _plan_to_save(bare), full_network(bare)
+    plan = None
+    if any(is_slim(module) for module in bare.modules()):
+        places, plan = places_of(bare), plan_of(bare)  # the first raises if layers were added
+        this = f"this {type(bare).__name__}"
+        if plan is None or any(state.plan is not plan for _, state in places):
+            raise CheckpointError(f"{this} is a part or wrapper of a converted model, or made by hand; save that model")
+        if gone := ", ".join([name for name, shape in misfits(bare, plan) if shape is None][:6]):
+            raise CheckpointError(f"{gone}: gone from {this} since it was converted; convert it again, then save it")
+    full = full_network(bare)
     tensors = model.state_dict() | hidden_buffers(full)
     data["recipe"] = fitting_recipe(full, plan is None, arguments)
     data |= {"class": type(model).__name__, "versions": versions(), "modules": describe(full)}
@@ -106,8 +113,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         return _restored(data, tensors, model).eval()
     except Exception as error:  # of any class, if the description is no such thing
-        invalid = f"its description of the model is invalid ({type(error).__name__}: {error})"
-        said = error if isinstance(error, SlimmableError) else invalid
+        said = error if isinstance(error, SlimmableError) else f"its description of the model is invalid ({error!r})"
         raise CheckpointError(f"{path} cannot be loaded: {said}") from error
 
 
@@ -131,21 +137,6 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
     return full_network(model).state_dict(prefix=prefix, keep_vars=keep_vars)
 
 
-def _plan_to_save(model: nn.Module) -> Plan | None:
-    """Return the plan of a converted model, or None for a plain one; raise `CheckpointError` if it is neither."""
-    if not any(is_slim(module) for module in model.modules()):
-        return None
-    places, plan, kind = places_of(model), plan_of(model), type(model).__name__  # the first raises if layers were added
-    if plan is None or any(state.plan is not plan for _, state in places):
-        raise CheckpointError(
-            f"this {kind} is a part or a wrapper of a converted model, or made by hand; save the converted model itself"
-        )
-    gone = ", ".join([name for name, shape in misfits(model, plan) if shape is None][:6])
-    if gone:
-        raise CheckpointError(f"{gone}: gone from this {kind} since it was converted; convert it again, then save it")
-    return plan
-
-
 def versions() -> dict[str, str]:
     """Return the versions of the packages that make a network."""
     from slimmable import __version__
@@ -156,10 +147,9 @@ def versions() -> dict[str, str]:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says about its model, and its tensors; refuse it unless `save` wrote it."""
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable.save")
-    try:
-        return dict(json.loads(metadata["model"])), tensors
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read; it is damaged ({error})") from error
+    with explained(f"{path} cannot be read; it is damaged", kind=CheckpointError):
+        data = dict(json.loads(metadata["model"]))
+    return data, tensors
 
 
 def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
@@ -176,7 +166,7 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     for path, settings in free.items():
         vars(network.get_submodule(path)).update(settings)
     if "plan" in data:
-        if len(data["plan"]["counts"]) + len(data["registered"]) > max(_MOST_WIDTHS, len(tensors)):
+        if len(data["plan"]["counts"]) + len(data["registered"]) > max(256, len(tensors)):
             raise CheckpointError("it has more widths than its tensors are for")
         network = apply_plan(network, decode(data["plan"], tensors.pop(_UNITS).numpy(), network))
         widths = [tuple(width) if isinstance(width, list) else float(width) for width in data["registered"]]
@@ -195,6 +185,27 @@ def _restored(data: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     return network
 
 
+def read_weights(path: str | os.PathLike[str], where: str) -> dict[str, Tensor]:
+    """Return the tensors in a file of torch.save or safetensors, floats as float32; nothing in it is executed."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{where}: there is no file {path}")
+    import timm
+
+    known = torch.serialization.safe_globals([argparse.Namespace])  # which training scripts often save
+    with explained(f"{path} is not a file of weights", kind=CheckpointError), known:
+        tensors: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
+        if other := [f"{name!s:.80}" for name, value in tensors.items() if not is_plain(value)]:
+            raise ValueError(f"it holds more than plain tensors: {', '.join(other[:5])}")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a value is a tensor of real numbers whose memory holds each of them."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.is_complex() or value.layout != torch.strided:
+        return False
+    return not value.is_meta and value.nbytes <= value.untyped_storage().nbytes()
+
+
 def full_network(model: nn.Module) -> nn.Module:
     """Return the plain network of the full width, with the tensors of `model`, which is returned if it is plain."""
     bare = plain(model)
@@ -211,10 +222,9 @@ def filled(like: Tensor, given: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the timm architecture of a plain network and the arguments that make it, or None if it is not timm's.
+    """Return the timm architecture and arguments that make a plain network, or if it may be `narrow`, a wider one.
 
-    If it may be `narrow`, they make one of which it may be a sub-network. A network that surgery has changed from what
-    timm makes has no recipe either; a warning says so. Given arguments that make another model are refused.
+    None if it is not timm's, or surgery has changed it; then with a warning. Given arguments that do not are refused.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
@@ -244,18 +254,16 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 
     import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 
-    try:
+    with explained(f"timm cannot make the model {str(recipe)[:400]}", kind=CheckpointError):
         name, arguments = recipe["timm"], recipe["arguments"]
         known = ":" not in name and timm.is_model(name) and set(arguments).isdisjoint(_NEVER)
-        if not known or not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(arguments)):
+        if not known or not all(isinstance(leaf, (int, float, str, type(None))) for leaf in tree_leaves(arguments)):
             raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
-        return model
-    except Exception as error:  # timm's constructors raise errors of all kinds
-        raise CheckpointError(f"timm cannot make the model {str(recipe)[:400]} ({error})") from error
+    return model
 
 
-def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def skeleton(recipe: Mapping[str, Any], tensors: Tensors) -> nn.Module:
     """Make a timm model without memory; refuse arguments and numbers of modules far too large for such `tensors`."""
     largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
     if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
@@ -268,7 +276,7 @@ def skeleton(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Mod
 
 @contextmanager
 def _at_most(registrations: int) -> Iterator[None]:
-    """Let modules of this thread register at most so many parameters and modules while the block runs."""
+    """Let modules of this thread register at most so many modules while the block runs."""
     thread, left = threading.get_ident(), registrations
 
     def count(*_: object) -> None:
@@ -277,14 +285,11 @@ def _at_most(registrations: int) -> Iterator[None]:
         if left < 0:
             raise CheckpointError("it has more modules than the file has tensors for")
 
-    parameters = torch_module.register_module_parameter_registration_hook(count)
-    with parameters, torch_module.register_module_module_registration_hook(count):
+    with torch_module.register_module_module_registration_hook(count):
         yield
 
 
-def _candidates(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: list[Any]
-) -> Iterator[dict[str, Any]]:
+def _candidates(model: nn.Module, config: Any, tensors: Tensors, rows: list[Any]) -> Iterator[dict[str, Any]]:
     """Yield the arguments that the model may have been made with, from none to all that can be read off it."""
     known = list(read_off(model, config).items())
     for count in range(len(known) + 1):
@@ -313,11 +318,7 @@ def read_off(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def narrow_arguments(model: Any, full: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with which timm makes a network with the sizes of this plain one, or raise `CheckpointError`.
-
-    They follow from the recipe of the `full` network. What the numbers that its constructor then gets do, also those
-    in the fields of a configuration, cannot be seen in them, so others are tried, on tensors without memory.
-    """
+    """Return arguments with which timm makes a network of this one's sizes: the `full` one's, changed by trial."""
     tensors = model.state_dict(keep_vars=True) | hidden_buffers(model)
     fixed = {**full["arguments"], **read_off(model, model.pretrained_cfg)}
     code, seen, before = inspect.unwrap(type(model).__init__).__code__, dict[str, Any](), sys.getprofile()

@@ -1,9 +1,7 @@
 """Checkpoints of the published SlimCLR code, loaded as slimmable timm networks."""
 
-import argparse
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +12,7 @@ from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
 from slimmable.files.description import differences
-from slimmable.files.model import filled
+from slimmable.files.model import filled, is_plain, read_weights
 from slimmable.layers import SwitchableProbe
 
 _BLOCKS = (3, 4, 6, 3)  # per stage of ResNet-50; the published code numbers them consecutively
@@ -36,13 +34,11 @@ def load_slimclr(
 
     Args:
         checkpoint: path of the file, or the result of `torch.load` or `state_dict`, with or without the `module.`
-            prefix of parallel training and the other entries of a training checkpoint. Nothing in a file is executed;
-            besides tensors and plain data it may only hold an `argparse.Namespace`, which training scripts often save.
+            prefix of parallel training and the other entries of a training checkpoint. Nothing in a file is executed.
         widths: those of the training; by default, of the released networks. Sub-networks must share their weights
             (`overlap_weight` 1, as in the authors' scripts), which a checkpoint does not show.
 
-    Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network; the
-        message then lists all entries that are missing, unknown or of another shape.
+    Raises: CheckpointError: if the file is missing, damaged or holds other objects, or is of another network.
 
     Source: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, IJCV 2024, arXiv 2209.15525.
 
@@ -53,8 +49,13 @@ def load_slimclr(
     """
     import timm
 
-    checked = check_widths(widths)
-    source, tensors = _read(checkpoint)
+    checked, source = check_widths(widths), "the checkpoint"
+    if isinstance(checkpoint, (str, os.PathLike)):
+        source, tensors = str(checkpoint), read_weights(checkpoint, "load_slimclr")
+    elif isinstance(checkpoint, Mapping):
+        tensors = checkpoint.get("state_dict", checkpoint)
+    else:
+        raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
     given = _encoder(source, tensors)
     switched = "fc.linears.0.weight" in given
     scores = given.get("fc.linears.0.weight" if switched else "fc.weight")
@@ -80,8 +81,12 @@ def _published(name: str) -> str:
     return re.sub(r"(bn\d|shortcut\.1)\.(?!bn)", r"\1.bn.0.", name)
 
 
-def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encoder(source: str, tensors: Any) -> dict[str, Tensor]:
     """Return the entries that belong to the published code's ResNet-50, without a projection head, or refuse it."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{source} holds no state dict, but a {type(tensors).__name__}")
+    if other := [f"{name!s:.80}" for name, each in tensors.items() if not (isinstance(name, str) and is_plain(each))]:
+        raise CheckpointError(f"{source} holds more than named plain tensors: {', '.join(other[:5])}")
     names = {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in tensors.items()}
     head = r"fc\.\d"  # a projection head is a sequence of layers
     for prefix in ("encoder_q.", "base_encoder."):  # MoCo v2 and SimCLR, MoCo v3
@@ -99,43 +104,3 @@ def _encoder(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         count = f"{len(blocks)} residual block{'s' * (len(blocks) > 1)}"
         raise CheckpointError(f"{source} has {count}; only ResNet-50, with {sum(_BLOCKS)}, can be loaded")
     return network
-
-
-def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Tensor]]:
-    source, data = "the checkpoint", checkpoint
-    if isinstance(checkpoint, (str, os.PathLike)):
-        source = str(checkpoint)
-        if not os.path.isfile(source):
-            raise CheckpointError(f"there is no file {source}")
-        try:
-            if zipfile.is_zipfile(source):
-                with zipfile.ZipFile(source) as archive:  # torch.save compresses nothing
-                    if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(source):
-                        raise ValueError("its parts are larger than the file")
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                data = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # on foreign bytes, the unpickler raises errors of all kinds
-            why = "it is damaged, not a torch checkpoint, or holds objects that could run programs"
-            way = "if you trust it, pass what torch.load(path, weights_only=False) returns"
-            raise CheckpointError(f"{source} cannot be read; {why}; {way}") from error
-    elif not isinstance(checkpoint, Mapping):
-        raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
-    if isinstance(data, Mapping):
-        data = data.get("state_dict", data)
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"{source} holds no state dict, but a {type(data).__name__}")
-    other = [f"a {type(name).__name__}" for name in data if not isinstance(name, str)]
-    other = other or [f"{name:.80} ({_no_numbers(value)})" for name, value in data.items() if _no_numbers(value)]
-    if other:
-        raise CheckpointError(f"{source} holds no state dict of named tensors; others are {', '.join(other[:5])}")
-    return source, data
-
-
-def _no_numbers(value: object) -> str:
-    """Return "" for a plain tensor with as much memory as it shows, or else what the value is."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
-    if plain and value.untyped_storage().nbytes() >= value.nbytes:
-        return ""
-    return f"a tensor of {value.dtype}, {value.layout} on {value.device}, not a plain one"

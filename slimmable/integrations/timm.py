@@ -103,8 +103,6 @@ class _Program:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.width = options, options.slim_width
         self.widths = check_widths({*options.slim_widths, self.width or 1.0})
-
-    def install(self) -> None:
         timm.create_model = models.create_model = self.create_model  # type: ignore[assignment]
         models.load_checkpoint = self.load_checkpoint
         scheduler.create_scheduler_v2 = self.create_scheduler  # type: ignore[attr-defined]
@@ -167,7 +165,7 @@ def _main() -> None:
     own, arguments = parser.parse_known_args()
     if not arguments or not Path(arguments[0]).is_file():
         parser.error(f"the first argument must be the path of timm's train.py or validate.py, got {arguments[:1]}")
-    _Program(own).install()
+    _Program(own)
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))  # as Python does
     runpy.run_path(arguments[0], run_name="__main__")

@@ -64,9 +64,9 @@ def refused(capsys, *arguments):
         ([*VICREG, "--gate-budget", "0.01"], "--gate-budget 0.01: small_resnet with all gates closed costs 0.0"),
         (
             [*VICREG, "--gate-budget", "0.3", "--widths", "1", "0.5", "--universal"],
-            "--gate-budget is for fixed widths, but --universal draws some; leave one out",
+            "--gate-budget and --views-per-width are for fixed widths; leave out --universal",
         ),
-        (["--views-per-width", "--universal"], "--views-per-width is for fixed widths, but --universal draws some"),
+        (["--views-per-width", "--universal"], "are for fixed widths; leave out --universal"),
         (["--bn-groups", "3"], "--bn-groups 3 of --batch-size 64: they must be equal, of two"),
         (["--bn-groups", "64"], "--bn-groups 64 of --batch-size 64: they must be equal, of two images or more"),
         ([*VICREG, "--gate-budget", "0.3", "--universal"], "--universal needs a narrowest width"),

@@ -324,7 +324,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
     monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    work = ("training.Training.take_step", "evaluation.rows_of_run", "export._write", "evaluation.features_in")
+    work = ("pretrain.Training.take_step", "evaluation.rows_of_run", "export._write", "evaluation.features_in")
     for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
@@ -455,19 +455,19 @@ DEVICES = (
         (["pretrain", "--method", "simclr", "--augmentation", "supervised"], "--augmentation supervised makes one"),
         (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
         (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", ".5", "--universal"], "fixed width"),
-        (["pretrain", "--views-per-width", "--universal"], "--views-per-width is for fixed widths"),
+        (["pretrain", "--views-per-width", "--universal"], "--views-per-width are for fixed widths"),
         (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),
         (["pretrain", "--preset", "byol-imagenet", "--method", "simclr"], "is for --method byol, not simclr"),
         (["pretrain", "--preset", "byol-imagenet", "--data", "missing"], "--data missing: there is no such folder"),
         (["pretrain", "--data", "folder"], "holds no images"),
         (["pretrain", "--data", "wds/photos"], "--data wds/photos: timm reads wds/ only in order"),
         (["pretrain", "--data", "TFDS/mnist"], "so no run could be resumed"),
-        (["pretrain", "--data", "torch/mnist"], "--data-dir is missing: it goes with torch/NAME"),
+        (["pretrain", "--data", "torch/mnist"], "--data-dir None: it goes with torch/NAME"),
         (["pretrain", "--data", "torch/mnist", "--data-dir", "folder"], "--data torch/mnist cannot be read"),
         (["pretrain", "--data", "torch/abacus", "--data-dir", "folder"], "Unknown torchvision dataset abacus"),
         (["pretrain", "--data", "torch/folder", "--data-dir", "folder"], "folder holds no images"),
         (["pretrain", "--data", "torch/folder", "--data-dir", "missing"], "--data missing: there is no such folder"),
-        (["pretrain", "--data-dir", "folder"], "or hfds/NAME, here --data digits"),
+        (["pretrain", "--data-dir", "folder"], "or hfds/NAME, not --data digits"),
         (["pretrain", "--mean", "0.5", "0.5", "0.5"], "--mean: got 3 values; give one for all"),
         (["pretrain", "--std", "1", "1"], "--std: got 2 values; give one for all"),
         (["pretrain", "--model", "test_vit", "--image-size", "20"], "--image-size"),

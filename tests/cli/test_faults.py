@@ -20,9 +20,9 @@ from slimmable import _atomic
 from slimmable.__main__ import main
 from slimmable.cli import data
 from slimmable.cli.faults import explained_fault, on_signals
+from slimmable.cli.pretrain import Training
 from slimmable.cli.processes import locked
 from slimmable.cli.run import load_checkpoint
-from slimmable.cli.training import Training
 from slimmable.errors import CheckpointError, UsageError
 from tests.cli.test_pretrain import assert_same_results
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from slimmable._atomic import fill_aside, write_aside
+from slimmable.cli.pretrain import fill_state, optimizer_tensors
 from slimmable.cli.run import (
     load_checkpoint,
     load_exactly,
     save_checkpoint,
 )
-from slimmable.cli.training import fill_state, optimizer_tensors
 from slimmable.errors import CheckpointError
 
 

@@ -12,9 +12,8 @@ import slimmable
 from slimmable.__main__ import main
 from slimmable.cli.config import configure
 from slimmable.cli.data import load_images
-from slimmable.cli.evaluation import Watch
+from slimmable.cli.pretrain import Training, Watch
 from slimmable.cli.run import new_method
-from slimmable.cli.training import Training
 from slimmable.evaluation import knn_accuracy
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 

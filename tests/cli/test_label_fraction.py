@@ -100,7 +100,7 @@ class Counted:
 
 
 def test_evaluation_holds_a_batch_of_images_however_many_there_are(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimmable.cli.evaluation._VOTERS", 300)
+    monkeypatch.setattr("slimmable.cli.evaluation.VOTERS", 300)
     compared = []
 
     def counting(train, train_labels, test, test_labels):

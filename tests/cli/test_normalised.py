@@ -12,8 +12,8 @@ from slimmable.__main__ import main
 from slimmable.cli.config import PretrainConfig, configure
 from slimmable.cli.data import Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import features_in
+from slimmable.cli.pretrain import Training
 from slimmable.cli.run import new_method, normalised, read_config, trained_method
-from slimmable.cli.training import Training
 
 
 @pytest.fixture

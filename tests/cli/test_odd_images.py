@@ -133,7 +133,7 @@ def test_pipes_sockets_and_links_to_nothing_are_left_out_at_once(folder, monkeyp
     said = left_out(folder)
     assert "left out 4 files" in said
     for name in ("pipe", "loop", "nothing", "socket"):
-        assert f"{name}.png (it is no file, or leads to none)" in said
+        assert f"{name}.png cannot be read (it is no file, or leads to none)" in said
 
 
 def test_only_images_are_decoded_whatever_their_name(folder, monkeypatch):
@@ -142,7 +142,7 @@ def test_only_images_are_decoded_whatever_their_name(folder, monkeypatch):
     (folder / "cat" / "9.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     )
-    assert "9.png (cannot identify image file" in left_out(folder)
+    assert "9.png cannot be read (cannot identify image file" in left_out(folder)
     write(folder / "cat" / "10.png", format="JPEG")
     assert len(pictures(folder / "cat" / "10.png")[0]) == 3
 
@@ -194,7 +194,7 @@ def test_a_name_that_is_not_utf8_can_be_trained_on(folder, tmp_path, tiny, capsy
     (folder / "caf\udce9" / "broken.png").write_bytes(b"broken")
     options = ("--batch-size", "8", "--epochs", "1", "--image-size", "32", "--data", str(folder))
     assert main(["pretrain", *tiny, *options, "--output", str(tmp_path / "run")]) == 0
-    assert "caf\\udce9/broken.png' (cannot identify" in capsys.readouterr().out
+    assert "caf\\udce9/broken.png' cannot be read (cannot identify" in capsys.readouterr().out
 
 
 # -- shapes of folders
@@ -314,4 +314,4 @@ def test_a_file_that_vanishes_between_the_listing_and_the_first_reading_is_left_
     said = []
     images = folder_images(folder, 0, said.append)
     assert len(images.train) + len(images.test) == 5
-    assert "1.png ([Errno 2] No such file" in said[0]
+    assert "1.png cannot be read ([Errno 2] No such file" in said[0]

@@ -8,8 +8,8 @@ from torch import nn
 
 from slimmable.cli.config import DISTILLATIONS, METHODS, PRESETS, PretrainConfig, configure, with_preset
 from slimmable.cli.data import load_images
+from slimmable.cli.pretrain import Training, make_optimizer
 from slimmable.cli.run import new_method
-from slimmable.cli.training import Training, make_optimizer
 from slimmable.errors import UsageError
 from slimmable.losses import OnlineDistillation
 
@@ -153,7 +153,7 @@ def test_kinds_of_distillation_are_refused_where_a_step_could_not_take_them(meth
 
 
 def test_key_parts_that_processes_cannot_share_are_refused(images, monkeypatch):
-    monkeypatch.setattr("slimmable.cli.training.world_size", lambda: 2)
+    monkeypatch.setattr("slimmable.cli.pretrain.world_size", lambda: 2)
     for settings in ({"key_parts": 3}, {"batch_size": 10, "key_parts": 4}):
         with pytest.raises(UsageError, match=r"--key-parts . of --batch-size 1. cannot be shared by 2 processes"):
             training(images, **settings)

@@ -19,8 +19,8 @@ import slimmable
 from slimmable.__main__ import main
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import METHODS
+from slimmable.cli.pretrain import Training
 from slimmable.cli.run import load_checkpoint, read_config, save_networks, trained_method
-from slimmable.cli.training import Training
 
 
 def assert_same_results(folder, other):

@@ -12,8 +12,8 @@ import slimmable
 from slimmable.__main__ import main
 from slimmable.cli.config import PRESETS, PretrainConfig, configure
 from slimmable.cli.data import load_images, make_views
+from slimmable.cli.pretrain import Training, make_optimizer
 from slimmable.cli.run import new_method
-from slimmable.cli.training import Training, make_optimizer
 from slimmable.gating import gate, gate_parameters
 from tests.cli.test_pretrain import assert_same_results, interrupt_after
 

@@ -33,7 +33,7 @@ import slimmable
 from slimmable import gating, layers, losses, methods, training
 from slimmable.cli.commands import COMMANDS
 from slimmable.cli.config import kind_of
-from slimmable.cli.training import Training
+from slimmable.cli.pretrain import Training
 from slimmable.errors import ConversionError, InputError, SlimmableError
 from slimmable.view.state import state_of
 from tests.life import bad_values as bad

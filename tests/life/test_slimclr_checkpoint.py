@@ -298,15 +298,15 @@ def test_what_is_no_checkpoint(tmp_path, state):
     whole = path.read_bytes()
     for damaged in (b"", b"not a checkpoint", whole[:-100], whole[: len(whole) // 2], b"\x80\x02}q\x00."[:4]):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="cannot be read; it is damaged"):
+        with pytest.raises(CheckpointError, match="is not a file of weights"):
             load_slimclr(path)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(CheckpointError, match="holds no state dict, but a Tensor"):
+    with pytest.raises(CheckpointError, match="is not a file of weights"):
         load_slimclr(path)
     for nothing in ({"state_dict": 3}, {"state_dict": None}):
         with pytest.raises(CheckpointError, match="the checkpoint holds no state dict"):
             load_slimclr(nothing)
-    with pytest.raises(CheckpointError, match=r"named tensors; others are epoch \(int\)"):
+    with pytest.raises(CheckpointError, match="more than named plain tensors: epoch, model"):
         load_slimclr({"epoch": 3, "model": {}})
     with pytest.raises(UsageError, match="a path or a dict, got list"):
         load_slimclr([state])
@@ -327,7 +327,7 @@ class Runs:
 def test_nothing_in_a_file_is_executed(tmp_path, state):
     path, trace = tmp_path / "ckpt.pth.tar", tmp_path / "it ran"
     torch.save({"state_dict": state, "args": Runs(trace)}, path)
-    with pytest.raises(CheckpointError, match="objects that could run programs"):
+    with pytest.raises(CheckpointError, match=r"is not a file of weights .*Weights only load failed"):
         load_slimclr(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)
