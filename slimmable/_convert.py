@@ -25,8 +25,8 @@ from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import moved, order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
-from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import AxisName, Plan, Setting
+from slimmable.analysis.trace import Outputs
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.norms import Switchable, SwitchableContainer, SwitchableNorm, inherit
 from slimmable.view.state import Counts, WidthState, is_slim, state_of

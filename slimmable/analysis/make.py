@@ -16,13 +16,11 @@ from slimmable._inputs import Arguments, output_tensors
 from slimmable._modules import size_axes, swapped
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
-from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, SubNetwork
 from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.integers import Constraint
 from slimmable.analysis.labels import Ids, Labels
-from slimmable.analysis.outputs import Outputs, is_inside
-from slimmable.analysis.plan import Pin, Plan
-from slimmable.analysis.trace import Skip, Trace, trace
+from slimmable.analysis.plan import Channels, Counts, Failure, Grouping, Output, Pin, Plan, Requirements, SubNetwork
+from slimmable.analysis.trace import Outputs, Skip, Trace, is_inside, trace
 from slimmable.errors import ConversionError, TraceError
 
 _TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
@@ -217,8 +215,9 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
     scales = [(path, name, units_of(ids)) for path, name, ids in _scales(model, found, grouping)]
     # torch's encoders may skip padding by nested tensors, which need an even number of heads
-    nested = [(path, NESTED) for path, module in model.named_modules() if vars(module).get(NESTED) is True]
-    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *nested])
+    nested = "use_nested_tensor"
+    encoders = [(path, nested) for path, module in model.named_modules() if vars(module).get(nested) is True]
+    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *encoders])
     makers: list[set[str]] = [set() for _ in solution.roots]
     for path, made in context.producers:
         for group in grouping.groups_in([made]):

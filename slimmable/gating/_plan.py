@@ -15,11 +15,10 @@ from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, output_tensors
 from slimmable._widths import width_index
-from slimmable.analysis.channels import Grouping
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
-from slimmable.analysis.plan import Plan
+from slimmable.analysis.plan import Grouping, Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import CheckpointError, ConversionError
 from slimmable.view.state import is_slim
