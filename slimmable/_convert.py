@@ -57,7 +57,7 @@ def slimify(
     One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`. Each
     width has its own BatchNorms. Parameters keep their names and full sizes, and the full width computes exactly what
     it did before. If `model` is converted, its widths that stay keep their BatchNorms, and a new one starts from those
-    of the nearest wider one; a warning names what no longer fits.
+    of the nearest wider one; a warning names what no longer fits. On any error `model` is as it was.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
@@ -83,7 +83,7 @@ def slimify(
             with separate statistics for each of `widths` and for those passed to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
 
-    A model in which nothing becomes narrower is converted with a warning. On any error `model` is as it was.
+    A model in which nothing becomes narrower is converted with a warning.
 
     Raises: TraceError: if the forward fails on fake tensors; the message names the operation and the module.
 

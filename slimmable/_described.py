@@ -77,12 +77,11 @@ def _follow_features(model: nn.Module, small: nn.Module) -> None:
 def read_by_forward(module: nn.Module) -> set[str]:
     """Return the names of attributes that the plan determines, or that the forward's code names, with what it calls."""
     kind: Any = type(module)
-    found: set[str] = named_in_forward(kind)
-    state = state_of(module)
-    if state is None:
-        return found
-    attributes = () if state.plan is None else state.plan.channels.attributes
-    return {*found, *(name for path, name in attributes if path == state.path), *state.active.values}
+    found, state = set(named_in_forward(kind)), state_of(module)
+    if state is not None:
+        attributes = () if state.plan is None else state.plan.channels.attributes
+        found |= {*(name for path, name in attributes if path == state.path), *state.active.values}
+    return found
 
 
 @cache
@@ -182,7 +181,8 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
 
 def _follow_config(full: nn.Module, narrow: Any) -> None:
     kind, config = type(narrow), narrow.config
-    own, known, wanted = _plain(config), facts(full), facts(narrow)
+    own: dict[str, Any] = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    known, wanted = facts(full), facts(narrow)
 
     def build(edited: Any) -> Facts | None:
         try:
@@ -204,13 +204,10 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
     found = None if computed or not before else fitting(own, build, known, wanted, weights)
     if found is None:
-        warnings.warn(
-            f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
-            "from_pretrained would refuse its weights, so save it with slimmable.save",
-            stacklevel=4,
-        )
+        what = f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one"
+        warnings.warn(f"{what}; from_pretrained would refuse its weights: use slimmable.save", stacklevel=4)
         return
-    _update(narrow, found)
+    _update(narrow, own, found)
     modules = dict(narrow.named_modules())
     for (path, name), fact in (build(found) or {}).items():
         if type(fact) is int and type(wanted.get((path, name))) is int:
@@ -280,20 +277,15 @@ def facts(model: nn.Module) -> Facts:
     return found
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
-
-
-def _update(model: Any, plain: dict[str, Any]) -> None:
+def _update(model: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
     if not hasattr(model.config, "from_dict"):
-        model.register_to_config(**plain)
+        model.register_to_config(**new)
         return
-    before, after = (type(model.config).from_dict(each) for each in (_plain(model.config), plain))
-    pending = [(model.config, before, after)]
+    pending = [(model.config, *map(type(model.config).from_dict, (old, new)))]
     for own, *both in pending:  # which grows
-        old, new = map(vars, both)
-        pending += [(vars(own)[name], old[name], each) for name, each in new.items() if hasattr(each, "to_dict")]
-        vars(own).update({n: each for n, each in new.items() if not hasattr(each, "to_dict") and each != old[n]})
+        before, after = map(vars, both)
+        pending += [(vars(own)[name], before[name], each) for name, each in after.items() if hasattr(each, "to_dict")]
+        vars(own).update({n: each for n, each in after.items() if not hasattr(each, "to_dict") and each != before[n]})
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -28,19 +28,19 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def alone() -> bool:
-    """Return whether there is no process group, or this process is the only one in it."""
-    return not in_group() or dist.get_world_size() == 1
-
-
 def rank() -> int:
     """Return the rank of this process; 0 without a process group."""
-    return 0 if alone() else dist.get_rank()
+    return dist.get_rank() if in_group() else 0
 
 
 def world_size() -> int:
     """Return the number of processes; 1 without a process group."""
-    return 1 if alone() else dist.get_world_size()
+    return dist.get_world_size() if in_group() else 1
+
+
+def alone() -> bool:
+    """Return whether there is no other process."""
+    return world_size() == 1
 
 
 def is_first() -> bool:
@@ -119,7 +119,7 @@ def average_gradients(model: nn.Module) -> None:
     DistributedDataParallel expects one backward pass that uses every parameter, not one per width: for a `model` in it,
     run the loop under its `no_sync`. All processes must have started from the same weights. A gradient that only some
     have counts as zero in the others. Call this before the `unscale_` of a `GradScaler`, so that all processes skip a
-    step that is infinite in one. With one process, or without a process group, nothing happens.
+    step that is infinite in one. With one process nothing happens.
 
     Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself; or, in all
         processes, if switchable norms or a `SlimRecipe` had gradients at other widths in one process than in another.

@@ -85,15 +85,6 @@ class _Place:
                 self.put(key, value)
 
 
-@dataclass(eq=False)
-class _Kept:
-    """Where an earlier forward may have left tensors: if a blank hides them, the next one makes them again."""
-
-    place: _Place
-    key: Any
-    blank: Any
-
-
 class Reach:
     """What the forward of a model, a throw-away copy, can read and change, except parameters and buffers.
 
@@ -104,7 +95,9 @@ class Reach:
     def __init__(self, model: nn.Module) -> None:
         # module path -> attribute -> its value before, of all that the last forward has set where it has kept tensors
         self.caches: dict[str, dict[str, Any]] = {}
-        self._model, self._hidden, self._missing = model, list[_Kept](), list[_Kept]()
+        # where an earlier forward may have left tensors, with the blank that hides them, so that the next makes them
+        self._hidden, self._missing = list[tuple[_Place, Any, Any]](), list[tuple[_Place, Any, Any]]()
+        self._model = model
         self._places: dict[int, _Place] = {}
         self._memos: dict[int, Any] = {}
         self._names, self._spaces, self._met = set(_CALLED), list[Any](), set[int]()
@@ -162,6 +155,11 @@ class Reach:
         with PROCESS:
             before = [(place, place.entries()) for place in self._places.values()]
             private: dict[int, Any] = {}
+
+            def clear() -> None:
+                for memo in self._memos.keys() - private.keys():  # for which nothing can stand, such as in a tuple
+                    self._memos[memo].cache_clear()
+
             try:
                 for place, entries in before:
                     for key, value in entries.items():
@@ -170,27 +168,23 @@ class Reach:
                         if id(memo) in self._memos and not isinstance(place.holder, set):
                             own = private.setdefault(id(memo), _private(memo, traced))
                             place.put(key, type(value)(own) if bound else own)
-                self._clear(self._memos.keys() - private.keys())
-                for kept in self._hidden:
-                    kept.place.put(kept.key, _copy(kept.blank))
+                clear()
+                for place, key, blank in self._hidden:
+                    place.put(key, _copy(blank))
                 modules = [(path, self._places[id(module)]) for path, module in self._model.named_modules()]
-                blank = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
+                start = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
                 yield
-                self._missing = [kept for kept in self._hidden if not tensors(kept.place.entries().get(kept.key))]
+                self._missing = [kept for kept in self._hidden if not tensors(kept[0].entries().get(kept[1]))]
                 self.caches = {}
                 for path, at in modules:
                     now = at.entries()
-                    changed = [name for name, value in blank[path].items() if not _same(now.get(name), value)]
+                    changed = {name: was for name, was in start[path].items() if not _same(now.get(name), was)}
                     if tensors([now.get(name) for name in changed]):
-                        self.caches[path] = {name: blank[path][name] for name in changed}
+                        self.caches[path] = changed
             finally:
                 for place, entries in before:
                     place.restore(entries)
-                self._clear(self._memos.keys() - private.keys())
-
-    def _clear(self, memos: Iterable[int]) -> None:
-        for memo in memos:  # where nothing can stand for them, such as in a tuple
-            self._memos[memo].cache_clear()
+                clear()
 
     # -- tensors that an earlier forward may have kept
     def hide_tensors(self) -> None:
@@ -201,14 +195,14 @@ class Reach:
                     pair = isinstance(value, tuple)  # such as a key with what belongs to it
                     blank: Any = (None,) * len(value) if pair else [] if isinstance(value, list) else None
                     if Tensor in map(type, [value] if blank is None else tree_leaves(value)):
-                        self._hidden.append(_Kept(place, key, blank if place.space else _MISSING))
+                        self._hidden.append((place, key, blank if place.space else _MISSING))
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
         """Show what was not made again, or what `failed` most likely lacked; return if the forward must run again."""
         shown = self._missing
         if failed is not None:
-            near = [kept for kept in self._hidden if kept.key in vars(failed)]
-            shown = near or [kept for kept in self._hidden if kept.place.space] or self._hidden
+            near = [kept for kept in self._hidden if kept[1] in vars(failed)]
+            shown = near or [kept for kept in self._hidden if kept[0].space] or self._hidden
         self._hidden = [kept for kept in self._hidden if kept not in shown]
         return bool(shown)
 

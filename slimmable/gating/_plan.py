@@ -125,14 +125,9 @@ class LayerMacs:
         return float(sum(self.by_layer(masks, counts).values()))
 
 
-def hidden_units(channels: int) -> int:
-    """Return the hidden units of a `ChannelGate`."""
-    return max(1, channels // 4)
-
-
 def gate_macs(channels: int, units: int) -> int:
-    """Return the multiply-adds of a `ChannelGate` per image."""
-    return hidden_units(channels) * (channels + units)
+    """Return the multiply-adds of a `ChannelGate` per image: a linear layer before and one after its hidden units."""
+    return max(1, channels // 4) * (channels + units)
 
 
 @checked
@@ -143,7 +138,6 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     `example_inputs` and `skip`, this is the plan that its gates follow.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-    >>> import torch
     >>> print(gate_plan(net, example_inputs=torch.zeros(2, 4)))
      units  gate looks at the input of            masks the input of
         16  2                                     4
@@ -155,8 +149,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         return own
     plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
-        what = f"a part of this {type(model).__name__} was converted"
-        raise ConversionError(f"{what}; gate the model that slimify returned before it becomes a part of another")
+        raise ConversionError(f"a part of this {type(model).__name__} was converted; gate that one by itself, first")
     args, kwargs = example_of(model, example_inputs)
     skips = skipper(model, skip)
     first = next(iter(output_tensors((args, kwargs))), None)
@@ -175,9 +168,8 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
             refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
     macs = finder.layer_macs(possible, images)
     full = plan.channels.units
-    order = {path: number for number, path in enumerate(trace.calls)}
-    gates: list[PlannedGate] = []
-    for gate in sorted(possible, key=lambda gate: order[gate.maker]):
+    gates, order = list[PlannedGate](), list(trace.calls)
+    for gate in sorted(possible, key=lambda gate: order.index(gate.maker)):
         saved = macs.total(full) - macs.total(full, [gate])
         if gate_macs(len(gate.channels), gate.units) < saved:
             gates.append(replace(gate, number=sum(other.maker == gate.maker for other in gates)))
