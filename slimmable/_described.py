@@ -1,7 +1,4 @@
-"""What an extracted network says of itself: integers that describe its layers, such as `in_channels`, and its `config`.
-
-The integers that the forward reads are in the plan. These are the others, which only other methods and code read.
-"""
+"""What an extracted network says of itself besides what forwards read: integers such as `in_channels`, its `config`."""
 
 import dis
 import inspect
@@ -40,8 +37,8 @@ Edits: TypeAlias = dict[int, float]  # position of a configuration's leaf -> its
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
     """Set the integers of `small`, a network extracted from `model`, that describe its layers and no forward reads.
 
-    An attribute follows if its name says that it counts channels, features or heads, and if all that has this size in
-    the nearest layers, its module's own or those inside, shrinks alike. What contradicts itself stays.
+    One follows if its name says that it counts channels, features or heads, and if all that has this size in the
+    nearest layers, its module's own or those inside, shrinks alike.
     """
     pairs: list[Twins] = [(model, small)]
     for twins in pairs:  # which grows
@@ -93,19 +90,17 @@ def named_in_forward(kind: Any) -> set[str]:
 @cache
 def stored_by_forward(kind: Any) -> set[str]:
     """Return the names of attributes that a class's forward, or a method that it names, sets."""
-    steps = [step for code in _codes_of_forward(kind) for step in dis.get_instructions(code)]
+    steps = (step for code in _codes_of_forward(kind) for step in dis.get_instructions(code))
     return {step.argval for step in steps if step.opname == "STORE_ATTR"}
 
 
 def _codes_of_forward(kind: Any) -> list[CodeType]:
-    found, seen, todo = list[CodeType](), set[str](), ["forward"]
-    while todo:
-        code = getattr(inspect.unwrap(getattr(kind, todo.pop(), None) or object), "__code__", None)
-        if code is not None:
-            codes = list(codes_in(code))
-            found += codes
-            todo += {name for each in codes for name in each.co_names} - seen
-            seen.update(todo)
+    found, names = list[CodeType](), ["forward"]
+    for name in names:  # which grow
+        code = getattr(inspect.unwrap(getattr(kind, name, None) or object), "__code__", None)
+        codes = [] if code is None else list(codes_in(code))
+        found += codes
+        names += {name for each in codes for name in each.co_names}.difference(names)
     return found
 
 
@@ -119,7 +114,6 @@ def _children(twins: Twins) -> dict[str, Twins]:
 
 
 def counts_channels(name: str) -> bool:
-    """Tell whether an attribute's name says that it counts channels, features or heads."""
     words = [word.rstrip("0123456789") for word in name.lower().split("_")]
     return any(map(_SAY_CHANNELS.fullmatch, words)) and not any(map(_SAY_OTHERS.fullmatch, words))
 
@@ -169,8 +163,7 @@ def _sizes(twins: Twins) -> Iterator[tuple[str | None, int, int]]:
 def follow_configs(model: nn.Module, small: nn.Module) -> None:
     """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
 
-    What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
-    class makes a network with the tensors and integers of the extracted one.
+    Numbers in them are tried, on tensors without memory, until the class makes the tensors and integers of the network.
     """
     done: tuple[str, ...] = ()
     for path, narrow in small.named_modules():
@@ -217,8 +210,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
 def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, wanted: Facts, weights: Any) -> Any:
     """Return nested data like `given` with numbers of which `build` makes the `wanted` facts, or None.
 
-    `known` are the facts of the full network, `wanted` those of the narrow one; what cannot be built has none. The
-    facts that differ at the end must have `weights` of less than 1 together.
+    `known` are the facts of the full network. Those that differ at the end must have `weights` of less than 1 together.
     """
     leaves, shape = tree_flatten_with_path(given)
 

@@ -147,10 +147,9 @@ class Reach:
 
     @contextmanager
     def untouched(self, traced: Callable[[object], bool]) -> Iterator[None]:
-        """Run a forward in the block; afterwards everything is as before.
+        """Run a forward in the block; afterwards everything is as before, and memoising functions have forgotten it.
 
-        Memoising functions forget in the block what they have been asked before it, and after it what in it. `traced`
-        tells of a key whether it depends on integers that are traced; with such arguments they always compute.
+        In it, they know nothing from before; with arguments that are `traced` integers they always compute.
         """
         with PROCESS:
             before = [(place, place.entries()) for place in self._places.values()]
@@ -267,7 +266,7 @@ def sweep(made: Sequence[weakref.ref[Tensor]]) -> None:
                 for key in [key for key, value in holder.items() if id(value) in held]:
                     del holder[key]
             elif not isinstance(holder, FrameType):
-                what = f"a tensor that the forward made on shapes alone is still held by {holder!r:.200}"
+                what = f"a tensor of shapes alone is still held by {holder!r:.200}"
                 raise ConversionError(f"{what}; keep it in an attribute of its module, in a dict or by lru_cache")
         left = outer
 
@@ -284,11 +283,12 @@ def fits(tensor: Tensor) -> bool:
     return real and tensor.layout == torch.strided and tensor.numel() <= MOST
 
 
-def know(fake: Tensor, real: Tensor, sources: Iterable[Tensor] = (), copied: bool = False) -> Tensor:
-    """Attach to a fake tensor its numbers, and the tensors that they come from, if others; return the numbers.
+def _sources(tensor: Tensor) -> list[Tensor]:
+    return getattr(tensor, "slim_sources", None) or [tensor]
 
-    What a forward may write into must be `copied`.
-    """
+
+def know(fake: Tensor, real: Tensor, sources: Iterable[Tensor] = (), copied: bool = False) -> Tensor:
+    """Attach to a fake tensor its numbers, `copied` if a forward may write into them, with sources; return them."""
     with _disable_current_modes():
         numbers = real.detach().cpu()
         numbers = numbers.clone() if copied else numbers
@@ -310,10 +310,9 @@ def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 
 
 class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes the numbers of fake tensors that depend only on tensors whose numbers are known.
+    """Computes the numbers of fake tensors that depend only on known ones: constants, buffers and inputs such as masks.
 
-    So code may branch on what it computes from constants, buffers and inputs (masks, lengths, coordinates), or size
-    tensors by it. Which units scores choose, such as experts, is not known: they are assumed to choose each in turn.
+    So code may branch on them, or size tensors by them. Scores, such as experts', are assumed to choose each in turn.
     """
 
     def __init__(self, buffers: Mapping[int, Tensor], on_branch: Callable[[Sequence[Tensor]], None]) -> None:
@@ -395,10 +394,10 @@ _CHOICES = {"topk", "sort", "argmax", "argmin", "max", "min"}
 
 def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
     """Assume that the rows of scores choose the first unit, the second, and so on, so that all are chosen."""
-    dim: Any = arguments(func._schema, args, kwargs).get("dim")
-    scores, units = args[0], 0 if dim is None or not args[0].numel() else args[0].shape[dim]
-    if not units or indices.dtype != torch.long or indices.numel() > MOST:
+    scores, dim = args[0], arguments(func._schema, args, kwargs).get("dim")
+    if dim is None or not scores.numel() or indices.dtype != torch.long or indices.numel() > MOST:
         return
+    units = scores.shape[dim]
     rows = scores.numel() // units
     each = indices.numel() // rows
     if units <= rows * each:
@@ -408,10 +407,6 @@ def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
             others = [size for axis, size in enumerate(scores.shape) if axis != dim % scores.ndim]
             numbers = numbers.reshape(*others, each).movedim(-1, dim).reshape(indices.shape)
         know(indices, numbers, [scores])
-
-
-def _sources(tensor: Tensor) -> list[Tensor]:
-    return getattr(tensor, "slim_sources", None) or [tensor]
 
 
 class ReadInMemory(TorchFunctionMode):

@@ -118,7 +118,6 @@ class Context:
         return first if first is not None else second
 
     def consume(self, ids: Ids | None, other: Ids | None) -> None:
-        """Join the input axis of a layer with that of its weight."""
         joined = self.merge(ids, other, "reads an axis that does not shrink")
         if joined is not None:
             self.consumed.append(joined)
@@ -127,18 +126,13 @@ class Context:
     def contract(self, first: Tensor, mine: Ids | None, second: Tensor, yours: Ids | None) -> None:
         """Join the axes along which products of two tensors are added up."""
         weights = [self.origin(tensor) == "weights" for tensor in (first, second)]
-        if all(weights):
-            self.merge(mine, yours)
-        elif any(weights):
+        if any(weights) and not all(weights):
             self.consume(mine, yours)
-        else:
-            joined = self.merge(mine, yours)
+        elif (joined := self.merge(mine, yours)) is not None and not any(weights):
             self.meet(joined)
-            if joined is not None:
-                self.contractions.append((self.module, joined))
+            self.contractions.append((self.module, joined))
 
     def produce(self, ids: Ids | None) -> None:
-        """Note that a layer with weights makes these units."""
         if ids is not None:
             self.labels.produce(ids)
             self.producers.append((self.module, ids))
@@ -160,7 +154,6 @@ class Context:
             self.pin(ids, f"the size {size} is a constant")
 
     def on_equal(self, first: Expression, second: Expression) -> None:
-        """Note that the model's code found two integers equal."""
         self.constraints.append(Constraint(first, second, self.where))
 
     def size(self, tensor: Tensor, axis: int) -> int:
@@ -224,7 +217,6 @@ def rule_of(*names: str) -> Callable[[Rule], Rule]:
 
 # -- arithmetic, and new tensors
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
-    """Pin all axes of all inputs."""
     ctx.refuse(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
@@ -297,8 +289,7 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
-    results = tensors(out)
-    given = arguments(ctx.schema, args, kwargs).get("dim")
+    results, given = tensors(out), arguments(ctx.schema, args, kwargs).get("dim")
     dims = [given] if isinstance(given, int) else given or range(source.ndim)
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = ctx.axes(source)
@@ -489,10 +480,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for ids in () if alike else (q[i], k[i], v[i]):  # grouped queries
             ctx.pin(ids, "queries and keys have different numbers of heads")
         batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if alike else None)
-    inner = ctx.merge(q[-1], k[-1])
-    ctx.meet(inner)
-    if inner is not None:
-        ctx.contractions.append((ctx.module, inner))
+    ctx.contract(query, q[-1], key, k[-1])
     ctx.merge(k[-2], v[-2])
     if args[5] if len(args) > 5 else kwargs.get("is_causal"):
         for ids in (q[-2], k[-2]):
@@ -561,8 +549,7 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     for axis, size in enumerate(sizes):
         if size is not None and int(size) != -1 and out.shape[axis] > 1:
             ctx.constrain(size, after[axis], out.shape[axis])
-    ctx.label(out, after, ctx.origin(source))
-    return None
+    return ctx.label(out, after, ctx.origin(source))
 
 
 @rule_of("permute", "transpose", "t")
@@ -630,12 +617,9 @@ def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 @rule_of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
 def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> None:
     """Cut along an axis: equal pieces shrink alike, unequal ones each by its own size."""
-    source = args[0]
-    dim = _dim(ctx, args, kwargs, source.ndim)
-    axes = ctx.axes(source)
-    ids = axes[dim]
-    pieces: list[Ids | None] = [None] * len(out)
-    if ids is not None:
+    source, pieces = args[0], [None] * len(out)  # type: Tensor, list[Ids | None]
+    axes, dim = ctx.axes(source), _dim(ctx, args, kwargs, source.ndim)
+    if (ids := axes[dim]) is not None:
         cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
         alike = len(set(map(len, cuts))) == 1
@@ -660,10 +644,8 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
 @rule_of("glu")
 def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The second half of an axis gates the first."""
-    axes = ctx.axes(args[0])
-    dim = _dim(ctx, args, kwargs, out.ndim)
-    ids = axes[dim]
-    if ids is not None:
+    axes, dim = ctx.axes(args[0]), _dim(ctx, args, kwargs, out.ndim)
+    if (ids := axes[dim]) is not None:
         first, second = np.split(ids, 2)
         axes[dim] = ctx.merge(first, second)
     ctx.label(out, axes, ctx.origin(args[0]))
@@ -673,8 +655,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Take a range of an axis; if it is labelled, the ends of the range must follow the units before them."""
     axes, dim = ctx.axes(args[0]), _dim(ctx, args, kwargs, args[0].ndim)
-    ids = axes[dim]
-    if ids is not None:
+    if (ids := axes[dim]) is not None:
         start, stop, step = slice(*[*args[2:], None, None, None][:3]).indices(len(ids))
         if step == 1:
             _follow_ends(ctx, ids, start, stop)
@@ -699,8 +680,8 @@ def _follow_ends(ctx: Context, ids: Ids, start: int, stop: int) -> None:
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
     if ctx.call.name == "narrow":
-        values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
-        return values["start"], values["start"] + values["length"]
+        first = ctx.call.argument(2, "start")
+        return first, first + ctx.call.argument(3, "length")
     if ctx.call.name in ("__getitem__", "__setitem__"):
         index = ctx.call.args[1]
         for part in index if isinstance(index, tuple) else (index,):
@@ -724,14 +705,11 @@ def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     axes, picked = ctx.axes(source), ctx.axes(chosen)
     dim = args[1] % max(source.ndim, 1)
     for i, ids in enumerate(axes):
-        if i == dim:
-            ctx.pin(ids, "is indexed")
-            axes[i] = picked[i if each else 0] if picked else None
-        elif each and source.shape[i] == chosen.shape[i]:
+        if i != dim and each and source.shape[i] == chosen.shape[i]:
             axes[i] = ctx.merge(ids, picked[i])
-        elif each:
-            ctx.pin(ids, "is read in part")
-            axes[i] = picked[i]
+        elif i == dim or each:
+            ctx.pin(ids, "is indexed" if i == dim else "is read in part")
+            axes[i] = picked[i if each else 0] if picked else None
     ctx.label(out, axes, ctx.origin(source))
 
 
@@ -742,16 +720,15 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
     shuffled = "channel_shuffle" in ctx.operation
     channel = 1 if shuffled else len(axes) - (2 if ctx.operation == "col2im" else 3)
     new = ids = axes[channel]
-    rest = axes[channel + 1 :]
+    rest, after = axes[channel + 1 :], int(out.shape[channel])
     if not shuffled:
         for space in rest:
             ctx.pin(space, "is cut into blocks")
         rest = [None] * (out.ndim - channel - 1)
-    after = int(out.shape[channel])
     if ids is not None and shuffled:  # (groups, n) -> (n, groups)
-        block = ids.reshape(args[1], -1)
-        ctx.labels.merge_rows(block.T)
-        new = block.T.reshape(-1)
+        block = ids.reshape(args[1], -1).T
+        ctx.labels.merge_rows(block)
+        new = block.reshape(-1)
     elif ids is not None and after >= len(ids):
         new = spread(ids, 1, after // len(ids))
     elif ids is not None:

@@ -81,9 +81,7 @@ class Requirements:
 
     def fit(self, counts: Counts) -> tuple[Values, list[Failure]]:
         """Return the values of attributes that the constraints require, and the constraints that cannot hold."""
-        values: Values = {}
-        sources: dict[Attribute, Constraint] = {}
-        known: dict[int, int] = {}
+        values, sources, known = Values(), dict[Attribute, Constraint](), dict[int, int]()
 
         def count(ids: Ids) -> int:
             if id(ids) not in known:
@@ -110,8 +108,7 @@ class Requirements:
 
     def adjust(self, counts: Counts) -> tuple[Values, list[Failure]]:
         """Change the counts of groups that disagree by a unit or two, in place, while that leaves fewer failures."""
-        start = counts.copy()
-        values, failures = self.fit(counts)
+        start, (values, failures) = counts.copy(), self.fit(counts)
         while failures:
             tried = []
             for group in self.grouping.groups_in(failures[0].axes()):
@@ -155,23 +152,14 @@ def _fitting(constraint: Constraint, key: Attribute, full: int, values: Values, 
 
 @dataclass(frozen=True, eq=False)
 class SubNetwork:
-    """What one sub-network keeps.
+    """What one sub-network keeps."""
 
-    Attributes:
-        counts: number of units of each group.
-        tensors: (module path, parameter or buffer name) -> what is kept of each axis.
-        values: module path -> attribute name -> its value, if that differs from the full network's.
-        output_shapes: shapes of the model's output tensors.
-        macs: multiply-adds of all convolutions and matrix products, for the whole batch of the example.
-        parameters: elements of all parameters.
-    """
-
-    counts: tuple[int, ...]
-    tensors: Mapping[TensorName, list[Kept]]
-    values: Mapping[str, Mapping[str, Any]]
+    counts: tuple[int, ...]  # number of units of each group
+    tensors: Mapping[TensorName, list[Kept]]  # what is kept of each axis
+    values: Mapping[str, Mapping[str, Any]]  # module path -> attribute -> its value, if not the full network's
     output_shapes: list[tuple[int, ...]]
-    macs: int
-    parameters: int
+    macs: int  # of all convolutions and matrix products, for the whole batch of the example
+    parameters: int  # elements of all parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,18 +242,13 @@ def _replaced(value: Any, position: tuple[int, ...], new: int) -> Any:
 # -- plans
 @dataclass(frozen=True)
 class Group:
-    """Units that several axes share; each width keeps the first ones.
-
-    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
-    `makers` are the modules whose weights make these units. The units of an `ordered` group must stay in order, because
-    a convolution runs along them.
-    """
+    """Units that several axes share; each width keeps the first ones."""
 
     units: int
     kept: tuple[int, ...]  # per width
-    members: Mapping[AxisName, NDArray[np.int64]]
-    makers: tuple[str, ...]
-    ordered: bool = False
+    members: Mapping[AxisName, NDArray[np.int64]]  # for each position on an axis its unit, or -1 for another group's
+    makers: tuple[str, ...]  # the modules whose weights make these units
+    ordered: bool = False  # whether they must stay in order, because a convolution runs along them
 
 
 @dataclass(frozen=True)
@@ -281,17 +264,7 @@ class Pin:
 class Plan:
     """What is slimmed, what stays full, and why; printable. Copies of a model share its plan.
 
-    Attributes:
-        widths: from the widest to the narrowest.
-        round_to: groups of at least this many channels keep a multiple of it.
-        rounding: which one, the "nearest" or the "floor".
-        overlap: whether narrower widths share channels; otherwise they keep disjoint ones, the narrowest the first.
-        switchable: the layers that have their own weights at each width.
-        universal: whether any width from the narrowest up can be set, not only `widths`.
-        channels: the channel groups, their axes, and what they size.
-        columns: the sub-network of each width.
-        caches: module path -> attribute in which the forward keeps tensors -> its empty value. Each width has its own.
-        pins: the axes that stay at full width although a layer with weights makes them.
+    The first attributes are the arguments of `slimify`, with the names in `switchable`, and widths from the widest on.
     """
 
     widths: tuple[float, ...]
@@ -301,9 +274,9 @@ class Plan:
     switchable: tuple[str, ...] = ()
     universal: bool = False
     channels: Channels = field(init=False)
-    columns: list[SubNetwork] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pins: list[Pin] = field(default_factory=list)
+    columns: list[SubNetwork] = field(default_factory=list)  # of each width
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # module path -> attribute -> its value when empty
+    pins: list[Pin] = field(default_factory=list)  # axes that stay full although a layer with weights makes them
 
     def __str__(self) -> str:
         groups = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
@@ -331,9 +304,8 @@ class Plan:
             "outputs", each with its "name", its "shapes" per width, and the "reason" why it stays full or gets thinner.
 
         >>> import torch
-        >>> from torch import nn
         >>> from slimmable import plan
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> found = plan(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)).to_dict()
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
@@ -374,7 +346,7 @@ class Plan:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("groups", "tensors", "values", "_found")
+        derived = ("groups", "tensors", "_found")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     @cached_property
@@ -396,25 +368,13 @@ class Plan:
         """(module path, parameter or buffer name) -> for each width, what is kept of each axis."""
         return {key: [column.tensors[key] for column in self.columns] for key in self.channels.tensors}
 
-    @cached_property
-    def values(self) -> dict[str, dict[str, list[Any]]]:
-        """Module path -> attribute name -> its value at each width, if these differ."""
-        found: dict[str, dict[str, list[Any]]] = {}
-        for path, name in {(path, name): 0 for c in self.columns for path, at in c.values.items() for name in at}:
-            full = self.channels.attributes[path, name]
-            found.setdefault(path, {})[name] = [c.values.get(path, {}).get(name, full) for c in self.columns]
-        return found
-
     @property
     def output_shapes(self) -> list[list[tuple[int, ...]]]:
         """For each width, the shapes of the model's output tensors."""
         return [column.output_shapes for column in self.columns]
 
     def sub_network(self, setting: Setting) -> SubNetwork:
-        """Return the sub-network of a width, of widths by layer, or of one count per channel group.
-
-        Raises: WidthError: if there is none; the message says why.
-        """
+        """Return the sub-network of a width, of widths by layer or of counts by group; WidthError if there is none."""
         if isinstance(setting, Mapping):
             return self.near(self._counts_by_layer(setting))
         if isinstance(setting, (tuple, list)):
@@ -426,12 +386,11 @@ class Plan:
         return self.near(tuple(self.kept(units, setting) for units in self.channels.units))
 
     @cached_property
-    def _found(self) -> dict[tuple[int, ...], SubNetwork]:
-        """Sub-networks by requested counts."""
+    def _found(self) -> dict[tuple[int, ...], SubNetwork]:  # by the counts that were asked for
         return {column.counts: column for column in self.columns}
 
     def near(self, wanted: tuple[int, ...]) -> SubNetwork:
-        """Return the sub-network with counts near `wanted` that satisfy all constraints, as those of columns do.
+        """Return the sub-network with counts near `wanted` that satisfy all constraints.
 
         Where a few units more or less do not help, groups that disagree rise to the narrowest column with no fewer.
         """

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,7 @@ Outputs: TypeAlias = "str | Sequence[str] | Mapping[str | int, str]"
 """What becomes of the outputs: "auto", "full" or "slim" for all of them, by position, or by name or position."""
 
 
-@dataclass
-class ModuleCall:
+class ModuleCall(NamedTuple):
     """One call of a module: its first argument and its labels, if that is a tensor, and its output."""
 
     source: Tensor | None
@@ -197,9 +196,8 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
         f"{context.operation or '(none)'!r}: {why}\nIt is in {at.filename}, line {at.lineno}: {at.line}\n"
         "The forward runs on shapes alone: it can branch on numbers of buffers, constants, integer and boolean inputs, "
-        "and all inputs but the first, but not on features and weights; what topk, argmax and the like choose is "
-        "assumed if the example has a row for each unit. You can convert the part of the model that should get "
-        "narrower, such as its backbone, in place, or pass other example_inputs."
+        "and all inputs but the first, not on features and weights; what topk and the like choose is assumed if the "
+        "example has a row for each unit. You can convert the part of the model to narrow, or pass other example_inputs."
     )
     failed.module = path
     return failed
@@ -246,13 +244,8 @@ def _traced(value: Any, key: Attribute, result: Trace) -> Any:
 def label_outputs(
     context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs, called: Collection[str]
 ) -> list[Output]:
-    """Pin the outputs that keep their size; `called` are the paths of the modules that ran.
-
-    By default, units that layers with weights made and that were then only moved, scaled, normalized or bounded stay.
-    Those of a residual stream, keys and values, all of a timm model without its classifier, and others get thinner.
-    """
-    labels = context.labels
-    backbones = _backbones(model, called)
+    """Pin the outputs that keep their size, as `slimify` says; `called` are the paths of the modules that ran."""
+    labels, backbones = context.labels, _backbones(model, called)
     classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
     inner = {
         "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
@@ -273,20 +266,18 @@ def label_outputs(
                 return why
         return "" if origin == "made" else "features, rectified or combined after the layer that made them"
 
-    found = []
-    names = [name or "output" for name, _ in named]
+    found, names = [], [name or "output" for name, _ in named]
     for name, (_, tensor), kind in zip(names, named, _kinds(wanted, names), strict=True):
         context.at(f"output {name}" if len(names) > 1 else "output", "")
         axes = context.axes(tensor)
         slim: dict[str, None] = {}
         for ids in axes:
-            if ids is None or not labels.produced(ids).any():
-                continue
-            why = features(context.origin(tensor), ids) if kind == "auto" else "as asked"
-            if kind == "full" or not why:
-                context.pin(ids, why or "class scores, an image or an embedding")
-            else:
-                slim[why] = None
+            if ids is not None and labels.produced(ids).any():
+                why = features(context.origin(tensor), ids) if kind == "auto" else "as asked"
+                if kind == "full" or not why:
+                    context.pin(ids, why or "class scores, an image or an embedding")
+                else:
+                    slim[why] = None
         found.append(Output(name, tuple(tensor.shape), tuple(axes), ", ".join(slim)))
     return found
 

@@ -104,8 +104,7 @@ def gate(
             target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(child, gates.train(maker.training))
-    for planned, _, gates in built:  # after the masks on the same layer's input
-        target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
+        maker.register_forward_pre_hook(gates.decide)  # after the masks of earlier gates on its input
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
@@ -173,9 +172,8 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
     }
     if lines := listing(kinds, 4):
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
-        advice = "gate the model like the checkpoint's: the same model, widths, skip and separate_norms"
-        rest = "to load all others, leave out tensors with channel_gate or gated in their names; use strict=False"
-        raise CheckpointError(f"{first}{lines}\n{advice}; {rest}")
+        advice = "gate the model like the checkpoint's, or leave out its channel_gate and gated, with strict=False"
+        raise CheckpointError(f"{first}{lines}\n{advice}")
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -263,7 +261,6 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     bisection in eval mode, corrects this, and allows other budgets nearby. Where many logits are equal, as in untrained
     gates, the closest share is chosen. Only the gates of the active width change; after an error none have.
     `loader` is as for `calibrate_bn`, and iterated over about 15 times; `budget` is a share of the dense multiply-adds.
-
     Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
         open; if the model has no gates, or the loader can be iterated over only once. DataError: as `gate_activity`.
 
@@ -403,6 +400,6 @@ def _kept(
     fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=lambda units: found.macs.total(counts(units)))
     if not fitting:
         least = found.macs.total(counts(0)) / dense
-        what = f"the budget is {budget}, but the smallest network costs {least:.3f}"
+        what = f"budget is {budget}, but the smallest network costs {least:.3f}"
         raise UsageError(f"extract_gated: {what}; give a larger budget or a smaller round_to")
     return counts(fitting - 1)

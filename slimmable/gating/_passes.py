@@ -58,9 +58,7 @@ class ChannelGate(nn.Module):
     A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
     in training mode (see `hard_mask`). Units open where logits, in at least float32, exceed the buffer `threshold`.
     Without `bias`, all logits are 0 for an image without active hidden units.
-
     Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
-
     Source: Krishna et al. 2023, whose gates have no bias.
 
     >>> gate = ChannelGate(16, 24).eval()
@@ -146,7 +144,6 @@ class LayerGates(SwitchableContainer):
                     self._units[number, index] = Indices([unit + 1 for unit in units])
 
     def module_at(self, index: int) -> nn.Module:
-        """Return the gate of the width with this index; raise `UsageError` if it has none."""
         return _in_gated_pass(self, "at", index)
 
     def own_at(self, index: int) -> nn.Module:
@@ -197,7 +194,6 @@ def _in_gated_pass(container: SwitchableContainer, name: str, index: int) -> nn.
 
 
 def gates_in(model: nn.Module) -> list[LayerGates]:
-    """Return the gates in a model, in the order of their layers."""
     return [module for module in model.modules() if isinstance(module, LayerGates)]
 
 
@@ -237,7 +233,6 @@ class PassNorm(SwitchableNorm):
         return self.to_plain() if self.__dict__.pop("inside") else self
 
     def module_at(self, index: int) -> nn.Module:
-        """Return the active pass's norm of the width with this index."""
         if self.active_pass.active is Pass.DENSE:
             return super().module_at(index)
         return _in_gated_pass(self, "gated", index)
@@ -277,7 +272,6 @@ class GatedPass:
 
         They cover convolutions and matrix products of open channels, as `profile` counts them; a gate's own are under
         its name and `.channel_gate`. `input_size` is one image's, such as (3, 224, 224), by default the example's.
-
         Raises: UsageError: as `masks`; also if the model has run on images of another size.
         """
         masks = {name: mask.double() for name, mask in self.masks().items()}
@@ -336,7 +330,6 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
 
     In training mode the gates decide with noise, in eval mode without; untrained gates give a warning in eval mode.
     `model` may be wrapped. A copy made inside the block stays gated, so make copies outside.
-
     Raises: UsageError: if the model has no gates, or holds several gated models.
 
     >>> import torch, slimmable
