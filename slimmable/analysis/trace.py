@@ -197,7 +197,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{context.operation or '(none)'!r}: {why}\nIt is in {at.filename}, line {at.lineno}: {at.line}\n"
         "The forward runs on shapes alone: it can branch on numbers of buffers, constants, integer and boolean inputs, "
         "and all inputs but the first, not on features and weights; what topk and the like choose is assumed if the "
-        "example has a row for each unit. You can convert the part of the model to narrow, or pass other example_inputs."
+        "example has a row per unit. You can convert the part of the model to narrow, or pass other example_inputs."
     )
     failed.module = path
     return failed
