@@ -415,8 +415,7 @@ class ReadInMemory(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "_pack_padded_sequence":
-            source, lengths, batch_first = args
-            ends = lengths.tolist()
+            source, ends, batch_first = args[0], args[1].tolist(), args[2]
             sizes = [sum(end > step for end in ends) for step in range(max(ends))]
             steps = source.unbind(1 if batch_first else 0)
             with _disable_current_modes():
@@ -424,10 +423,9 @@ class ReadInMemory(TorchFunctionMode):
             return torch.cat([step[:size] for step, size in zip(steps, sizes, strict=False)]), real
         if name == "_pad_packed_sequence":
             data, batch_sizes, batch_first, padding, total = args
-            sizes = batch_sizes.tolist()
+            sizes, dim = batch_sizes.tolist(), 1 if batch_first else 0
             rows = [_padded(step, 0, sizes[0], padding) for step in data.split(sizes)]
             lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
-            dim = 1 if batch_first else 0
             return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
         if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
             return format(args[0].item(), args[1])

@@ -372,8 +372,7 @@ def extract_gated(
     kept = _kept(found, activity, steps, keep, budget or 0.0)
     orders = {group: np.argsort(np.negative(own), kind="stable") for group, own in activity.items()}
     permute(twin, found.plan, [orders.get(group, np.arange(units)) for group, units in enumerate(channels.units)])
-    slim = apply_plan(twin, found.plan)
-    counts = found.plan.near(kept).counts
+    slim, counts = apply_plan(twin, found.plan), found.plan.near(kept).counts
     if recalibrate:
         calibrate_bn(slim, loader, [counts])
     return cast(M, extract(slim, counts))
@@ -400,6 +399,5 @@ def _kept(
     fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=lambda units: found.macs.total(counts(units)))
     if not fitting:
         least = found.macs.total(counts(0)) / dense
-        what = f"budget is {budget}, but the smallest network costs {least:.3f}"
-        raise UsageError(f"extract_gated: {what}; give a larger budget or a smaller round_to")
+        raise UsageError(f"extract_gated: budget is {budget}, but the smallest network costs {least:.3f}; give more")
     return counts(fitting - 1)

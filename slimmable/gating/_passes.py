@@ -319,7 +319,7 @@ class GatedPass:
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
             for positions in {decision.positions for decision in record} - {expected}:
-                what = f"has read {positions} positions, but would read {expected} for the counted size"
+                what = f"has read {positions} positions, but would read {expected}"
                 raise UsageError(f"{gates.name} {what}; give the input_size that the model has run on")
         return found, macs, found.plan.columns[self._width_index()].counts
 

@@ -91,8 +91,7 @@ class GatePlan:
         lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
         for gate in self.gates:
             lines.append(f"{gate.units:>6}  {gate.name:<36}  {', '.join(reader.path for reader in gate.readers)}")
-        if self.refused:
-            lines.append("without a gate:")
+        lines += ["without a gate:"] * bool(self.refused)
         lines += [f"{units:>6}  {maker}: {reason}" for maker, units, reason in self.refused]
         return "\n".join(lines)
 
@@ -150,8 +149,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
         raise ConversionError(f"a part of this {type(model).__name__} was converted; gate that one by itself, first")
-    args, kwargs = example_of(model, example_inputs)
-    skips = skipper(model, skip)
+    (args, kwargs), skips = example_of(model, example_inputs), skipper(model, skip)
     first = next(iter(output_tensors((args, kwargs))), None)
     if first is None or not first.ndim or not len(first):
         raise ConversionError("gates are for models whose first input is a tensor with one row per image")
@@ -284,9 +282,9 @@ class _Finder:
 
     def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
         """Return the axis of a module's input that carries these labels, and its units; never the batch axis."""
-        wanted = set(self.labels.find(ids).tolist())
+        wanted = self.labels.roots(ids)
         for axis, own in enumerate(call.axes):
-            if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
+            if axis and own is not None and wanted <= self.labels.roots(own):
                 return axis, self._units_on(own)
         return None
 
@@ -303,11 +301,10 @@ class _Finder:
         outputs = {id(self.trace.calls[path][0].out) for path in readers}
         found = []
         for path, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
-                continue
-            axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
-            if group in self._groups_on(*axes) or any(id(call.source) in outputs for call in self.trace.calls[path]):
-                found.append(path)
+            if isinstance(module, _BatchNorm) and path in self.trace.calls:
+                axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
+                after = any(id(call.source) in outputs for call in self.trace.calls[path])
+                found += [path] if after or group in self._groups_on(*axes) else []
         return tuple(found)
 
 
