@@ -191,8 +191,9 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     }
     bare = ungate(copy_of(model))
     before, again = [(planned.name, planned.units) for planned in found.gates], None
+    arguments = _arguments(bare, data)
     with suppress(SlimmableError):
-        again = [(planned.name, planned.units) for planned in gate_plan(bare, **_arguments(bare, data)).gates]
+        again = [(planned.name, planned.units) for planned in gate_plan(bare, **arguments).gates]
     if again != before or {own.name for own in gates_in(model)} != {name for name, _ in before}:
         raise CheckpointError(f"this {kind} was changed after it was gated; remove the gates with ungate, gate again")
     return bare, data
