@@ -1,7 +1,4 @@
-"""Argument checks: models, numbers in range, shapes of tensors, labels.
-
-`where` is the public function or class that checks, for the message; its arguments are passed by name.
-"""
+"""Argument checks, which name the public function or class `where` they are: models, numbers, tensors, labels."""
 
 import inspect
 import math
@@ -108,8 +105,7 @@ def check_whole(where: str, model: nn.Module) -> None:
     check_module(where, model)
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     if has_shards(model.parameters()) or kinds & {"FSDPModule", "FullyShardedDataParallel"}:
-        advice = "do this before fully_shard, or to a model that is not split, with the full state dict of this one"
-        raise UsageError(f"{where}: this {type(model).__name__} is split over processes; {advice}")
+        raise UsageError(f"{where}: this {type(model).__name__} is split over processes; do this before fully_shard")
 
 
 _KNOWN = ("<", *(str(Path(module.__file__ or "").parent) for module in (os, np, torch, sys.modules["slimmable"])))
@@ -231,8 +227,7 @@ def check_matrices(where: str, **tensors: Tensor) -> None:
     check_tensors(where, **tensors)
     for name, tensor in tensors.items():
         if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
-            what = "a tensor of floats of shape (batch, features), with at least one of each"
-            raise DataError(f"{where}: {name} must be {what}, got {shown(tensor)}; flatten any further axes first")
+            raise DataError(f"{where}: {name} must be floats, (batch, features) and not empty, got {shown(tensor)}")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")
@@ -243,8 +238,7 @@ def check_same_shape(where: str, **tensors: Tensor) -> None:
     check_matrices(where, **tensors)
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        advice = 'row i of each must belong to one image; slimify(..., outputs="full") keeps sizes at all widths'
-        raise DataError(f"{where}: shapes differ: {shapes}; {advice}")
+        raise DataError(f'{where}: shapes differ: {shapes}; slimify(..., outputs="full") keeps sizes at all widths')
 
 
 def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
@@ -256,7 +250,6 @@ def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
 
 
 def are_class_numbers(labels: Tensor) -> bool:
-    """Tell whether a tensor is of integers."""
     return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 
 

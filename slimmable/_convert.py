@@ -25,8 +25,8 @@ from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import moved, order_by_magnitude, permute
 from slimmable.analysis.make import make_plan
-from slimmable.analysis.outputs import Outputs
 from slimmable.analysis.plan import AxisName, Plan, Setting
+from slimmable.analysis.trace import Outputs
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.norms import Switchable, SwitchableContainer, SwitchableNorm, inherit
 from slimmable.view.state import Counts, WidthState, is_slim, state_of
@@ -57,7 +57,7 @@ def slimify(
     One run on fake tensors finds the groups of channels; at width w a group of n keeps its first `round(w * n)`. Each
     width has its own BatchNorms. Parameters keep their names and full sizes, and the full width computes exactly what
     it did before. If `model` is converted, its widths that stay keep their BatchNorms, and a new one starts from those
-    of the nearest wider one; a warning names what no longer fits.
+    of the nearest wider one; a warning names what no longer fits. On any error `model` is as it was.
 
     Args:
         model: any module whose forward can be traced, with parameters on any device.
@@ -83,10 +83,9 @@ def slimify(
             with separate statistics for each of `widths` and for those passed to `calibrate_bn` later.
         inplace: convert `model` itself and return it.
 
-    A model in which nothing becomes narrower is converted with a warning. On any error `model` is as it was.
+    A model in which nothing becomes narrower is converted with a warning.
 
     Raises: TraceError: if the forward fails on fake tensors; the message names the operation and the module.
-
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; SlimCLR, arXiv 2209.15525, section 3.1;
     `universal`: Yu and Huang, Universally Slimmable Networks, ICCV 2019, section 3.
 
@@ -185,9 +184,8 @@ def extract(model: M, width: Setting) -> M:
             known = {*module._parameters, *module._buffers, *module.__dict__.get("_slim_lent", ())}
             for name in state.active.cuts.keys() - known:  # computed from others since the conversion
                 if state.plan is None or (state.path, name) in state.plan.channels.sizes:  # it was a parameter
-                    what = f"{f'{state.path}.{name}'.lstrip('.')} of a {type(module).__name__} is no longer a parameter"
-                    way = "make that permanent, as torch.nn.utils.prune.remove does, or call slimmable.slimify again"
-                    raise ConversionError(f"{what}, as after torch.nn.utils.prune or weight_norm; {way}, then extract")
+                    what = f"{f'{state.path}.{name}'.lstrip('.')} is no longer a parameter, as after weight_norm"
+                    raise ConversionError(f"{what}; make that permanent, or call slimmable.slimify again, then extract")
             for name, part in narrow_tensors(module, state.active).items():
                 full = {**module._parameters, **module._buffers, **module.__dict__}[name]
                 if id(full) not in memo:
@@ -319,8 +317,12 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
     tensors: dict[str, dict[str, list[list[Kept]]]] = {}
     for (path, name), per_width in found.tensors.items():
         tensors.setdefault(path, {})[name] = per_width
-    norms: dict[int, nn.Module] = {}
-    inside: tuple[str, ...] = ()
+    values: dict[str, dict[str, list[Any]]] = {}
+    for (path, name), full in found.channels.attributes.items():
+        if any(name in column.values.get(path, {}) for column in found.columns):
+            per_width = [column.values.get(path, {}).get(name, full) for column in found.columns]
+            values.setdefault(path, {})[name] = per_width
+    norms, inside = dict[int, nn.Module](), tuple[str, ...]()
     attributed = {path for path, _ in found.channels.attributes}  # some change only in other sub-networks
     for path, module in list(model.named_modules()):
         own = tensors.get(path, {})
@@ -332,15 +334,14 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
                 kept = next([axes[0] for axes in per_width] for per_width in own.values() if len(per_width[0]) == 1)
                 norm: Switchable = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
             else:
-                each = enumerate(found.columns)
-                parts = [({name: own[name][at] for name in own}, column.values.get(path, {})) for at, column in each]
+                parts = [({n: own[n][at] for n in own}, c.values.get(path, {})) for at, c in enumerate(found.columns)]
                 pairs = zip(found.widths, parts, strict=True)
                 norm = Switchable(module, [column_of(module, width, *part) for width, part in pairs])
             norms[id(module)] = norm
             know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
-            install_view(module, found.widths, cut, found.values.get(path, {}), found.caches.get(path))
+            install_view(module, found.widths, cut, values.get(path, {}), found.caches.get(path))
             know(module, found, path)
     return replace_modules(model, norms)
 
@@ -363,8 +364,8 @@ def _inherit(model: nn.Module, before: Mapping[str, Switchable], moved: Mapping[
     if lost:
         listing = "; ".join(f"at {width} {listed(paths, most=3)}" for width, paths in lost.items())
         why = "as they keep other channels, share gain and bias, or are no longer switched"
-        what = f"some layers lose what a width has learned, {why}: {listing}"
-        warnings.warn(f"{what}. Train on, or call slimmable.calibrate_bn", stacklevel=3)
+        advice = "Train on, or call slimmable.calibrate_bn"
+        warnings.warn(f"some layers lose what a width has learned, {why}: {listing}. {advice}", stacklevel=3)
 
 
 def know(module: nn.Module, found: Plan, path: str) -> None:

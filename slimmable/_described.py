@@ -1,7 +1,4 @@
-"""What an extracted network says of itself: integers that describe its layers, such as `in_channels`, and its `config`.
-
-The integers that the forward reads are in the plan. These are the others, which only other methods and code read.
-"""
+"""What an extracted network says of itself besides what forwards read: integers such as `in_channels`, its `config`."""
 
 import dis
 import inspect
@@ -40,8 +37,8 @@ Edits: TypeAlias = dict[int, float]  # position of a configuration's leaf -> its
 def follow_layers(model: nn.Module, small: nn.Module) -> None:
     """Set the integers of `small`, a network extracted from `model`, that describe its layers and no forward reads.
 
-    An attribute follows if its name says that it counts channels, features or heads, and if all that has this size in
-    the nearest layers, its module's own or those inside, shrinks alike. What contradicts itself stays.
+    One follows if its name says that it counts channels, features or heads, and if all that has this size in the
+    nearest layers, its module's own or those inside, shrinks alike.
     """
     pairs: list[Twins] = [(model, small)]
     for twins in pairs:  # which grows
@@ -77,12 +74,11 @@ def _follow_features(model: nn.Module, small: nn.Module) -> None:
 def read_by_forward(module: nn.Module) -> set[str]:
     """Return the names of attributes that the plan determines, or that the forward's code names, with what it calls."""
     kind: Any = type(module)
-    found: set[str] = named_in_forward(kind)
-    state = state_of(module)
-    if state is None:
-        return found
-    attributes = () if state.plan is None else state.plan.channels.attributes
-    return {*found, *(name for path, name in attributes if path == state.path), *state.active.values}
+    found, state = set(named_in_forward(kind)), state_of(module)
+    if state is not None:
+        attributes = () if state.plan is None else state.plan.channels.attributes
+        found |= {*(name for path, name in attributes if path == state.path), *state.active.values}
+    return found
 
 
 @cache
@@ -94,19 +90,17 @@ def named_in_forward(kind: Any) -> set[str]:
 @cache
 def stored_by_forward(kind: Any) -> set[str]:
     """Return the names of attributes that a class's forward, or a method that it names, sets."""
-    steps = [step for code in _codes_of_forward(kind) for step in dis.get_instructions(code)]
+    steps = (step for code in _codes_of_forward(kind) for step in dis.get_instructions(code))
     return {step.argval for step in steps if step.opname == "STORE_ATTR"}
 
 
 def _codes_of_forward(kind: Any) -> list[CodeType]:
-    found, seen, todo = list[CodeType](), set[str](), ["forward"]
-    while todo:
-        code = getattr(inspect.unwrap(getattr(kind, todo.pop(), None) or object), "__code__", None)
-        if code is not None:
-            codes = list(codes_in(code))
-            found += codes
-            todo += {name for each in codes for name in each.co_names} - seen
-            seen.update(todo)
+    found, names = list[CodeType](), ["forward"]
+    for name in names:  # which grow
+        code = getattr(inspect.unwrap(getattr(kind, name, None) or object), "__code__", None)
+        codes = [] if code is None else list(codes_in(code))
+        found += codes
+        names += {name for each in codes for name in each.co_names}.difference(names)
     return found
 
 
@@ -120,7 +114,6 @@ def _children(twins: Twins) -> dict[str, Twins]:
 
 
 def counts_channels(name: str) -> bool:
-    """Tell whether an attribute's name says that it counts channels, features or heads."""
     words = [word.rstrip("0123456789") for word in name.lower().split("_")]
     return any(map(_SAY_CHANNELS.fullmatch, words)) and not any(map(_SAY_OTHERS.fullmatch, words))
 
@@ -170,8 +163,7 @@ def _sizes(twins: Twins) -> Iterator[tuple[str | None, int, int]]:
 def follow_configs(model: nn.Module, small: nn.Module) -> None:
     """Let the configurations of an extracted network (transformers, diffusers) describe it, or warn that they cannot.
 
-    What a configuration's integers do cannot be seen in it. So they are tried, on tensors without memory, until the
-    class makes a network with the tensors and integers of the extracted one.
+    Numbers in them are tried, on tensors without memory, until the class makes the tensors and integers of the network.
     """
     done: tuple[str, ...] = ()
     for path, narrow in small.named_modules():
@@ -182,7 +174,8 @@ def follow_configs(model: nn.Module, small: nn.Module) -> None:
 
 def _follow_config(full: nn.Module, narrow: Any) -> None:
     kind, config = type(narrow), narrow.config
-    own, known, wanted = _plain(config), facts(full), facts(narrow)
+    own: dict[str, Any] = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    known, wanted = facts(full), facts(narrow)
 
     def build(edited: Any) -> Facts | None:
         try:
@@ -204,13 +197,10 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     computed = any(known[key] != wanted[key] and ".".join(filter(None, key)) not in saved for key in tensors)
     found = None if computed or not before else fitting(own, build, known, wanted, weights)
     if found is None:
-        warnings.warn(
-            f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one; "
-            "from_pretrained would refuse its weights, so save it with slimmable.save",
-            stacklevel=4,
-        )
+        what = f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one"
+        warnings.warn(f"{what}; from_pretrained would refuse its weights: use slimmable.save", stacklevel=4)
         return
-    _update(narrow, found)
+    _update(narrow, own, found)
     modules = dict(narrow.named_modules())
     for (path, name), fact in (build(found) or {}).items():
         if type(fact) is int and type(wanted.get((path, name))) is int:
@@ -220,8 +210,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
 def fitting(given: Any, build: Callable[[Any], Facts | None], known: Facts, wanted: Facts, weights: Any) -> Any:
     """Return nested data like `given` with numbers of which `build` makes the `wanted` facts, or None.
 
-    `known` are the facts of the full network, `wanted` those of the narrow one; what cannot be built has none. The
-    facts that differ at the end must have `weights` of less than 1 together.
+    `known` are the facts of the full network. Those that differ at the end must have `weights` of less than 1 together.
     """
     leaves, shape = tree_flatten_with_path(given)
 
@@ -280,20 +269,15 @@ def facts(model: nn.Module) -> Facts:
     return found
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
-
-
-def _update(model: Any, plain: dict[str, Any]) -> None:
+def _update(model: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
     if not hasattr(model.config, "from_dict"):
-        model.register_to_config(**plain)
+        model.register_to_config(**new)
         return
-    before, after = (type(model.config).from_dict(each) for each in (_plain(model.config), plain))
-    pending = [(model.config, before, after)]
+    pending = [(model.config, *map(type(model.config).from_dict, (old, new)))]
     for own, *both in pending:  # which grows
-        old, new = map(vars, both)
-        pending += [(vars(own)[name], old[name], each) for name, each in new.items() if hasattr(each, "to_dict")]
-        vars(own).update({n: each for n, each in new.items() if not hasattr(each, "to_dict") and each != old[n]})
+        before, after = map(vars, both)
+        pending += [(vars(own)[name], before[name], each) for name, each in after.items() if hasattr(each, "to_dict")]
+        vars(own).update({n: each for n, each in after.items() if not hasattr(each, "to_dict") and each != before[n]})
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -28,19 +28,16 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def alone() -> bool:
-    """Return whether there is no process group, or this process is the only one in it."""
-    return not in_group() or dist.get_world_size() == 1
-
-
 def rank() -> int:
-    """Return the rank of this process; 0 without a process group."""
-    return 0 if alone() else dist.get_rank()
+    return dist.get_rank() if in_group() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes; 1 without a process group."""
-    return 1 if alone() else dist.get_world_size()
+    return dist.get_world_size() if in_group() else 1
+
+
+def alone() -> bool:
+    return world_size() == 1
 
 
 def is_first() -> bool:
@@ -49,8 +46,7 @@ def is_first() -> bool:
 
 
 def any_process(value: bool, device: torch.device) -> bool:
-    """Return whether `value` is true in any process."""
-    return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
+    return means_over_processes(torch.tensor(float(value), device=device))[0] > 0
 
 
 def from_all(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -119,8 +115,7 @@ def average_gradients(model: nn.Module) -> None:
     DistributedDataParallel expects one backward pass that uses every parameter, not one per width: for a `model` in it,
     run the loop under its `no_sync`. All processes must have started from the same weights. A gradient that only some
     have counts as zero in the others. Call this before the `unscale_` of a `GradScaler`, so that all processes skip a
-    step that is infinite in one. With one process, or without a process group, nothing happens.
-
+    step that is infinite in one. With one process nothing happens.
     Raises: UsageError: if the gradients are sharded, as by `fully_shard`, which averages them itself; or, in all
         processes, if switchable norms or a `SlimRecipe` had gradients at other widths in one process than in another.
 
@@ -172,9 +167,7 @@ def gather(tensor: Tensor) -> Tensor:
     For losses that compare the images of a batch: every process computes the loss of the joined batch and, after
     `average_gradients`, has the gradients of one process with that batch. All must run the backward pass. One process
     gets `tensor` itself. Two views at once save a round: `z0, z1 = gather(torch.stack([z0, z1], dim=1)).unbind(1)`.
-
     Shapes: (batch, ...), the same in all processes -> (processes * batch, ...), of any type.
-
     Raises: DataError: in all processes, if their tensors differ in shape, type or `requires_grad`, or are scalars.
 
     >>> embeddings = torch.ones(4, 8)

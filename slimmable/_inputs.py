@@ -19,8 +19,7 @@ MOST = 2**20  # elements of a tensor whose values are tracked; larger ones are o
 class Inputs:
     """Positional and keyword arguments for the forward of a model, as `example_inputs` of `slimify` and others.
 
-    A tensor, a tuple or list of positional arguments, or a dict of keyword arguments needs no `Inputs`. Positional
-    and keyword arguments together do, and so does a forward whose only argument is a tuple, list or dict.
+    Needed for both kinds together, and for a forward whose only argument is a tuple, list or dict.
 
     >>> class Scaled(nn.Linear):
     ...     def forward(self, batch, *, scale):
@@ -84,9 +83,8 @@ def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Ten
 def _image_size(model: nn.Module) -> tuple[int, ...] | None:
     """Return (channels, height, width) from timm's configuration, or from the model itself where they differ."""
     config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, Mapping) or config.get("input_size") is None:
+    if not isinstance(config, Mapping) or (size := config.get("input_size")) is None:
         return None
-    size = config["input_size"]
     layers = dict(model.named_modules())
     channels = getattr(layers.get(str(config.get("first_conv"))), "in_channels", None)
     if not channels or channels % size[0] == 0:  # a multiple: the model first folds pixels into channels
@@ -100,7 +98,6 @@ def is_index(value: Any) -> bool:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested arguments."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -96,11 +96,9 @@ def empty_cache(blank: object) -> object:
 
 
 def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
-    """Return a subclass of `base`, with mixins before it, that no `__init_subclass__` puts into a registry of classes.
-
-    Modules can be given this class: for that, the first class that has attributes must follow the same one without, as
-    `ABC` in `class Base(ABC, nn.Module)`.
-    """
+    """Return a subclass of `base`, with mixins before it, that no `__init_subclass__` puts into a registry."""
+    # so that modules can be given the class, its first base with attributes must follow the same one without, as
+    # `ABC` in `class Base(ABC, nn.Module)`
     root: type = base
     while root.__base__ is not None and root.__base__.__dictoffset__:
         root = root.__base__
@@ -147,7 +145,6 @@ class AddOn:
 
 
 def addons_of(model: nn.Module) -> dict[str, AddOn]:
-    """Return the add-ons that a model has, by name."""
     return {name: addon for name, addon in ADDONS.items() if addon.present(model)}
 
 

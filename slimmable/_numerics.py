@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHORTEST = 1e-12  # vectors below this length count as zero
+_SHORTEST = 1e-12  # vectors below this length count as zero; their gradient would leave the range of half precision
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -13,10 +13,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
-    """Return `tensor` with its vectors along `dim` scaled to length 1; a zero vector stays zero and gets no gradient.
-
-    Near a zero vector, which has no direction, the gradient would grow beyond the range of half precision.
-    """
+    """Return `tensor` with its vectors along `dim` scaled to length 1; a zero one stays zero, without gradient."""
     exact = at_least_float32(tensor)
     length: Tensor = torch.linalg.vector_norm(exact, dim=dim, keepdim=True)
     return exact / length.masked_fill(length < _SHORTEST, torch.inf)
@@ -28,10 +25,7 @@ def standardised(features: Tensor) -> Tensor:
 
 
 def matmul_without_autocast(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right` in the wider of the two types, even under autocast.
-
-    For cosines, whose division by a small temperature would magnify the rounding errors of half precision.
-    """
+    """Return `left @ right` in the wider type, for cosines, whose rounding errors a small temperature would magnify."""
     wider = torch.promote_types(left.dtype, right.dtype)
     with torch.autocast(left.device.type, enabled=False):
         return left.to(wider) @ right.to(wider)

@@ -21,9 +21,8 @@ from slimmable._inputs import example_of, image_batch, is_size, output_tensors
 from slimmable._modules import in_eval_mode
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, places_of, widths_of
-from slimmable.analysis.channels import SubNetwork
 from slimmable.analysis.fake import FakeModel, layers_in_parts
-from slimmable.analysis.plan import Plan
+from slimmable.analysis.plan import Plan, SubNetwork
 from slimmable.errors import ConversionError, UsageError
 from slimmable.training.batchnorm import ModelInput, collect_statistics
 from slimmable.view.norms import SwitchableContainer

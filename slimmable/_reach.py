@@ -85,15 +85,6 @@ class _Place:
                 self.put(key, value)
 
 
-@dataclass(eq=False)
-class _Kept:
-    """Where an earlier forward may have left tensors: if a blank hides them, the next one makes them again."""
-
-    place: _Place
-    key: Any
-    blank: Any
-
-
 class Reach:
     """What the forward of a model, a throw-away copy, can read and change, except parameters and buffers.
 
@@ -104,7 +95,9 @@ class Reach:
     def __init__(self, model: nn.Module) -> None:
         # module path -> attribute -> its value before, of all that the last forward has set where it has kept tensors
         self.caches: dict[str, dict[str, Any]] = {}
-        self._model, self._hidden, self._missing = model, list[_Kept](), list[_Kept]()
+        # where an earlier forward may have left tensors, with the blank that hides them, so that the next makes them
+        self._hidden, self._missing = list[tuple[_Place, Any, Any]](), list[tuple[_Place, Any, Any]]()
+        self._model = model
         self._places: dict[int, _Place] = {}
         self._memos: dict[int, Any] = {}
         self._names, self._spaces, self._met = set(_CALLED), list[Any](), set[int]()
@@ -154,14 +147,18 @@ class Reach:
 
     @contextmanager
     def untouched(self, traced: Callable[[object], bool]) -> Iterator[None]:
-        """Run a forward in the block; afterwards everything is as before.
+        """Run a forward in the block; afterwards everything is as before, and memoising functions have forgotten it.
 
-        Memoising functions forget in the block what they have been asked before it, and after it what in it. `traced`
-        tells of a key whether it depends on integers that are traced; with such arguments they always compute.
+        In it, they know nothing from before; with arguments that are `traced` integers they always compute.
         """
         with PROCESS:
             before = [(place, place.entries()) for place in self._places.values()]
             private: dict[int, Any] = {}
+
+            def clear() -> None:
+                for memo in self._memos.keys() - private.keys():  # for which nothing can stand, such as in a tuple
+                    self._memos[memo].cache_clear()
+
             try:
                 for place, entries in before:
                     for key, value in entries.items():
@@ -170,27 +167,23 @@ class Reach:
                         if id(memo) in self._memos and not isinstance(place.holder, set):
                             own = private.setdefault(id(memo), _private(memo, traced))
                             place.put(key, type(value)(own) if bound else own)
-                self._clear(self._memos.keys() - private.keys())
-                for kept in self._hidden:
-                    kept.place.put(kept.key, _copy(kept.blank))
+                clear()
+                for place, key, blank in self._hidden:
+                    place.put(key, _copy(blank))
                 modules = [(path, self._places[id(module)]) for path, module in self._model.named_modules()]
-                blank = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
+                start = {path: {name: _copy(held) for name, held in at.entries().items()} for path, at in modules}
                 yield
-                self._missing = [kept for kept in self._hidden if not tensors(kept.place.entries().get(kept.key))]
+                self._missing = [kept for kept in self._hidden if not tensors(kept[0].entries().get(kept[1]))]
                 self.caches = {}
                 for path, at in modules:
                     now = at.entries()
-                    changed = [name for name, value in blank[path].items() if not _same(now.get(name), value)]
+                    changed = {name: was for name, was in start[path].items() if not _same(now.get(name), was)}
                     if tensors([now.get(name) for name in changed]):
-                        self.caches[path] = {name: blank[path][name] for name in changed}
+                        self.caches[path] = changed
             finally:
                 for place, entries in before:
                     place.restore(entries)
-                self._clear(self._memos.keys() - private.keys())
-
-    def _clear(self, memos: Iterable[int]) -> None:
-        for memo in memos:  # where nothing can stand for them, such as in a tuple
-            self._memos[memo].cache_clear()
+                clear()
 
     # -- tensors that an earlier forward may have kept
     def hide_tensors(self) -> None:
@@ -201,14 +194,14 @@ class Reach:
                     pair = isinstance(value, tuple)  # such as a key with what belongs to it
                     blank: Any = (None,) * len(value) if pair else [] if isinstance(value, list) else None
                     if Tensor in map(type, [value] if blank is None else tree_leaves(value)):
-                        self._hidden.append(_Kept(place, key, blank if place.space else _MISSING))
+                        self._hidden.append((place, key, blank if place.space else _MISSING))
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
         """Show what was not made again, or what `failed` most likely lacked; return if the forward must run again."""
         shown = self._missing
         if failed is not None:
-            near = [kept for kept in self._hidden if kept.key in vars(failed)]
-            shown = near or [kept for kept in self._hidden if kept.place.space] or self._hidden
+            near = [kept for kept in self._hidden if kept[1] in vars(failed)]
+            shown = near or [kept for kept in self._hidden if kept[0].space] or self._hidden
         self._hidden = [kept for kept in self._hidden if kept not in shown]
         return bool(shown)
 
@@ -273,7 +266,7 @@ def sweep(made: Sequence[weakref.ref[Tensor]]) -> None:
                 for key in [key for key, value in holder.items() if id(value) in held]:
                     del holder[key]
             elif not isinstance(holder, FrameType):
-                what = f"a tensor that the forward made on shapes alone is still held by {holder!r:.200}"
+                what = f"a tensor of shapes alone is still held by {holder!r:.200}"
                 raise ConversionError(f"{what}; keep it in an attribute of its module, in a dict or by lru_cache")
         left = outer
 
@@ -290,11 +283,12 @@ def fits(tensor: Tensor) -> bool:
     return real and tensor.layout == torch.strided and tensor.numel() <= MOST
 
 
-def know(fake: Tensor, real: Tensor, sources: Iterable[Tensor] = (), copied: bool = False) -> Tensor:
-    """Attach to a fake tensor its numbers, and the tensors that they come from, if others; return the numbers.
+def _sources(tensor: Tensor) -> list[Tensor]:
+    return getattr(tensor, "slim_sources", None) or [tensor]
 
-    What a forward may write into must be `copied`.
-    """
+
+def know(fake: Tensor, real: Tensor, sources: Iterable[Tensor] = (), copied: bool = False) -> Tensor:
+    """Attach to a fake tensor its numbers, `copied` if a forward may write into them, with sources; return them."""
     with _disable_current_modes():
         numbers = real.detach().cpu()
         numbers = numbers.clone() if copied else numbers
@@ -316,10 +310,9 @@ def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 
 
 class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes the numbers of fake tensors that depend only on tensors whose numbers are known.
+    """Computes the numbers of fake tensors that depend only on known ones: constants, buffers and inputs such as masks.
 
-    So code may branch on what it computes from constants, buffers and inputs (masks, lengths, coordinates), or size
-    tensors by it. Which units scores choose, such as experts, is not known: they are assumed to choose each in turn.
+    So code may branch on them, or size tensors by them. Scores, such as experts', are assumed to choose each in turn.
     """
 
     def __init__(self, buffers: Mapping[int, Tensor], on_branch: Callable[[Sequence[Tensor]], None]) -> None:
@@ -401,10 +394,10 @@ _CHOICES = {"topk", "sort", "argmax", "argmin", "max", "min"}
 
 def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
     """Assume that the rows of scores choose the first unit, the second, and so on, so that all are chosen."""
-    dim: Any = arguments(func._schema, args, kwargs).get("dim")
-    scores, units = args[0], 0 if dim is None or not args[0].numel() else args[0].shape[dim]
-    if not units or indices.dtype != torch.long or indices.numel() > MOST:
+    scores, dim = args[0], arguments(func._schema, args, kwargs).get("dim")
+    if dim is None or not scores.numel() or indices.dtype != torch.long or indices.numel() > MOST:
         return
+    units = scores.shape[dim]
     rows = scores.numel() // units
     each = indices.numel() // rows
     if units <= rows * each:
@@ -416,18 +409,13 @@ def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
         know(indices, numbers, [scores])
 
 
-def _sources(tensor: Tensor) -> list[Tensor]:
-    return getattr(tensor, "slim_sources", None) or [tensor]
-
-
 class ReadInMemory(TorchFunctionMode):
     """Replaces what reads numbers in memory: the packing of sequences of different lengths, numbers in text."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "_pack_padded_sequence":
-            source, lengths, batch_first = args
-            ends = lengths.tolist()
+            source, ends, batch_first = args[0], args[1].tolist(), args[2]
             sizes = [sum(end > step for end in ends) for step in range(max(ends))]
             steps = source.unbind(1 if batch_first else 0)
             with _disable_current_modes():
@@ -435,10 +423,9 @@ class ReadInMemory(TorchFunctionMode):
             return torch.cat([step[:size] for step, size in zip(steps, sizes, strict=False)]), real
         if name == "_pad_packed_sequence":
             data, batch_sizes, batch_first, padding, total = args
-            sizes = batch_sizes.tolist()
+            sizes, dim = batch_sizes.tolist(), 1 if batch_first else 0
             rows = [_padded(step, 0, sizes[0], padding) for step in data.split(sizes)]
             lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
-            dim = 1 if batch_first else 0
             return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
         if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
             return format(args[0].item(), args[1])

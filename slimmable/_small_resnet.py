@@ -34,9 +34,8 @@ def small_resnet(
     network.conv1 = nn.Conv2d(in_chans, channels[0], kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
-    scaling = {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}
-    known = {"architecture": "small_resnet", "input_size": (in_chans, 24, 24), "first_conv": "conv1"}
-    network.pretrained_cfg = known | scaling
+    network.pretrained_cfg = {"architecture": "small_resnet", "input_size": (in_chans, 24, 24), "first_conv": "conv1"}
+    network.pretrained_cfg |= {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}
     return network  # type: ignore[no-any-return]
 
 

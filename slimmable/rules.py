@@ -1,8 +1,4 @@
-"""Rules of operations: what an operation does with the units on the axes of its tensors.
-
-`register_rule` gives your own operations one, as it does those of torch and torchvision here; the basic ones are in
-`slimmable.analysis`.
-"""
+"""Rules of operations, in the words that `register_rule` gives to users; the basic ones are in `slimmable.analysis`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -29,10 +25,8 @@ class Operation:
 
     `op["weight"]` is the argument of that name in the operation's schema, or its default. Verbs take such a name of a
     tensor, or "indices[0]" for the first of a list, and one of its axes. About an optional tensor that was not passed,
-    and about axes of size 1, which are broadcast, they say nothing.
-
-    If the rule leaves out an axis on which there are units, the operation counts as one without a rule. So what a rule
-    forgets costs savings, not correctness; what it does say is believed.
+    and about axes of size 1, which are broadcast, they say nothing. If the rule leaves out an axis on which there are
+    units, the operation counts as one without a rule; what it does say is believed.
 
     Attributes:
         name: such as "torchvision::roi_align".
@@ -73,13 +67,12 @@ class Operation:
 
     def moves(self, name: str, axis: int, to: int, output: int = 0) -> None:
         """Say that an axis becomes axis `to` of an output; all that moves to one axis there is the same units."""
-        given, axes, result = self._axis(name, axis), self._axes[output], self.outputs[output]
+        (units, ids), axes, result = self._axis(name, axis), self._axes[output], self.outputs[output]
         to = _number(to, result, f"output {output}")
-        if given[0] == 1:
-            return
-        _check(given[0], int(result.shape[to]), f"axis {axis} of {name!r}", f"axis {to} of output {output}")
-        axes[to] = self._context.merge(axes[to], given[1]) if to in axes else given[1]
-        self._sources[output].add(name)
+        if units != 1:
+            _check(units, int(result.shape[to]), f"axis {axis} of {name!r}", f"axis {to} of output {output}")
+            axes[to] = self._context.merge(axes[to], ids) if to in axes else ids
+            self._sources[output].add(name)
 
     def keeps(self, name: str, *but: int, output: int = 0) -> None:
         """Say that all axes but some move to an output, each to its own place, or closing up if that has fewer axes."""
@@ -97,10 +90,9 @@ class Operation:
         self.moves(weight, axis, to, output)
 
     def contracts(self, first: str, axis: int, second: str, other: int, times: int = 1) -> None:
-        """Say that products of two tensors are added up along an axis of both, as in a matrix product.
+        """Say that products of two tensors are added up along an axis of both; a weight among them reads that axis.
 
-        If one of them is a weight, its layer reads the axis. The plan counts `times` multiply-adds for each unit of the
-        axis and each element of the output: for a convolution the size of its kernel.
+        The plan counts `times` multiply-adds per unit and output element: for a convolution the size of its kernel.
         """
         mine, yours = self._axis(first, axis), self._axis(second, other)
         if self._passed(first) and self._passed(second):
@@ -215,10 +207,9 @@ def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> A
         except Exception as error:
             if described.startswith("slimmable."):
                 raise  # the trace pins what the operation meets
-            raise RuleError(
-                f"the rule {described} of {name} failed in module {context.module or '(the model itself)'!r}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            place = f"in module {context.module or '(the model itself)'!r}"
+            said = f"{type(error).__name__}: {error}"
+            raise RuleError(f"the rule {described} of {name} failed {place}: {said}") from error
         operation._finish()
 
     RULES[key] = apply
@@ -371,8 +362,7 @@ def index(op: Operation) -> None:
     """Indices of some axes, or masks of them, say what is read, or where `values` are written or added."""
     indices = [(i, part) for i, part in enumerate(op["indices"]) if part is not None]
     masked = any(part.dtype == torch.bool for _, part in indices)
-    used: list[int] = []
-    axis = 0
+    used, axis = list[int](), 0
     for part in op["indices"]:
         covered = part.ndim if part is not None and part.dtype == torch.bool else 1  # a mask may cover several axes
         used += [] if part is None else range(axis, axis + covered)
@@ -410,9 +400,8 @@ def grid_sample(op: Operation) -> None:
     """Each image is read at the places of its own grid."""
     op.moves("input", 0, to=0)
     op.moves("input", 1, to=1)
-    op.moves("grid", 0, to=0)
-    for axis in range(1, op["grid"].ndim - 1):
-        op.moves("grid", axis, to=axis + 1)
+    for axis in range(op["grid"].ndim - 1):
+        op.moves("grid", axis, to=axis + 1 if axis else 0)
 
 
 @_rule_of("_cdist_forward _euclidean_dist")
@@ -427,18 +416,17 @@ def cdist(op: Operation) -> None:
 @_rule_of("_trilinear")
 def trilinear(op: Operation) -> None:
     """Products of three tensors, each with some axes, are added up along others, as in a bilinear layer."""
-    axes = {name: iter(range(op[name].ndim)) for name in ("i1", "i2", "i3")}
-    target = 0
+    axes, target = {name: iter(range(op[name].ndim)) for name in ("i1", "i2", "i3")}, 0
     for axis in range(op["i1"].ndim + len(op["expand1"])):
         found = {name: next(axes[name]) for name in axes if axis not in op[f"expand{name[1]}"]}
         pairs = list(zip(found.items(), list(found.items())[1:], strict=False))
         if axis in op["sumdim"]:
             for first, second in pairs:
                 op.contracts(*first, *second)
-            continue
-        for name, own in found.items():
-            (op.moves if pairs else op.makes)(name, own, to=target)
-        target += 1
+        else:
+            for name, own in found.items():
+                (op.moves if pairs else op.makes)(name, own, to=target)
+            target += 1
 
 
 @_rule_of("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits")
@@ -479,11 +467,10 @@ def deform_conv2d(op: Operation) -> None:
     """A convolution that reads at positions shifted by `offset`, and weighs what it reads by `mask`."""
     for name in ("input", "offset", "mask"):
         op.moves(name, 0, to=0)
-    for name in ("offset", "mask"):
-        for axis in (1, 2, 3):
+        for axis in (1, 2, 3) if name != "input" else ():
             op.pins(name, axis, "there is one for each position of the kernel")
     for axis in (2, 3):
-        op.pins("input", axis, "neighbouring units are mixed")
+        op.pins("input", axis, NEIGHBOURS)
         op.pins("weight", axis, "is the kernel of a convolution")
     if op["groups"] == op["offset_groups"] == 1:
         op.contracts("input", 1, "weight", 1, times=op["weight"][0, 0].numel())

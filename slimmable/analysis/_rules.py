@@ -1,6 +1,8 @@
-"""Rules of operations: arithmetic, new tensors, layers with weights, norms, attention, and moves of axes."""
+"""The state of a trace, and the rules that change it: arithmetic, new tensors, layers, attention, moves of axes."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,212 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import tensors
 from slimmable._reach import arguments
-from slimmable.analysis._context import Context, rule_of
-from slimmable.analysis.integers import TracedInt
-from slimmable.analysis.labels import Ids, spread
+from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
+from slimmable.analysis.labels import Axes, Ids, Labels, spread
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]
 
 
+@dataclass
+class Call:
+    """The Python-level call that is running; its integer arguments still carry their expressions."""
+
+    name: str = ""
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def argument(self, position: int, name: str) -> Any:
+        """Return an argument by its position or name, or None if the caller passed none."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+
+
+@dataclass
+class Context:
+    """The state of one trace.
+
+    Each tensor has its labels as the attribute `slim_axes`, and as `slim_origin` how its units came about: "weights"
+    (from parameters alone), "made" (by layers with weights, and since then only moved, scaled, normalized or bounded),
+    "constant" (not from features: zeros, noise, one value for all units) or None (features: rectified or unknown).
+    """
+
+    widths: tuple[float, ...]
+    choices: Mapping[int, int]
+    labels: Labels = field(default_factory=Labels)
+    constraints: list[Constraint] = field(default_factory=list)
+    splits: list[tuple[Ids, int]] = field(default_factory=list)  # per split: labels carried on, number of candidates
+    consumed: list[Ids] = field(default_factory=list)
+    producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
+    products: list[tuple[int, list[Ids], str]] = field(default_factory=list)  # multiply-adds, labels, module path
+    reads: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what its weights read
+    meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
+    sums: list[Ids] = field(default_factory=list)  # labels along which features are added, not only scaled
+    residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
+    attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
+    contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    module: str = ""  # path of the module that is running
+    operation: str = ""
+    schema: Any = None  # of the operation
+    call: Call = field(default_factory=Call)
+
+    def axes(self, tensor: Tensor) -> list[Ids | None]:
+        """Return the labels of each axis of `tensor`; an axis of size 1 has none."""
+        known: Axes | None = getattr(tensor, "slim_axes", None)
+        return list(known) if known is not None else [None] * tensor.ndim
+
+    def label(self, tensor: Tensor, axes: Sequence[Ids | None], origin: str | None = None) -> None:
+        kept = tuple(ids if ids is not None and len(ids) > 1 else None for ids in axes)
+        vars(tensor).update(slim_axes=kept, slim_origin=origin, slim_shape=tuple(tensor.shape))
+
+    def origin(self, tensor: Tensor) -> str | None:
+        return getattr(tensor, "slim_origin", None)
+
+    def is_features(self, tensor: Tensor) -> bool:
+        """Tell whether `tensor` has labelled units that layers made."""
+        return any(ids is not None for ids in self.axes(tensor)) and self.origin(tensor) not in ("weights", "constant")
+
+    def at(self, operation: str, module: str) -> None:
+        self.operation, self.module = operation, module
+
+    @property
+    def where(self) -> str:
+        """The operation and the module that the trace is in, for reports."""
+        return f"{self.operation} in {self.module or 'the model itself'}"
+
+    def pin(self, ids: Ids | None, why: str = "") -> None:
+        """Keep `ids` at full width because of the current operation."""
+        if ids is not None:
+            self.labels.pin(ids, f"{self.where}{': ' + why if why else ''}")
+
+    def pin_all(self, tensors: Sequence[Tensor], why: str = "") -> None:
+        """Keep all axes of these tensors at full width because of the current operation."""
+        self.use(tensors)
+        for tensor in tensors:
+            for ids in self.axes(tensor):
+                self.pin(ids, why)
+
+    def refuse(self, operands: Sequence[Tensor], why: str) -> None:
+        """Keep all that an operation meets at full width; the plan lists weights too, which might have shrunk."""
+        self.pin_all(operands, why)
+        for tensor in operands:
+            for ids in self.axes(tensor) if self.origin(tensor) == "weights" else ():
+                if ids is not None:
+                    self.labels.produce(ids)
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """Note that these tensors are read, which pins the axes `slim_numbered`, whose units they number."""
+        for tensor in tensors:
+            for ids in getattr(tensor, "slim_numbered", ()):
+                self.pin(ids, "a unit's number is used")
+
+    def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
+        """Join two axes that must shrink together; pin one if the other has no labels. Return the labels of both."""
+        if first is not None and second is not None:
+            self.labels.merge(first, second)
+        else:
+            self.pin(first if second is None else second, why or "meets an axis that does not shrink")
+        return first if first is not None else second
+
+    def consume(self, ids: Ids | None, other: Ids | None) -> None:
+        joined = self.merge(ids, other, "reads an axis that does not shrink")
+        if joined is not None:
+            self.consumed.append(joined)
+            self.reads.append((self.module, joined))
+
+    def contract(self, first: Tensor, mine: Ids | None, second: Tensor, yours: Ids | None) -> None:
+        """Join the axes along which products of two tensors are added up."""
+        weights = [self.origin(tensor) == "weights" for tensor in (first, second)]
+        if any(weights) and not all(weights):
+            self.consume(mine, yours)
+        elif (joined := self.merge(mine, yours)) is not None and not any(weights):
+            self.meet(joined)
+            self.contractions.append((self.module, joined))
+
+    def produce(self, ids: Ids | None) -> None:
+        if ids is not None:
+            self.labels.produce(ids)
+            self.producers.append((self.module, ids))
+
+    def multiply(self, macs: int, axes: Sequence[Ids | None]) -> None:
+        """Note multiply-adds that are proportional to the kept units of each of these axes."""
+        self.products.append((macs, [ids for ids in axes if ids is not None], self.module))
+
+    def meet(self, ids: Ids | None) -> None:
+        """Note that units along an axis are mixed without weights, as by a normalization over them."""
+        if ids is not None:
+            self.meetings.append((self.where, ids))
+
+    def constrain(self, size: Any, ids: Ids | None, full: int) -> None:
+        """Require a size argument to follow the axis that it sizes."""
+        if isinstance(size, TracedInt):
+            self.constraints.append(Constraint(size.expression, size_of(ids, full), self.where))
+        else:
+            self.pin(ids, f"the size {size} is a constant")
+
+    def on_equal(self, first: Expression, second: Expression) -> None:
+        self.constraints.append(Constraint(first, second, self.where))
+
+    def size(self, tensor: Tensor, axis: int) -> int:
+        """Return the size of an axis, as a `TracedInt` if the axis is labelled."""
+        ids, size = self.axes(tensor)[axis], int(tensor.size(axis))
+        return size if ids is None else TracedInt(size, Expression("size", ids), self.on_equal)
+
+    def split(self, ids: Ids, shape: Sequence[int], sizes: Sequence[Any]) -> list[Ids | None]:
+        """Label the axes of `shape` into which an axis labelled `ids` is folded; one of them carries the labels.
+
+        `sizes` holds the size argument of each, None if the code passed none; one sized by a constant cannot carry.
+        First comes one that needs no merge, then one of whole size at every width (attention heads), then the largest.
+        """
+        result: list[Ids | None] = [None] * len(shape)
+        able = [i for i, size in enumerate(sizes) if shape[i] > 1 and (type(size) is not int or size == -1)]
+        if not able:
+            self.pin(ids, f"is folded to constants {tuple(shape)}")
+            return result
+        block = ids.reshape(shape)
+        carried = [np.moveaxis(block, axis, 0).reshape(shape[axis], -1) for axis in able]
+        for axis, rows in zip(able, carried, strict=True):
+            if self.labels.same(rows, np.broadcast_to(rows[:, :1], rows.shape)):
+                result[axis] = rows[:, 0]
+                return result
+        whole = [all(float(shape[axis] * width).is_integer() for width in self.widths) for axis in able]
+        order = sorted(range(len(able)), key=lambda i: (not whole[i], -shape[able[i]] if not whole[i] else 0))
+        pick = order[self.choices.get(len(self.splits), 0) % len(able)]
+        rows = carried[pick]
+        self.labels.merge_rows(rows)
+        result[able[pick]] = rows[:, 0]
+        self.splits.append((rows[:, 0], len(able)))
+        return result
+
+    def fold(self, axes: Sequence[Ids | None], shape: Sequence[int]) -> Ids | None:
+        """Return the labels of the axis into which axes of `shape` are flattened."""
+        labelled = {i: ids for i, ids in enumerate(axes) if ids is not None}
+        if not labelled:
+            return None
+        shrinks = {i: (self.labels.produced(ids) & ~self.labels.pinned(ids)).any() for i, ids in labelled.items()}
+        carrier = max(labelled, key=lambda i: (shrinks[i], len(labelled[i])))
+        flat = spread(labelled.pop(carrier), math.prod(shape[:carrier]), math.prod(shape[carrier + 1 :]))
+        for ids in labelled.values():
+            self.pin(ids, "is flattened together with another labelled axis")
+        return flat
+
+
+Rule = Callable[[Context, Sequence[Any], dict[str, Any], Any], None]
+RULES: dict[str, Rule] = {}
+"""By the name of the ATen operation; a rule is called after its operation has run, and labels the output."""
+
+
+def rule_of(*names: str) -> Callable[[Rule], Rule]:
+    """Make the decorated function the rule of these operations."""
+
+    def add(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return add
+
+
+# -- arithmetic, and new tensors
 def unknown(ctx: Context, args: Args, kwargs: Kwargs, out: Any, why: str = "has no rule") -> None:
-    """Pin all axes of all inputs."""
     ctx.refuse(tensors((args, kwargs)), why)
     for tensor in tensors(out):
         ctx.label(tensor, [None] * tensor.ndim)
@@ -91,8 +289,7 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     source = args[0]
     if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(ctx, args, kwargs, out)
-    results = tensors(out)
-    given = arguments(ctx.schema, args, kwargs).get("dim")
+    results, given = tensors(out), arguments(ctx.schema, args, kwargs).get("dim")
     dims = [given] if isinstance(given, int) else given or range(source.ndim)
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = ctx.axes(source)
@@ -283,10 +480,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         for ids in () if alike else (q[i], k[i], v[i]):  # grouped queries
             ctx.pin(ids, "queries and keys have different numbers of heads")
         batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if alike else None)
-    inner = ctx.merge(q[-1], k[-1])
-    ctx.meet(inner)
-    if inner is not None:
-        ctx.contractions.append((ctx.module, inner))
+    ctx.contract(query, q[-1], key, k[-1])
     ctx.merge(k[-2], v[-2])
     if args[5] if len(args) > 5 else kwargs.get("is_causal"):
         for ids in (q[-2], k[-2]):
@@ -355,8 +549,7 @@ def view(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     for axis, size in enumerate(sizes):
         if size is not None and int(size) != -1 and out.shape[axis] > 1:
             ctx.constrain(size, after[axis], out.shape[axis])
-    ctx.label(out, after, ctx.origin(source))
-    return None
+    return ctx.label(out, after, ctx.origin(source))
 
 
 @rule_of("permute", "transpose", "t")
@@ -424,12 +617,9 @@ def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 @rule_of("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy")
 def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> None:
     """Cut along an axis: equal pieces shrink alike, unequal ones each by its own size."""
-    source = args[0]
-    dim = _dim(ctx, args, kwargs, source.ndim)
-    axes = ctx.axes(source)
-    ids = axes[dim]
-    pieces: list[Ids | None] = [None] * len(out)
-    if ids is not None:
+    source, pieces = args[0], [None] * len(out)  # type: Tensor, list[Ids | None]
+    axes, dim = ctx.axes(source), _dim(ctx, args, kwargs, source.ndim)
+    if (ids := axes[dim]) is not None:
         cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
         alike = len(set(map(len, cuts))) == 1
@@ -454,10 +644,8 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
 @rule_of("glu")
 def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The second half of an axis gates the first."""
-    axes = ctx.axes(args[0])
-    dim = _dim(ctx, args, kwargs, out.ndim)
-    ids = axes[dim]
-    if ids is not None:
+    axes, dim = ctx.axes(args[0]), _dim(ctx, args, kwargs, out.ndim)
+    if (ids := axes[dim]) is not None:
         first, second = np.split(ids, 2)
         axes[dim] = ctx.merge(first, second)
     ctx.label(out, axes, ctx.origin(args[0]))
@@ -467,8 +655,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 def cut(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Take a range of an axis; if it is labelled, the ends of the range must follow the units before them."""
     axes, dim = ctx.axes(args[0]), _dim(ctx, args, kwargs, args[0].ndim)
-    ids = axes[dim]
-    if ids is not None:
+    if (ids := axes[dim]) is not None:
         start, stop, step = slice(*[*args[2:], None, None, None][:3]).indices(len(ids))
         if step == 1:
             _follow_ends(ctx, ids, start, stop)
@@ -493,8 +680,8 @@ def _follow_ends(ctx: Context, ids: Ids, start: int, stop: int) -> None:
 
 def _ends_in_call(ctx: Context, start: int, stop: int, units: int) -> tuple[Any, Any]:
     if ctx.call.name == "narrow":
-        values = dict(zip(("dim", "start", "length"), ctx.call.args[1:], strict=False)) | dict(ctx.call.kwargs)
-        return values["start"], values["start"] + values["length"]
+        first = ctx.call.argument(2, "start")
+        return first, first + ctx.call.argument(3, "length")
     if ctx.call.name in ("__getitem__", "__setitem__"):
         index = ctx.call.args[1]
         for part in index if isinstance(index, tuple) else (index,):
@@ -518,14 +705,11 @@ def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
     axes, picked = ctx.axes(source), ctx.axes(chosen)
     dim = args[1] % max(source.ndim, 1)
     for i, ids in enumerate(axes):
-        if i == dim:
-            ctx.pin(ids, "is indexed")
-            axes[i] = picked[i if each else 0] if picked else None
-        elif each and source.shape[i] == chosen.shape[i]:
+        if i != dim and each and source.shape[i] == chosen.shape[i]:
             axes[i] = ctx.merge(ids, picked[i])
-        elif each:
-            ctx.pin(ids, "is read in part")
-            axes[i] = picked[i]
+        elif i == dim or each:
+            ctx.pin(ids, "is indexed" if i == dim else "is read in part")
+            axes[i] = picked[i if each else 0] if picked else None
     ctx.label(out, axes, ctx.origin(source))
 
 
@@ -536,16 +720,15 @@ def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) ->
     shuffled = "channel_shuffle" in ctx.operation
     channel = 1 if shuffled else len(axes) - (2 if ctx.operation == "col2im" else 3)
     new = ids = axes[channel]
-    rest = axes[channel + 1 :]
+    rest, after = axes[channel + 1 :], int(out.shape[channel])
     if not shuffled:
         for space in rest:
             ctx.pin(space, "is cut into blocks")
         rest = [None] * (out.ndim - channel - 1)
-    after = int(out.shape[channel])
     if ids is not None and shuffled:  # (groups, n) -> (n, groups)
-        block = ids.reshape(args[1], -1)
-        ctx.labels.merge_rows(block.T)
-        new = block.T.reshape(-1)
+        block = ids.reshape(args[1], -1).T
+        ctx.labels.merge_rows(block)
+        new = block.reshape(-1)
     elif ids is not None and after >= len(ids):
         new = spread(ids, 1, after // len(ids))
     elif ids is not None:

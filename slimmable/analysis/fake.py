@@ -133,10 +133,7 @@ def _norm(source: Tensor, normal: Sequence[int], tensors: Sequence[Tensor | None
 
 @contextmanager
 def layers_in_parts() -> Iterator[None]:
-    """Let an LSTM or TransformerEncoder run as separate matrix products, not as one fused operation.
-
-    Modes also see what torch's Python functions call inside. Deterministic algorithms, which split resampling, are off.
-    """
+    """Let an LSTM or TransformerEncoder run as separate operations, and modes see what functions call inside."""
     functions, mha, mkldnn = vars(torch.nn.functional), torch.backends.mha, torch.backends.mkldnn
     overridden = [(functions, name, lambda *_: False) for name in functions if name.startswith("has_torch_function")]
     with PROCESS, swapped(overridden), ExitStack() as after:
@@ -144,7 +141,7 @@ def layers_in_parts() -> Iterator[None]:
         mha.set_fastpath_enabled(False)
         was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         after.callback(torch.use_deterministic_algorithms, was, warn_only=warns)
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(False)  # which would split resampling
         after.callback(mkldnn.set_flags, mkldnn.set_flags(_enabled=False)[0])  # type: ignore[no-untyped-call]
         yield
 

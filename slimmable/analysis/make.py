@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,13 +16,11 @@ from slimmable._inputs import Arguments, output_tensors
 from slimmable._modules import size_axes, swapped
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
-from slimmable.analysis.channels import NESTED, Channels, Counts, Failure, Grouping, Output, Requirements, SubNetwork
 from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.integers import Constraint
 from slimmable.analysis.labels import Ids, Labels
-from slimmable.analysis.outputs import Outputs, is_inside
-from slimmable.analysis.plan import Pin, Plan
-from slimmable.analysis.trace import Skip, Trace, trace
+from slimmable.analysis.plan import Channels, Counts, Failure, Grouping, Output, Pin, Plan, Requirements, SubNetwork
+from slimmable.analysis.trace import Outputs, Skip, Trace, is_inside, trace
 from slimmable.errors import ConversionError, TraceError
 
 _TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
@@ -32,8 +30,7 @@ def make_plan(
     model: nn.Module, example: Arguments, rules: Plan, skip: Skip, outputs: Outputs, advise: bool = True
 ) -> Plan:
     """Return the plan of `model`, which has no views, by the rules of an empty one; `advise`: errors tell of skips."""
-    pinned: dict[str, str] = {}
-    replayed: dict[str, list[Any]] = {}
+    pinned, replayed = dict[str, str](), dict[str, list[Any]]()
 
     def stays(path: str, module: nn.Module) -> bool | str:
         return next((why for outer, why in pinned.items() if is_inside(path, outer)), "") or skip(path, module)
@@ -140,10 +137,8 @@ def solve(trace: Trace, rules: Plan) -> Solution:
 
     Where adjusting counts does not help, axes are coupled or pinned, whichever keeps fewer parameters.
     """
-    context = trace.context
-    labels = context.labels
-    coupled: set[int] = set()
-    disagreed: list[Ids] = []
+    context, labels = trace.context, trace.context.labels
+    coupled, disagreed = set[int](), list[Ids]()
     while True:
         solution = _count(labels, rules)
         needed = Requirements(solution.grouping, context.constraints, trace.attributes)
@@ -179,14 +174,11 @@ def _count(labels: Labels, rules: Plan) -> Solution:
 
 def _couple(labels: Labels, failure: Failure) -> bool:
     """Make axes of a constraint shrink alike: `a == b` unit by unit, `a // k == b` block by block; True if changed."""
-    done = False
+    before = len(labels.roots(*failure.axes()))
     for first, second in permutations(failure.axes(), 2):
         if len(first) % len(second) == 0:
-            tiled = np.tile(second, len(first) // len(second))
-            if not labels.same(first, tiled):
-                labels.merge(first, tiled)
-                done = True
-    return done
+            labels.merge(first, np.tile(second, len(first) // len(second)))
+    return len(labels.roots(*failure.axes())) < before
 
 
 def _pin(labels: Labels, failure: Failure) -> bool:
@@ -215,10 +207,16 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
         for each in context.constraints
     ]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
-    scales = [(path, name, units_of(ids)) for path, name, ids in _scales(model, found, grouping)]
+    scales = [  # `head_dim ** -0.5` of modules that multiply queries and keys, which kernels derive from the size
+        (path, name, units_of(ids))
+        for path, ids in context.contractions
+        for name, value in vars(model.get_submodule(path)).items()
+        if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9 and grouping.groups_in([ids])
+    ]
     # torch's encoders may skip padding by nested tensors, which need an even number of heads
-    nested = [(path, NESTED) for path, module in model.named_modules() if vars(module).get(NESTED) is True]
-    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *nested])
+    nested = "use_nested_tensor"
+    encoders = [(path, nested) for path, module in model.named_modules() if vars(module).get(nested) is True]
+    names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *encoders])
     makers: list[set[str]] = [set() for _ in solution.roots]
     for path, made in context.producers:
         for group in grouping.groups_in([made]):
@@ -256,14 +254,6 @@ def _why(output: Output, labels: Labels, grouping: Grouping) -> str:
     reasons = dict.fromkeys(labels.reason(ids) for ids in made)
     why = (reason.rpartition(": ")[2] if reason.startswith("output") else reason for reason in reasons)
     return ", ".join(why) or "no units that could get thinner reach it"
-
-
-def _scales(model: nn.Module, trace: Trace, grouping: Grouping) -> Iterator[tuple[str, str, Ids]]:
-    """Find scales `head_dim ** -0.5` of modules that multiply queries and keys, which kernels derive from the size."""
-    for path, ids in trace.context.contractions:
-        for name, value in vars(model.get_submodule(path)).items():
-            if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9 and grouping.groups_in([ids]):
-                yield path, name, ids
 
 
 # -- trying a plan: the model must run at each width and return outputs of the planned shapes

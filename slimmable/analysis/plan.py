@@ -1,8 +1,9 @@
-"""The plan of a conversion: what each width keeps of each parameter axis, and the integers that depend on it."""
+"""The plan of a conversion: channel groups, the constraints on how many units each keeps, and the sub-networks."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, TypeAlias
@@ -13,10 +14,15 @@ from numpy.typing import NDArray
 from slimmable._checks import number_or_nan
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
-from slimmable._widths import Kept, disjoint_starts, kept_units, width_index
-from slimmable.analysis.channels import Channels, SubNetwork, TensorName
+from slimmable._widths import Kept, disjoint_starts, kept_of, kept_units, width_index
+from slimmable.analysis.integers import Attribute, Constraint
+from slimmable.analysis.labels import Ids, Mask
 from slimmable.errors import WidthError
 
+TensorName = tuple[str, str]  # module path, name of a parameter or buffer
+Counts = NDArray[np.int64]  # kept units of each group, then a 1 for what stays full
+Values = dict[Attribute, int]
+Count = Callable[[Ids], int]  # how many units of an axis are kept
 AxisName = tuple[str, str, int]  # module path, tensor name, axis
 Setting: TypeAlias = "float | Mapping[str, float] | tuple[int, ...] | list[int]"
 """A width, widths by patterns of layer names (the last match decides), or one count per channel group."""
@@ -25,20 +31,224 @@ _REMEMBERED = 64  # sub-networks
 _RULES = ("widths", "round_to", "rounding", "overlap", "switchable", "universal")
 
 
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """For each id, its group, or -1 if it stays full, and its rank among the units of the group."""
+
+    units: tuple[int, ...]
+    group_of: NDArray[np.int64]
+    rank: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, units: tuple[int, ...]) -> "Grouping":
+        """Return that of ids which number the units of all groups; the one after the last stands for what is full."""
+        group_of, ranks = np.repeat(np.arange(len(units)), units), map(np.arange, units)
+        return cls(units, np.append(group_of, -1), np.concatenate([*ranks, np.zeros(1, np.int64)]))
+
+    def mask(self, counts: Counts, ids: Ids) -> Mask:
+        """Return which units of an axis are kept."""
+        return self.rank[ids] < counts[self.group_of[ids]]
+
+    def count(self, counts: Counts, ids: Ids) -> int:
+        """Return how many units of an axis are kept."""
+        return int(self.mask(counts, ids).sum())
+
+    def groups_in(self, axes: Sequence[Ids | None]) -> list[int]:
+        """Return the numbers of the groups that have units on these axes."""
+        labelled = (ids for ids in axes if ids is not None)
+        return sorted({int(group) for ids in labelled for group in np.unique(self.group_of[ids]) if group >= 0})
+
+
+@dataclass
+class Failure:
+    """A constraint that cannot hold, and those that determined its attributes."""
+
+    constraint: Constraint
+    rivals: list[Constraint]
+
+    def axes(self) -> list[Ids]:
+        """Return the labelled axes that disagree."""
+        return [ids for constraint in (self.constraint, *self.rivals) for ids in constraint.axes()]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """The constraints on a model's counts, and the full values of the attributes in them."""
+
+    grouping: Grouping
+    constraints: Sequence[Constraint]
+    attributes: Mapping[Attribute, int]
+
+    def fit(self, counts: Counts) -> tuple[Values, list[Failure]]:
+        """Return the values of attributes that the constraints require, and the constraints that cannot hold."""
+        values, sources, known = Values(), dict[Attribute, Constraint](), dict[int, int]()
+
+        def count(ids: Ids) -> int:
+            if id(ids) not in known:
+                known[id(ids)] = self.grouping.count(counts, ids)
+            return known[id(ids)]
+
+        waiting = [(constraint, set(constraint.attributes())) for constraint in self.constraints]
+        while waiting := [(each, unknown) for each, keys in waiting if (unknown := keys - values.keys())]:
+            ready: dict[Attribute, list[Constraint]] = {}
+            for constraint, unknown in waiting:
+                if len(unknown) == 1:
+                    ready.setdefault(next(iter(unknown)), []).append(constraint)
+            for key, asking in ready.items():
+                values[key], sources[key] = _value(asking, key, self.attributes[key], values, count)
+            if not ready:  # several unknowns: the smallest attribute stays full
+                least = min((k for k in waiting[0][0].attributes() if k not in values), key=self.attributes.__getitem__)
+                values[least] = self.attributes[least]
+        failures = []
+        for constraint in self.constraints:
+            if not constraint.holds(values, count):
+                rivals = [sources[key] for key in constraint.attributes() if key in sources]
+                failures.append(Failure(constraint, [rival for rival in rivals if rival is not constraint]))
+        return values, failures
+
+    def adjust(self, counts: Counts) -> tuple[Values, list[Failure]]:
+        """Change the counts of groups that disagree by a unit or two, in place, while that leaves fewer failures."""
+        start, (values, failures) = counts.copy(), self.fit(counts)
+        while failures:
+            tried = []
+            for group in self.grouping.groups_in(failures[0].axes()):
+                units = self.grouping.units[group]
+                for count in (counts[group] + delta for delta in (1, -1, 2, -2)):
+                    if 1 <= count <= units and abs(count - start[group]) <= max(1, units // 8):
+                        changed = counts.copy()
+                        changed[group] = count
+                        tried.append((changed, *self.fit(changed)))
+            best = min(tried, key=lambda each: len(each[2]), default=(counts, values, failures))
+            if len(best[2]) >= len(failures):
+                break
+            counts[:], values, failures = best
+        return values, failures
+
+
+def _value(asking: list[Constraint], key: Attribute, full: int, values: Values, count: Count) -> tuple[int, Constraint]:
+    """Return the value of an attribute with which most of its constraints hold, and the first that asked for it."""
+    first_to_ask: dict[int, Constraint] = {}
+    for constraint in asking:
+        first_to_ask.setdefault(_fitting(constraint, key, full, values, count), constraint)
+    best = max(first_to_ask, key=lambda value: sum(each.holds({**values, key: value}, count) for each in asking))
+    return best, first_to_ask[best]
+
+
+def _fitting(constraint: Constraint, key: Attribute, full: int, values: Values, count: Count) -> int:
+    """Return the value of the one unknown attribute with which a constraint holds, or its full value if none does."""
+    required = constraint.required
+    if constraint.expression.kind == "attribute" and required.kind in ("constant", "size"):
+        return required.evaluate(values, count)
+
+    def fits(value: int) -> bool:
+        return constraint.holds({**values, key: value}, count)
+
+    if fits(full):
+        return full
+    ratio = count(required.value) / len(required.value) if required.kind == "size" else 1.0
+    near = sorted(range(1, full), key=lambda value: abs(value - full * ratio))
+    return next((value for value in near if fits(value)), full)
+
+
+@dataclass(frozen=True, eq=False)
+class SubNetwork:
+    """What one sub-network keeps."""
+
+    counts: tuple[int, ...]  # number of units of each group
+    tensors: Mapping[TensorName, list[Kept]]  # what is kept of each axis
+    values: Mapping[str, Mapping[str, Any]]  # module path -> attribute -> its value, if not the full network's
+    output_shapes: list[tuple[int, ...]]
+    macs: int  # of all convolutions and matrix products, for the whole batch of the example
+    parameters: int  # elements of all parameters
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """An output tensor of the model: its full shape, the units of its axes, and why it gets thinner or stays full."""
+
+    name: str
+    shape: tuple[int, ...]
+    units: tuple[Ids | None, ...]
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The channel groups of a model and what they size; pure data, in which units are numbered as by `Grouping.of`."""
+
+    needed: Requirements  # the groups, and the constraints on how many units they keep
+    tensors: Mapping[TensorName, tuple[Ids | None, ...]]  # units of each axis
+    attributes: Mapping[tuple[str, str], Any]  # module path, name -> full value: an integer, or several in a tuple
+    scales: Sequence[tuple[str, str, Ids]]  # module path, name, units of attributes that are `len(units) ** -0.5`
+    outputs: Sequence[Output]
+    makers: tuple[tuple[str, ...], ...]  # for each group, the modules with weights that make it
+    ordered: tuple[bool, ...]  # for each group, whether the order of its units matters
+    products: Sequence[tuple[int, tuple[Ids, ...]]]  # full multiply-adds, and the units that they are proportional to
+    sizes: Mapping[TensorName, tuple[int, ...]]  # full shape of each parameter, shared ones only once
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The number of units of each group."""
+        return self.needed.grouping.units
+
+    def sub_network(self, counts: Counts, values: Values, starts: Counts | None = None) -> SubNetwork:
+        """Return the sub-network of these counts and values, which keeps units from `starts` on, or the first ones."""
+        grouping = self.needed.grouping
+        if starts is not None:  # of each group the unit at its start comes first, and those before it last
+            sizes = np.array([*grouping.units, 1])[grouping.group_of]
+            grouping = replace(grouping, rank=(grouping.rank - starts[grouping.group_of]) % sizes)
+        found: dict[int, Kept] = {}
+
+        def kept(ids: Ids) -> Kept:
+            if id(ids) not in found:
+                units = np.flatnonzero(grouping.mask(counts, ids))
+                first = len(units) if units[-1] == len(units) - 1 else tuple(units.tolist())
+                found[id(ids)] = None if len(units) == len(ids) else first
+            return found[id(ids)]
+
+        def count(ids: Ids) -> int:
+            return kept_of(len(ids), kept(ids))
+
+        def narrow(shape: tuple[int, ...], axes: Sequence[Ids | None]) -> tuple[int, ...]:
+            return tuple(n if ids is None else count(ids) for n, ids in zip(shape, axes, strict=True))
+
+        tensors = {key: [None if ids is None else kept(ids) for ids in axes] for key, axes in self.tensors.items()}
+        changed: dict[str, dict[str, Any]] = {}
+        for (path, name, position), value in values.items():
+            if value != self.needed.attributes[path, name, position]:
+                entry = changed.setdefault(path, {})
+                entry[name] = _replaced(entry.get(name, self.attributes[path, name]), position, value)
+        for path, name, ids in self.scales:
+            if count(ids) < len(ids):
+                changed.setdefault(path, {})[name] = count(ids) ** -0.5
+        for path, name in self.attributes:
+            heads = changed.get(f"{path}.layers.0.self_attn".lstrip("."), {}).get("num_heads", 0)
+            if name == "use_nested_tensor" and heads % 2:  # as torch's constructor does
+                changed.setdefault(path, {})[name] = False
+        shapes = [narrow(output.shape, output.units) for output in self.outputs]
+        macs = sum(full // math.prod(map(len, axes)) * math.prod(map(count, axes)) for full, axes in self.products)
+        parameters = sum(math.prod(narrow(shape, self.tensors[key])) for key, shape in self.sizes.items())
+        return SubNetwork(tuple(map(int, counts[:-1])), tensors, changed, shapes, macs, parameters)
+
+
+def _replaced(value: Any, position: tuple[int, ...], new: int) -> Any:
+    if not position:
+        return new
+    parts = list(value)
+    parts[position[0]] = _replaced(parts[position[0]], position[1:], new)
+    return type(value)(parts)
+
+
+# -- plans
 @dataclass(frozen=True)
 class Group:
-    """Units that several axes share; each width keeps the first ones.
-
-    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
-    `makers` are the modules whose weights make these units. The units of an `ordered` group must stay in order, because
-    a convolution runs along them.
-    """
+    """Units that several axes share; each width keeps the first ones."""
 
     units: int
     kept: tuple[int, ...]  # per width
-    members: Mapping[AxisName, NDArray[np.int64]]
-    makers: tuple[str, ...]
-    ordered: bool = False
+    members: Mapping[AxisName, NDArray[np.int64]]  # for each position on an axis its unit, or -1 for another group's
+    makers: tuple[str, ...]  # the modules whose weights make these units
+    ordered: bool = False  # whether they must stay in order, because a convolution runs along them
 
 
 @dataclass(frozen=True)
@@ -54,17 +264,7 @@ class Pin:
 class Plan:
     """What is slimmed, what stays full, and why; printable. Copies of a model share its plan.
 
-    Attributes:
-        widths: from the widest to the narrowest.
-        round_to: groups of at least this many channels keep a multiple of it.
-        rounding: which one, the "nearest" or the "floor".
-        overlap: whether narrower widths share channels; otherwise they keep disjoint ones, the narrowest the first.
-        switchable: the layers that have their own weights at each width.
-        universal: whether any width from the narrowest up can be set, not only `widths`.
-        channels: the channel groups, their axes, and what they size.
-        columns: the sub-network of each width.
-        caches: module path -> attribute in which the forward keeps tensors -> its empty value. Each width has its own.
-        pins: the axes that stay at full width although a layer with weights makes them.
+    The first attributes are the arguments of `slimify`, with the names in `switchable`, and widths from the widest on.
     """
 
     widths: tuple[float, ...]
@@ -74,9 +274,9 @@ class Plan:
     switchable: tuple[str, ...] = ()
     universal: bool = False
     channels: Channels = field(init=False)
-    columns: list[SubNetwork] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pins: list[Pin] = field(default_factory=list)
+    columns: list[SubNetwork] = field(default_factory=list)  # of each width
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # module path -> attribute -> its value when empty
+    pins: list[Pin] = field(default_factory=list)  # axes that stay full although a layer with weights makes them
 
     def __str__(self) -> str:
         groups = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
@@ -104,9 +304,8 @@ class Plan:
             "outputs", each with its "name", its "shapes" per width, and the "reason" why it stays full or gets thinner.
 
         >>> import torch
-        >>> from torch import nn
         >>> from slimmable import plan
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> found = plan(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)).to_dict()
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
@@ -147,7 +346,7 @@ class Plan:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("groups", "tensors", "values", "_found")
+        derived = ("groups", "tensors", "_found")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     @cached_property
@@ -169,25 +368,13 @@ class Plan:
         """(module path, parameter or buffer name) -> for each width, what is kept of each axis."""
         return {key: [column.tensors[key] for column in self.columns] for key in self.channels.tensors}
 
-    @cached_property
-    def values(self) -> dict[str, dict[str, list[Any]]]:
-        """Module path -> attribute name -> its value at each width, if these differ."""
-        found: dict[str, dict[str, list[Any]]] = {}
-        for path, name in {(path, name): 0 for c in self.columns for path, at in c.values.items() for name in at}:
-            full = self.channels.attributes[path, name]
-            found.setdefault(path, {})[name] = [c.values.get(path, {}).get(name, full) for c in self.columns]
-        return found
-
     @property
     def output_shapes(self) -> list[list[tuple[int, ...]]]:
         """For each width, the shapes of the model's output tensors."""
         return [column.output_shapes for column in self.columns]
 
     def sub_network(self, setting: Setting) -> SubNetwork:
-        """Return the sub-network of a width, of widths by layer, or of one count per channel group.
-
-        Raises: WidthError: if there is none; the message says why.
-        """
+        """Return the sub-network of a width, of widths by layer or of counts by group; WidthError if there is none."""
         if isinstance(setting, Mapping):
             return self.near(self._counts_by_layer(setting))
         if isinstance(setting, (tuple, list)):
@@ -199,12 +386,11 @@ class Plan:
         return self.near(tuple(self.kept(units, setting) for units in self.channels.units))
 
     @cached_property
-    def _found(self) -> dict[tuple[int, ...], SubNetwork]:
-        """Sub-networks by requested counts."""
+    def _found(self) -> dict[tuple[int, ...], SubNetwork]:  # by the counts that were asked for
         return {column.counts: column for column in self.columns}
 
     def near(self, wanted: tuple[int, ...]) -> SubNetwork:
-        """Return the sub-network with counts near `wanted` that satisfy all constraints, as those of columns do.
+        """Return the sub-network with counts near `wanted` that satisfy all constraints.
 
         Where a few units more or less do not help, groups that disagree rise to the narrowest column with no fewer.
         """

@@ -1,38 +1,40 @@
 """The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import named_tensors, output_tensors, tensors
-from slimmable._modules import size_axes, swapped, tensors_of, unannounced
+from slimmable._modules import is_under, size_axes, swapped, tensors_of, unannounced
 from slimmable._reach import written
+from slimmable._tables import listed
 from slimmable.analysis import _rules
-from slimmable.analysis._context import RULES as RULES
-from slimmable.analysis._context import Call
-from slimmable.analysis._context import Context as Context
-from slimmable.analysis.channels import Output
+from slimmable.analysis._rules import RULES as RULES
+from slimmable.analysis._rules import Call
+from slimmable.analysis._rules import Context as Context
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Ids
-from slimmable.analysis.outputs import Outputs, label_outputs
-from slimmable.errors import RuleError, TraceError
+from slimmable.analysis.plan import Output
+from slimmable.errors import ConversionError, RuleError, TraceError
 
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full; a string is the reason
+Outputs: TypeAlias = "str | Sequence[str] | Mapping[str | int, str]"
+"""What becomes of the outputs: "auto", "full" or "slim" for all of them, by position, or by name or position."""
 
 
-@dataclass
-class ModuleCall:
+class ModuleCall(NamedTuple):
     """One call of a module: its first argument and its labels, if that is a tensor, and its output."""
 
     source: Tensor | None
@@ -194,9 +196,8 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
         f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
         f"{context.operation or '(none)'!r}: {why}\nIt is in {at.filename}, line {at.lineno}: {at.line}\n"
         "The forward runs on shapes alone: it can branch on numbers of buffers, constants, integer and boolean inputs, "
-        "and all inputs but the first, but not on features and weights; what topk, argmax and the like choose is "
-        "assumed if the example has a row for each unit. You can convert the part of the model that should get "
-        "narrower, such as its backbone, in place, or pass other example_inputs."
+        "and all inputs but the first, not on features and weights; what topk and the like choose is assumed if the "
+        "example has a row per unit. You can convert the part of the model to narrow, or pass other example_inputs."
     )
     failed.module = path
     return failed
@@ -237,3 +238,85 @@ def _traced(value: Any, key: Attribute, result: Trace) -> Any:
     if type(value) in (tuple, list, torch.Size):
         return type(value)([_traced(part, (*key[:2], (*key[2], i)), result) for i, part in enumerate(value)])
     return value
+
+
+# -- outputs: which keep their size (class scores, images, embeddings), and which get thinner (features)
+def label_outputs(
+    context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs, called: Collection[str]
+) -> list[Output]:
+    """Pin the outputs that keep their size, as `slimify` says; `called` are the paths of the modules that ran."""
+    labels, backbones = context.labels, _backbones(model, called)
+    classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
+    inner = {
+        "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
+        "keys and values of an attention": labels.roots(*context.attended),
+    }
+
+    def features(origin: str | None, ids: Ids) -> str:
+        """Return why these units get thinner, or "" if they stay."""
+        own = labels.roots(ids)
+        makers = {path for path, made in context.producers if own & labels.roots(made)}
+        sized = [path for path, count in classes.items() if count == len(ids)]
+        if any(not path or is_inside(maker, path) for path in sized for maker in makers):
+            return ""  # class scores, which SqueezeNet rectifies
+        if any(not path or all(is_inside(maker, path) for maker in makers) for path in backbones):
+            return "features of a timm model without its classifier"
+        for why, roots in inner.items():
+            if own & roots:
+                return why
+        return "" if origin == "made" else "features, rectified or combined after the layer that made them"
+
+    found, names = [], [name or "output" for name, _ in named]
+    for name, (_, tensor), kind in zip(names, named, _kinds(wanted, names), strict=True):
+        context.at(f"output {name}" if len(names) > 1 else "output", "")
+        axes = context.axes(tensor)
+        slim: dict[str, None] = {}
+        for ids in axes:
+            if ids is not None and labels.produced(ids).any():
+                why = features(context.origin(tensor), ids) if kind == "auto" else "as asked"
+                if kind == "full" or not why:
+                    context.pin(ids, why or "class scores, an image or an embedding")
+                else:
+                    slim[why] = None
+        found.append(Output(name, tuple(tensor.shape), tuple(axes), ", ".join(slim)))
+    return found
+
+
+def _kinds(wanted: Outputs, names: Sequence[str]) -> list[str]:
+    given = {"*": wanted} if isinstance(wanted, str) else wanted
+    if not isinstance(given, Collection):
+        raise ConversionError(f"outputs is {wanted!r}; it must be 'auto', 'full' or 'slim', or say so for each output")
+    positions = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    kinds = dict.fromkeys(names, "auto")
+    for key, kind in given.items() if isinstance(given, Mapping) else enumerate(given):
+        if kind not in ("auto", "full", "slim"):
+            raise ConversionError(f"outputs={wanted!r}: {kind!r} is unknown; use 'auto', 'full' or 'slim'")
+        pattern = positions[key] if isinstance(key, int) and 0 <= key < len(positions) else str(key)
+        matching = [name for name in names if is_under(name, pattern)]
+        if not matching and key != "*":
+            known = listed([*map(repr, names)])
+            raise ConversionError(f"outputs={wanted!r}: this model has no output {key!r}; it has {known}")
+        kinds |= dict.fromkeys(matching, kind)
+    return [kinds[name] for name in names]
+
+
+def is_inside(path: str, outer: str) -> bool:
+    """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:
+    """Return the paths of timm models that have no classifier, or ran without it."""
+    names = {module: path for path, module in model.named_modules()}
+    found = []
+    for module, path in names.items():
+        if hasattr(vars(module).get("feature_info"), "out_indices"):
+            found.append(path)
+        elif hasattr(module, "pretrained_cfg") and callable(getattr(module, "get_classifier", None)):
+            heads: list[Any] = []
+            with suppress(AttributeError):  # some without one look for its layer
+                heads = tree_leaves(module.get_classifier())
+            layers = [m for head in heads if isinstance(head, nn.Module) for m in head.modules() if m._parameters]
+            if not any(names.get(layer) in called for layer in layers):
+                found.append(path)
+    return found

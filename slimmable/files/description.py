@@ -21,10 +21,9 @@ from slimmable._convert import misfits
 from slimmable._described import counts_channels, named_in_forward, stored_by_forward
 from slimmable._tables import listing
 from slimmable._widths import check_widths
-from slimmable.analysis.channels import Channels, Grouping, Output, Requirements
 from slimmable.analysis.integers import Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
-from slimmable.analysis.plan import Pin, Plan
+from slimmable.analysis.plan import Channels, Grouping, Output, Pin, Plan, Requirements
 from slimmable.errors import CheckpointError
 
 _ABSENT: Any = object()

@@ -50,15 +50,13 @@ def gate(
 
     A channel group gets a gate if it lies inside a block: one layer makes it, others read it as their input, and all
     between treats channels separately. In Transformers these are the MLPs' hidden units and whole attention heads. The
-    gate sees the input of the layer that makes the units; its mask multiplies the inputs of those that read them, as if
-    the channels were dropped. `print(gate_plan(model))` shows where and why. Every tensor has the batch first.
-
-    Outside `with gated(model):` the model is dense and computes the same numbers as before. A model that was
-    converted first gets gates for each width. Loading a state dict of other gates fails and changes nothing.
+    gate sees the input of the layer that makes the units; its mask multiplies the inputs of those that read them.
+    `print(gate_plan(model))` shows where and why. Outside `with gated(model):` the model computes the same as before.
+    A model that was converted first gets gates for each width. Loading a state dict of other gates changes nothing.
 
     Args:
         model: plain or converted; a part of a converted model cannot be gated.
-        example_inputs: as for `slimify`; the multiply-adds of a gated pass are counted for its size.
+        example_inputs: as for `slimify`, batch first; the multiply-adds of a gated pass are counted for its size.
         skip: patterns of layer names, or a function of name and module; groups made by these layers get no gate.
         separate_norms: give the BatchNorms on gated channels, and those directly after the layers that read them,
             separate statistics, gain and bias for the gated pass.
@@ -73,11 +71,8 @@ def gate(
     >>> from slimmable.gating import gate, gated
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
     >>> model = gate(net, example_inputs=torch.zeros(2, 4))
-    >>> x = torch.randn(3, 4)
-    >>> torch.equal(model(x), net(x))
-    True
     >>> with gated(model.train()) as run:
-    ...     scores = model(x)
+    ...     scores = model(torch.randn(3, 4))
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}
     """
@@ -109,8 +104,7 @@ def gate(
             target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(child, gates.train(maker.training))
-    for planned, _, gates in built:  # after the masks on the same layer's input
-        target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
+        maker.register_forward_pre_hook(gates.decide)  # after the masks of earlier gates on its input
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
@@ -148,7 +142,7 @@ def ungate(model: M) -> M:
 
 @checked
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model's gates, for a separate optimizer group; empty for a model without gates.
+    """Return the parameters of a model's gates, for a separate optimizer group.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = gate(net, example_inputs=torch.zeros(2, 4))
@@ -178,9 +172,8 @@ def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix
     }
     if lines := listing(kinds, 4):
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
-        advice = "gate the model like the checkpoint's: the same model, widths, skip and separate_norms"
-        rest = "to load all others, leave out tensors with channel_gate or gated in their names; use strict=False"
-        raise CheckpointError(f"{first}{lines}\n{advice}; {rest}")
+        advice = "gate the model like the checkpoint's, or leave out its channel_gate and gated, with strict=False"
+        raise CheckpointError(f"{first}{lines}\n{advice}")
 
 
 def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -232,24 +225,17 @@ def _channel_gates(model: nn.Module) -> Iterator[ChannelGate]:
             yield own
 
 
-ADDONS["gating"] = AddOn(
-    refusal="has gates, which are made for its widths; remove them with slimmable.gating.ungate",
-    present=has_gates,
-    detach=ungate,
-    describe=_describe,
-    restore=_restore,
-)
+_REFUSAL = "has gates, which are made for its widths; remove them with slimmable.gating.ungate"
+ADDONS["gating"] = AddOn(_REFUSAL, present=has_gates, detach=ungate, describe=_describe, restore=_restore)
 
 
 # -- trained gates
 @checked
 @torch.no_grad()
 def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, Tensor]:
-    """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64.
+    """Return gate name -> the fraction of images for which it opens each unit, shape (units,), float64, without noise.
 
-    The gates decide in eval mode, without noise; modes are restored afterwards. `loader` is as for `calibrate_bn`.
-
-    Raises: UsageError: if the model has no gates, or the loader is no iterable. DataError: if it holds no batches.
+    `loader` is as for `calibrate_bn`. Raises: UsageError: if the model has no gates. DataError: if it has no batches.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = gate(net, example_inputs=torch.zeros(2, 4))
@@ -275,12 +261,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     Gates that are near a budget with noise may open fewer or more units without. One threshold for all logits, found by
     bisection in eval mode, corrects this, and allows other budgets nearby. Where many logits are equal, as in untrained
     gates, the closest share is chosen. Only the gates of the active width change; after an error none have.
-
-    Args:
-        model: a gated model; its training modes are restored afterwards.
-        loader: batches as for `calibrate_bn`; it is iterated over about 15 times.
-        budget: target multiply-adds as a share of the dense network's, in (0, 1).
-
+    `loader` is as for `calibrate_bn`, and iterated over about 15 times; `budget` is a share of the dense multiply-adds.
     Raises: UsageError: if the budget is outside (0, 1), below the share with all gates closed or above that with all
         open; if the model has no gates, or the loader can be iterated over only once. DataError: as `gate_activity`.
 
@@ -354,8 +335,7 @@ def extract_gated(
     for all images. Each gate keeps at least one unit. Groups whose units have a fixed order are kept whole.
 
     Args:
-        model: a gated model; it is not changed.
-        loader: calibration images, batches as for `calibrate_bn`; it is iterated over twice.
+        loader: batches as for `calibrate_bn`; it is iterated over twice.
         keep: keep the units that are open for at least this fraction of the images, in (0, 1].
         budget: instead of `keep`: keep as many units as this share of the dense multiply-adds allows, in (0, 1).
         round_to: round the number of kept channels of each gate to about a multiple of this, if it has that many; 8 or
@@ -393,8 +373,7 @@ def extract_gated(
     kept = _kept(found, activity, steps, keep, budget or 0.0)
     orders = {group: np.argsort(np.negative(own), kind="stable") for group, own in activity.items()}
     permute(twin, found.plan, [orders.get(group, np.arange(units)) for group, units in enumerate(channels.units)])
-    slim = apply_plan(twin, found.plan)
-    counts = found.plan.near(kept).counts
+    slim, counts = apply_plan(twin, found.plan), found.plan.near(kept).counts
     if recalibrate:
         calibrate_bn(slim, loader, [counts])
     return cast(M, extract(slim, counts))
@@ -421,6 +400,5 @@ def _kept(
     fitting = bisect_right(range(len(ranked) + 1), budget * dense, key=lambda units: found.macs.total(counts(units)))
     if not fitting:
         least = found.macs.total(counts(0)) / dense
-        what = f"the budget is {budget}, but the smallest network costs {least:.3f}"
-        raise UsageError(f"extract_gated: {what}; give a larger budget or a smaller round_to")
+        raise UsageError(f"extract_gated: budget is {budget}, but the smallest network costs {least:.3f}; give more")
     return counts(fitting - 1)

@@ -18,7 +18,7 @@ from slimmable._inputs import is_size
 from slimmable._numerics import at_least_float32
 from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
-from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, hidden_units, macs_for
+from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, macs_for
 from slimmable.view.cuts import Indices
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm, copy_of_norm, inner_modules
 from slimmable.view.recompute import Active, in_backward, switch, switched
@@ -31,16 +31,11 @@ _TINY = 1e-8  # keeps the logarithms of the noise finite
 def hard_mask(
     logits: Tensor, uniform: Tensor | None = None, temperature: float = TEMPERATURE, *, open_at_zero: bool = False
 ) -> Tensor:
-    """Return a mask: 1 where a unit is open, 0 where it is closed.
+    """Return a mask: 1 where a unit is open, 0 where it is closed; all tensors have one shape.
 
-    With noise, a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)` is at least 0.5, with
-    the gradient of `soft` (straight-through). Without noise, positive logits are open, and there is no gradient.
-
-    Source: the binary Gumbel-softmax of Krishna et al. 2023, whose code also opens units at logit 0 without noise.
-
-    Args:
-        logits, uniform: two tensors of any one shape; `u` is random in [0, 1), and None for no noise.
-        open_at_zero: without noise, open units with logit 0, as published.
+    With noise `uniform`, u in [0, 1), a unit is open if `soft = sigmoid((logits + log u - log(1 - u)) / temperature)`
+    is at least 0.5, with the gradient of `soft` (straight-through). Without it, positive logits are open, and 0 with
+    `open_at_zero`, and there is no gradient. Source: the binary Gumbel-softmax of Krishna et al. 2023.
 
     >>> hard_mask(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0., 0., 1.])
@@ -62,15 +57,9 @@ class ChannelGate(nn.Module):
 
     A linear layer to a quarter of the channels, BatchNorm, ReLU, and a linear layer to one logit per unit, with noise
     in training mode (see `hard_mask`). Units open where logits, in at least float32, exceed the buffer `threshold`.
-
-    Source: Krishna et al. 2023, whose gates have no bias, so all logits are 0 for an image without active hidden units.
-
+    Without `bias`, all logits are 0 for an image without active hidden units.
     Shapes: (images, channels), averaged over positions -> (images, units), zeros and ones.
-
-    Args:
-        channels, units: how many channels the layer's input has, and how many units the gate opens or closes.
-        temperature, open_at_zero: as in `hard_mask`.
-        bias: add a learned bias per unit to the logits.
+    Source: Krishna et al. 2023, whose gates have no bias.
 
     >>> gate = ChannelGate(16, 24).eval()
     >>> gate(torch.randn(2, 16)).shape, gate.macs
@@ -90,7 +79,7 @@ class ChannelGate(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        hidden = hidden_units(channels)
+        hidden = max(1, channels // 4)
         self.reduce = nn.Linear(channels, hidden, bias=False)
         self.norm = nn.BatchNorm1d(hidden)
         self.expand = nn.Linear(hidden, units, bias=bias)
@@ -134,9 +123,8 @@ class Decision:
 class LayerGates(SwitchableContainer):
     """The gates of one group of units, one per width, and their decision in the current forward.
 
-    In the state dict the full width's gate is `channel_gate.at.0`, followed by those of narrower widths. The gates of a
-    second group that the same layer makes are in `channel_gate_1`. Any module that maps pooled features (images,
-    channels) to a mask (images, units) can be in the place of a gate.
+    In the state dict they are `channel_gate.at.0` (full width), `.1` and so on, and `channel_gate_1` for a second group
+    of the same layer. Any module that maps pooled (images, channels) to a mask (images, units) can be a gate.
     """
 
     def __init__(self, planned: PlannedGate, plan: Plan, make: Callable[[int, int], nn.Module]) -> None:
@@ -156,7 +144,6 @@ class LayerGates(SwitchableContainer):
                     self._units[number, index] = Indices([unit + 1 for unit in units])
 
     def module_at(self, index: int) -> nn.Module:
-        """Return the gate of the width with this index; raise `UsageError` if it has none."""
         return _in_gated_pass(self, "at", index)
 
     def own_at(self, index: int) -> nn.Module:
@@ -184,8 +171,7 @@ class LayerGates(SwitchableContainer):
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):
             found = "not decided" if mask is None else f"decided for {len(mask)} images, not {len(source)}"
-            what = f"a layer reads the output of {self.name}, but its gate has {found}"
-            raise UsageError(f"{what}; run the whole model gated")
+            raise UsageError(f"a layer reads {self.name}, but its gate has {found}; run the whole model gated")
         units = self._units.get((number, self._slim.index))
         if units is not None:
             mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1).index_select(1, units.on(mask.device))
@@ -208,7 +194,6 @@ def _in_gated_pass(container: SwitchableContainer, name: str, index: int) -> nn.
 
 
 def gates_in(model: nn.Module) -> list[LayerGates]:
-    """Return the gates in a model, in the order of their layers."""
     return [module for module in model.modules() if isinstance(module, LayerGates)]
 
 
@@ -222,7 +207,7 @@ def has_gates(model: nn.Module) -> bool:
 class PassNorm(SwitchableNorm):
     """A `SwitchableNorm` with further norms for the gated pass, one per width: `gated.0` and so on in the state dict.
 
-    Source: Krishna et al. 2023. A checkpoint without them loads into the norms of both passes.
+    A checkpoint without them loads into the norms of both passes. Source: Krishna et al. 2023.
     """
 
     active_pass: Active[Pass]
@@ -248,7 +233,6 @@ class PassNorm(SwitchableNorm):
         return self.to_plain() if self.__dict__.pop("inside") else self
 
     def module_at(self, index: int) -> nn.Module:
-        """Return the active pass's norm of the width with this index."""
         if self.active_pass.active is Pass.DENSE:
             return super().module_at(index)
         return _in_gated_pass(self, "gated", index)
@@ -267,7 +251,7 @@ class GatedPass:
         self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
     def masks(self) -> dict[str, Tensor]:
-        """Return gate name -> mask, shape (images, units). The name is the maker's, with `/1` from its second gate on.
+        """Return gate name, the maker's with `/1` from its second gate on -> mask, shape (images, units).
 
         Raises: UsageError: if the model has not run in the block, ran at several widths, or broke off.
         """
@@ -288,7 +272,6 @@ class GatedPass:
 
         They cover convolutions and matrix products of open channels, as `profile` counts them; a gate's own are under
         its name and `.channel_gate`. `input_size` is one image's, such as (3, 224, 224), by default the example's.
-
         Raises: UsageError: as `masks`; also if the model has run on images of another size.
         """
         masks = {name: mask.double() for name, mask in self.masks().items()}
@@ -336,7 +319,7 @@ class GatedPass:
         for gates, record in self._records.items():
             expected = macs.positions[gates.name.partition("/")[0]]
             for positions in {decision.positions for decision in record} - {expected}:
-                what = f"has read {positions} positions, but would read {expected} for the counted size"
+                what = f"has read {positions} positions, but would read {expected}"
                 raise UsageError(f"{gates.name} {what}; give the input_size that the model has run on")
         return found, macs, found.plan.columns[self._width_index()].counts
 
@@ -347,7 +330,6 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
 
     In training mode the gates decide with noise, in eval mode without; untrained gates give a warning in eval mode.
     `model` may be wrapped. A copy made inside the block stays gated, so make copies outside.
-
     Raises: UsageError: if the model has no gates, or holds several gated models.
 
     >>> import torch, slimmable
@@ -361,14 +343,13 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     gates = gates_of("gated", model)
     roots = {path: module for path, module in model.named_modules() if PLAN in module.__dict__}
     if len(roots) > 1:
-        held = f"{len(roots)} gated models, {', '.join(roots)}"
-        raise UsageError(f"gated: this {type(model).__name__} holds {held}; give each a `with gated(...)` of its own")
+        held = f"this {type(model).__name__} holds {len(roots)} gated models, {', '.join(roots)}"
+        raise UsageError(f"gated: {held}; give each a `with gated(...)` of its own")
     first = gates[0].at[0]
     if isinstance(first, ChannelGate) and not first.training:
         batches = first.norm.num_batches_tracked
         if batches is not None and not batches.is_meta and batches == 0:
-            name = type(model).__name__
-            warnings.warn(f"the gates of this {name} were never trained; what they open is random", stacklevel=3)
+            warnings.warn("the gates of this model were never trained; what they open is random", stacklevel=3)
     run = GatedPass(next(iter(roots.values()), None), gates)
     undecided = [Decision(record=record) for record in run._records.values()]
     with _during(Pass.GATED, model), switched([(None, each.decision) for each in gates], undecided):
@@ -394,10 +375,9 @@ def dense(model: nn.Module) -> AbstractContextManager[None]:
 def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
     """Return the gates of a model, of which there must be some."""
     check_module(where, model)
-    gates = gates_in(model)
-    if not gates:
-        raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gating.gate")
-    return gates
+    if gates := gates_in(model):
+        return gates
+    raise UsageError(f"{where}: this {type(model).__name__} has no gates; make some with slimmable.gating.gate")
 
 
 def _during(wanted: Pass, model: nn.Module) -> AbstractContextManager[None]:
@@ -410,9 +390,9 @@ def _during(wanted: Pass, model: nn.Module) -> AbstractContextManager[None]:
 def annealed(
     epoch: float, *, start: float = 1.0, end: float = 0.0, alpha: float = 0.02, first_epoch: float = 0
 ) -> float:
-    """Return `end + (start - end) exp(-alpha (epoch - first_epoch))`, which decays from `start` towards `end`.
+    """Return `end + (start - end) exp(-alpha (epoch - first_epoch))`, and `start` before `first_epoch`.
 
-    Before `first_epoch` it is `start`. With the defaults it is `p` of the bound loss (Krishna et al. 2023).
+    With the defaults it is `p` of the bound loss (Krishna et al. 2023).
 
     >>> annealed(0), round(annealed(50), 4), round(annealed(50, first_epoch=10), 4)
     (1.0, 0.3679, 0.4493)
@@ -422,9 +402,9 @@ def annealed(
 
 @checked
 def budget_loss(share: Tensor, budget: float, weight: float = 5.0) -> Tensor:
-    """Return `weight * (mean share - budget)^2` (Krishna et al. 2023, computational budget).
+    """Return `weight * (mean share - budget)^2`, with a budget in (0, 1) and weight lambda of Krishna et al. 2023.
 
-    `share` has the multiply-adds of images as shares of the dense network's, `budget` is in (0, 1), `weight` is lambda.
+    `share` has the multiply-adds of images as shares of the dense network's.
 
     >>> budget_loss(torch.tensor([0.4, 0.6]), budget=0.3)
     tensor(0.2000)
@@ -439,14 +419,8 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
     """Return the penalty on gates that open less than `p s` or more than `1 - p + p s` of their units.
 
     `s` is the square root of the budget, as a layer's cost is proportional to its open inputs times its open outputs.
-    As `p` goes from 1 to 0 the bounds widen, so no gate closes or opens for good early on (Krishna et al. 2023).
-
-    Args:
-        open_fractions: of shape (gates,), from the function `open_fractions`.
-        budget, weight: as for `budget_loss`; the weight is the paper's gamma.
-        p: tightness of the bounds, in [0, 1]; see `annealed`.
-
-    Raises: DataError: if there is no gate.
+    As `p` goes from 1 to 0 (see `annealed`), the bounds widen, so no gate closes or opens for good early on.
+    `open_fractions` has shape (gates,), as from the function. Source: Krishna et al. 2023; `weight` is their gamma.
 
     >>> bound_loss(torch.tensor([0.1, 0.5, 1.0]), budget=0.25, p=1.0)
     tensor(0.1367)
@@ -465,11 +439,8 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
 def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> Tensor:
     """Return the fraction of units that each gate opens, averaged over the images: shape (gates,).
 
-    Args:
-        masks: one of shape (images, units) per gate, zeros and ones.
-        closed_gradient: if False, use the L1 norm of the masks, as published, whose gradient opens no closed units.
-
-    Raises: DataError: if there is no mask.
+    `masks` holds one of shape (images, units) per gate; DataError if there is none. Without `closed_gradient` this is
+    the L1 norm of the masks, as published, whose gradient opens no closed units.
 
     >>> open_fractions([torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.zeros(2, 4)])
     tensor([0.7500, 0.0000])
@@ -483,16 +454,11 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
 
 
 class GateBudget(nn.Module):
-    """Sum of the budget loss and the bound loss of a gated pass, whose bounds widen by epoch (Krishna et al. 2023).
+    """Sum of `budget_loss` and `bound_loss` of a gated pass, whose bounds widen by epoch as `annealed` says.
 
     With several processes the losses are those of the joined batch; average the gradients. `reached` is the mean share
     of multiply-adds of the last batch, without gradient, None at first, and `reached_at` maps each width to its last.
-
-    Args:
-        budget: target share of the dense network's multiply-adds, in (0, 1), including the gates.
-        budget_weight, bound_weight: weights of the two losses, the paper's lambda and gamma.
-        alpha, first_epoch: how fast the bounds widen, and from when on, see `annealed`.
-        closed_gradient: as in `open_fractions`.
+    The budget is a share of the dense network's, in (0, 1), including the gates. Source: Krishna et al. 2023.
 
     >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -535,5 +501,5 @@ class GateBudget(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings, as in the constructor."""
-        weights = f"budget_weight={self.budget_weight}, bound_weight={self.bound_weight}"
-        return f"budget={self.budget}, {weights}, alpha={self.alpha}"
+        names = ("budget", "budget_weight", "bound_weight", "alpha")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

@@ -15,11 +15,10 @@ from slimmable._checks import checked
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, output_tensors
 from slimmable._widths import width_index
-from slimmable.analysis.channels import Grouping
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
-from slimmable.analysis.plan import Plan
+from slimmable.analysis.plan import Grouping, Plan
 from slimmable.analysis.trace import ModuleCall, Trace
 from slimmable.errors import CheckpointError, ConversionError
 from slimmable.view.state import is_slim
@@ -92,8 +91,7 @@ class GatePlan:
         lines = [f"{'units':>6}  {'gate looks at the input of':<36}  masks the input of"]
         for gate in self.gates:
             lines.append(f"{gate.units:>6}  {gate.name:<36}  {', '.join(reader.path for reader in gate.readers)}")
-        if self.refused:
-            lines.append("without a gate:")
+        lines += ["without a gate:"] * bool(self.refused)
         lines += [f"{units:>6}  {maker}: {reason}" for maker, units, reason in self.refused]
         return "\n".join(lines)
 
@@ -126,14 +124,9 @@ class LayerMacs:
         return float(sum(self.by_layer(masks, counts).values()))
 
 
-def hidden_units(channels: int) -> int:
-    """Return the hidden units of a `ChannelGate`."""
-    return max(1, channels // 4)
-
-
 def gate_macs(channels: int, units: int) -> int:
-    """Return the multiply-adds of a `ChannelGate` per image."""
-    return hidden_units(channels) * (channels + units)
+    """Return the multiply-adds of a `ChannelGate` per image: a linear layer before and one after its hidden units."""
+    return max(1, channels // 4) * (channels + units)
 
 
 @checked
@@ -144,7 +137,6 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     `example_inputs` and `skip`, this is the plan that its gates follow.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-    >>> import torch
     >>> print(gate_plan(net, example_inputs=torch.zeros(2, 4)))
      units  gate looks at the input of            masks the input of
         16  2                                     4
@@ -156,14 +148,11 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         return own
     plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
-        what = f"a part of this {type(model).__name__} was converted"
-        raise ConversionError(f"{what}; gate the model that slimify returned before it becomes a part of another")
-    args, kwargs = example_of(model, example_inputs)
-    skips = skipper(model, skip)
+        raise ConversionError(f"a part of this {type(model).__name__} was converted; gate that one by itself, first")
+    (args, kwargs), skips = example_of(model, example_inputs), skipper(model, skip)
     first = next(iter(output_tensors((args, kwargs))), None)
     if first is None or not first.ndim or not len(first):
-        given = ", ".join(f"{each!r:.40}" for each in (*args, *kwargs.values()))
-        raise ConversionError(f"gates are for models whose first input is a tensor with one row per image, not {given}")
+        raise ConversionError("gates are for models whose first input is a tensor with one row per image")
     images = len(first)
     fake, trace, solution = _traced(model, (args, kwargs), plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
@@ -176,9 +165,8 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
             refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
     macs = finder.layer_macs(possible, images)
     full = plan.channels.units
-    order = {path: number for number, path in enumerate(trace.calls)}
-    gates: list[PlannedGate] = []
-    for gate in sorted(possible, key=lambda gate: order[gate.maker]):
+    gates, order = list[PlannedGate](), list(trace.calls)
+    for gate in sorted(possible, key=lambda gate: order.index(gate.maker)):
         saved = macs.total(full) - macs.total(full, [gate])
         if gate_macs(len(gate.channels), gate.units) < saved:
             gates.append(replace(gate, number=sum(other.maker == gate.maker for other in gates)))
@@ -294,9 +282,9 @@ class _Finder:
 
     def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
         """Return the axis of a module's input that carries these labels, and its units; never the batch axis."""
-        wanted = set(self.labels.find(ids).tolist())
+        wanted = self.labels.roots(ids)
         for axis, own in enumerate(call.axes):
-            if axis and own is not None and wanted <= set(self.labels.find(own).tolist()):
+            if axis and own is not None and wanted <= self.labels.roots(own):
                 return axis, self._units_on(own)
         return None
 
@@ -313,11 +301,10 @@ class _Finder:
         outputs = {id(self.trace.calls[path][0].out) for path in readers}
         found = []
         for path, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or path not in self.trace.calls:
-                continue
-            axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
-            if group in self._groups_on(*axes) or any(id(call.source) in outputs for call in self.trace.calls[path]):
-                found.append(path)
+            if isinstance(module, _BatchNorm) and path in self.trace.calls:
+                axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
+                after = any(id(call.source) in outputs for call in self.trace.calls[path])
+                found += [path] if after or group in self._groups_on(*axes) else []
         return tuple(found)
 
 

@@ -185,7 +185,7 @@ def test_step(tag, monkeypatch):
 
 
 @pytest.mark.parametrize("tag", ["separate_bn", "shared_bn"])
-@pytest.mark.filterwarnings("ignore:the gates of this Network were never trained")
+@pytest.mark.filterwarnings("ignore:the gates of this model were never trained")
 def test_both_passes_in_eval(tag):
     model = network(GOLDEN, separate_norms=tag == "separate_bn").eval()
     with slimmable.gating.gated(model) as run:
