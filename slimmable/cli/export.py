@@ -1,8 +1,9 @@
 """`slimmable export`: widths of a model as files for other programs, checked against it, with a model card."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._atomic import fill_aside
-from slimmable._convert import extract, slimify
+from slimmable._convert import slimify
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable.cli import run as runs
 from slimmable.cli.config import DIGITS
 from slimmable.cli.report import read_report
-from slimmable.deploy.programs import ONNX_PACKAGES, TOLERANCE, Program, difference, save_onnx, save_pt2, trace
-from slimmable.errors import CheckpointError, SlimmableError, require
+from slimmable.deploy.export import write as write_file
+from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
-from slimmable.files.model import build, load, read, save
+from slimmable.files.model import build, load, read
 from slimmable.view.state import is_slim
 
 
@@ -44,7 +45,7 @@ class File:
     """An exported file with the network of one width."""
 
     name: str  # its suffix is the format
-    width: float
+    width: float | None  # None: all
     size: int  # in bytes
     off: float  # largest difference from the model's outputs, relative to the largest output
     any_batch: bool  # whether it takes any number of images, or only one per call
@@ -123,43 +124,24 @@ def timm_source(
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
     """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
+    Without widths, each file holds all of them.
     The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
     """
     if formats is None:
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
-    for package in ONNX_PACKAGES if "onnx" in formats else ():
-        require(package, package, extra="onnx")
     files: list[File] = []
 
     def write(folder: Path) -> None:
-        for width in dict.fromkeys(widths):
-            files.extend(_write(source, width, dict.fromkeys(formats), folder))
+        example_inputs = torch.zeros(2, *source.image)
+        saving = {"arguments": None if ":" in source.name else source.arguments}  # if timm reads more of them
+        for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
+            path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
+            known = write_file(source.model, path, width, None, example_inputs, **saving)
+            size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
+            files.append(File(path.name, width, size, *known))
         example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
     return files
-
-
-def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -> Iterator[File]:
-    """Write one width in each format, and yield the files."""
-    model = extract(source.model, width).eval()
-    images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
-    program = trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
-    for kind in formats:
-        path = folder / f"width-{width}.{kind}"
-        any_batch = True
-        if program is None or kind == "safetensors":
-            save(model, path, arguments=None if ":" in source.name else source.arguments)  # if timm reads more of them
-            written: Program = load(path)
-        else:
-            names = ["images"], ["output"]
-            written = save_pt2(program, path) if kind == "pt2" else save_onnx(program, path, names)
-            any_batch = bool(program.range_constraints)  # its number of images has a range
-        off = difference(model, written, images[:1], *([images] if any_batch else []))
-        if not off <= TOLERANCE:
-            by = f"{off:.1e} of the largest output (allowed: {TOLERANCE:g})"
-            raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
-        size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
-        yield File(path.name, width, size, off, any_batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimmable.errors import UsageError, require
 
-SELECTOR, METADATA = "width", "slimmable.widths"
+SELECTOR = "width"
 
 
 def tidy(model: Any) -> None:
@@ -20,13 +20,14 @@ def tidy(model: Any) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def join(models: Sequence[Any], widths: Sequence[float]) -> Any:
+def join(models: Sequence[Any], widths: Sequence[float], **about: Any) -> Any:
     """Return one `onnx_ir` model of several with the same inputs, one per width, which are taken apart.
 
-    It has one input more, `width`, an int64 scalar: the position in the list of widths in its metadata. Each program
-    becomes a branch of an `If`. A branch cuts its part out of the shared weights by operations on constants, which a
-    runtime carries out once, when it loads the file. A whole weight passes through a `Reshape`, so that it too becomes
-    a constant *of the branch*: only these does onnxruntime lay out for its fastest convolutions.
+    It has one input more, `width`, an int64 scalar: the position in the list of widths in its metadata, which are
+    `slimmable.widths` and what else is said `about` them, as JSON. Each program becomes a branch of an `If`. A branch
+    cuts its part out of the shared weights by operations on constants, which a runtime carries out once, when it loads
+    the file. A whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these
+    does onnxruntime lay out for its fastest convolutions.
 
     Raises: UsageError: if the model has an input of that name.
     """
@@ -65,7 +66,8 @@ def join(models: Sequence[Any], widths: Sequence[float]) -> Any:
     joined = ir.Model(
         ir.Graph([*inputs, chosen], outputs, nodes=[place, *nodes], **held), ir_version=models[0].ir_version
     )
-    joined.metadata_props[METADATA] = json.dumps(list(widths))
+    for name, value in {"widths": list(widths), **about}.items():
+        joined.metadata_props[f"slimmable.{name}"] = json.dumps(value)
     return joined
 
 
@@ -143,4 +145,6 @@ def _common_shape(ir: Any, shapes: Sequence[Any]) -> Any:
     """Return the shape of an output whose sizes may follow the width; axes that do have no size in it."""
     if any(shape is None or len(shape) != len(shapes[0]) for shape in shapes):
         return None
-    return ir.Shape([sizes[0] if len({str(size) for size in sizes}) == 1 else None for sizes in zip(*shapes)])
+    return ir.Shape(
+        [sizes[0] if len({str(size) for size in sizes}) == 1 else None for sizes in zip(*shapes, strict=True)]
+    )

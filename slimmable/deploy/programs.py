@@ -102,8 +102,6 @@ def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool
     """Return `program` as torch's `ONNXProgram`, whose `model` is one of `onnx_ir`, with these inputs and outputs."""
     inputs, outputs = names or (None, None)
     settings: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamo": True, "verbose": False}
-    for package in ONNX_PACKAGES:
-        require(package, package, extra="onnx")
     # without gradients, as in tracing: with them, attention has another memory layout
     with torch.no_grad(), quiet(), explained("torch.onnx cannot translate the model"):
         try:
