@@ -165,11 +165,11 @@ def test_a_position_that_is_none_is_refused(made):
         session.run(None, {**{name: each.numpy() for name, each in feed.items()}, "width": np.array(3)})
 
 
-def test_the_file_holds_the_weights_once(made, tmp_path):
-    kind, slim, example, path = made
+def test_the_file_holds_the_weights_once(made):
+    _, slim, _, path = made
     full = sum(tensor.nbytes for tensor in slimmable.extract(slim, 1.0).state_dict().values())
     norms = sum(tensor.nbytes for name, tensor in slim.state_dict().items() if ".narrow." in name)
-    text = 60_000 + 100 * len(slim.state_dict()) * len(WIDTHS)  # of the graphs
+    text = 40_000 * len(WIDTHS)  # of the graphs
     assert path.stat().st_size < full + norms + text
     tensors = __import__("onnx").load(path).graph.initializer
     values = [tensor.raw_data for tensor in tensors if len(tensor.raw_data) > 64]
@@ -252,11 +252,6 @@ class Noisy(nn.Linear):
         return super().forward(x) + torch.rand(1)
 
 
-class Branches(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) if float(x.sum()) > 0 else x
-
-
 @pytest.mark.parametrize(
     ("model", "path", "options", "error", "message"),
     [
@@ -285,7 +280,9 @@ def test_what_is_refused_leaves_nothing(tmp_path, model, path, options, error, m
         net = nn.Sequential(nn.Linear(6, 8), Noisy(8, 2)) if model == "noisy" else Width(6, 8)
         example = (example, torch.rand(4, 8)) if model == "width" else example
     if model != "plain":
-        net = slimmable.slimify(net.eval(), WIDTHS, example_inputs=example, outputs="slim" if model == "width" else "auto")
+        net = slimmable.slimify(
+            net.eval(), WIDTHS, example_inputs=example, outputs="slim" if model == "width" else "auto"
+        )
     with pytest.raises(error, match=message):
         slimmable.export(net, tmp_path / path, example_inputs=example, **options)
     assert list(tmp_path.iterdir()) == []
@@ -295,5 +292,5 @@ def test_what_is_refused_leaves_nothing(tmp_path, model, path, options, error, m
 def test_files_that_hold_no_programs(tmp_path, content):
     Path(tmp_path, "net.pt2").write_bytes(content)
     for path in (tmp_path / "net.pt2", tmp_path / "none.pt2", tmp_path):
-        with pytest.raises(CheckpointError, match="which slimmable.export writes"):
+        with pytest.raises(CheckpointError, match=r"which slimmable\.export writes"):
             slimmable.deploy.Programs(path)
