@@ -1,7 +1,6 @@
 """What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages."""
 
 import argparse
-import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,19 +37,6 @@ ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as 
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 say = partial(print, flush=True)  # immediately, even into a pipe
-
-
-class MissingPackageError(SlimmableError, ImportError):
-    """A package that a command needs is not installed."""
-
-
-def require(module: str, package: str, extra: str | None = "cli") -> Any:
-    """Import and return `module`, or raise MissingPackageError that says how to install `package`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
-        raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error
 
 
 def printable(text: object) -> str:

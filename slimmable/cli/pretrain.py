@@ -20,12 +20,12 @@ from slimmable._distributed import any_process, is_first, rank, world_size
 from slimmable.cli import data
 from slimmable.cli import run as runs
 from slimmable.cli.commands import Pretrain
-from slimmable.cli.config import LOGGERS, PretrainConfig, require, say
+from slimmable.cli.config import LOGGERS, PretrainConfig, say
 from slimmable.cli.evaluation import VOTERS, Prober, passes_of, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
 from slimmable.cli.report import GATED, Log, Progress, csv_log, logged_rows, make_logs, named_at, plot_imbalance
-from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError
+from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError, require
 from slimmable.files.description import differences
 from slimmable.gating import GateBudget, gate_parameters, gate_plan
 from slimmable.losses import DistillationKind, OnlineDistillation

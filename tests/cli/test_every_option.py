@@ -147,6 +147,7 @@ TAKEN = {
     "export MODEL_OR_RUN": {},
     "export --width": {},
     "export --format": {},
+    "export --all-widths": {},
     "export --output": {
         **dict.fromkeys(("missing", "missing/below", "unknown", "number", "address", "unicode"), NEW),
         **dict.fromkeys(("folder", "full", "above"), "files are added to a folder"),

@@ -151,6 +151,13 @@ def elsewhere() -> Any:
     return saved().with_name("other.safetensors")
 
 
+@functools.cache
+def programs() -> Any:
+    path = saved().with_name("programs.pt2")
+    slimmable.export(converted(), path, example_inputs=X)
+    return path
+
+
 def published(model: Callable[[], nn.Module]) -> Any:
     folder = Path(tempfile.mkdtemp())
     slimmable.save_pretrained(model(), folder, example_inputs=X)
@@ -411,6 +418,16 @@ CALLS: dict[str, Call] = {
             "progress": FLAG,
         }
     ),
+    "export": Call(
+        {
+            "model": bad.slim(converted),
+            "path": bad.path(elsewhere),
+            "width": Argument(lambda: None, bad.setting().optional().bad),
+            "widths": Argument(lambda: None, bad.widths().optional().bad),
+            "example_inputs": EXAMPLE,
+        }
+    ),
+    "deploy.Programs": Call({"path": bad.path(programs)}),
     "save": Call(
         {
             "model": ANY_MODEL,
@@ -1179,6 +1196,7 @@ if importlib.util.find_spec("transformers"):
 # -- what a table without gaps has
 EXEMPT = {
     "Inputs": "it holds any arguments",
+    "deploy.Programs.__call__": "its arguments are those of the program, which torch checks",
     "SlimmableError": "an error",
     "*.Accuracies": "data, which the library makes",
     "methods.Batch": "data, which `step` checks",
@@ -1202,7 +1220,7 @@ EXEMPT = {
 
 def public() -> Iterator[tuple[str, Any]]:
     """Yield the name of each public callable, class, and method with arguments, and what it is."""
-    rooms = ("layers", "losses", "training", "evaluation", "gating", "methods", "rules")
+    rooms = ("layers", "losses", "training", "evaluation", "gating", "methods", "rules", "deploy")
     names = {f"{room}.{name}": getattr(getattr(slimmable, room), name) for room in rooms
              for name in getattr(slimmable, room).__all__}  # fmt: skip
     in_rooms = {id(target) for target in names.values()}

@@ -9,12 +9,14 @@ import pytest
 
 import slimmable
 
-SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")
+SUBMODULES = (
+    *("deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training"),
+)
 
 
 def test_the_top_level_names_are_these():
     assert set(slimmable.__all__) == {
-        *("slimify", "plan", "extract", "save", "load", "load_slimclr", "profile", "search", "calibrate_bn"),
+        *("slimify", "plan", "extract", "export", "save", "load", "load_slimclr", "profile", "search", "calibrate_bn"),
         *("full_state_dict", "register_rule", "pretrain", "save_pretrained", "push_to_hub", "from_pretrained"),
         *("set_width", "at_width", "width_of", "widths_of", "run_widths", "AllWidths"),
         *("SlimRecipe", "OnlineDistillation", "SwitchableProbe", "Inputs", "SlimmableError"),
