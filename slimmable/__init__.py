@@ -8,7 +8,7 @@
 torch.Size([8, 8])
 
 The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `integrations`, `gating`,
-`rules` and `errors`.
+`rules`, `runtime` and `errors`.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from slimmable import losses as losses
     from slimmable import methods as methods
     from slimmable import rules as rules
+    from slimmable import runtime as runtime
     from slimmable import training as training
     from slimmable._convert import extract, plan, slimify
     from slimmable._inputs import Inputs
@@ -51,7 +52,10 @@ _HOMES = (
     "_convert", "_inputs", "_profile", "_width", "errors", "files.hub", "files.model",
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
-_SUBMODULES = ("errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training")
+_SUBMODULES = (
+    "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "runtime",
+    "training",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
