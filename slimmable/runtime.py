@@ -97,19 +97,20 @@ class Session:
 
     def __init__(self, model: Any) -> None:
         if isinstance(model, (str, os.PathLike)):
-            with explained(f"{model!r:.80} cannot be read", "; is onnxruntime installed?", CheckpointError):
+            with explained(f"Session: {str(model)!r} cannot be read", "; is onnxruntime installed?", CheckpointError):
                 runtime = import_module("onnxruntime")
                 model = runtime.InferenceSession(os.fspath(model), providers=runtime.get_available_providers())
         _check(hasattr(model, "get_modelmeta"), "model must be a path or an onnxruntime session", model)
         said = model.get_modelmeta().custom_metadata_map
         if "slimmable.widths" not in said:
             raise CheckpointError("Session: the file does not name its widths; write it with slimmable.export")
-        self.session, self.widths = model, check_widths(json.loads(said["slimmable.widths"]))
-        self.macs = dict(zip(self.widths, json.loads(said.get("slimmable.macs", "[]")), strict=False))
+        self.session, self._order = model, json.loads(said["slimmable.widths"])
+        self.widths = check_widths(self._order)
+        self.macs = dict(zip(self._order, json.loads(said.get("slimmable.macs", "[]")), strict=False))
 
     def __call__(self, *inputs: Any, width: float = 1.0) -> Any:
         """Return the outputs at one of `widths`."""
-        position = np.array(width_index(width, self.widths), np.int64)
+        position = np.array(width_index(width, self._order), np.int64)
         names = [each.name for each in self.session.get_inputs() if each.name != "width"]
         with explained(f"the file cannot take inputs of shapes {_shapes(inputs)}", kind=DataError):
             given = dict(zip(names, map(_array, inputs), strict=True))
@@ -136,7 +137,7 @@ class Cascade:
     Called with a batch, it returns an `Answer`, of arrays for arrays; a PyTorch model runs in eval mode.
 
     Args:
-        model: a converted PyTorch model, or a `Session`; images in, class scores (images, classes) out.
+        model: a converted PyTorch model, a `Session`, or what is called like one; images in, class scores out.
         threshold: how sure a width must be to answer: a number, or a list of one for each width but the widest, the
             narrowest first. A width with `math.inf` does not run, one with `-math.inf` always answers.
         confidence: the "probability" of the best class by softmax, its "margin" to the second best, or a function of
@@ -154,13 +155,16 @@ class Cascade:
     """
 
     def __init__(self, model: Any, threshold: Any, *, confidence: Confidence = "probability", macs: Any = None) -> None:
-        if not isinstance(model, Session):
+        self.model, self._is_module = model, hasattr(model, "named_modules") and not isinstance(model, type)
+        if self._is_module:
             from slimmable._width import widths_of
-        self.model, self.widths = model, model.widths if isinstance(model, Session) else widths_of(model)
+        else:
+            _check(hasattr(model, "widths"), "model must be a converted PyTorch model or a Session", model)
+        self.widths: tuple[float, ...] = widths_of(model) if self._is_module else model.widths
         named = confidence in ("probability", "margin") if isinstance(confidence, str) else callable(confidence)
         fit = named and not isinstance(confidence, type)
         _check(fit, "confidence must be 'probability', 'margin' or a function", confidence)
-        macs = model.macs or None if macs is None and isinstance(model, Session) else macs
+        macs = (None if self._is_module else getattr(model, "macs", None) or None) if macs is None else macs
         self.confidence, self.macs = confidence, {} if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
         given: Any = [*threshold] if isinstance(threshold, Sequence) else [threshold] * len(steps)
@@ -171,15 +175,16 @@ class Cascade:
 
     def __call__(self, *inputs: Any) -> Answer:
         """Return the `Answer` for a batch, the first axis of each input of the model."""
-        costs, left, logits, spent = self._costs(inputs), np.arange(len(inputs[0])), None, 0.0
+        left, logits, ran = np.arange(len(inputs[0])), None, {}
         widths = np.ones(len(left))
         for width, threshold in {**self.thresholds, self.widths[0]: -math.inf}.items():
             if threshold < math.inf and (logits is None or len(left)):
                 scores = self._scores([each[left] for each in inputs], width)
                 logits = deepcopy(scores) if logits is None else logits
-                logits[left], widths[left] = scores, width
-                spent += costs.get(width, math.nan) * len(left)
+                logits[left], widths[left], ran[width] = scores, width, len(left)
                 left = left[self._sureness(scores) < threshold]
+        costs = self._costs(inputs)
+        spent = sum(costs.get(width, math.nan) * images for width, images in ran.items())
         return Answer(logits, widths, spent / max(1, len(widths)))
 
     def calibrate(self, loader: Iterable[Any], target: float, *, of: Target = "accuracy") -> "Cascade":
@@ -203,10 +208,13 @@ class Cascade:
         for batch in loader if isinstance(loader, Iterable) else [loader]:
             pair = isinstance(batch, (tuple, list)) and len(batch) > 1
             _check(pair, "loader must give batches (images, class numbers)", batch)
-            costs, labels = self._costs(batch[:-1]), _array(batch[-1])
             scores = [self._scores(batch[:-1], width) for width in order]
-            fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels)
-            _check(bool(fit), "loader must give one class number for each image", batch)
+            with explained("loader must give class numbers", kind=DataError):
+                labels, classes = _array(batch[-1]), scores[0].shape[1]
+            fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels) > 0
+            fit = fit and 0 <= labels.min() <= labels.max() < classes
+            _check(fit, f"loader must give a class number below {classes} for each image", batch)
+            costs = self._costs(batch[:-1])
             parts.append([[self._sureness(x), _array(x).argmax(1) != labels] for x in scores])
         _check(bool(parts), "loader must give batches (images, class numbers)", loader)
         _check(bool(self.macs), "calibrate: the file does not name multiply-adds, so macs must be given", self.macs)
@@ -229,24 +237,23 @@ class Cascade:
 
         means = [(float(errors.mean()), float(spent.mean()), each) for errors, spent, each in outcomes(0)]
         most = 1 - target * (1 - wrong[-1].mean()) if of == "accuracy" else 1.0
-        fits = [each for each in means if each[0] <= most + 1e-9 and (of == "accuracy" or each[1] <= target)]
+        fits = [each for each in means if each[0] <= most + 1e-9 and (of == "accuracy" or each[1] <= target + 1e-9)]
         _check(bool(fits), f"target must be at least {share[0]:.3f}, which the narrowest width costs", target)
         best = min(fits, key=lambda each: each[1::-1] if of == "accuracy" else each[:2])
         self.thresholds = dict(zip(order[:-1], best[2], strict=True))
         return self
 
     def _costs(self, inputs: Sequence[Any]) -> Mapping[float, float]:
-        if not self.macs and not isinstance(self.model, Session):
+        if not self.macs and self._is_module:
             from slimmable._profile import profile
             from slimmable.evaluation import as_input
 
-            with explained(f"the model cannot take inputs of shapes {_shapes(inputs)}", kind=DataError):
-                one = tuple(as_input(self.model, each[:1]) for each in inputs)
-                self.macs = {row.width: row.macs for row in profile(self.model, example_inputs=one, repeats=0).rows}
+            one = tuple(as_input(self.model, each[:1]) for each in inputs)
+            self.macs = {row.width: row.macs for row in profile(self.model, example_inputs=one, repeats=0).rows}
         return self.macs
 
     def _scores(self, inputs: Sequence[Any], width: float) -> Any:
-        if isinstance(self.model, Session):
+        if not self._is_module:
             scores = self.model(*inputs, width=width)
         else:
             import torch
@@ -288,7 +295,7 @@ def calibrate_cascade(
     >>> list(calibrate_cascade(model, held_out, 0.99, confidence="margin").thresholds)
     [0.5]
     """
-    cascade = model if isinstance(model, Cascade) else Cascade(model, math.inf, **options)
+    cascade: Cascade = model if isinstance(model, Cascade) else Cascade(model, math.inf, **options)
     return cascade.calibrate(loader, target, of=of)
 
 
@@ -311,7 +318,7 @@ def _by_width(what: str, given: Any, widths: Iterable[float] = ()) -> dict[float
 
 
 def _shapes(inputs: Iterable[Any]) -> str:
-    return ", ".join(str(tuple(getattr(each, "shape", ()))) for each in inputs)
+    return ", ".join(str(tuple(each.shape)) if hasattr(each, "shape") else type(each).__name__ for each in inputs)
 
 
 def _array(value: Any) -> Array:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,8 +24,7 @@ import slimmable
 from benchmarks.intervals import shown
 from benchmarks.measuring import append_rows, markdown, origin, read_results, read_rows
 from benchmarks.runtime.training import HELD_OUT, WIDTHS, Data, digits, fashion, plain_network, train
-from slimmable.evaluation import accuracy_of
-from slimmable.runtime import calibrate_cascade
+from slimmable.runtime import Cascade, calibrate_cascade
 
 HERE = Path(__file__).parent
 TARGETS = (*(("macs", share) for share in (0.15, 0.26, 0.4, 0.57)), *(("accuracy", share) for share in (0.99, 1.0)))
@@ -32,25 +32,37 @@ FIELDS = ("seed", "choice", "target", "share", "accuracy", "at_fixed_cost", "wid
 EPOCHS, TRAINED_ON = 4, 30_000
 
 
+class Recorded:
+    """The scores of a network at each width, called like the network, with the numbers of images for the images."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        rows = slimmable.profile(model, example_inputs=images[:1], repeats=0).rows
+        self.widths, self.macs = WIDTHS, {each.width: each.macs for each in rows}
+        with torch.no_grad():
+            parts = [slimmable.run_widths(model, batch) for batch in images.split(500)]
+        self.scores = {width: torch.cat([part[width] for part in parts]).numpy() for width in WIDTHS}
+
+    def __call__(self, numbers: np.ndarray, width: float) -> np.ndarray:
+        """Return the scores of these images."""
+        return self.scores[width][numbers]
+
+
 def run(model: nn.Module, data: Data, seed: int) -> Iterator[dict[str, object]]:
     """Yield the fixed widths and the calibrated cascades, with share of the multiply-adds and accuracy on the test."""
-    images, labels = data.test
-    costs = {each.width: each.macs for each in slimmable.profile(model, example_inputs=images[:1], repeats=0).rows}
+    held_out, test = Recorded(model, data.held_out[0]), Recorded(model, data.test[0])
+    labels, numbers = data.test[1].numpy(), np.arange(len(data.test[1]))
     fixed = {}
     for width in WIDTHS:
-        with slimmable.at_width(model, width):
-            fixed[costs[width] / costs[1.0]] = accuracy_of(model, images, labels)
-    for width, (share, accuracy) in zip(WIDTHS, fixed.items(), strict=True):
+        share, accuracy = test.macs[width] / test.macs[1.0], float((test(numbers, width).argmax(1) == labels).mean())
+        fixed[share] = accuracy
         yield row(seed, "fixed", width, share, accuracy, accuracy, "")
-    held_out = list(zip(*(part.split(500) for part in data.held_out), strict=True))
+    loader = [(np.arange(len(data.held_out[1])), data.held_out[1].numpy())]
     for confidence in ("probability", "margin"):
         for of, target in TARGETS:
-            cascade = calibrate_cascade(model, held_out, target, of=of, confidence=confidence)
-            answers = [cascade(batch) for batch in images.split(500)]
-            correct = torch.cat([answer.logits.argmax(1) for answer in answers]) == labels
-            share = sum(answer.macs * len(answer.widths) for answer in answers) / len(labels) / costs[1.0]
-            steps = {width: f"{threshold:.3f}" for width, threshold in cascade.thresholds.items()}
-            accuracy = float(correct.float().mean())
+            chosen = calibrate_cascade(held_out, loader, target, of=of, confidence=confidence)
+            answer = Cascade(test, [*chosen.thresholds.values()], confidence=confidence)(numbers)
+            accuracy, share = float((answer.logits.argmax(1) == labels).mean()), answer.macs / test.macs[1.0]
+            steps = {width: f"{threshold:.3f}" for width, threshold in chosen.thresholds.items()}
             yield row(seed, f"{confidence}, {of}", target, share, accuracy, between(fixed, share), steps)
 
 
@@ -89,12 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), metavar="FOLDER")
     parser.add_argument("--networks", type=Path, default=Path("runs/runtime"), help="folder of the trained networks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(5)])
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
     given = parser.parse_args()
     torch.set_num_threads(1)
     done = {each["seed"] for each in read_rows(given.out / "accuracy.csv")}
-    for seed in [seed for seed in ((0,) if given.quick else range(5)) if str(seed) not in done]:
+    for seed in [seed for seed in (given.seeds[:1] if given.quick else given.seeds) if str(seed) not in done]:
         data = digits(512, seed) if given.quick else fashion(given.data, seed, TRAINED_ON)
         kept = (given.out if given.quick else given.networks) / f"{seed}.safetensors"
         if kept.exists():
