@@ -120,6 +120,31 @@ class Session:
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+class _Module:
+    """A PyTorch model, called like a `Session`; its multiply-adds are those of the first batch's images."""
+
+    def __init__(self, model: Any) -> None:
+        from slimmable._width import widths_of
+
+        self.model, self.widths, self.macs = model, widths_of(model), dict[float, float]()
+
+    def __call__(self, *inputs: Any, width: float) -> Any:
+        import torch
+
+        from slimmable._modules import in_eval_mode
+        from slimmable._profile import profile
+        from slimmable._width import at_width
+
+        device = next((weight.device for weight in self.model.parameters()), None)
+        given = tuple(torch.as_tensor(each, device=device) for each in inputs)
+        with torch.no_grad(), in_eval_mode(self.model), at_width(self.model, width):
+            scores = self.model(*given)
+        if not self.macs:
+            rows = profile(self.model, example_inputs=tuple(each[:1] for each in given), repeats=0).rows
+            self.macs = {row.width: row.macs for row in rows}
+        return getattr(scores, "logits", scores)
+
+
 class Answer(NamedTuple):
     """What a `Cascade` gives: scores (images, classes), the width that made each image's, and the mean multiply-adds.
 
@@ -155,17 +180,14 @@ class Cascade:
     """
 
     def __init__(self, model: Any, threshold: Any, *, confidence: Confidence = "probability", macs: Any = None) -> None:
-        self.model, self._is_module = model, hasattr(model, "named_modules") and not isinstance(model, type)
-        if self._is_module:
-            from slimmable._width import widths_of
-        else:
-            _check(hasattr(model, "widths"), "model must be a converted PyTorch model or a Session", model)
-        self.widths: tuple[float, ...] = widths_of(model) if self._is_module else model.widths
+        is_module = hasattr(model, "named_modules") and not isinstance(model, type)
+        _check(is_module or hasattr(model, "widths"), "model must be a converted model or a Session", model)
+        self._net: Any = _Module(model) if is_module else model
+        self.widths: tuple[float, ...] = self._net.widths
         named = confidence in ("probability", "margin") if isinstance(confidence, str) else callable(confidence)
         fit = named and not isinstance(confidence, type)
         _check(fit, "confidence must be 'probability', 'margin' or a function", confidence)
-        macs = (None if self._is_module else getattr(model, "macs", None) or None) if macs is None else macs
-        self.confidence, self.macs = confidence, {} if macs is None else _by_width("macs", macs, self.widths)
+        self.confidence, self._macs = confidence, None if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
         given: Any = [*threshold] if isinstance(threshold, Sequence) else [threshold] * len(steps)
         fit = len(given) == len(steps) and not any(math.isnan(_number(each)) for each in given)
@@ -183,8 +205,7 @@ class Cascade:
                 logits = deepcopy(scores) if logits is None else logits
                 logits[left], widths[left], ran[width] = scores, width, len(left)
                 left = left[self._sureness(scores) < threshold]
-        costs = self._costs(inputs)
-        spent = sum(costs.get(width, math.nan) * images for width, images in ran.items())
+        spent = sum(self.macs.get(width, math.nan) * images for width, images in ran.items())
         return Answer(logits, widths, spent / max(1, len(widths)))
 
     def calibrate(self, loader: Iterable[Any], target: float, *, of: Target = "accuracy") -> "Cascade":
@@ -214,12 +235,11 @@ class Cascade:
             fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels) > 0
             fit = fit and 0 <= labels.min() <= labels.max() < classes
             _check(fit, f"loader must give a class number below {classes} for each image", batch)
-            costs = self._costs(batch[:-1])
             parts.append([[self._sureness(x), _array(x).argmax(1) != labels] for x in scores])
         _check(bool(parts), "loader must give batches (images, class numbers)", loader)
         _check(bool(self.macs), "calibrate: the file does not name multiply-adds, so macs must be given", self.macs)
         sure, wrong = np.concatenate(parts, 2).swapaxes(0, 1)  # of each width and image
-        share = np.array([costs[width] for width in order]) / costs[order[-1]]
+        share = np.array([self.macs[width] for width in order]) / self.macs[order[-1]]
         ends = np.linspace(0, 1, max(2, int(_TRIED ** (1 / max(1, len(order) - 1))) - 1))
 
         def outcomes(step: int) -> Iterator[tuple[Array, Array, tuple[float, ...]]]:
@@ -243,29 +263,14 @@ class Cascade:
         self.thresholds = dict(zip(order[:-1], best[2], strict=True))
         return self
 
-    def _costs(self, inputs: Sequence[Any]) -> Mapping[float, float]:
-        if not self.macs and self._is_module:
-            from slimmable._profile import profile
-            from slimmable.evaluation import as_input
-
-            one = tuple(as_input(self.model, each[:1]) for each in inputs)
-            self.macs = {row.width: row.macs for row in profile(self.model, example_inputs=one, repeats=0).rows}
-        return self.macs
+    @property
+    def macs(self) -> Mapping[float, float]:
+        """The cost of an image by width; of a PyTorch model, the multiply-adds of an image of the first batch."""
+        return self._macs or getattr(self._net, "macs", {})
 
     def _scores(self, inputs: Sequence[Any], width: float) -> Any:
-        if not self._is_module:
-            scores = self.model(*inputs, width=width)
-        else:
-            import torch
-
-            from slimmable._modules import in_eval_mode
-            from slimmable._width import at_width
-            from slimmable.evaluation import as_input
-
-            failing = explained(f"the model cannot take inputs of shapes {_shapes(inputs)}", kind=DataError)
-            with failing, torch.no_grad(), in_eval_mode(self.model), at_width(self.model, width):
-                scores = self.model(*(as_input(self.model, each) for each in inputs))
-            scores = getattr(scores, "logits", scores)
+        with explained(f"Cascade: the model cannot take inputs of shapes {_shapes(inputs)}", kind=DataError):
+            scores = self._net(*inputs, width=width)
         if len(getattr(scores, "shape", ())) != 2 or len(scores) != len(inputs[0]):
             raise DataError(f"Cascade: the model must return scores (images, classes), got {_shapes([scores])}")
         return scores

@@ -249,7 +249,12 @@ def batches_with(images: Argument, labels: Argument) -> Argument:
 
 BATCHES = batches_with(IMAGES, LABELS)
 PAIRS = batches_with(
-    IMAGES.but(holding_nan="no width is sure of it", holding_infinity="no width is sure of it"),
+    IMAGES.but(
+        holding_nan="no width is sure of it",
+        holding_infinity="no width is sure of it",
+        array="images like others",
+        nested_lists="images like others",
+    ),
     LABELS.but(array="class numbers like others", nested_lists="class numbers like others"),
 ).but(iterator="it is gone over once")
 BY_WIDTH = bad.mapping(
