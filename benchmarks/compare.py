@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from slimmable._atomic import fill_aside
-from slimmable.cli.config import PretrainConfig, require
+from slimmable.cli.config import PretrainConfig
 from slimmable.cli.report import MARKERS, UNTRAINED, Row, read_rows, title_of
 from slimmable.cli.run import read_config
-from slimmable.errors import CheckpointError, SlimmableError, UsageError
+from slimmable.errors import CheckpointError, SlimmableError, UsageError, require
 
 Reports: TypeAlias = "Mapping[str, Sequence[Row]]"
 

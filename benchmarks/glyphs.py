@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimmable.cli.config import require
 from slimmable.cli.data import Images
+from slimmable.errors import require
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _DRAWN = 48  # pixels of the stencils that images are made from

@@ -8,13 +8,14 @@
 torch.Size([8, 8])
 
 The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `integrations`, `gating`,
-`rules`, `runtime` and `errors`.
+`rules`, `deploy`, `runtime` and `errors`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slimmable import deploy as deploy
     from slimmable import errors as errors
     from slimmable import evaluation as evaluation
     from slimmable import gating as gating
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from slimmable._profile import profile, search
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
     from slimmable.cli.calls import pretrain
+    from slimmable.deploy.export import export
     from slimmable.errors import SlimmableError
     from slimmable.files.hub import from_pretrained, push_to_hub, save_pretrained
     from slimmable.files.model import full_state_dict, load, save
@@ -43,17 +45,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
-    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "from_pretrained",
+    "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "export", "extract", "from_pretrained",
     "full_state_dict", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub", "register_rule",
     "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inputs", "_profile", "_width", "errors", "files.hub", "files.model",
+    "_convert", "_inputs", "_profile", "_width", "deploy.export", "errors", "files.hub", "files.model",
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = (
-    "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "runtime",
+    "deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "runtime",
     "training",
 )  # fmt: skip
 

@@ -1,11 +1,13 @@
 """Exceptions of the library; each is also a subclass of the matching built-in exception."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = [
-    "CheckpointError", "ConversionError", "DataError", "DivergedError", "InputError", "RuleError", "SlimmableError",
-    "TraceError", "UsageError", "WidthError",
+    "CheckpointError", "ConversionError", "DataError", "DivergedError", "InputError", "MissingPackageError",
+    "RuleError", "SlimmableError", "TraceError", "UsageError", "WidthError",
 ]  # fmt: skip
 
 
@@ -47,6 +49,10 @@ class UsageError(SlimmableError, ValueError):
     """A call that makes no sense: an unknown name, a number out of range, steps in the wrong order."""
 
 
+class MissingPackageError(SlimmableError, ImportError):
+    """A package that a function or command needs is not installed."""
+
+
 class DivergedError(SlimmableError, ArithmeticError):
     """Training whose loss or weights became infinite or NaN."""
 
@@ -64,3 +70,12 @@ def explained(what: str, advice: str = "", kind: type[SlimmableError] = Slimmabl
             cause = cause.__cause__
         first = (str(cause).strip() or "no message").splitlines()[0][:300]
         raise kind(f"{what} ({type(cause).__name__}: {first}){advice}") from error
+
+
+def require(module: str, package: str, extra: str | None = "cli") -> Any:
+    """Import and return `module`, or raise MissingPackageError that says how to install `package`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
+        raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error

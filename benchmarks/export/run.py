@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 import slimmable
 from benchmarks.measuring import markdown
 from slimmable import SlimmableError
-from slimmable.cli.export import TOLERANCE, Program, difference, save_onnx, save_pt2, trace
+from slimmable.deploy.programs import TOLERANCE, Program, difference, save_onnx, save_pt2, trace
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

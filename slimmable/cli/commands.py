@@ -125,7 +125,7 @@ class _Network:
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     width: tuple[float | str, ...] = option(
-        help="width to write, or all; can be repeated", type=width, action="append", required=True, metavar="W"
+        (), "width to write, or all; can be repeated", type=width, action="append", shown="must be given", metavar="W"
     )
     widths: tuple[float, ...] | None = option(None, **WIDTHS, group="for a timm model; a file takes --image-size, too")
     rounding: str | None = option(None, **ROUNDING, shown="nearest")
@@ -141,6 +141,8 @@ class _Network:
         from slimmable.cli.export import file_source, run_source, timm_source
         from slimmable.cli.run import CONFIG, check_name
 
+        if not self.width:
+            raise UsageError("the following arguments are required: --width")
         path = Path(self.model)
         if os.path.exists(path / CONFIG):
             self._leave_out("the folder of a run", "image_size")
@@ -182,16 +184,21 @@ class Export(_Network):
         action="append",
         group="what to write",
     )
+    all_widths: bool = option(False, "write all widths into one file, with one set of weights, instead of --width")
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
 
     def _run(self) -> None:
+        if self.all_widths and self.width:
+            raise UsageError("--width is not allowed with --all-widths: a file holds one width or all; leave one out")
+        if self.all_widths:
+            object.__setattr__(self, "width", (ALL,))
         from slimmable.cli.export import export as write
         from slimmable.cli.processes import locked
 
         source, widths, folder = self._source()
         folder = self.output or folder
         with locked(folder):
-            files = write(source, widths, self.format, folder)
+            files = write(source, () if self.all_widths else widths, self.format, folder)
         for file in files:
             note = "" if file.any_batch else "; it takes one image per call"
             size = f"{file.size / 1e6:.2f} MB"

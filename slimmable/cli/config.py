@@ -4,7 +4,6 @@ Options are fields of dataclasses, the one source of the parser, the checks and 
 """
 
 import argparse
-import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -41,19 +40,6 @@ ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as 
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 say = partial(print, flush=True)  # immediately, even into a pipe
-
-
-class MissingPackageError(SlimmableError, ImportError):
-    """A package that a command needs is not installed."""
-
-
-def require(module: str, package: str, extra: str | None = "cli") -> Any:
-    """Import and return `module`, or raise MissingPackageError that says how to install `package`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
-        raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error
 
 
 def printable(text: object) -> str:

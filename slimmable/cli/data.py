@@ -26,9 +26,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimmable._distributed import is_first
 from slimmable._tables import listed
-from slimmable.cli.config import DIGITS, PretrainConfig, printable, require, say
+from slimmable.cli.config import DIGITS, PretrainConfig, printable, say
 from slimmable.cli.faults import STOPPING
-from slimmable.errors import DataError, explained
+from slimmable.errors import DataError, explained, require
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others, such as EPS, would start other programs

@@ -1,38 +1,27 @@
 """`slimmable export`: widths of a model as files for other programs, checked against it, with a model card."""
 
 import importlib.util
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimmable._atomic import fill_aside
-from slimmable._convert import extract, slimify
-from slimmable._inputs import output_tensors
+from slimmable._convert import slimify
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable.cli import run as runs
-from slimmable.cli.config import DIGITS, require
+from slimmable.cli.config import DIGITS
 from slimmable.cli.report import read_report
-from slimmable.errors import CheckpointError, SlimmableError, explained
+from slimmable.deploy.export import write as write_file
+from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
-from slimmable.files.model import build, load, read, save
+from slimmable.files.model import build, load, read
 from slimmable.view.state import is_slim
-
-INPUT, OUTPUT = "images", "output"
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-5  # of the largest output
-Program = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +45,7 @@ class File:
     """An exported file with the network of one width."""
 
     name: str  # its suffix is the format
-    width: float
+    width: float | None  # None: all
     size: int  # in bytes
     off: float  # largest difference from the model's outputs, relative to the largest output
     any_batch: bool  # whether it takes any number of images, or only one per call
@@ -135,114 +124,24 @@ def timm_source(
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
     """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
 
+    Without widths, each file holds all of them.
     The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
     """
     if formats is None:
         formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
-    for package in ONNX_PACKAGES if "onnx" in formats else ():
-        require(package, package, extra="onnx")
     files: list[File] = []
 
     def write(folder: Path) -> None:
-        for width in dict.fromkeys(widths):
-            files.extend(_write(source, width, dict.fromkeys(formats), folder))
+        example_inputs = torch.zeros(2, *source.image)
+        saving = {"arguments": None if ":" in source.name else source.arguments}  # if timm reads more of them
+        for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
+            path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
+            known = write_file(source.model, path, width, None, example_inputs, **saving)
+            size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
+            files.append(File(path.name, width, size, *known))
         example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)
     return files
-
-
-def _write(source: Source, width: float, formats: Iterable[str], folder: Path) -> Iterator[File]:
-    """Write one width in each format, and yield the files."""
-    model = extract(source.model, width).eval()
-    images = torch.rand(3, *source.image, generator=torch.Generator().manual_seed(0))
-    program = trace(model, images[:2]) if {"pt2", "onnx"} & set(formats) else None
-    for kind in formats:
-        path = folder / f"width-{width}.{kind}"
-        any_batch = True
-        if program is None or kind == "safetensors":
-            save(model, path, arguments=None if ":" in source.name else source.arguments)  # if timm reads more of them
-            written: Program = load(path)
-        else:
-            written = (save_pt2 if kind == "pt2" else save_onnx)(program, path)
-            any_batch = bool(program.range_constraints)  # its number of images has a range
-        off = difference(model, written, images[:1], *([images] if any_batch else []))
-        if not off <= TOLERANCE:
-            by = f"{off:.1e} of the largest output (allowed: {TOLERANCE:g})"
-            raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
-        size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
-        yield File(path.name, width, size, off, any_batch)
-
-
-def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """Return `model`, in evaluation mode, as a program for any number of images like these two, or else for one."""
-    with torch.no_grad(), _quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
-        try:
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
-            right = difference(model, program.module(), images[:1]) <= TOLERANCE
-        except Exception:  # the forward depends on the number of images; torch.export raises many kinds of errors
-            right = False
-        if not right:
-            program = torch.export.export(model, (images[:1],))
-    program.example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            node.meta.pop("stack_trace", None)
-    return program
-
-
-def save_pt2(program: ExportedProgram, path: Path) -> Program:
-    """Write `program` for `torch.export.load`, and return it as loaded from the file."""
-    file = io.BytesIO()
-    with _quiet():
-        torch.export.save(program, file)
-        path.write_bytes(file.getbuffer())
-        return torch.export.load(path).module()
-
-
-def save_onnx(program: ExportedProgram, path: Path) -> Program:
-    """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
-    *_, runtime = (require(name, name, extra="onnx") for name in ONNX_PACKAGES)
-    settings: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamo": True, "verbose": False}
-    # without gradients, as in tracing: with them, attention has another memory layout
-    with torch.no_grad(), _quiet(), explained("torch.onnx cannot translate the model"):
-        try:
-            written: Any = torch.onnx.export(program, (), **settings)
-        except Exception:  # it supports only one form of attention; decomposed, it is matrix products
-            with sdpa_kernel(SDPBackend.MATH):
-                written = torch.onnx.export(program.run_decompositions(), (), **settings)
-    for node in written.model.graph.all_nodes():
-        node.metadata_props.clear()
-    written.save(path)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    with explained("onnxruntime does not load the written program"):
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(array) for array in session.run(None, {INPUT: images.numpy()})]
-
-
-@torch.no_grad()
-def difference(model: nn.Module, program: Program, *batches: Tensor) -> float:
-    """Return the largest difference between the outputs of both, of equal shapes, relative to the model's largest."""
-    found = []
-    for images in batches:
-        expected = output_tensors(model(images))
-        with explained("the written program does not run"):
-            outputs = output_tensors(program(images))
-        if [output.shape for output in outputs] != [output.shape for output in expected]:
-            raise SlimmableError(f"the outputs of the written program have shapes other than {type(model).__name__}'s")
-        pairs = zip(expected, outputs, strict=True)
-        found += [(got - out).abs().max() / out.abs().max().clamp(min=1e-12) for out, got in pairs]
-    return float(torch.stack(found).max())  # NaN if any is
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress warnings and log messages, which are meant for developers of torch."""
-    with warnings.catch_warnings(), ExitStack() as after:
-        warnings.simplefilter("ignore")
-        after.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.WARNING)
-        yield

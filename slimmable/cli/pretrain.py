@@ -12,14 +12,14 @@ from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first
 from slimmable.cli import run as runs
 from slimmable.cli.commands import Pretrain
-from slimmable.cli.config import LOGGERS, PretrainConfig, require, say
+from slimmable.cli.config import LOGGERS, PretrainConfig, say
 from slimmable.cli.data import Images, Plain, batches_of, load_images, normalisation
 from slimmable.cli.evaluation import Watch, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
 from slimmable.cli.report import Progress, logged_rows, make_logs, named_at, plot_imbalance
 from slimmable.cli.training import Training
-from slimmable.errors import DivergedError, SlimmableError, UsageError
+from slimmable.errors import DivergedError, SlimmableError, UsageError, require
 from slimmable.files.description import differences
 from slimmable.gating import gate_plan
 from slimmable.training import GradientDiagnostics, calibrate_bn

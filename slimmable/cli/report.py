@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.config import LOGGERS, read_text, require, say
-from slimmable.errors import CheckpointError, DataError
+from slimmable.cli.config import LOGGERS, read_text, say
+from slimmable.errors import CheckpointError, DataError, require
 
 UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge"}

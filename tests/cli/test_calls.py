@@ -16,11 +16,11 @@ import torch
 
 import slimmable
 from slimmable.cli.commands import COMMANDS, make_parser
-from slimmable.cli.config import PRESETS, MissingPackageError
+from slimmable.cli.config import PRESETS
 from slimmable.cli.processes import locked
 from slimmable.cli.run import load_checkpoint
 from slimmable.cli.training import Training
-from slimmable.errors import CheckpointError, DataError, DivergedError, UsageError
+from slimmable.errors import CheckpointError, DataError, DivergedError, MissingPackageError, UsageError
 from tests.cli.test_pretrain import contents
 
 ROOT = Path(__file__).parents[2]

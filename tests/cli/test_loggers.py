@@ -8,10 +8,9 @@ from contextlib import ExitStack
 import pytest
 
 from slimmable.__main__ import main
-from slimmable.cli.config import MissingPackageError
 from slimmable.cli.pretrain import read_gradients
 from slimmable.cli.report import make_logs
-from slimmable.errors import CheckpointError
+from slimmable.errors import CheckpointError, MissingPackageError
 
 
 def read(path):
