@@ -106,7 +106,8 @@ class Session:
             raise CheckpointError("Session: the file does not name its widths; write it with slimmable.export")
         self.session, self._order = model, json.loads(said["slimmable.widths"])
         self.widths = check_widths(self._order)
-        self.macs = dict(zip(self._order, json.loads(said.get("slimmable.macs", "[]")), strict=False))
+        macs = zip(self._order, json.loads(said.get("slimmable.macs", "[]")), strict=False)
+        self.macs = {width: each for width, each in macs if each}  # null if unknown
 
     def __call__(self, *inputs: Any, width: float = 1.0) -> Any:
         """Return the outputs at one of `widths`."""
@@ -237,7 +238,7 @@ class Cascade:
             _check(fit, f"loader must give a class number below {classes} for each image", batch)
             parts.append([[self._sureness(x), _array(x).argmax(1) != labels] for x in scores])
         _check(bool(parts), "loader must give batches (images, class numbers)", loader)
-        _check(bool(self.macs), "calibrate: the file does not name multiply-adds, so macs must be given", self.macs)
+        _check({*order} <= {*self.macs}, "macs must be given, as the file does not name multiply-adds", self.macs)
         sure, wrong = np.concatenate(parts, 2).swapaxes(0, 1)  # of each width and image
         share = np.array([self.macs[width] for width in order]) / self.macs[order[-1]]
         ends = np.linspace(0, 1, max(2, int(_TRIED ** (1 / max(1, len(order) - 1))) - 1))

@@ -190,6 +190,19 @@ print(calibrate_cascade(session, [(images, np.arange(3))], 1.0)(images).macs)
     assert (done.stdout, done.returncode) == ("10.0\n", 0), done.stderr
 
 
+def test_the_file_of_a_model_answers_like_the_model(model, tmp_path):
+    pytest.importorskip("onnxscript")
+    slimmable.export(model, tmp_path / "net.onnx", example_inputs=images(2))
+    session = Session(tmp_path / "net.onnx")
+    assert session.widths == slimmable.widths_of(model)
+    thresholds = [0.5, 0.6]
+    expected, found = (Cascade(each, thresholds)(images()) for each in (model, session))
+    assert set(found.widths) == {1.0, 0.5, 0.25}
+    assert found.widths.tolist() == expected.widths.tolist()
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.macs == pytest.approx(expected.macs)
+
+
 # -- calibration
 def held_out(seed, count=300, classes=4):
     """Scores of three widths, of which wider ones are right more often, as a model that looks them up."""
