@@ -8,7 +8,7 @@
 torch.Size([8, 8])
 
 The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `integrations`, `gating`,
-`rules`, `deploy` and `errors`.
+`rules`, `deploy`, `runtime` and `errors`.
 """
 
 from importlib import import_module
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slimmable import losses as losses
     from slimmable import methods as methods
     from slimmable import rules as rules
+    from slimmable import runtime as runtime
     from slimmable import training as training
     from slimmable._convert import extract, plan, slimify
     from slimmable._inputs import Inputs
@@ -54,7 +55,8 @@ _HOMES = (
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = (
-    "deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training",
+    "deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "runtime",
+    "training",
 )  # fmt: skip
 
 

@@ -127,3 +127,13 @@ def test_the_hub_benchmark_says_what_timm_loads(tmp_path):
         "test_efficientnet": "slimmable",
     }
     assert "`embed_dim`" in (tmp_path / "table.md").read_text()
+
+
+def test_cascades_are_measured_against_fixed_widths(tmp_path):
+    quick("runtime", tmp_path)
+    rows = list(csv.DictReader((tmp_path / "accuracy.csv").open()))
+    assert [row["choice"] for row in rows].count("fixed") == 4
+    assert {row["choice"] for row in rows} == {"fixed", *(f"{how}, {of}" for how in ("probability", "margin")
+                                                          for of in ("macs", "accuracy"))}  # fmt: skip
+    assert all(0 < float(row["share"]) <= 1.6 for row in rows)  # a cascade may run all four widths
+    assert (tmp_path / "table.md").read_text().count("| cascade (") == 12

@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import types
 import unittest.mock
 import warnings
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from slimmable import gating, layers, losses, methods, training
+from slimmable import gating, layers, losses, methods, runtime, training
 from slimmable.cli.commands import COMMANDS
 from slimmable.cli.config import kind_of
 from slimmable.cli.pretrain import Training
@@ -131,6 +132,11 @@ def measured() -> training.GradientDiagnostics:
         parameter.grad = torch.ones_like(parameter)
     own.after_backward(1.0)
     return own
+
+
+def session_with(metadata: dict[str, str]) -> Any:
+    """What `Session` asks of onnxruntime's before its first call."""
+    return types.SimpleNamespace(get_modelmeta=lambda: types.SimpleNamespace(custom_metadata_map=metadata))
 
 
 def masks() -> Tensor:
@@ -249,6 +255,20 @@ def batches_with(images: Argument, labels: Argument) -> Argument:
 
 
 BATCHES = batches_with(IMAGES, LABELS)
+PAIRS = batches_with(
+    IMAGES.but(
+        holding_nan="no width is sure of it",
+        holding_infinity="no width is sure of it",
+        array="images like others",
+        nested_lists="images like others",
+    ),
+    LABELS.but(array="class numbers like others", nested_lists="class numbers like others"),
+).but(iterator="it is gone over once")
+BY_WIDTH = bad.mapping(
+    lambda: {1.0: 2.0, 0.5: 1.0},
+    **{"negative time": {1.0: -1.0, 0.5: 1.0}, "nan": {1.0: bad.math.nan, 0.5: 1.0}, "names": {"wide": 1.0}},
+    **{"text for a time": {1.0: "a", 0.5: 1.0}, "a width of zero": {1.0: 1.0, 0.5: 1.0, 0.0: 1.0}},
+)
 NEIGHBOURS = {"k": bad.count(1), "metric": bad.choice("cosine"), "temperature": TEMPERATURE}
 
 
@@ -1000,6 +1020,38 @@ CALLS: dict[str, Call] = {
             recalibrate=recalibrate,
         ),
     ),
+    # -- where the network runs
+    "runtime.WidthController": Call(
+        {
+            "latencies": BY_WIDTH,
+            "deadline_ms": bad.positive(1.0),
+            "quantile": bad.open_fraction(0.9),
+            "window": bad.count(4),
+            "clock": bad.function(time.perf_counter),
+        }
+    ),
+    "runtime.WidthController.record": Call(
+        {"width": WIDTH, "ms": bad.not_negative(1.0)},
+        of=lambda: runtime.WidthController({1.0: 2.0, 0.5: 1.0}, deadline_ms=3.0),
+    ),
+    "runtime.Session": Call({"model": bad.mapping(lambda: session_with({"slimmable.widths": "[1.0, 0.5]"}))}),
+    "runtime.Cascade": Call(
+        {
+            "model": MODEL,
+            "threshold": Argument(
+                lambda: 0.5, {**bad.number(0.5).bad, "too many": [0.5, 0.5], "of text": ["a"], "of nan": [bad.math.nan]}
+            ).but(**dict.fromkeys(("zero", "negative", "fractional", "infinite", "huge"), "any number")),
+            "confidence": Argument(lambda: "margin", {**bad.choice("margin").bad}),
+            "macs": BY_WIDTH.optional(),
+        }
+    ),
+    "runtime.Cascade.calibrate": Call(
+        {"loader": PAIRS, "target": bad.number(0.9), "of": bad.choice("accuracy")},
+        of=lambda: runtime.Cascade(backbone(), 0.5),
+    ),
+    "runtime.calibrate_cascade": Call(
+        {"model": bad.slim(backbone), "loader": PAIRS, "target": bad.number(0.9), "of": bad.choice("accuracy")}
+    ),
     # -- methods
     "methods.Encoder": Call({"backbone": ANY_MODEL, "projector": ANY_MODEL}),
     "methods.Method": Call({"encoder": ENCODER}),
@@ -1200,6 +1252,7 @@ EXEMPT = {
     "SlimmableError": "an error",
     "*.Accuracies": "data, which the library makes",
     "methods.Batch": "data, which `step` checks",
+    "runtime.Answer*": "data, which the library makes",
     "methods.Outcome": "data, which `step` checks",
     "gating.GatePlan": "data, which the library makes",
     "gating.GatedPass": "`gated` makes it",
@@ -1220,7 +1273,7 @@ EXEMPT = {
 
 def public() -> Iterator[tuple[str, Any]]:
     """Yield the name of each public callable, class, and method with arguments, and what it is."""
-    rooms = ("layers", "losses", "training", "evaluation", "gating", "methods", "rules", "deploy")
+    rooms = ("layers", "losses", "training", "evaluation", "gating", "methods", "rules", "deploy", "runtime")
     names = {f"{room}.{name}": getattr(getattr(slimmable, room), name) for room in rooms
              for name in getattr(slimmable, room).__all__}  # fmt: skip
     in_rooms = {id(target) for target in names.values()}
