@@ -44,8 +44,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
     "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "extract", "from_pretrained",
-    "full_state_dict", "inference", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub", "register_rule",
-    "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
+    "full_state_dict", "inference", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub",
+    "register_rule", "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
 _HOMES = (

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slimmable._modules import unannounced
 from slimmable._width import places_of
-from slimmable.view.cuts import Cut, take
+from slimmable.view.cuts import take
 from slimmable.view.norms import Switchable, SwitchableContainer
 from slimmable.view.recompute import last_switch
 from slimmable.view.state import Column, WidthState, state_of
@@ -170,15 +170,16 @@ class _Tree:
         self.blocks, self.twins = blocks, dict[nn.Module, nn.Module]()
         self.held: list[tuple[dict[str, Any], str, object]] = []  # what must still be in a dict
         self.sized: list[dict[Any, Any]] = []  # dicts that must not grow
-        self.read: list[tuple[dict[str, Any], str, _Block]] = []
+        self.stores: list[dict[str, Any]] = []  # what was read, compared at every call: the dicts,
+        self.names: list[str] = []  # the names in them
+        self.values: list[object] = []  # and the values
+        self.used: list[_Block] = []
         self.root = self._twin(module)
         self.sizes = list(map(len, self.sized))
-        self.stores, self.names = [store for store, *_ in self.read], [name for _, name, _ in self.read]
-        used = [block for *_, block in self.read]
-        copied = [block for block in used if block.sample is not None]
-        self.full, self.copied = [block.full for block in used], [block.full for block in copied]
-        self.addresses = [block.memory.data_ptr() for block in used]
-        self.strides = [block.memory.stride() for block in used]
+        copied = [block for block in self.used if block.sample is not None]
+        self.full, self.copied = [block.full for block in self.used], [block.full for block in copied]
+        self.addresses = [block.memory.data_ptr() for block in self.used]
+        self.strides = [block.memory.stride() for block in self.used]
         self.versions = [block.version for block in copied]
         self.samples = [block.sample for block in copied if block.sample is not None and block.sample.is_cpu]
         self.sampled = torch.cat(self.samples) if self.samples else None
@@ -191,7 +192,7 @@ class _Tree:
                 return False
             self.changes = changes
         return (
-            all(map(is_, map(dict.get, self.stores, self.names), self.full))
+            all(map(is_, map(dict.get, self.stores, self.names), self.values))
             and list(map(Tensor.data_ptr, self.full)) == self.addresses
             and list(map(Tensor.stride, self.full)) == self.strides
             and list(map(_version, self.copied)) == self.versions
@@ -222,14 +223,14 @@ class _Tree:
             return self._container(module)
         has: dict[str, object] = dict.fromkeys(name for name, it in attributes["_parameters"].items() if it is None)
         if state is not None:
-            column = state.active
-            has |= column.values if column.index else {}  # those of the full width may be set
-            for name, cut in column.cuts.items():
-                store = attributes["_parameters"] if name in attributes["_parameters"] else attributes.get("_slim_lent", {})
-                block = self._block(store.get(name), column, name, cut)
-                if block is not None:
-                    self.read.append((store, name, block))
-                    has[name] = block.part
+            for name in state.active.values:
+                has[name] = self._read(state.active.values, name)
+            for name in getattr(type(module), "_slim_view", ((), ((),)))[1][0]:
+                parameters: dict[str, Any] = attributes["_parameters"]
+                store = parameters if name in parameters else attributes.get("_slim_lent", {})
+                if type(store.get(name)) is nn.Parameter:
+                    part = self._part(self._read(store, name), state.active, name)
+                    has |= {} if part is None else {name: part}
         twins = {name: child if child is None else self._twin(child) for name, child in children.items()}
         return has | {name: it for name, it in twins.items() if not hasattr(type(module), name)} | {"_modules": twins}
 
@@ -244,11 +245,20 @@ class _Tree:
         self.sized += [inner._forward_hooks, inner._forward_pre_hooks]
         return None if inner._forward_hooks or inner._forward_pre_hooks else {"forward": self._twin(inner).forward}
 
-    def _block(self, full: object, column: Column, name: str, cut: Cut) -> _Block | None:
-        """Return the block of a parameter; None for what is none, or one whose changes cannot be seen."""
-        if type(full) is not nn.Parameter or full.is_inference() or full.shape != cut.full:
+    def _read(self, store: dict[str, Any], name: str) -> Any:
+        """Return the value of a name in a dict, and remember it."""
+        self.stores.append(store)
+        self.names.append(name)
+        self.values.append(store[name])
+        return store[name]
+
+    def _part(self, full: nn.Parameter, column: Column, name: str) -> nn.Parameter | None:
+        """Return what a column reads of a parameter; None if changes of that cannot be seen."""
+        cut, known = column.cuts.get(name), self.blocks.setdefault(column, {})
+        if cut is None:
+            return full
+        if full.is_inference() or full.shape != cut.full:
             return None
-        known = self.blocks.setdefault(column, {})
         if name not in known:
             memory = full.detach()
             part, whole = take(memory, cut).contiguous(), take(memory, cut._replace(picks=()))
@@ -259,12 +269,13 @@ class _Tree:
                 count = min(_SAMPLED, elements)
                 sample = memory.as_strided((count,), (1,), min(whole.storage_offset() + middle, elements - count))
             known[name] = _Block(full, memory, full._version, nn.Parameter(part, full.requires_grad), sample)
-        return known[name]
+        self.used.append(known[name])
+        return known[name].part
 
 
 def _twin(module: nn.Module, has: dict[str, object]) -> nn.Module:
     own = {name: value for name, value in has.items() if name.isidentifier() and not name.startswith("__")}
-    twin = object.__new__(_twin_class(type(module), tuple(own)))
+    twin = object.__new__(_twin_class(type(module), tuple(own)))  # type: ignore[arg-type]
     object.__setattr__(twin, "__dict__", vars(module))
     for name, value in own.items():
         object.__setattr__(twin, name, value)
