@@ -117,13 +117,14 @@ class _Entry:
 
 
 def _is_recorded() -> bool:
-    """Tell whether what a forward does is recorded, by autograd, a compiler, a mode, or hooks on all modules."""
+    """Tell whether what a forward does is recorded, by autograd, a program, a mode, or hooks on all modules."""
     return (
         torch.is_grad_enabled()
         or is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or nn.Module.__call__ is not _call
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
     )
 
