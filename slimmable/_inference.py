@@ -5,8 +5,9 @@ but holds the blocks of parameters that its width reads, contiguous, and the twi
 modes and what a forward leaves in `self` are the module's own. Before each call the twin is compared with the module.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from slimmable._modules import swapped, unannounced, walk
+from slimmable._convert import shallow_modules
+from slimmable._modules import swapped, unannounced
 from slimmable._width import places_of
 from slimmable.view.cuts import take
 from slimmable.view.norms import Switchable, SwitchableContainer
@@ -29,7 +31,6 @@ _SAMPLED = 8  # elements of each copied block that are compared before a call
 _CALL = "_compiled_call_impl"  # what torch calls instead of the module, and leaves out of copies and pickles
 _call = nn.Module.__call__  # torch.fx replaces it while it records
 _version = attrgetter("_version")
-_registered = 0  # modules and parameters, anywhere, while a block runs
 
 
 @contextmanager
@@ -57,34 +58,31 @@ def inference(model: nn.Module) -> Iterator[None]:
     """
     places_of(model)  # which refuses what has no widths
     blocks = _Blocks()
-    modules = (module for module in _reached(model) if not isinstance(module, SwitchableContainer) and _states(module))
-    entries = [(vars(each), _CALL, _Entry(each, blocks)) for each in modules if vars(each).get(_CALL) is None]
-    with ExitStack() as stack:
-        stack.enter_context(torch_module.register_module_module_registration_hook(_note_registration))
-        stack.enter_context(torch_module.register_module_parameter_registration_hook(_note_registration))
-        stack.enter_context(swapped(entries))
-        stack.enter_context(torch.no_grad())
+    open_ = (module for module in shallow_modules(model) if not isinstance(module, SwitchableContainer))
+    free = (module for module in open_ if vars(module).get(_CALL) is None and _states(module))
+    with (
+        torch_module.register_module_module_registration_hook(_count),
+        torch_module.register_module_parameter_registration_hook(_count),
+        swapped([(vars(module), _CALL, _Entry(module, blocks)) for module in free]),
+        torch.no_grad(),
+    ):
         yield
 
 
-def _note_registration(*_: object) -> None:
-    global _registered
-    _registered += 1
-
-
-def _reached(module: nn.Module) -> Iterator[nn.Module]:
-    return walk([module], lambda each: not isinstance(each, SwitchableContainer))
+def _count(*_: object) -> None:
+    """Let the registration of a module or parameter be one of those that `RemovableHandle` counts."""
+    RemovableHandle(OrderedDict())
 
 
 def _states(module: nn.Module) -> list[WidthState]:
-    return [vars(each)["_slim"] for each in _reached(module) if is_slim(each)]
+    return [vars(each)["_slim"] for each in shallow_modules(module) if is_slim(each)]
 
 
 class _Entry:
     """What torch calls instead of a module."""
 
     def __init__(self, module: nn.Module, blocks: "_Blocks") -> None:
-        self.module, self.blocks, self.states = module, blocks, _states(module)
+        self.module, self.blocks, self.states = module, blocks, list[WidthState]()
         self.twins: dict[tuple[Column, ...], _Twins] = {}
         self.last: tuple[object, _Twins | None] = (None, None)  # the switch after which twins were called
 
@@ -97,7 +95,9 @@ class _Entry:
         seen, twins = self.last
         if seen != switch:
             twins = self.twins.get(tuple(state.active for state in self.states))
-        if twins is None or not twins.are_current():
+        if twins is None:
+            twins = self._made(None)  # also of blocks that another module has read before they changed
+        if not twins.are_current():
             twins = self._made(twins)
         self.last = switch, twins
         return twins.root
@@ -105,13 +105,12 @@ class _Entry:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _made(self, old: "_Twins | None") -> "_Twins":
-        if old is not None:
-            self.states = _states(self.module)
+        self.states = _states(self.module)
         columns = tuple(state.active for state in self.states)
         for column in columns if old is not None else ():
             self.blocks.pop(column, None)
-        own = {each: twins for each, twins in self.twins.items() if all(column.index >= 0 for column in each)}
         new = _Twins(self.module, self.states, self.blocks)
+        own = {each: twins for each, twins in self.twins.items() if all(column.index >= 0 for column in each)}
         self.twins = own | {columns: new}  # without those of guests, which are gone
         return new
 
@@ -124,7 +123,7 @@ def _is_recorded() -> bool:
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or nn.Module.__call__ is not _call
-        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
         or bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
     )
 
@@ -136,7 +135,7 @@ class _Block(NamedTuple):
     memory: Tensor  # which keeps its address from being used again
     version: int
     part: nn.Parameter
-    sample: Tensor | None  # some elements of the memory if the block is a copy, which does not follow what is written
+    sample: Tensor | None  # some elements of the memory, on a CPU, if the block is a copy of it
 
 
 _Blocks = WeakKeyDictionary[Column, dict[str, _Block]]
@@ -146,7 +145,7 @@ class _Twins:
     """The twins of a module and of all modules inside, at their active widths, and what they were made from."""
 
     def __init__(self, module: nn.Module, states: list[WidthState], blocks: _Blocks) -> None:
-        self.module, self.states, self.blocks, self.changes = module, states, blocks, _changes()
+        self.module, self.states, self.blocks, self.registered = module, states, blocks, RemovableHandle.next_id
         self.stores: list[dict[str, Any]] = []  # what was read, compared at every call: the dicts,
         self.names: list[str] = []  # the names in them
         self.values: list[object] = []  # and the values
@@ -154,23 +153,21 @@ class _Twins:
         self.used: list[_Block] = []
         self.made: dict[nn.Module, nn.Module] = {}
         self.root = self._twin(module)
-        copied = [block for block in self.used if block.sample is not None]
-        self.full, self.copied = [block.full for block in self.used], [block.full for block in copied]
-        self.places = [(block.memory.data_ptr(), block.memory.stride()) for block in self.used]
-        self.versions = [block.version for block in copied]
-        self.samples = [block.sample for block in copied if block.sample is not None and block.sample.is_cpu]
+        self.full = [block.full for block in self.used]
+        self.seen = [(block.memory.data_ptr(), block.memory.stride(), block.version) for block in self.used]
+        self.samples = [block.sample for block in self.used if block.sample is not None]
         self.sampled = torch.cat(self.samples) if self.samples else None
 
     def are_current(self) -> bool:
         """Tell whether modules, hooks and parameters are what they were, as far as that can be seen in microseconds."""
-        if self.changes != (changes := _changes()):
+        if self.registered != (registered := RemovableHandle.next_id):
             if _states(self.module) != self.states or any(now != before for now, before in self.dicts):
                 return False
-            self.changes = changes
+            self.registered = registered
+        now = zip(map(Tensor.data_ptr, self.full), map(Tensor.stride, self.full), map(_version, self.full), strict=True)
         return (
             all(map(is_, map(dict.get, self.stores, self.names), self.values))
-            and list(zip(map(Tensor.data_ptr, self.full), map(Tensor.stride, self.full), strict=True)) == self.places
-            and list(map(_version, self.copied)) == self.versions
+            and list(now) == self.seen
             and (self.sampled is None or torch.equal(torch.cat(self.samples), self.sampled))
         )
 
@@ -178,7 +175,8 @@ class _Twins:
         """Return the twin of a module, or the module itself if it has nothing to slim, or hooks, which are told it."""
         if module not in self.made:
             self.made[module] = module
-            own = {name: it for name, it in self._attributes(module).items() if _is_identifier(name)}
+            names = self._attributes(module).items()
+            own = {name: it for name, it in names if name.isidentifier() and not name.startswith("__")}
             if own:
                 twin = self.made[module] = object.__new__(_twin_class(type(module), tuple(own)))  # type: ignore[arg-type]
                 object.__setattr__(twin, "__dict__", vars(module))
@@ -189,21 +187,16 @@ class _Twins:
     def _attributes(self, module: nn.Module) -> dict[str, Any]:
         """Return what a twin of a module has of its own, nothing if there is none."""
         kind, entry = type(module), vars(module).get(_CALL)
-        if kind.__call__ is not _call or not (isinstance(entry, _Entry) or (entry is None and is_slim(module))):
-            return {}
-        if self._has_hooks(module):
+        switched = isinstance(entry, _Entry) or (entry is None and is_slim(module))
+        if kind.__call__ is not _call or not switched or self._has_hooks(module):
             return {}
         if isinstance(module, SwitchableContainer):
             if not isinstance(module, Switchable) or type(module).module_at is not Switchable.module_at:
-                return {}  # such as a gated norm
-            if kind.forward is not SwitchableContainer.forward or "forward" in vars(module):
-                return {}
+                return {}  # such as a norm with gates
             inner = module.module_at(module._slim.index)
-            return (
-                {}
-                if self._has_hooks(inner) or self._has_hooks(module.narrow)
-                else {"forward": self._twin(inner).forward}
-            )
+            replaced = type(module).forward is not Switchable.forward or "forward" in vars(module)
+            hooked = [self._has_hooks(each) for each in (inner, module.narrow)]
+            return {} if replaced or any(hooked) else {"forward": self._twin(inner).forward}
         parameters: dict[str, Any] = module._parameters
         has: dict[str, Any] = dict.fromkeys(name for name, parameter in parameters.items() if parameter is None)
         if is_slim(module):
@@ -211,9 +204,8 @@ class _Twins:
             has |= {name: self._read(column.values, name) for name in column.values}
             for name in getattr(kind, "_slim_view", ((), ((),)))[1][0]:
                 store = parameters if name in parameters else vars(module).get("_slim_lent", {})
-                if type(store.get(name)) is nn.Parameter:
-                    part = self._part(self._read(store, name), column, name)
-                    has |= {} if part is None else {name: part}
+                if (part := self._part(store, column, name)) is not None:
+                    has[name] = part
         twins = {name: child if child is None else self._twin(child) for name, child in module._modules.items()}
         return has | {name: it for name, it in twins.items() if not hasattr(kind, name)} | {"_modules": twins}
 
@@ -228,31 +220,22 @@ class _Twins:
         self.values.append(store[name])
         return store[name]
 
-    def _part(self, full: nn.Parameter, column: Column, name: str) -> nn.Parameter | None:
-        """Return what a column reads of a parameter; None if changes of that cannot be seen."""
-        cut, known = column.cuts.get(name), self.blocks.setdefault(column, {})
-        if cut is None:
-            return full
-        if full.is_inference() or full.shape != cut.full or 0 in full.stride():
+    def _part(self, store: dict[str, Any], column: Column, name: str) -> nn.Parameter | None:
+        """Return what a column reads of a parameter; None of other tensors, or if changes cannot be seen."""
+        full, cut, known = store.get(name), column.cuts.get(name), self.blocks.setdefault(column, {})
+        if type(full) is not nn.Parameter or self._read(store, name).is_inference() or 0 in full.stride():
             return None
+        if cut is None or full.shape != cut.full:
+            return None if cut else full
         if name not in known:
             memory = full.detach()
             part, whole = take(memory, cut).contiguous(), take(memory, cut._replace(picks=()))
             sample = None
-            if part.data_ptr() != whole.data_ptr():
+            if memory.is_cpu and part.data_ptr() != whole.data_ptr():
                 sample = memory.as_strided((min(_SAMPLED, part.numel()),), (1,), whole.storage_offset())
             known[name] = _Block(full, memory, full._version, nn.Parameter(part, full.requires_grad), sample)
         self.used.append(known[name])
         return known[name].part
-
-
-def _changes() -> tuple[int, int]:
-    """Return numbers that grow when a hook, a module or a parameter is registered, here or anywhere."""
-    return RemovableHandle.next_id, _registered
-
-
-def _is_identifier(name: str) -> bool:
-    return name.isidentifier() and not name.startswith("__")
 
 
 @cache
