@@ -88,3 +88,10 @@ def recipe_of(method: methods.Method, slow_start: float = 0.5) -> slimmable.Slim
 
 def gradients_of(method: methods.Method) -> dict[str, Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in method.named_parameters()}
+
+
+def own_views(method: methods.Method, share: slice = slice(None)) -> methods.Batch:
+    """Return a batch whose narrower widths see other views."""
+    whole, *others = (batch_of(method, seed, share) for seed in range(len(WIDTHS)))
+    narrow = {width: each.views for width, each in zip(WIDTHS[1:], others, strict=True)}
+    return methods.Batch(whole.views, whole.labels, narrow=narrow)

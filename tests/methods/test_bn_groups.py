@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from slimmable.errors import DataError
-from slimmable.training import average_gradients, synchronised_batchnorm
-from tests.methods.networks import MAKE, batch_of, gradients_of, make, recipe_of
-from tests.two_processes import run_in_two
+from slimmable.training import synchronised_batchnorm
+from tests.methods.networks import batch_of, make, recipe_of
 
 GROUPS = 4
 
@@ -77,29 +76,6 @@ def test_groups_that_do_not_fit_the_batch_are_refused(rows, groups):
     with pytest.raises(DataError, match=rf"{groups} groups .* \({rows}, 2\)"), synchronised_batchnorm(groups):
         norm(torch.randn(rows, 2))
     torch.testing.assert_close((norm.running_mean, norm.running_var), before)
-
-
-def train(name, share):
-    method = make(name)
-    method.bn_groups = GROUPS
-    recipe, batch = recipe_of(method), batch_of(method, share=share)
-    torch.manual_seed(1)
-    losses = method.step(recipe, batch, 0.9)
-    average_gradients(method.online)
-    buffers = {label: each for label, each in method.named_buffers() if "moco.key_encoder." not in label}
-    return losses, gradients_of(method), buffers
-
-
-def work(rank):
-    return {name: train(name, slice(4 * rank, 4 * rank + 4)) for name in MAKE}
-
-
-def test_two_processes_with_groups_train_as_one(tmp_path):
-    for found in run_in_two(work, tmp_path):
-        for name in MAKE:
-            losses, *tensors = train(name, slice(None))
-            assert found[name][0] == pytest.approx(losses, rel=1e-8)
-            torch.testing.assert_close(list(found[name][1:]), tensors, rtol=1e-8, atol=1e-10)
 
 
 def test_queries_of_moco_see_the_batch_of_their_gpu():

@@ -9,18 +9,7 @@ from torch import nn
 import slimmable
 from slimmable import methods
 from slimmable.errors import DataError, UsageError
-from slimmable.training import average_gradients
-from tests.methods.networks import MAKE, WIDTHS, batch_of, gradients_of, make, recipe_of
-from tests.two_processes import run_in_two
-
-SEEDS = dict(zip(WIDTHS, range(3), strict=True))
-
-
-def own_views(method, share=slice(None)):
-    """Return a batch whose narrower widths see other views."""
-    whole, *others = (batch_of(method, seed, share) for seed in SEEDS.values())
-    narrow = {width: each.views for width, each in zip(WIDTHS[1:], others, strict=True)}
-    return methods.Batch(whole.views, whole.labels, narrow=narrow)
+from tests.methods.networks import MAKE, WIDTHS, batch_of, gradients_of, make, own_views, recipe_of
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -73,26 +62,6 @@ def test_a_width_without_views_of_its_own_sees_those_of_all():
     plain = copy.deepcopy(method)
     found = method.step(recipe_of(method), shared, 0.9)
     assert found[0.5] == pytest.approx(plain.step(recipe_of(plain), methods.Batch(batch.views), 0.9)[0.5])
-
-
-def train(name, share):
-    method = make(name)
-    torch.manual_seed(1)
-    losses = method.step(recipe_of(method), own_views(method, share), 0.9)
-    average_gradients(method.online)
-    return losses, gradients_of(method)
-
-
-def work(rank):
-    return {name: train(name, slice(4 * rank, 4 * rank + 4)) for name in MAKE}
-
-
-def test_two_processes_with_views_of_their_own_train_as_one(tmp_path):
-    for found in run_in_two(work, tmp_path):
-        for name in MAKE:
-            losses, gradients = train(name, slice(None))
-            assert found[name][0] == pytest.approx(losses, rel=1e-8)
-            torch.testing.assert_close(found[name][1], gradients, rtol=1e-8, atol=1e-10)
 
 
 VIEW = torch.zeros(8, 3, 32, 32, dtype=torch.float64)
