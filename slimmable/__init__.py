@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from slimmable import runtime as runtime
     from slimmable import training as training
     from slimmable._convert import extract, plan, slimify
+    from slimmable._inference import inference
     from slimmable._inputs import Inputs
     from slimmable._profile import profile, search
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
@@ -46,12 +47,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
     "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "export", "extract", "from_pretrained",
-    "full_state_dict", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub", "register_rule",
-    "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
+    "full_state_dict", "inference", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub",
+    "register_rule", "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inputs", "_profile", "_width", "deploy.export", "errors", "files.hub", "files.model",
+    "_convert", "_inference", "_inputs", "_profile", "_width", "deploy.export", "errors", "files.hub", "files.model",
     "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = (

@@ -132,7 +132,8 @@ def places_of(model: nn.Module) -> Places:
     """Collect the modules that have widths, in one walk; refuse a model without any, or that has gained layers."""
     check_is_module("switching widths", model)
     places: Places = []
-    seen, new = set[nn.Module](), set[nn.Module]()
+    seen: set[nn.Module] = set()
+    new: set[nn.Module] = set()
     pending = [(model, False)]
     while pending:
         module, converted = pending.pop()

@@ -69,6 +69,7 @@ _current = _user.get
 _blocks: list[_User] = []  # those that are open
 _owners: weakref.WeakSet[_User] = weakref.WeakSet()  # threads and tasks that have switched
 _switches = 0
+_compiled_switch = False  # whether compiled code has switched since `last_switch` was asked
 _differ = False  # whether users have different things active in the same module
 
 
@@ -166,6 +167,8 @@ class Active(Generic[C]):
 def switch(places: Places, values: Iterable[Any]) -> None:
     """Activate something in each of several modules, for the running user, or in a repeated forward for that alone."""
     if is_compiling():
+        global _compiled_switch
+        _compiled_switch = True
         for (_, active), value in zip(places, values, strict=True):
             active.now, active._last = value, _NEVER
     elif (node := _node()) is not None:
@@ -204,6 +207,14 @@ def switched(places: Places, values: Iterable[Any]) -> Iterator[None]:
                 still = (each.has[active] for each in reversed(_blocks) if active in each.has)
                 _show(active, next(still, active._base))
             _settle()
+
+
+def last_switch() -> tuple[object, object, int]:
+    """Return marks of the running user and thread, and a count of switches; what is active depends on these alone."""
+    global _compiled_switch, _switches
+    if _compiled_switch:
+        _compiled_switch, _switches = False, _switches + 1
+    return _current().mark, _here.mark, _switches
 
 
 def in_backward() -> bool:

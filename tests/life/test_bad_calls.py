@@ -391,6 +391,7 @@ CALLS: dict[str, Call] = {
     "extract": Call({"model": MODEL, "width": WIDTH}),
     "set_width": Call({"model": MODEL, "width": WIDTH}),
     "at_width": Call({"model": MODEL, "width": WIDTH}),
+    "inference": Call({"model": MODEL}),
     "width_of": Call({"model": MODEL}),
     "widths_of": Call({"model": MODEL}),
     "run_widths": Call({"model": MODEL}, run=lambda model: slimmable.run_widths(model, X)),
