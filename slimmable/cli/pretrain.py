@@ -73,14 +73,9 @@ class Training:
         if config.distill not in ("own", "none"):
             distill = distill or OnlineDistillation()
             distill.kind = cast(DistillationKind, config.distill)
-        self.recipe = SlimRecipe(
-            method.online,
-            distill=None if config.distill == "none" else distill,
-            loss_weights=config.loss_weights,
-            slow_start=config.slow_start,
-            random_widths=_RANDOM_WIDTHS if config.universal else 0,
-            seed=config.seed,
-        )
+        rules: Any = {"loss_weights": config.loss_weights, "slow_start": config.slow_start, "seed": config.seed}
+        rules["random_widths"] = _RANDOM_WIDTHS if config.universal else 0
+        self.recipe = SlimRecipe(method.online, None if config.distill == "none" else distill, **rules)
         self.diagnostics: GradientDiagnostics | None = None
         share, weight = config.gate_budget, config.gate_loss_weight
         self.gates = None if share is None else GateBudget(share, budget_weight=weight, alpha=_GATE_ALPHA)
