@@ -103,12 +103,8 @@ def help_text(each: Field[Any]) -> str:
     within, shown = each.metadata["within"], each.metadata["shown"]
     if not shown and each.default not in (MISSING, None, ()) and each.default is not False:
         shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
-    more = ([_limits(within)] if within else []) + ([f"default: {shown}"] if shown != "" else [])
+    more = ([f"from {within[0]} to {within[1]:,}"] if within else []) + ([f"default: {shown}"] if shown != "" else [])
     return f"{each.metadata['help']} ({'; '.join(more)})" if more else str(each.metadata["help"])
-
-
-def _limits(within: tuple[float, float]) -> str:
-    return f"from {within[0]} to {within[1]:,}"
 
 
 def check(settings: Any) -> None:
@@ -125,7 +121,7 @@ def check(settings: Any) -> None:
             if choices and one not in choices:
                 raise UsageError(f"{name} cannot be {one}; choose from {', '.join(choices)}")
             if within and not (isinstance(one, (int, float)) and within[0] <= one <= within[1]):
-                raise UsageError(f"{name} must be {_limits(within)}, got {one!r:.80}")
+                raise UsageError(f"{name} must be from {within[0]} to {within[1]:,}, got {one!r:.80}")
 
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:

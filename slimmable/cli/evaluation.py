@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -137,11 +137,9 @@ def rows_of_run(
 def static_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
     """Return the static networks of a gated run by name: of the published budgets and its own."""
     networks, some = {}, calibration_images(config, images)
-    for budget in sorted({*_BUDGETS, config.gate_budget or 0.0}, reverse=True):
-        try:
+    with suppress(UsageError):  # even one unit per gate costs more
+        for budget in sorted({*_BUDGETS, config.gate_budget or 0.0}, reverse=True):
             networks[f"{STATIC} {budget:g}"] = extract_gated(backbone, some, budget=budget)
-        except UsageError:  # even one unit per gate costs more
-            break
     return networks
 
 

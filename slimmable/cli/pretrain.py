@@ -73,14 +73,9 @@ class Training:
         if config.distill not in ("own", "none"):
             distill = distill or OnlineDistillation()
             distill.kind = cast(DistillationKind, config.distill)
-        self.recipe = SlimRecipe(
-            method.online,
-            distill=None if config.distill == "none" else distill,
-            loss_weights=config.loss_weights,
-            slow_start=config.slow_start,
-            random_widths=_RANDOM_WIDTHS if config.universal else 0,
-            seed=config.seed,
-        )
+        rules: Any = {"loss_weights": config.loss_weights, "slow_start": config.slow_start, "seed": config.seed}
+        rules["random_widths"] = _RANDOM_WIDTHS if config.universal else 0
+        self.recipe = SlimRecipe(method.online, None if config.distill == "none" else distill, **rules)
         self.diagnostics: GradientDiagnostics | None = None
         share, weight = config.gate_budget, config.gate_loss_weight
         self.gates = None if share is None else GateBudget(share, budget_weight=weight, alpha=_GATE_ALPHA)
@@ -258,7 +253,6 @@ def pretrain(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
         try:
-            _tell(options, _introduction(training.config, training.images))
             _train(training, folder, options)
             if is_first():
                 _finish(training, folder, options)
@@ -325,16 +319,13 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and is_first():
         write_aside(options.output / runs.CONFIG, lambda path: path.write_text(config.to_json()))
-    return training
-
-
-def _introduction(config: PretrainConfig, images: data.Images) -> str:
     several = len(config.widths) > 1
     gated = "" if config.gate_budget is None else f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
     widths = f" at widths {', '.join(f'{width:g}' for width in config.widths)}" if several or not gated else ""
     joins = f"; narrower widths join after {config.slow_start:.0%}" if several and config.slow_start else ""
     seen = f"{len(images.train)} images of {config.image_size} x {config.image_size} pixels for {config.epochs} epochs"
-    return f"pre-training {config.model} by {config.method}{gated}{widths} on {seen}{joins}"
+    _tell(options, f"pre-training {config.model} by {config.method}{gated}{widths} on {seen}{joins}")
+    return training
 
 
 def _train(training: Training, folder: Path, options: Pretrain) -> None:

@@ -215,16 +215,11 @@ def encode(plan: Plan) -> tuple[dict[str, Any], NDArray[np.int64]]:
         "counts": [column.counts for column in plan.columns],
         "pins": [[*pin.axis, pin.size, pin.reason] for pin in plan.pins],
         "caches": [[path, name] for path, at in plan.caches.items() for name in at],
-        "units": channels.units,
+        **{name: getattr(channels, name) for name in ("units", "scales", "outputs", "makers", "ordered", "products")},
         "tensors": [[*key, ids] for key, ids in channels.tensors.items()],
         "constraints": channels.needed.constraints,
         "attributes": list(channels.needed.attributes),
         "originals": [[*key, value] for key, value in channels.attributes.items()],
-        "scales": channels.scales,
-        "outputs": channels.outputs,
-        "makers": channels.makers,
-        "ordered": channels.ordered,
-        "products": channels.products,
         "sizes": [[*key, shape] for key, shape in channels.sizes.items()],
     }
     encoded: dict[str, Any] = json.loads(json.dumps(data, default=write))
@@ -257,9 +252,8 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
             raise CheckpointError(f"{path}.{name} is {own!r}, but {value!r} in the file")
     keys: list[Attribute] = [leaves["attribute"](*row) for row in data["attributes"]]
     attributes = {key: int(reduce(getitem, key[2], originals[key[:2]])) for key in keys}
-    kinds: dict[str, Callable[[Any], Any]] = {"widths": check_widths, "round_to": int, "rounding": str}
-    kinds |= {"overlap": bool, "universal": bool, "switchable": lambda paths: tuple(map(str, paths))}
-    rules = {name: kind(data[name]) for name, kind in kinds.items() if name in data}
+    rules: Any = {name: data[name] for name in ("round_to", "rounding", "overlap", "universal") if name in data}
+    rules |= {"widths": check_widths(data["widths"]), "switchable": tuple(data.get("switchable", ()))}
     plan = Plan(**rules, pins=[Pin((path, name, dim), size, why) for path, name, dim, size, why in data["pins"]])
     check_rounding("the plan", rounding=plan.rounding)
     for path, name in data["caches"]:

@@ -238,13 +238,10 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
         with nullcontext() if arguments is not None else suppress(CheckpointError):
             if not unlike(skeleton(recipe, tensors), rows, tensors, narrow)[0]:
                 return recipe
+    made = f"timm.create_model({name!r}) makes a network unlike this one"
     if arguments is not None:
-        raise CheckpointError(f"timm.create_model({name!r}) with these arguments makes a network unlike this one")
-    warnings.warn(
-        f"timm.create_model({name!r}) makes a network unlike this one, so load(path, model=...) will need the plain "
-        "network; if arguments make it, pass them, as in save(..., arguments={'num_classes': 10})",
-        stacklevel=3,
-    )
+        raise CheckpointError(f"{made} with these arguments")
+    warnings.warn(f"{made}; if arguments make it, pass them to save; or give load the plain network", stacklevel=3)
     return None
 
 
