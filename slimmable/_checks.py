@@ -227,7 +227,8 @@ def check_matrices(where: str, **tensors: Tensor) -> None:
     check_tensors(where, **tensors)
     for name, tensor in tensors.items():
         if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
-            raise DataError(f"{where}: {name} must be floats, (batch, features) and not empty, got {shown(tensor)}")
+            what = "a tensor of floats of shape (batch, features), with at least one of each"
+            raise DataError(f"{where}: {name} must be {what}, got {shown(tensor)}; flatten any further axes first")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise DataError(f"{where}: the tensors are on several devices: {found}; move them to one")

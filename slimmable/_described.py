@@ -198,7 +198,7 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     found = None if computed or not before else fitting(own, build, known, wanted, weights)
     if found is None:
         what = f"no config of {type(narrow).__name__} makes the extracted network, which keeps that of the full one"
-        warnings.warn(f"{what}; from_pretrained would refuse its weights: use slimmable.save", stacklevel=4)
+        warnings.warn(f"{what}; from_pretrained would refuse its weights; save it with slimmable.save", stacklevel=4)
         return
     _update(narrow, own, found)
     modules = dict(narrow.named_modules())

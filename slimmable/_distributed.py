@@ -46,7 +46,7 @@ def is_first() -> bool:
 
 
 def any_process(value: bool, device: torch.device) -> bool:
-    return means_over_processes(torch.tensor(float(value), device=device))[0] > 0
+    return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
 
 
 def from_all(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

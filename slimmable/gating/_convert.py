@@ -104,7 +104,8 @@ def gate(
             target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(child, gates.train(maker.training))
-        maker.register_forward_pre_hook(gates.decide)  # after the masks of earlier gates on its input
+    for planned, _, gates in built:  # after the masks on the same layer's input
+        target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
