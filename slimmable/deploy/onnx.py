@@ -40,9 +40,11 @@ def join(models: Sequence[Any], widths: Sequence[float], **about: Any) -> Any:
     ends = [[(each.name, each.shape, each.type) for each in model.graph.outputs] for model in models]
     branches = [_branch(model, inputs, shared, f"{at}/") for at, model in enumerate(models)]
     place = ir.node("Gather", [shared.integers(range(len(models))), chosen])  # refuses positions that there are not
+    place.outputs[0].name = "position"
     nodes, outputs = branches.pop()
     while branches:
         same = ir.node("Equal", [place.outputs[0], shared.integers(len(branches) - 1)])
+        same.outputs[0].name = f"is {len(branches) - 1}"
         ways = {"then_branch": branches.pop(), "else_branch": (nodes, outputs)}
         graphs = {name: ir.Graph([], own, nodes=of, name=name) for name, (of, own) in ways.items()}
         choice = ir.node("If", same.outputs, graphs, num_outputs=len(outputs))
