@@ -11,9 +11,16 @@ SELECTOR = "width"
 
 
 def tidy(model: Any) -> None:
-    """Drop what a program of `onnx_ir` computes twice, and nothing else: what its weights go through must stay."""
-    passes = require("onnx_ir.passes.common", "onnxscript", extra="onnx")
+    """Drop what a program of `onnx_ir` computes twice; what its weights go through must stay.
+
+    The bias that a convolution lacks is zeros cast to the type of its input: constant, but no runtime sees it.
+    """
+    ir, passes = (require(name, "onnxscript", extra="onnx") for name in ("onnx_ir", "onnx_ir.passes.common"))
     passes.InlinePass()(model)
+    for node in list(model.graph):
+        if node.op_type == "CastLike" and node.inputs[1].dtype is not None:
+            cast = ir.node("Cast", node.inputs[:1], {"to": node.inputs[1].dtype})
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
