@@ -27,7 +27,7 @@ Names = tuple[Sequence[str], Sequence[str]]  # of inputs and outputs
 def batch_of(model: nn.Module, example_inputs: Any, size: int) -> Inputs:
     """Return `size` of the examples, in turn. A batch axis is a first one as long as that of the first tensor."""
     example = example_of(model, example_inputs)
-    length = _length(example)
+    length = next((len(tensor) for tensor in tensors(example) if tensor.ndim), 0)
 
     def resized(tensor: Tensor) -> Tensor:
         return tensor[torch.arange(size) % length] if tensor.ndim and len(tensor) == length else tensor
@@ -36,21 +36,16 @@ def batch_of(model: nn.Module, example_inputs: Any, size: int) -> Inputs:
     return Inputs(*args, **kwargs)
 
 
-def _length(example: Any) -> int:
-    return next((len(tensor) for tensor in tensors(example) if tensor.ndim), 0)
-
-
 def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     """Return `model`, in evaluation mode, as a program for any number of examples like these, or else for one."""
     one, two = (batch_of(model, example_inputs, size) for size in (1, 2))
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    batch, given = Dim("batch"), example_of(model, example_inputs)
-    for before, after in zip(tensors(given), tensors((two.args, two.kwargs)), strict=True):
-        if before.ndim and len(before) == _length(given):
-            shapes[after] = {0: batch}
+    shapes, batch = ShapesCollection(), Dim("batch")  # type: ignore[no-untyped-call]
+    for single, pair in zip(tensors((one.args, one.kwargs)), tensors((two.args, two.kwargs)), strict=True):
+        if single.shape != pair.shape:
+            shapes[pair] = {0: batch}
     with torch.no_grad(), quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
         try:
-            dynamic = shapes.dynamic_shapes(model, two.args, two.kwargs)
+            dynamic = shapes.dynamic_shapes(model, two.args, two.kwargs)  # type: ignore[no-untyped-call]
             program = torch.export.export(model, two.args, two.kwargs, dynamic_shapes=dynamic)
             right = difference(model, program.module(), one) <= TOLERANCE
         except Exception:  # the forward depends on the number of images; torch.export raises many kinds of errors

@@ -176,6 +176,35 @@ def test_the_file_holds_the_weights_once(made):
     assert len(values) == len(set(values))
 
 
+def operations(path):
+    """Return the operations, in all branches, of the graph that onnxruntime makes of a file."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".opt")), 3
+    runtime.InferenceSession(path, options)
+
+    def inside(graph):
+        for node in graph.node:
+            branches = [each.g for each in node.attribute if each.HasField("g")]
+            yield from (inner for branch in branches for inner in inside(branch)) if branches else [node.op_type]
+
+    return list(inside(onnx.load(path.with_suffix(".opt")).graph))
+
+
+def test_onnxruntime_folds_norms_and_slices_of_each_branch_as_in_a_file_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()
+    net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
+    example = torch.rand(2, 3, 16, 16)
+    slim = slimmable.slimify(oracles.randomise(net.eval()), WIDTHS, example_inputs=example)
+    slimmable.export(slim, tmp_path / "all.onnx", example_inputs=example)
+    slimmable.export(slim, tmp_path / "one.onnx", width=1.0, example_inputs=example)
+    joined, single = operations(tmp_path / "all.onnx"), operations(tmp_path / "one.onnx")
+    assert not {"BatchNormalization", "Slice"} & {*joined, *single}
+    kernels = [name for name in {*single} if name.startswith(("Conv", "Reorder", "Gemm"))]
+    assert {name: joined.count(name) for name in kernels} == {name: 3 * single.count(name) for name in kernels}
+
+
 @pytest.mark.parametrize("kind", ["mlp", "pair", "keywords", "resnet", "vit"])
 def test_programs_of_all_widths_share_their_weights(kind, tmp_path):
     torch.manual_seed(0)
