@@ -152,14 +152,23 @@ def _fitting(constraint: Constraint, key: Attribute, full: int, values: Values, 
 
 @dataclass(frozen=True, eq=False)
 class SubNetwork:
-    """What one sub-network keeps."""
+    """What one sub-network keeps.
 
-    counts: tuple[int, ...]  # number of units of each group
-    tensors: Mapping[TensorName, list[Kept]]  # what is kept of each axis
-    values: Mapping[str, Mapping[str, Any]]  # module path -> attribute -> its value, if not the full network's
+    Attributes:
+        counts: number of units of each group.
+        tensors: (module path, parameter or buffer name) -> what is kept of each axis.
+        values: module path -> attribute name -> its value, if that differs from the full network's.
+        output_shapes: shapes of the model's output tensors.
+        macs: multiply-adds of all convolutions and matrix products, for the whole batch of the example.
+        parameters: elements of all parameters.
+    """
+
+    counts: tuple[int, ...]
+    tensors: Mapping[TensorName, list[Kept]]
+    values: Mapping[str, Mapping[str, Any]]
     output_shapes: list[tuple[int, ...]]
-    macs: int  # of all convolutions and matrix products, for the whole batch of the example
-    parameters: int  # elements of all parameters
+    macs: int
+    parameters: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,13 +251,18 @@ def _replaced(value: Any, position: tuple[int, ...], new: int) -> Any:
 # -- plans
 @dataclass(frozen=True)
 class Group:
-    """Units that several axes share; each width keeps the first ones."""
+    """Units that several axes share; each width keeps the first ones.
+
+    `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
+    `makers` are the modules whose weights make these units. The units of an `ordered` group must stay in order, because
+    a convolution runs along them.
+    """
 
     units: int
     kept: tuple[int, ...]  # per width
-    members: Mapping[AxisName, NDArray[np.int64]]  # for each position on an axis its unit, or -1 for another group's
-    makers: tuple[str, ...]  # the modules whose weights make these units
-    ordered: bool = False  # whether they must stay in order, because a convolution runs along them
+    members: Mapping[AxisName, NDArray[np.int64]]
+    makers: tuple[str, ...]
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,6 +279,12 @@ class Plan:
     """What is slimmed, what stays full, and why; printable. Copies of a model share its plan.
 
     The first attributes are the arguments of `slimify`, with the names in `switchable`, and widths from the widest on.
+
+    Attributes:
+        channels: the channel groups, their axes, and what they size.
+        columns: the sub-network of each width.
+        caches: module path -> attribute in which the forward keeps tensors -> its empty value. Each width has its own.
+        pins: the axes that stay at full width although a layer with weights makes them.
     """
 
     widths: tuple[float, ...]
@@ -274,9 +294,9 @@ class Plan:
     switchable: tuple[str, ...] = ()
     universal: bool = False
     channels: Channels = field(init=False)
-    columns: list[SubNetwork] = field(default_factory=list)  # of each width
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # module path -> attribute -> its value when empty
-    pins: list[Pin] = field(default_factory=list)  # axes that stay full although a layer with weights makes them
+    columns: list[SubNetwork] = field(default_factory=list)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pins: list[Pin] = field(default_factory=list)
 
     def __str__(self) -> str:
         groups = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
