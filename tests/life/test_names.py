@@ -10,7 +10,8 @@ import pytest
 import slimmable
 
 SUBMODULES = (
-    *("deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "training"),
+    *("deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules"),
+    *("runtime", "training"),
 )
 
 
