@@ -28,22 +28,28 @@ from slimmable.view.state import is_slim
 
 Store: TypeAlias = dict[str, Any]
 """The buffers, parameters or attributes of a module itself."""
+Generator: TypeAlias = tuple[Callable[[], Any], Callable[[Any], object]]
+"""How to get and how to set the state of a generator of random numbers."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's own attributes, such as the hooks
 _CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
 
 
 class Once:
-    """Lets buffers, parameters without gradient and attributes change once per step, at its first and widest width."""
+    """Lets state change once per step, at its first and widest width: stores, and generators of random numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, generators: Iterable[Generator] = ()) -> None:
         self._before: dict[int, Store] = {}  # by the id of the store
+        self._generators = generators
+        self._rewind: list[Callable[[], object]] = []
 
     @contextmanager
     def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
         """Run a block of a width; narrower ones find `stores` as the widest one did, and `left` as it left them."""
+        draws = [partial(put, get()) for get, put in self._generators]
         if widest:
             self._before = {id(store): _copied(store) for store in stores} | self._before
+            self._rewind = draws
             yield
             return
         if not {id(store) for store in stores} <= self._before.keys():
@@ -51,12 +57,25 @@ class Once:
         after = [(store, store.copy()) for store in (*stores, *left)]
         for store, state in after:
             store.update(_copied(self._before.get(id(store), state)))
+        for put in self._rewind:
+            put()
         try:
             yield
         finally:
             for store, state in after:
                 store.clear()
                 store.update(state)
+            for put in draws:
+                put()
+
+
+def generators_of(model: nn.Module) -> list[Generator]:
+    """Return the generators that a step with this model may draw from."""
+    get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    on_gpus: list[Generator] = [(partial(get, gpu), partial(put, device=gpu)) for gpu in gpus]
+    numpy = np.random.get_state, np.random.set_state  # what others draw from
+    return [(random.getstate, random.setstate), numpy, (torch.get_rng_state, torch.set_rng_state), *on_gpus]
 
 
 def shared_by_widths(modules: Iterable[nn.Module], without: Collection[nn.Module] = ()) -> list[nn.Module]:
@@ -129,34 +148,6 @@ class Replay:
             return map_tensors(Tensor.clone, output)
         kind = type(module).__name__
         raise UsageError(f"SlimRecipe: frozen {kind} is called more often at a narrower width than at the widest")
-
-
-class SameDraws:
-    """Lets narrower widths draw the random numbers of the widest; then the program goes on as after the widest."""
-
-    def __init__(self, model: nn.Module) -> None:
-        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-        gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-        self._generators: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
-            (random.getstate, random.setstate),
-            (np.random.get_state, np.random.set_state),  # what others draw from
-            (torch.get_rng_state, torch.set_rng_state),
-            *((partial(get, gpu), partial(put, device=gpu)) for gpu in gpus),
-        ]
-
-    @contextmanager
-    def run(self, widest: bool) -> Iterator[None]:
-        """Run a block of the widest width, or of a narrower one."""
-        before = [partial(put, get()) for get, put in self._generators]
-        if widest:
-            self._put_widest = before
-        for put in self._put_widest:
-            put()
-        try:
-            yield
-        finally:
-            for put in () if widest else before:
-                put()
 
 
 class Calls:

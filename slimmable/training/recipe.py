@@ -4,7 +4,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
@@ -164,13 +164,12 @@ class SlimRecipe:
         given = around.shared_by_widths([*self._once, *_modules("once", once)], without=replayed)
         own = around.shared_by_widths([self.model], without=replayed.union(given))
         stores, left = [*around.stores_of(given), *(part._buffers for part in own)], around.stores_of(replayed)
-        state, draws, replay = around.Once(), around.SameDraws(self.model), around.Replay(teachers)
+        state, replay = around.Once(around.generators_of(self.model)), around.Replay(teachers)
         if self._calls is None or self._calls.model is not self.model:
             self._calls = around.Calls(self.model)
         outputs: dict[float, Sequence[Tensor]] = {}
         for width in self.widths(self.progress, self.steps_done):
-            changes = state.changes(stores, self.first, left)
-            with changes, draws.run(self.first), self._calls.noted(), replay.run(self.first):
+            with state.changes(stores, self.first, left), self._calls.noted(), replay.run(self.first):
                 result = closure()
             loss, teach = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
             returned = self._calls.outputs()
@@ -249,8 +248,7 @@ class SlimRecipe:
             self._random.seed(f"{self._seed} {step}")
         return self._run(slow=progress < self.slow_start)
 
-    @contextmanager
-    def once(self, *modules: nn.Module) -> Iterator[None]:
+    def once(self, *modules: nn.Module) -> AbstractContextManager[None]:
         """Let `modules` change once per step, although the block runs once per width.
 
         This covers buffers, parameters without gradient, and attributes that are numbers, tensors, arrays or containers
@@ -267,10 +265,8 @@ class SlimRecipe:
         >>> int(norm.num_batches_tracked)
         1
         """
-        step = self._running("once")
-        stores = around.stores_of(around.shared_by_widths(_modules("once", modules)))
-        with step.once.changes(stores, self.first):
-            yield
+        changes = self._running("once").once.changes
+        return changes(around.stores_of(around.shared_by_widths(_modules("once", modules))), self.first)
 
     def loss(self, loss: Tensor, teach: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Return the active width's part of the step's loss; call it once per width, then `backward` on the result.
