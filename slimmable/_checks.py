@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial, wraps
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -19,20 +19,11 @@ from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 
 from slimmable._widths import ROUNDINGS
+from slimmable._widths import number_or_nan as number_or_nan
 from slimmable.errors import DataError, SlimmableError, UsageError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def number_or_nan(value: object) -> float:
-    """Return `value` as a float, or NaN, which is in no range, if it is not a number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf  # or minus infinity, which is in no range either
 
 
 def check_count(where: str, *, least: int = 1, **values: object) -> None:

@@ -12,13 +12,23 @@ ROUNDINGS = ("nearest", "floor")
 Kept: TypeAlias = "int | tuple[int, ...] | None"  # units of an axis at a width: the first k, these (ascending), or all
 
 
+def number_or_nan(value: object) -> float:
+    """Return `value` as a float, or NaN, which is in no range, if it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # or minus infinity, which is in no range either
+
+
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     """Return `widths`, distinct numbers in (0, 1] with 1.0 among them, as floats from the widest to the narrowest."""
     if isinstance(widths, (str, bytes)) or not isinstance(widths, Iterable):
         raise WidthError(f"widths must be a sequence of numbers such as (1.0, 0.5, 0.25), got {widths!r}")
     given: list[Any] = list(widths)
     for width in given:
-        if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width <= 1:  # type: ignore[operator]
+        if not 0 < number_or_nan(width) <= 1:
             raise WidthError(f"width {width!r} in {given} is not in (0, 1]; a width is a share of the full network")
     found = sorted(map(float, given), reverse=True)
     if len(set(found)) < len(found):
@@ -30,8 +40,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
 
 def width_index(width: float, widths: Sequence[float]) -> int:
     """Return the position of `width` in `widths`; if it is not among them, the `WidthError` names the nearest."""
-    asked: Any = width
-    if isinstance(asked, bool) or not isinstance(asked, Real) or math.isnan(asked):
+    if math.isnan(number_or_nan(width)):
         raise WidthError(f"width {width!r} is not a number; this model's widths are {tuple(widths)}")
     if width in widths:
         return widths.index(width)

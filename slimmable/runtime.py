@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
-from numbers import Real
+from itertools import product
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from slimmable._widths import check_widths, width_index
+from slimmable._widths import check_widths, number_or_nan, width_index
 from slimmable.errors import CheckpointError, DataError, UsageError, explained
 
 __all__ = ["Answer", "Cascade", "Session", "WidthController", "calibrate_cascade"]
@@ -54,9 +54,11 @@ class WidthController:
     ) -> None:  # fmt: skip
         rows = getattr(latencies, "rows", None)
         self._ms = _by_width("latencies", latencies if rows is None else {row.width: row.latency_ms for row in rows})
-        _check(0 < _number(deadline_ms) < math.inf, "deadline_ms must be positive", deadline_ms)
-        _check(0 < _number(quantile) < 1, "quantile must be in (0, 1)", quantile)
-        _check(isinstance(window, int) and 1 <= _number(window) < 2**31, "window must be a number of calls", window)
+        _check(0 < number_or_nan(deadline_ms) < math.inf, "deadline_ms must be positive", deadline_ms)
+        _check(0 < number_or_nan(quantile) < 1, "quantile must be in (0, 1)", quantile)
+        _check(
+            isinstance(window, int) and 1 <= number_or_nan(window) < 2**31, "window must be a number of calls", window
+        )
         _check(callable(clock) and not isinstance(clock, type), "clock must be a function", clock)
         self._deadline, self._quantile, self._clock = deadline_ms, quantile, clock
         self._ratios: deque[float] = deque(maxlen=window)
@@ -66,7 +68,7 @@ class WidthController:
     def record(self, width: float, ms: float) -> None:
         """Note that a call at `width` took `ms` milliseconds, and choose the next width."""
         width_index(width, [*self._ms])
-        _check(0 <= _number(ms) < math.inf, "ms must be a number of milliseconds", ms)
+        _check(0 <= number_or_nan(ms) < math.inf, "ms must be a number of milliseconds", ms)
         self._ratios.append(ms / self._ms[width])
         rank = math.ceil((len(self._ratios) + 1) * self._quantile)
         self.width = self._widest(sorted(self._ratios)[:rank][-1])
@@ -191,7 +193,7 @@ class Cascade:
         self.confidence, self._macs = confidence, None if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
         given: Any = [*threshold] if isinstance(threshold, Sequence) else [threshold] * len(steps)
-        fit = len(given) == len(steps) and not any(math.isnan(_number(each)) for each in given)
+        fit = len(given) == len(steps) and not any(math.isnan(number_or_nan(each)) for each in given)
         _check(fit, f"threshold must be a number, or one for each of the widths {steps}", threshold)
         self.thresholds = dict(zip(steps, map(float, given), strict=True))
         """Width -> how sure it must be to answer, from the narrowest; the widest always answers."""
@@ -224,7 +226,7 @@ class Cascade:
         Raises: UsageError: if an argument is invalid, or the narrowest width costs more than `target`. DataError: if
             the model does not give class scores for a batch.
         """
-        _check(0 < _number(target) <= 1, "target must be in (0, 1]", target)
+        _check(0 < number_or_nan(target) <= 1, "target must be in (0, 1]", target)
         _check(isinstance(of, str) and of in ("accuracy", "macs"), "of must be 'accuracy' or 'macs'", of)
         order, parts = (*self.thresholds, self.widths[0]), []
         for batch in loader if isinstance(loader, Iterable) else [loader]:
@@ -242,21 +244,15 @@ class Cascade:
         sure, wrong = np.concatenate(parts, 2).swapaxes(0, 1)  # of each width and image
         share = np.array([self.macs[width] for width in order]) / self.macs[order[-1]]
         ends = np.linspace(0, 1, max(2, int(_TRIED ** (1 / max(1, len(order) - 1))) - 1))
-
-        def outcomes(step: int) -> Iterator[tuple[Array, Array, tuple[float, ...]]]:
-            """Yield errors and cost of each image that gets to a step, for many thresholds from there on."""
-            if step == len(order) - 1:
-                yield wrong[step], np.full_like(wrong[step], share[step]), ()
-                return
-            tried = [-math.inf, *np.quantile(sure[step], ends, method="lower")[1:], math.inf]
-            for errors, spent, others in outcomes(step + 1):
-                for threshold in tried[:-1]:
-                    goes_on = sure[step] < threshold
-                    onward = np.where(goes_on, errors, wrong[step]), share[step] + goes_on * spent
-                    yield *onward, (threshold, *others)
-                yield errors, spent, (math.inf, *others)
-
-        means = [(float(errors.mean()), float(spent.mean()), each) for errors, spent, each in outcomes(0)]
+        tried = [[-math.inf, *np.quantile(each, ends, method="lower")[1:], math.inf] for each in sure[:-1]]
+        means = []
+        for chosen in product(*reversed(tried)):
+            errors, spent = wrong[-1], np.array(share[-1])  # of each image that gets to a step
+            for threshold, at, is_wrong, cost in zip(chosen, sure[-2::-1], wrong[-2::-1], share[-2::-1], strict=True):
+                if threshold < math.inf:
+                    goes_on = at < threshold
+                    errors, spent = np.where(goes_on, errors, is_wrong), cost + goes_on * spent
+            means.append((float(errors.mean()), float(spent.mean()), chosen[::-1]))
         most = 1 - target * (1 - wrong[-1].mean()) if of == "accuracy" else 1.0
         fits = [each for each in means if each[0] <= most + 1e-9 and (of == "accuracy" or each[1] <= target + 1e-9)]
         _check(bool(fits), f"target must be at least {share[0]:.3f}, which the narrowest width costs", target)
@@ -305,11 +301,6 @@ def calibrate_cascade(
     return cascade.calibrate(loader, target, of=of)
 
 
-def _number(value: Any) -> float:
-    """Return a number as a float, and anything else as NaN, which is in no range."""
-    return float(value) if isinstance(value, Real) and value is not True and value is not False else math.nan
-
-
 def _check(holds: bool, what: str, value: object) -> None:
     if not holds:
         raise UsageError(f"{what}, got {value!r:.80}")
@@ -318,7 +309,9 @@ def _check(holds: bool, what: str, value: object) -> None:
 def _by_width(what: str, given: Any, widths: Iterable[float] = ()) -> dict[float, float]:
     """Return positive numbers by width, the widest first."""
     known = isinstance(given, Mapping) and given and set(widths) <= set(given)
-    known = known and all(0 < _number(key) <= 1 and 0 < _number(each) < math.inf for key, each in given.items())
+    known = known and all(
+        0 < number_or_nan(key) <= 1 and 0 < number_or_nan(each) < math.inf for key, each in given.items()
+    )
     _check(bool(known), f"{what} must be a positive number for each width", given)
     return dict(sorted(given.items(), reverse=True))
 

@@ -27,7 +27,8 @@ from torch.export import ExportedProgram
 import slimmable
 from benchmarks.measuring import markdown
 from slimmable import SlimmableError
-from slimmable.deploy.programs import TOLERANCE, Program, difference, save_onnx, save_pt2, trace
+from slimmable.deploy.onnx import save_onnx
+from slimmable.deploy.programs import TOLERANCE, Program, difference, save_pt2, trace
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

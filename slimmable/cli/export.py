@@ -17,6 +17,7 @@ from slimmable._width import widths_of
 from slimmable.cli import run as runs
 from slimmable.cli.config import DIGITS
 from slimmable.cli.report import read_report
+from slimmable.deploy.export import File
 from slimmable.deploy.export import write as write_file
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
@@ -38,17 +39,6 @@ class Source:
     std: tuple[float, ...]  # by which they are divided then
     base: str | None = None  # the model on the Hugging Face Hub that the weights come from
     accuracy: Mapping[float, Mapping[str, float]] = field(default_factory=dict)  # by width and probe
-
-
-@dataclass(frozen=True)
-class File:
-    """An exported file with the network of one width."""
-
-    name: str  # its suffix is the format
-    width: float | None  # None: all
-    size: int  # in bytes
-    off: float  # largest difference from the model's outputs, relative to the largest output
-    any_batch: bool  # whether it takes any number of images, or only one per call
 
 
 def run_source(run: Path) -> Source:
@@ -96,12 +86,11 @@ def timm_source(
 ) -> Source:
     """Return the timm model `name`, converted by `rules`, with weights from a file, from timm, or random ones."""
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
-    torch.manual_seed(0)
+    weights = "Random: this is an architecture, not a trained network."
     if pretrained:
         weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
         settings["pretrained"] = True
-    else:
-        weights = "Random: this is an architecture, not a trained network."
+    torch.manual_seed(0)
     model, used = runs.make_timm(name, settings, image_size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
@@ -122,13 +111,8 @@ def timm_source(
 
 
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
-    """Write `source` at `widths` into the folder `output`, checking each file, with a model card; all or nothing.
-
-    Without widths, each file holds all of them.
-    The formats are "pt2", "onnx" and "safetensors"; by default pt2, and onnx if it is installed.
-    """
-    if formats is None:
-        formats = ("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",)
+    """Write files of `source`, one for each width or, without any, for all, and a model card; all or nothing."""
+    formats = formats or (("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",))
     files: list[File] = []
 
     def write(folder: Path) -> None:
@@ -136,9 +120,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
         saving = {"arguments": None if ":" in source.name else source.arguments}  # if timm reads more of them
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
-            known = write_file(source.model, path, width, None, example_inputs, **saving)
-            size = sum(part.stat().st_size for part in folder.glob(f"{path.name}*"))
-            files.append(File(path.name, width, size, *known))
+            files.append(write_file(source.model, path, width, None, example_inputs, **saving))
         example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

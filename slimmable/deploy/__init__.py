@@ -1,5 +1,5 @@
 """Networks for other programs and devices: programs of one width, and one file that holds all widths."""
 
-from slimmable.deploy.pt2 import Programs as Programs
+from slimmable.deploy.programs import Programs as Programs
 
 __all__ = ["Programs"]

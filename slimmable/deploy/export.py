@@ -1,14 +1,13 @@
 """`slimmable.export`: one width, or all in one file, for `torch.export.load`, an ONNX runtime or `slimmable.load`."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from slimmable._atomic import write_aside
@@ -19,30 +18,20 @@ from slimmable._modules import in_eval_mode
 from slimmable._profile import profile
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
-from slimmable.deploy.onnx import join
-from slimmable.deploy.programs import (
-    ONNX_PACKAGES,
-    TOLERANCE,
-    Program,
-    batch_of,
-    difference,
-    load_onnx,
-    names_of,
-    save_onnx,
-    save_pt2,
-    to_onnx,
-    trace,
-)  # fmt: skip
-from slimmable.deploy.pt2 import Programs, save_programs
+from slimmable.deploy import onnx, programs
+from slimmable.deploy.programs import TOLERANCE, Program, batch_of, difference
 from slimmable.errors import SlimmableError, UsageError, require
 from slimmable.files.model import full_network, load, read, save
 
 FORMATS = ("pt2", "onnx", "safetensors")
 
 
-class Written(NamedTuple):
-    """What is known of a file that was written."""
+class File(NamedTuple):
+    """A file that was written."""
 
+    name: str  # its suffix is the format
+    width: float | None  # None: all
+    size: int  # in bytes
     off: float  # largest difference from the model's outputs, relative to the largest output
     any_batch: bool  # whether it takes any number of images, or only one per call
 
@@ -96,7 +85,7 @@ def write(
     widths: Iterable[float] | None = None,
     example_inputs: Any = None,
     **saving: Any,
-) -> Written:
+) -> File:
     """Write a file as `export` does, and tell how far it is off; `saving` is for `slimmable.save`."""
     check_whole("export", model)
     kind, known = path.suffix[1:], widths_of(model)
@@ -107,74 +96,62 @@ def write(
     chosen = known if widths is None else check_widths(widths)
     if kind == "safetensors" and width is None and chosen != known:
         raise UsageError(f"export: a .safetensors file holds all widths, {known}; leave out widths={chosen}")
-    for package in ONNX_PACKAGES if kind == "onnx" else ():
+    for package in onnx.PACKAGES if kind == "onnx" else ():
         require(package, package, extra="onnx")
     if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
         model = copy_of(model).cpu()
     network = model if width is None else extract(model, width)
-    found = list[Written]()
+    runs: list[float | None] = [*chosen] if width is None else [None]
+    files = list[File]()
 
     def fill(aside: Path) -> None:
         one, three = (_numbers(batch_of(network, example_inputs, size)) for size in (1, 3))
+        program: Program
         if kind == "safetensors":
             save(network, aside, **saving)
-            program, any_batch = _loaded(aside, network), True
-        elif width is None:
-            program, any_batch = _save_all(network, chosen, aside, three)
+            own = load(aside, None if read(aside)[0]["recipe"] else full_network(network))
+            program, any_batch = partial(_run, own), True
         else:
-            traced = trace(network, three)
-            names = names_of(network, traced, three)
-            program = save_pt2(traced, aside) if kind == "pt2" else save_onnx(traced, aside, names)
-            any_batch = _any_batch(traced)
-        for each in chosen if width is None else (None,):
-            with nullcontext() if each is None else at_width(network, each):
-                run = program if each is None else partial(program, at=each)
-                off = difference(network, run, one, *([three] if any_batch else []))
-            if not off <= TOLERANCE:
+            traced = []
+            for each in runs:
+                with _at(network, each):
+                    traced.append(programs.trace(network, three))
+            any_batch = all(each.range_constraints for each in traced)  # the number of images has a range
+            names = programs.names_of(network, traced[0], three)
+            if kind == "pt2" and width is None:
+                program = programs.save_programs(traced, chosen, aside)
+            elif kind == "pt2":
+                program = programs.save_pt2(traced[0], aside)
+            elif width is not None:
+                program = onnx.save_onnx(traced[0], aside, names)
+            else:
+                rows = profile(network, example_inputs=batch_of(network, three, 1), repeats=0).rows
+                program = onnx.save_joined(traced, aside, names, chosen, {row.width: row.macs for row in rows})
+        offs = []
+        for each in runs:
+            with _at(network, each):
+                run = program if each is None else partial(program, width=each)
+                offs.append(difference(network, run, one, *([three] if any_batch else [])))
+            if not offs[-1] <= TOLERANCE:
                 where = "" if each is None else f" at width {each}"
-                by = f"{off:.1e} of the largest output{where} (allowed: {TOLERANCE:g})"
+                by = f"{offs[-1]:.1e} of the largest output{where} (allowed: {TOLERANCE:g})"
                 raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
-            found.append(Written(off, any_batch))
+        size = sum(part.stat().st_size for part in aside.parent.iterdir())
+        files.append(File(path.name, width, size, max(offs), any_batch))
 
     with in_eval_mode(network):
         write_aside(path, fill)
-    return max(found)
+    return files[0]
 
 
-def _loaded(path: Path, network: nn.Module) -> Program:
-    """Return a file of `slimmable.save` as a program; one of all widths is called with `at`, one of them."""
-    own = load(path, None if read(path)[0]["recipe"] else full_network(network))
-
-    def run(*args: Any, at: float | None = None, **kwargs: Any) -> Any:
-        with nullcontext() if at is None else at_width(own, at):
-            return own(*args, **kwargs)
-
-    return run
+def _at(model: nn.Module, width: float | None) -> AbstractContextManager[None]:
+    """Run a block at a width; at None, the model has none."""
+    return nullcontext() if width is None else at_width(model, width)
 
 
-def _save_all(model: nn.Module, widths: Sequence[float], path: Path, example: Inputs) -> tuple[Program, bool]:
-    """Write .pt2 or .onnx; return it as loaded, called with one of the widths as `at`, and if it takes any batch."""
-    traced = []
-    for width in widths:
-        with at_width(model, width):
-            traced.append(trace(model, example))
-    any_batch = all(map(_any_batch, traced))
-    names = names_of(model, traced[0], example)
-    if path.suffix == ".pt2":
-        save_programs(traced, widths, path)
-        loaded = Programs(path)
-        return lambda *args, at, **kwargs: loaded(*args, width=at, **kwargs), any_batch
-    written = [to_onnx(each, names, optimize=False) for each in traced]
-    costs = profile(model, example_inputs=batch_of(model, example, 1), repeats=0).rows
-    macs = {row.width: row.macs for row in costs}
-    written[0].model = join([each.model for each in written], widths, macs=[macs.get(width) for width in widths])
-    written[0].save(path)
-    run = load_onnx(path)
-    return lambda *args, at, **kwargs: run(*args, kwargs, torch.tensor(widths.index(at))), any_batch
-
-
-def _any_batch(program: ExportedProgram) -> bool:
-    return bool(program.range_constraints)  # its number of images has a range
+def _run(model: nn.Module, *args: Any, width: float | None = None, **kwargs: Any) -> Any:
+    with _at(model, width):
+        return model(*args, **kwargs)
 
 
 def _numbers(example: Inputs) -> Inputs:

@@ -1,23 +1,79 @@
-"""Several ONNX programs, one per width, as one with an input that chooses: weights stand once, at full size."""
+"""Programs for an ONNX runtime; those of several widths as one with an input that chooses, and with weights once."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from slimmable.errors import UsageError, require
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slimmable._inputs import tensors
+from slimmable.deploy.programs import Names, Program, quiet
+from slimmable.errors import UsageError, explained, require
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SELECTOR = "width"
 
 
-def tidy(model: Any) -> None:
-    """Drop what a program of `onnx_ir` computes twice; what its weights go through must stay.
+def save_onnx(program: ExportedProgram, path: Path, names: Names | None = None) -> Program:
+    """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
+    written = to_onnx(program, names)
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.clear()
+    written.save(path)
+    return load_onnx(path)
 
-    The bias that a convolution lacks is zeros cast to the type of its input: constant, but no runtime sees it.
-    """
+
+def save_joined(
+    programs: Sequence[ExportedProgram], path: Path, names: Names, widths: Sequence[float], macs: Mapping[float, int]
+) -> Program:
+    """Write the programs of these widths as one, and return it as loaded, called with one of them as `width`."""
+    written = [to_onnx(each, names, optimize=False) for each in programs]
+    about = {"widths": [*widths], "macs": [macs.get(width) for width in widths]}
+    written[0].model = _join([each.model for each in written], about)
+    written[0].save(path)
+    run = load_onnx(path)
+    return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor(widths.index(width)))
+
+
+def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool = True) -> Any:
+    """Return `program` as torch's `ONNXProgram`, whose `model` is one of `onnx_ir`, with these inputs and outputs."""
+    inputs, outputs = names or (None, None)
+    settings: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamo": True, "verbose": False}
+    # without gradients, as in tracing: with them, attention has another memory layout
+    with torch.no_grad(), quiet(), explained("torch.onnx cannot translate the model"):
+        try:
+            return torch.onnx.export(program, (), **settings, optimize=optimize)
+        except Exception:  # it supports only one form of attention; decomposed, it is matrix products
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.onnx.export(program.run_decompositions(), (), **settings, optimize=optimize)
+
+
+def load_onnx(path: Path) -> Program:
+    """Return an ONNX file as loaded by onnxruntime: a function of the model's inputs that returns a list of outputs."""
+    runtime = require("onnxruntime", "onnxruntime", extra="onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    with explained("onnxruntime does not load the written program"):
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        arrays = [tensor.detach().numpy() for tensor in tensors((args, kwargs))]
+        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
+
+    return run
+
+
+def tidy(model: Any) -> None:
+    """Drop what a program of `onnx_ir` computes twice; what its weights go through must stay."""
     ir, passes = (require(name, "onnxscript", extra="onnx") for name in ("onnx_ir", "onnx_ir.passes.common"))
     passes.InlinePass()(model)
-    for node in list(model.graph):
+    for node in list(model.graph):  # zeros cast to the type of the input, for a missing bias, are constant
         if node.op_type == "CastLike" and node.inputs[1].dtype is not None:
             cast = ir.node("Cast", node.inputs[:1], {"to": node.inputs[1].dtype})
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
@@ -27,11 +83,11 @@ def tidy(model: Any) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def join(models: Sequence[Any], widths: Sequence[float], **about: Any) -> Any:
+def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     """Return one `onnx_ir` model of several with the same inputs, one per width, which are taken apart.
 
-    It has one input more, `width`, an int64 scalar: the position in the list of widths in its metadata, which are
-    `slimmable.widths` and what else is said `about` them, as JSON. Each program becomes a branch of an `If`. A branch
+    It has one input more, `width`, an int64 scalar: the position in the list of widths in its metadata, which hold what
+    is said `about` them, as JSON. Each program becomes a branch of an `If`. A branch
     cuts its part out of the shared weights by operations on constants, which a runtime carries out once, when it loads
     the file. A whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these
     does onnxruntime lay out for its fastest convolutions.
@@ -58,14 +114,15 @@ def join(models: Sequence[Any], widths: Sequence[float], **about: Any) -> Any:
         nodes, outputs = [same, choice], list(choice.outputs)
         for value, *each in zip(outputs, *ends, strict=True):
             value.name, value.type = f"{each[0][0]} from {len(branches)}", each[0][2]
-            value.shape = _common_shape(ir, [shape for _, shape, _ in each])
+            axes = zip(*(shape for _, shape, _ in each), strict=True)  # those that follow the width have no size
+            value.shape = ir.Shape([sizes[0] if len(set(map(str, sizes))) == 1 else None for sizes in axes])
     for value, (name, *_) in zip(outputs, ends[0], strict=True):
         value.name = name
     opsets = {domain: version for model in models for domain, version in model.opset_imports.items()}
     held = {"initializers": list(shared.values.values()), "opset_imports": opsets, "name": "all widths"}
     graph = ir.Graph([*inputs, chosen], outputs, nodes=[place, *nodes], **held)
     joined = ir.Model(graph, ir_version=models[0].ir_version)
-    for name, value in {"widths": list(widths), **about}.items():
+    for name, value in about.items():
         joined.metadata_props[f"slimmable.{name}"] = json.dumps(value)
     return joined
 
@@ -130,9 +187,3 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
             (outputs[at],) = nodes[-1].outputs
             outputs[at].name, outputs[at].shape, outputs[at].type = f"{prefix}out {at}", value.shape, value.type
     return first + nodes, outputs
-
-
-def _common_shape(ir: Any, shapes: Sequence[Any]) -> Any:
-    """Return the shape of an output whose sizes may follow the width; axes that do have no size in it."""
-    axes = zip(*shapes, strict=True)
-    return ir.Shape([sizes[0] if len({str(size) for size in sizes}) == 1 else None for sizes in axes])

@@ -1,8 +1,11 @@
-"""One width as a program for `torch.export.load` or an ONNX runtime, checked against the model after it is written."""
+"""Programs of `torch.export`: one of one width, or one for each of several in a file that has their weights once."""
 
+import hashlib
 import io
+import json
 import logging
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from slimmable._checks import check_path
 from slimmable._inputs import Inputs, example_of, named_tensors, output_tensors, tensors
-from slimmable.errors import SlimmableError, explained, require
+from slimmable._widths import width_index
+from slimmable.errors import CheckpointError, SlimmableError, explained
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-5  # of the largest output
 Program = Callable[..., Any]
+_INDEX, _WEIGHTS = "widths.json", "weights.pt"
 Names = tuple[Sequence[str], Sequence[str]]  # of inputs and outputs
 
 
@@ -60,11 +64,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
 
 
 def names_of(model: nn.Module, program: ExportedProgram, example_inputs: Any) -> Names:
-    """Return the names of a program's inputs and outputs: those of the forward's parameters, and `images` and `output`.
-
-    A model's only input is `images` if it has four axes and no name was given. Several outputs have their names or
-    positions: `logits`, `output.0`.
-    """
+    """Return names for a program's inputs and outputs, as `export` says; of several, such as `logits`, `output.0`."""
     example = batch_of(model, example_inputs, 1)
     inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]  # others are constants
     if not example.kwargs and [tensor.ndim for tensor in tensors(example.args)] == [4]:
@@ -82,44 +82,6 @@ def save_pt2(program: ExportedProgram, path: Path) -> Program:
         torch.export.save(program, file)
         path.write_bytes(file.getbuffer())
         return torch.export.load(path).module()
-
-
-def save_onnx(program: ExportedProgram, path: Path, names: Names | None = None) -> Program:
-    """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
-    written = to_onnx(program, names)
-    for node in written.model.graph.all_nodes():
-        node.metadata_props.clear()
-    written.save(path)
-    return load_onnx(path)
-
-
-def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool = True) -> Any:
-    """Return `program` as torch's `ONNXProgram`, whose `model` is one of `onnx_ir`, with these inputs and outputs."""
-    inputs, outputs = names or (None, None)
-    settings: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamo": True, "verbose": False}
-    # without gradients, as in tracing: with them, attention has another memory layout
-    with torch.no_grad(), quiet(), explained("torch.onnx cannot translate the model"):
-        try:
-            return torch.onnx.export(program, (), **settings, optimize=optimize)
-        except Exception:  # it supports only one form of attention; decomposed, it is matrix products
-            with sdpa_kernel(SDPBackend.MATH):
-                return torch.onnx.export(program.run_decompositions(), (), **settings, optimize=optimize)
-
-
-def load_onnx(path: Path) -> Program:
-    """Return an ONNX file as loaded by onnxruntime: a function of the model's inputs that returns a list of outputs."""
-    runtime = require("onnxruntime", "onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    with explained("onnxruntime does not load the written program"):
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        arrays = [tensor.detach().numpy() for tensor in tensors((args, kwargs))]
-        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
-
-    return run
 
 
 @torch.no_grad()
@@ -146,3 +108,67 @@ def quiet() -> Iterator[None]:
         after.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)
         yield
+
+
+class Programs:
+    """A file with the programs of all widths, as `slimmable.export` writes it; each call names its width.
+
+    `programs(images, width=0.5)` returns what the model does at this width. `widths` are those of the file. All share
+    one set of weights in memory. torch loads the programs: load only files that you trust.
+
+    Raises: CheckpointError: if there is no such file. WidthError: of a call at another width.
+
+    >>> import slimmable, tempfile
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    >>> slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+    >>> path = Path(tempfile.mkdtemp(), "net.pt2")
+    >>> slimmable.export(slim, path, example_inputs=torch.zeros(2, 4))
+    >>> slimmable.deploy.Programs(path)(torch.zeros(3, 4), width=0.5).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        check_path("Programs", path=path)
+        what = f"{path} cannot be read as a .pt2 file of all widths, which slimmable.export writes"
+        with explained(what, kind=CheckpointError), quiet(), zipfile.ZipFile(path) as file:
+            index = json.loads(file.read(_INDEX))
+            weights: dict[str, Tensor] = torch.load(io.BytesIO(file.read(_WEIGHTS)), weights_only=True)
+            self.widths: tuple[float, ...] = tuple(index["widths"])
+            self._modules: list[nn.Module] = []
+            for at, names in enumerate(index["names"]):
+                program = torch.export.load(io.BytesIO(file.read(f"{at}.pt2")))
+                for name, key in names.items():
+                    held: Any = program.state_dict if name in program.state_dict else program.constants
+                    was = held[name]
+                    held[name] = nn.Parameter(weights[key], False) if isinstance(was, nn.Parameter) else weights[key]
+                self._modules.append(program.module())
+
+    def __call__(self, *args: Any, width: float = 1.0, **kwargs: Any) -> Any:
+        """Return the outputs at one of `widths`."""
+        return self._modules[width_index(width, self.widths)](*args, **kwargs)
+
+
+def save_programs(programs: Sequence[ExportedProgram], widths: Sequence[float], path: Path) -> Programs:
+    """Write the programs of these widths, whose weights are taken out of them, into one file; return it as loaded."""
+    weights, keys, names = dict[str, Tensor](), dict[object, str](), list[dict[str, str]]()
+    with zipfile.ZipFile(path, "w") as file, quiet():
+        for at, program in enumerate(programs):
+            names.append({})
+            for held in (program.state_dict, program.constants):
+                for name, tensor in [*held.items()]:
+                    if isinstance(tensor, Tensor):
+                        key = keys.setdefault(_digest(tensor), name if name not in weights else f"{name}@{at}")
+                        weights.setdefault(key, tensor.detach().contiguous())
+                        names[-1][name], empty = key, tensor.new_empty(0)
+                        held[name] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+            torch.export.save(program, buffer := io.BytesIO())
+            file.writestr(f"{at}.pt2", buffer.getbuffer())
+        torch.save(weights, buffer := io.BytesIO())
+        file.writestr(_WEIGHTS, buffer.getbuffer())
+        file.writestr(_INDEX, json.dumps({"widths": list(widths), "names": names}))
+    return Programs(path)
+
+
+def _digest(tensor: Tensor) -> tuple[object, ...]:
+    numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.dtype, tensor.shape, hashlib.sha256(numbers.data).digest()

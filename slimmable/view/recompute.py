@@ -118,10 +118,8 @@ class Active(Generic[C]):
             own = [each.has[self] for each in user.line() if self in each.has]
             value: C = own[0] if own else self._base
             if not own and any(other is not value for other in _others(user, self)):
-                raise WidthError(
-                    "another thread or task has this model at a width of its own; call slimmable.at_width or set_width "
-                    "in this one too, or give it a copy of the model"
-                )
+                what = "another thread or task has this model at a width of its own"
+                raise WidthError(f"{what}; call slimmable.at_width or set_width here too, or use a copy of the model")
             self._note(user, value)
             self._last = user.mark, _here.mark, value
             return value
@@ -152,15 +150,11 @@ class Active(Generic[C]):
                 if since <= number:
                     known.add(thread)
         if None in found or not known.issuperset(thread() for thread in self._forgotten):
-            raise WidthError(
-                f"gradient checkpointing repeats a forward of more than {_REMEMBERED} switches ago, or at a width that "
-                "is none of the model's own; call backward earlier, such as once per width"
-            )
+            which = f"of more than {_REMEMBERED} switches ago, or at a width that is none of the model's own"
+            raise WidthError(f"gradient checkpointing repeats a forward {which}; call backward earlier, once per width")
         if any(value is not found[0] for value in found):
-            raise WidthError(
-                "gradient checkpointing repeats a forward, but forwards of several threads or tasks, at different "
-                "widths, could be the one; give each thread or task a copy of the model"
-            )
+            which = "of one of several threads or tasks, at different widths; give each a copy of the model"
+            raise WidthError(f"gradient checkpointing repeats a forward {which}")
         return found[0] if found else self._found()
 
 
@@ -260,10 +254,8 @@ def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> Non
         for active, value in pairs:
             guest = -1 in (getattr(value, "index", 0), getattr(active.now, "index", 0))
             if guest and any(True for _ in _others(user, active)):
-                raise WidthError(
-                    "another thread or task runs this model, which can be in use at a width that it does not have of "
-                    "its own by one only; keep the width with calibrate_bn, or use a copy of the model"
-                )
+                what = "another thread or task runs this model, which can be at a width not its own by one only"
+                raise WidthError(f"{what}; keep the width with calibrate_bn, or use a copy of the model")
         root = next(each for each in user.line() if not each.is_block)
         for active, value in pairs:
             block = new or next((each for each in user.line() if each.is_block and active in each.has), None)

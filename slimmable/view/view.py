@@ -107,10 +107,8 @@ def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
 # -- the generated classes, whose properties return what the active column holds
 def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
     place = f"{module.__dict__['_slim'].path}.{name}".lstrip(".")
-    return ConversionError(
-        f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion; "
-        "call slimmable.slimify on the model again"
-    )
+    what = f"{place} of a {type(module).__name__} has shape {tuple(tensor.shape)}, not that of its conversion"
+    return ConversionError(f"{what}; call slimmable.slimify on the model again")
 
 
 def _set_plain(module: nn.Module, name: str, value: object) -> None:
@@ -209,10 +207,8 @@ class _Viewed(HasWidths):
         """Refuse a tensor of the active width in place of the full one, such as a narrow weight quantised."""
         cut = self._slim.active.cuts.get(name) if "_slim" in self.__dict__ else None
         if cut is not None and param is not None and param.shape != cut.full:
-            raise ConversionError(
-                f"{type(self).__name__}.{name} has shape {tuple(cut.full)}, and cannot become {tuple(param.shape)} "
-                "at a narrow width; change it at width 1.0, or in slimmable.extract(model, width)"
-            )
+            what = f"{type(self).__name__}.{name} has shape {cut.full}, and cannot become {tuple(param.shape)}"
+            raise ConversionError(f"{what} at a narrow width; change it at width 1.0, or in slimmable.extract")
         super().register_parameter(name, param)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable.deploy.programs import difference, save_onnx, save_pt2, trace
+from slimmable.deploy.onnx import save_onnx
+from slimmable.deploy.programs import difference, save_pt2, trace
 from tests.convert import oracles
 
 SMALLEST = json.loads((Path(__file__).parents[1] / "convert" / "zoo.json").read_text())
