@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._checks import checked
+from slimmable._checks import checked, shown
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, output_tensors
 from slimmable._widths import width_index
@@ -152,7 +152,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     (args, kwargs), skips = example_of(model, example_inputs), skipper(model, skip)
     first = next(iter(output_tensors((args, kwargs))), None)
     if first is None or not first.ndim or not len(first):
-        raise ConversionError("gates are for models whose first input is a tensor with one row per image")
+        raise ConversionError(f"gates need a first input with one row per image, got {shown(example_inputs)}")
     images = len(first)
     fake, trace, solution = _traced(model, (args, kwargs), plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
