@@ -97,7 +97,6 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
 
     Of a class with fewer, they are all; a larger fraction keeps those of a smaller one. For a loader, pass them to
     `torch.utils.data.Subset`. Shapes: class numbers (images,) -> (kept images,).
-
     Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in [0, 1].
 
     >>> label_fraction(torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]), 0.25).shape
@@ -150,15 +149,13 @@ def evaluate_widths(
         backbone: a converted network; images in, features of shape (batch, features) out.
         train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or
             `evaluate_widths(backbone, loader, test=loader)` with batches (images, labels), such as a `DataLoader`'s.
-        train_labels, test_labels, k, metric, temperature: as in `evaluate_features`.
-        probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
-            width first; a part of a converted network must have them in this order.
+        train_labels, test_labels, probes, k, metric, temperature: as in `evaluate_features`. For "slimmable" the
+            features of a converted backbone are sorted; a part of one must have those of the narrowest width first.
 
     Raises: ConversionError: if `backbone` was never converted. The others are as in `evaluate_features`.
 
-    >>> import slimmable
-    >>> backbone = slimmable.slimify(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)),
-    ...                              widths=(1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
+    >>> from slimmable.layers import SlimLinear
+    >>> backbone = nn.Sequential(nn.Flatten(), SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
     >>> images, labels = torch.rand(20, 1, 2, 2), torch.arange(20) % 2
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
@@ -307,8 +304,7 @@ def knn_accuracy(
     Args:
         train, test: features of shape (images, ...), which are flattened, and for "cosine" scaled to unit length.
         train_labels, test_labels: class numbers, shape (images,).
-        k: number of neighbours, at most all of `train`.
-        metric, temperature: as above; the larger the temperature, the more equal the votes.
+        k, metric, temperature: as above, `k` at most all of `train`; a larger `temperature` makes votes more equal.
 
     Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
@@ -340,7 +336,6 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     with the labels and that with the widest's class probabilities, detached.
 
     Shapes: width, including 1.0, -> scores (batch, classes), and class numbers (batch,) -> ().
-
     Raises: DataError: if scores and labels do not match. WidthError: if the full width is missing.
 
     >>> even = torch.zeros(3, 4)
