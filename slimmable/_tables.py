@@ -1,9 +1,10 @@
-"""Tables as HTML for notebooks and as CSV, and lists of names in messages."""
+"""Tables as HTML for notebooks and as CSV, and lists in messages: of names, and of how tensors differ."""
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 
 def html_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
@@ -31,3 +32,24 @@ def listed(names: Sequence[str], most: int | None = None) -> str:
 def listing(kinds: Mapping[str, Sequence[str]], most: int | None = None) -> str:
     """Return a line for each kind that has names, after a line break and two spaces, as `listed` lists them."""
     return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
+
+
+def differences(
+    expected: Mapping[str, Any], given: Mapping[str, Any], most: int | None = None, smaller: Container[str] = ()
+) -> str:
+    """Return how tensors `given` in a file differ in names and shapes: a line per kind, with `most` names, or ""."""
+
+    def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
+        return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
+
+    kinds = {
+        "missing": [name for name in expected if name not in given],
+        "unknown": [name for name in given if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in given and given[name].shape != tensor.shape
+            if not (name in smaller and fits_inside(given[name].shape, tensor.shape))
+        ],
+    }
+    return listing(kinds, most)

@@ -25,7 +25,6 @@ from slimmable._checks import (
     check_same_shape,
     check_tensors,
     checked,
-    number_or_nan,
     shown,
 )
 from slimmable._convert import plan_of
@@ -67,13 +66,9 @@ class Accuracies:
 
 @checked
 def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: int = 256) -> Tensor:
-    """Return the features of `backbone` at `width` in eval mode, of shape (images, features), float32.
+    """Return the features of `backbone` at `width` in eval mode: images (images, ...) -> (images, features), float32.
 
-    Args:
-        backbone: a converted network; its width and training mode are restored afterwards.
-        images: shape (images, ...); uint8 images are scaled to [0, 1].
-        width, batch_size: one of the network's widths, and the number of images that run together.
-
+    uint8 images are scaled to [0, 1], and `batch_size` of them run together. Width and training mode are restored.
     Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
     """
     check_tensors("features_of", images=images)
@@ -102,7 +97,6 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
 
     Of a class with fewer, they are all; a larger fraction keeps those of a smaller one. For a loader, pass them to
     `torch.utils.data.Subset`. Shapes: class numbers (images,) -> (kept images,).
-
     Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in [0, 1].
 
     >>> label_fraction(torch.tensor([0, 1, 0, 1, 1, 1, 0, 0]), 0.25).shape
@@ -121,21 +115,16 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
 def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Return the fraction of `images` whose largest class score is that of their label, in [0, 1].
 
-    Args:
-        model: images in, class scores of shape (batch, classes) out; it runs in eval mode, as in `features_of`.
-        images, batch_size: as in `features_of`.
-        labels: class numbers, shape (images,).
-
+    `model`, which gives out class scores of shape (batch, classes), runs as in `features_of`; `labels` are (images,).
     Raises: DataError: if there are no images, not one class number for each, or the model's output is not class scores.
 
     >>> accuracy_of(nn.Sequential(nn.Linear(2, 2, bias=False)), torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
     0.75
     """
     check_labelled("accuracy_of: images", images, labels)
-    check_classes("accuracy_of", labels, None)
     scores = outputs_of(model, images, batch_size)
     check_matrices("accuracy_of", scores=scores)
-    check_finite("accuracy_of: scores", scores)
+    check_features("accuracy_of: scores", scores, labels, None)
     return _accuracy(scores, labels)
 
 
@@ -160,15 +149,13 @@ def evaluate_widths(
         backbone: a converted network; images in, features of shape (batch, features) out.
         train, test: images of shape (images, channels, height, width), float, or uint8 to be scaled to [0, 1]. Or
             `evaluate_widths(backbone, loader, test=loader)` with batches (images, labels), such as a `DataLoader`'s.
-        train_labels, test_labels, k, metric, temperature: as in `evaluate_features`.
-        probes: also as there. For "slimmable" the features of a converted backbone are sorted, those of the narrowest
-            width first; a part of a converted network must have them in this order.
+        train_labels, test_labels, probes, k, metric, temperature: as in `evaluate_features`. For "slimmable" the
+            features of a converted backbone are sorted; a part of one must have those of the narrowest width first.
 
     Raises: ConversionError: if `backbone` was never converted. The others are as in `evaluate_features`.
 
-    >>> import slimmable
-    >>> backbone = slimmable.slimify(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)),
-    ...                              widths=(1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
+    >>> from slimmable.layers import SlimLinear
+    >>> backbone = nn.Sequential(nn.Flatten(), SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
     >>> images, labels = torch.rand(20, 1, 2, 2), torch.arange(20) % 2
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
@@ -317,8 +304,7 @@ def knn_accuracy(
     Args:
         train, test: features of shape (images, ...), which are flattened, and for "cosine" scaled to unit length.
         train_labels, test_labels: class numbers, shape (images,).
-        k: number of neighbours, at most all of `train`.
-        metric, temperature: as above; the larger the temperature, the more equal the votes.
+        k, metric, temperature: as above, `k` at most all of `train`; a larger `temperature` makes votes more equal.
 
     Raises: DataError: if a set is empty, shapes do not match, or labels are not class numbers.
 
@@ -350,7 +336,6 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     with the labels and that with the widest's class probabilities, detached.
 
     Shapes: width, including 1.0, -> scores (batch, classes), and class numbers (batch,) -> ().
-
     Raises: DataError: if scores and labels do not match. WidthError: if the full width is missing.
 
     >>> even = torch.zeros(3, 4)
@@ -388,8 +373,7 @@ def train_probe(
         features: width -> features of shape (images, features of this width), including width 1.0.
         labels: class numbers, shape (images,), on the device of the features.
         num_classes: number of classes; by default one more than the largest label.
-        epochs, batch_size: length of the training, and images per step.
-        learning_rate, seed: the first learning rate, and the seed of the order of the images.
+        epochs, batch_size, learning_rate, seed: of the training, with the first learning rate, and the images' order.
 
     Raises: DataError: if labels and features do not match. WidthError: if the full width is missing.
 
@@ -425,14 +409,11 @@ def train_slimmable_probe(
 
     In linear regression it is optimal at every width only if the features of a narrow width are orthogonal to the
     others over the images (SlimCLR, Zhao et al. 2024, theory). Arguments and training are as in `train_probe`, but the
-    widths share weights and bias, so the scales, which differ, stay in a BatchNorm per width in front.
+    scales stay in a BatchNorm per width in front: the two take unscaled features, and must stay in eval mode.
 
     The features of a narrow width must be the first ones of the full width. `slimify` ensures this unless they are
     concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. Layers made with
     `overlap=False` have no such features.
-
-    Returns: BatchNorm and classifier, which switch widths together, take unscaled features, and must stay in eval mode.
-
     Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
 
     >>> from slimmable import at_width
@@ -533,10 +514,9 @@ def linear_evaluation(
     that are not scaled, start from zero, and minimise `probe_loss` by SGD with momentum 0.9 and no weight decay.
 
     Args:
-        backbone: as in `evaluate_widths`.
+        backbone, num_classes: as in `evaluate_widths` and `train_probe`.
         train, test: `DataLoader`s, or other batches (images, labels) that can be gone over again, or functions of the
             epoch, from 0, that return them; published are random crops, mirrored at random, and centre crops.
-        num_classes, epochs: number of classes, and of passes over `train`.
         learning_rate: published for batches of 256 are 0.1 (SimCLR, MoCo v3), and 15 in 100 epochs (MoCo v2).
         milestones: epochs from which on it falls to a tenth, 60 and 80 for MoCo v2; by default it follows a cosine.
         path: a file that holds what is reached after each epoch, and from which the same call goes on.
@@ -576,16 +556,12 @@ def ridge_classifier(
     It minimises `mean over images of |W x + b - onehot|^2 + penalty v |W|^2` in closed form, in float64 (Hoerl and
     Kennard, *Ridge Regression*, 1970). `v` is the mean variance of the features, and `b` is not penalised, so neither
     scaling all features nor shifting any of them changes a prediction, and one penalty suits any features. The scores
-    estimate the class probabilities and sum to 1.
+    estimate the class probabilities and sum to 1; a class without images gets 0 everywhere.
 
     Args:
-        features: unscaled features, shape (images, features).
-        labels: class numbers, shape (images,).
-        num_classes: number of classes; by default one more than the largest label. A class without images gets the
-            score 0 everywhere.
+        features, labels, num_classes: as in `train_probe`, of one width; the classifier is on the features' device, and
+            float64 if they are, otherwise float32.
         penalty: at least 1e-9. The fewer the images, the larger it should be.
-
-    Returns: a classifier on the device of the features, float64 if they are and float32 otherwise.
 
     Raises: DataError: if labels and features do not match or are not finite. UsageError: if `penalty` is too small.
 
@@ -594,22 +570,18 @@ def ridge_classifier(
     >>> classifier(100 * corners + 7).argmax(1)[:3]
     tensor([0, 1, 2])
     """
-    if not 1e-9 <= number_or_nan(penalty) < math.inf:
-        raise UsageError(f"ridge_classifier: penalty must be a finite number of at least 1e-9, got {penalty!r}")
     classes = check_features("ridge_classifier: features", features, labels, num_classes)
     device = torch.device("cpu") if features.device.type == "mps" else features.device  # mps has no float64
     x, y = features.to(device, torch.float64), F.one_hot(labels.to(device).long(), classes).double()
     mean, frequencies, size = x.mean(0), y.mean(0), x.square().mean()
     x, y = x - mean, y - frequencies
     ridge = penalty * len(x) * torch.maximum(x.square().mean(), _NOISE * size).clamp(min=torch.finfo(x.dtype).tiny)
-    weight = _solve(x.T @ x, x.T @ y, ridge) if len(x) >= x.shape[1] else x.T @ _solve(x @ x.T, y, ridge)
+    dual = len(x) < x.shape[1]  # then the matrix of the images' products is the smaller one
+    gram = x @ x.T if dual else x.T @ x
+    gram.diagonal().add_(ridge)
+    solved = torch.cholesky_solve(y if dual else x.T @ y, torch.linalg.cholesky(gram))
+    weight = x.T @ solved if dual else solved
     exact = features.dtype if features.dtype == torch.float64 else torch.float32
     classifier = nn.Linear(x.shape[1], classes, device=features.device, dtype=exact)
     classifier.load_state_dict({"weight": weight.T, "bias": frequencies - mean @ weight})
     return classifier
-
-
-def _solve(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
-    """Solve `(gram + ridge I) s = right` for a `gram` without negative eigenvalues; changes `gram`."""
-    gram.diagonal().add_(ridge)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))

@@ -27,7 +27,7 @@ from slimmable.cli.config import PRESETS, PretrainConfig, check, configure, flag
 from slimmable.cli.data import Plain, Views, cluttered_digits, folder_images, load, make_views
 from slimmable.cli.export import timm_source
 from slimmable.cli.pretrain import Training, read_gradients
-from slimmable.cli.report import Row, csv_log, read_report, to_csv
+from slimmable.cli.report import Row, csv_log, read_rows, to_csv
 from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_method
 
 Input = tuple[Callable[[], object], str]
@@ -206,7 +206,7 @@ def read_table(draw: random.Random, folder: Path) -> Input:
 
     def call() -> None:
         if name == "metrics":
-            for row in read_report(folder).values():
+            for row in read_rows(folder):
                 assert all(0 <= share <= 1 for share in (row.width, *row.shares.values()))
                 assert row.parameters >= 0 <= row.macs
         elif name == "losses":

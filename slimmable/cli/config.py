@@ -86,8 +86,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             parsing = {"type": one, **({"choices": choices} if choices else {"metavar": _METAVARS.get(one)}), **parsing}
             if several and "action" not in parsing:
                 parsing["nargs"] = "+"
-        positional = each.default is MISSING and not parsing.get("required")
-        name = each.name if positional else flag(each.name)
+        name = each.name if each.default is MISSING else flag(each.name)
         group.add_argument(name, default=argparse.SUPPRESS, help=help_text(each), **parsing)
 
 

@@ -16,7 +16,7 @@ from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable.cli import run as runs
 from slimmable.cli.config import DIGITS
-from slimmable.cli.report import read_report
+from slimmable.cli.report import DENSE, read_rows
 from slimmable.deploy.export import File
 from slimmable.deploy.export import write as write_file
 from slimmable.errors import CheckpointError
@@ -51,7 +51,7 @@ def run_source(run: Path) -> Source:
     labels = "with" if config.method == "supervised" else "without"
     weights = f"{config.epochs} epochs of {config.method}, {labels} labels, on {data}."
     model = runs.trained_method(config, run, channels).backbone
-    accuracy = {width: row.shares for width, row in read_report(run).items()}
+    accuracy = {row.width: row.shares for row in read_rows(run) if row.kind in ("", DENSE)}
     image, mean, std = (channels, size, size), config.mean or (0.0,), config.std or (1.0,)
     return Source(config.model, model, config.widths, image, arguments, weights, mean, std, accuracy=accuracy)
 

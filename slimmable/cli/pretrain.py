@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, is_first, rank, world_size
+from slimmable._tables import differences
 from slimmable.cli import data
 from slimmable.cli import run as runs
 from slimmable.cli.commands import Pretrain
@@ -26,7 +27,6 @@ from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
 from slimmable.cli.report import GATED, Log, Progress, csv_log, logged_rows, make_logs, named_at, plot_imbalance
 from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError, require
-from slimmable.files.description import differences
 from slimmable.gating import GateBudget, gate_parameters, gate_plan
 from slimmable.losses import DistillationKind, OnlineDistillation
 from slimmable.methods import Batch, Method

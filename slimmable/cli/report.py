@@ -55,15 +55,9 @@ def named_at(name: str, width: float) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Return the rows as CSV text, accuracies with four digits."""
-    named = ["network"] if rows[0].network else []
-    columns = [*named, "width", "parameters", "macs", *rows[0].shares]
+    columns = [*(["network"] if rows[0].network else []), "width", "parameters", "macs", *rows[0].shares]
     cells = [vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows]
     return csv_text(columns, cells)
-
-
-def read_report(folder: Path) -> dict[float, Row]:
-    """Return the rows of `metrics.csv` in `folder` by width; those of a gated run are its dense network's only."""
-    return {row.width: row for row in read_rows(folder) if row.kind in ("", DENSE)}
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -20,11 +20,11 @@ from slimmable import methods
 from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
-from slimmable._tables import listed, listing
+from slimmable._tables import differences, listed, listing
 from slimmable._width import widths_of
 from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
-from slimmable.files.description import Tensors, differences
+from slimmable.files.description import Tensors
 from slimmable.files.model import load, save
 from slimmable.files.model import read_weights as read_weights  # for the export, too
 from slimmable.gating import gate

@@ -1,9 +1,9 @@
-"""What files say of a model, as JSON data: its plan, and what it computes besides its tensors; how networks differ."""
+"""What files say of a model, as JSON data: its plan, and what it computes besides its tensors."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial, reduce
 from operator import getitem
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from slimmable._checks import check_rounding
 from slimmable._convert import misfits
 from slimmable._described import counts_channels, named_in_forward, stored_by_forward
-from slimmable._tables import listing
+from slimmable._tables import differences, listing
 from slimmable._widths import check_widths
 from slimmable.analysis.integers import Attribute, Constraint, Expression
 from slimmable.analysis.labels import Ids
@@ -100,25 +100,6 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of a plain network that are not in the state dict, by their names in files."""
     saved = model.state_dict(keep_vars=True)
     return {f"{HIDDEN}{name}": buffer for name, buffer in model.named_buffers() if name not in saved}
-
-
-def differences(expected: Tensors, given: Tensors, most: int | None = None, smaller: Container[str] = ()) -> str:
-    """Return how tensors `given` in a file differ in names and shapes: a line per kind, with `most` names, or ""."""
-
-    def fits_inside(small: Sequence[int], large: Sequence[int]) -> bool:
-        return len(small) == len(large) and all(min(1, b) <= a <= b for a, b in zip(small, large, strict=True))
-
-    kinds = {
-        "missing": [name for name in expected if name not in given],
-        "unknown": [name for name in given if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in given and given[name].shape != tensor.shape
-            if not (name in smaller and fits_inside(given[name].shape, tensor.shape))
-        ],
-    }
-    return listing(kinds, most)
 
 
 def _kind(module: nn.Module) -> str:

@@ -27,9 +27,10 @@ from slimmable._checks import check_whole, checked
 from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
 from slimmable._described import Facts, facts, fitting, named_in_forward
 from slimmable._modules import ADDONS, MODULES, addons_of, replace_modules
+from slimmable._tables import differences
 from slimmable._width import places_of, registered
 from slimmable.errors import CheckpointError, SlimmableError, explained
-from slimmable.files.description import HIDDEN, Tensors, decode, describe, differences, encode, hidden_buffers, unlike
+from slimmable.files.description import HIDDEN, Tensors, decode, describe, encode, hidden_buffers, unlike
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import is_slim
 

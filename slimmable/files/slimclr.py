@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._convert import WIDTHS, copy_of, slimify
+from slimmable._tables import differences
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
-from slimmable.files.description import differences
 from slimmable.files.model import filled, is_plain, read_weights
 from slimmable.layers import SwitchableProbe
 

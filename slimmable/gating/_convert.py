@@ -18,7 +18,7 @@ from slimmable._checks import check_positive, check_whole, checked, number_or_na
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
 from slimmable._modules import ADDONS, AddOn, in_eval_mode, replace_modules, swapped
-from slimmable._tables import listing
+from slimmable._tables import differences
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
@@ -31,7 +31,7 @@ from slimmable.view.state import Column, state_of
 M = TypeVar("M", bound=nn.Module)
 Taken = TypeVar("Taken")
 
-_PART = re.compile(r"((?:.*\.)?(?:channel_gate(?:_\d+)?\.at|gated)\.\d+)\..*")  # a gate or norm, of a state dict's name
+_PART = re.compile(r"(.*\.)?(channel_gate(_\d+)?\.at|gated)\.\d+\.")  # of a gate or norm, in a state dict
 
 
 @checked
@@ -155,23 +155,13 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _refuse_other_gates(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Refuse to load a state dict whose gates, or norms of the gated pass, differ; one without gates may be dense."""
-
-    def sizes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        ours = (name for name in tensors if name.startswith(prefix) and _PART.match(name))
-        return {name: tuple(getattr(tensors[name], "shape", ())) for name in ours}
-
-    def parts(names: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys(_PART.sub(r"\1", name) for name in names))
-
-    given, own = sizes(state_dict), sizes(module.state_dict(prefix=prefix, keep_vars=True))
+    own, given = (
+        {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) and _PART.match(name)}
+        for tensors in (module.state_dict(prefix=prefix, keep_vars=True), state_dict)
+    )
     if not any(GATE in name for name in given):
         return
-    kinds = {
-        "missing": parts(name for name in own if name not in given and GATE in name),
-        "not in the model": parts(name for name in given if name not in own),
-        "of other sizes": [f"{n} {given[n]}, in the model {own[n]}" for n in own if given.get(n, own[n]) != own[n]],
-    }
-    if lines := listing(kinds, 4):
+    if lines := differences({name: own[name] for name in own if GATE in name or name in given}, given, most=4):
         first = f"the gates in this state dict differ from those of this {type(module).__name__}; nothing was loaded"
         advice = "gate the model like the checkpoint's, or leave out its channel_gate and gated, with strict=False"
         raise CheckpointError(f"{first}{lines}\n{advice}")

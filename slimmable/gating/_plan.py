@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimmable._checks import checked
+from slimmable._checks import checked, shown
 from slimmable._convert import Skip, plain, plan_of, skipper
 from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, output_tensors
 from slimmable._widths import width_index
@@ -19,7 +20,7 @@ from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Grouping, Plan
-from slimmable.analysis.trace import ModuleCall, Trace
+from slimmable.analysis.trace import Trace
 from slimmable.errors import CheckpointError, ConversionError
 from slimmable.view.state import is_slim
 
@@ -152,7 +153,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     (args, kwargs), skips = example_of(model, example_inputs), skipper(model, skip)
     first = next(iter(output_tensors((args, kwargs))), None)
     if first is None or not first.ndim or not len(first):
-        raise ConversionError("gates are for models whose first input is a tensor with one row per image")
+        raise ConversionError(f"gates need a first input with one row per image, got {shown(example_inputs)}")
     images = len(first)
     fake, trace, solution = _traced(model, (args, kwargs), plan or Plan((1.0,)))
     plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
@@ -162,7 +163,7 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         try:
             possible.append(finder.gate_of(group, fake.model, images, skips))
         except _RefusedError as error:
-            refused.append(Refused((finder.makers[group] or ["?"])[0], units, str(error)))
+            refused.append(Refused(next(iter(finder.makers[group]), "?"), units, str(error)))
     macs = finder.layer_macs(possible, images)
     full = plan.channels.units
     gates, order = list[PlannedGate](), list(trace.calls)
@@ -202,12 +203,11 @@ class _Finder:
             for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
                 if ids is not None and units is not None:
                     self._units[self.labels.find(ids)] = units
-        self.makers: list[list[str]] = [[] for _ in channels.units]
+        self.makers: list[dict[str, None]] = [{} for _ in channels.units]  # paths in order, each once
+        self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
         for path, ids in context.producers:
             for group in self._groups_on(ids):
-                if path not in self.makers[group]:
-                    self.makers[group].append(path)
-        self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
+                self.makers[group][path] = None
         for path, ids in context.reads:
             for group in self._groups_on(ids):
                 self.reads[group].append((path, ids))
@@ -245,16 +245,17 @@ class _Finder:
             raise _RefusedError(f"its units meet in {self.meeting[group]}")
         if not reads or not makers:
             raise _RefusedError("no layer reads it by weights")
-        maker = makers[0]
+        maker = next(iter(makers))
         if skip(maker, model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
-        call = self._call(maker, "makes it", images)
-        read = (self._input_axis(call, ids) for path, ids in self.trace.context.reads if path == maker)
-        found = next(filter(None, read), None)
-        if found is None:
-            raise _RefusedError("its layer reads the model's input, of which a gate learns little")
-        axis, channels = found
-        readers = {path: self._reader(path, ids, group, images) for path, ids in reads}
+        read = [ids for path, ids in self.trace.context.reads if path == maker]
+        why = "its layer reads the model's input, of which a gate learns little"
+        axis, channels = self._input(maker, read, images, "makes it", why)
+        readers = {}
+        for path, ids in reads:
+            at, on = self._input(path, [ids], images, "reads it", f"{path} reads it, but not as its input")
+            ranks = np.where(self.grouping.group_of[on] == group, self.grouping.rank[on], -1)
+            readers[path] = Reader(path, at, on, ranks)
         counts = np.array([*self.plan.channels.units, 1])
         counts[group] -= 1
         _, failures = self.plan.channels.needed.fit(counts)
@@ -271,30 +272,18 @@ class _Finder:
     def _groups_on(self, *axes: Ids | None) -> list[int]:
         return self.grouping.groups_in([self._units_on(ids) for ids in axes if ids is not None])
 
-    def _call(self, path: str, role: str, images: int) -> ModuleCall:
+    def _input(self, path: str, reads: Sequence[Ids], images: int, role: str, why: str) -> tuple[int, Ids]:
+        """Return the axis of a layer's input, never the batch's, with the labels of one of `reads`, and its units."""
         calls = self.trace.calls.get(path, [])
         if len(calls) != 1:
             raise _RefusedError(f"{path} {role} and runs {len(calls)} times in one forward")
         source = calls[0].source
         if source is None or source.ndim < 2 or len(source) != images:
             raise _RefusedError(f"{path} {role}, but not from a tensor with one row per image")
-        return calls[0]
-
-    def _input_axis(self, call: ModuleCall, ids: Ids) -> tuple[int, Ids] | None:
-        """Return the axis of a module's input that carries these labels, and its units; never the batch axis."""
-        wanted = self.labels.roots(ids)
-        for axis, own in enumerate(call.axes):
+        for wanted, (axis, own) in product(map(self.labels.roots, reads), enumerate(calls[0].axes)):
             if axis and own is not None and wanted <= self.labels.roots(own):
                 return axis, self._units_on(own)
-        return None
-
-    def _reader(self, path: str, ids: Ids, group: int, images: int) -> Reader:
-        found = self._input_axis(self._call(path, "reads it", images), ids)
-        if found is None:
-            raise _RefusedError(f"{path} reads it, but not as its input")
-        axis, units = found
-        ranks = np.where(self.grouping.group_of[units] == group, self.grouping.rank[units], -1)
-        return Reader(path, axis, units, ranks)
+        raise _RefusedError(why)
 
     def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
         """Return the BatchNorms on the group's channels, and those directly after the layers that read it."""

@@ -54,19 +54,12 @@ class SlimCallback(Callback):
     def __init__(self, recipe: SlimRecipe) -> None:
         check_recipe("SlimCallback", recipe=recipe)
         self.recipe = recipe
+        self.state_dict, self.load_state_dict = recipe.state_dict, recipe.load_state_dict
         self._counts = recipe.steps is None
         self._replaced = ExitStack()  # what is replaced while the module trains
         self._parts: Iterator[Tensor] = iter(())  # of the widths that are still to run
         self._part: Tensor | None = None  # of the width that has run, with its graph
         self._loss = torch.zeros(())  # what Lightning gets: the widest's own loss, without the graph
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the recipe's state."""
-        return self.recipe.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the recipe's state."""
-        self.recipe.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace what the Trainer calls of the module by what runs all widths."""

@@ -14,7 +14,6 @@ from slimmable.cli.report import (
     Progress,
     Row,
     plot,
-    read_report,
     read_rows,
     to_csv,
     to_markdown,
@@ -93,7 +92,6 @@ def test_networks_of_a_gated_run_have_a_column(tmp_path):
         "| static 0.3 | 20 | 280 | 50.0 | 12.5 |  |",
     ]
     assert read_rows(tmp_path) == [DENSE, GATED, STATIC]
-    assert read_report(tmp_path) == {1.0: DENSE}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def test_report_replaces_the_previous_one(tmp_path):
     write_report(tmp_path, [first], 0.5, "title")
     write_report(tmp_path, [second], 0.5, "title")
     assert (tmp_path / "metrics.csv").read_text() == to_csv([second])
-    assert read_report(tmp_path) == {1.0: second}
+    assert read_rows(tmp_path) == [second]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "metrics.csv", "metrics.md"]
 
 

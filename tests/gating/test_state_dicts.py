@@ -24,14 +24,14 @@ def changed_state(model):
 
 OTHERS = {
     "skip": (lambda: small_model(skip="3"), "missing: 3.channel_gate.at.0"),
-    "more": (lambda: small_model((8, 16, 16, 16, 12)), "not in the model: 10.gated.0, 12.channel_gate.at.0"),
+    "more": (lambda: small_model((8, 16, 16, 16, 12)), "unknown: 10.gated.0.weight, 10.gated.0.bias"),
     "sizes": (
         lambda: small_model((8, 16, 20, 12)),
-        r"of other sizes: 6.channel_gate.at.0.expand.weight \(20, 4\), in the model \(16, 4\)",
+        r"of another shape: .*6.channel_gate.at.0.expand.weight \(20, 4\), expected \(16, 4\)",
     ),
     "widths": (
         lambda: small_model(widths=(1.0, 0.5)),
-        "not in the model: 3.channel_gate.at.1, 4.gated.1, 6.channel_gate.at.1, 7.gated.1 and 1 more",
+        r"unknown: 3\.channel_gate\.at\.1\..* and \d+ more",
     ),
     "norms": (lambda: small_model(separate_norms=False), None),
 }
@@ -73,7 +73,7 @@ def test_other_gates_are_refused_before_anything_changes(other, wrapper):
 def test_separate_norms_do_not_go_into_shared_ones():
     model = small_model(separate_norms=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"not in the model: 4\.gated\.0, 7\.gated\.0"):
+    with pytest.raises(CheckpointError, match=r"unknown: 4\.gated\.0\.weight"):
         model.load_state_dict(changed_state(small_model()))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
