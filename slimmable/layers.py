@@ -136,8 +136,6 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
 
 class _SlimConv(_SlimProduct, _ConvNd):
-    """The common base; see `SlimConv2d`."""
-
     @checked
     def __init__(
         self,
@@ -415,10 +413,8 @@ class SwitchableLinear(Explained, SwitchableContainer):
     ) -> None:
         super().__init__(widths)
         self.in_features, self.out_features = in_features, out_features
-        ins, outs = (
-            [kept_units(size, width, rounding=rounding) if slim else size for width in self.widths]
-            for size, slim in ((in_features, slim_in), (out_features, slim_out))
-        )
+        ins = [kept_units(in_features, w, rounding=rounding) if slim_in else in_features for w in self.widths]
+        outs = [kept_units(out_features, w, rounding=rounding) if slim_out else out_features for w in self.widths]
         self.linears = nn.ModuleList(nn.Linear(*kept, bias, device, dtype) for kept in zip(ins, outs, strict=True))
 
     @classmethod

@@ -34,7 +34,6 @@ __all__ = [
 ]  # fmt: skip
 
 DistillationKind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
-Teachers = Literal["widest", "all wider"]
 
 
 # -- distillation compares two outputs of shape (batch, classes); no gradient flows into the teacher
@@ -185,7 +184,7 @@ class OnlineDistillation(nn.Module):
         kind: DistillationKind = "kl",
         teacher_temperature: float = 5.0,
         student_temperature: float = 5.0,
-        teachers: Teachers = "widest",
+        teachers: Literal["widest", "all wider"] = "widest",
         weight: float = 0.5,
     ) -> None:
         super().__init__()

@@ -203,7 +203,7 @@ class Method(nn.Module):
         check_recipe(where, recipe=recipe)
         switched = {module for module, _ in places_of(recipe.model)}
         if not switched.issuperset(module for module, _ in places_of(self.online)):
-            raise UsageError(f"{where}: the recipe is of another model, or a part of this; make it from `online`")
+            raise UsageError(f"{where}: the SlimRecipe is of another model, or a part of this; make it from `online`")
         check_function(where, backward=backward)
         for name, kind in (("autocast", torch.dtype), ("diagnostics", GradientDiagnostics), ("gates", GateBudget)):
             if not isinstance(optional[name], (kind, NoneType)):

@@ -250,8 +250,7 @@ class MoCoV2(Method):
     `Method` shows a step; here the method also needs the size of an embedding: `MoCoV2(encoder, proj_dim=4)`.
 
     Args:
-        proj_dim: size of an embedding.
-        queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
+        proj_dim, queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
         temperature: temperature of the loss.
     """
 

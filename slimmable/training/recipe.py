@@ -297,7 +297,7 @@ class SlimRecipe:
         if step.distill is None:
             return slim_term(loss, weight=weight)
         if teach is None:
-            raise UsageError(f"{where}: distill needs teach; call the recipe's model, or return (loss, teach)")
+            raise UsageError(f"{where}: teach is missing; call the recipe's model, or return (loss, teach)")
         if not self.first and not step.teachers:
             raise UsageError(f"{where}: there is no teacher; give teach at the widest width too")
         # one tensor per view or direction
@@ -383,7 +383,7 @@ def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[
         if not hasattr(loss_weights, "__len__"):
             raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict, got {loss_weights!r}")
         if len(loss_weights) != len(widths):
-            raise WidthError(f"SlimRecipe: loss_weights {tuple(loss_weights)} do not match the widths {widths}")
+            raise WidthError(f"SlimRecipe: loss_weights {loss_weights!r} do not match the widths {widths}")
         loss_weights = dict(zip(widths, loss_weights, strict=True))
     if set(loss_weights) != set(widths):
         raise WidthError(f"SlimRecipe: loss_weights are for {sorted(loss_weights)}, the model has {sorted(widths)}")

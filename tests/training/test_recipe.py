@@ -280,11 +280,11 @@ KL = losses.OnlineDistillation()
         (lambda: SlimRecipe(network(), loss_weights=(1, math.nan, 1, 1)), WidthError, ["width 0.75", "got nan"]),
         (lambda: SlimRecipe(network()).loss(C), UsageError, ["no loop is running"]),
         (lambda: in_loop(lambda r, w: (r.loss(C), r.loss(C))), UsageError, ["at width 1.0: called twice"]),
-        (lambda: in_loop(lambda r, w: r.loss(C), distill=KL), UsageError, ["at width 1.0: distill needs teach"]),
+        (lambda: in_loop(lambda r, w: r.loss(C), distill=KL), UsageError, ["at width 1.0: teach is missing"]),
         (
             lambda: in_loop(lambda r, w: r.loss(C, T if r.first else None), distill=KL),
             UsageError,
-            ["at width 0.75: distill needs teach"],
+            ["at width 0.75: teach is missing"],
         ),
         (
             lambda: in_loop(lambda r, w: r.first or r.loss(C, T), distill=KL),
