@@ -42,11 +42,9 @@ class Explained(nn.Module):
         except (SlimmableError, torch.OutOfMemoryError):
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise InputError(
-                f"{type(self).__name__} at width {self._slim.active.width} cannot read {shown(input)}: {error}; "
-                f"if the input is full at every width, as images are, {self._if_full}, otherwise make the layer before "
-                "it slimmable too, with the same widths"
-            ) from error
+            what = f"{type(self).__name__} at width {self._slim.active.width} cannot read {shown(input)}: {error}"
+            advice = f"{self._if_full}, otherwise make the layer before it slimmable too, with the same widths"
+            raise InputError(f"{what}; if the input is full at every width, as images are, {advice}") from error
 
 
 class SlimLayer(Explained):
@@ -64,10 +62,8 @@ class SlimLayer(Explained):
         Raises: ConversionError: unless it is exactly of torch's class. WidthError: as the constructor.
         """
         if type(module) is not cls._slim_plain:
-            raise ConversionError(
-                f"{cls.__name__} is made from exactly torch's {cls._slim_plain.__name__}, got {module!r:.80}, "
-                "which may compute something else; slimmable.slimify converts any module"
-            )
+            known = cls._slim_plain.__name__
+            raise ConversionError(f"{cls.__name__} is made from torch's {known} only, not {module!r:.80}; use slimify")
         for name, value in options.items():
             BY_NAME.get(name, check_flags)(cls.__name__, **{name: value})
         slim = twin_of(module, cls)
@@ -108,11 +104,8 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     Names in the state dict are torch's; `in_features` and `out_features` are the full ones at every width.
 
-    Shapes: (..., kept in_features) -> (..., kept out_features).
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in torch.
-        widths, slim_in, slim_out, overlap, rounding: as in `SlimConv2d`; class scores and embeddings should be full.
+    Shapes: (..., kept in_features) -> (..., kept out_features). Arguments: torch's, and those of `SlimConv2d`; class
+    scores and embeddings should be full.
 
     >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -143,8 +136,6 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
 
 class _SlimConv(_SlimProduct, _ConvNd):
-    """The common base; see `SlimConv2d`."""
-
     @checked
     def __init__(
         self,
@@ -366,15 +357,10 @@ class SwitchableBatchNorm1d(_SwitchableBatchNorm):
 class SwitchableBatchNorm2d(_SwitchableBatchNorm):
     """A `SwitchableNorm` of one `nn.BatchNorm2d` per width, each with its own statistics, gain and bias.
 
-    Shapes: (N, kept num_features, H, W) -> the same.
+    This is switchable batch normalization (Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2).
 
-    Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
-
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
-        slim: False if the input is full at every width; statistics are still separate.
-        rounding: as in `SlimConv2d`.
+    Shapes: (N, kept num_features, H, W) -> the same. Arguments: torch's, `widths` and `rounding` as in `SlimConv2d`,
+    and `slim`, False if the input is full at every width; statistics are still separate.
 
     >>> norm = SwitchableBatchNorm2d(8, widths=(1.0, 0.5), affine=False)
     >>> list(norm.state_dict())[:4]
@@ -400,15 +386,9 @@ SwitchableBatchNorm = SwitchableBatchNorm2d
 class SwitchableLinear(Explained, SwitchableContainer):
     """One `nn.Linear` per width, `linears.0` and so on, for a layer in which widths should share no weights.
 
-    Source: the switchable linear layers of the published code of Zhao et al., SlimCLR, IJCV 2024.
+    As in the published code of SlimCLR (Zhao et al., IJCV 2024). Arguments are as for `SlimLinear`.
 
     Shapes: (..., kept in_features) -> (..., kept out_features).
-
-    Args:
-        in_features, out_features: numbers of features at the full width.
-        widths: distinct numbers in (0, 1] with 1.0 among them.
-        bias, device, dtype: as in `nn.Linear`.
-        slim_in, slim_out, rounding: as in `SlimConv2d`.
 
     >>> layer = SwitchableLinear(8, 4, (1.0, 0.5))
     >>> [tuple(parameter.shape) for parameter in layer.parameters()]
@@ -433,10 +413,8 @@ class SwitchableLinear(Explained, SwitchableContainer):
     ) -> None:
         super().__init__(widths)
         self.in_features, self.out_features = in_features, out_features
-        ins, outs = (
-            [kept_units(size, width, rounding=rounding) if slim else size for width in self.widths]
-            for size, slim in ((in_features, slim_in), (out_features, slim_out))
-        )
+        ins = [kept_units(in_features, w, rounding=rounding) if slim_in else in_features for w in self.widths]
+        outs = [kept_units(out_features, w, rounding=rounding) if slim_out else out_features for w in self.widths]
         self.linears = nn.ModuleList(nn.Linear(*kept, bias, device, dtype) for kept in zip(ins, outs, strict=True))
 
     @classmethod
@@ -467,15 +445,10 @@ class SwitchableProbe(SwitchableLinear):
     """One linear classifier per width, on the features of that width: a `SwitchableLinear` whose outputs are full.
 
     The best classifier on part of the features is not a slice of the best classifier on all of them, unless they are
-    orthogonal. To compare with a sliced classifier, use `SlimLinear(..., slim_out=False)`.
-
-    Source: the switchable linear probe layer of Zhao et al., SlimCLR, IJCV 2024.
+    orthogonal. To compare with a sliced classifier, use `SlimLinear(..., slim_out=False)`. As in the published code of
+    SlimCLR (Zhao et al., IJCV 2024). Arguments are as for `SlimLinear`, but for `num_classes`, the number of scores.
 
     Shapes: (N, kept in_features) -> (N, num_classes).
-
-    Args:
-        num_classes: number of scores, at every width.
-        in_features, widths, bias, device, dtype, rounding: as in `SwitchableLinear`.
 
     >>> import torch
     >>> from slimmable import at_width
@@ -518,11 +491,9 @@ def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:
             tensors = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
             across = isinstance(layer, (nn.Linear, nn.LayerNorm)) and not isinstance(maker, nn.Linear)  # not channels
             if fewer and not across and any(fewer in tensor.shape for tensor in tensors):
-                raise ConversionError(
-                    f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__} "
-                    "before it makes fewer units at narrow ones; use a layer of slimmable.layers, such as "
-                    "SwitchableBatchNorm2d, or slim_out=False before it, or convert a plain network by slimify"
-                )
+                what = f"layer {name!r}, {type(layer).__name__}, is full at every width, but the {type(maker).__name__}"
+                advice = "use a layer of slimmable.layers, slim_out=False before it, or slimify on a plain network"
+                raise ConversionError(f"{what} before it makes fewer units at narrow ones; {advice}")
             fewer = 0 if tensors else fewer
 
 

@@ -34,7 +34,6 @@ __all__ = [
 ]  # fmt: skip
 
 DistillationKind = Literal["kl", "embedding", "mse", "dkd", "atkd"]
-Teachers = Literal["widest", "all wider"]
 
 
 # -- distillation compares two outputs of shape (batch, classes); no gradient flows into the teacher
@@ -65,8 +64,8 @@ def embedding_cross_entropy(
     >>> bool(embedding_cross_entropy(z, z) == embedding_cross_entropy(7 * z, z))
     True
     """
-    student, teacher = _prepare("embedding_cross_entropy", student, teacher)
-    return soft_cross_entropy(unit_vectors(student), unit_vectors(teacher), teacher_temperature, student_temperature)
+    student, teacher = map(unit_vectors, _prepare("embedding_cross_entropy", student, teacher))
+    return soft_cross_entropy(student, teacher, teacher_temperature, student_temperature)
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -104,8 +103,7 @@ def decoupled_distillation(
     if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < classes:
         target = torch.full((batch,), target, device=student.device)
     if not isinstance(target, Tensor) or target.shape != (batch,) or not are_class_numbers(target):
-        expected = f"a column number below {classes}, or {batch} column numbers"
-        raise DataError(f"{where}: target must be {expected}, got {shown(target)}")
+        raise DataError(f"{where}: target must be a column below {classes}, or {batch} of them, got {shown(target)}")
     right = target.long()[:, None]
     columns = torch.arange(classes - 1, device=student.device)
     of_target, of_others = [], []
@@ -168,9 +166,8 @@ class OnlineDistillation(nn.Module):
 
     Args:
         kind: one of the table.
-        teacher_temperature: for `kl` and `embedding`; the other kinds use the constants of their publications. The
-            default is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; for those of MoCo v3 use 1.
-        student_temperature: the same for the student.
+        teacher_temperature, student_temperature: for `kl` and `embedding`; others use their publications' constants.
+            The default is the paper's for MoCo v2 and SimCLR, whose logits are plain cosines; for MoCo v3's use 1.
         teachers: "widest" uses only the first of several teachers, "all wider" averages the losses over all of them.
         weight: fraction `a` of this loss in a width's loss, `(1 - a) own loss + a distillation`, in [0, 1].
 
@@ -187,7 +184,7 @@ class OnlineDistillation(nn.Module):
         kind: DistillationKind = "kl",
         teacher_temperature: float = 5.0,
         student_temperature: float = 5.0,
-        teachers: Teachers = "widest",
+        teachers: Literal["widest", "all wider"] = "widest",
         weight: float = 0.5,
     ) -> None:
         super().__init__()
@@ -221,14 +218,12 @@ class OnlineDistillation(nn.Module):
         return torch.stack([soft_cross_entropy(agreeing * each, each, *self._temperatures) for each in logits]).mean()
 
     def _chosen(self, teachers: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        if isinstance(teachers, Tensor):
-            teachers = [teachers]
-        elif not isinstance(teachers, Iterable):
+        several = [teachers] if isinstance(teachers, Tensor) else teachers
+        if not isinstance(several, Iterable):
             raise DataError(f"OnlineDistillation: teachers must be one or several tensors, got {teachers!r}")
-        several = list(teachers)
-        if not several:
+        if not (chosen := list(several)):
             raise UsageError("OnlineDistillation: there is no teacher; give the output of at least one wider width")
-        return several[:1] if self.teachers == "widest" else several
+        return chosen[:1] if self.teachers == "widest" else chosen
 
     @property
     def _temperatures(self) -> tuple[float, float]:
@@ -312,8 +307,7 @@ def slim_loss(
     Args:
         losses: the scalar `C_w` of each width, from the widest down; during the slow start only the widest's.
         distillations: the scalar `A_w` of each width except the widest, or none, which sets a = 0.
-        weights: the `k_w`, as from `width_weights`, or None for 1 everywhere.
-        distill_weight: `a`, in [0, 1].
+        weights, distill_weight: the `k_w`, as from `width_weights`, or None for 1 everywhere; `a`, in [0, 1].
 
     Raises: UsageError: if the numbers of losses and weights do not match.
 
@@ -324,12 +318,11 @@ def slim_loss(
     for name, each in {"losses": losses, "distillations": distillations, "weights": weights}.items():
         if isinstance(each, (str, Mapping)):
             raise UsageError(f"slim_loss: {name} must be a list with an entry for each width, got {each!r:.80}")
-    widths, taught = len(losses), len(distillations)
-    factors = [1.0] * widths if weights is None else weights
-    if not widths or taught not in (0, widths - 1) or len(factors) != widths:
-        given = f"{widths} losses, {taught} distillation losses and {len(factors)} weights"
+    factors = [1.0] * len(losses) if weights is None else weights
+    lessons = [None, *distillations] if len(distillations) else [None] * max(1, len(losses))
+    if not len(losses) == len(lessons) == len(factors):
+        given = f"{len(losses)} losses, {len(distillations)} distillation losses and {len(factors)} weights"
         raise UsageError(f"slim_loss: {given}; give one of each for each width, without distillation of the widest")
-    lessons: list[Tensor | None] = [None, *distillations] if taught else [None] * widths
     terms = zip(losses, lessons, factors, strict=True)
     check_floats("slim_loss", 1, **{f"distillations[{at}]": each for at, each in enumerate(distillations)})
     return torch.stack([slim_term(loss, a, weight, distill_weight).reshape(()) for loss, a, weight in terms]).sum()
@@ -363,9 +356,7 @@ def moco_logits(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     check_same_shape("moco_logits", query=query, key=key)
     check_matrices("moco_logits", query=query, queue=queue)
     if queue.shape[0] != query.shape[1]:
-        hint = "; it seems transposed" if queue.shape[1] == query.shape[1] else ""
-        expected = f"expected ({query.shape[1]}, negatives) for queries of shape {tuple(query.shape)}"
-        raise DataError(f"moco_logits: queue has shape {tuple(queue.shape)}, {expected}{hint}")
+        raise DataError(f"moco_logits: queue has shape {tuple(queue.shape)}, expected ({query.shape[1]}, negatives)")
     query = unit_vectors(query)
     positives = (query * unit_vectors(key)).sum(1, keepdim=True)
     return torch.cat([positives, matmul_without_autocast(query, unit_vectors(queue, dim=0))], dim=1)
@@ -431,9 +422,8 @@ def moco_v3_logits(query: Tensor, keys: Tensor, temperature: float = 1.0, offset
     check_matrices("moco_v3_logits", query=query, keys=keys)
     batch, end = query.shape[0], offset + query.shape[0]
     if keys.shape[1] != query.shape[1] or not 0 <= offset <= keys.shape[0] - batch:
-        given = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, offset {offset}"
-        expected = f"keys of {query.shape[1]} features, with rows {offset} to {end} as the queries' positives"
-        raise DataError(f"moco_v3_logits: {given}: expected {expected}")
+        given = f"keys of shape {tuple(keys.shape)} do not have the positives of queries {tuple(query.shape)}"
+        raise DataError(f"moco_v3_logits: {given}, rows {offset} to {end} from offset {offset}")
     logits = matmul_without_autocast(unit_vectors(query), unit_vectors(keys).T) / temperature
     own = logits[:, offset:end]
     return torch.cat([own.diagonal()[:, None], logits[:, :offset], _off_diagonal(own), logits[:, end:]], dim=1)

@@ -201,10 +201,9 @@ class Method(nn.Module):
     def _check(self, recipe: SlimRecipe, batch: object, backward: object, **optional: object) -> None:
         where = f"{type(self).__name__}.step"
         check_recipe(where, recipe=recipe)
-        switched = {id(module) for module, _ in places_of(recipe.model)}
-        if not switched.issuperset(id(module) for module, _ in places_of(self.online)):
-            wrong = "the recipe switches the widths of another model, or of a part of this one"
-            raise UsageError(f"{where}: {wrong}; make it from `online`: SlimRecipe(method.online, ...)")
+        switched = {module for module, _ in places_of(recipe.model)}
+        if not switched.issuperset(module for module, _ in places_of(self.online)):
+            raise UsageError(f"{where}: the SlimRecipe is of another model, or a part of this; make it from `online`")
         check_function(where, backward=backward)
         for name, kind in (("autocast", torch.dtype), ("diagnostics", GradientDiagnostics), ("gates", GateBudget)):
             if not isinstance(optional[name], (kind, NoneType)):
@@ -220,8 +219,7 @@ class Method(nn.Module):
         if not isinstance(batch, Batch):
             raise UsageError(f"{where}: batch must be a Batch(views, labels), got {type(batch).__name__}")
         if not isinstance(batch.narrow, Mapping) or not set(batch.narrow) <= set(recipe.loss_weights) - {1.0}:
-            expected = "views for narrower widths of the model, as in {0.5: views}"
-            raise UsageError(f"{where}: batch.narrow must hold {expected}, got {batch.narrow!r:.80}")
+            raise UsageError(f"{where}: batch.narrow must hold views for narrower widths, got {batch.narrow!r:.80}")
         views: list[Tensor] = []
         for each in (batch.views, *batch.narrow.values()):
             if not isinstance(each, Collection) or len(each) != self.views:
@@ -239,9 +237,8 @@ class Method(nn.Module):
         kind = "embeddings" if distill.kind in ("embedding", "mse") else "logits"
         found: Sequence[Tensor] = getattr(outcome, kind)
         if not found:
-            own = getattr(self.distillation(), "kind", None)
-            kinds = f"distillation of kind {distill.kind!r} compares; its own is {own!r}"
-            raise UsageError(f"{type(self).__name__} has no {kind}, which {kinds}")
+            what = f"{kind}, which distillation of kind {distill.kind!r} compares; its own is {self.distillation()}"
+            raise UsageError(f"{type(self).__name__} has no {what}")
         return found
 
 

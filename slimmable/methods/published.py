@@ -1,8 +1,9 @@
 """The published methods, and supervised training."""
 
 import math
-from collections.abc import Sequence
-from itertools import groupby, pairwise
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -22,26 +23,43 @@ from slimmable.training import MoCo, MomentumEncoder, cosine_momentum, synchroni
 TeacherKind = Literal["scores", "mse", "cosine"]
 
 
-class SimCLR(Method):
+def _mlp(
+    size: int, hidden: int, outputs: int, layers: int = 2, bias: bool = False, last_bias: bool = False, norm: Any = None
+) -> nn.Sequential:
+    """Return linear layers, with BatchNorm and ReLU between them; `norm`: whether a last BatchNorm, if any, learns."""
+    *inputs, last_input = size, *[hidden] * (layers - 1)
+    parts: list[nn.Module] = []
+    for each in inputs:
+        parts += [nn.Linear(each, hidden, bias=bias), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    last = [] if norm is None else [nn.BatchNorm1d(outputs, affine=norm)]
+    return nn.Sequential(*parts, nn.Linear(last_input, outputs, bias=last_bias), *last)
+
+
+class _WithHead(Method):
+    """A method with a projection head of linear layers."""
+
+    _head: Callable[..., nn.Sequential] = staticmethod(_mlp)  # as published
+
+    @classmethod
+    @checked
+    def projector(cls, in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the projection head, of the published layers: (batch, in_features) -> (batch, proj_dim)."""
+        return cls._head(in_features, hidden_dim, proj_dim)
+
+
+class SimCLR(_WithHead):
     """SimCLR (Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020), at every width.
 
-    The processes' embeddings are gathered, with their gradients. The example of `Method` shows a step.
-
-    Args:
-        encoder: a converted `Encoder`.
-        temperature: temperature of the loss; 0.1 for ImageNet, 0.5 for CIFAR.
+    The processes' embeddings are gathered, with their gradients. The `temperature` is that of the loss; 0.1 for
+    ImageNet, 0.5 for CIFAR. The example of `Method` shows a step.
     """
+
+    _head = staticmethod(partial(_mlp, bias=True, norm=True))
 
     @checked
     def __init__(self, encoder: nn.Module, *, temperature: float = 0.1) -> None:
         super().__init__(encoder)
         self.temperature = temperature
-
-    @staticmethod
-    @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the projection head of two layers with BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, proj_dim], nn.BatchNorm1d(proj_dim), bias=True)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return NT-Xent over the gathered batch (eq. 1)."""
@@ -50,16 +68,14 @@ class SimCLR(Method):
         return Outcome(losses.contrastive_cross_entropy(logits, self.temperature), [logits], embeddings)
 
 
-class VICReg(Method):
+class VICReg(_WithHead):
     """VICReg (Bardes, Ponce, LeCun, ICLR 2022), at every width.
 
-    Narrow widths learn the full width's embeddings with the invariance term. The example of `Method` shows a step.
-
-    Args:
-        encoder: a converted `Encoder`.
-        invariance, variance, covariance: factors of the three terms, as in `slimmable.losses.vicreg_loss`.
+    Narrow widths learn the full width's embeddings with the invariance term. The factors of the three terms are as in
+    `slimmable.losses.vicreg_loss`. The example of `Method` shows a step.
     """
 
+    _head = staticmethod(partial(_mlp, layers=3, bias=True))
     distillation = staticmethod(lambda: OnlineDistillation("mse"))
 
     @checked
@@ -69,12 +85,6 @@ class VICReg(Method):
         super().__init__(encoder)
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
-    @staticmethod
-    @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the three-layer projection head (the "expander"): (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], bias=True)
-
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 6)."""
         first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
@@ -83,28 +93,20 @@ class VICReg(Method):
         return Outcome(loss, embeddings=[each * math.sqrt(self.invariance) for each in embeddings])
 
 
-class BarlowTwins(Method):
+class BarlowTwins(_WithHead):
     """Barlow Twins (Zbontar et al., *Self-Supervised Learning via Redundancy Reduction*, ICML 2021), at every width.
 
-    Narrow widths learn the full width's embeddings, standardised as in the loss. The example of `Method` shows a step.
-
-    Args:
-        encoder: a converted `Encoder`.
-        redundancy: factor of the redundancy term, the paper's lambda.
+    Narrow widths learn the full width's embeddings, standardised as in the loss. The factor of the redundancy term,
+    `redundancy`, is the paper's lambda. The example of `Method` shows a step.
     """
 
+    _head = staticmethod(partial(_mlp, layers=3))
     distillation = staticmethod(lambda: OnlineDistillation("mse"))
 
     @checked
     def __init__(self, encoder: nn.Module, *, redundancy: float = 5e-3) -> None:
         super().__init__(encoder)
         self.redundancy = redundancy
-
-    @staticmethod
-    @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the three-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim])
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss over the gathered batch (eq. 1)."""
@@ -160,8 +162,7 @@ class Supervised(Method):
             raise UsageError("Supervised learns from labels; give the batch some")
         probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
         if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
-            size = tuple(scores.shape)
-            wanted = f"class numbers of shape {size[:1]}, or probabilities of shape {size}"
+            wanted = f"class numbers of shape {(len(scores),)}, or probabilities of shape {tuple(scores.shape)}"
             raise DataError(f"Supervised: labels are {shown(labels)}, expected {wanted}")
         if not probabilities:
             check_classes("Supervised", labels, scores.shape[1])
@@ -249,9 +250,7 @@ class MoCoV2(Method):
     `Method` shows a step; here the method also needs the size of an embedding: `MoCoV2(encoder, proj_dim=4)`.
 
     Args:
-        encoder: a converted `Encoder`.
-        proj_dim: size of an embedding.
-        queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
+        proj_dim, queue_size, momentum, bn_splits: as in `slimmable.training.MoCo`.
         temperature: temperature of the loss.
     """
 
@@ -403,7 +402,7 @@ def _outputs(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-class _WithPredictor(Method):
+class _WithPredictor(_WithHead):
     """A method that predicts, for each view, the embedding of the other one."""
 
     distillation = staticmethod(lambda: OnlineDistillation("mse"))  # of unit-length predictions
@@ -423,24 +422,17 @@ class _WithPredictor(Method):
 class SimSiam(_WithPredictor):
     """SimSiam (Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021), at every width.
 
-    Narrow widths also learn the full width's predictions, with the loss's distance. A step is as in `BYOL`'s example.
-
-    Args:
-        encoder: a converted `Encoder`.
-        predictor: a converted module, embeddings in, embeddings of the same size out.
+    Narrow widths also learn the full width's predictions, with the loss's distance. The predictor is as in `BYOL`,
+    whose example shows a step.
     """
 
-    @staticmethod
-    @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the three-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, hidden_dim, proj_dim], nn.BatchNorm1d(proj_dim, affine=False))
+    _head = staticmethod(partial(_mlp, layers=3, norm=False))
 
     @staticmethod
     @checked
     def predictor(hidden_dim: int, proj_dim: int) -> nn.Sequential:
         """Return the predictor, (batch, proj_dim) -> (batch, proj_dim); as published, `hidden_dim` is a quarter."""
-        return _mlp([proj_dim, hidden_dim, proj_dim], last_bias=True)
+        return _mlp(proj_dim, hidden_dim, proj_dim, last_bias=True)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the symmetric loss (eq. 4)."""
@@ -475,7 +467,7 @@ class MoCoV3(_WithMomentum):
     """MoCo v3 (Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*, 2021).
 
     Args:
-        encoder, predictor, momentum: as for `BYOL`, whose example shows a step.
+        predictor, momentum: as for `BYOL`, whose example shows a step.
         temperature: temperature of the loss; 1.0 for ResNets, 0.2 for vision transformers.
     """
 
@@ -492,14 +484,13 @@ class MoCoV3(_WithMomentum):
     @checked
     def projector(in_features: int, hidden_dim: int, proj_dim: int, *, layers: int = 2) -> nn.Sequential:
         """Return the head, of 2 layers for ResNets, 3 for transformers: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, *[hidden_dim] * (layers - 1), proj_dim], nn.BatchNorm1d(proj_dim, affine=False))
+        return _mlp(in_features, hidden_dim, proj_dim, layers, norm=False)
 
     @staticmethod
     @checked
     def predictor(hidden_dim: int, proj_dim: int, *, last_norm: bool = False) -> nn.Sequential:
         """Return the predictor: (batch, proj_dim) -> (batch, proj_dim). Use `last_norm` for vision transformers."""
-        last = [nn.BatchNorm1d(proj_dim, affine=False)] if last_norm else []
-        return _mlp([proj_dim, hidden_dim, proj_dim], *last)
+        return _mlp(proj_dim, hidden_dim, proj_dim, norm=False if last_norm else None)
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Return for each view the keys of the other, from all processes."""
@@ -521,7 +512,6 @@ class BYOL(_WithMomentum):
     BYOL has no logits. Narrow widths learn the full width's predictions with the distance of BYOL's own loss.
 
     Args:
-        encoder: a converted `Encoder`.
         predictor: a converted module, embeddings in, embeddings of the same size out.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
@@ -537,11 +527,7 @@ class BYOL(_WithMomentum):
     [1.0, 0.5]
     """
 
-    @staticmethod
-    @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the two-layer projection head: (batch, in_features) -> (batch, proj_dim)."""
-        return _mlp([in_features, hidden_dim, proj_dim], bias=True, last_bias=True)
+    _head = staticmethod(partial(_mlp, bias=True, last_bias=True))
 
     @staticmethod
     @checked
@@ -556,11 +542,3 @@ class BYOL(_WithMomentum):
         # At length sqrt(dim), their mean squared difference is the squared distance of unit vectors.
         scaled = [unit_vectors(prediction) * prediction.shape[1] ** 0.5 for prediction in predictions]
         return Outcome(first + second, embeddings=scaled)
-
-
-def _mlp(sizes: Sequence[int], *last: nn.Module, bias: bool = False, last_bias: bool = False) -> nn.Sequential:
-    """Return a head or predictor: linear layers, BatchNorm and ReLU between them, and what comes last."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes[:-1]):
-        layers += [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=last_bias), *last)

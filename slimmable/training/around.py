@@ -41,7 +41,7 @@ class Once:
     def __init__(self, generators: Iterable[Generator] = ()) -> None:
         self._before: dict[int, Store] = {}  # by the id of the store
         self._generators = generators
-        self._rewind: list[Callable[[], object]] = []
+        self._rewind: Sequence[Callable[[], object]] = ()
 
     @contextmanager
     def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
@@ -119,35 +119,33 @@ class Replay:
     @contextmanager
     def run(self, widest: bool) -> Iterator[None]:
         """Run a block; raise `UsageError` in it if an output has a gradient, or a narrower width calls more often."""
-
-        def stand_in(part: nn.Module) -> Callable[..., Any]:
-            if widest:
-                return partial(self._record, part, getattr(part, _entry(part)))
-            return partial(self._repeat, part, iter(self._outputs[part]))
-
-        with swapped([(vars(part), _entry(part), stand_in(part)) for part in walk(self._modules, _is_plain)]):
+        parts = walk(self._modules, _is_plain)
+        with swapped([(vars(part), _entry(part), self._stand_in(part, widest)) for part in parts]):
             yield
         for module in self._modules:
             if self._outputs.keys().isdisjoint(walk([module], _is_plain)):
                 kind = type(module).__name__
                 warnings.warn(f"SlimRecipe: the step did not call frozen {kind}; give the one it calls", stacklevel=2)
 
-    def _record(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._busy:  # a part of a module that is being recorded
-            return forward(*args, **kwargs)
-        with swapped([(vars(self), "_busy", True)]):
-            output = forward(*args, **kwargs)
-        if any(tensor.requires_grad for tensor in output_tensors(output)):
-            what = f"frozen {type(module).__name__} returned a tensor with a gradient"
-            raise UsageError(f"SlimRecipe: {what}; freeze only what has none in parameters and inputs, as a teacher")
-        self._outputs[module].append(map_tensors(Tensor.clone, output))
-        return output
+    def _stand_in(self, part: nn.Module, widest: bool) -> Callable[..., Any]:
+        forward, kind = getattr(part, _entry(part)), f"frozen {type(part).__name__}"
+        earlier = iter(() if widest else self._outputs[part])
 
-    def _repeat(self, module: nn.Module, outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        for output in outputs:
-            return map_tensors(Tensor.clone, output)
-        kind = type(module).__name__
-        raise UsageError(f"SlimRecipe: frozen {kind} is called more often at a narrower width than at the widest")
+        def called(*args: Any, **kwargs: Any) -> Any:
+            for output in earlier:
+                return map_tensors(Tensor.clone, output)
+            if not widest:
+                raise UsageError(f"SlimRecipe: {kind} is called more often at a narrower width than at the widest")
+            if self._busy:  # a part of a module that is being recorded
+                return forward(*args, **kwargs)
+            with swapped([(vars(self), "_busy", True)]):
+                output = forward(*args, **kwargs)
+            if any(tensor.requires_grad for tensor in output_tensors(output)):
+                raise UsageError(f"SlimRecipe: {kind} returned a tensor with a gradient; freeze all that it reads")
+            self._outputs[part].append(map_tensors(Tensor.clone, output))
+            return output
+
+        return called
 
 
 class Calls:
@@ -178,8 +176,11 @@ class Calls:
         return swapped(self._noting)
 
     def outputs(self) -> list[Tensor] | None:
-        """Return what the model, or the last of several, returned that can learn; None if there were no calls."""
-        found = [(part, _learnable(output)) for part, output in self._calls]
+        """Return what the model, or the last of several, returned that can learn; `logits` only; None without calls."""
+        found = []
+        for part, output in self._calls:
+            named = [(name.split(".")[-1], tensor) for name, tensor in named_tensors(output) if _learns(tensor)]
+            found.append((part, [tensor for name, tensor in named if name == "logits"] or [each for _, each in named]))
         self._calls.clear()
         inner = [call for call in found if call[1]]
         outer = [call for call in inner if call[0] in self._outer]
@@ -205,14 +206,8 @@ def _callable_parts(model: nn.Module) -> list[nn.Module]:
     return [model]
 
 
-def _learnable(output: Any) -> list[Tensor]:
-    """Return the tensors of an output that can learn, or its `logits` alone if it has some."""
-    named = [
-        (name.split(".")[-1], tensor)
-        for name, tensor in named_tensors(output)
-        if tensor.requires_grad and tensor.is_floating_point() and tensor.ndim >= 2
-    ]
-    return [tensor for name, tensor in named if name == "logits"] or [tensor for _, tensor in named]
+def _learns(tensor: Tensor) -> bool:
+    return tensor.requires_grad and tensor.is_floating_point() and tensor.ndim >= 2
 
 
 def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:
@@ -222,8 +217,7 @@ def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) 
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
     same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
     if not same:
-        what = "nothing to compare, as the model returned no scores of one size at all widths"
-        raise UsageError(f"SlimRecipe: distillation finds {what}; return (loss, teach)")
+        raise UsageError("SlimRecipe: nothing to compare, no output has one size at all widths; return (loss, teach)")
     shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
     if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
         return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}
@@ -250,10 +244,10 @@ class OptimizerCheck:
             self._hook.remove()
             updated, self._updated = self._updated, set()
             held = {name: id(parameter) in updated for name, parameter in self._model.named_parameters()}
-            full = {name: re.sub(r"\bnarrow\.\d+\.", "", name) for name in held}  # the name in the full norm
-            missing = [name for name in held if not held[name] and held.get(full[name])]
+            # those of narrow norms, if the full norm's are held
+            missing = [name for name in held if not held[name] and held.get(re.sub(r"\bnarrow\.\d+\.", "", name))]
             if missing:
-                what = f"the model's {missing[0]}, one of {len(missing)} of narrow norms"
+                what = f"the model's {missing[0]} and {len(missing) - 1} more"
                 warnings.warn(f"SlimRecipe: no optimizer has {what}; make it after slimmable.slimify", stacklevel=4)
 
     def _look(self, optimizer: torch.optim.Optimizer, *step: Any) -> None:
@@ -264,5 +258,4 @@ class OptimizerCheck:
             if all(parameter.grad is None for parameter in self._model.parameters()):
                 raise UsageError(f"SlimRecipe: no gradients when {kind} steps; call zero_grad before recipe.backward")
         elif all(parameter.grad is None for parameter in held):
-            what = f"this {kind} trains nothing: none of its parameters is the model's"
-            raise UsageError(f"SlimRecipe: {what}; make it after slimmable.slimify, for the converted model")
+            raise UsageError(f"SlimRecipe: {kind} trains nothing of this model; make it after slimmable.slimify")

@@ -57,8 +57,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     """
     several = isinstance(widths, (Iterable, type(None))) and not isinstance(widths, Mapping)
     if not several or not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
-        given = f"{type(loader).__name__} and {widths!r}"
-        raise UsageError(f"calibrate_bn: loader must hold batches and widths be a list of widths, got {given}")
+        raise UsageError(f"calibrate_bn: loader must hold batches, widths be a list; got {type(loader)}, {widths!r}")
     chosen = widths_of(model) if widths is None else tuple(widths)
     with registered(model, chosen):
         if chosen:
@@ -81,11 +80,10 @@ def _collect(
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
-    buffers = [(norm._buffers, name, each) for norm in norms for name, each in norm.named_buffers(recurse=False)]
-    if not torch.is_inference_mode_enabled() and any(each.is_inference() for _, _, each in buffers):
+    new: list[Any] = [(n._buffers, name, it.clone()) for n in norms for name, it in n.named_buffers(recurse=False)]
+    if not torch.is_inference_mode_enabled() and any(own[name].is_inference() for own, name, _ in new):
         raise UsageError("calibrate_bn: the model was made in torch.inference_mode, so call calibrate_bn in that too")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    new = [(own, name, each.clone()) for own, name, each in buffers]
     cumulative: list[Any] = [(vars(norm), "momentum", None) for norm in norms]
     batch = None
     with in_eval_mode(model), swapped(cumulative + new):
@@ -102,10 +100,9 @@ def _collect(
             raise DataError("calibrate_bn: loader is empty; give at least one batch, in a list if it is needed again")
         if not all(bool(each.isfinite().all()) for _, _, each in new):
             raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
-        pairs = zip(buffers, new, strict=True)
-        ran = [(old, each) for (own, _, old), (_, _, each) in pairs if own["num_batches_tracked"]]
-    for old, each in ran:
-        old.copy_(each)
+        ran = [(own, name, each) for own, name, each in new if own["num_batches_tracked"]]
+    for own, name, each in ran:
+        own[name].copy_(each)
 
 
 def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
@@ -113,8 +110,7 @@ def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrat
     if not isinstance(batch, Inputs):
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, Tensor):
-            what = f"a batch of type {type(batch).__name__} is neither a tensor nor a tuple or list starting with one"
-            raise DataError(f"{where}: {what}; give (batch['image'] for batch in loader), or slimmable.Inputs(...)")
+            raise DataError(f"{where}: batches must be tensors, begin with one, or be Inputs, got {type(batch)}")
         batch = Inputs(first)
     tensors = output_tensors((batch.args, batch.kwargs))
     check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(tensors)})
@@ -176,29 +172,22 @@ def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor
     joined: Callable[..., Tensor] = torch.compiler.disable(joined_batch_norm)  # type: ignore[no-untyped-call]
 
     def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
-        given = dict(zip(names.split(), args, strict=False)) | kwargs
-        given.pop("cudnn_enabled", None)
+        given = {"momentum": 0.1, "eps": 1e-5} | dict(zip(names.split(), args, strict=False)) | kwargs
         groups = next(reversed(_groups.values()), 1)
-        if not given.pop("training", False) or (groups == 1 and alone()):
+        if not given.get("training") or (groups == 1 and alone()):
             return original(*args, **kwargs)
-        return joined(groups, **given)
+        states = given["running_mean"], given["running_var"]
+        return joined(groups, given["input"], states, *map(given.get, ("weight", "bias", "momentum", "eps")))
 
     return batch_norm
 
 
 def joined_batch_norm(
-    groups: int,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    groups: int, input: Tensor, states: Sequence[Tensor | None], weight: Any, bias: Any, momentum: float, eps: float
 ) -> Tensor:
     """Return this process's part of the batch norm of the joined batch, or of `groups` parts of it."""
     if groups > 1:
-        return _of_groups(groups, input, (running_mean, running_var), weight, bias, momentum, eps)
+        return _of_groups(groups, input, states, weight, bias, momentum, eps)
     if input.ndim < 2:
         raise DataError(f"batch_norm: the input has shape {tuple(input.shape)}, expected (batch, channels, ...)")
     channels, graph = input.shape[1], ", with gradient" if input.requires_grad and torch.is_grad_enabled() else ""
@@ -208,7 +197,7 @@ def joined_batch_norm(
     if total < 2:
         raise DataError(f"synchronised_batchnorm: all have {total} values per channel, expected more than 1")
     mean, variance = _Moments.apply(input, total)
-    for running, found in ((running_mean, mean), (running_var, variance * (total / (total - 1)))):
+    for running, found in zip(states, (mean, variance * (total / (total - 1))), strict=True):
         if running is not None:
             running.copy_(torch.lerp(running.to(found.dtype), found.detach().flatten(), momentum))
     gain = (variance + eps).rsqrt()
@@ -241,11 +230,14 @@ class _Moments(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        values = at_least_float32(input)
-        mean = _summed(values) / total
+        values, axes = at_least_float32(input), [axis for axis in range(input.ndim) if axis != 1]
+        mean = values.sum(axes, keepdim=True) / total
+        dist.all_reduce(mean)
+        variance = (values - mean).square_().sum(axes, keepdim=True) / total
+        dist.all_reduce(variance)
         ctx.total = total
         ctx.save_for_backward(input, mean)
-        return mean, _summed((values - mean).square_()) / total
+        return mean, variance
 
     @staticmethod
     @once_differentiable
@@ -255,10 +247,3 @@ class _Moments(Function):
         dist.all_reduce(sums)
         of_mean, of_variance = sums / ctx.total
         return (at_least_float32(input) - mean).mul_(2 * of_variance).add_(of_mean).to(input.dtype), None
-
-
-def _summed(values: Tensor) -> Tensor:
-    """Return the sum of each channel's values in all processes, shape (1, channels, 1, ...)."""
-    sums = values.sum([axis for axis in range(values.ndim) if axis != 1], keepdim=True)
-    dist.all_reduce(sums)
-    return sums

@@ -122,8 +122,7 @@ class MoCo(nn.Module):
         processes, batch = world_size(), len(images)
         splits = max(processes, min(self.bn_splits, batch * processes))
         if processes > 1 and (splits % processes or batch * processes % splits):
-            what = f"{splits} parts of {processes} x {batch} images cannot be divided among {processes} processes"
-            raise DataError(f"MoCo.keys: {what}; choose multiples of their number")
+            raise DataError(f"MoCo.keys: {splits} parts of {batch} images each in {processes} processes are not equal")
         self.key_encoder.update(network, self.momentum)
         if splits == 1:
             keys = self.key_encoder(images)
@@ -149,8 +148,7 @@ class MoCo(nn.Module):
         check_matrices("MoCo.enqueue", keys=keys)
         keys = gather(keys)
         if keys.shape[1] != dim or len(keys) > size:
-            given = tuple(keys.shape)
-            raise DataError(f"MoCo.enqueue: keys of shape {given} do not fit a queue of shape ({dim}, {size})")
+            raise DataError(f"MoCo.enqueue: keys, {shown(keys)}, do not fit a queue of shape ({dim}, {size})")
         places = (torch.arange(len(keys), device=self.queue.device) + self.position) % size
         self.queue[:, places] = keys.T.to(self.queue.dtype)
         self.position.copy_((self.position + len(keys)) % size)

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_fraction, check_function, checked, must_be, number_or_nan, shown
+from slimmable._checks import check_count, check_floats, check_fraction, check_function, checked, must_be, number_or_nan
 from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable.errors import DataError, UsageError, WidthError
@@ -81,7 +81,12 @@ class SlimRecipe:
             raise UsageError(f"SlimRecipe: distill must be an OnlineDistillation or None, got {distill!r}")
         self.model, self.distill = model, distill
         self.loss_weights = _weight_of_each(widths_of(model), loss_weights)
-        self._mode = _check_sandwich(model, loss_weights) if random_widths else None
+        self._mode = loss_weights if random_widths and isinstance(loss_weights, str) else None
+        if random_widths and self._mode is None:
+            raise UsageError(f"SlimRecipe: with random_widths, loss_weights must be a mode, got {loss_weights!r}")
+        universal = all(state.plan is not None and state.plan.universal for _, state in places_of(model))
+        if random_widths and (not universal or len(self.loss_weights) < 2):
+            raise WidthError("SlimRecipe: random_widths needs slimify(..., universal=True) and a width below 1.0")
         self.random_widths, self._seed, self._random = random_widths, seed, random.Random(seed)
         self.slow_start, self.steps, self.steps_done = float(slow_start), steps, 0
         self._compared = False  # with the recipes of other processes
@@ -280,10 +285,10 @@ class SlimRecipe:
         """
         step = self._running("loss")
         width, weight = step.width, step.loss_weights[step.width]
+        where = f"SlimRecipe.loss at width {width}"
         if width in self.losses:
-            raise UsageError(f"SlimRecipe.loss: called twice at width {width}; add up the losses first")
-        if not _are_floats(loss) or loss.numel() != 1:
-            raise DataError(f"SlimRecipe.loss: the loss of width {width} must be a scalar tensor, got {shown(loss)}")
+            raise UsageError(f"{where}: called twice; add up the losses first")
+        check_floats(where, 1, loss=loss)
         self.losses[width] = loss.detach()
         note_width(places_of(self.model)[0][0], width)
         if teach is not None and self.distill is None:
@@ -291,7 +296,16 @@ class SlimRecipe:
         step.excess = 0.0
         if step.distill is None:
             return slim_term(loss, weight=weight)
-        views = _views(step, teach)
+        if teach is None:
+            raise UsageError(f"{where}: teach is missing; call the recipe's model, or return (loss, teach)")
+        if not self.first and not step.teachers:
+            raise UsageError(f"{where}: there is no teacher; give teach at the widest width too")
+        # one tensor per view or direction
+        views = list(teach) if isinstance(teach, Iterable) and not isinstance(teach, Tensor) else [teach]
+        check_floats(where, None, **{f"teach[{at}]": view for at, view in enumerate(views)})
+        expected = max(1, len(views)) if self.first else len(step.teachers[1.0])
+        if len(views) != expected:
+            raise UsageError(f"{where}: teach has {len(views)} tensors, expected {expected} as at 1.0")
         distillation = None
         if not self.first:
             taught = [(view, teachers) for view, *teachers in zip(views, *step.teachers.values(), strict=True)]
@@ -352,27 +366,6 @@ class _Step:
 check_recipe = must_be("a SlimRecipe", lambda value: isinstance(value, SlimRecipe))
 
 
-def _are_floats(*values: object) -> bool:
-    return all(isinstance(each, Tensor) and each.is_floating_point() and not each.is_meta for each in values)
-
-
-def _views(step: _Step, teach: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """Return the outputs by which the active width teaches or learns, one tensor per view or direction."""
-    where = f"at width {step.width}"
-    if teach is None:
-        what = f"distill is on, but teach is missing {where}"
-        raise UsageError(f"SlimRecipe.loss: {what}; call the model that the recipe has, or return (loss, teach)")
-    if step.width != 1.0 and not step.teachers:
-        raise UsageError(f"SlimRecipe.loss: width {step.width} has no teacher; give teach at the widest width too")
-    views = [teach] if isinstance(teach, Tensor) else list(teach) if isinstance(teach, Iterable) else [None]
-    if not _are_floats(*views):
-        raise DataError(f"SlimRecipe.loss: teach must be one or several tensors of floats, got {teach!r:.200}")
-    expected = len(step.teachers[1.0]) if step.teachers else max(1, len(views))
-    if len(views) != expected:
-        raise UsageError(f"SlimRecipe.loss: teach has {len(views)} tensors {where}, expected {expected} as at 1.0")
-    return views
-
-
 def _modules(name: str, given: Any) -> list[nn.Module]:
     several = isinstance(given, Iterable) and (not isinstance(given, nn.Module) or isinstance(given, nn.ModuleList))
     modules = list(given) if several else [given]
@@ -382,28 +375,15 @@ def _modules(name: str, given: Any) -> list[nn.Module]:
     return modules
 
 
-def _check_sandwich(model: nn.Module, loss_weights: LossWeights) -> str:
-    """Return the mode of the loss weights; raise an error if the model or the weights do not allow random widths."""
-    if not isinstance(loss_weights, str):
-        raise UsageError(f"SlimRecipe: with random_widths, loss_weights must be a mode, got {loss_weights!r}")
-    universal = all(state.plan is not None and state.plan.universal for _, state in places_of(model))
-    if not universal or len(widths_of(model)) < 2:
-        needed = "a model converted with slimify(..., universal=True), and a narrowest width below 1.0"
-        raise WidthError(f"SlimRecipe: random_widths needs {needed}")
-    return loss_weights
-
-
 def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[float, float]:
     """Return width -> loss weight, from the widest down."""
     if isinstance(loss_weights, str):
         loss_weights = width_weights(widths, loss_weights)
     if not isinstance(loss_weights, Mapping):
         if not hasattr(loss_weights, "__len__"):
-            what = "a mode, a list or a dict of numbers"
-            raise UsageError(f"SlimRecipe: loss_weights must be {what}, got {loss_weights!r}")
+            raise UsageError(f"SlimRecipe: loss_weights must be a mode, a list or a dict, got {loss_weights!r}")
         if len(loss_weights) != len(widths):
-            given = f"{len(loss_weights)} loss weights {tuple(loss_weights)}"
-            raise WidthError(f"SlimRecipe: {given} for the {len(widths)} widths {widths}")
+            raise WidthError(f"SlimRecipe: loss_weights {loss_weights!r} do not match the widths {widths}")
         loss_weights = dict(zip(widths, loss_weights, strict=True))
     if set(loss_weights) != set(widths):
         raise WidthError(f"SlimRecipe: loss_weights are for {sorted(loss_weights)}, the model has {sorted(widths)}")

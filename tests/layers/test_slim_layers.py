@@ -236,7 +236,7 @@ def test_round_trip_shares_parameters_and_keeps_settings(name):
     assert not again.training
     assert width_of(again) == 1.0
     assert "_slim" not in plain.__dict__
-    with pytest.raises(ConversionError, match="exactly torch's"):
+    with pytest.raises(ConversionError, match="is made from torch's"):
         type(layer)._slim_base.from_plain(_subclass_of(plain), (1.0, 0.5))
 
 

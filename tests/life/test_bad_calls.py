@@ -756,7 +756,7 @@ CALLS: dict[str, Call] = {
             "teach": bad.listed(
                 MATRIX.but(
                     **dict.fromkeys(
-                        ("a_row_less", "empty", "an_axis_more", "an_axis_less"),
+                        ("a_row_less", "meta", "an_axis_more", "an_axis_less"),
                         "refused by the distillation, at the next width",
                     )
                 )

@@ -24,7 +24,7 @@ def of(views=None, labels=None):
     return lambda batch: methods.Batch(views(batch.views) if views else batch.views, labels)
 
 
-PART = "switches the widths of another model, or of a part of this one"
+PART = "the SlimRecipe is of another model, or a part of this"
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_copy_goes_its_own_way(name):
 def test_distillation_of_logits_needs_logits(name):
     method = make(name)
     recipe = slimmable.SlimRecipe(method.online, distill=slimmable.OnlineDistillation("kl"))
-    with pytest.raises(UsageError, match=r"has no logits, which distillation of kind 'kl' compares; its own is 'mse'"):
+    with pytest.raises(UsageError, match=r"has no logits, which distillation of kind 'kl' compares; its own is"):
         method.step(recipe, batch_of(method), progress=0.8)
     assert slimmable.width_of(method.encoder) == 1.0
 

@@ -178,8 +178,8 @@ def test_a_model_without_batch_norm_needs_nothing():
     ("loader", "widths", "error", "words"),
     [
         ([], None, DataError, ["loader is empty"]),
-        ([{"image": torch.ones(4, 3)}], None, DataError, ["type dict", "neither a tensor", "for batch in loader"]),
-        ([()], None, DataError, ["type tuple"]),
+        ([{"image": torch.ones(4, 3)}], None, DataError, ["dict", "must be tensors, begin with one"]),
+        ([()], None, DataError, ["got .* .tuple"]),
         (batches(4), [0.3], WidthError, ["0.3", "Nearest is 0.25"]),
     ],
 )
