@@ -1,8 +1,8 @@
 """Inference at a narrow width as fast as in its extracted network: `slimmable.inference`.
 
 While its block runs, a call of a module of the model goes to a *twin*: an object that shares the module's attributes,
-but holds the blocks of parameters that its width reads, contiguous, and the twins of its children. So names, hooks,
-modes and what a forward leaves in `self` are the module's own. Before each call the twin is compared with the module.
+but holds the contiguous blocks of parameters that its width reads, and the twins of its children. So names, modes and
+what a forward leaves in `self` are the module's own. Before each call the twin is compared with the module.
 """
 
 from collections import OrderedDict

@@ -80,11 +80,11 @@ def width_of(model: nn.Module) -> float | tuple[int, ...]:
 
     Raises: WidthError: if its parts are at different widths. ConversionError: as `set_width`.
     """
-    active = {state.active.width for _, state in places_of(model)}
-    if len(active) > 1:
-        found = f"parts of {type(model).__name__} are at different widths {sorted(active, key=str, reverse=True)}"
+    width, *others = sorted({state.active.width for _, state in places_of(model)}, key=str, reverse=True)
+    if others:
+        found = f"parts of {type(model).__name__} are at different widths {[width, *others]}"
         raise WidthError(f"{found}; call set_width on the whole model")
-    return active.pop()
+    return width
 
 
 def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
@@ -98,8 +98,7 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
     >>> {width: tuple(output.shape) for width, output in outputs.items()}
     {1.0: (2, 4), 0.5: (2, 2)}
     """
-    outputs = {}
-    widths = widths_of(model)
+    outputs, widths = {}, widths_of(model)
     with at_width(model, widths[0]):
         for width in widths:
             set_width(model, width)

@@ -148,10 +148,7 @@ class _Module:
 
 
 class Answer(NamedTuple):
-    """What a `Cascade` gives: scores (images, classes), the width that made each image's, and the mean multiply-adds.
-
-    The multiply-adds of an image are those of all widths that it ran at; NaN if the file does not name them.
-    """
+    """Scores (images, classes), the width that made each image's, and the mean cost of all that ran, NaN if unknown."""
 
     logits: Any
     widths: Array

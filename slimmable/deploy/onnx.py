@@ -90,8 +90,6 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     part out of the shared weights by operations on constants, which a runtime carries out once, when it loads the file.
     A whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these does
     onnxruntime lay out for its fastest convolutions.
-
-    Raises: UsageError: if the model has an input of that name.
     """
     ir = require("onnx_ir", "onnxscript", extra="onnx")
     inputs = [ir.Value(name=each.name, shape=each.shape, type=each.type) for each in models[0].graph.inputs]
@@ -121,8 +119,7 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     held = {"initializers": list(shared.values.values()), "opset_imports": opsets, "name": "all widths"}
     graph = ir.Graph([*inputs, chosen], outputs, nodes=[place, *nodes], **held)
     joined = ir.Model(graph, ir_version=models[0].ir_version)
-    for name, value in about.items():
-        joined.metadata_props[f"slimmable.{name}"] = json.dumps(value)
+    joined.metadata_props.update({f"slimmable.{name}": json.dumps(value) for name, value in about.items()})
     return joined
 
 

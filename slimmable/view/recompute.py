@@ -97,10 +97,7 @@ class Active(Generic[C]):
 
     @property
     def active(self) -> C:
-        """What is active; in a repeated forward, what was in its first run, unless the repeated one has switched.
-
-        Raises: WidthError: if that is not known, or if only other users have switched, and differ.
-        """
+        """What is active; in a repeated forward, what was in its first run, unless the repeated one has switched."""
         if is_compiling():
             return _find(self) if _differ else self.now
         if _task() != -1 and (node := _node()) is not None:

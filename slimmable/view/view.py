@@ -34,9 +34,7 @@ def install_view(
     values: Mapping[str, Sequence[object]],
     caches: Mapping[str, object] | None = None,
 ) -> None:
-    """Let `module`, without its children, run at several widths, in place, starting at the full width.
-
-    Without tensors and values, the module is only marked as having nothing to slim and keeps its class.
+    """Let `module`, without its children, run at several widths, in place; without tensors and values, it is marked.
 
     Args:
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
