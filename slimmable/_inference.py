@@ -1,8 +1,8 @@
 """Inference at a narrow width as fast as in its extracted network: `slimmable.inference`.
 
 While its block runs, a call of a module of the model goes to a *twin*: an object that shares the module's attributes,
-but holds the blocks of parameters that its width reads, contiguous, and the twins of its children. So names, hooks,
-modes and what a forward leaves in `self` are the module's own. Before each call the twin is compared with the module.
+but holds the contiguous blocks of parameters that its width reads, and the twins of its children. So names, modes and
+what a forward leaves in `self` are the module's own. Before each call the twin is compared with the module.
 """
 
 from collections import OrderedDict
@@ -22,10 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from slimmable._convert import shallow_modules
 from slimmable._modules import swapped, unannounced
 from slimmable._width import places_of
-from slimmable.view.cuts import take
 from slimmable.view.norms import Switchable, SwitchableContainer
 from slimmable.view.recompute import last_switch
-from slimmable.view.state import Column, WidthState, is_slim
+from slimmable.view.state import Column, WidthState, is_slim, take
 
 _SAMPLED = 8  # elements of each copied block that are compared before a call
 _CALL = "_compiled_call_impl"  # what torch calls instead of the module, and leaves out of copies and pickles
@@ -37,16 +36,13 @@ _version = attrgetter("_version")
 def inference(model: nn.Module) -> Iterator[None]:
     """Run a block without gradients, in which each width costs what the network that `extract` returns costs.
 
-    A narrow width's blocks of parameters are copied at its first forward, and again when parameters have changed. The
-    copies take the memory of the blocks that are not contiguous, at most the size of an extracted network for each
-    width in use, and are freed at the end. Widths are switched as elsewhere, in any thread, with `set_width` and
-    `at_width`. Forwards under `torch.enable_grad`, compiled or exported ones, and layers with hooks run as they do
-    outside of the block; other threads have gradients on unless they call `torch.no_grad`.
+    The blocks of parameters that a width reads are copied at its first forward, unless they are contiguous, and again
+    when parameters have changed; they are freed at the end. Forwards under `torch.enable_grad`, compiled or exported
+    ones, and layers with hooks run as they do outside; other threads have gradients on unless they turn them off.
 
-    Changes of weights, modules and hooks are noticed at the next forward, with one exception: what is written past
-    autograd into the memory of a parameter (`parameter.data.mul_(…)`, NumPy, another process). Of that, 8 elements of
-    each copied block are compared, so a change of whole layers is noticed, but one of few elements may not be, nor any
-    on a GPU. Write to the parameter itself, under `torch.no_grad`, or leave the block and enter it again.
+    Changes of weights, modules and hooks are noticed at the next forward, except for what is written past autograd into
+    the memory of a parameter (`parameter.data.mul_(…)`, NumPy, another process): of that, 8 elements of each copied
+    block are compared, and none on a GPU. Write to the parameter itself, under `torch.no_grad`, or enter a new block.
 
     Raises: ConversionError: if `model` has no slimmable part, or has gained layers since its conversion.
 
@@ -95,19 +91,18 @@ class _Entry:
         seen, twins = self.last
         if seen != switch:
             twins = self.twins.get(tuple(state.active for state in self.states))
-        if twins is None:
-            twins = self._made(None)  # also of blocks that another module has read before they changed
+        twins = twins or self._made()  # also of blocks that another module has read before they changed
         if not twins.are_current():
-            twins = self._made(twins)
+            twins = self._made(anew=True)
         self.last = switch, twins
         return twins.root
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _made(self, old: "_Twins | None") -> "_Twins":
+    def _made(self, anew: bool = False) -> "_Twins":
         self.states = _states(self.module)
         columns = tuple(state.active for state in self.states)
-        for column in columns if old is not None else ():
+        for column in columns if anew else ():
             self.blocks.pop(column, None)
         new = _Twins(self.module, self.states, self.blocks)
         own = {each: twins for each, twins in self.twins.items() if all(column.index >= 0 for column in each)}

@@ -53,8 +53,8 @@ def set_width(model: nn.Module, width: Setting) -> None:
 def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     """Run a block at `width`, then return every part to its previous width, even after an error.
 
-    The width is that of the thread or asyncio task that runs the block, and of tasks and `asyncio.to_thread` that it
-    starts there; any other thread or task has its own. Raises: as `set_width`.
+    It holds for the thread or asyncio task that runs the block, and for what it starts there by `asyncio`.
+    Raises: as `set_width`.
 
     >>> from slimmable import SlimLinear
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
@@ -71,8 +71,8 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
     """Return the widths that all parts of `model` have, the widest first. Raises: ConversionError: as `set_width`."""
-    known = {state.numbers for _, state in places_of(model)}
-    return tuple(sorted(set.intersection(*map(set, known)), reverse=True))
+    known = (set(state.numbers) for _, state in places_of(model))
+    return tuple(sorted(set.intersection(*known), reverse=True))
 
 
 def width_of(model: nn.Module) -> float | tuple[int, ...]:
@@ -80,11 +80,11 @@ def width_of(model: nn.Module) -> float | tuple[int, ...]:
 
     Raises: WidthError: if its parts are at different widths. ConversionError: as `set_width`.
     """
-    active = {state.active.width for _, state in places_of(model)}
-    if len(active) > 1:
-        found = f"parts of {type(model).__name__} are at different widths {sorted(active, key=str, reverse=True)}"
+    width, *others = sorted({state.active.width for _, state in places_of(model)}, key=str, reverse=True)
+    if others:
+        found = f"parts of {type(model).__name__} are at different widths {[width, *others]}"
         raise WidthError(f"{found}; call set_width on the whole model")
-    return active.pop()
+    return width
 
 
 def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
@@ -98,8 +98,7 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
     >>> {width: tuple(output.shape) for width, output in outputs.items()}
     {1.0: (2, 4), 0.5: (2, 2)}
     """
-    outputs = {}
-    widths = widths_of(model)
+    outputs, widths = {}, widths_of(model)
     with at_width(model, widths[0]):
         for width in widths:
             set_width(model, width)
@@ -186,14 +185,14 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
                     if column.module is not None:
                         cast(Switchable, module).narrow.append(column.module)
                         column.module = None  # a converter may replace the appended one
-                    state.add(column)
+                    state.keep([*state.columns, column])
         yield
     except BaseException:
         switch(places, [state.columns[0] for _, state in places])
         for (module, state), (_, own) in zip(places, before, strict=True):
-            while len(state.columns) > own:
-                column = state.remove()
-                column.module = module.narrow.pop(-1) if isinstance(module, Switchable) else None
+            for column in state.columns[: own - 1 : -1]:  # which become guests
+                column.index, column.module = -1, module.narrow.pop(-1) if isinstance(module, Switchable) else None
+            state.keep(state.columns[:own])
         switch(places, [active for active, _ in before])
         raise
 

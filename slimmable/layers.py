@@ -13,9 +13,8 @@ from slimmable._checks import BY_NAME, check_flags, check_rounding, checked, sho
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
 from slimmable.errors import ConversionError, InputError, SlimmableError
-from slimmable.view.cuts import units_of
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm, inner_modules
-from slimmable.view.state import WidthState, is_slim
+from slimmable.view.state import WidthState, is_slim, units_of
 from slimmable.view.view import install_view, remove_view
 
 __all__ = [

@@ -31,8 +31,7 @@ class WidthController:
     A call that took `r` times the milliseconds of the table says that any width now takes `r` times as long. For the
     next call, the `quantile` of `r` over the last `window` calls is expected, as in conformal prediction (Vovk et al.
     2005): while the load stays alike, at most a share 1 - `quantile` of the calls takes longer. By default that is the
-    slowest of 20, so one slow call narrows the next one, and only a whole window without any widens it again. Where no
-    width fits, the fastest runs.
+    slowest of 20. Where no width fits, the fastest runs.
 
     Args:
         latencies: milliseconds by width, measured on this machine: a dict, or what `slimmable.profile` returns.
@@ -149,10 +148,7 @@ class _Module:
 
 
 class Answer(NamedTuple):
-    """What a `Cascade` gives: scores (images, classes), the width that made each image's, and the mean multiply-adds.
-
-    The multiply-adds of an image are those of all widths that it ran at; NaN if the file does not name them.
-    """
+    """Scores (images, classes), the width that made each image's, and the mean cost of all that ran, NaN if unknown."""
 
     logits: Any
     widths: Array
@@ -188,8 +184,11 @@ class Cascade:
         self._net: Any = _Module(model) if is_module else model
         self.widths: tuple[float, ...] = self._net.widths
         named = confidence in ("probability", "margin") if isinstance(confidence, str) else callable(confidence)
-        fit = named and not isinstance(confidence, type)
-        _check(fit, "confidence must be 'probability', 'margin' or a function", confidence)
+        _check(
+            named and not isinstance(confidence, type),
+            "confidence must be 'probability', 'margin' or a function",
+            confidence,
+        )
         self.confidence, self._macs = confidence, None if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
         given: Any = [*threshold] if isinstance(threshold, Sequence) else [threshold] * len(steps)
@@ -214,10 +213,9 @@ class Cascade:
     def calibrate(self, loader: Iterable[Any], target: float, *, of: Target = "accuracy") -> "Cascade":
         """Choose thresholds on held-out images, and with them the widths that are worth running; return the cascade.
 
-        With `of="accuracy"` it becomes the cheapest with at least the share `target` of the full width's accuracy: 0.99
-        gives up one right answer in a hundred. With `of="macs"` it is the most accurate that costs at most the share
-        `target` of the full width, on average. On these images no fixed width is better. On others it may be worse by
-        chance, so hold out some thousand images that the network was not trained on.
+        With `of="accuracy"` it becomes the cheapest with at least the share `target` of the full width's accuracy, with
+        `of="macs"` the most accurate that costs at most the share `target` of the full width, on average. On these
+        images no fixed width is better. Hold out some thousand images that the network was not trained on.
 
         Args:
             loader: batches (images, class numbers); of a model with several inputs, the class numbers come last.
@@ -236,8 +234,11 @@ class Cascade:
             with explained("loader must give class numbers", kind=DataError):
                 labels, classes = _array(batch[-1]), scores[0].shape[1]
             fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels) > 0
-            fit = fit and 0 <= labels.min() <= labels.max() < classes
-            _check(fit, f"loader must give a class number below {classes} for each image", batch)
+            _check(
+                fit and 0 <= labels.min() <= labels.max() < classes,
+                f"loader must give a class number below {classes} for each image",
+                batch,
+            )
             parts.append([[self._sureness(x), _array(x).argmax(1) != labels] for x in scores])
         _check(bool(parts), "loader must give batches (images, class numbers)", loader)
         _check({*order} <= {*self.macs}, "macs must be given, as the file does not name multiply-adds", self.macs)

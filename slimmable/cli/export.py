@@ -116,13 +116,13 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     files: list[File] = []
 
     def write(folder: Path) -> None:
-        example_inputs = torch.zeros(2, *source.image)
+        example = torch.zeros(2, *source.image)
         saving = {"arguments": None if ":" in source.name else source.arguments}  # if timm reads more of them
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
-            files.append(write_file(source.model, path, width, None, example_inputs, **saving))
-        example = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # one file of each format
-        card = model_card(profile(source.model, source.image, repeats=0), files=files, example=example, **vars(source))
+            files.append(write_file(source.model, path, width, None, example, **saving))
+        one = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # of each format
+        card = model_card(profile(source.model, source.image, repeats=0), files=files, example=one, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
     fill_aside(output, write)

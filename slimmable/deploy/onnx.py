@@ -40,17 +40,17 @@ def save_joined(
     return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor(widths.index(width)))
 
 
-def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool = True) -> Any:
+def to_onnx(program: ExportedProgram, names: Names | None, optimize: bool = True) -> Any:
     """Return `program` as torch's `ONNXProgram`, whose `model` is one of `onnx_ir`, with these inputs and outputs."""
-    inputs, outputs = names or (None, None)
-    settings: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "dynamo": True, "verbose": False}
+    settings: dict[str, Any] = dict(zip(("input_names", "output_names"), names or (), strict=False))
+    settings |= {"dynamo": True, "verbose": False, "optimize": optimize}
     # without gradients, as in tracing: with them, attention has another memory layout
     with torch.no_grad(), quiet(), explained("torch.onnx cannot translate the model"):
         try:
-            return torch.onnx.export(program, (), **settings, optimize=optimize)
+            return torch.onnx.export(program, (), **settings)
         except Exception:  # it supports only one form of attention; decomposed, it is matrix products
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.onnx.export(program.run_decompositions(), (), **settings, optimize=optimize)
+                return torch.onnx.export(program.run_decompositions(), (), **settings)
 
 
 def load_onnx(path: Path) -> Program:
@@ -86,13 +86,10 @@ def tidy(model: Any) -> None:
 def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     """Return one `onnx_ir` model of several with the same inputs, one per width, which are taken apart.
 
-    It has one input more, `width`, an int64 scalar: the position in the list of widths in its metadata, which hold what
-    is said `about` them, as JSON. Each program becomes a branch of an `If`. A branch
-    cuts its part out of the shared weights by operations on constants, which a runtime carries out once, when it loads
-    the file. A whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these
-    does onnxruntime lay out for its fastest convolutions.
-
-    Raises: UsageError: if the model has an input of that name.
+    One more input, `width`, is a position in the list of widths. Each program becomes a branch of an `If`, and cuts its
+    part out of the shared weights by operations on constants, which a runtime carries out once, when it loads the file.
+    A whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these does
+    onnxruntime lay out for its fastest convolutions.
     """
     ir = require("onnx_ir", "onnxscript", extra="onnx")
     inputs = [ir.Value(name=each.name, shape=each.shape, type=each.type) for each in models[0].graph.inputs]
@@ -122,8 +119,7 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     held = {"initializers": list(shared.values.values()), "opset_imports": opsets, "name": "all widths"}
     graph = ir.Graph([*inputs, chosen], outputs, nodes=[place, *nodes], **held)
     joined = ir.Model(graph, ir_version=models[0].ir_version)
-    for name, value in about.items():
-        joined.metadata_props[f"slimmable.{name}"] = json.dumps(value)
+    joined.metadata_props.update({f"slimmable.{name}": json.dumps(value) for name, value in about.items()})
     return joined
 
 

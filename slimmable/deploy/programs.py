@@ -111,11 +111,9 @@ def quiet() -> Iterator[None]:
 
 
 class Programs:
-    """A file with the programs of all widths, as `slimmable.export` writes it; each call names its width.
+    """A file with the programs of all its `widths`, as `slimmable.export` writes it, and one set of weights for them.
 
-    `programs(images, width=0.5)` returns what the model does at this width. `widths` are those of the file. All share
-    one set of weights in memory. torch loads the programs: load only files that you trust.
-
+    `programs(images, width=0.5)` returns what the model does at this width. Load only files that you trust.
     Raises: CheckpointError: if there is no such file. WidthError: of a call at another width.
 
     >>> import slimmable, tempfile
@@ -157,7 +155,9 @@ def save_programs(programs: Sequence[ExportedProgram], widths: Sequence[float], 
             for held in (program.state_dict, program.constants):
                 for name, tensor in [*held.items()]:
                     if isinstance(tensor, Tensor):
-                        key = keys.setdefault(_digest(tensor), name if name not in weights else f"{name}@{at}")
+                        numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+                        known = tensor.dtype, tensor.shape, hashlib.sha256(numbers.data).digest()
+                        key = keys.setdefault(known, name if name not in weights else f"{name}@{at}")
                         weights.setdefault(key, tensor.detach().contiguous())
                         names[-1][name], empty = key, tensor.new_empty(0)
                         held[name] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
@@ -167,8 +167,3 @@ def save_programs(programs: Sequence[ExportedProgram], widths: Sequence[float], 
         file.writestr(_WEIGHTS, buffer.getbuffer())
         file.writestr(_INDEX, json.dumps({"widths": list(widths), "names": names}))
     return Programs(path)
-
-
-def _digest(tensor: Tensor) -> tuple[object, ...]:
-    numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tensor.dtype, tensor.shape, hashlib.sha256(numbers.data).digest()

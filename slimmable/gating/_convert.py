@@ -97,7 +97,7 @@ def gate(
         if converted is not None:
             know(gates, found.plan, f"{planned.maker}.{child}")
             for registered in converted.columns[len(found.plan.columns) :]:  # widths without gates, which run dense
-                gates._slim.add(Column(registered.width, counts=registered.counts))
+                gates._slim.keep([*gates._slim.columns, Column(registered.width, counts=registered.counts)])
     target = model if inplace else copy_of(model)
     for planned, child, gates in built:
         for number, reader in enumerate(planned.readers):

@@ -19,9 +19,9 @@ from slimmable._numerics import at_least_float32
 from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, macs_for
-from slimmable.view.cuts import Indices
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm, copy_of_norm, inner_modules
 from slimmable.view.recompute import Active, in_backward, switch, switched
+from slimmable.view.state import Indices
 
 Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
 _TINY = 1e-8  # keeps the logarithms of the noise finite

@@ -16,9 +16,8 @@ from slimmable._numerics import at_least_float32
 from slimmable._tables import csv_text
 from slimmable._width import columns_of, places_of, widths_of
 from slimmable.errors import UsageError
-from slimmable.view.cuts import Cut, put, take
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm
-from slimmable.view.state import is_slim, state_of
+from slimmable.view.state import Cut, is_slim, put, state_of, take
 
 
 class GradientDiagnostics:

@@ -4,7 +4,8 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from itertools import chain
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -19,12 +20,10 @@ from slimmable._distributed import alone, check_same_widths, in_group, note_widt
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, kept_of
 from slimmable.errors import ConversionError, UsageError
-from slimmable.view.cuts import Cut, make_cut, take, units_of
-from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim
+from slimmable.view.state import Column, Counts, Cut, HasWidths, WidthState, is_slim, make_cut, take, units_of
 from slimmable.view.view import add_properties, column_of
 
-M = TypeVar("M")
-_Units: TypeAlias = "dict[tuple[str, int], list[int]]"  # name of a tensor, and axis -> units
+_Units: TypeAlias = "dict[str, list[list[int]]]"  # name of a tensor -> units, by axis
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_parameters")
 _COMPARED = 8  # forwards with DistributedDataParallel in which a container compares widths
 
@@ -62,10 +61,7 @@ class SwitchableContainer(HasWidths):
         return self.linked(self.module_at(self._slim.index)(*args, **kwargs))
 
     def linked(self, output: Any) -> Any:
-        """Return `output`; with a process group, its graph then has the idle modules' parameters too, unused.
-
-        DistributedDataParallel waits for the gradient of every parameter; that of an idle one counts as zero there.
-        """
+        """Return `output`; with a process group, its graph has the idle parameters too, as DDP needs."""
         if not in_group() or not isinstance(output, Tensor):
             return output
         wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -93,10 +89,7 @@ class SwitchableContainer(HasWidths):
 
 
 class _Linked(Function):
-    """The identity, whose backward reaches further tensors without a gradient for them.
-
-    Or with zeros: what has no gradient in its first step, a static graph never reduces.
-    """
+    """The identity, whose backward reaches further tensors, with zeros for a static graph, which else drops them."""
 
     @staticmethod
     def forward(output: Tensor, zeros: bool, *idle: Tensor) -> Tensor:
@@ -139,10 +132,10 @@ class Switchable(SwitchableContainer):
         """Insert a module, as converters do; the container uses the parameter and buffer dicts of its full norm."""
         super().add_module(name, module)
         self.__dict__.update(_parameters=self.full._parameters, _buffers=self.full._buffers)
-        _guarded(self.full)
+        _guard(self.full)
         narrow: Any = self._modules.get("narrow") or ()
         for norm, column in zip(narrow, self._slim.columns[1:], strict=False):
-            _guarded(norm)
+            _guard(norm)
             if column.shared and not is_slim(norm):
                 _share(norm, self.full._parameters, column.cuts)
         for norm in filter(is_slim, self.norms()):
@@ -290,9 +283,7 @@ class SwitchableNorm(Switchable):
     the full norm, and its kept channels into the narrower ones.
 
     Attributes that the container lacks are those of the active norm. Setting one sets it in every norm, except that a
-    tensor is set in the active norm alone.
-
-    Source: switchable batch normalization of Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
+    tensor is set in the active norm alone. Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2.
 
     Args:
         full: the norm of the full width, of any class; the container holds the module itself.
@@ -315,8 +306,7 @@ class SwitchableNorm(Switchable):
         known = check_widths(widths)
         if len(kept) != len(known):
             raise ConversionError(f"SwitchableNorm: kept must be one entry for each of {known}, got {kept!r}")
-        columns = zip(known, kept, strict=True)
-        super().__init__(full, [column_of_norm(full, width, keep, shared_affine) for width, keep in columns])
+        super().__init__(full, [column_of_norm(full, *each, shared_affine) for each in zip(known, kept, strict=True)])
 
 
 def guest_of(
@@ -350,28 +340,27 @@ def _share(norm: nn.Module, lent: dict[str, nn.Parameter | None], cuts: dict[str
     return norm
 
 
-def _guarded(norm: M) -> M:
+def _guard(norm: nn.Module) -> None:
     """Let a norm refuse to be reset without those of other widths, unless its parameters are, too."""
     if isinstance(norm, _BatchNorm):
         norm.__dict__.update(reset_running_stats=partial(_refuse_reset), reset_parameters=partial(_start_anew, norm))
-    return norm
 
 
-def _unguarded(norm: M) -> M:
+def _unguarded(norm: nn.Module) -> nn.Module:
     for name in ("reset_running_stats", "reset_parameters"):
         vars(norm).pop(name, None)
     return norm
 
 
 def _refuse_reset() -> None:
-    what = "torch.optim.swa_utils.update_bn would lose those of all widths but the active one"
-    advice = "call slimmable.calibrate_bn(model, loader) instead"
-    raise UsageError(f"the statistics of a switchable BatchNorm cannot be reset: {what}; {advice}")
+    what = "the statistics of a switchable BatchNorm cannot be reset: update_bn would lose those of other widths"
+    raise UsageError(f"{what}; call slimmable.calibrate_bn(model, loader) instead")
 
 
 def _start_anew(norm: _BatchNorm) -> None:
-    _unguarded(norm).reset_parameters()
-    _guarded(norm)
+    _unguarded(norm)
+    norm.reset_parameters()
+    _guard(norm)
 
 
 def copy_of_norm(norm: nn.Module) -> nn.Module:
@@ -408,9 +397,8 @@ def _units(tensors: Mapping[str, Tensor], column: Column, moved: Mapping[Any, An
     for name, tensor in tensors.items():
         place = f"{path}.{name}".lstrip(".").rpartition(".")[::2]
         kept = units_of(column.cuts[name]) if name in column.cuts else map(range, tensor.shape)
-        for axis, units in enumerate(kept):
-            order = moved.get((*place, axis))
-            found[name, axis] = [*units] if order is None else np.argsort(order)[[*units]].tolist()
+        orders = ((moved.get((*place, axis)), [*units]) for axis, units in enumerate(kept))
+        found[name] = [units if order is None else np.argsort(order)[units].tolist() for order, units in orders]
     return found
 
 
@@ -419,8 +407,8 @@ def inherit(
 ) -> list[float | Counts]:
     """Give a container what one of the same full module has learned; return the widths that lose some of it.
 
-    A width that keeps its channels keeps its module. Any other starts from the nearest wider one's module and, for the
-    channels that it had, from its own. `moved` says of axes (module path, name, number) where each unit was before.
+    A width with other channels starts from the nearest wider one's module and, for the channels that it had, its own.
+    `moved` says of axes (module path, name, number) where each unit was before.
     """
     norm.__class__ = type(before)
     norm.__dict__.update(vars(before) | {name: vars(norm)[name] for name in ("_slim", "_modules")})
@@ -436,14 +424,11 @@ def inherit(
         known = {name: tensor.clone() for name, tensor in full.items()}
         for source in (*sorted(wider, reverse=True), *([] if own is None else [width])):
             for name, tensor in before.module_at(columns[source].index).state_dict().items():
-                known[name][_at(had[source], tensor, name)] = tensor.to(known[name])
-        parts = {name: tensor[_at(units, tensor, name)] for name, tensor in known.items()}
+                known[name][np.ix_(*had[source][name])] = tensor.to(known[name])
+        parts = {name: tensor[np.ix_(*units[name])] for name, tensor in known.items()}
         norm.narrow[place].load_state_dict(parts, strict=False)
-        loses_affine = own is not None and column.shared and not own.shared and norm.full.affine
-        if loses_affine or (own is not None and any(set(units[axis]) != set(had[width][axis]) for axis in units)):
-            lost.append(width)
+        if own is not None:
+            loses_affine = column.shared and not own.shared and norm.full.affine
+            same = all(map(set.__eq__, *(map(set, chain(*each.values())) for each in (units, had[width]))))
+            lost += [width] if loses_affine or not same else []
     return lost
-
-
-def _at(units: _Units, tensor: Tensor, name: str) -> tuple[Any, ...]:
-    return np.ix_(*(units[name, axis] for axis in range(tensor.ndim)))

@@ -1,8 +1,8 @@
 """What is active in a module: for each user of it, and for a forward that gradient checkpointing repeats.
 
-A user is a thread or an asyncio task, or a block in it. That of the running code is in a context variable. So a task,
-and what `asyncio.to_thread` runs, follows the user that has started it until it switches itself. A new thread has no
-user, and for it counts the last switch outside of blocks.
+A user is a thread or an asyncio task, or a block in it, and stands in a context variable. So a task, and what
+`asyncio.to_thread` runs, follows the user that has started it until it switches itself. For a new thread, which has no
+user, counts the last switch outside of blocks.
 
 Checkpointing repeats a forward inside the backward pass, when the model may have been switched. Autograd numbers the
 nodes of each thread in order, so the number of the node that the backward pass is at tells which forward is repeated,
@@ -97,10 +97,7 @@ class Active(Generic[C]):
 
     @property
     def active(self) -> C:
-        """What is active; in a repeated forward, what was in its first run, unless the repeated one has switched.
-
-        Raises: WidthError: if that is not known, or if only other users have switched, and differ.
-        """
+        """What is active; in a repeated forward, what was in its first run, unless the repeated one has switched."""
         if is_compiling():
             return _find(self) if _differ else self.now
         if _task() != -1 and (node := _node()) is not None:

@@ -1,19 +1,116 @@
-"""The width state of a module: what it has at each of its widths, as columns of a table, one of which is active."""
+"""The width state of a module: a table with a column for each width, one of them active, and the cuts of tensors."""
 
 import copy
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
-from slimmable.view.cuts import Cut
+from slimmable._widths import Kept
+from slimmable.errors import ConversionError
 from slimmable.view.recompute import Active
 
 Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units that it keeps of each group of a plan
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_is_tracing = torch._C._is_tracing  # by torch.jit
 
 
+# -- the part of a full tensor that a width keeps, and how to take it
+class Indices:
+    """Units along an axis, as a tensor on each device that asks for them."""
+
+    def __init__(self, units: Sequence[int]) -> None:
+        self.units = tuple(units)
+        self._tensors: dict[torch.device, Tensor] = {}
+        self.on(torch.device("cpu"))
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return them as a tensor on a device, which is made only once."""
+        if device not in self._tensors:
+            if is_compiling():
+                return torch.tensor(self.units, device=device)
+            with torch.inference_mode(False), _disable_current_modes():  # it is used outside of these, too
+                self._tensors[device] = torch.tensor(self.units, device=device)
+        return self._tensors[device]
+
+    def __deepcopy__(self, memo: Any) -> "Indices":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Indices, (self.units,)
+
+
+class Cut(NamedTuple):
+    """How to slice a tensor of shape `full`: a block, empty for the whole, then selection by indices, by axis."""
+
+    full: tuple[int, ...]
+    block: tuple[slice, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    picks: tuple[tuple[int, Indices], ...]
+
+
+def make_cut(tensor: Tensor, kept: Sequence[Kept], what: str) -> Cut | None:
+    """Turn the units kept along each axis into a block and indices, or into None for the whole of the tensor `what`."""
+    shape = tuple(tensor.shape)
+    block: list[slice] = []
+    picks: list[tuple[int, Indices]] = []
+    for axis, (size, keep) in enumerate(zip(shape, kept, strict=True)):
+        first, last = (0, size if keep is None else keep) if not isinstance(keep, tuple) else (keep[0], keep[-1] + 1)
+        if last > size:
+            raise ConversionError(f"{what}: axis {axis} has size {size}, cannot keep {keep}")
+        if isinstance(keep, tuple) and last - first != len(keep):
+            picks.append((axis, Indices(keep)))
+            picks[-1][1].on(tensor.device)
+            first, last = 0, size
+        block.append(slice(first, last))
+    sizes = tuple(part.stop - part.start for part in block)
+    starts = tuple(part.start for part in block)
+    if sizes == shape and not picks:
+        return None
+    return Cut(shape, tuple(block) if sizes != shape else (), starts if any(starts) else (), sizes, tuple(picks))
+
+
+def units_of(cut: Cut) -> list[Sequence[int]]:
+    """Return the units that a cut keeps of each axis."""
+    starts = cut.starts or (0,) * len(cut.sizes)
+    units: list[Sequence[int]] = [range(at, at + size) for at, size in zip(starts, cut.sizes, strict=True)]
+    for axis, picked in cut.picks:
+        units[axis] = picked.units
+    return units
+
+
+def take(tensor: Tensor, cut: Cut) -> Tensor:
+    """Return the part of a tensor that a cut keeps; the block in one operation, where indexing needs one per axis."""
+    if cut.block and (type(tensor) not in _PLAIN_TENSORS or is_compiling() or _is_tracing()):
+        tensor = tensor[cut.block]  # which is all that those who record a program know
+    elif cut.block:
+        strides = tensor.stride()
+        start = tensor.storage_offset() + sum(map(operator.mul, cut.starts, strides))
+        tensor = tensor.as_strided(cut.sizes, strides, start)
+    for axis, picked in cut.picks:
+        tensor = tensor.index_select(axis, picked.on(tensor.device))
+    return tensor
+
+
+def put(tensor: Tensor, cut: Cut, part: Tensor) -> Tensor:
+    """Return a copy of a tensor in which `part` replaces what a cut keeps."""
+    with torch.no_grad():
+        whole = tensor.to(part.dtype, copy=True)
+        block = whole[cut.block] if cut.block else whole
+        places = [torch.arange(size, device=whole.device) for size in block.shape]
+        for axis, picked in cut.picks:
+            places[axis] = picked.on(whole.device)
+        block[torch.meshgrid(*places, indexing="ij") if cut.picks else ...] = part.to(whole.device)
+    return whole
+
+
+# -- what a module has at each of its widths
 @dataclass(eq=False)
 class Column:
     """What one module has at one width; a *guest*, which is none of the module's own, from one switch to the next."""
@@ -36,9 +133,7 @@ class WidthState(Active[Column]):
     """
 
     def __init__(self, columns: Iterable[Column]) -> None:
-        self.columns: list[Column] = []
-        for column in columns:
-            self.add(column)
+        self.keep(columns)
         super().__init__(self.columns[0])
         self.blanks: dict[str, object] = {}
         self.plan: Any = None
@@ -49,20 +144,11 @@ class WidthState(Active[Column]):
         """The position of the active column, or -1 for a guest."""
         return operator.index(self.active.index)  # makes it a constant for torch.compile, even in torch 2.6
 
-    def add(self, column: Column) -> None:
-        """Append a column."""
-        column.index = len(self.columns)
-        self.columns.append(column)
-        self._list_widths()
-
-    def remove(self) -> Column:
-        """Remove the last column, which becomes a guest, and return it."""
-        column = self.columns.pop()
-        column.index = -1
-        self._list_widths()
-        return column
-
-    def _list_widths(self) -> None:
+    def keep(self, columns: Iterable[Column]) -> None:
+        """Have these columns and no others."""
+        self.columns = [*columns]
+        for index, column in enumerate(self.columns):
+            column.index = index
         self.widths: tuple[float | Counts, ...] = tuple(column.width for column in self.columns)
         self.numbers = tuple(width for width in self.widths if isinstance(width, float))
 

@@ -1,9 +1,8 @@
 """The width view: a module of any class runs with the slices and sizes of its active width.
 
 `install_view` changes a module's class to a generated subclass of the same name. Reading `module.weight` then returns
-the slice of the active width, and `module.num_heads` the number at that width, so the class's own `forward` just works,
-even if this library has never seen it. The Parameters stay full-size under their own names, where optimizers, state
-dicts and weight averages look for them.
+the slice of the active width, and `module.num_heads` the number at that width, so the class's own `forward` just works.
+The Parameters stay full-size under their own names, where optimizers and state dicts look for them.
 """
 
 import warnings
@@ -19,9 +18,8 @@ from torch.fx import Proxy
 from slimmable._modules import empty_cache, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view.cuts import make_cut, put, take
 from slimmable.view.recompute import switched
-from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, state_of
+from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, make_cut, put, state_of, take
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
 _getattr = nn.Module.__getattr__  # torch.fx replaces it while it records
@@ -36,9 +34,7 @@ def install_view(
     values: Mapping[str, Sequence[object]],
     caches: Mapping[str, object] | None = None,
 ) -> None:
-    """Let `module`, without its children, run at several widths, in place, starting at the full width.
-
-    Without tensors and values, the module is only marked as having nothing to slim and keeps its class.
+    """Let `module`, without its children, run at several widths, in place; without tensors and values, it is marked.
 
     Args:
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.

@@ -22,7 +22,7 @@ from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
 from slimmable.training.diagnostics import shared_parameters
-from slimmable.view.cuts import put, take
+from slimmable.view.state import put, take
 from tests.layers.test_slimclr_parity import TENSORS, build
 
 GOLDEN = Path(__file__).parents[1] / "golden"
