@@ -129,6 +129,7 @@ _NAMES: dict[Callable[..., None], str] = {
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
     check_share: "budget",
+    must_be("in (0, 1]", lambda value: 0 < number_or_nan(value) <= 1): "keep",
     must_be("a finite number of at least 1e-9", lambda value: 1e-9 <= number_or_nan(value) < math.inf): "penalty",
     lambda where, **given: check_module(where, *given.values()): "backbone encoder full model",
     lambda where, **given: check_is_module(where, *given.values()): "network",

@@ -166,7 +166,6 @@ def _joined(batches: Iterable[tuple[Features, Tensor]]) -> tuple[dict[float, Ten
 def _batches(
     where: str, backbone: nn.Module, batches: Any, num_classes: int | None = None
 ) -> Iterator[tuple[Features, Tensor]]:
-    """Yield width -> features, and the labels, of each batch of images and labels."""
     batch = None
     for batch in batches if isinstance(batches, Iterable) else [batches]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
