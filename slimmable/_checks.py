@@ -120,6 +120,7 @@ _NAMES: dict[Callable[..., None], str] = {
     partial(check_sizes, least=0): "padding",
     check_rounding: "rounding",
     check_share: "budget",
+    must_be("in (0, 1]", lambda value: 0 < number_or_nan(value) <= 1): "keep",
     must_be("a finite number of at least 1e-9", lambda value: 1e-9 <= number_or_nan(value) < math.inf): "penalty",
     lambda where, **given: check_module(where, *given.values()): "backbone encoder full model",
     lambda where, **given: check_is_module(where, *given.values()): "network",
@@ -235,11 +236,13 @@ def check_same_shape(where: str, **tensors: Tensor) -> None:
 
 
 def check_labelled(where: str, images: Tensor, labels: Tensor) -> None:
-    """Raise `DataError` unless there is at least one image (or row of features), and one label for each."""
+    """Raise `DataError` unless there is at least one image (or row of features), and one class number for each."""
     check_tensors(where, images=images, labels=labels)
     if not images.ndim or not len(images) or labels.shape != (len(images),):
         found = f"shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
         raise DataError(f"{where} has {found}; expected one label for each of at least one image")
+    if not are_class_numbers(labels):
+        raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; pass labels.long()")
 
 
 def are_class_numbers(labels: Tensor) -> bool:
@@ -248,9 +251,6 @@ def are_class_numbers(labels: Tensor) -> bool:
 
 def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
     """Return the number of classes: `num_classes`, which all labels must be below, or one more than the largest."""
-    check_tensors(where, labels=labels)
-    if not are_class_numbers(labels):
-        raise DataError(f"{where}: labels are {labels.dtype}, expected class numbers; pass labels.long()")
     least, most = torch.stack(labels.aminmax()).tolist()
     classes = most + 1 if num_classes is None else num_classes
     if least < 0 or most >= classes:
@@ -259,11 +259,10 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
     return classes
 
 
-def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None) -> int:
+def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None = None) -> int:
     """Return the number of classes, like `check_classes`; the features must be a real matrix, one row per label."""
-    check_tensors(where, features=features, labels=labels)
-    if features.ndim != 2 or 0 in features.shape or labels.shape != features.shape[:1]:
-        found = f"shape {tuple(features.shape)}, expected ({labels.numel()}, features)"
-        raise DataError(f"{where} have {found} for labels of shape {tuple(labels.shape)}, with at least one of each")
+    check_labelled(where, features, labels)
+    if features.ndim != 2 or not features.shape[1]:
+        raise DataError(f"{where} has shape {tuple(features.shape)}, expected at least one feature of each image")
     check_finite(where, features)
     return check_classes(where, labels, num_classes)

@@ -15,18 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from slimmable._atomic import read_tensors, write_tensors
-from slimmable._checks import (
-    are_class_numbers,
-    check_classes,
-    check_features,
-    check_finite,
-    check_labelled,
-    check_matrices,
-    check_same_shape,
-    check_tensors,
-    checked,
-    shown,
-)
+from slimmable._checks import check_classes, check_features, check_labelled, check_same_shape, checked, shown
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
 from slimmable._numerics import at_least_float32
@@ -71,9 +60,8 @@ def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: i
     uint8 images are scaled to [0, 1], and `batch_size` of them run together. Width and training mode are restored.
     Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
     """
-    check_tensors("features_of", images=images)
-    if not images.ndim or not len(images):
-        raise DataError(f"features_of: images have shape {tuple(images.shape)}, expected at least one image")
+    if not isinstance(images, Tensor) or not images.ndim or not len(images):
+        raise DataError(f"features_of: images must be a tensor of at least one image, got {shown(images)}")
     with at_width(backbone, width):
         return outputs_of(backbone, images, batch_size)
 
@@ -123,8 +111,7 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     """
     check_labelled("accuracy_of: images", images, labels)
     scores = outputs_of(model, images, batch_size)
-    check_matrices("accuracy_of", scores=scores)
-    check_features("accuracy_of: scores", scores, labels, None)
+    check_features("accuracy_of: scores", scores, labels)
     return _accuracy(scores, labels)
 
 
@@ -179,7 +166,6 @@ def _joined(batches: Iterable[tuple[Features, Tensor]]) -> tuple[dict[float, Ten
 def _batches(
     where: str, backbone: nn.Module, batches: Any, num_classes: int | None = None
 ) -> Iterator[tuple[Features, Tensor]]:
-    """Yield width -> features, and the labels, of each batch of images and labels."""
     batch = None
     for batch in batches if isinstance(batches, Iterable) else [batches]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -253,13 +239,15 @@ def evaluate_features(
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
     """Return the number of classes of two sets of features, which must be finite and as many in both."""
+    classes = []
     for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
         check_labelled(f"{where}: {name}{at}", features, labels)
-        check_finite(f"{where}: {name}{at}", features)
+        flat = features.reshape(len(features), features[0].numel())
+        classes.append(check_features(f"{where}: {name}{at}", flat, labels))
     if train[0].numel() != test[0].numel():
         shapes = f"{tuple(train.shape)}, test {tuple(test.shape)}"
         raise DataError(f"{where}: train{at} has shape {shapes}; both need as many features for each image")
-    return max(check_classes(where, labels, None) for labels in (train_labels, test_labels))
+    return max(classes)
 
 
 def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
@@ -344,8 +332,6 @@ def probe_loss(scores: Features, labels: Tensor) -> Tensor:
     """
     check_same_shape("probe_loss", **{f"scores of width {width}": scores[width] for width in check_widths(scores)})
     check_labelled("probe_loss: scores", scores[1.0], labels)
-    if not are_class_numbers(labels):
-        raise DataError(f"probe_loss: labels are {labels.dtype}, expected class numbers")
     widest, labels = at_least_float32(scores[1.0]), labels.long()
     total = F.cross_entropy(widest, labels)
     for narrow in (at_least_float32(part) for width, part in scores.items() if width != 1.0):

@@ -21,7 +21,7 @@ from slimmable.deploy.export import File
 from slimmable.deploy.export import write as write_file
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
-from slimmable.files.model import build, load, read
+from slimmable.files.model import build, load, read, read_weights
 from slimmable.view.state import is_slim
 
 
@@ -97,7 +97,7 @@ def timm_source(
     image = (channels, image_size or height, image_size or width)
     tensors: dict[str, Tensor] = {}
     if checkpoint is not None:
-        weights, tensors = f"`{checkpoint.name}`.", runs.read_weights(checkpoint, "--checkpoint")
+        weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
     slimmed = any(".narrow." in key for key in tensors)
     if checkpoint is not None and not slimmed:
         runs.load_exactly(model, tensors, str(checkpoint))

@@ -336,11 +336,8 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
     columns += [] if gates is None else [named_at("gated_share", width) for width in config.widths]
     usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
-    with (
-        on_signals(lambda number: stop(number) if asked else asked.append(number)),
-        Progress(training.steps, training.step, training.steps_per_epoch, options.quiet) as progress,
-        ExitStack() as ends,
-    ):
+    with on_signals(lambda number: stop(number) if asked else asked.append(number)), ExitStack() as ends:
+        progress = Progress(ends, training.steps, training.step, training.steps_per_epoch, options.quiet)
         logs = make_logs(ends, folder, columns, training.step, options.logger, asdict(config)) if is_first() else []
         watch = Watch(training, folder, logs[1:]) if every and is_first() else None
         while training.step < training.steps:

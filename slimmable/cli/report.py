@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -215,17 +215,15 @@ def make_logs(
     return logs
 
 
-class Progress(AbstractContextManager["Progress"]):
-    """Progress of a run as a bar on a terminal, and otherwise as a line after each epoch; use it in a `with` block."""
+class Progress:
+    """Progress of a run as a bar on a terminal, until `ends` close, and otherwise as a line after each epoch."""
 
-    def __init__(self, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
+    def __init__(self, ends: ExitStack, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
         self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
         self.start, self.first = time.monotonic(), done
         bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
         self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        ends.callback(self.bar.close)
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""

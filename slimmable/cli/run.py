@@ -25,8 +25,7 @@ from slimmable._width import widths_of
 from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import Tensors
-from slimmable.files.model import load, save
-from slimmable.files.model import read_weights as read_weights  # for the export, too
+from slimmable.files.model import load, read_weights, save
 from slimmable.gating import gate
 from slimmable.view.state import is_slim
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_positive, check_whole, checked, number_or_nan
+from slimmable._checks import check_positive, check_whole, checked
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
 from slimmable._modules import ADDONS, AddOn, in_eval_mode, replace_modules, swapped
@@ -344,8 +344,6 @@ def extract_gated(
     """
     if (keep is None) == (budget is None):
         raise UsageError("extract_gated: give either keep, a fraction of the images, or budget, a share of the cost")
-    if keep is not None and not 0 < number_or_nan(keep) <= 1:
-        raise UsageError(f"extract_gated: keep is a fraction of the images and must be in (0, 1], got {keep!r}")
     if recalibrate and isinstance(loader, Iterator):
         raise UsageError("extract_gated: the loader is iterated over twice; give a list or a DataLoader")
     found: GatePlan | None = model.__dict__.get(PLAN)
@@ -375,8 +373,7 @@ def _kept(
 ) -> tuple[int, ...]:
     """Return how many units of each group to keep: those open often enough, or as many as the budget allows."""
     full = found.plan.channels.units
-    every = ((share, group) for group, own in opened.items() for share in own)
-    ranked = sorted(every, key=itemgetter(0), reverse=True)
+    ranked = sorted(((share, group) for group, own in opened.items() for share in own), key=itemgetter(0), reverse=True)
 
     def counts(units: int) -> tuple[int, ...]:
         most = Counter(group for _, group in ranked[:units])

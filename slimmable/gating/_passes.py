@@ -429,9 +429,8 @@ def bound_loss(open_fractions: Tensor, budget: float, p: float, weight: float = 
     check_floats("bound_loss", open_fractions=open_fractions)
     if open_fractions.ndim != 1:
         raise DataError(f"bound_loss: expected one number per gate, shape (gates,), got {tuple(open_fractions.shape)}")
-    root = math.sqrt(budget)
-    below = torch.relu(p * root - open_fractions)
-    above = torch.relu(open_fractions - (1 - p + p * root))
+    least = p * math.sqrt(budget)
+    below, above = torch.relu(least - open_fractions), torch.relu(open_fractions - (1 - p + least))
     return weight * (below.square().mean() + above.square().mean())
 
 

@@ -57,7 +57,11 @@ def test_settings_of_a_training(train, setting, says):
     ("call", "error", "says"),
     [
         (lambda: train_probe(CUT, Y.tolist()), DataError, "labels must be a tensor, got list"),
-        (lambda: train_probe({1.0: X.numpy()}, Y), DataError, "features must be a tensor, got ndarray"),
+        (
+            lambda: train_probe({1.0: X.numpy()}, Y),
+            DataError,
+            "images must be a tensor, got ndarray",
+        ),
         (lambda: train_slimmable_probe({1.0: X[:, :2], 0.5: X}, Y), DataError, r"\[2, 4\] features at widths"),
         (lambda: ridge_classifier(X.to(torch.complex64), Y), DataError, "complex64, expected real"),
         (lambda: finetune(None, X, Y), UsageError, "finetune needs a torch.nn.Module"),
@@ -78,7 +82,7 @@ def test_settings_of_a_training(train, setting, says):
         (
             lambda: accuracy_of(nn.Flatten(0), X, Y),
             DataError,
-            r"accuracy_of: scores must be a tensor of floats of shape \(batch, .* got a tensor of shape \(64,\)",
+            r"accuracy_of: scores has shape \(64,\) and labels of shape \(16,\)",
         ),
         (lambda: accuracy_of(NET, X, Y.float()), DataError, "labels are torch.float32"),
         (lambda: features_of(SLIM, X[:0], 1.0), DataError, "at least one image"),

@@ -132,7 +132,7 @@ def test_probe_is_as_good_as_logistic_regression():
 
 
 def test_probe_refuses_features_without_labels():
-    with pytest.raises(DataError, match=r"features of width 0.5 have shape \(2, 4\), expected \(3, features\)"):
+    with pytest.raises(DataError, match=r"features of width 0.5 has shape \(2, 4\) and labels of shape \(3,\)"):
         train_probe({1.0: torch.zeros(3, 8), 0.5: torch.zeros(2, 4)}, torch.zeros(3, dtype=torch.long))
     with pytest.raises(slimmable.errors.WidthError):
         train_probe({0.5: torch.zeros(3, 8)}, torch.zeros(3, dtype=torch.long))

@@ -299,7 +299,7 @@ def test_wrong_calls(backbone, change, error, says):
 
 def test_features_that_are_no_matrix_and_networks_without_widths_are_refused(backbone):
     maps = slimmable.slimify(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), (1.0, 0.5), example_inputs=X)
-    with pytest.raises(DataError, match=r"features at width 1.0 have shape \(6, 8, 6, 6\)"):
+    with pytest.raises(DataError, match=r"features at width 1.0 has shape \(6, 8, 6, 6\)"):
         linear_evaluation(maps, [(X, Y)], [(X, Y)], num_classes=7)
     with pytest.raises(slimmable.errors.ConversionError, match="never converted"):
         linear_evaluation(nn.Flatten(), [(X, Y)], [(X, Y)], num_classes=7)

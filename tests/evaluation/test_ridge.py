@@ -99,7 +99,7 @@ X, Y = torch.ones(4, 2), torch.arange(4)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ridge_classifier(X, Y[:3]), DataError, r"features have shape \(4, 2\), expected \(3, features\)"),
+        (lambda: ridge_classifier(X, Y[:3]), DataError, r"features has shape \(4, 2\) and labels of shape \(3,\)"),
         (lambda: ridge_classifier(X[0], Y), DataError, r"shape \(2,\)"),
         (lambda: ridge_classifier(X[:0], Y[:0]), DataError, "at least one"),
         (lambda: ridge_classifier(X[:, :0], Y), DataError, "at least one"),

@@ -131,7 +131,7 @@ def test_probes_work_with_few_labels(images, features, classes, seed):
         (torch.tensor([0, 1, -1]), None, "labels from -1 to 1"),
         (torch.tensor([0, 1, 2]), 2, "labels from 0 to 2 are not class numbers from 0 to 1"),
         (torch.tensor([0.0, 1, 2]), None, "labels are torch.float32"),
-        (torch.tensor([0, 1]), None, r"shape \(3, 4\), expected \(2, features\)"),
+        (torch.tensor([0, 1]), None, r"shape \(3, 4\) and labels of shape \(2,\)"),
     ],
 )
 def test_probes_refuse_labels_that_do_not_fit(train, labels, classes, message):
