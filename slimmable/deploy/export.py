@@ -1,7 +1,7 @@
 """`slimmable.export`: one width, or all in one file, for `torch.export.load`, an ONNX runtime or `slimmable.load`."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def write(
         else:
             traced = []
             for each in runs:
-                with _at(network, each):
+                with nullcontext() if each is None else at_width(network, each):
                     traced.append(programs.trace(network, three))
             any_batch = all(each.range_constraints for each in traced)  # the number of images has a range
             names = programs.names_of(network, traced[0], three)
@@ -129,7 +129,7 @@ def write(
                 program = onnx.save_joined(traced, aside, names, chosen, {row.width: row.macs for row in rows})
         offs = []
         for each in runs:
-            with _at(network, each):
+            with nullcontext() if each is None else at_width(network, each):
                 run = program if each is None else partial(program, width=each)
                 offs.append(difference(network, run, one, *([three] if any_batch else [])))
             if not offs[-1] <= TOLERANCE:
@@ -144,13 +144,9 @@ def write(
     return files[0]
 
 
-def _at(model: nn.Module, width: float | None) -> AbstractContextManager[None]:
-    """Run a block at a width; at None, the model has none."""
-    return nullcontext() if width is None else at_width(model, width)
-
-
 def _run(model: nn.Module, *args: Any, width: float | None = None, **kwargs: Any) -> Any:
-    with _at(model, width):
+    """Run a model at a width; at None, it has none."""
+    with nullcontext() if width is None else at_width(model, width):
         return model(*args, **kwargs)
 
 

@@ -99,7 +99,7 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     shared = _Shared(ir)
     ends = [[(each.name, each.shape, each.type) for each in model.graph.outputs] for model in models]
     branches = [_branch(model, inputs, shared, f"{at}/") for at, model in enumerate(models)]
-    place = ir.node("Gather", [shared.integers(range(len(models))), chosen])  # refuses positions that there are not
+    place = ir.node("Gather", [shared.integers([*range(len(models))]), chosen])  # refuses positions that there are not
     place.outputs[0].name = "position"
     nodes, outputs = branches.pop()
     while branches:
@@ -142,7 +142,6 @@ class _Shared:
 
     def integers(self, numbers: Any) -> Any:
         """Return the value that holds one integer or several."""
-        numbers = numbers if isinstance(numbers, int) else list(numbers)
         return self.constant(f"integers {numbers}", self.ir.tensor(numbers, dtype=self.ir.DataType.INT64))
 
 
@@ -169,7 +168,7 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
         constant = shared.constant(value.name, value.const_value)
         users = [(user, place) for user, place in value.uses() if not fixed.issuperset(user.outputs)]
         if users and constant.shape and constant.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
-            first.append(ir.node("Reshape", [constant, shared.integers(constant.shape.numpy())]))
+            first.append(ir.node("Reshape", [constant, shared.integers([*constant.shape.numpy()])]))
             first[-1].outputs[0].name = f"{prefix}{constant.name}, whole"
             for user, place in users:
                 user.replace_input_with(place, first[-1].outputs[0])

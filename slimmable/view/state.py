@@ -128,8 +128,8 @@ class Column:
 class WidthState(Active[Column]):
     """The columns of one module, the full width first, and the active one.
 
-    `widths` are those of the columns, and `numbers` those of them that are no counts. `plan` is the plan of the
-    conversion that made them, None for a module built by hand, and `path` the place in it, "" for the converted model.
+    `widths` are those of the columns, `numbers` those that are no counts. `plan` is that of the conversion, None for a
+    module built by hand, and `path` the place in it, "" for the converted model.
     """
 
     def __init__(self, columns: Iterable[Column]) -> None:
