@@ -163,6 +163,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except TypeError:
             return function(*args, **kwargs)  # which says what is missing or unknown
         where = type(args[0]).__name__ if function.__name__ == "__init__" else function.__qualname__
+        where = f"{given['cls'].__name__}.{function.__name__}" if "cls" in given else where
         for name in filter(given.__contains__, checks):  # in the order of the checks
             if not (given[name] is None and name in optional):
                 checks[name](where, **{name: given[name]})
@@ -175,7 +176,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 raise  # it may be about another process
             if any(not frame.f_code.co_filename.startswith(_KNOWN) for frame, _ in walk_tb(error.__traceback__)):
                 raise
-            listed = ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name != "self")
+            listed = ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name not in ("self", "cls"))
             raise UsageError(f"{where}({listed}) fails: {error}") from error
 
     return checking

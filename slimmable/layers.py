@@ -117,19 +117,10 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     @checked
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        widths: Iterable[float],
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None, *,
+        widths: Iterable[float], slim_in: bool = True, slim_out: bool = True, overlap: bool = True,
         rounding: str = "nearest",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         self._install(check_widths(widths), slim_in, slim_out, overlap=overlap, rounding=rounding)
 
@@ -137,25 +128,13 @@ class SlimLinear(_SlimProduct, nn.Linear):
 class _SlimConv(_SlimProduct, _ConvNd):
     @checked
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: str | int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        widths: Iterable[float],
-        slim_in: bool = True,
-        slim_out: bool = True,
-        overlap: bool = True,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1, padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros",
+        device: Any = None, dtype: Any = None, *,
+        widths: Iterable[float], slim_in: bool = True, slim_out: bool = True, overlap: bool = True,
         rounding: str = "nearest",
-    ) -> None:
+    ) -> None:  # fmt: skip
         settings: Any = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *settings)  # type: ignore[arg-type]
         self._install(check_widths(widths), slim_in, slim_out, overlap=overlap, rounding=rounding)
@@ -231,17 +210,10 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
 
     @checked
     def __init__(
-        self,
-        normalized_shape: int | list[int] | tuple[int, ...],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        widths: Iterable[float],
-        rounding: str = "nearest",
-    ) -> None:
+        self, normalized_shape: int | list[int] | tuple[int, ...], eps: float = 1e-5, elementwise_affine: bool = True,
+        bias: bool = True, device: Any = None, dtype: Any = None, *,
+        widths: Iterable[float], rounding: str = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._install(check_widths(widths), rounding)
 
@@ -270,17 +242,10 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
 
     @checked
     def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        widths: Iterable[float],
-        rounding: str = "nearest",
-    ) -> None:
+        self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, device: Any = None,
+        dtype: Any = None, *,
+        widths: Iterable[float], rounding: str = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self._install(check_widths(widths), rounding)
 
@@ -302,19 +267,10 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
 
     @checked
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        widths: Iterable[float],
-        slim: bool = True,
-        rounding: str = "nearest",
-    ) -> None:
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        widths: Iterable[float], slim: bool = True, rounding: str = "nearest",
+    ) -> None:  # fmt: skip
         norm = self._torch_class(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._fill(norm, widths, slim, rounding)
 
@@ -398,18 +354,10 @@ class SwitchableLinear(Explained, SwitchableContainer):
 
     @checked
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        widths: Iterable[float],
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        slim_in: bool = True,
-        slim_out: bool = True,
-        rounding: str = "nearest",
-    ) -> None:
+        self, in_features: int, out_features: int, widths: Iterable[float], bias: bool = True, device: Any = None,
+        dtype: Any = None, *,
+        slim_in: bool = True, slim_out: bool = True, rounding: str = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__(widths)
         self.in_features, self.out_features = in_features, out_features
         ins = [kept_units(in_features, w, rounding=rounding) if slim_in else in_features for w in self.widths]
@@ -461,15 +409,9 @@ class SwitchableProbe(SwitchableLinear):
 
     @checked
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        widths: Iterable[float],
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        rounding: str = "nearest",
-    ) -> None:
+        self, in_features: int, num_classes: int, widths: Iterable[float], bias: bool = True, device: Any = None,
+        dtype: Any = None, rounding: str = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__(in_features, num_classes, widths, bias, device, dtype, slim_out=False, rounding=rounding)
         self.num_classes = num_classes
 

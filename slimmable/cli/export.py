@@ -77,13 +77,9 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
 
 
 def timm_source(
-    name: str,
-    rules: Mapping[str, Any],
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-) -> Source:
+    name: str, rules: Mapping[str, Any], checkpoint: Path | None = None, pretrained: bool = False,
+    num_classes: int | None = None, image_size: int | None = None,
+) -> Source:  # fmt: skip
     """Return the timm model `name`, converted by `rules`, with weights from a file, from timm, or random ones."""
     settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     weights = "Random: this is an architecture, not a trained network."

@@ -79,13 +79,9 @@ def export(
 
 
 def write(
-    model: nn.Module,
-    path: Path,
-    width: float | None = None,
-    widths: Iterable[float] | None = None,
-    example_inputs: Any = None,
-    **saving: Any,
-) -> File:
+    model: nn.Module, path: Path, width: float | None = None, widths: Iterable[float] | None = None,
+    example_inputs: Any = None, **saving: Any,
+) -> File:  # fmt: skip
     """Write a file as `export` does, and tell how far it is off; `saving` is for `slimmable.save`."""
     check_whole("export", model)
     kind, known = path.suffix[1:], widths_of(model)
