@@ -122,7 +122,7 @@ def test_broken_images_of_a_tar_file_are_left_out_and_named(tmp_path):
     images = folder_images(write_tar(tmp_path / "a.tar", files | {"dog/huge.png": buffer.getvalue()}), 0, said.append)
     assert len(images.train) + len(images.test) == 12
     assert "left out 2 files" in said[0]
-    assert re.search(r"a\.tar/cat/9\.png \(cannot identify", said[0])
+    assert re.search(r"a\.tar/cat/9\.png cannot be read \(cannot identify", said[0])
     assert "a.tar/dog/huge.png cannot be read (20000 x 150 pixels are too many" in said[0]
 
 

@@ -164,7 +164,7 @@ def zeroing_applies(model: nn.Module, plan: Plan) -> bool:
     Nor a convolution along channels (ECA) that come nearer to each other where some between them are dropped.
     """
     norms = [m for m in model.modules() if "Norm" in type(m).__name__ and m._parameters]
-    scaled = any(isinstance(v[0], float) for values in plan.values.values() for v in values.values())
+    scaled = any(isinstance(v, float) for each in plan.columns for at in each.values.values() for v in at.values())
     axes = [axis for group in plan.groups if group.ordered for axis in group.members]
     nearer = any(isinstance(plan.tensors[path, name][-1][axis], tuple) for path, name, axis in axes)
     plain = all(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms)

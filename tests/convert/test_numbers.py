@@ -323,7 +323,7 @@ def test_experts_written_by_hand(route):
 
 
 def test_an_example_of_fewer_rows_than_experts_is_refused_with_a_reason():
-    with pytest.raises(slimmable.errors.TraceError, match="is assumed if the example has a row for each"):
+    with pytest.raises(slimmable.errors.TraceError, match="is assumed if the example has a row per unit"):
         slimmable.slimify(Experts(by_where, 8), WIDTHS, example_inputs=torch.randn(1, 2, 6))
 
 

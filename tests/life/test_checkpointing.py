@@ -212,7 +212,7 @@ def test_forwards_that_only_their_threads_tell_apart_are_refused(reentrant):
         with ThreadPoolExecutor(1) as pool:
             losses.append(pool.submit(run_blocks, slim, x, (0, 1)).result())
     for loss in losses:
-        with pytest.raises(slimmable.errors.WidthError, match="forwards of several threads or tasks"):
+        with pytest.raises(slimmable.errors.WidthError, match="a forward of one of several threads or tasks"):
             loss.backward()
 
 
