@@ -74,9 +74,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
         places, plan = places_of(bare), plan_of(bare)  # the first raises if layers were added
         this = f"this {type(bare).__name__}"
         if plan is None or any(state.plan is not plan for _, state in places):
-            raise CheckpointError(
-                f"{this} is a part or wrapper of a converted model, or made by hand; save the converted model itself"
-            )
+            raise CheckpointError(f"{this} is a part or wrapper, or made by hand; save the converted model itself")
         if gone := ", ".join([name for name, shape in misfits(bare, plan) if shape is None][:6]):
             raise CheckpointError(f"{gone}: gone from {this} since it was converted; convert it again, then save it")
     full = full_network(bare)

@@ -204,7 +204,7 @@ class _Viewed(HasWidths):
         cut = self._slim.active.cuts.get(name) if "_slim" in self.__dict__ else None
         if cut is not None and param is not None and param.shape != cut.full:
             what = f"{type(self).__name__}.{name} has shape {cut.full}, and cannot become {tuple(param.shape)}"
-            raise ConversionError(f"{what} at a narrow width; change it at width 1.0, or in slimmable.extract")
+            raise ConversionError(f"{what}; change it at width 1.0, or in slimmable.extract(model, width)")
         super().register_parameter(name, param)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -170,7 +170,7 @@ def test_bad_calls():
         slimmable.gating.extract_gated(model, iter([x]), keep=0.5)
     with pytest.raises(slimmable.errors.DataError, match="loader is empty"):
         slimmable.gating.extract_gated(model, [], keep=0.5)
-    with pytest.raises(slimmable.errors.DataError, match="gate_activity: batches must be .* got <class 'dict'>"):
+    with pytest.raises(slimmable.errors.DataError, match=r"gate_activity: batches must be .* got <class 'dict'>"):
         slimmable.gating.extract_gated(model, [{"image": x}], keep=0.5)
     with pytest.raises(slimmable.errors.UsageError, match="is not a model that gate returned"):
         slimmable.gating.extract_gated(nn.Sequential(model), [x], keep=0.5)

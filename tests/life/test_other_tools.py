@@ -20,7 +20,7 @@ from tests.convert.oracles import randomise
 
 WIDTHS = (1.0, 0.5)
 X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-INSTEAD = r"or in slimmable\.extract"
+INSTEAD = r"slimmable\.extract\(model, width\)"
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
