@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 
-from slimmable._widths import ROUNDINGS
-from slimmable._widths import number_or_nan as number_or_nan
+from slimmable._widths import ROUNDINGS, number_or_nan
 from slimmable.errors import DataError, SlimmableError, UsageError
 
 P = ParamSpec("P")

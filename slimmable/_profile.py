@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import check_flags, check_function, check_whole, checked, number_or_nan, shown
+from slimmable._checks import check_flags, check_function, check_whole, checked, shown
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size, output_tensors
 from slimmable._modules import in_eval_mode
 from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, places_of, widths_of
+from slimmable._widths import number_or_nan
 from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.analysis.plan import Plan, SubNetwork
 from slimmable.errors import ConversionError, UsageError

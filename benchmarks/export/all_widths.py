@@ -10,12 +10,10 @@ its own. The last step writes `results/all-widths.md`.
 """
 
 import argparse
-import csv
 import ctypes
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from functools import partial
@@ -29,7 +27,7 @@ import torch
 
 import slimmable
 from benchmarks.export.run import HERE, ROOT, WIDTHS, shaken
-from benchmarks.measuring import markdown
+from benchmarks.measuring import append_rows, compare, interleaved, markdown, median_cpu_ms, origin, read_rows
 
 FIELDS = (
     *("module", "model", "full_bytes", "norm_bytes", "all_bytes", "off", "openvino_off"),
@@ -69,19 +67,6 @@ def memory_of(paths: list[Path]) -> int:
     return gained
 
 
-def ratio_of(calls: list[Any], seconds: float = 0.6) -> tuple[float, float]:
-    """Return the median time of the first call over that of the second, called in turn, and the first's, in ms."""
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.process_time() + seconds
-    while time.process_time() < end or len(times[0]) < 11:
-        for own, call in zip(times, calls, strict=True):
-            start = time.process_time()
-            call()
-            own.append(time.process_time() - start)
-    joined, single = map(statistics.median, times)
-    return joined / single, 1000 * joined
-
-
 def examine(name: str, folder: Path) -> Row:
     torch.manual_seed(0)
     slim = slimmable.slimify(shaken(timm.create_model(name).eval()), WIDTHS)
@@ -113,8 +98,10 @@ def examine(name: str, folder: Path) -> Row:
         off = max(off, float(abs(found - right).max() / abs(right).max()))
         if compiled is not None:
             away = max(away, float(abs(compiled(feed)[0] - right).max() / abs(right).max()))
-        calls = [partial(session.run, None, feed), partial(single.run, None, {"images": feed["images"]})]
-        ratio, ms = ratio_of(calls)
+        own = {"images": feed["images"]}
+        calls = {"joined": partial(session.run, None, feed), "single": partial(single.run, None, own)}
+        times = interleaved(calls, seconds=1, least=12)
+        ratio, ms = compare(times["joined"], times["single"])["ratio"], median_cpu_ms(times["joined"])
         row |= {f"ratio_{width}": f"{ratio:.3f}", f"ms_{width}": f"{ms:.2f}"}
     if compiled is not None:
         row["openvino_off"] = f"{away:.1e}"
@@ -171,21 +158,18 @@ def main() -> None:
     zoo: dict[str, str] = json.loads((ROOT / "tests" / "convert" / "zoo.json").read_text())
     path = given.out / "all-widths.csv"
     for module in given.models or zoo:
-        rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-        if module not in {row["module"] for row in rows}:
+        if module not in {row["module"] for row in read_rows(path)}:
             start, row = time.perf_counter(), dict.fromkeys(FIELDS, "") | {"module": module, "model": zoo[module]}
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     row |= examine(zoo[module], Path(folder))
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            rows.append(row | {"seconds": f"{time.perf_counter() - start:.0f}"})
-            print(" ".join(f"{key}={value}" for key, value in rows[-1].items() if value), flush=True)
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        (given.out / "all-widths.md").write_text(table(rows))
+            row["seconds"] = f"{time.perf_counter() - start:.0f}"
+            print(" ".join(f"{key}={value}" for key, value in row.items() if value), flush=True)
+            append_rows(path, FIELDS, [row])
+        made = json.loads(path.with_suffix(".json").read_text())
+        (given.out / "all-widths.md").write_text(f"{table(read_rows(path))}\n{origin(made)}\n")
 
 
 if __name__ == "__main__":

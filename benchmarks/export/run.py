@@ -12,7 +12,6 @@ is in `results/zoo.csv` already is not done again. Where a width fails, the plai
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import tempfile
 import time
@@ -25,7 +24,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import slimmable
-from benchmarks.measuring import markdown
+from benchmarks.measuring import append_rows, markdown, read_rows
 from slimmable import SlimmableError
 from slimmable.deploy.onnx import save_onnx
 from slimmable.deploy.programs import TOLERANCE, Program, difference, save_pt2, trace
@@ -134,14 +133,6 @@ def _ratio(size: str, weights: str) -> str:
     return f"{int(size) / int(weights):.2f}" if size else ""
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows that are done."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Do what is not done, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,19 +145,14 @@ def main() -> None:
     modules, widths = given.models or list(zoo), given.widths
     if given.quick:
         modules, widths = ["resnet"], [0.25]
-    given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "zoo.csv"
     for module in modules:
-        done = {row["width"] for row in read(path) if row["module"] == module}
+        done = {row["width"] for row in read_rows(path) if row["module"] == module}
         left = [width for width in widths if str(width) not in done]
         rows = rows_of(module, zoo[module], left, done) if left else []
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
-    (given.out / "table.md").write_text(table(read(path)))
+        if rows:
+            append_rows(path, FIELDS, rows)
+    (given.out / "table.md").write_text(table(read_rows(path)))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from slimmable._checks import number_or_nan
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
-from slimmable._widths import Kept, disjoint_starts, kept_of, kept_units, width_index
+from slimmable._widths import Kept, disjoint_starts, kept_of, kept_units, number_or_nan, width_index
 from slimmable.analysis.integers import Attribute, Constraint
 from slimmable.analysis.labels import Ids, Mask
 from slimmable.errors import WidthError

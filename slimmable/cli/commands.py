@@ -188,12 +188,11 @@ class Export(_Network):
     def _run(self) -> None:
         if self.all_widths and self.width:
             raise UsageError("--width is not allowed with --all-widths: a file holds one width or all; leave one out")
-        if self.all_widths:
-            object.__setattr__(self, "width", (ALL,))
         from slimmable.cli.export import export as write
         from slimmable.cli.processes import locked
 
-        source, widths, folder = self._source()
+        asked = replace(self, width=(ALL,)) if self.all_widths else self
+        source, widths, folder = asked._source()
         folder = self.output or folder
         with locked(folder):
             files = write(source, () if self.all_widths else widths, self.format, folder)

@@ -69,7 +69,7 @@ def load_onnx(path: Path) -> Program:
     return run
 
 
-def tidy(model: Any) -> None:
+def _tidy(model: Any) -> None:
     """Drop what a program of `onnx_ir` computes twice; what its weights go through must stay."""
     ir, passes = (require(name, "onnxscript", extra="onnx") for name in ("onnx_ir", "onnx_ir.passes.common"))
     passes.InlinePass()(model)
@@ -147,7 +147,7 @@ class _Shared:
 
 def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> tuple[list[Any], list[Any]]:
     """Return the nodes and outputs of one width, whose constants are shared and whose other names are its own."""
-    tidy(model)
+    _tidy(model)
     ir, graph, first = shared.ir, model.graph, list[Any]()
     initializers = list(graph.initializers.values())
     fixed, ends = set(initializers), set(graph.outputs)

@@ -56,7 +56,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
             right = False
         if not right:
             program = torch.export.export(model, one.args, one.kwargs)
-    program.example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file
+    program._example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)

@@ -12,9 +12,10 @@ from typing import Any, ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slimmable._checks import check_count, check_floats, check_fraction, check_function, checked, must_be, number_or_nan
+from slimmable._checks import check_count, check_floats, check_fraction, check_function, checked, must_be
 from slimmable._distributed import alone, averaged_once, averages_itself, check_same_widths, note_width
 from slimmable._width import places_of, set_width, widths_of
+from slimmable._widths import number_or_nan
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.training import around

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.export.run import FIELDS, good, read, table
+from benchmarks.export.run import FIELDS, good, table
+from benchmarks.measuring import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
         writer.writeheader()
         writer.writerow(row(onnx_bytes="123"))
     quick(tmp_path)
-    assert [done["onnx_bytes"] for done in read(tmp_path / "zoo.csv")] == ["123"]
+    assert [done["onnx_bytes"] for done in read_rows(tmp_path / "zoo.csv")] == ["123"]
     assert (
         "| resnet | test_resnet | 0.25 | any | 0.0e+00 | 2.0e-07 | 1.50 | 1.23 |  |\n"
         in (tmp_path / "table.md").read_text()
@@ -39,7 +40,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
 @pytest.mark.slow
 def test_a_width_is_written_and_compared(tmp_path):
     quick(tmp_path)
-    (done,) = read(tmp_path / "zoo.csv")
+    (done,) = read_rows(tmp_path / "zoo.csv")
     assert (done["module"], done["width"], done["batch"]) == ("resnet", "0.25", "any")
     assert good(done)
 
