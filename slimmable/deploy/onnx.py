@@ -17,6 +17,7 @@ from slimmable.errors import UsageError, explained, require
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SELECTOR = "width"
+_PRODUCTS = ("MatMul", "Gemm")
 
 
 def save_onnx(program: ExportedProgram, path: Path, names: Names | None = None) -> Program:
@@ -88,7 +89,8 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
 
     One more input, `width`, is a position in the list of widths. Each program becomes a branch of an `If`, and cuts its
     part out of the shared weights by operations on constants, which a runtime carries out once, when it loads the file.
-    A whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these does
+    For the weights of matrix products, they stand before the `If`, where onnxruntime frees what it lays out anew. Any
+    other whole weight passes through a `Reshape`, so that it too becomes a constant *of the branch*: only these does
     onnxruntime lay out for its fastest convolutions.
     """
     ir = require("onnx_ir", "onnxscript", extra="onnx")
@@ -117,17 +119,17 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
         value.name = name
     opsets = {domain: version for model in models for domain, version in model.opset_imports.items()}
     held = {"initializers": list(shared.values.values()), "opset_imports": opsets, "name": "all widths"}
-    graph = ir.Graph([*inputs, chosen], outputs, nodes=[place, *nodes], **held)
+    graph = ir.Graph([*inputs, chosen], outputs, nodes=[*shared.nodes, place, *nodes], **held)
     joined = ir.Model(graph, ir_version=models[0].ir_version)
     joined.metadata_props.update({f"slimmable.{name}": json.dumps(value) for name, value in about.items()})
     return joined
 
 
 class _Shared:
-    """The constants of all branches, each once."""
+    """The constants of all branches, each once, and the nodes that stand before the branches."""
 
     def __init__(self, ir: Any) -> None:
-        self.ir, self.values, self.names = ir, dict[object, Any](), set[str]()
+        self.ir, self.values, self.names, self.nodes = ir, dict[object, Any](), set[str](), list[Any]()
 
     def constant(self, name: str, tensor: Any) -> Any:
         """Return the value that holds these numbers in this shape, of this or another name."""
@@ -167,6 +169,7 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
     for value in initializers:
         constant = shared.constant(value.name, value.const_value)
         users = [(user, place) for user, place in value.uses() if not fixed.issuperset(user.outputs)]
+        users = [(user, place) for user, place in users if user.op_type not in _PRODUCTS]
         if users and constant.shape and constant.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
             first.append(ir.node("Reshape", [constant, shared.integers([*constant.shape.numpy()])]))
             first[-1].outputs[0].name = f"{prefix}{constant.name}, whole"
@@ -176,8 +179,15 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
     outputs, nodes = list(graph.outputs), list(graph)
     graph.outputs.clear()
     graph.remove(nodes)
+    before = set[Any]()
+    for node in reversed(nodes):
+        readers = [user for value in node.outputs for user, _ in value.uses()]
+        if fixed.issuperset(node.outputs) and any(user in before or user.op_type in _PRODUCTS for user in readers):
+            before.add(node)
+    shared.nodes += [node for node in nodes if node in before]
+    nodes = [node for node in nodes if node not in before]
     for at, value in enumerate(outputs):
-        if value.producer() is None or value in outputs[:at]:  # not the branch's own, or not once
+        if value.producer() not in nodes or value in outputs[:at]:  # not the branch's own, or not once
             nodes.append(ir.node("Identity", [value]))
             (outputs[at],) = nodes[-1].outputs
             outputs[at].name, outputs[at].shape, outputs[at].type = f"{prefix}out {at}", value.shape, value.type
