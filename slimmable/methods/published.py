@@ -513,7 +513,7 @@ class BYOL(_WithMomentum):
     BYOL has no logits. Narrow widths learn the full width's predictions with the distance of BYOL's own loss.
 
     Args:
-        predictor: a converted module, embeddings in, embeddings of the same size out.
+        predictor: a converted module, embeddings in, embeddings of the same size out, as `predictor` makes one.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
     >>> import torch, slimmable
