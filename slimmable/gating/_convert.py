@@ -4,7 +4,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
@@ -29,7 +29,6 @@ from slimmable.training.batchnorm import ModelInput, arguments_of, calibrate_bn
 from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)
-Taken = TypeVar("Taken")
 
 _PART = re.compile(r"(.*\.)?(channel_gate(_\d+)?\.at|gated)\.\d+\.")  # of a gate or norm, in a state dict
 
@@ -234,14 +233,12 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
     >>> gate_activity(model, [torch.ones(3, 4)])["2"].unique().numel()
     1
     """
-
-    def opened_by(run: GatedPass) -> tuple[dict[str, Tensor], int]:
-        masks = run.masks()
-        return {name: mask.double().sum(0) for name, mask in masks.items()}, len(next(iter(masks.values())))
-
-    opened = _over_batches("gate_activity", model, loader, opened_by)
-    images = sum(count for _, count in opened)
-    return {name: torch.stack([each[name] for each, _ in opened]).sum(0) / images for name in opened[0][0]}
+    opened, images = dict[str, Any](), 0
+    for run in _gated_batches("gate_activity", model, loader):
+        for name, mask in run.masks().items():
+            opened[name] = opened.get(name, 0) + mask.double().sum(0)
+        images += len(mask)
+    return {name: count / images for name, count in opened.items()}
 
 
 @checked
@@ -270,7 +267,8 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
 
     def share_at(threshold: float) -> float:
         with swapped([(gate._buffers, "threshold", torch.full_like(gate.threshold, threshold)) for gate in gates]):
-            return float(torch.cat(_over_batches("calibrate_gates", model, loader, GatedPass.share)).mean())
+            runs = _gated_batches("calibrate_gates", model, loader)
+            return float(torch.cat([run.share() for run in runs]).mean())
 
     least, most = share_at(math.inf), share_at(-math.inf)
     if not least <= budget <= most:
@@ -290,24 +288,19 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
     return shares[closest]
 
 
-def _over_batches(
-    where: str, model: nn.Module, loader: Iterable[ModelInput], take: Callable[[GatedPass], Taken]
-) -> list[Taken]:
-    """Run a gated pass in eval mode on each batch, and return the results of `take`."""
+def _gated_batches(where: str, model: nn.Module, loader: Iterable[ModelInput]) -> Iterator[GatedPass]:
+    """Run a gated pass in eval mode on each batch, and yield what the gates have decided."""
     gates_of(where, model)
     if isinstance(loader, (Tensor, str)) or not isinstance(loader, Iterable):
         raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
-    device = next(model.parameters()).device
-    found = []
-    with in_eval_mode(model):
-        for batch in loader:
-            args, kwargs = arguments_of(batch, device, where)
-            with gated(model) as run:
-                model(*args, **kwargs)
-            found.append(take(run))
-    if not found:
+    device, batch = next(model.parameters()).device, None
+    for batch in loader:
+        args, kwargs = arguments_of(batch, device, where)
+        with in_eval_mode(model), gated(model) as run:
+            model(*args, **kwargs)
+        yield run
+    if batch is None:
         raise DataError(f"{where}: loader is empty; give at least one batch")
-    return found
 
 
 @checked

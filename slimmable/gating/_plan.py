@@ -20,7 +20,6 @@ from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Grouping, Plan
-from slimmable.analysis.trace import Trace
 from slimmable.errors import CheckpointError, ConversionError
 from slimmable.view.state import is_slim
 
@@ -150,23 +149,19 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     plan = plan_of(model)
     if plan is None and any(is_slim(module) and module.__dict__["_slim"].plan for module in model.modules()):
         raise ConversionError(f"a part of this {type(model).__name__} was converted; gate that one by itself, first")
-    (args, kwargs), skips = example_of(model, example_inputs), skipper(model, skip)
-    first = next(iter(output_tensors((args, kwargs))), None)
+    example, skips = example_of(model, example_inputs), skipper(model, skip)
+    first = next(iter(output_tensors(example)), None)
     if first is None or not first.ndim or not len(first):
         raise ConversionError(f"gates need a first input with one row per image, got {shown(example_inputs)}")
-    images = len(first)
-    fake, trace, solution = _traced(model, (args, kwargs), plan or Plan((1.0,)))
-    plan = plan or filled_plan(fake, trace, solution, Plan((1.0,)))
-    finder = _Finder(trace, plan)
-    possible, refused = [], []
-    for group, units in enumerate(plan.channels.units):
+    finder = _Finder(model, example, plan)
+    possible, refused, full = [], [], finder.plan.channels.units
+    for group, units in enumerate(full):
         try:
-            possible.append(finder.gate_of(group, fake.model, images, skips))
+            possible.append(finder.gate_of(group, skips))
         except _RefusedError as error:
             refused.append(Refused(next(iter(finder.makers[group]), "?"), units, str(error)))
-    macs = finder.layer_macs(possible, images)
-    full = plan.channels.units
-    gates, order = list[PlannedGate](), list(trace.calls)
+    macs = finder.layer_macs(possible)
+    gates, order = list[PlannedGate](), list(finder.trace.calls)
     for gate in sorted(possible, key=lambda gate: order.index(gate.maker)):
         saved = macs.total(full) - macs.total(full, [gate])
         if gate_macs(len(gate.channels), gate.units) < saved:
@@ -174,20 +169,12 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
         else:
             reason = f"a gate would cost more multiply-adds than the {saved:.0f} that it could save"
             refused.append(Refused(gate.maker, gate.units, reason))
-    return GatePlan(tuple(gates), tuple(refused), plan, macs, encode((args, kwargs)))
+    return GatePlan(tuple(gates), tuple(refused), finder.plan, macs, encode(example))
 
 
 def macs_for(model: nn.Module, found: GatePlan, size: tuple[int, ...]) -> LayerMacs:
     """Return the multiply-adds of a gated model for images of another size than its example's."""
-    _, trace, _ = _traced(model, example_of(model, image_batch(model, size, images=1)), found.plan)
-    return _Finder(trace, found.plan).layer_macs(found.gates, images=1)
-
-
-@torch.inference_mode(False)
-def _traced(model: nn.Module, example: Arguments, rules: Plan) -> tuple[FakeModel, Trace, Any]:
-    """Trace the plain model without gates and widths; return its fake copy, the trace and its solution."""
-    fake = FakeModel(plain(model), example)
-    return fake, *best_trace(fake, rules, lambda path, module: False)
+    return _Finder(model, example_of(model, image_batch(model, size, images=1)), found.plan).layer_macs(found.gates)
 
 
 class _RefusedError(Exception):
@@ -195,9 +182,17 @@ class _RefusedError(Exception):
 
 
 class _Finder:
-    def __init__(self, trace: Trace, plan: Plan) -> None:
-        context, channels = trace.context, plan.channels
-        self.trace, self.plan, self.labels, self.grouping = trace, plan, context.labels, channels.needed.grouping
+    """A trace of the model without gates and widths, and its channel plan, made from the trace if there is none."""
+
+    @torch.inference_mode(False)
+    def __init__(self, model: nn.Module, example: Arguments, plan: Plan | None) -> None:
+        rules = plan or Plan((1.0,))
+        fake = FakeModel(plain(model), example)
+        trace, solution = best_trace(fake, rules, lambda path, module: False)
+        self.plan = plan or filled_plan(fake, trace, solution, rules)
+        self.trace, self.model, self.images = trace, fake.model, len(output_tensors(example)[0])
+        context, channels = trace.context, self.plan.channels
+        self.labels, self.grouping = context.labels, channels.needed.grouping
         self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for full axes
         for key, axes in trace.tensors.items():
             for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
@@ -215,8 +210,7 @@ class _Finder:
         self.summed = self._groups_on(*context.sums)
         self.outputs = self._groups_on(*(ids for output in trace.outputs for ids in output.units))
 
-    def layer_macs(self, gates: Sequence[PlannedGate], images: int) -> LayerMacs:
-        """Return the multiply-adds of the trace, which ran on this many images."""
+    def layer_macs(self, gates: Sequence[PlannedGate]) -> LayerMacs:
         number: dict[bytes, int] = {}  # of each axis that occurs
         products = []
         for macs, labelled, path in self.trace.context.products:
@@ -230,9 +224,9 @@ class _Finder:
             source = self.trace.calls[gate.maker][0].source
             assert source is not None
             positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
-        return LayerMacs(products, torch.tensor(np.array(times)).view(-1, units), self.grouping, images, positions)
+        return LayerMacs(products, torch.tensor(np.array(times)).view(-1, units), self.grouping, self.images, positions)
 
-    def gate_of(self, group: int, model: nn.Module, images: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
+    def gate_of(self, group: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
         """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
         units, makers, reads = self.plan.channels.units[group], self.makers[group], self.reads[group]
         if units < 2:
@@ -246,14 +240,14 @@ class _Finder:
         if not reads or not makers:
             raise _RefusedError("no layer reads it by weights")
         maker = next(iter(makers))
-        if skip(maker, model.get_submodule(maker)):
+        if skip(maker, self.model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
         read = [ids for path, ids in self.trace.context.reads if path == maker]
         why = "its layer reads the model's input, of which a gate learns little"
-        axis, channels = self._input(maker, read, images, "makes it", why)
+        axis, channels = self._input(maker, read, "makes it", why)
         readers = {}
         for path, ids in reads:
-            at, on = self._input(path, [ids], images, "reads it", f"{path} reads it, but not as its input")
+            at, on = self._input(path, [ids], "reads it", f"{path} reads it, but not as its input")
             ranks = np.where(self.grouping.group_of[on] == group, self.grouping.rank[on], -1)
             readers[path] = Reader(path, at, on, ranks)
         counts = np.array([*self.plan.channels.units, 1])
@@ -262,8 +256,14 @@ class _Finder:
         if failures:
             constraint = failures[0].constraint
             raise _RefusedError(f"it cannot shrink alone ({constraint.where}: {constraint.expression})")
-        norms = self._norms(group, readers, model)
-        return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), norms)
+        outputs = {id(self.trace.calls[path][0].out) for path in readers}
+        norms = []  # on the group's channels, and directly after the layers that read it
+        for path, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and path in self.trace.calls:
+                axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
+                after = any(id(call.source) in outputs for call in self.trace.calls[path])
+                norms += [path] if after or group in self._groups_on(*axes) else []
+        return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), tuple(norms))
 
     def _units_on(self, ids: Ids) -> Ids:
         units: Ids = self._units[self.labels.find(ids)]
@@ -272,29 +272,18 @@ class _Finder:
     def _groups_on(self, *axes: Ids | None) -> list[int]:
         return self.grouping.groups_in([self._units_on(ids) for ids in axes if ids is not None])
 
-    def _input(self, path: str, reads: Sequence[Ids], images: int, role: str, why: str) -> tuple[int, Ids]:
+    def _input(self, path: str, reads: Sequence[Ids], role: str, why: str) -> tuple[int, Ids]:
         """Return the axis of a layer's input, never the batch's, with the labels of one of `reads`, and its units."""
         calls = self.trace.calls.get(path, [])
         if len(calls) != 1:
             raise _RefusedError(f"{path} {role} and runs {len(calls)} times in one forward")
         source = calls[0].source
-        if source is None or source.ndim < 2 or len(source) != images:
+        if source is None or source.ndim < 2 or len(source) != self.images:
             raise _RefusedError(f"{path} {role}, but not from a tensor with one row per image")
         for wanted, (axis, own) in product(map(self.labels.roots, reads), enumerate(calls[0].axes)):
             if axis and own is not None and wanted <= self.labels.roots(own):
                 return axis, self._units_on(own)
         raise _RefusedError(why)
-
-    def _norms(self, group: int, readers: Mapping[str, Reader], model: nn.Module) -> tuple[str, ...]:
-        """Return the BatchNorms on the group's channels, and those directly after the layers that read it."""
-        outputs = {id(self.trace.calls[path][0].out) for path in readers}
-        found = []
-        for path, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and path in self.trace.calls:
-                axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
-                after = any(id(call.source) in outputs for call in self.trace.calls[path])
-                found += [path] if after or group in self._groups_on(*axes) else []
-        return tuple(found)
 
 
 def encode(value: Any) -> list[Any]:

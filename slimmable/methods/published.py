@@ -405,6 +405,7 @@ def _outputs(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
 class _WithPredictor(_WithHead):
     """A method that predicts, for each view, the embedding of the other one."""
 
+    _tail: Callable[..., nn.Sequential] = staticmethod(partial(_mlp, last_bias=True))  # as published
     distillation = staticmethod(lambda: OnlineDistillation("mse"))  # of unit-length predictions
 
     @checked
@@ -418,21 +419,21 @@ class _WithPredictor(_WithHead):
         """Encoder and predictor."""
         return nn.ModuleList([self.encoder, self.online_predictor])
 
+    @classmethod
+    @checked
+    def predictor(cls, hidden_dim: int, proj_dim: int) -> nn.Sequential:
+        """Return the predictor, of the published layers: (batch, proj_dim) -> (batch, proj_dim)."""
+        return cls._tail(proj_dim, hidden_dim, proj_dim)
+
 
 class SimSiam(_WithPredictor):
     """SimSiam (Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021), at every width.
 
     Narrow widths also learn the full width's predictions, with the loss's distance. The predictor is as in `BYOL`,
-    whose example shows a step.
+    whose example shows a step; as published, its `hidden_dim` is a quarter of `proj_dim`.
     """
 
     _head = staticmethod(partial(_mlp, layers=3, norm=False))
-
-    @staticmethod
-    @checked
-    def predictor(hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the predictor, (batch, proj_dim) -> (batch, proj_dim); as published, `hidden_dim` is a quarter."""
-        return _mlp(proj_dim, hidden_dim, proj_dim, last_bias=True)
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the symmetric loss (eq. 4)."""
@@ -512,7 +513,7 @@ class BYOL(_WithMomentum):
     BYOL has no logits. Narrow widths learn the full width's predictions with the distance of BYOL's own loss.
 
     Args:
-        predictor: a converted module, embeddings in, embeddings of the same size out.
+        predictor: a converted module, embeddings in, embeddings of the same size out, as `predictor` makes one.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
     >>> import torch, slimmable
@@ -527,13 +528,7 @@ class BYOL(_WithMomentum):
     [1.0, 0.5]
     """
 
-    _head = staticmethod(partial(_mlp, bias=True, last_bias=True))
-
-    @staticmethod
-    @checked
-    def predictor(hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the predictor, built like the projection head: (batch, proj_dim) -> (batch, proj_dim)."""
-        return BYOL.projector(proj_dim, hidden_dim, proj_dim)
+    _head = _tail = staticmethod(partial(_mlp, bias=True, last_bias=True))
 
     def forward(self, batch: Batch) -> Outcome:
         """Return the loss of both directions (eq. 2 and below)."""
