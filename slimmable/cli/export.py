@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimmable._atomic import fill_aside
 from slimmable._convert import slimify
@@ -17,11 +17,10 @@ from slimmable._width import widths_of
 from slimmable.cli import run as runs
 from slimmable.cli.config import DIGITS
 from slimmable.cli.report import DENSE, read_rows
-from slimmable.deploy.export import File
-from slimmable.deploy.export import write as write_file
+from slimmable.deploy.export import File, write
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
-from slimmable.files.model import build, load, read, read_weights
+from slimmable.files.model import build, full_state_dict, load, read, read_weights
 from slimmable.view.state import is_slim
 
 
@@ -91,15 +90,12 @@ def timm_source(
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, image_size or height, image_size or width)
-    tensors: dict[str, Tensor] = {}
+    model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None:
         weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
-    slimmed = any(".narrow." in key for key in tensors)
-    if checkpoint is not None and not slimmed:
-        runs.load_exactly(model, tensors, str(checkpoint))
-    model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
-    if checkpoint is not None and slimmed:
-        runs.load_exactly(model, tensors, str(checkpoint))
+        slimmed = any(".narrow." in key for key in tensors)  # otherwise each width's norms get their part
+        runs.check_alike(model.state_dict() if slimmed else full_state_dict(model), tensors, str(checkpoint))
+        model.load_state_dict(tensors)
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
     base = known.get("hf_hub_id") if pretrained else None
     mean, std = tuple(known["mean"]), tuple(known["std"])
@@ -111,15 +107,15 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     formats = formats or (("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",))
     files: list[File] = []
 
-    def write(folder: Path) -> None:
+    def fill(folder: Path) -> None:
         example = torch.zeros(2, *source.image)
         saving = {"arguments": None if ":" in source.name else source.arguments}  # if timm reads more of them
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
-            files.append(write_file(source.model, path, width, None, example, **saving))
+            files.append(write(source.model, path, width, None, example, **saving))
         one = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=one, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
-    fill_aside(output, write)
+    fill_aside(output, fill)
     return files

@@ -150,17 +150,16 @@ class Training:
 
     def resume(self, checkpoint: runs.Checkpoint) -> None:
         """Return to the state of `checkpoint`, or change nothing and raise CheckpointError if it is another's."""
-        done, given = checkpoint.step, checkpoint.training
+        done, saved = checkpoint.step, checkpoint.network | checkpoint.training
         if not 0 < done <= self.steps:
             raise CheckpointError(f"the checkpoint is of step {done}, but the run has steps 1 to {self.steps}")
-        runs.check_alike(self.method.encoder.state_dict(), checkpoint.network, "the network in the checkpoint")
-        runs.check_alike(self._own(), given, "the training in the checkpoint")
-        state = _under("method.", given) | {f"encoder.{name}": tensor for name, tensor in checkpoint.network.items()}
-        optimizer, scaler = _under("optimizer.", given), _under("scaler.", given)
-        for name, tensor in optimizer_tensors(self.optimizer).items():  # in its memory layout, which fused ones need
-            tensor.copy_(optimizer[name])
-        self.method.load_state_dict(state)
-        self.scaler.load_state_dict(self.scaler.state_dict() | {name: value.item() for name, value in scaler.items()})
+        network, own = self.method.encoder.state_dict(), self._own()
+        runs.check_alike(network, checkpoint.network, "the network in the checkpoint")
+        runs.check_alike(own, checkpoint.training, "the training in the checkpoint")
+        for name, tensor in {**network, **own}.items():  # in its memory layout, which fused optimizers need
+            tensor.copy_(saved[name])
+        scaler = {name.removeprefix("scaler."): own[name].item() for name in own if name.startswith("scaler.")}
+        self.scaler.load_state_dict(self.scaler.state_dict() | scaler)
         self.step = done
         self._batches = self._draw()
 
@@ -212,10 +211,6 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named `<parameter>.<name>`."""
     pairs = [pair for own in optimizer.param_groups for pair in zip(own["param_names"], own["params"], strict=True)]
     return {f"{name}.{key}": value for name, tensor in pairs for key, value in optimizer.state[tensor].items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class Watch:

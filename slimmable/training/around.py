@@ -28,20 +28,24 @@ from slimmable.view.state import is_slim
 
 Store: TypeAlias = dict[str, Any]
 """The buffers, parameters or attributes of a module itself."""
-Generator: TypeAlias = tuple[Callable[[], Any], Callable[[Any], object]]
-"""How to get and how to set the state of a generator of random numbers."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's own attributes, such as the hooks
 _CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
 
 
 class Once:
-    """Lets state change once per step, at its first and widest width: stores, and generators of random numbers."""
+    """Lets state change once per step, at its first and widest width: stores, and what a step of `model` draws from."""
 
-    def __init__(self, generators: Iterable[Generator] = ()) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         self._before: dict[int, Store] = {}  # by the id of the store
-        self._generators = generators
+        self._generators: list[tuple[Callable[..., Any], Callable[..., object]]] = []  # how to get and set the state
         self._rewind: Sequence[Callable[[], object]] = ()
+        if model is not None:
+            get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+            gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+            self._generators += [(partial(get, gpu), partial(put, device=gpu)) for gpu in gpus]
+            numpy = np.random.get_state, np.random.set_state  # what others draw from
+            self._generators += [(random.getstate, random.setstate), numpy, (torch.get_rng_state, torch.set_rng_state)]
 
     @contextmanager
     def changes(self, stores: Sequence[Store], widest: bool, left: Sequence[Store] = ()) -> Iterator[None]:
@@ -67,15 +71,6 @@ class Once:
                 store.update(state)
             for put in draws:
                 put()
-
-
-def generators_of(model: nn.Module) -> list[Generator]:
-    """Return the generators that a step with this model may draw from."""
-    get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    on_gpus: list[Generator] = [(partial(get, gpu), partial(put, device=gpu)) for gpu in gpus]
-    numpy = np.random.get_state, np.random.set_state  # what others draw from
-    return [(random.getstate, random.setstate), numpy, (torch.get_rng_state, torch.set_rng_state), *on_gpus]
 
 
 def shared_by_widths(modules: Iterable[nn.Module], without: Collection[nn.Module] = ()) -> list[nn.Module]:

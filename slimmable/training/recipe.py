@@ -170,7 +170,7 @@ class SlimRecipe:
         given = around.shared_by_widths([*self._once, *_modules("once", once)], without=replayed)
         own = around.shared_by_widths([self.model], without=replayed.union(given))
         stores, left = [*around.stores_of(given), *(part._buffers for part in own)], around.stores_of(replayed)
-        state, replay = around.Once(around.generators_of(self.model)), around.Replay(teachers)
+        state, replay = around.Once(self.model), around.Replay(teachers)
         if self._calls is None or self._calls.model is not self.model:
             self._calls = around.Calls(self.model)
         outputs: dict[float, Sequence[Tensor]] = {}

@@ -325,7 +325,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     (tmp_path / "deep" / "deeper").mkdir(parents=True)  # so that what is above them is known
     monkeypatch.chdir(tmp_path / "deep" / "deeper")
     playground()
-    work = ("pretrain.Training.take_step", "evaluation.rows_of_run", "export.write_file", "evaluation.features_in")
+    work = ("pretrain.Training.take_step", "evaluation.rows_of_run", "export.write", "evaluation.features_in")
     for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
     monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
