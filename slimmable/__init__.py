@@ -8,7 +8,8 @@
 torch.Size([8, 8])
 
 The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `integrations`, `gating`,
-`rules`, `deploy`, `runtime` and `errors`.
+`rules`, `deploy`, `runtime` and `errors`. Examples in docstrings take `torch`, `torch.nn` as `nn` and `slimmable` as
+imported.
 """
 
 from importlib import import_module

@@ -46,7 +46,6 @@ def inference(model: nn.Module) -> Iterator[None]:
 
     Raises: ConversionError: if `model` has no slimmable part, or has gained layers since its conversion.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> model = slimmable.slimify(net, widths=(1.0, 0.5), example_inputs=torch.zeros(2, 8)).eval()
     >>> with slimmable.inference(model), slimmable.at_width(model, 0.5):

@@ -24,9 +24,8 @@ class Inputs:
     >>> class Scaled(nn.Linear):
     ...     def forward(self, batch, *, scale):
     ...         return super().forward(batch["image"]) * scale
-    >>> from slimmable import Inputs, slimify
     >>> example = Inputs({"image": torch.zeros(2, 4)}, scale=torch.ones(1))
-    >>> slimify(Scaled(4, 8), (1.0, 0.5), example_inputs=example, outputs="slim")
+    >>> slimmable.slimify(Scaled(4, 8), (1.0, 0.5), example_inputs=example, outputs="slim")
     Scaled(in_features=4, out_features=8, bias=True, widths=(1.0, 0.5), width=1.0)
     """
 

@@ -94,9 +94,8 @@ def profile(
     Raises: ConversionError: if neither is given and the model does not say what its input looks like. UsageError: if
         the model does not run on these inputs.
 
-    >>> from slimmable.layers import SlimLinear
-    >>> net = nn.Sequential(SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False), SlimLinear(16, 4, widths=(1.0, 0.5)))
-    >>> print(profile(net, (8,), repeats=0))
+    >>> first = slimmable.SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False)
+    >>> print(profile(nn.Sequential(first, slimmable.SlimLinear(16, 4, widths=(1.0, 0.5))), (8,), repeats=0))
      width   parameters             MACs  activations     latency
          1          212              192           20           -
        0.5           90               80           10           -
@@ -236,7 +235,6 @@ def search(
 
     Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3.
 
-    >>> import slimmable, torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> model = slimmable.slimify(net, (1.0, 0.25), example_inputs=torch.zeros(1, 4), universal=True)
     >>> [found] = search(model, lambda net: float(net[0].weight.shape[0]), 0.6, step=0.25)

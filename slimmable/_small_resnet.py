@@ -21,7 +21,7 @@ def small_resnet(
     `channels` and `blocks` are those of the four stages, `settings` any of timm's ResNets; without `num_classes` it is
     a backbone that returns features. There are no pretrained weights.
 
-    >>> import timm, torch
+    >>> import timm
     >>> timm.create_model("small_resnet", in_chans=1)(torch.zeros(2, 1, 24, 24)).shape
     torch.Size([2, 128])
     """

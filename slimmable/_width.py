@@ -39,8 +39,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
     Raises: WidthError: if a part of the model does not have this width; the message names the nearest. Or if it is none
         of its own, and another thread uses the model. ConversionError: if no part has widths, or layers were added.
 
-    >>> from slimmable import SlimLinear
-    >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
+    >>> layer = slimmable.SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> set_width(layer, 0.5)
     >>> layer.weight.shape
     torch.Size([2, 4])
@@ -56,8 +55,7 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     It holds for the thread or asyncio task that runs the block, and for what it starts there by `asyncio`.
     Raises: as `set_width`.
 
-    >>> from slimmable import SlimLinear
-    >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
+    >>> layer = slimmable.SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> with at_width(layer, 0.5):
     ...     width_of(layer)
     0.5
@@ -92,9 +90,7 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
 
     Afterwards, even after an error, every part is back at its previous width. Raises: ConversionError: as `set_width`.
 
-    >>> import torch
-    >>> from slimmable import SlimLinear
-    >>> outputs = run_widths(SlimLinear(3, 4, widths=(1.0, 0.5), slim_in=False), torch.zeros(2, 3))
+    >>> outputs = run_widths(slimmable.SlimLinear(3, 4, widths=(1.0, 0.5), slim_in=False), torch.zeros(2, 3))
     >>> {width: tuple(output.shape) for width, output in outputs.items()}
     {1.0: (2, 4), 0.5: (2, 2)}
     """
@@ -109,9 +105,7 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
 class AllWidths(nn.Module):
     """`run_widths` as a module, which gives wrappers such as DDP a single forward for all widths.
 
-    >>> import torch
-    >>> from slimmable import SlimLinear
-    >>> every = AllWidths(SlimLinear(3, 4, widths=(1.0, 0.5), slim_in=False))
+    >>> every = AllWidths(slimmable.SlimLinear(3, 4, widths=(1.0, 0.5), slim_in=False))
     >>> list(every(torch.zeros(2, 3)))
     [1.0, 0.5]
     """

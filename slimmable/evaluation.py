@@ -141,8 +141,7 @@ def evaluate_widths(
 
     Raises: ConversionError: if `backbone` was never converted. The others are as in `evaluate_features`.
 
-    >>> from slimmable.layers import SlimLinear
-    >>> backbone = nn.Sequential(nn.Flatten(), SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
+    >>> backbone = nn.Sequential(nn.Flatten(), slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
     >>> images, labels = torch.rand(20, 1, 2, 2), torch.arange(20) % 2
     >>> list(evaluate_widths(backbone, images, labels, images, labels))
     [1.0, 0.5]
@@ -363,7 +362,6 @@ def train_probe(
 
     Raises: DataError: if labels and features do not match. WidthError: if the full width is missing.
 
-    >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)
     >>> probe = train_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
     >>> probe(wide).argmax(1)[:4]
@@ -402,10 +400,9 @@ def train_slimmable_probe(
     `overlap=False` have no such features.
     Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
 
-    >>> from slimmable import at_width
     >>> wide = torch.cat([torch.eye(4)] * 8)
     >>> probe = train_slimmable_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
-    >>> with at_width(probe, 0.5):
+    >>> with slimmable.at_width(probe, 0.5):
     ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
     (tensor([0, 1]), torch.Size([4, 2]))
     """
@@ -510,8 +507,7 @@ def linear_evaluation(
     Raises: DataError: if batches, labels or features do not fit. DivergedError: if a classifier is no longer finite.
         UsageError: if `train` or `test` cannot be gone over again. CheckpointError: if `path` is of another call.
 
-    >>> from slimmable.layers import SlimLinear
-    >>> backbone = nn.Sequential(SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
+    >>> backbone = nn.Sequential(slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False))
     >>> batches = [(torch.rand(10, 4), torch.arange(10) % 3) for _ in range(4)]
     >>> linear_evaluation(backbone, batches, batches, num_classes=3, epochs=2)[0.5].linear_top5  # of three classes
     1.0

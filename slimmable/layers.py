@@ -106,9 +106,8 @@ class SlimLinear(_SlimProduct, nn.Linear):
     Shapes: (..., kept in_features) -> (..., kept out_features). Arguments: torch's, and those of `SlimConv2d`; class
     scores and embeddings should be full.
 
-    >>> from slimmable import set_width
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
-    >>> set_width(layer, 0.5)
+    >>> slimmable.set_width(layer, 0.5)
     >>> layer, layer.weight.shape
     (SlimLinear(in_features=8, out_features=4, bias=True, widths=(1.0, 0.5), width=0.5), torch.Size([2, 4]))
     """
@@ -171,10 +170,8 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
     Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
 
-    >>> import torch
-    >>> from slimmable import at_width
     >>> conv = SlimConv2d(3, 8, 3, widths=(1.0, 0.5), slim_in=False)
-    >>> with at_width(conv, 0.5):
+    >>> with slimmable.at_width(conv, 0.5):
     ...     conv(torch.zeros(1, 3, 8, 8)).shape
     torch.Size([1, 4, 6, 6])
     """
@@ -198,10 +195,8 @@ class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     Shapes: (..., *normalized_shape with a narrower last axis) -> the same. Arguments: torch's, `widths` and `rounding`
     as in `SlimConv2d`.
 
-    >>> import torch
-    >>> from slimmable import at_width
     >>> norm = SlimLayerNorm(8, widths=(1.0, 0.5))
-    >>> with at_width(norm, 0.5):
+    >>> with slimmable.at_width(norm, 0.5):
     ...     norm(torch.randn(2, 4)).shape
     torch.Size([2, 4])
     """
@@ -231,9 +226,8 @@ class SlimGroupNorm(SlimLayer, nn.GroupNorm):
 
     Shapes: (N, kept channels, ...) -> the same. Arguments: torch's, `widths` and `rounding` as in `SlimConv2d`.
 
-    >>> from slimmable import at_width
     >>> norm = SlimGroupNorm(4, 16, widths=(1.0, 0.5))
-    >>> with at_width(norm, 0.5):
+    >>> with slimmable.at_width(norm, 0.5):
     ...     norm.num_groups, tuple(norm.weight.shape)
     (2, (8,))
     """
@@ -397,10 +391,8 @@ class SwitchableProbe(SwitchableLinear):
 
     Shapes: (N, kept in_features) -> (N, num_classes).
 
-    >>> import torch
-    >>> from slimmable import at_width
     >>> probe = SwitchableProbe(8, 10, (1.0, 0.5))
-    >>> with at_width(probe, 0.5):
+    >>> with slimmable.at_width(probe, 0.5):
     ...     probe(torch.zeros(2, 4)).shape
     torch.Size([2, 10])
     """

@@ -170,7 +170,6 @@ class Cascade:
 
     Source: Wang et al., *IDK Cascades*, 2018, arXiv 1706.00885; here the models are the widths of one network.
 
-    >>> import torch, slimmable
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     >>> model = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4))
     >>> logits, widths, macs = Cascade(model, 0.9)(torch.zeros(2, 4))
@@ -291,7 +290,6 @@ def calibrate_cascade(
 ) -> Cascade:
     """Return a `Cascade` of `model`, with `options` such as `confidence`, that `Cascade.calibrate` has calibrated.
 
-    >>> import torch, slimmable
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     >>> model = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4))
     >>> held_out = [(torch.rand(20, 4), torch.arange(20) % 3)]

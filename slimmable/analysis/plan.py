@@ -322,10 +322,8 @@ class Plan:
             {"module": "layer1.0.conv1", "tensor": "weight", "axis": 0}; "pins", such axes with "size" and "reason";
             "outputs", each with its "name", its "shapes" per width, and the "reason" why it stays full or gets thinner.
 
-        >>> import torch
-        >>> from slimmable import plan
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-        >>> found = plan(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)).to_dict()
+        >>> found = slimmable.plan(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4)).to_dict()
         >>> found["macs"], found["groups"][0]["kept"], found["groups"][0]["makers"]
         ([48, 24], [8, 4], ['0'])
         """

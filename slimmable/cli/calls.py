@@ -54,7 +54,7 @@ def pretrain(**options: Any) -> Run:
     Raises: SlimmableError: where the command ends with exit code 2, in its words, with its names of the options.
         MissingPackageError: without the extra `cli`.
 
-    >>> import slimmable, tempfile
+    >>> import tempfile
     >>> options = dict(method="simclr", num_images=16, batch_size=8, epochs=1, widths=(1.0, 0.5), device="cpu")
     >>> run = slimmable.pretrain(**options, workers=0, output=tempfile.mkdtemp(), quiet=True)
     >>> [row.width for row in run.rows]

@@ -66,7 +66,7 @@ def export(
         does not have a width. SlimmableError: if torch or onnxruntime cannot follow the model. MissingPackageError:
         without the extra `onnx`.
 
-    >>> import numpy, onnxruntime, slimmable, tempfile
+    >>> import numpy, onnxruntime, tempfile
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     >>> slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> path = Path(tempfile.mkdtemp(), "net.onnx")

@@ -116,7 +116,7 @@ class Programs:
     `programs(images, width=0.5)` returns what the model does at this width. Load only files that you trust.
     Raises: CheckpointError: if there is no such file. WidthError: of a call at another width.
 
-    >>> import slimmable, tempfile
+    >>> import tempfile
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     >>> slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> path = Path(tempfile.mkdtemp(), "net.pt2")

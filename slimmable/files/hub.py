@@ -67,7 +67,7 @@ def save_pretrained(
     Raises: CheckpointError: as for `save`, and if the folder has the `config.json` of another network.
         WidthError: if there is an accuracy of an unknown width.
 
-    >>> import slimmable, tempfile, timm
+    >>> import tempfile, timm
     >>> model = slimmable.slimify(timm.create_model("test_resnet", num_classes=3), (1.0, 0.5))
     >>> folder = Path(tempfile.mkdtemp(), "resnet")
     >>> slimmable.save_pretrained(model, folder, accuracy={1.0: {"top-1": 0.8}, 0.5: {"top-1": 0.7}})

@@ -56,7 +56,7 @@ def save(model: nn.Module, path: str | Path, *, arguments: Mapping[str, Any] | N
 
     Raises: CheckpointError: if the arguments make another model, something cannot be saved, or writing fails.
 
-    >>> import slimmable, tempfile, timm
+    >>> import tempfile, timm
     >>> model = slimmable.slimify(timm.create_model("test_resnet", num_classes=3), (1.0, 0.5))
     >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
     >>> slimmable.save(model, path)
@@ -128,9 +128,8 @@ def full_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
         model: a converted or gated model, a part or wrapper of one, a model built by hand, or a plain model.
         prefix, keep_vars: as in `torch.nn.Module.state_dict`.
 
-    >>> from slimmable import slimify
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    >>> slim = slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
+    >>> slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> net.load_state_dict(full_state_dict(slim))
     <All keys matched successfully>
     """

@@ -67,10 +67,9 @@ def gate(
 
     Source: Krishna et al. 2023 gate the inner channels of residual blocks; other architectures and widths are new here.
 
-    >>> from slimmable.gating import gate, gated
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
     >>> model = gate(net, example_inputs=torch.zeros(2, 4))
-    >>> with gated(model.train()) as run:
+    >>> with slimmable.gating.gated(model.train()) as run:
     ...     scores = model(torch.randn(3, 4))
     >>> {name: tuple(mask.shape) for name, mask in run.masks().items()}
     {'2': (3, 32)}

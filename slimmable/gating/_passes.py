@@ -332,7 +332,6 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
     `model` may be wrapped. A copy made inside the block stays gated, so make copies outside.
     Raises: UsageError: if the model has no gates, or holds several gated models.
 
-    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> with gated(model) as run:
@@ -361,7 +360,6 @@ def dense(model: nn.Module) -> AbstractContextManager[None]:
 
     Raises: UsageError: if the model has no gates.
 
-    >>> import torch, slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
     >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> with dense(model):
@@ -459,7 +457,6 @@ class GateBudget(nn.Module):
     of multiply-adds of the last batch, without gradient, None at first, and `reached_at` maps each width to its last.
     The budget is a share of the dense network's, in (0, 1), including the gates. Source: Krishna et al. 2023.
 
-    >>> import slimmable
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
     >>> criterion = GateBudget(0.5)

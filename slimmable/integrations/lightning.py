@@ -42,9 +42,8 @@ class SlimCallback(Callback):
 
     >>> from lightning.pytorch import Trainer
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
-    >>> from slimmable.layers import SlimLinear
     >>> module = BoringModel()
-    >>> module.layer = SlimLinear(32, 2, widths=(1.0, 0.5), slim_in=False)
+    >>> module.layer = slimmable.SlimLinear(32, 2, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(module)
     >>> Trainer(accelerator="cpu", max_steps=1, barebones=True, callbacks=[SlimCallback(recipe)]).fit(module)
     >>> list(recipe.losses)

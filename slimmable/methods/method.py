@@ -27,7 +27,6 @@ class Encoder(nn.Module):
 
     Convert both together: the features between them become narrower with the backbone; the embedding keeps its size.
 
-    >>> import torch, slimmable
     >>> encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 6))
     >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
     >>> with slimmable.at_width(encoder, 0.5):
@@ -76,7 +75,6 @@ class Method(nn.Module):
     With several processes, each sees its own part of the batch. A step followed by `average_gradients` then gives the
     gradients, and the BatchNorm statistics, of one process that sees the whole batch.
 
-    >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder, SimCLR
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
     >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))

@@ -127,7 +127,6 @@ class Supervised(Method):
         encoder: a converted `Encoder` whose projector is the classifier: images in, class scores out.
         label_smoothing: fraction of the probability that is spread over all classes.
 
-    >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
     >>> encoder = Encoder(backbone, Supervised.projector(8, num_classes=3))
@@ -309,7 +308,6 @@ class DINO(Method):
         center_momentum: fraction of itself that the centre of the teacher's outputs keeps in a step.
         freeze: fraction of the training in which the encoder's last layer is not trained; as published, one epoch.
 
-    >>> import slimmable
     >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> encoder = Encoder(backbone, DINO.projector(8, 16, 32))
@@ -516,7 +514,6 @@ class BYOL(_WithMomentum):
         predictor: a converted module, embeddings in, embeddings of the same size out, as `predictor` makes one.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
-    >>> import torch, slimmable
     >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
     >>> encoder = Encoder(backbone, BYOL.projector(8, 16, 4))

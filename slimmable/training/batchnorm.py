@@ -48,8 +48,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     Raises: WidthError: if the model lacks one of `widths`. DataError: if `loader` is empty or holds anything other than
         batches, or statistics are not finite. UsageError: if `widths` is a single width, or `loader` is not iterable.
 
-    >>> from slimmable.layers import SwitchableBatchNorm1d
-    >>> model = nn.Sequential(SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
+    >>> model = nn.Sequential(slimmable.layers.SwitchableBatchNorm1d(4, widths=(1.0, 0.5), slim=False))
     >>> calibrate_bn(model, [torch.full((8, 4), 3.0), torch.full((8, 4), 5.0)], widths=[0.5])
     >>> with at_width(model, 0.5):
     ...     model[0].running_mean

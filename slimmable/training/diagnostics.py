@@ -55,9 +55,8 @@ class GradientDiagnostics:
 
     Raises: ConversionError: if nothing in `model` reacts to widths.
 
-    >>> from slimmable import SlimLinear, SlimRecipe
-    >>> model = SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
-    >>> recipe, diagnostics = SlimRecipe(model, loss_weights="ones"), GradientDiagnostics(model, every=50)
+    >>> model = slimmable.SlimLinear(4, 2, widths=(1.0, 0.5), slim_out=False)
+    >>> recipe, diagnostics = slimmable.SlimRecipe(model, loss_weights="ones"), GradientDiagnostics(model, every=50)
     >>> for width in recipe.widths(progress=1.0):
     ...     recipe.loss(model(torch.ones(1, int(4 * width))).sum()).backward()
     ...     diagnostics.after_backward(width)

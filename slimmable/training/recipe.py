@@ -51,8 +51,7 @@ class SlimRecipe:
         distillations: width -> its distillation in the last step, detached, less its `OnlineDistillation.floor`.
         steps_done: how many steps `backward` and `total` have run.
 
-    >>> from slimmable.layers import SlimLinear
-    >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+    >>> model = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
     >>> recipe = SlimRecipe(model, slow_start=0.5, steps=2)
     >>> recipe
     SlimRecipe(widths=(1.0, 0.5), distill=None, loss_weights=(1.5, 1.0), slow_start=0.5, random_widths=0)
@@ -145,8 +144,7 @@ class SlimRecipe:
 
         All widths' graphs are alive until then. Arguments and errors are those of `backward`.
 
-        >>> from slimmable.layers import SlimLinear
-        >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+        >>> model = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
         >>> recipe = SlimRecipe(model, loss_weights="ones")
         >>> total = recipe.total(lambda: model(torch.ones(2, 4)).square().mean())
         >>> bool(total.isclose(sum(recipe.losses.values())))
@@ -194,8 +192,7 @@ class SlimRecipe:
     def step(self, function: Callable[P, Loss]) -> Callable[P, Tensor]:
         """Decorate a function that returns a loss, so that calling it is `backward` on it, with its arguments.
 
-        >>> from slimmable.layers import SlimLinear
-        >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+        >>> model = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
         >>> @SlimRecipe(model).step
         ... def training_step(x):
         ...     return model(x).square().mean()
@@ -239,12 +236,11 @@ class SlimRecipe:
             progress: fraction of the training done, in [0, 1].
             step: number of this step; random widths then depend only on it and `seed`, not on the draws before.
 
-        >>> from slimmable import SlimLinear, width_of
-        >>> model = SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
+        >>> model = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_in=False)
         >>> recipe = SlimRecipe(model)
         >>> for width in recipe.widths(progress=0.9):
         ...     recipe.loss(model(torch.ones(2, 4)).square().mean()).backward()
-        >>> width, width_of(model)
+        >>> width, slimmable.width_of(model)
         (0.5, 1.0)
         """
         check_fraction("SlimRecipe", progress=progress)
@@ -262,8 +258,7 @@ class SlimRecipe:
 
         Raises: UsageError: if called outside the loop, or at a narrower width but not at the widest.
 
-        >>> from slimmable.layers import SlimLinear
-        >>> model, norm = SlimLinear(4, 8, widths=(1.0, 0.5), slim_out=False), nn.BatchNorm1d(8)
+        >>> model, norm = slimmable.SlimLinear(4, 8, widths=(1.0, 0.5), slim_out=False), nn.BatchNorm1d(8)
         >>> recipe = SlimRecipe(model)
         >>> for width in recipe.widths(progress=1.0):
         ...     with recipe.once(norm):

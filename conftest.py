@@ -1,0 +1,11 @@
+"""What the examples in docstrings take as imported."""
+
+import pytest
+import torch
+
+import slimmable
+
+
+@pytest.fixture(autouse=True)
+def names_of_examples(doctest_namespace):
+    doctest_namespace |= {"torch": torch, "nn": torch.nn, "slimmable": slimmable}
