@@ -29,8 +29,8 @@ from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.analysis.trace import Outputs
 from slimmable.errors import ConversionError, WidthError
 from slimmable.view.norms import Switchable, SwitchableContainer, SwitchableNorm, inherit
-from slimmable.view.state import Counts, WidthState, is_slim, state_of
-from slimmable.view.view import column_of, install_view, narrow_tensors, remove_view
+from slimmable.view.state import Counts, WidthState, is_slim, state_of, take
+from slimmable.view.view import column_of, full_tensor, install_view, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 M = TypeVar("M", bound=nn.Module)
@@ -186,10 +186,10 @@ def extract(model: M, width: Setting) -> M:
                 if state.plan is None or (state.path, name) in state.plan.channels.sizes:  # it was a parameter
                     what = f"{f'{state.path}.{name}'.lstrip('.')} is no longer a parameter, as after weight_norm"
                     raise ConversionError(f"{what}; make that permanent, or call slimmable.slimify again, then extract")
-            for name, part in narrow_tensors(module, state.active).items():
-                full = {**module._parameters, **module._buffers, **module.__dict__}[name]
-                if id(full) not in memo:
-                    part = part.detach()
+            for name, cut in state.active.cuts.items():
+                full = full_tensor(module, name)
+                if full is not None and id(full) not in memo:
+                    part = take(full, cut).detach()
                     if full.is_contiguous():  # also of quantised tensors, which are only copied this way
                         own = part.clone(memory_format=torch.contiguous_format)
                     else:  # laid out as the full one, such as in `channels_last`

@@ -55,10 +55,9 @@ class WidthController:
         self._ms = _by_width("latencies", latencies if rows is None else {row.width: row.latency_ms for row in rows})
         _check(0 < number_or_nan(deadline_ms) < math.inf, "deadline_ms must be positive", deadline_ms)
         _check(0 < number_or_nan(quantile) < 1, "quantile must be in (0, 1)", quantile)
-        _check(
-            isinstance(window, int) and 1 <= number_or_nan(window) < 2**31, "window must be a number of calls", window
-        )
-        _check(callable(clock) and not isinstance(clock, type), "clock must be a function", clock)
+        counts = isinstance(window, int) and 1 <= number_or_nan(window) < 2**31
+        _check(counts, "window must be a number of calls", window)
+        _check(_is_function(clock), "clock must be a function", clock)
         self._deadline, self._quantile, self._clock = deadline_ms, quantile, clock
         self._ratios: deque[float] = deque(maxlen=window)
         self.width = self._widest(1.0)
@@ -182,12 +181,8 @@ class Cascade:
         _check(is_module or hasattr(model, "widths"), "model must be a converted model or a Session", model)
         self._net: Any = _Module(model) if is_module else model
         self.widths: tuple[float, ...] = self._net.widths
-        named = confidence in ("probability", "margin") if isinstance(confidence, str) else callable(confidence)
-        _check(
-            named and not isinstance(confidence, type),
-            "confidence must be 'probability', 'margin' or a function",
-            confidence,
-        )
+        known = confidence in ("probability", "margin") if isinstance(confidence, str) else _is_function(confidence)
+        _check(known, "confidence must be 'probability', 'margin' or a function", confidence)
         self.confidence, self._macs = confidence, None if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
         given: Any = [*threshold] if isinstance(threshold, Sequence) else [threshold] * len(steps)
@@ -233,11 +228,8 @@ class Cascade:
             with explained("loader must give class numbers", kind=DataError):
                 labels, classes = _array(batch[-1]), scores[0].shape[1]
             fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels) > 0
-            _check(
-                fit and 0 <= labels.min() <= labels.max() < classes,
-                f"loader must give a class number below {classes} for each image",
-                batch,
-            )
+            fit = fit and 0 <= labels.min() <= labels.max() < classes
+            _check(fit, f"loader must give a class number below {classes} for each image", batch)
             parts.append([[self._sureness(x), _array(x).argmax(1) != labels] for x in scores])
         _check(bool(parts), "loader must give batches (images, class numbers)", loader)
         _check({*order} <= {*self.macs}, "macs must be given, as the file does not name multiply-adds", self.macs)
@@ -305,13 +297,16 @@ def _check(holds: bool, what: str, value: object) -> None:
         raise UsageError(f"{what}, got {value!r:.80}")
 
 
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)
+
+
 def _by_width(what: str, given: Any, widths: Iterable[float] = ()) -> dict[float, float]:
     """Return positive numbers by width, the widest first."""
-    known = isinstance(given, Mapping) and given and set(widths) <= set(given)
-    known = known and all(
-        0 < number_or_nan(key) <= 1 and 0 < number_or_nan(each) < math.inf for key, each in given.items()
-    )
-    _check(bool(known), f"{what} must be a positive number for each width", given)
+    holds = isinstance(given, Mapping) and given and set(widths) <= set(given)
+    holds = holds and all(0 < number_or_nan(width) <= 1 for width in given)
+    holds = holds and all(0 < number_or_nan(each) < math.inf for each in given.values())
+    _check(bool(holds), f"{what} must be a positive number for each width", given)
     return dict(sorted(given.items(), reverse=True))
 
 

@@ -64,7 +64,7 @@ def column_of(
     caches: Mapping[str, object] | None = None,
 ) -> Column:
     """Return what a module has at a width, by the units kept of its tensors' axes, and the values of attributes."""
-    full = ((name, _full_tensor(module, name), axes) for name, axes in kept.items())
+    full = ((name, full_tensor(module, name), axes) for name, axes in kept.items())
     cuts = {name: make_cut(it, axes, f"{type(module).__name__}.{name}") for name, it, axes in full if it is not None}
     empty = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
     return Column(width, cuts={name: cut for name, cut in cuts.items() if cut}, values=dict(values), caches=empty)
@@ -86,13 +86,8 @@ def _without_view(kind: type) -> type:
     return type(kind.__name__, tuple(map(_without_view, kind.__bases__)), body)
 
 
-def narrow_tensors(module: nn.Module, column: Column) -> dict[str, Tensor]:
-    """Return the slices of a column, if a guest the active one; they share the module's memory where possible."""
-    full = ((name, _full_tensor(module, name), cut) for name, cut in column.cuts.items())
-    return {name: take(tensor, cut) for name, tensor, cut in full if tensor is not None}
-
-
-def _full_tensor(module: nn.Module, name: str) -> Tensor | None:
+def full_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter, buffer or plain tensor of a module as it is at full width."""
     own = module.__dict__
     for store in (own["_parameters"], own["_buffers"], own, own.get("_slim_lent", {})):
         if name in store:

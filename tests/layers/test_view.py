@@ -15,10 +15,11 @@ from torch.func import functional_call
 from slimmable._convert import extract
 from slimmable._width import set_width
 from slimmable.errors import ConversionError
+from slimmable.view.state import take
 from slimmable.view.view import (
+    full_tensor,
     install_view,
     is_slim,
-    narrow_tensors,
     remove_view,
     state_of,
 )
@@ -191,7 +192,7 @@ def test_remove_view_is_the_inverse():
 def test_narrow_parts_for_extraction():
     module = scaled()
     column = state_of(module).columns[2]
-    tensors = narrow_tensors(module, column)
+    tensors = {name: take(full_tensor(module, name), cut) for name, cut in column.cuts.items()}
     assert set(tensors) == {"weight", "gain", "offset"}
     assert torch.equal(tensors["offset"], module.offset[[0, 4]])
     assert column.values == {"rows": 2, "shape": (2, 2)}
