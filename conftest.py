@@ -8,4 +8,5 @@ import slimmable
 
 @pytest.fixture(autouse=True)
 def names_of_examples(doctest_namespace):
+    """Let examples use these names."""
     doctest_namespace |= {"torch": torch, "nn": torch.nn, "slimmable": slimmable}
