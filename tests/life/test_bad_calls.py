@@ -446,7 +446,7 @@ CALLS: dict[str, Call] = {
             "width": Argument(lambda: None, bad.setting().optional().bad),
             "widths": Argument(lambda: None, bad.widths().optional().bad),
             "example_inputs": EXAMPLE,
-            "calibration": LOADER.optional(),
+            "calibration": Argument(lambda: None, LOADER.optional().bad),
         }
     ),
     "deploy.Programs": Call({"path": bad.path(programs)}),
