@@ -1,6 +1,6 @@
 """`slimmable.export`: one width, or all in one file, for `torch.export.load`, an ONNX runtime or `slimmable.load`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,16 @@ from torch.utils._pytree import tree_map_only
 from slimmable._atomic import write_aside
 from slimmable._checks import check_whole, checked
 from slimmable._convert import copy_of, extract
-from slimmable._inputs import Inputs
+from slimmable._inputs import Arguments, Inputs
 from slimmable._modules import in_eval_mode
 from slimmable._profile import profile
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
-from slimmable.deploy import onnx, programs
+from slimmable.deploy import int8, onnx, programs
 from slimmable.deploy.programs import TOLERANCE, Program, batch_of, difference
-from slimmable.errors import SlimmableError, UsageError, require
+from slimmable.errors import DataError, SlimmableError, UsageError, require
 from slimmable.files.model import full_network, load, read, save
+from slimmable.training.batchnorm import ModelInput, arguments_of
 
 FORMATS = ("pt2", "onnx", "safetensors")
 
@@ -44,6 +45,7 @@ def export(
     width: float | None = None,
     widths: Iterable[float] | None = None,
     example_inputs: Any = None,
+    calibration: Iterable[ModelInput] | None = None,
 ) -> None:
     """Write a converted model as one file for other programs: all its widths, or a single one.
 
@@ -61,8 +63,11 @@ def export(
         widths: those in the file, with 1.0 among them; by default, all that the model has.
         example_inputs: as for `slimify`; timm models need none. The inputs of a program have the names of the forward's
             parameters, a single one with four axes is `images`; a single output is `output`.
+        calibration: batches as for `calibrate_bn`, a few hundred images: a `.onnx` file then computes in int8, within a
+            quarter of the largest output on the first batch, or none is written. Each width has weights of its own.
 
-    Raises: UsageError: if the suffix is another one, or both `width` and `widths` are given. WidthError: if the model
+    Raises: UsageError: if the suffix is another one, or both `width` and `widths` are given. DataError: if
+        `calibration` is empty or holds anything other than batches. WidthError: if the model
         does not have a width. SlimmableError: if torch or onnxruntime cannot follow the model. MissingPackageError:
         without the extra `onnx`.
 
@@ -75,12 +80,12 @@ def export(
     >>> session.run(None, {"input": numpy.ones((3, 4), numpy.float32), "width": numpy.array(1)})[0].shape
     (3, 2)
     """
-    write(model, Path(path), width, widths, example_inputs)
+    write(model, Path(path), width, widths, example_inputs, calibration)
 
 
 def write(
     model: nn.Module, path: Path, width: float | None = None, widths: Iterable[float] | None = None,
-    example_inputs: Any = None, **saving: Any,
+    example_inputs: Any = None, calibration: Iterable[ModelInput] | None = None, **saving: Any,
 ) -> File:  # fmt: skip
     """Write a file as `export` does, and tell how far it is off; `saving` is for `slimmable.save`."""
     check_whole("export", model)
@@ -92,6 +97,15 @@ def write(
     chosen = known if widths is None else check_widths(widths)
     if kind == "safetensors" and width is None and chosen != known:
         raise UsageError(f"export: a .safetensors file holds all widths, {known}; leave out widths={chosen}")
+    batches, bound = list[Arguments](), TOLERANCE if calibration is None else int8.LARGEST
+    if calibration is not None:
+        if kind != "onnx" or not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, str, Mapping)):
+            given = f"{path} and calibration={type(calibration).__name__}"
+            raise UsageError(f"export: int8 needs a path that ends in .onnx and a loader of batches; got {given}")
+        batches = [arguments_of(each, torch.device("cpu"), "export: calibration") for each in calibration]
+        if not batches:
+            raise DataError("export: calibration is empty; give at least one batch")
+        example_inputs = Inputs(*batches[0][0], **batches[0][1])
     for package in onnx.PACKAGES if kind == "onnx" else ():
         require(package, package, extra="onnx")
     if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
@@ -110,27 +124,29 @@ def write(
         else:
             traced = []
             for each in runs:
-                with nullcontext() if each is None else at_width(network, each):
-                    traced.append(programs.trace(network, three))
+                with nullcontext() if each is None or batches else at_width(network, each):
+                    own = extract(network, each).eval() if each is not None and batches else network
+                    traced.append(programs.trace(own, three))
             any_batch = all(each.range_constraints for each in traced)  # the number of images has a range
             names = programs.names_of(network, traced[0], three)
+            ready = [int8.quantized(each, names, batches) for each in traced] if batches else traced
             if kind == "pt2" and width is None:
                 program = programs.save_programs(traced, chosen, aside)
             elif kind == "pt2":
                 program = programs.save_pt2(traced[0], aside)
             elif width is not None:
-                program = onnx.save_onnx(traced[0], aside, names)
+                program = onnx.save_onnx(ready[0], aside, names)
             else:
                 rows = profile(network, example_inputs=batch_of(network, three, 1), repeats=0).rows
-                program = onnx.save_joined(traced, aside, names, chosen, {row.width: row.macs for row in rows})
+                program = onnx.save_joined(ready, aside, names, chosen, {row.width: row.macs for row in rows})
         offs = []
         for each in runs:
             with nullcontext() if each is None else at_width(network, each):
                 run = program if each is None else partial(program, width=each)
                 offs.append(difference(network, run, one, *([three] if any_batch else [])))
-            if not offs[-1] <= TOLERANCE:
+            if not offs[-1] <= bound:
                 where = "" if each is None else f" at width {each}"
-                by = f"{offs[-1]:.1e} of the largest output{where} (allowed: {TOLERANCE:g})"
+                by = f"{offs[-1]:.1e} of the largest output{where} (allowed: {bound:g})"
                 raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
         size = sum(part.stat().st_size for part in aside.parent.iterdir())
         files.append(File(path.name, width, size, max(offs), any_batch))

@@ -18,11 +18,12 @@ from slimmable.errors import UsageError, explained, require
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SELECTOR = "width"
 _PRODUCTS = ("MatMul", "Gemm")
+_INT8 = ("QuantizeLinear", "DequantizeLinear")  # a runtime computes in int8 if their scales are the branch's own
 
 
-def save_onnx(program: ExportedProgram, path: Path, names: Names | None = None) -> Program:
-    """Write `program` as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
-    written = to_onnx(program, names)
+def save_onnx(program: Any, path: Path, names: Names | None = None) -> Program:
+    """Write a program as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
+    written = to_onnx(program, names) if isinstance(program, ExportedProgram) else program
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()
     written.save(path)
@@ -30,10 +31,13 @@ def save_onnx(program: ExportedProgram, path: Path, names: Names | None = None) 
 
 
 def save_joined(
-    programs: Sequence[ExportedProgram], path: Path, names: Names, widths: Sequence[float], macs: Mapping[float, int]
+    programs: Sequence[Any], path: Path, names: Names, widths: Sequence[float], macs: Mapping[float, int]
 ) -> Program:
-    """Write the programs of these widths as one, and return it as loaded, called with one of them as `width`."""
-    written = [to_onnx(each, names, optimize=False) for each in programs]
+    """Write the programs of these widths as one, and return it as loaded, called with one of them as `width`.
+
+    Programs are those of torch, or `ONNXProgram`s that are taken apart.
+    """
+    written = [to_onnx(each, names, optimize=False) if isinstance(each, ExportedProgram) else each for each in programs]
     about = {"widths": [*widths], "macs": [macs.get(width) for width in widths]}
     written[0].model = _join([each.model for each in written], about)
     written[0].save(path)
@@ -154,7 +158,8 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
     initializers = list(graph.initializers.values())
     fixed, ends = set(initializers), set(graph.outputs)
     for node in graph:
-        if node.inputs and all(each is None or each in fixed for each in node.inputs):
+        known = all(each is None or each in fixed for each in node.inputs)
+        if node.inputs and known and node.op_type not in _INT8:
             fixed.update(node.outputs)
     inner = [value for node in graph.all_nodes() for value in node.outputs]
     inner += [value for part in graph.subgraphs() if part is not graph for value in part.inputs]
@@ -170,7 +175,8 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
         constant = shared.constant(value.name, value.const_value)
         users = [(user, place) for user, place in value.uses() if not fixed.issuperset(user.outputs)]
         users = [(user, place) for user, place in users if user.op_type not in _PRODUCTS]
-        if users and constant.shape and constant.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
+        local = constant.shape or any(user.op_type in _INT8 for user, _ in users)
+        if users and local and constant.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
             first.append(ir.node("Reshape", [constant, shared.integers([*constant.shape.numpy()])]))
             first[-1].outputs[0].name = f"{prefix}{constant.name}, whole"
             for user, place in users:

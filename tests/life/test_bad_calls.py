@@ -446,6 +446,10 @@ CALLS: dict[str, Call] = {
             "width": Argument(lambda: None, bad.setting().optional().bad),
             "widths": Argument(lambda: None, bad.widths().optional().bad),
             "example_inputs": EXAMPLE,
+            "calibration": Argument(
+                lambda: None,
+                {name: bad.Of(lambda _, make=make: make()) for name, make in LOADER.optional().values().items()},
+            ),
         }
     ),
     "deploy.Programs": Call({"path": bad.path(programs)}),
