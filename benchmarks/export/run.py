@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 import slimmable
 from benchmarks.measuring import append_rows, markdown, read_rows
 from slimmable import SlimmableError
-from slimmable.deploy.onnx import save_onnx
+from slimmable.deploy.onnx import save_onnx, to_onnx
 from slimmable.deploy.programs import TOLERANCE, Program, difference, save_pt2, trace
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,10 @@ def examine(model: nn.Module, images: torch.Tensor) -> Row:
     except SlimmableError as error:
         return row | {"error": str(error)}
     row["batch"] = "any" if program.range_constraints else "1"
-    savers: dict[str, Callable[[ExportedProgram, Path], Program]] = {"pt2": save_pt2, "onnx": save_onnx}
+    savers: dict[str, Callable[[ExportedProgram, Path], Program]] = {
+        "pt2": save_pt2,
+        "onnx": lambda program, path: save_onnx(to_onnx(program), path),
+    }
     for kind, save in savers.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"program.{kind}"

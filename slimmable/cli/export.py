@@ -109,10 +109,10 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
 
     def fill(folder: Path) -> None:
         example = torch.zeros(2, *source.image)
-        saving = {"arguments": None if ":" in source.name else source.arguments}  # if timm reads more of them
+        arguments = None if ":" in source.name else source.arguments  # if timm reads more of them
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
-            files.append(write(source.model, path, width, None, example, **saving))
+            files.append(write(source.model, path, width, None, example, arguments=arguments))
         one = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=one, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

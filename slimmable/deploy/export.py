@@ -67,9 +67,8 @@ def export(
             quarter of the largest output on the first batch, or none is written. Each width has weights of its own.
 
     Raises: UsageError: if the suffix is another one, or both `width` and `widths` are given. DataError: if
-        `calibration` is empty or holds anything other than batches. WidthError: if the model
-        does not have a width. SlimmableError: if torch or onnxruntime cannot follow the model. MissingPackageError:
-        without the extra `onnx`.
+        `calibration` is empty or holds anything other than batches. WidthError: if the model does not have a width.
+        SlimmableError: if torch or onnxruntime cannot follow the model. MissingPackageError: without the extra `onnx`.
 
     >>> import numpy, onnxruntime, tempfile
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -124,21 +123,24 @@ def write(
         else:
             traced = []
             for each in runs:
-                with nullcontext() if each is None or batches else at_width(network, each):
-                    own = extract(network, each).eval() if each is not None and batches else network
+                with nullcontext() if each is None else at_width(network, each):
+                    own = extract(network, each) if each is not None and batches else network
                     traced.append(programs.trace(own, three))
             any_batch = all(each.range_constraints for each in traced)  # the number of images has a range
             names = programs.names_of(network, traced[0], three)
-            ready = [int8.quantized(each, names, batches) for each in traced] if batches else traced
             if kind == "pt2" and width is None:
                 program = programs.save_programs(traced, chosen, aside)
             elif kind == "pt2":
                 program = programs.save_pt2(traced[0], aside)
-            elif width is not None:
-                program = onnx.save_onnx(ready[0], aside, names)
             else:
-                rows = profile(network, example_inputs=batch_of(network, three, 1), repeats=0).rows
-                program = onnx.save_joined(ready, aside, names, chosen, {row.width: row.macs for row in rows})
+                single = width is not None  # cuts of shared weights must not be folded
+                make = partial(int8.quantized, batches=batches) if batches else partial(onnx.to_onnx, optimize=single)
+                written = [make(each, names) for each in traced]
+                if single:
+                    program = onnx.save_onnx(written[0], aside)
+                else:
+                    rows = profile(network, example_inputs=batch_of(network, three, 1), repeats=0).rows
+                    program = onnx.save_joined(written, aside, chosen, {row.width: row.macs for row in rows})
         offs = []
         for each in runs:
             with nullcontext() if each is None else at_width(network, each):

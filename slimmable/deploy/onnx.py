@@ -21,23 +21,16 @@ _PRODUCTS = ("MatMul", "Gemm")
 _INT8 = ("QuantizeLinear", "DequantizeLinear")  # a runtime computes in int8 if their scales are the branch's own
 
 
-def save_onnx(program: Any, path: Path, names: Names | None = None) -> Program:
-    """Write a program as ONNX, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
-    written = to_onnx(program, names) if isinstance(program, ExportedProgram) else program
+def save_onnx(written: Any, path: Path) -> Program:
+    """Write an `ONNXProgram`, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()
     written.save(path)
     return load_onnx(path)
 
 
-def save_joined(
-    programs: Sequence[Any], path: Path, names: Names, widths: Sequence[float], macs: Mapping[float, int]
-) -> Program:
-    """Write the programs of these widths as one, and return it as loaded, called with one of them as `width`.
-
-    Programs are those of torch, or `ONNXProgram`s that are taken apart.
-    """
-    written = [to_onnx(each, names, optimize=False) if isinstance(each, ExportedProgram) else each for each in programs]
+def save_joined(written: Sequence[Any], path: Path, widths: Sequence[float], macs: Mapping[float, int]) -> Program:
+    """Write `ONNXProgram`s of these widths, which are taken apart, as one; return it, called with one as `width`."""
     about = {"widths": [*widths], "macs": [macs.get(width) for width in widths]}
     written[0].model = _join([each.model for each in written], about)
     written[0].save(path)
@@ -45,7 +38,7 @@ def save_joined(
     return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor(widths.index(width)))
 
 
-def to_onnx(program: ExportedProgram, names: Names | None, optimize: bool = True) -> Any:
+def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool = True) -> Any:
     """Return `program` as torch's `ONNXProgram`, whose `model` is one of `onnx_ir`, with these inputs and outputs."""
     settings: dict[str, Any] = dict(zip(("input_names", "output_names"), names or (), strict=False))
     settings |= {"dynamo": True, "verbose": False, "optimize": optimize}
