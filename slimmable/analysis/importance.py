@@ -1,6 +1,7 @@
 """Importance of units: rank those of each channel group, and permute them while the network computes the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -8,20 +9,44 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slimmable._modules import size_axes, tensors_of
+from slimmable._tables import listed
 from slimmable.analysis.plan import AxisName, Plan
+from slimmable.errors import ConversionError
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
+Importance: TypeAlias = Callable[[nn.Module, Plan], Sequence[Any]]
+"""A function of a plain model and its plan that returns, for each of `plan.groups`, one score per unit."""
 
 
-def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
-    """Return the units of each group, the most important first: by the L1 norm of the weights that read them.
+def order_units(model: nn.Module, plan: Plan, importance: str | Importance) -> list[Order]:
+    """Return the units of each group, the most important first; a group whose order matters keeps its order."""
+    if not callable(importance):
+        scores = magnitude(model, plan)
+    else:
+        called = getattr(importance, "__name__", repr(importance))
+        try:
+            scores = [np.asarray(torch.as_tensor(each).detach().double().cpu()) for each in importance(model, plan)]
+        except (TypeError, ValueError) as error:
+            raise ConversionError(f"importance {called} must return a list of arrays of numbers: {error}") from error
+        sizes, found = [(group.units,) for group in plan.groups], [each.shape for each in scores]
+        if sizes != found or not all(np.isfinite(each).all() for each in scores):
+            what = f"of shapes {listed([*map(str, found)], most=6)}, or scores that are not finite"
+            need = f"one score per unit of each of plan.groups: {listed([*map(str, sizes)], most=6)}"
+            raise ConversionError(f"importance {called} returned {len(scores)} arrays {what}; it must return {need}")
+    pairs = zip(plan.groups, scores, strict=True)
+    return [np.arange(len(own)) if group.ordered else np.argsort(-own, kind="stable") for group, own in pairs]
+
+
+def magnitude(model: nn.Module, plan: Plan, inputs: Mapping[str, NDArray[Any]] | None = None) -> list[NDArray[Any]]:
+    """Return for each group how much its units weigh: the L1 norm of the weights that read them.
 
     Weights that make a unit do not count, since a normalization cancels their size. If no convolution or linear layer
-    reads a group, all its weights with more than one axis count. A group whose order matters keeps its order.
+    reads a group, all its weights with more than one axis count. What `inputs` holds of a layer, the mean size of each
+    of its inputs, its weights are multiplied with.
 
     Source: Cai et al., Once-for-All, ICLR 2020, section 3.3, and its code. Measured in `benchmarks/importance`.
     """
-    orders = []
+    scores = []
     for group in plan.groups:
         read, total = np.zeros(group.units), np.zeros(group.units)
         for (path, name, axis), units in group.members.items():
@@ -29,13 +54,12 @@ def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
             tensor, sizes = module._parameters.get(name), size_axes(module)
             if tensor is not None and tensor.ndim > 1:
                 others = [i for i in range(tensor.ndim) if i != axis]
-                size = tensor.detach().abs().float().sum(others).cpu().numpy()[units >= 0]
-                np.add.at(total, units[units >= 0], size)
+                size = tensor.detach().abs().float().sum(others).cpu().numpy()
+                np.add.at(total, units[units >= 0], size[units >= 0])
                 if axis in (sizes.get("in_features"), sizes.get("in_channels")):
-                    np.add.at(read, units[units >= 0], size)
-        importance = read if read.any() else total
-        orders.append(np.arange(group.units) if group.ordered else np.argsort(-importance, kind="stable"))
-    return orders
+                    np.add.at(read, units[units >= 0], (size * (inputs or {}).get(path, 1.0))[units >= 0])
+        scores.append(read if read.any() else total)
+    return scores
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:

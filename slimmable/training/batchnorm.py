@@ -62,7 +62,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     with registered(model, chosen):
         if chosen:
             with at_width(model, chosen[0]):
-                _collect(model, loader, chosen, model.modules())
+                collect(model, loader, chosen, model.modules())
 
 
 @checked
@@ -70,10 +70,10 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    _collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1])
+    collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1])
 
 
-def _collect(
+def collect(
     model: nn.Module, loader: Iterable[ModelInput], widths: Sequence["Setting | None"], modules: Iterable[nn.Module]
 ) -> None:
     """Run every batch at each of `widths` (None: the active one); norms of `modules` that run get new statistics."""

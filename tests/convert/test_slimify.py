@@ -414,9 +414,9 @@ def test_importance_by_magnitude_keeps_the_function_and_puts_large_channels_firs
     with torch.no_grad():
         assert oracles.difference(slim(images), model(images)) < 1e-12
     plan = slimmable.plan(slimmable.extract(slim, 1.0), WIDTHS, example_inputs=images)
-    from slimmable.analysis.importance import order_by_magnitude
+    from slimmable.analysis.importance import order_units
 
-    for order in order_by_magnitude(slimmable.extract(slim, 1.0), plan):
+    for order in order_units(slimmable.extract(slim, 1.0), plan, "magnitude"):
         assert (order == range(len(order))).all()
 
 
