@@ -7,7 +7,6 @@ from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from slimmable._convert import extract, plain, plan_of, slimify
 from slimmable._inputs import Arguments, Inputs, output_tensors
 from slimmable._modules import in_eval_mode
 from slimmable._numerics import at_least_float32
-from slimmable._widths import Kept, number_or_nan
+from slimmable._widths import number_or_nan
 from slimmable.analysis.importance import Importance, magnitude
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, DataError, UsageError
@@ -56,8 +55,8 @@ def repair(
         importance: of a plain model's units: "magnitude"; "activation", which multiplies each weight with the mean size
             of what it reads; a function as for `slimify`; None keeps the first. A converted model has its order.
         example_inputs: for a plain model, as for `slimify`; by default the first batch.
-        images: how many to use at most, by the first axis of each batch's first tensor. Each layer is fitted in at most
-            64 random places of each; with fewer places in all than inputs of a layer, its fit means little.
+        images: read batches until they hold that many. Each layer is fitted in at most 64 random places of each image;
+            with fewer places in all than a layer has inputs, its fit means little.
         ridge: how strongly each layer is held to its cut weights, as a share of its inputs' mean square.
 
     Raises: ConversionError: if `importance` is unknown, or not its default for a converted model, which has an order.
@@ -75,28 +74,24 @@ def repair(
         raise UsageError(f"repair: ridge is {ridge!r}; it must be a number of at least 0")
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
         raise UsageError(f"repair: loader must hold batches, got {type(loader)}")
-    batches = list(_batches(model, loader, images))
-    slim = model
+    slim, batches = model, list(_batches(model, loader, images))
     if plan_of(model) is not None:
         if importance != "magnitude":
             raise ConversionError("repair: a converted model has its order; leave out importance, or give slimify's")
     else:
-        if not (importance in (None, "magnitude", "activation") or callable(importance)):
-            named = '"magnitude", "activation", a function or None'
-            raise ConversionError(f"importance {importance!r} is unknown; use {named}")
         order = partial(_by_activation, batches) if importance == "activation" else importance
         example = Inputs(*batches[0][0], **batches[0][1]) if example_inputs is None else example_inputs
         widths = (1.0, width) if isinstance(width, (int, float)) and width != 1 else (1.0,)
         slim = slimify(model, widths, example_inputs=example, importance=order)
     small, full, plan = extract(slim, width), plain(slim), cast(Plan, plan_of(slim))
-    kept = {path: axes[0] for (path, name), axes in plan.sub_network(width).tensors.items() if name == "weight"}
+    first = {path: axes[0] for (path, name), axes in plan.sub_network(width).tensors.items() if name == "weight"}
+    kept = {path: range(units) if isinstance(units, int) else units for path, units in first.items()}
     if all(a.shape == b.shape for a, b in zip(small.parameters(), full.parameters(), strict=True)):
         return small
     full.eval()
-    norms = [norm for norm in small.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     with in_eval_mode(small):
-        for norm in norms:
-            norm.training = True  # so that each layer reads what it will read with the narrow network's statistics
+        for norm in small.modules():  # so that each layer reads what the narrow network's statistics will give
+            norm.training = isinstance(norm, _BatchNorm) and norm.track_running_stats
         for paths in _fitted(small, batches[0]):
             _fit(small, full, paths, kept, batches, ridge)
     collect(small, [Inputs(*args, **kwargs) for args, kwargs in batches], [None], small.modules())
@@ -104,7 +99,7 @@ def repair(
 
 
 def _batches(model: nn.Module, loader: Iterable[ModelInput], images: int) -> Iterator[Arguments]:
-    """Yield the first batches with `images` images, on the model's device, cut where there are more."""
+    """Yield the first batches, on the model's device, until they hold `images` images."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     left = images
     for batch in loader:
@@ -121,24 +116,22 @@ def _batches(model: nn.Module, loader: Iterable[ModelInput], images: int) -> Ite
 
 def _by_activation(batches: Sequence[Arguments], model: nn.Module, plan: Plan) -> list[Any]:
     """Return scores as `magnitude` does, of weights that are multiplied with the mean size of what they read."""
-    layers = {path: module for path, module in model.named_modules() if _is_linear(module)}
-    sizes: dict[str, Any] = {path: 0.0 for path in layers}
-    with in_eval_mode(model), _calls(layers.values()) as calls:
+    layers = {module: path for path, module in model.named_modules() if _is_linear(module)}
+    sizes: dict[str, Any] = dict.fromkeys(layers.values(), 0.0)
+    with in_eval_mode(model), _calls(layers) as calls:
         for args, kwargs in batches:
             calls.clear()
             model(*args, **kwargs)
-            for path, layer in layers.items():
-                for x, _ in calls.get(layer, ()):
-                    channels = at_least_float32(x).abs().movedim(_channel_axis(layer), -1).flatten(0, -2).mean(0)
-                    sizes[path] = sizes[path] + channels.view(getattr(layer, "groups", 1), -1).mean(0).cpu().numpy()
-    return magnitude(model, plan, {path: np.asarray(size) for path, size in sizes.items()})
+            for layer, x in ((layer, x) for layer, found in calls.items() for x, _ in found):
+                channels = at_least_float32(x).abs().movedim(_channel_axis(layer), -1).flatten(0, -2).mean(0)
+                sizes[layers[layer]] += channels.view(getattr(layer, "groups", 1), -1).mean(0).cpu().numpy()
+    return magnitude(model, plan, sizes)
 
 
 def _is_linear(module: nn.Module) -> bool:
     """Tell whether the forward of a module is that of a linear layer or convolution with a weight of its own."""
-    kinds = [kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)]
-    own = module._parameters.get("weight") is not None
-    return own and any(type(module).forward is kind.forward for kind in kinds)
+    forwards = [kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+    return module._parameters.get("weight") is not None and type(module).forward in forwards
 
 
 def _channel_axis(layer: nn.Module) -> int:
@@ -163,39 +156,30 @@ def _calls(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[T
 
 def _fitted(small: nn.Module, batch: Arguments) -> list[list[str]]:
     """Return the layers to fit, in the order in which they run; those that share a weight are fitted together."""
-    layers = {module: path for path, module in small.named_modules() if _is_linear(module)}
+    paths = {module: path for path, module in small.named_modules() if _is_linear(module)}
     users = Counter(id(each) for module in small.modules() for each in module._parameters.values())
-    own = Counter(id(layer.weight) for layer in layers)
-    with _calls(layers) as calls:
+    with _calls(paths) as calls:
         small(*batch[0], **batch[1])
     together: dict[int, list[str]] = {}
     for layer in calls:
-        if users[id(layer.weight)] == own[id(layer.weight)]:
-            together.setdefault(id(layer.weight), []).append(layers[layer])
-    return list(together.values())
+        together.setdefault(id(layer.weight), []).append(paths[layer])
+    return [own for weight, own in together.items() if len(own) == users[weight]]
 
 
-def _fit(
-    small: nn.Module, full: nn.Module, paths: Sequence[str], kept: Mapping[str, Kept], batches: Any, ridge: float
-) -> None:
+def _fit(small: nn.Module, full: nn.Module, paths: list[str], kept: dict[str, Any], batches: Any, ridge: float) -> None:
     """Fit the layers at these paths, which share a weight, to the full network's: solve the normal equations."""
-    layers = {path: small.get_submodule(path) for path in paths}
-    wide = {path: full.get_submodule(path) for path in paths}
-    first: Any = layers[paths[0]]
-    products: Any = 0.0
-    draw = torch.Generator().manual_seed(0)
+    layers, wide = map(small.get_submodule, paths), map(full.get_submodule, paths)
+    pairs: list[tuple[str, Any, nn.Module]] = list(zip(paths, layers, wide, strict=True))
+    first, products, draw = pairs[0][1], torch.zeros(()), torch.Generator().manual_seed(0)
     for args, kwargs in batches:
-        with _calls(layers.values()) as narrow, _calls(wide.values()) as wanted:
+        with _calls(layer for _, layer, _ in pairs) as narrow, _calls(layer for _, _, layer in pairs) as wanted:
             small(*args, **kwargs)
             full(*args, **kwargs)
-        for path, layer in layers.items():
-            for (x, y), (_, target) in zip(narrow.get(layer, ()), wanted.get(wide[path], ()), strict=True):
-                axis, units = _channel_axis(layer), kept[path] if path in kept else None
-                if isinstance(units, int):
-                    target = target.narrow(axis, 0, units)
-                elif units is not None:
-                    target = target.index_select(axis, torch.tensor(units, device=target.device))
-                products = products + _products(layer, x, target - y, draw)
+        for path, layer, wider in pairs:
+            for (x, y), (_, target) in zip(narrow.get(layer, ()), wanted.get(wider, ()), strict=True):
+                if (units := kept.get(path)) is not None:
+                    target = target.index_select(_channel_axis(layer), torch.tensor(units, device=target.device))
+                products = products.to(x.device) + _products(layer, x, target - y, draw)
     inputs, weights = products.shape[1], first.weight[0].numel()
     squares, mixed = products[..., :inputs], products[..., inputs:]
     diagonal = squares.diagonal(dim1=1, dim2=2)[:, :weights]
@@ -215,10 +199,10 @@ def _products(layer: Any, x: Tensor, rest: Tensor, draw: torch.Generator) -> Ten
     (groups, inputs, inputs + outputs), in float64.
     """
     kernel, groups = getattr(layer, "kernel_size", ()), getattr(layer, "groups", 1)
+    x, rest = (each if each.ndim > len(kernel) + 1 else each[None] for each in (x, rest))
     if not kernel:
-        x, rest = torch.atleast_2d(x).movedim(-1, 1), torch.atleast_2d(rest).movedim(-1, 1)
+        x, rest = x.movedim(-1, 1), rest.movedim(-1, 1)
     else:
-        x, rest = (each if each.ndim > len(kernel) + 1 else each[None] for each in (x, rest))
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     sizes, count = rest.shape[2:], len(rest)
