@@ -1,13 +1,15 @@
 """What each width costs: parameters, multiply-adds, activations, latency; sub-networks within a budget of it."""
 
 import math
+import random
 import statistics
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimmable._checks import check_flags, check_function, check_whole, checked, shown
+from slimmable._checks import check_count, check_flags, check_function, check_whole, checked, shown
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size, output_tensors
 from slimmable._modules import in_eval_mode
@@ -23,13 +25,13 @@ from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, places_of, widths_of
 from slimmable._widths import number_or_nan
 from slimmable.analysis.fake import FakeModel, layers_in_parts
-from slimmable.analysis.plan import Plan, SubNetwork
+from slimmable.analysis.plan import Plan, Setting, SubNetwork
 from slimmable.errors import ConversionError, UsageError
 from slimmable.training.batchnorm import ModelInput, collect_statistics
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import state_of
 
-Cost = Literal["macs", "parameters"]
+Cost = Literal["macs", "parameters", "latency"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,13 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
     return counter
 
 
-# -- greedy search, with a width of its own for each channel group
+# -- search, with a width of its own for each channel group
+class Latencies(Protocol):
+    """What predicts milliseconds, such as `slimmable.deploy.LatencyTable`."""
+
+    def predict(self, plan: Plan, setting: Setting) -> float: ...
+
+
 @dataclass(frozen=True)
 class Found:
     """A sub-network that a search has found.
@@ -211,7 +219,9 @@ def search(
     budget: float | Sequence[float],
     *,
     of: Cost = "macs",
+    table: Latencies | None = None,
     step: float = 0.1,
+    evolution: int | None = None,
     calibrate: Iterable[ModelInput] | None = None,
     progress: bool = True,
 ) -> list[Found]:
@@ -220,21 +230,28 @@ def search(
     Each round tries every group with a share `step` fewer of its units, and shrinks the one that leaves the best score.
     No group gets narrower than at the model's narrowest width. The model's weights, statistics and width do not change.
 
+    With `evolution`, it returns the best of so many sub-networks for each budget instead. The first one is a uniform
+    width, a fifth is drawn at random, and all others are mutations or crosses of the best quarter so far. Each gets as
+    wide as its budget allows. The draws are the same in each call.
+
     Args:
         model: a converted model, ideally a universal one trained with the sandwich rule.
         evaluate: returns a score of the model at its active width, higher is better, such as the accuracy on images
             held out from training.
         budget: share of the full network's cost, in (0, 1], or a sequence of such shares.
-        of: the cost, "macs" or "parameters".
+        of: the cost, "macs", "parameters" or "latency".
+        table: for `of="latency"`, a `slimmable.deploy.LatencyTable` of this model.
         step: share of a group's units, in (0, 1).
+        evolution: sub-networks to try for each budget, or None for the greedy search.
         calibrate: list of batches, as for `calibrate_bn`, from which BatchNorm statistics are computed before every
             evaluation; None if `evaluate` needs none.
         progress: show a progress bar on a terminal.
 
     Raises: ConversionError: if `model` was not converted, or contains several converted models. UsageError: if an
-        argument is invalid, or a budget is below the cost of the narrowest width.
+        argument is invalid, the table is of another model, or a budget is below the cost of the narrowest width.
 
-    Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3.
+    Source: AutoSlim, Yu and Huang 2019, arXiv 1903.11728, section 3; with `evolution`, Once-for-All, Cai et al. 2020,
+    arXiv 1908.09791, section 3.4.
 
     >>> import slimmable, torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -243,7 +260,7 @@ def search(
     >>> found
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
-    from tqdm import tqdm  # which timm brings along
+    from tqdm import tqdm, trange  # which timm brings along
 
     check_function("search", evaluate=evaluate)
     check_flags("search", progress=progress)
@@ -254,10 +271,20 @@ def search(
     given: Any = budget
     budgets = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else [given]
     if of not in get_args(Cost):
-        raise UsageError(f"search: of={of!r} is unknown; use 'macs' or 'parameters'")
+        raise UsageError(f"search: of={of!r} is unknown; use 'macs', 'parameters' or 'latency'")
+    if (of == "latency") != hasattr(table, "predict"):
+        needs = "needs" if of == "latency" else "takes no"
+        raise UsageError(f"search: of={of!r} {needs} table=, a slimmable.deploy.LatencyTable; got {table!r:.80}")
     if not 0 < number_or_nan(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
-    full, least = (getattr(plan.columns[index], of) for index in (0, -1))
+    if evolution is not None:
+        check_count("search", evolution=evolution)
+
+    def cost(found: SubNetwork | Found) -> float:
+        value: float = getattr(found, of) if table is None else table.predict(plan, found.counts)
+        return value
+
+    full, least = map(cost, (plan.columns[0], plan.columns[-1]))
     unfit = [share for share in budgets if not least / full <= number_or_nan(share) <= 1]
     if unfit or not budgets:
         needs = f"{of}, from {least / full:.3f}, which the narrowest width needs, to 1"
@@ -278,19 +305,21 @@ def search(
             raise UsageError(f"search: evaluate must return a number, higher is better, got {value!r}")
         return Found(candidate.counts, number, candidate.macs, candidate.parameters)
 
-    path = [score(plan.columns[0])]
     hidden = None if progress else True  # None: unless it is on a terminal
+    if evolution is not None:
+        tries = partial(trange, evolution, desc=f"search: {of}", dynamic_ncols=True, disable=hidden)
+        return [_evolved(plan, score, cost, limit, tries()) for limit in limits]
+    path = [score(plan.columns[0])]
     with tqdm(desc=f"search: {of} down to {min(budgets):g}", unit="round", dynamic_ncols=True, disable=hidden) as bar:
-        while getattr(path[-1], of) > min(limits):
-            tried = [score(candidate) for candidate in _smaller(plan, path[-1], of, step)]
-            path.append(max(tried, key=lambda found: (found.score, -getattr(found, of))))
-            share = getattr(path[-1], of) / full
-            bar.set_postfix_str(f"at {share:.3f}, score {path[-1].score:.4g}", refresh=False)
+        while cost(path[-1]) > min(limits):
+            tried = [score(candidate) for candidate in _smaller(plan, path[-1], cost, step)]
+            path.append(max(tried, key=lambda found: (found.score, -cost(found))))
+            bar.set_postfix_str(f"at {cost(path[-1]) / full:.3f}, score {path[-1].score:.4g}", refresh=False)
             bar.update()
-    return [next(found for found in path if getattr(found, of) <= limit) for limit in limits]
+    return [next(found for found in path if cost(found) <= limit) for limit in limits]
 
 
-def _smaller(plan: Plan, current: Found, of: Cost, step: float) -> list[SubNetwork]:
+def _smaller(plan: Plan, current: Found, cost: Callable[[Any], float], step: float) -> list[SubNetwork]:
     """Return `current` with one group a step smaller, for each group where that makes it cheaper."""
     found: dict[tuple[int, ...], SubNetwork] = {}
     groups = zip(plan.channels.units, current.counts, plan.columns[-1].counts, strict=True)
@@ -298,6 +327,33 @@ def _smaller(plan: Plan, current: Found, of: Cost, step: float) -> list[SubNetwo
         fewer = max(least, count - max(1, round(step * units / plan.round_to)) * plan.round_to)
         if fewer < count:
             candidate = plan.near((*current.counts[:group], fewer, *current.counts[group + 1 :]))
-            if getattr(candidate, of) < getattr(current, of):
+            if cost(candidate) < cost(current):
                 found[candidate.counts] = candidate
     return list(found.values()) or [plan.columns[-1]]  # groups that can only shrink together
+
+
+def _evolved(
+    plan: Plan, score: Callable[[SubNetwork], Found], cost: Callable[[Any], float], limit: float, tries: Sequence[int]
+) -> Found:
+    """Return the best of the sub-networks that are tried, as `search` says; one that comes twice is scored once."""
+    draw, bounds = random.Random(0), [*zip(plan.columns[-1].counts, plan.channels.units, strict=True)]
+    best: list[tuple[Found, list[float]]] = []  # in the order of their scores, with a share for each group
+    for number in tries:
+        shares = [draw.random() if number else 1.0 for _ in bounds]  # of what a group may lose, before they are scaled
+        if number > len(tries) // 5:
+            one, other = draw.choices([each for _, each in best[: max(2, len(best) // 4)]], k=2)
+            mutated = draw.random() < 0.5
+            shares = [
+                (new if draw.random() < 0.1 else old) if mutated else draw.choice((old, crossed))
+                for old, crossed, new in zip(one, other, shares, strict=True)
+            ]
+        scale, sub = 2.0, plan.columns[0]
+        while cost(sub) > limit:
+            parts = [min(1, scale * share) / plan.round_to for share in shares]
+            wide = zip(bounds, parts, strict=True)
+            counts = (min(n, low + round(part * (n - low)) * plan.round_to) for (low, n), part in wide)
+            sub = plan.near(tuple(counts))
+            scale *= 0.95
+        if all(found.counts != sub.counts for found, _ in best):
+            best = sorted([*best, (score(sub), shares)], key=lambda each: -each[0].score)
+    return best[0][0]
