@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from slimmable._tables import csv_text, html_table
 from slimmable._width import at_width, places_of, widths_of
 from slimmable._widths import number_or_nan
 from slimmable.analysis.fake import FakeModel, layers_in_parts
-from slimmable.analysis.plan import Plan, Setting, SubNetwork
+from slimmable.analysis.plan import Plan, SubNetwork
 from slimmable.errors import ConversionError, UsageError
 from slimmable.training.batchnorm import ModelInput, collect_statistics
 from slimmable.view.norms import SwitchableContainer
@@ -190,12 +190,6 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
 
 
 # -- search, with a width of its own for each channel group
-class Latencies(Protocol):
-    """What predicts milliseconds, such as `slimmable.deploy.LatencyTable`."""
-
-    def predict(self, plan: Plan, setting: Setting) -> float: ...
-
-
 @dataclass(frozen=True)
 class Found:
     """A sub-network that a search has found.
@@ -219,7 +213,7 @@ def search(
     budget: float | Sequence[float],
     *,
     of: Cost = "macs",
-    table: Latencies | None = None,
+    table: Any = None,
     step: float = 0.1,
     evolution: int | None = None,
     calibrate: Iterable[ModelInput] | None = None,
@@ -230,9 +224,8 @@ def search(
     Each round tries every group with a share `step` fewer of its units, and shrinks the one that leaves the best score.
     No group gets narrower than at the model's narrowest width. The model's weights, statistics and width do not change.
 
-    With `evolution`, it returns the best of so many sub-networks for each budget instead. The first one is a uniform
-    width, a fifth is drawn at random, and all others are mutations or crosses of the best quarter so far. Each gets as
-    wide as its budget allows. The draws are the same in each call.
+    With `evolution`, it returns the best of so many sub-networks within each budget instead: the uniform width, a fifth
+    drawn at random, and mutations and crosses of the best quarter so far, each as wide as the budget lets it be.
 
     Args:
         model: a converted model, ideally a universal one trained with the sandwich rule.
@@ -280,9 +273,8 @@ def search(
     if evolution is not None:
         check_count("search", evolution=evolution)
 
-    def cost(found: SubNetwork | Found) -> float:
-        value: float = getattr(found, of) if table is None else table.predict(plan, found.counts)
-        return value
+    def cost(found: SubNetwork | Found) -> Any:
+        return getattr(found, of) if table is None else table.predict(plan, found.counts)
 
     full, least = map(cost, (plan.columns[0], plan.columns[-1]))
     unfit = [share for share in budgets if not least / full <= number_or_nan(share) <= 1]
@@ -332,27 +324,22 @@ def _smaller(plan: Plan, current: Found, cost: Callable[[Any], float], step: flo
     return list(found.values()) or [plan.columns[-1]]  # groups that can only shrink together
 
 
-def _evolved(
-    plan: Plan, score: Callable[[SubNetwork], Found], cost: Callable[[Any], float], limit: float, tries: Sequence[int]
-) -> Found:
+def _evolved(plan: Plan, score: Any, cost: Callable[[Any], float], limit: float, tries: Sequence[int]) -> Found:
     """Return the best of the sub-networks that are tried, as `search` says; one that comes twice is scored once."""
     draw, bounds = random.Random(0), [*zip(plan.columns[-1].counts, plan.channels.units, strict=True)]
-    best: list[tuple[Found, list[float]]] = []  # in the order of their scores, with a share for each group
+    best: list[tuple[Found, list[float]]] = []  # by score, each with shares of what its groups may keep or lose
     for number in tries:
-        shares = [draw.random() if number else 1.0 for _ in bounds]  # of what a group may lose, before they are scaled
+        shares = [draw.random() if number else 1.0 for _ in bounds]
         if number > len(tries) // 5:
             one, other = draw.choices([each for _, each in best[: max(2, len(best) // 4)]], k=2)
-            mutated = draw.random() < 0.5
-            shares = [
-                (new if draw.random() < 0.1 else old) if mutated else draw.choice((old, crossed))
-                for old, crossed, new in zip(one, other, shares, strict=True)
-            ]
+            if draw.random() < 0.5:
+                shares = [new if draw.random() < 0.1 else old for old, new in zip(one, shares, strict=True)]
+            else:
+                shares = [draw.choice(pair) for pair in zip(one, other, strict=True)]
         scale, sub = 2.0, plan.columns[0]
         while cost(sub) > limit:
-            parts = [min(1, scale * share) / plan.round_to for share in shares]
-            wide = zip(bounds, parts, strict=True)
-            counts = (min(n, low + round(part * (n - low)) * plan.round_to) for (low, n), part in wide)
-            sub = plan.near(tuple(counts))
+            parts = zip(bounds, (min(1, scale * share) / plan.round_to for share in shares), strict=True)
+            sub = plan.near(tuple(min(n, low + round(part * (n - low)) * plan.round_to) for (low, n), part in parts))
             scale *= 0.95
         if all(found.counts != sub.counts for found, _ in best):
             best = sorted([*best, (score(sub), shares)], key=lambda each: -each[0].score)
