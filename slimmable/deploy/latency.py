@@ -82,7 +82,7 @@ class LatencyTable:
         layers = []
         for calls in zip(*rows, strict=True):
             sizes, ms = ([call[name] for call in calls] for name in ("sizes", "ms"))
-            fit = _fitted([np.kron([1, first], [1, second]) for first, second in sizes], ms)
+            fit = _fitted([(1, second, first, first * second) for first, second in sizes], ms)
             layers.append({**calls[0], "sizes": sizes, "ms": ms, "fit": fit})
         sums = [_sums(layers, sub) for sub in subs]
         factors = dict(zip(sums[0], _fitted([[*each.values()] for each in sums], times), strict=True))
@@ -121,8 +121,9 @@ def _sums(layers: Sequence[dict[str, Any]], sub: SubNetwork) -> dict[str, float]
     sums = {"a forward": 1.0, "million macs": sub.macs / 1e6, "million parameters": sub.parameters / 1e6}
     for layer in layers:
         kept = [*sub.tensors.get((layer["path"], layer["parameter"]), ()), None, None]
-        sizes = [[1, kept_of(size, of)] for size, of in zip(layer["sizes"][0], kept, strict=False)]
-        sums[layer["class"]] = sums.get(layer["class"], 0.0) + float(np.kron(*sizes) @ layer["fit"])
+        first, second = map(kept_of, layer["sizes"][0], kept)
+        terms = zip((1, second, first, first * second), layer["fit"], strict=True)
+        sums[layer["class"]] = sums.get(layer["class"], 0.0) + sum(term * factor for term, factor in terms)
     return sums
 
 
