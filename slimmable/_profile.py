@@ -265,9 +265,9 @@ def search(
     budgets = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else [given]
     if of not in get_args(Cost):
         raise UsageError(f"search: of={of!r} is unknown; use 'macs', 'parameters' or 'latency'")
-    if (of == "latency") != hasattr(table, "predict"):
-        needs = "needs" if of == "latency" else "takes no"
-        raise UsageError(f"search: of={of!r} {needs} table=, a slimmable.deploy.LatencyTable; got {table!r:.80}")
+    if not (hasattr(table, "predict") if of == "latency" else table is None):
+        needs = "needs a slimmable.deploy.LatencyTable as" if of == "latency" else "takes no"
+        raise UsageError(f"search: of={of!r} {needs} table, got {table!r:.80}")
     if not 0 < number_or_nan(step) < 1:
         raise UsageError(f"search: step must be in (0, 1), got {step!r}")
     if evolution is not None:
@@ -327,13 +327,14 @@ def _smaller(plan: Plan, current: Found, cost: Callable[[Any], float], step: flo
 def _evolved(plan: Plan, score: Any, cost: Callable[[Any], float], limit: float, tries: Sequence[int]) -> Found:
     """Return the best of the sub-networks that are tried, as `search` says; one that comes twice is scored once."""
     draw, bounds = random.Random(0), [*zip(plan.columns[-1].counts, plan.channels.units, strict=True)]
+    rate = max(0.1, 1 / max(1, len(bounds)))  # of mutations
     best: list[tuple[Found, list[float]]] = []  # by score, each with shares of what its groups may keep or lose
     for number in tries:
         shares = [draw.random() if number else 1.0 for _ in bounds]
         if number > len(tries) // 5:
             one, other = draw.choices([each for _, each in best[: max(2, len(best) // 4)]], k=2)
             if draw.random() < 0.5:
-                shares = [new if draw.random() < 0.1 else old for old, new in zip(one, shares, strict=True)]
+                shares = [new if draw.random() < rate else old for old, new in zip(one, shares, strict=True)]
             else:
                 shares = [draw.choice(pair) for pair in zip(one, other, strict=True)]
         scale, sub = 2.0, plan.columns[0]

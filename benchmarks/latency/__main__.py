@@ -3,11 +3,11 @@
     python -m benchmarks.latency            # ten minutes on a quiet machine; it goes on where it stopped
     python -m benchmarks.latency --quick    # a smoke run
 
-Prediction: a table is measured of each model, at any width from 1 to 1/4, and 20 other random sub-networks are predicted.
-They are timed before the table is measured and after it, and the smaller time counts: this machine does other work, too.
+Prediction: a table is measured of each model, at widths from 1 to 1/4, and 20 other random sub-networks are predicted.
+They are timed before the table is measured and after it, and the least time counts, since the machine does other work.
 
-Search: a universal network, trained as in `benchmarks.importance.search`, is searched under budgets of multiply-adds, by
-both ways with the same number of evaluations on held-out images. The accuracies are of test images.
+Search: a universal network, trained as in `benchmarks.importance.search`, is searched under budgets of multiply-adds in
+both ways, with the same number of evaluations on held-out images. The accuracies are of test images.
 """
 
 from __future__ import annotations
