@@ -436,6 +436,8 @@ CALLS: dict[str, Call] = {
             "of": bad.choice("macs"),
             "step": bad.open_fraction(0.25),
             "calibrate": LOADER.optional(),
+            "table": Argument(lambda: None, {**bad.mapping(lambda: None).optional().bad}),
+            "evolution": bad.count(2).optional(),
             "progress": FLAG,
         }
     ),
