@@ -1,12 +1,12 @@
 """What the examples in docstrings take as imported."""
 
+from importlib import import_module
+
 import pytest
-import torch
-
-import slimmable
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def names_of_examples(doctest_namespace):
-    """Let examples use these names."""
-    doctest_namespace |= {"torch": torch, "nn": torch.nn, "slimmable": slimmable}
+    """Let examples use these names; they are imported late, once tests/conftest.py has set the environment."""
+    names = {"torch": "torch", "nn": "torch.nn", "slimmable": "slimmable"}
+    doctest_namespace |= {name: import_module(module) for name, module in names.items()}

@@ -12,6 +12,9 @@ except ModuleNotFoundError:  # the CUDA tests run without it, where nothing can 
 # One thread a process: several test processes share the cores, and results do not depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# No test needs the Hub, and where there is no network, each request of one would try for half a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # A busy machine must not fail a test, and in CI a change fails by itself only, not by an example that chance finds.
 if settings is not None:
     settings.register_profile(

@@ -1,9 +1,5 @@
-import os
-
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, so that a name on the Hub is refused at once
 
 from slimmable.__main__ import main
 from slimmable.cli.data import load_images
