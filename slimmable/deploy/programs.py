@@ -48,6 +48,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
         if single.shape != pair.shape:
             shapes[pair] = {0: batch}
     with torch.no_grad(), quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
+        model(*one.args, **one.kwargs)  # so that caches hold numbers, not what stands for them while it is recorded
         try:
             dynamic = shapes.dynamic_shapes(model, two.args, two.kwargs)  # type: ignore[no-untyped-call]
             program = torch.export.export(model, two.args, two.kwargs, dynamic_shapes=dynamic)

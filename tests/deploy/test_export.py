@@ -155,6 +155,35 @@ def test_openvino_runs_it(made):
             assert oracles.difference(torch.from_numpy(output), right) <= 1e-4
 
 
+class Cached(nn.Module):
+    """A layer whose scale is computed once and kept, as the attention biases of LeViT are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.logits, self.cache = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 2),
+            nn.Parameter(torch.rand(8)),
+            {},
+        )
+
+    def forward(self, x):
+        if x.device not in self.cache:
+            self.cache[x.device] = self.logits.sigmoid()
+        return self.last(self.first(x) * self.cache[x.device])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_what_a_forward_keeps_is_kept_as_numbers(suffix, tmp_path):
+    pytest.importorskip("onnxruntime")
+    x = torch.rand(3, 4)
+    slim = slimmable.slimify(Cached().eval(), (1.0, 0.5), example_inputs=x)
+    slimmable.export(slim, tmp_path / f"net.{suffix}", example_inputs=x)
+    for width in (1.0, 0.5):
+        with slimmable.at_width(slim, width):
+            assert torch.equal(slim(x), slimmable.extract(slim, width)(x))
+
+
 def test_a_position_that_is_none_is_refused(made):
     runtime = pytest.importorskip("onnxruntime")
     _, _, example, path = made
