@@ -64,7 +64,8 @@ def export(
         example_inputs: as for `slimify`; timm models need none. The inputs of a program have the names of the forward's
             parameters, a single one with four axes is `images`; a single output is `output`.
         calibration: batches as for `calibrate_bn`, a few hundred images: a `.onnx` file then computes in int8, within a
-            quarter of the largest output on the first batch, or none is written. Each width has weights of its own.
+            quarter of the largest output on the first batch, or none is written. Each width has weights of its own. The
+            first batch also takes the place of `example_inputs`.
 
     Raises: UsageError: if the suffix is another one, or both `width` and `widths` are given. DataError: if
         `calibration` is empty or holds anything other than batches. WidthError: if the model does not have a width.
