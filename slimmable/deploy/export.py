@@ -1,6 +1,6 @@
 """`slimmable.export`: one width, or all in one file, for `torch.export.load`, an ONNX runtime or `slimmable.load`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
 from slimmable.deploy import int8, onnx, programs
 from slimmable.deploy.programs import TOLERANCE, Program, batch_of, difference
-from slimmable.errors import DataError, SlimmableError, UsageError, require
+from slimmable.errors import SlimmableError, UsageError, require
 from slimmable.files.model import full_network, load, read, save
-from slimmable.training.batchnorm import ModelInput, arguments_of
+from slimmable.training.batchnorm import ModelInput, batches_of
 
 FORMATS = ("pt2", "onnx", "safetensors")
 
@@ -97,19 +97,16 @@ def write(
     chosen = known if widths is None else check_widths(widths)
     if kind == "safetensors" and width is None and chosen != known:
         raise UsageError(f"export: a .safetensors file holds all widths, {known}; leave out widths={chosen}")
-    batches, bound = list[Arguments](), TOLERANCE if calibration is None else int8.LARGEST
-    if calibration is not None:
-        if kind != "onnx" or not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, str, Mapping)):
-            given = f"{path} and calibration={type(calibration).__name__}"
-            raise UsageError(f"export: int8 needs a path that ends in .onnx and a loader of batches; got {given}")
-        batches = [arguments_of(each, torch.device("cpu"), "export: calibration") for each in calibration]
-        if not batches:
-            raise DataError("export: calibration is empty; give at least one batch")
-        example_inputs = Inputs(*batches[0][0], **batches[0][1])
+    if calibration is not None and kind != "onnx":
+        raise UsageError(f"export: calibration is for int8, which needs a path that ends in .onnx; got {path}")
     for package in onnx.PACKAGES if kind == "onnx" else ():
         require(package, package, extra="onnx")
     if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
         model = copy_of(model).cpu()
+    batches, bound = list[Arguments](), TOLERANCE
+    if calibration is not None:
+        batches, bound = list(batches_of("export: calibration", model, calibration)), int8.LARGEST
+        example_inputs = Inputs(*batches[0][0], **batches[0][1])
     network = model if width is None else extract(model, width)
     runs: list[float | None] = [*chosen] if width is None else [None]
     files = list[File]()

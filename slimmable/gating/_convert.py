@@ -22,10 +22,10 @@ from slimmable._tables import differences
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
 from slimmable.analysis.importance import permute
-from slimmable.errors import CheckpointError, ConversionError, DataError, SlimmableError, UsageError
+from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError
 from slimmable.gating._passes import ChannelGate, GatedPass, LayerGates, PassNorm, gated, gates_in, gates_of, has_gates
 from slimmable.gating._plan import GATE, PLAN, SKIPPED, TEMPERATURE, GatePlan, decode, gate_plan
-from slimmable.training.batchnorm import ModelInput, arguments_of, calibrate_bn
+from slimmable.training.batchnorm import ModelInput, batches_of, calibrate_bn
 from slimmable.view.state import Column, state_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -290,16 +290,10 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
 def _gated_batches(where: str, model: nn.Module, loader: Iterable[ModelInput]) -> Iterator[GatedPass]:
     """Run a gated pass in eval mode on each batch, and yield what the gates have decided."""
     gates_of(where, model)
-    if isinstance(loader, (Tensor, str)) or not isinstance(loader, Iterable):
-        raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
-    device, batch = next(model.parameters()).device, None
-    for batch in loader:
-        args, kwargs = arguments_of(batch, device, where)
+    for args, kwargs in batches_of(where, model, loader):
         with in_eval_mode(model), gated(model) as run:
             model(*args, **kwargs)
         yield run
-    if batch is None:
-        raise DataError(f"{where}: loader is empty; give at least one batch")
 
 
 @checked

@@ -54,14 +54,13 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     ...     model[0].running_mean
     tensor([4., 4., 4., 4.])
     """
-    several = isinstance(widths, (Iterable, type(None))) and not isinstance(widths, Mapping)
-    if not several or not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
-        raise UsageError(f"calibrate_bn: loader must hold batches, widths be a list; got {type(loader)}, {widths!r}")
+    if not isinstance(widths, (Iterable, type(None))) or isinstance(widths, Mapping):
+        raise UsageError(f"calibrate_bn: widths must be a list of them, got {widths!r}")
     chosen = widths_of(model) if widths is None else tuple(widths)
     with registered(model, chosen):
         if chosen:
             with at_width(model, chosen[0]):
-                _collect(model, loader, chosen, model.modules())
+                collect(model, loader, chosen, model.modules())
 
 
 @checked
@@ -69,10 +68,10 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    _collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1])
+    collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1])
 
 
-def _collect(
+def collect(
     model: nn.Module, loader: Iterable[ModelInput], widths: Sequence["Setting | None"], modules: Iterable[nn.Module]
 ) -> None:
     """Run every batch at each of `widths` (None: the active one); norms of `modules` that run get new statistics."""
@@ -82,21 +81,16 @@ def _collect(
     new: list[Any] = [(n._buffers, name, it.clone()) for n in norms for name, it in n.named_buffers(recurse=False)]
     if not torch.is_inference_mode_enabled() and any(own[name].is_inference() for own, name, _ in new):
         raise UsageError("calibrate_bn: the model was made in torch.inference_mode, so call calibrate_bn in that too")
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     cumulative: list[Any] = [(vars(norm), "momentum", None) for norm in norms]
-    batch = None
     with in_eval_mode(model), swapped(cumulative + new):
         for norm in norms:
             type(norm).reset_running_stats(norm)  # the norm itself may refuse it
             norm.training = True
-        for batch in loader:
-            args, kwargs = arguments_of(batch, device)
+        for args, kwargs in batches_of("calibrate_bn", model, loader):
             for width in widths:
                 if width is not None:
                     set_width(model, width)
                 model(*args, **kwargs)
-        if batch is None:
-            raise DataError("calibrate_bn: loader is empty; give at least one batch, in a list if it is needed again")
         if not all(bool(each.isfinite().all()) for _, _, each in new):
             raise DataError("calibrate_bn: the statistics are not finite; a batch holds nan or infinity")
         ran = [(own, name, each) for own, name, each in new if own["num_batches_tracked"]]
@@ -104,19 +98,26 @@ def _collect(
         own[name].copy_(each)
 
 
-def arguments_of(batch: ModelInput, device: torch.device, where: str = "calibrate_bn") -> Arguments:
-    """Return a batch as the arguments of a forward, on a device; refuse one without model input, or an empty one."""
-    if not isinstance(batch, Inputs):
+def batches_of(where: str, model: nn.Module, loader: Iterable[ModelInput]) -> Iterator[Arguments]:
+    """Yield each batch as the arguments of a forward, on the model's device; refuse what has none."""
+    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
+        raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    empty = True
+    for batch in loader:
+        empty = False
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(first, Tensor):
+        if not isinstance(first, (Tensor, Inputs)):
             raise DataError(f"{where}: batches must be tensors, begin with one, or be Inputs, got {type(batch)}")
-        batch = Inputs(first)
-    tensors = output_tensors((batch.args, batch.kwargs))
-    check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(tensors)})
-    if any(tensor.numel() == 0 for tensor in tensors):
-        raise DataError(f"{where}: a batch is empty")
-    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (batch.args, batch.kwargs))
-    return tuple(args), dict(kwargs)
+        given = first if isinstance(first, Inputs) else Inputs(first)
+        tensors = output_tensors((given.args, given.kwargs))
+        check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(tensors)})
+        if any(tensor.numel() == 0 for tensor in tensors):
+            raise DataError(f"{where}: a batch is empty")
+        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
+        yield tuple(args), dict(kwargs)
+    if empty:
+        raise DataError(f"{where}: loader is empty; give at least one batch, in a list if it is needed again")
 
 
 @contextmanager

@@ -63,8 +63,8 @@ def test_each_width_is_that_of_its_own_file(make, tmp_path):
     [
         ("net.pt2", [torch.zeros(2, 6)], UsageError, "needs a path that ends in .onnx"),
         ("net.safetensors", [torch.zeros(2, 6)], UsageError, "needs a path that ends in .onnx"),
-        ("net.onnx", torch.zeros(2, 6), UsageError, "a loader of batches; got"),
-        ("net.onnx", [], DataError, "calibration is empty"),
+        ("net.onnx", torch.zeros(2, 6), UsageError, "loader must hold batches"),
+        ("net.onnx", [], DataError, "calibration: loader is empty"),
         ("net.onnx", [3], DataError, "calibration"),
     ],
 )
