@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from slimmable._convert import extract, plan, slimify
     from slimmable._inference import inference
     from slimmable._inputs import Inputs
-    from slimmable._profile import profile, search
+    from slimmable._profile import profile
+    from slimmable._repair import repair
+    from slimmable._search import search
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
     from slimmable.cli.calls import pretrain
     from slimmable.deploy.export import export
@@ -49,12 +51,13 @@ __all__ = [
     "AllWidths", "Inputs", "OnlineDistillation", "SlimConv2d", "SlimLinear", "SlimRecipe", "SlimmableError",
     "SwitchableBatchNorm", "SwitchableProbe", "at_width", "calibrate_bn", "export", "extract", "from_pretrained",
     "full_state_dict", "inference", "load", "load_slimclr", "plan", "pretrain", "profile", "push_to_hub",
-    "register_rule", "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of", "widths_of",
+    "register_rule", "repair", "run_widths", "save", "save_pretrained", "search", "set_width", "slimify", "width_of",
+    "widths_of",
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inference", "_inputs", "_profile", "_width", "deploy.export", "errors", "files.hub", "files.model",
-    "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
+    "_convert", "_inference", "_inputs", "_profile", "_repair", "_search", "_width", "deploy.export", "errors",
+    "files.hub", "files.model", "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = (
     "deploy", "errors", "evaluation", "gating", "integrations", "layers", "losses", "methods", "rules", "runtime",

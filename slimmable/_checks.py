@@ -110,7 +110,7 @@ _NAMES: dict[Callable[..., None], str] = {
     check_fraction: "center_momentum distill_weight fraction freeze label_smoothing momentum p slow_start warm_up",
     check_positive: "scale student_temperature teacher_temperature temperature",
     check_not_negative: "alpha beta bound_weight budget_weight covariance eps first_epoch invariance learning_rate "
-    "redundancy variance weight_decay",
+    "redundancy ridge variance weight_decay",
     check_number: "end epoch start",
     check_function: "backward closure evaluate function",
     check_path: "folder path repo_or_folder",

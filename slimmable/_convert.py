@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from slimmable._tables import listed
 from slimmable._width import at_width, places_of, registered, widths_of
 from slimmable._widths import Kept, check_widths
 from slimmable.analysis.fake import left_behind
-from slimmable.analysis.importance import moved, order_by_magnitude, permute
+from slimmable.analysis.importance import Importance, moved, order_units, permute
 from slimmable.analysis.make import make_plan
 from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.analysis.trace import Outputs
@@ -47,7 +48,7 @@ def slimify(
     rounding: str = "nearest",
     overlap: bool = True,
     switchable: Skip = (),
-    importance: str | None = None,
+    importance: str | Importance | None = None,
     outputs: Outputs = "auto",
     universal: bool = False,
     inplace: bool = False,
@@ -73,7 +74,8 @@ def slimify(
         switchable: layers, named as in `skip`, that hold their own weights at each width, as BatchNorms do: those of
             narrower widths start as the part of the full width's that they would read otherwise.
         importance: "magnitude" first moves the channels with the largest weights in the layers that read them to the
-            front; the full network still computes the same function. None leaves them where they are.
+            front; the full network still computes the same function. None leaves them where they are. A function
+            `(model, plan) -> scores`, one per unit for each of `plan.groups`, ranks them in its own way.
         outputs: "full" keeps the sizes of all outputs, for a backbone whose features other code reads; "slim" lets them
             get thinner. "auto" keeps class scores, images and embeddings (made by layers with weights, and since then
             only moved, scaled, normalized or bounded), and lets features get thinner (rectified ones, those of a
@@ -101,8 +103,8 @@ def slimify(
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     layers = _switchable_layers(model, switchable)
     asked = _checked(Plan(check_widths(widths), round_to, rounding, overlap, layers, universal)), skip, outputs
-    if importance not in (None, "magnitude"):
-        raise ConversionError(f'importance {importance!r} is unknown; use None or "magnitude"')
+    if importance not in (None, "magnitude") and not callable(importance):
+        raise ConversionError(f'importance {importance!r} is unknown; use None, "magnitude" or a function')
     if importance is None and _current_plan(model, *asked) is not None:
         return model if inplace else copy_of(model)
     found = _plan(model, example_inputs, *asked)
@@ -111,7 +113,7 @@ def slimify(
     target = model if inplace else copy_of(model)
     with undone_on_error(target):
         before = strip(target)
-        orders = order_by_magnitude(target, found) if importance is not None else []
+        orders = order_units(target, found, importance) if importance is not None else []
         try:
             permute(target, found, orders)
             slim = cast(M, apply_plan(target, found))
@@ -159,8 +161,10 @@ def plan(
     return _current_plan(model, *asked) or _plan(model, example_inputs, *asked)
 
 
-def extract(model: M, width: Setting) -> M:
+def extract(model: M, width: Setting, *, repair: "Iterable[Any] | None" = None) -> M:
     """Return the plain network of one width, as `set_width` takes it: the original classes, with its own memory.
+
+    With a loader of images as `repair`, its layers are then fitted to the full network's, as `slimmable.repair` does.
 
     Raises: ConversionError: if `model` has no slimmable part. UsageError: if `fully_shard` has split it over processes.
         WidthError: if it does not have this width.
@@ -173,6 +177,8 @@ def extract(model: M, width: Setting) -> M:
     )
     """
     check_whole("extract", model)
+    if repair is not None:  # imported late, since that room calls this one
+        return cast(M, import_module("slimmable._repair").repair(model, repair, width))
     with at_width(model, width):
         memo: dict[int, Any] = {}
         slim = []

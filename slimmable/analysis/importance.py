@@ -1,6 +1,7 @@
 """Importance of units: rank those of each channel group, and permute them while the network computes the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -8,20 +9,39 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slimmable._modules import size_axes, tensors_of
+from slimmable._tables import listed
 from slimmable.analysis.plan import AxisName, Plan
+from slimmable.errors import ConversionError, explained
 
 Order = NDArray[np.int64]  # for each place in a group, the unit that goes there
+Importance: TypeAlias = Callable[[nn.Module, Plan], Sequence[Any]]
+"""A function of a plain model and its plan that returns, for each of `plan.groups`, one score per unit."""
 
 
-def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
-    """Return the units of each group, the most important first: by the L1 norm of the weights that read them.
+def order_units(model: nn.Module, plan: Plan, importance: str | Importance) -> list[Order]:
+    """Return the units of each group, the most important first; a group whose order matters keeps its order."""
+    with explained(f"importance {importance!r:.80} fails", kind=ConversionError), torch.enable_grad():
+        scores = importance(model, plan) if callable(importance) else magnitude(model, plan)
+        found = [np.asarray(torch.as_tensor(each).detach().cpu(), float) for each in scores]
+    need, shapes = (
+        [str(shape) for shape in each] for each in ([(g.units,) for g in plan.groups], map(np.shape, found))
+    )
+    if need != shapes or not all(np.isfinite(each).all() for each in found):
+        what = f"a finite score for each unit of plan.groups, of shapes {listed(need, most=6)}"
+        raise ConversionError(f"importance {importance!r:.80} must return {what}; got {listed(shapes, most=6)}")
+    pairs = zip(plan.groups, found, strict=True)
+    return [np.arange(len(own)) if group.ordered else np.argsort(-own, kind="stable") for group, own in pairs]
+
+
+def magnitude(model: nn.Module, plan: Plan) -> list[NDArray[Any]]:
+    """Return for each group how much its units weigh: the L1 norm of the weights that read them.
 
     Weights that make a unit do not count, since a normalization cancels their size. If no convolution or linear layer
-    reads a group, all its weights with more than one axis count. A group whose order matters keeps its order.
+    reads a group, all its weights with more than one axis count.
 
     Source: Cai et al., Once-for-All, ICLR 2020, section 3.3, and its code. Measured in `benchmarks/importance`.
     """
-    orders = []
+    scores = []
     for group in plan.groups:
         read, total = np.zeros(group.units), np.zeros(group.units)
         for (path, name, axis), units in group.members.items():
@@ -33,9 +53,8 @@ def order_by_magnitude(model: nn.Module, plan: Plan) -> list[Order]:
                 np.add.at(total, units[units >= 0], size)
                 if axis in (sizes.get("in_features"), sizes.get("in_channels")):
                     np.add.at(read, units[units >= 0], size)
-        importance = read if read.any() else total
-        orders.append(np.arange(group.units) if group.ordered else np.argsort(-importance, kind="stable"))
-    return orders
+        scores.append(read if read.any() else total)
+    return scores
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:

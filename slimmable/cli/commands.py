@@ -25,6 +25,10 @@ def width(text: str) -> float | str:
     return text if text == ALL else float(text)
 
 
+_WIDTH: dict[str, Any] = {"help": "width to write, or all; can be repeated", "type": width, "action": "append"}
+_WIDTH |= {"shown": "must be given", "metavar": "W", "group": "what to write"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Machine:
     """What a command runs on."""
@@ -122,9 +126,6 @@ class _Network:
     """Which network of a run, a file or timm."""
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
-    width: tuple[float | str, ...] = option(
-        (), "width to write, or all; can be repeated", type=width, action="append", shown="must be given", metavar="W"
-    )
     widths: tuple[float, ...] | None = option(None, **WIDTHS, group="for a timm model; a file takes --image-size, too")
     rounding: str | None = option(None, **ROUNDING, shown="nearest")
     checkpoint: Path | None = option(None, "weights, plain or converted, by torch.save or safetensors", metavar="FILE")
@@ -132,14 +133,14 @@ class _Network:
     num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=FROM_0)
     image_size: int | None = option(None, **SIZE)
 
-    def _source(self) -> tuple[Any, list[float], Path]:
+    def _source(self, asked: Sequence[float | str]) -> tuple[Any, list[float], Path]:
         """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
         from slimmable.cli.export import file_source, run_source, timm_source
         from slimmable.cli.run import CONFIG, check_name
 
-        if not self.width:
+        if not asked:
             raise UsageError("the following arguments are required: --width")
         path = Path(self.model)
         if os.path.exists(path / CONFIG):
@@ -154,12 +155,12 @@ class _Network:
             except UsageError as error:
                 raise UsageError(f"{self.model} is neither a folder with {CONFIG} nor a file, and {error}") from error
             known = checked_widths(self.widths)
-            if unknown := [asked for asked in self.width if asked not in (ALL, *known)]:
+            if unknown := [each for each in asked if each not in (ALL, *known)]:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
             rules = {"widths": known, "rounding": self.rounding or "nearest"}
             source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
             folder = Path("runs/export", Path(self.model.rpartition(":")[2]).name)
-        widths = source.widths if ALL in self.width else self.width
+        widths = source.widths if ALL in asked else asked
         return source, [source.widths[width_index(float(each), source.widths)] for each in widths], folder
 
     def _leave_out(self, what: str, *more: str) -> None:
@@ -174,13 +175,13 @@ class _Network:
 class Export(_Network):
     """Write widths of a timm model, a saved model or a run as files for other programs, with a model card."""
 
+    width: tuple[float | str, ...] = option((), **_WIDTH)
     format: tuple[str, ...] | None = option(
         None,
         "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
         choices=("pt2", "onnx", "safetensors"),
         shown="pt2, and onnx if it is installed",
         action="append",
-        group="what to write",
     )
     all_widths: bool = option(False, "write all widths into one file, with one set of weights, instead of --width")
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
@@ -191,8 +192,7 @@ class Export(_Network):
         from slimmable.cli.export import export as write
         from slimmable.cli.processes import locked
 
-        asked = replace(self, width=(ALL,)) if self.all_widths else self
-        source, widths, folder = asked._source()
+        source, widths, folder = self._source((ALL,) if self.all_widths else self.width)
         folder = self.output or folder
         with locked(folder):
             files = write(source, () if self.all_widths else widths, self.format, folder)
@@ -207,7 +207,8 @@ class Export(_Network):
 class Embed(_Machine, _Network):
     """Write the features of all images in a folder, at any widths of a timm model, a saved model or a run."""
 
-    images: Path = option(help="folder of images, at any depth", metavar="FOLDER", group="what to write")
+    width: tuple[float | str, ...] = option((), **_WIDTH)
+    images: Path = option(help="folder of images, at any depth", metavar="FOLDER")
     output: Path = option(Path("features.npz"), "file to write, for numpy.load; it is replaced", metavar="FILE.npz")
 
     def _run(self) -> None:
@@ -215,9 +216,28 @@ class Embed(_Machine, _Network):
 
         if self.output.suffix != ".npz":
             raise UsageError(f"--output {self.output} must end in .npz")
-        source, widths, _ = self._source()
+        source, widths, _ = self._source(self.width)
         count = embed(source, self.images, widths, self.output, self._found_device(), self._count_workers())
         say(f"wrote {self.output}, the features of {count} images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency(_Network):
+    """Measure the layers of a timm model, a saved model or a run on this machine, for `slimmable.search` on any."""
+
+    output: Path = option(Path("latency.json"), "file to write; it is replaced", metavar="FILE", group="table")
+    runtime: str = option("torch", "what runs the sub-networks", choices=("torch", "onnxruntime"))
+
+    def _run(self) -> None:
+        import torch
+
+        from slimmable.deploy.latency import LatencyTable
+
+        source, _, _ = self._source((ALL,))
+        torch.set_num_threads(1)
+        example: Any = torch.zeros(1, *source.image)
+        LatencyTable.measure(source.model, example, self.runtime).save(self.output)  # type: ignore[arg-type]
+        say(f"wrote {self.output}, for the argument table of slimmable.search")
 
 
 @dataclass(frozen=True)
@@ -271,6 +291,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of e
     "evaluate": (Evaluate,),
     "export": (Export,),
     "embed": (Embed,),
+    "latency": (Latency,),
     "profile": (Profile,),
     "plan": (Plan,),
 }

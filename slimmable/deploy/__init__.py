@@ -1,5 +1,6 @@
-"""Networks for other programs and devices: programs of one width, and one file that holds all widths."""
+"""Networks for other programs and devices: programs of one width, all widths in one file, tables of latencies."""
 
+from slimmable.deploy.latency import LatencyTable as LatencyTable
 from slimmable.deploy.programs import Programs as Programs
 
-__all__ = ["Programs"]
+__all__ = ["LatencyTable", "Programs"]

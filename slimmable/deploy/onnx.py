@@ -56,6 +56,7 @@ def load_onnx(path: Path) -> Program:
     runtime = require("onnxruntime", "onnxruntime", extra="onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
     with explained("onnxruntime does not load the written program"):
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import slimmable
-from slimmable.analysis.importance import order_by_magnitude
+from slimmable.analysis.importance import order_units
 
 SIZES = torch.tensor([2.0, 4.0, 1.0, 3.0])  # of the weights that read each unit
 IMPORTANT_FIRST = [1, 3, 0, 2]
 
 
 def order_of(model, example):
-    [order] = order_by_magnitude(model, slimmable.plan(model, (1.0, 0.5), example_inputs=example))
+    [order] = order_units(model, slimmable.plan(model, (1.0, 0.5), example_inputs=example), "magnitude")
     return order.tolist()
 
 

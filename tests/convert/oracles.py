@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slimmable
 from slimmable._inputs import output_tensors
-from slimmable.analysis.importance import order_by_magnitude, permute
+from slimmable.analysis.importance import order_units, permute
 from slimmable.analysis.plan import Plan
 
 Run = Callable[[nn.Module], list[Tensor]]
@@ -110,7 +110,7 @@ def permuted_difference(
     random = np.random.default_rng(0)
     shuffled = fresh_copy(model)
     orders = [np.arange(g.units) if g.ordered else random.permutation(g.units) for g in plan.groups]
-    permute(shuffled, plan, order_by_magnitude(model, plan) if order == "magnitude" else orders)
+    permute(shuffled, plan, order_units(model, plan, "magnitude") if order == "magnitude" else orders)
     found = []
     grouping = plan.channels.needed.grouping
     for got, want, output in zip(run(shuffled), expected, plan.channels.outputs, strict=True):

@@ -414,9 +414,9 @@ def test_importance_by_magnitude_keeps_the_function_and_puts_large_channels_firs
     with torch.no_grad():
         assert oracles.difference(slim(images), model(images)) < 1e-12
     plan = slimmable.plan(slimmable.extract(slim, 1.0), WIDTHS, example_inputs=images)
-    from slimmable.analysis.importance import order_by_magnitude
+    from slimmable.analysis.importance import order_units
 
-    for order in order_by_magnitude(slimmable.extract(slim, 1.0), plan):
+    for order in order_units(slimmable.extract(slim, 1.0), plan, "magnitude"):
         assert (order == range(len(order))).all()
 
 
@@ -494,7 +494,7 @@ def test_widths_that_cannot_be_used(images, widths):
         ({"skip": "layre*"}, "layre.*matches no module"),
         ({"round_to": 0}, "round_to is 0"),
         ({"round_to": 1.5}, "round_to is 1.5"),
-        ({"importance": "size"}, "importance 'size' is unknown; use None or \"magnitude\""),
+        ({"importance": "size"}, "importance 'size' is unknown; use None, \"magnitude\" or a function"),
         ({"example_inputs": None}, "example_inputs"),
         ({"example_inputs": torch.zeros(2, 5, 64, 64)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),
         ({"example_inputs": torch.zeros(2, 3)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),

@@ -164,6 +164,25 @@ def programs() -> Any:
     return path
 
 
+def quickly(call: Callable[[], Any]) -> Any:
+    """Measure two networks twice, not dozens of them."""
+    latency = importlib.import_module("slimmable.deploy.latency")
+    with unittest.mock.patch.multiple(latency, _NETWORKS=1, _ROUNDS=2):
+        return call()
+
+
+@functools.cache
+def table_of_times() -> Any:
+    return quickly(lambda: slimmable.deploy.LatencyTable.measure(converted(), X))
+
+
+@functools.cache
+def saved_times() -> Any:
+    path = saved().with_name("times.json")
+    table_of_times().save(path)
+    return path
+
+
 def published(model: Callable[[], nn.Module]) -> Any:
     folder = Path(tempfile.mkdtemp())
     slimmable.save_pretrained(model(), folder, example_inputs=X)
@@ -189,6 +208,9 @@ ROUND = bad.count(1).but(huge="it keeps every group whole")
 OUTPUTS = bad.choice("auto").but(dict="no output is said anything about", list="no output is said anything about")
 SKIP = bad.function(lambda name, module: False).but(list="nothing is skipped", dict="nothing is skipped")
 LOADER = bad.batches(lambda: X)
+NO_LOADER = Argument(
+    lambda: None, {name: bad.Of(lambda _, make=make: make()) for name, make in LOADER.optional().values().items()}
+)
 QUEUE = bad.tensor(lambda: X.T.clone())
 GATED = bad.slim(gated_model)
 GATEABLE = bad.module(lambda: gating.ungate(gated_model()))
@@ -356,6 +378,18 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+IMPORTANCE = Argument(
+    lambda: None,
+    {
+        **bad.choice("magnitude").optional().bad,
+        "a function of nothing": lambda: [],
+        "a function without scores": lambda model, plan: [],
+        "a function of text": lambda model, plan: ["a" for _ in plan.groups],
+        "a function of nan": lambda model, plan: [[bad.math.nan] * group.units for group in plan.groups],
+    },
+)
+
+
 CALLS: dict[str, Call] = {
     # -- converting, switching
     "slimify": Call(
@@ -368,7 +402,7 @@ CALLS: dict[str, Call] = {
             "rounding": ROUNDING,
             "overlap": ON,
             "switchable": SWITCHABLE,
-            "importance": bad.choice("magnitude").optional(),
+            "importance": IMPORTANCE,
             "outputs": OUTPUTS,
             "universal": FLAG,
             "inplace": FLAG,
@@ -388,7 +422,17 @@ CALLS: dict[str, Call] = {
             "universal": FLAG,
         }
     ),
-    "extract": Call({"model": MODEL, "width": WIDTH}),
+    "extract": Call({"model": MODEL, "width": WIDTH, "repair": NO_LOADER}),
+    "repair": Call(
+        {
+            "model": ANY_MODEL,
+            "loader": LOADER,
+            "width": WIDTH.but(unknown="the network is cut to any"),
+            "importance": IMPORTANCE,
+            "example_inputs": EXAMPLE,
+            "ridge": bad.not_negative(0.001),
+        }
+    ),
     "set_width": Call({"model": MODEL, "width": WIDTH}),
     "at_width": Call({"model": MODEL, "width": WIDTH}),
     "inference": Call({"model": MODEL}),
@@ -436,6 +480,8 @@ CALLS: dict[str, Call] = {
             "of": bad.choice("macs"),
             "step": bad.open_fraction(0.25),
             "calibrate": LOADER.optional(),
+            "table": Argument(lambda: None, {**bad.path(lambda: None).optional().bad}),
+            "evolution": bad.count(2).optional(),
             "progress": FLAG,
         }
     ),
@@ -446,13 +492,20 @@ CALLS: dict[str, Call] = {
             "width": Argument(lambda: None, bad.setting().optional().bad),
             "widths": Argument(lambda: None, bad.widths().optional().bad),
             "example_inputs": EXAMPLE,
-            "calibration": Argument(
-                lambda: None,
-                {name: bad.Of(lambda _, make=make: make()) for name, make in LOADER.optional().values().items()},
-            ),
+            "calibration": NO_LOADER,
         }
     ),
     "deploy.Programs": Call({"path": bad.path(programs)}),
+    "deploy.LatencyTable.measure": Call(
+        {"model": MODEL, "example_inputs": EXAMPLE, "runtime": bad.choice("torch")},
+        run=lambda **given: quickly(lambda: slimmable.deploy.LatencyTable.measure(**given)),
+    ),
+    "deploy.LatencyTable.predict": Call(
+        {"plan": Argument(lambda: slimmable.plan(converted()), {**bad.WRONG, **bad.NUMBERS}), "setting": WIDTH},
+        of=table_of_times,
+    ),
+    "deploy.LatencyTable.save": Call({"path": bad.path(elsewhere)}, of=table_of_times),
+    "deploy.LatencyTable.load": Call({"path": bad.path(saved_times)}),
     "save": Call(
         {
             "model": ANY_MODEL,
@@ -1256,6 +1309,7 @@ EXEMPT = {
     "deploy.Programs.__call__": "its arguments are those of the program, which torch checks",
     "SlimmableError": "an error",
     "*.Accuracies": "data, which the library makes",
+    "deploy.LatencyTable": "data, which the library makes",
     "methods.Batch": "data, which `step` checks",
     "runtime.Answer*": "data, which the library makes",
     "methods.Outcome": "data, which `step` checks",

@@ -19,7 +19,7 @@ def test_the_top_level_names_are_these():
     assert set(slimmable.__all__) == {
         *("slimify", "plan", "extract", "export", "save", "load", "load_slimclr", "profile", "search", "calibrate_bn"),
         *("full_state_dict", "register_rule", "pretrain", "save_pretrained", "push_to_hub", "from_pretrained"),
-        *("set_width", "at_width", "width_of", "widths_of", "run_widths", "AllWidths", "inference"),
+        *("set_width", "at_width", "width_of", "widths_of", "run_widths", "AllWidths", "inference", "repair"),
         *("SlimRecipe", "OnlineDistillation", "SwitchableProbe", "Inputs", "SlimmableError"),
         *("SlimConv2d", "SlimLinear", "SwitchableBatchNorm"),
     }
