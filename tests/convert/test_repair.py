@@ -121,7 +121,8 @@ def by_spread(model, plan):
     for score, group in zip(scores, plan.groups, strict=True):
         for (path, name, axis), units in group.members.items():
             if name == "weight" and axis == 0 and path in group.makers:
-                np.add.at(score, units[units >= 0], model.get_submodule(path).weight.detach().flatten(1).std(1)[units >= 0])
+                spread = model.get_submodule(path).weight.detach().flatten(1).std(1)
+                np.add.at(score, units[units >= 0], spread[units >= 0])
     return scores
 
 
@@ -218,7 +219,7 @@ def test_scores_that_do_not_fit_are_refused(scores):
     def wrong(model, plan):
         return scores
 
-    with pytest.raises(ConversionError, match="importance <function .*wrong"):
+    with pytest.raises(ConversionError, match=r"importance <function .*wrong"):
         slimmable.slimify(model, (1.0, WIDTH), example_inputs=x, importance=wrong)
 
 
