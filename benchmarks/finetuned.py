@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 
 import slimmable
-from benchmarks.finetuning import finetune
+from benchmarks.finetuning import accuracy_of, finetune
 from slimmable.cli.data import Plain, load_images
 from slimmable.cli.evaluation import PROBES, report_run, rows_of_run, static_networks
 from slimmable.cli.report import UNTRAINED, Row, named_at
 from slimmable.cli.run import read_config, trained_method
 from slimmable.errors import SlimmableError, UsageError
-from slimmable.evaluation import accuracy_of
 
 
 def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = PROBES) -> str:

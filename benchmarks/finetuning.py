@@ -11,9 +11,25 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from slimmable._checks import check_classes, check_finite, check_labelled, checked
+from slimmable._modules import in_eval_mode
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation import as_input, outputs_of
+from slimmable.evaluation import as_input
 from slimmable.view.state import is_slim
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Return the outputs of `model` for all images, in eval mode and float32; its modes stay."""
+    with in_eval_mode(model):
+        return torch.cat([model(as_input(model, batch)).float() for batch in torch.split(images, batch_size)])
+
+
+def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the fraction of images whose largest class score is that of their label."""
+    check_labelled("accuracy_of: images", images, labels)
+    scores = outputs_of(model, images)
+    check_finite("accuracy_of: scores", scores)
+    return float((scores.argmax(1) == labels.to(scores.device)).float().mean())
 
 
 @checked

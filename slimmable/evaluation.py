@@ -27,7 +27,7 @@ from slimmable.losses import soft_cross_entropy
 from slimmable.view.view import install_view
 
 __all__ = [
-    "Accuracies", "accuracy_of", "evaluate_features", "evaluate_widths", "features_of", "knn_accuracy",
+    "Accuracies", "evaluate_features", "evaluate_widths", "knn_accuracy",
     "label_fraction", "linear_evaluation", "probe_loss", "ridge_classifier", "train_probe", "train_slimmable_probe",
 ]  # fmt: skip
 
@@ -51,26 +51,6 @@ class Accuracies:
     ridge: float = math.nan
     linear_top5: float = math.nan
     slimmable_top5: float = math.nan
-
-
-@checked
-def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: int = 256) -> Tensor:
-    """Return the features of `backbone` at `width` in eval mode: images (images, ...) -> (images, features), float32.
-
-    uint8 images are scaled to [0, 1], and `batch_size` of them run together. Width and training mode are restored.
-    Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
-    """
-    if not isinstance(images, Tensor) or not images.ndim or not len(images):
-        raise DataError(f"features_of: images must be a tensor of at least one image, got {shown(images)}")
-    with at_width(backbone, width):
-        return outputs_of(backbone, images, batch_size)
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Return the outputs of `model` for all images, in eval mode and float32."""
-    with in_eval_mode(model):
-        return torch.cat([model(as_input(model, batch)).float() for batch in torch.split(images, batch_size)])
 
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
@@ -97,22 +77,6 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
     order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
     each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
     return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())]).sort().values
-
-
-@checked
-def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-    """Return the fraction of `images` whose largest class score is that of their label, in [0, 1].
-
-    `model`, which gives out class scores of shape (batch, classes), runs as in `features_of`; `labels` are (images,).
-    Raises: DataError: if there are no images, not one class number for each, or the model's output is not class scores.
-
-    >>> accuracy_of(nn.Sequential(nn.Linear(2, 2, bias=False)), torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
-    0.75
-    """
-    check_labelled("accuracy_of: images", images, labels)
-    scores = outputs_of(model, images, batch_size)
-    check_features("accuracy_of: scores", scores, labels)
-    return _accuracy(scores, labels)
 
 
 @checked

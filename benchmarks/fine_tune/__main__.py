@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 import slimmable
+from benchmarks.finetuning import accuracy_of
 from benchmarks.measuring import append_rows, markdown, origin, read_results, read_rows
 from slimmable.cli.config import configure
 from slimmable.cli.data import Images, Plain, batches_of, cluttered_digits
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import new_method, read_start
-from slimmable.evaluation import accuracy_of
 from slimmable.methods import Method
 
 HERE = Path(__file__).parent

@@ -29,7 +29,7 @@ from benchmarks.importance.run import Digits, accuracy, digits
 from benchmarks.importance.search import WIDTHS, trained
 from benchmarks.measuring import append_rows, interleaved, markdown, origin, read_rows
 from slimmable.deploy import LatencyTable
-from slimmable.deploy.onnx import save_onnx
+from slimmable.deploy.onnx import save_onnx, to_onnx
 
 HERE = Path(__file__).parent
 MODELS = (("resnet18", "torch"), ("vit_tiny_patch16_224", "torch"), ("resnet18", "onnxruntime"))
@@ -53,7 +53,7 @@ def predicted(name: str, runtime: str, networks: int) -> Iterator[dict[str, obje
         with torch.no_grad():
             programs = [torch.export.export(network, (example,)) for network in runs]
         with tempfile.TemporaryDirectory() as folder:
-            runs = [save_onnx(program, Path(folder, f"{at}.onnx")) for at, program in enumerate(programs)]
+            runs = [save_onnx(to_onnx(program), Path(folder, f"{at}.onnx")) for at, program in enumerate(programs)]
     calls = {str(at): (lambda run=run: run(example)) for at, run in enumerate(runs)}
     with torch.no_grad():
         before = interleaved(calls, 10, 20)

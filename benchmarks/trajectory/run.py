@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 import slimmable
+from benchmarks.diagnostics.plot import plot_imbalance
 from benchmarks.importance.run import digits, write
 from benchmarks.measuring import markdown, origin
 from benchmarks.trajectory.plane import Map, Plane, draw, map_of, plane_of
 from benchmarks.trajectory.training import WAYS, WIDTHS, Run, Way, train, view
-from slimmable.cli.report import plot_imbalance
 from slimmable.training import GradientDiagnostics
 
 HERE = Path(__file__).parent

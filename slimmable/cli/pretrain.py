@@ -25,7 +25,7 @@ from slimmable.cli.config import LOGGERS, PretrainConfig, say
 from slimmable.cli.evaluation import VOTERS, Prober, passes_of, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
-from slimmable.cli.report import GATED, Log, Progress, csv_log, logged_rows, make_logs, named_at, plot_imbalance
+from slimmable.cli.report import GATED, Log, Progress, csv_log, logged_rows, make_logs, named_at
 from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError, require
 from slimmable.gating import GateBudget, gate_parameters, gate_plan
 from slimmable.losses import DistillationKind, OnlineDistillation
@@ -372,8 +372,6 @@ def _finish(training: Training, folder: Path, options: Pretrain) -> None:
         training.save(folder / runs.CHECKPOINT)
     for name in runs.save_networks(folder, config, training.method, images.channels):
         say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
-    if training.diagnostics is not None and training.diagnostics.rows:
-        plot_imbalance(training.diagnostics.rows, folder / "gradients.png")
     rows = rows_of_run(config, training.method, images, workers=options.workers or 0)
     _tell(options, report_run(config, folder, rows, images, options.workers or 0))
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
 from slimmable.cli.config import LOGGERS, read_text, say
-from slimmable.errors import CheckpointError, DataError, explained, require
+from slimmable.errors import CheckpointError, explained, require
 
 UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge"}
@@ -133,34 +133,6 @@ def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: st
     write_aside(folder / "metrics.md", lambda path: path.write_text(table))
     plot(rows, pixels_knn, title, folder / "accuracy.png")
     return table
-
-
-def plot_imbalance(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> None:
-    """Draw the rows of `GradientDiagnostics` as a PNG file, after SlimCLR (Zhao et al. 2024, Figure 3).
-
-    Left are `rest_ratio` (solid) and `grad_ratio` (dotted) of each narrow width, right its cosine with the full one's.
-    """
-    widths = [name.removeprefix("rest_ratio/w") for name in (rows[0] if rows else {}) if name.startswith("rest_ratio/")]
-    others = {f"{name}{width}" for name in ("grad_ratio/w", "grad_cosine/w1.0_w") for width in widths}
-    if not widths or not others <= rows[0].keys():
-        raise DataError(f"plot_imbalance: {len(rows)} rows, not those of GradientDiagnostics of at least two widths")
-    figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(9.6, 3.6), layout="constrained")
-    ratios, cosines = figure.subplots(1, 2, sharex=True)
-    steps = [row["step"] for row in rows]
-    for number, width in enumerate(widths):
-        curves = (ratios, "rest_ratio/w", "-"), (ratios, "grad_ratio/w", ":"), (cosines, "grad_cosine/w1.0_w", "-")
-        for axes, name, style in curves:
-            axes.plot(steps, [row[name + width] for row in rows], style, color=f"C{number}", label=f"width {width}")
-    for axes, level in ((ratios, 1), (cosines, 0)):
-        axes.axhline(level, color="grey", linewidth=1)
-        axes.grid(alpha=0.3)
-    ratios.set_yscale("log", base=2)
-    ratios.yaxis.set_major_formatter("{x:g}")
-    ratios.set(xlabel="step", ylabel="ratio of gradient norms")
-    cosines.set(ylim=(-1, 1), xlabel="step", ylabel="cosine with the full width's gradient")
-    cosines.legend(loc="lower right", frameon=False)
-    figure.suptitle(title)
-    write_aside(Path(path), lambda aside: figure.savefig(aside, format="png", dpi=150))
 
 
 def csv_log(path: Path, columns: Sequence[str], done: int) -> Log:

@@ -10,10 +10,8 @@ import slimmable
 from benchmarks.finetuning import finetune
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.evaluation import (
-    accuracy_of,
     evaluate_features,
     evaluate_widths,
-    features_of,
     knn_accuracy,
     probe_loss,
     ridge_classifier,
@@ -74,19 +72,6 @@ def test_settings_of_a_training(train, setting, says):
         (lambda: knn_accuracy(X, Y - 1, X, Y), DataError, "labels from -1"),
         (lambda: knn_accuracy(X, Y.float(), X, Y), DataError, "labels are torch.float32"),
         (lambda: knn_accuracy(X, Y.tolist(), X, Y), DataError, "labels must be a tensor, got list"),
-        (
-            lambda: accuracy_of(NET, X, Y, batch_size=0),
-            UsageError,
-            "batch_size must be a 64-bit integer of at least 1, got 0",
-        ),
-        (
-            lambda: accuracy_of(nn.Flatten(0), X, Y),
-            DataError,
-            r"accuracy_of: scores has shape \(64,\) and labels of shape \(16,\)",
-        ),
-        (lambda: accuracy_of(NET, X, Y.float()), DataError, "labels are torch.float32"),
-        (lambda: features_of(SLIM, X[:0], 1.0), DataError, "at least one image"),
-        (lambda: features_of(SLIM, X, 1.0, -1), UsageError, "batch_size .* got -1"),
         (lambda: evaluate_features(CUT, Y, CUT, Y, probes=None), UsageError, "probes must be a list .* got None"),
         (lambda: evaluate_features(CUT, Y, CUT, Y, probes=("ridge",), k=0), UsageError, "k must be .* got 0"),
         (lambda: evaluate_features({1.0: X}, Y, {1.0: X[:, :2]}, Y), DataError, r"\(16, 4\), test \(16, 2\)"),
@@ -100,10 +85,6 @@ def test_settings_of_a_training(train, setting, says):
 def test_wrong_calls(call, error, says):
     with pytest.raises(error, match=says):
         call()
-
-
-def test_a_model_without_parameters_has_an_accuracy():
-    assert accuracy_of(nn.Identity(), X, Y) == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -131,7 +112,6 @@ def test_knn_of_one_number_per_image():
             "train features at width 0.5: 3 of 16 rows",
         ),
         (lambda bad: evaluate_features({1.0: X}, Y, {1.0: bad}, Y), "test features at width 1.0: 3 of 16 rows"),
-        (lambda bad: accuracy_of(nn.Identity(), bad, Y), "accuracy_of: scores: 3 of 16 rows"),
         (lambda bad: finetune(NET, bad[:3], Y[:3]), "finetune"),
     ],
 )
@@ -146,4 +126,6 @@ def test_the_widths_of_a_broken_network_have_no_accuracy():
         model[0].bias[6] = torch.nan  # which width 0.5 does not read
     with pytest.raises(DataError, match=r"train features at width 1.0: 16 of 16 rows hold nan"):
         evaluate_widths(model, X, Y, X, Y)
-    assert knn_accuracy(features_of(model, X, 0.5), Y, features_of(model, X, 0.5), Y, k=1) > 0
+    with torch.no_grad():
+        features = slimmable.extract(model, 0.5)(X)
+    assert knn_accuracy(features, Y, features, Y, k=1) > 0

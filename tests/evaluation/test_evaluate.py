@@ -13,7 +13,7 @@ from torch import nn
 
 import slimmable
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation import evaluate_widths, features_of, knn_accuracy, probe_loss, train_probe
+from slimmable.evaluation import evaluate_widths, knn_accuracy, probe_loss, train_probe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -166,10 +166,3 @@ def test_evaluation_refuses_sets_that_do_not_fit(backbone, sizes):
     )
     with pytest.raises(DataError, match="expected one label for each of at least one image"):
         evaluate_widths(backbone, train, train_labels, test, test_labels)
-
-
-@pytest.mark.parametrize("width", [1.0, 0.5])
-def test_features_are_those_of_the_extracted_network(backbone, width):
-    images = torch.randint(0, 256, (7, 1, 6, 6), dtype=torch.uint8)
-    expected = slimmable.extract(backbone, width).eval()(images.float() / 255)
-    torch.testing.assert_close(features_of(backbone, images, width, batch_size=3), expected.detach())

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import slimmable
-from benchmarks.finetuning import finetune
+from benchmarks.finetuning import accuracy_of, finetune
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation import accuracy_of
 
 
 def net(dropout=0.0):

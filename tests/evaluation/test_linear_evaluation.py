@@ -18,11 +18,11 @@ from slimmable.errors import CheckpointError, DataError, DivergedError, UsageErr
 from slimmable.evaluation import (
     evaluate_features,
     evaluate_widths,
-    features_of,
     linear_evaluation,
     train_probe,
     train_slimmable_probe,
 )
+from tests.evaluation.features import features_of
 
 WIDTHS = (1.0, 0.5, 0.25)
 ALL = ("knn", "linear", "slimmable", "ridge")

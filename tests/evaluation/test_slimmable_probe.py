@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
+from benchmarks.finetuning import accuracy_of
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.evaluation import (
     Accuracies,
-    accuracy_of,
     evaluate_features,
     evaluate_widths,
-    features_of,
     knn_accuracy,
     probe_loss,
     ridge_classifier,
     train_probe,
     train_slimmable_probe,
 )
+from tests.evaluation.features import features_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -219,7 +219,7 @@ def test_widths_of_a_timm_backbone_and_accuracy_of_an_extracted_classifier():
     small = slimmable.extract(backbone, 0.25)
     network = nn.Sequential(small, ridge_classifier(features_of(backbone, images, 0.25), labels)).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert accuracy_of(network, images, labels, batch_size=7) == found[0.25].ridge
+    assert accuracy_of(network, images, labels) == found[0.25].ridge
     assert all(module.training for module in network[0].modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     with pytest.raises(DataError, match="accuracy_of: images"):

@@ -882,28 +882,12 @@ CALLS: dict[str, Call] = {
         {"groups": bad.count(1)}, run=lambda groups: training.synchronised_batchnorm(groups).__enter__()
     ),
     # -- evaluation
-    "evaluation.features_of": Call(
-        {
-            "backbone": bad.slim(backbone),
-            "images": IMAGES.but(
-                a_row_less="images without labels",
-                an_axis_more="the network takes it",
-                holding_nan="so are its features",
-                holding_infinity="so are its features",
-            ),
-            "width": WIDTH,
-            "batch_size": bad.count(4),
-        }
-    ),
     "evaluation.label_fraction": Call(
         {
             "labels": LABELS.but(a_row_less="fewer labels"),
             "fraction": bad.fraction(0.5),
             "seed": bad.count(1).but(zero="a seed", negative="a seed"),
         }
-    ),
-    "evaluation.accuracy_of": Call(
-        {"model": ANY_MODEL, "images": IMAGES, "labels": LABELS, "batch_size": bad.count(4)}
     ),
     "evaluation.evaluate_widths": Call(
         {

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimmable
-from slimmable.cli.report import plot_imbalance
-from slimmable.errors import DataError, UsageError, WidthError
+from benchmarks.diagnostics.plot import plot_imbalance
+from slimmable.errors import UsageError, WidthError
 from slimmable.layers import SlimLinear, SwitchableBatchNorm1d
 from slimmable.training import GradientDiagnostics, SlimRecipe
 from slimmable.training.diagnostics import shared_parameters
@@ -422,6 +422,6 @@ def test_the_figure_draws_every_width(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "grad_norm/w1.0": 1.0}]])
 def test_a_figure_of_nothing_is_refused(rows, tmp_path):
-    with pytest.raises(DataError, match="not those of GradientDiagnostics"):
+    with pytest.raises(ValueError, match="not those of GradientDiagnostics"):
         plot_imbalance(rows, tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
