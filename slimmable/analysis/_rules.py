@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import tensors
 from slimmable._reach import arguments
-from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
+from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Axes, Ids, Labels, spread
+from slimmable.analysis.plan import Output
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]
@@ -31,9 +32,17 @@ class Call:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
 
+class ModuleCall(NamedTuple):
+    """One call of a module: its first argument and its labels, if that is a tensor, and its output."""
+
+    source: Tensor | None
+    axes: list[Ids | None]
+    out: Any
+
+
 @dataclass
 class Context:
-    """The state of one trace.
+    """The state of one trace, and what it has found.
 
     Each tensor has its labels as the attribute `slim_axes`, and as `slim_origin` how its units came about: "weights"
     (from parameters alone), "made" (by layers with weights, and since then only moved, scaled, normalized or bounded),
@@ -54,6 +63,11 @@ class Context:
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
     attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)  # module path, name -> labels
+    attributes: dict[Attribute, int] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `Reach`
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
     module: str = ""  # path of the module that is running
     operation: str = ""
     schema: Any = None  # of the operation

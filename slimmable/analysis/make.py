@@ -20,7 +20,7 @@ from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.integers import Constraint
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.plan import Channels, Counts, Failure, Grouping, Output, Pin, Plan, Requirements, SubNetwork
-from slimmable.analysis.trace import Outputs, Skip, Trace, is_inside, trace
+from slimmable.analysis.trace import Context, Outputs, Skip, is_inside, trace
 from slimmable.errors import ConversionError, TraceError
 
 _TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
@@ -82,18 +82,18 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "tuple[Trace, Solution]":
+def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "tuple[Context, Solution]":
     """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
     first = _settled_trace(fake, rules.widths, skip, outputs)
     solution = solve(first, rules)
-    labels = first.context.labels
+    labels = first.labels
     disagreed = labels.roots(*solution.disagreed)
 
     def doubtful(ids: Ids) -> bool:
         roots = labels.roots(ids)
         return bool(labels.pinned(ids).all() or disagreed & roots or 2 * len(roots) <= len(ids))
 
-    stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
+    stuck = [site for site, (ids, options) in enumerate(first.splits) if options > 1 and doubtful(ids)]
     if not stuck:
         return first, solution
     second = trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs)
@@ -101,7 +101,7 @@ def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "aut
     return min(found, key=lambda pair: pair[1].parameters(pair[0]))
 
 
-def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Trace:
+def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Context:
     """Trace without tensors that an earlier run may have left in caches, again if some of them were none."""
     fake.reach.hide_tensors()
     while True:
@@ -126,22 +126,21 @@ class Solution:
     counts: list[Counts]
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
-    def parameters(self, trace: Trace) -> int:
+    def parameters(self, trace: Context) -> int:
         """Return how many elements of parameters and buffers the narrowest width keeps."""
         labelled = ([ids for ids in axes if ids is not None] for axes in trace.tensors.values())
         return sum(math.prod(self.grouping.count(self.counts[-1], ids) for ids in axes) for axes in labelled)
 
 
-def solve(trace: Trace, rules: Plan) -> Solution:
+def solve(trace: Context, rules: Plan) -> Solution:
     """Find groups and counts for which every constraint holds at every width, by the rules of an empty plan.
 
     Where adjusting counts does not help, axes are coupled or pinned, whichever keeps fewer parameters.
     """
-    context, labels = trace.context, trace.context.labels
-    coupled, disagreed = set[int](), list[Ids]()
+    labels, coupled, disagreed = trace.labels, set[int](), list[Ids]()
     while True:
         solution = _count(labels, rules)
-        needed = Requirements(solution.grouping, context.constraints, trace.attributes)
+        needed = Requirements(solution.grouping, trace.constraints, trace.attributes)
         failures: list[Failure] = []
         for width, counts in enumerate(solution.counts):
             failures += (needed.adjust(counts) if width else needed.fit(counts))[1]
@@ -155,9 +154,9 @@ def solve(trace: Trace, rules: Plan) -> Solution:
                 mended.append(tried)
         coupled.add(id(failure.constraint))
         if mended:
-            labels = context.labels = min(mended, key=lambda each: _count(each, rules).parameters(trace))
+            labels = trace.labels = min(mended, key=lambda each: _count(each, rules).parameters(trace))
         else:  # nothing in it can shrink: it does not depend on the width
-            context.constraints = [c for c in context.constraints if c is not failure.constraint]
+            trace.constraints = [c for c in trace.constraints if c is not failure.constraint]
 
 
 def _count(labels: Labels, rules: Plan) -> Solution:
@@ -190,10 +189,10 @@ def _pin(labels: Labels, failure: Failure) -> bool:
 
 
 # -- the plan
-def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
+def filled_plan(fake: FakeModel, found: Context, solution: Solution, plan: Plan) -> Plan:
     """Fill an empty plan with what a trace and its solution have found, and return it."""
-    model, context, grouping = fake.model, found.context, solution.grouping
-    labels, shared = context.labels, dict[bytes, Ids]()
+    model, labels, grouping = fake.model, found.labels, solution.grouping
+    shared = dict[bytes, Ids]()
 
     def units_of(ids: Ids) -> Ids:
         units = solution.units[ids]
@@ -204,12 +203,12 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
 
     constraints = [
         Constraint(each.expression.mapped(units_of), each.required.mapped(units_of), each.where)
-        for each in context.constraints
+        for each in found.constraints
     ]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
     scales = [  # `head_dim ** -0.5` of modules that multiply queries and keys, which kernels derive from the size
         (path, name, units_of(ids))
-        for path, ids in context.contractions
+        for path, ids in found.contractions
         for name, value in vars(model.get_submodule(path)).items()
         if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9 and grouping.groups_in([ids])
     ]
@@ -218,7 +217,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     encoders = [(path, nested) for path, module in model.named_modules() if vars(module).get(nested) is True]
     names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *encoders])
     makers: list[set[str]] = [set() for _ in solution.roots]
-    for path, made in context.producers:
+    for path, made in found.producers:
         for group in grouping.groups_in([made]):
             makers[group].add(path)
     plan.channels = Channels(
@@ -229,7 +228,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
         [replace(each, units=units_on(each.units), why=_why(each, labels, grouping)) for each in found.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(labels.ordered(roots).any()) for roots in solution.roots),
-        [(macs, tuple(map(units_of, axes))) for macs, axes, _ in context.products],
+        [(macs, tuple(map(units_of, axes))) for macs, axes, _ in found.products],
         {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
     plan.caches = found.caches
