@@ -458,15 +458,6 @@ def _grouped(ctx: Context, args: Args, out: Tensor, transposed: bool, groups: in
     return outer
 
 
-@rule_of("embedding")
-def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A table of vectors makes their units; which rows are read depends on the data."""
-    rows, units = ctx.axes(args[0])
-    ctx.pin(rows, "is indexed")
-    ctx.produce(units)
-    ctx.label(out, [*ctx.axes(args[1]), units], "made")
-
-
 @rule_of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Channels are (groups, n): whole groups go if every width keeps a whole number of them, else units of each."""
