@@ -40,7 +40,7 @@ def make_plan(
         try:
             plan = Plan(**rules.rules())
             found = best_trace(fake, rules, stays, outputs)
-            failed = first_failure(fake, filled_plan(fake, *found, plan))
+            failed = first_failure(fake, filled_plan(fake, found, plan))
         except TraceError as error:
             outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
             above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
@@ -82,23 +82,21 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "tuple[Context, Solution]":
+def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "Solution":
     """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
-    first = _settled_trace(fake, rules.widths, skip, outputs)
-    solution = solve(first, rules)
-    labels = first.labels
+    solution = solve(_settled_trace(fake, rules.widths, skip, outputs), rules)
+    labels = solution.trace.labels
     disagreed = labels.roots(*solution.disagreed)
 
     def doubtful(ids: Ids) -> bool:
         roots = labels.roots(ids)
         return bool(labels.pinned(ids).all() or disagreed & roots or 2 * len(roots) <= len(ids))
 
-    stuck = [site for site, (ids, options) in enumerate(first.splits) if options > 1 and doubtful(ids)]
+    stuck = [site for site, (ids, options) in enumerate(solution.trace.splits) if options > 1 and doubtful(ids)]
     if not stuck:
-        return first, solution
-    second = trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs)
-    found = [(first, solution), (second, solve(second, rules))]
-    return min(found, key=lambda pair: pair[1].parameters(pair[0]))
+        return solution
+    second = solve(trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs), rules)
+    return min(solution, second, key=Solution.parameters)
 
 
 def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Context:
@@ -118,17 +116,18 @@ def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outpu
 # -- groups, and how many units each keeps
 @dataclass
 class Solution:
-    """The groups and, for each width, the units kept of each group."""
+    """The groups that a trace has found and, for each width, the units kept of each group."""
 
+    trace: Context
     grouping: Grouping
     roots: list[Ids]  # of each group
     units: Ids  # of each id, its number among the units of all groups
     counts: list[Counts]
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
-    def parameters(self, trace: Context) -> int:
+    def parameters(self) -> int:
         """Return how many elements of parameters and buffers the narrowest width keeps."""
-        labelled = ([ids for ids in axes if ids is not None] for axes in trace.tensors.values())
+        labelled = ([ids for ids in axes if ids is not None] for axes in self.trace.tensors.values())
         return sum(math.prod(self.grouping.count(self.counts[-1], ids) for ids in axes) for axes in labelled)
 
 
@@ -137,9 +136,9 @@ def solve(trace: Context, rules: Plan) -> Solution:
 
     Where adjusting counts does not help, axes are coupled or pinned, whichever keeps fewer parameters.
     """
-    labels, coupled, disagreed = trace.labels, set[int](), list[Ids]()
+    coupled, disagreed = set[int](), list[Ids]()
     while True:
-        solution = _count(labels, rules)
+        solution = _count(trace, rules)
         needed = Requirements(solution.grouping, trace.constraints, trace.attributes)
         failures: list[Failure] = []
         for width, counts in enumerate(solution.counts):
@@ -149,26 +148,26 @@ def solve(trace: Context, rules: Plan) -> Solution:
         disagreed += [ids for failure in failures for ids in failure.axes()]
         failure, mended = failures[0], []
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
-            tried = copy.deepcopy(labels)
-            if mend(tried, failure):
+            tried = replace(trace, labels=copy.deepcopy(trace.labels))
+            if mend(tried.labels, failure):
                 mended.append(tried)
         coupled.add(id(failure.constraint))
         if mended:
-            labels = trace.labels = min(mended, key=lambda each: _count(each, rules).parameters(trace))
+            trace = min(mended, key=lambda each: _count(each, rules).parameters())
         else:  # nothing in it can shrink: it does not depend on the width
-            trace.constraints = [c for c in trace.constraints if c is not failure.constraint]
+            trace = replace(trace, constraints=[c for c in trace.constraints if c is not failure.constraint])
 
 
-def _count(labels: Labels, rules: Plan) -> Solution:
+def _count(trace: Context, rules: Plan) -> Solution:
     """Return the groups and the units that they keep, ignoring constraints."""
-    groups = labels.groups()
+    labels, groups = trace.labels, trace.labels.groups()
     of_units = Grouping.of(tuple(map(len, groups)))
     units = np.full(len(labels), sum(of_units.units))
     units[np.concatenate([units[:0], *groups])] = np.arange(sum(of_units.units))
     units = units[labels.find(np.arange(len(labels)))]
     grouping = Grouping(of_units.units, of_units.group_of[units], of_units.rank[units])
     counts = [np.array([*(rules.kept(n, width) for n in grouping.units), 1]) for width in rules.widths]
-    return Solution(grouping, groups, units, counts)
+    return Solution(trace, grouping, groups, units, counts)
 
 
 def _couple(labels: Labels, failure: Failure) -> bool:
@@ -189,10 +188,10 @@ def _pin(labels: Labels, failure: Failure) -> bool:
 
 
 # -- the plan
-def filled_plan(fake: FakeModel, found: Context, solution: Solution, plan: Plan) -> Plan:
+def filled_plan(fake: FakeModel, solution: Solution, plan: Plan) -> Plan:
     """Fill an empty plan with what a trace and its solution have found, and return it."""
-    model, labels, grouping = fake.model, found.labels, solution.grouping
-    shared = dict[bytes, Ids]()
+    model, found, grouping = fake.model, solution.trace, solution.grouping
+    labels, shared = found.labels, dict[bytes, Ids]()
 
     def units_of(ids: Ids) -> Ids:
         units = solution.units[ids]

@@ -188,9 +188,10 @@ class _Finder:
     def __init__(self, model: nn.Module, example: Arguments, plan: Plan | None) -> None:
         rules = plan or Plan((1.0,))
         fake = FakeModel(plain(model), example)
-        trace, solution = best_trace(fake, rules, lambda path, module: False)
-        self.plan = plan or filled_plan(fake, trace, solution, rules)
-        self.trace, self.model, self.images = trace, fake.model, len(output_tensors(example)[0])
+        solution = best_trace(fake, rules, lambda path, module: False)
+        self.plan = plan or filled_plan(fake, solution, rules)
+        self.model, self.images = fake.model, len(output_tensors(example)[0])
+        self.trace = trace = solution.trace
         channels = self.plan.channels
         self.labels, self.grouping = trace.labels, channels.needed.grouping
         self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for full axes
