@@ -503,21 +503,12 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 
 # -- axes are moved, folded, split, joined or indexed
-def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the shortest runs of source and target axes with equal products; axes of size 1 belong to no run."""
-    left = [i for i, n in enumerate(source) if n != 1]
-    right = [i for i, n in enumerate(target) if n != 1]
-    while left and right:
-        a, b = [left.pop(0)], [right.pop(0)]
-        m, n = source[a[0]], target[b[0]]
-        while m != n:
-            if m < n:
-                a.append(left.pop(0))
-                m *= source[a[-1]]
-            else:
-                b.append(right.pop(0))
-                n *= target[b[-1]]
-        yield a, b
+def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[Ids, Ids]]:
+    """Return the shortest runs of source and target axes with equal products; axes of size 1 belong to no run."""
+    left, right = ([i for i, n in enumerate(shape) if n > 1] for shape in (source, target))
+    before, after = np.cumprod([source[i] for i in left]), np.cumprod([target[i] for i in right])
+    _, ends, others = np.intersect1d(before, after, return_indices=True)
+    return zip(np.split(left, ends[:-1] + 1), np.split(right, others[:-1] + 1), strict=True)
 
 
 def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:
