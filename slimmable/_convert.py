@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -22,7 +23,7 @@ from slimmable._inputs import example_of
 from slimmable._modules import addons_of, detach_all, is_under, replace_modules, tensors_of, undone_on_error, walk
 from slimmable._tables import listed
 from slimmable._width import at_width, places_of, registered, widths_of
-from slimmable._widths import Kept, check_widths
+from slimmable._widths import check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import Importance, moved, order_units, permute
 from slimmable.analysis.make import make_plan
@@ -320,18 +321,11 @@ def strip(model: nn.Module) -> dict[str, Switchable]:
 
 def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
     """Convert a plain model in place: what has something to slim gets a view, what is switchable a container."""
-    tensors: dict[str, dict[str, list[list[Kept]]]] = {}
-    for (path, name), per_width in found.tensors.items():
-        tensors.setdefault(path, {})[name] = per_width
-    values: dict[str, dict[str, list[Any]]] = {}
-    for (path, name), full in found.channels.attributes.items():
-        if any(name in column.values.get(path, {}) for column in found.columns):
-            per_width = [column.values.get(path, {}).get(name, full) for column in found.columns]
-            values.setdefault(path, {})[name] = per_width
     norms, inside = dict[int, nn.Module](), tuple[str, ...]()
     attributed = {path for path, _ in found.channels.attributes}  # some change only in other sub-networks
     for path, module in list(model.named_modules()):
-        own = tensors.get(path, {})
+        own = {name: found.tensors[path, name] for name in tensors_of(module) if (path, name) in found.tensors}
+        changed = [column.values.get(path, {}) for column in found.columns]
         if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
             continue
         if (isinstance(module, _BatchNorm) and own) or path in found.switchable:
@@ -340,14 +334,15 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
                 kept = next([axes[0] for axes in per_width] for per_width in own.values() if len(per_width[0]) == 1)
                 norm: Switchable = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)
             else:
-                parts = [({n: own[n][at] for n in own}, c.values.get(path, {})) for at, c in enumerate(found.columns)]
-                pairs = zip(found.widths, parts, strict=True)
-                norm = Switchable(module, [column_of(module, width, *part) for width, part in pairs])
+                cuts = [{name: per_width[at] for name, per_width in own.items()} for at in range(len(found.widths))]
+                norm = Switchable(module, list(map(partial(column_of, module), found.widths, cuts, changed)))
             norms[id(module)] = norm
             know(norm, found, path)
         elif own or module._parameters or module._buffers or path in attributed or path in (*found.caches, ""):
             cut = {name: kept for name, kept in own.items() if any(k is not None for axes in kept for k in axes)}
-            install_view(module, found.widths, cut, values.get(path, {}), found.caches.get(path))
+            full = {name: found.channels.attributes[path, name] for each in changed for name in each}
+            values = {name: [each.get(name, value) for each in changed] for name, value in full.items()}
+            install_view(module, found.widths, cut, values, found.caches.get(path))
             know(module, found, path)
     return replace_modules(model, norms)
 

@@ -146,17 +146,17 @@ class Reach:
         self._met.add(id(holder))
 
     @contextmanager
-    def untouched(self, traced: Callable[[object], bool]) -> Iterator[None]:
+    def untouched(self) -> Iterator[None]:
         """Run a forward in the block; afterwards everything is as before, and memoising functions have forgotten it.
 
-        In it, they know nothing from before; with arguments that are `traced` integers they always compute.
+        In it, they always compute: of two traced integers that are equal, each may follow another axis.
         """
         with PROCESS:
             before = [(place, place.entries()) for place in self._places.values()]
-            private: dict[int, Any] = {}
+            computing = set[int]()
 
             def clear() -> None:
-                for memo in self._memos.keys() - private.keys():  # for which nothing can stand, such as in a tuple
+                for memo in self._memos.keys() - computing:  # for which nothing can stand, such as in a tuple
                     self._memos[memo].cache_clear()
 
             try:
@@ -165,7 +165,8 @@ class Reach:
                         bound = isinstance(value, (staticmethod, classmethod))
                         memo = value.__func__ if bound else value
                         if id(memo) in self._memos and not isinstance(place.holder, set):
-                            own = private.setdefault(id(memo), _private(memo, traced))
+                            computing.add(id(memo))
+                            own = functools.lru_cache(maxsize=0)(memo.__wrapped__)
                             place.put(key, type(value)(own) if bound else own)
                 clear()
                 for place, key, blank in self._hidden:
@@ -204,21 +205,6 @@ class Reach:
             shown = near or [kept for kept in self._hidden if kept[0].space] or self._hidden
         self._hidden = [kept for kept in self._hidden if kept not in shown]
         return bool(shown)
-
-
-def _private(memo: Any, traced: Callable[[object], bool]) -> Callable[..., Any]:
-    """Return what stands for a memoising function in one run and this thread."""
-    own = functools.lru_cache(**memo.cache_parameters())(memo.__wrapped__)
-    thread = threading.get_ident()
-
-    @functools.wraps(memo)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return memo(*args, **kwargs)
-        return (memo.__wrapped__ if traced((args, *kwargs.items())) else own)(*args, **kwargs)
-
-    vars(call).update(cache_info=own.cache_info, cache_clear=own.cache_clear)
-    return call
 
 
 def _copy(value: Any) -> Any:

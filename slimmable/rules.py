@@ -388,11 +388,13 @@ def index(op: Operation) -> None:
                 op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
 
 
-@_rule_of("_embedding_bag _embedding_bag_forward_only")
-def embedding_bag(op: Operation) -> None:
-    """Vectors of a table are added up or averaged; as an embedding, it makes their units."""
-    op.makes("weight", 1, to=1)
+@_rule_of("embedding _embedding_bag _embedding_bag_forward_only")
+def embedding(op: Operation) -> None:
+    """A table of vectors makes their units; which rows are read, or added up in bags, depends on the data."""
+    op.makes("weight", 1, to=-1)
     op.pins("weight", 0, "is indexed")
+    if "offsets" not in op:
+        op.keeps("indices")
 
 
 @_rule_of("grid_sampler_2d grid_sampler_3d")

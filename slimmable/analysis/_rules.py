@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import tensors
 from slimmable._reach import arguments
-from slimmable.analysis.integers import Constraint, Expression, TracedInt, size_of
+from slimmable.analysis.integers import Attribute, Constraint, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Axes, Ids, Labels, spread
+from slimmable.analysis.plan import Output
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]
@@ -31,9 +32,17 @@ class Call:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
 
+class ModuleCall(NamedTuple):
+    """One call of a module: its first argument and its labels, if that is a tensor, and its output."""
+
+    source: Tensor | None
+    axes: list[Ids | None]
+    out: Any
+
+
 @dataclass
 class Context:
-    """The state of one trace.
+    """The state of one trace, and what it has found.
 
     Each tensor has its labels as the attribute `slim_axes`, and as `slim_origin` how its units came about: "weights"
     (from parameters alone), "made" (by layers with weights, and since then only moved, scaled, normalized or bounded),
@@ -54,6 +63,11 @@ class Context:
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
     attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)  # module path, name -> labels
+    attributes: dict[Attribute, int] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `Reach`
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
     module: str = ""  # path of the module that is running
     operation: str = ""
     schema: Any = None  # of the operation
@@ -444,15 +458,6 @@ def _grouped(ctx: Context, args: Args, out: Tensor, transposed: bool, groups: in
     return outer
 
 
-@rule_of("embedding")
-def embedding(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
-    """A table of vectors makes their units; which rows are read depends on the data."""
-    rows, units = ctx.axes(args[0])
-    ctx.pin(rows, "is indexed")
-    ctx.produce(units)
-    ctx.label(out, [*ctx.axes(args[1]), units], "made")
-
-
 @rule_of("native_group_norm")
 def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Channels are (groups, n): whole groups go if every width keeps a whole number of them, else units of each."""
@@ -498,21 +503,12 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 
 
 # -- axes are moved, folded, split, joined or indexed
-def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the shortest runs of source and target axes with equal products; axes of size 1 belong to no run."""
-    left = [i for i, n in enumerate(source) if n != 1]
-    right = [i for i, n in enumerate(target) if n != 1]
-    while left and right:
-        a, b = [left.pop(0)], [right.pop(0)]
-        m, n = source[a[0]], target[b[0]]
-        while m != n:
-            if m < n:
-                a.append(left.pop(0))
-                m *= source[a[-1]]
-            else:
-                b.append(right.pop(0))
-                n *= target[b[-1]]
-        yield a, b
+def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[Ids, Ids]]:
+    """Return the shortest runs of source and target axes with equal products; axes of size 1 belong to no run."""
+    left, right = ([i for i, n in enumerate(shape) if n > 1] for shape in (source, target))
+    before, after = np.cumprod([source[i] for i in left]), np.cumprod([target[i] for i in right])
+    _, ends, others = np.intersect1d(before, after, return_indices=True)
+    return zip(np.split(left, ends[:-1] + 1), np.split(right, others[:-1] + 1), strict=True)
 
 
 def _size_arguments(ctx: Context, names: set[str], out: Tensor) -> list[Any]:

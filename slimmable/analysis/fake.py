@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from slimmable._inputs import Arguments, is_index, map_tensors, output_tensors, tensors
 from slimmable._modules import swapped
 from slimmable._reach import PROCESS, KnownNumbers, Reach, ReadInMemory, fits, know
-from slimmable.analysis.integers import depends_on_trace
 
 _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(threading.RLock()))
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that are reported anyway
@@ -94,7 +93,7 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays = {path: iter(outputs) for path, outputs in self._replayed.items()}
         quietly = swapped([(vars(_LOGGER), "disabled", True)])
-        around: list[Any] = [self.reach.untouched(depends_on_trace), layers_in_parts(), quietly, self._where, values]
+        around: list[Any] = [self.reach.untouched(), layers_in_parts(), quietly, self._where, values]
         with ExitStack() as stack:
             for mode in (*around, ReadInMemory(), torch.no_grad(), _Shortcuts(self.made), *modes):
                 stack.enter_context(mode)
@@ -166,6 +165,6 @@ def recorded_outputs(model: nn.Module, example: Arguments, paths: Sequence[str])
     found: dict[str, list[Any]] = {path: [] for path in paths}
     for path in paths:
         twin.get_submodule(path).register_forward_hook(lambda _, __, out, path=path: found[path].append(out))
-    with PROCESS, torch.no_grad(), torch.random.fork_rng(devices=[]), Reach(twin).untouched(depends_on_trace):
+    with PROCESS, torch.no_grad(), torch.random.fork_rng(devices=[]), Reach(twin).untouched():
         twin(*args, **kwargs)
     return found

@@ -54,7 +54,6 @@ class TracedInt(int):
 
     expression: Expression
     on_equal: Callable[[Expression, Expression], None] | None
-    hashed = False  # whether one was, since `depends_on_trace` has last asked
 
     def __new__(cls, value: int, expression: Expression, on_equal: Any = None) -> "TracedInt":
         """Make the integer `value`."""
@@ -71,9 +70,7 @@ class TracedInt(int):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __hash__(self) -> int:
-        TracedInt.hashed = True
-        return int.__hash__(self)
+    __hash__ = int.__hash__
 
     def __divmod__(self, other: int) -> tuple[int, int]:
         return self // other, self % other
@@ -99,13 +96,6 @@ for _name in OPERATIONS:
     setattr(TracedInt, f"__{_name}__", _operator(_name))
     if _name not in ("neg", "abs"):
         setattr(TracedInt, f"__r{_name}__", _operator(_name, -1))
-
-
-def depends_on_trace(key: object) -> bool:
-    """Tell whether a key of a cache contains a traced integer, which equals others of another expression."""
-    TracedInt.hashed = False
-    hash(key)
-    return TracedInt.hashed
 
 
 def express(value: int) -> Expression:

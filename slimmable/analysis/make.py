@@ -20,7 +20,7 @@ from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.integers import Constraint
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.plan import Channels, Counts, Failure, Grouping, Output, Pin, Plan, Requirements, SubNetwork
-from slimmable.analysis.trace import Outputs, Skip, Trace, is_inside, trace
+from slimmable.analysis.trace import Context, Outputs, Skip, is_inside, trace
 from slimmable.errors import ConversionError, TraceError
 
 _TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
@@ -40,7 +40,7 @@ def make_plan(
         try:
             plan = Plan(**rules.rules())
             found = best_trace(fake, rules, stays, outputs)
-            failed = first_failure(fake, filled_plan(fake, *found, plan))
+            failed = first_failure(fake, filled_plan(fake, found, plan))
         except TraceError as error:
             outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
             above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
@@ -82,26 +82,24 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
     return f"You can also keep that module, and what it reads, at full width with skip={path!r}."
 
 
-def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "tuple[Trace, Solution]":
+def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "auto") -> "Solution":
     """Trace, and again with second choices of the axes that carry labels if first ones look bad; return the better."""
-    first = _settled_trace(fake, rules.widths, skip, outputs)
-    solution = solve(first, rules)
-    labels = first.context.labels
+    solution = solve(_settled_trace(fake, rules.widths, skip, outputs), rules)
+    labels = solution.trace.labels
     disagreed = labels.roots(*solution.disagreed)
 
     def doubtful(ids: Ids) -> bool:
         roots = labels.roots(ids)
         return bool(labels.pinned(ids).all() or disagreed & roots or 2 * len(roots) <= len(ids))
 
-    stuck = [site for site, (ids, options) in enumerate(first.context.splits) if options > 1 and doubtful(ids)]
+    stuck = [site for site, (ids, options) in enumerate(solution.trace.splits) if options > 1 and doubtful(ids)]
     if not stuck:
-        return first, solution
-    second = trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs)
-    found = [(first, solution), (second, solve(second, rules))]
-    return min(found, key=lambda pair: pair[1].parameters(pair[0]))
+        return solution
+    second = solve(trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs), rules)
+    return min(solution, second, key=Solution.parameters)
 
 
-def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Trace:
+def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Context:
     """Trace without tensors that an earlier run may have left in caches, again if some of them were none."""
     fake.reach.hide_tensors()
     while True:
@@ -118,30 +116,30 @@ def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outpu
 # -- groups, and how many units each keeps
 @dataclass
 class Solution:
-    """The groups and, for each width, the units kept of each group."""
+    """The groups that a trace has found and, for each width, the units kept of each group."""
 
+    trace: Context
     grouping: Grouping
     roots: list[Ids]  # of each group
     units: Ids  # of each id, its number among the units of all groups
     counts: list[Counts]
     disagreed: list[Ids] = field(default_factory=list)  # axes that had to be coupled or pinned
 
-    def parameters(self, trace: Trace) -> int:
+    def parameters(self) -> int:
         """Return how many elements of parameters and buffers the narrowest width keeps."""
-        labelled = ([ids for ids in axes if ids is not None] for axes in trace.tensors.values())
+        labelled = ([ids for ids in axes if ids is not None] for axes in self.trace.tensors.values())
         return sum(math.prod(self.grouping.count(self.counts[-1], ids) for ids in axes) for axes in labelled)
 
 
-def solve(trace: Trace, rules: Plan) -> Solution:
+def solve(trace: Context, rules: Plan) -> Solution:
     """Find groups and counts for which every constraint holds at every width, by the rules of an empty plan.
 
     Where adjusting counts does not help, axes are coupled or pinned, whichever keeps fewer parameters.
     """
-    context, labels = trace.context, trace.context.labels
     coupled, disagreed = set[int](), list[Ids]()
     while True:
-        solution = _count(labels, rules)
-        needed = Requirements(solution.grouping, context.constraints, trace.attributes)
+        solution = _count(trace, rules)
+        needed = Requirements(solution.grouping, trace.constraints, trace.attributes)
         failures: list[Failure] = []
         for width, counts in enumerate(solution.counts):
             failures += (needed.adjust(counts) if width else needed.fit(counts))[1]
@@ -150,26 +148,26 @@ def solve(trace: Trace, rules: Plan) -> Solution:
         disagreed += [ids for failure in failures for ids in failure.axes()]
         failure, mended = failures[0], []
         for mend in (_couple, _pin) if id(failure.constraint) not in coupled else (_pin,):
-            tried = copy.deepcopy(labels)
-            if mend(tried, failure):
+            tried = replace(trace, labels=copy.deepcopy(trace.labels))
+            if mend(tried.labels, failure):
                 mended.append(tried)
         coupled.add(id(failure.constraint))
         if mended:
-            labels = context.labels = min(mended, key=lambda each: _count(each, rules).parameters(trace))
+            trace = min(mended, key=lambda each: _count(each, rules).parameters())
         else:  # nothing in it can shrink: it does not depend on the width
-            context.constraints = [c for c in context.constraints if c is not failure.constraint]
+            trace = replace(trace, constraints=[c for c in trace.constraints if c is not failure.constraint])
 
 
-def _count(labels: Labels, rules: Plan) -> Solution:
+def _count(trace: Context, rules: Plan) -> Solution:
     """Return the groups and the units that they keep, ignoring constraints."""
-    groups = labels.groups()
+    labels, groups = trace.labels, trace.labels.groups()
     of_units = Grouping.of(tuple(map(len, groups)))
     units = np.full(len(labels), sum(of_units.units))
     units[np.concatenate([units[:0], *groups])] = np.arange(sum(of_units.units))
     units = units[labels.find(np.arange(len(labels)))]
     grouping = Grouping(of_units.units, of_units.group_of[units], of_units.rank[units])
     counts = [np.array([*(rules.kept(n, width) for n in grouping.units), 1]) for width in rules.widths]
-    return Solution(grouping, groups, units, counts)
+    return Solution(trace, grouping, groups, units, counts)
 
 
 def _couple(labels: Labels, failure: Failure) -> bool:
@@ -190,10 +188,10 @@ def _pin(labels: Labels, failure: Failure) -> bool:
 
 
 # -- the plan
-def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -> Plan:
+def filled_plan(fake: FakeModel, solution: Solution, plan: Plan) -> Plan:
     """Fill an empty plan with what a trace and its solution have found, and return it."""
-    model, context, grouping = fake.model, found.context, solution.grouping
-    labels, shared = context.labels, dict[bytes, Ids]()
+    model, found, grouping = fake.model, solution.trace, solution.grouping
+    labels, shared = found.labels, dict[bytes, Ids]()
 
     def units_of(ids: Ids) -> Ids:
         units = solution.units[ids]
@@ -204,12 +202,12 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
 
     constraints = [
         Constraint(each.expression.mapped(units_of), each.required.mapped(units_of), each.where)
-        for each in context.constraints
+        for each in found.constraints
     ]
     used = dict.fromkeys(key for constraint in constraints for key in constraint.attributes())
     scales = [  # `head_dim ** -0.5` of modules that multiply queries and keys, which kernels derive from the size
         (path, name, units_of(ids))
-        for path, ids in context.contractions
+        for path, ids in found.contractions
         for name, value in vars(model.get_submodule(path)).items()
         if type(value) is float and abs(value - len(ids) ** -0.5) < 1e-9 and grouping.groups_in([ids])
     ]
@@ -218,7 +216,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
     encoders = [(path, nested) for path, module in model.named_modules() if vars(module).get(nested) is True]
     names = dict.fromkeys([*((path, name) for path, name, _ in (*used, *scales)), *encoders])
     makers: list[set[str]] = [set() for _ in solution.roots]
-    for path, made in context.producers:
+    for path, made in found.producers:
         for group in grouping.groups_in([made]):
             makers[group].add(path)
     plan.channels = Channels(
@@ -229,7 +227,7 @@ def filled_plan(fake: FakeModel, found: Trace, solution: Solution, plan: Plan) -
         [replace(each, units=units_on(each.units), why=_why(each, labels, grouping)) for each in found.outputs],
         tuple(tuple(sorted(paths)) for paths in makers),
         tuple(bool(labels.ordered(roots).any()) for roots in solution.roots),
-        [(macs, tuple(map(units_of, axes))) for macs, axes, _ in context.products],
+        [(macs, tuple(map(units_of, axes))) for macs, axes, _ in found.products],
         {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
     plan.caches = found.caches

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from slimmable._reach import written
 from slimmable._tables import listed
 from slimmable.analysis import _rules
 from slimmable.analysis._rules import RULES as RULES
-from slimmable.analysis._rules import Call
+from slimmable.analysis._rules import Call, ModuleCall
 from slimmable.analysis._rules import Context as Context
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Expression, TracedInt, size_of
@@ -32,26 +31,6 @@ from slimmable.errors import ConversionError, RuleError, TraceError
 Skip = Callable[[str, nn.Module], bool | str]  # whether a module stays full; a string is the reason
 Outputs: TypeAlias = "str | Sequence[str] | Mapping[str | int, str]"
 """What becomes of the outputs: "auto", "full" or "slim" for all of them, by position, or by name or position."""
-
-
-class ModuleCall(NamedTuple):
-    """One call of a module: its first argument and its labels, if that is a tensor, and its output."""
-
-    source: Tensor | None
-    axes: list[Ids | None]
-    out: Any
-
-
-@dataclass
-class Trace:
-    """The results of one run: labels of tensors and outputs, values of attributes, caches and calls."""
-
-    context: Context
-    tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)
-    attributes: dict[Attribute, int] = field(default_factory=dict)
-    outputs: list[Output] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `Reach`
-    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -114,11 +93,10 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[int, int], outputs: Outputs) -> Trace:
-    """Run `fake` once and return the labels of all parameters, buffers and outputs."""
+def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[int, int], outputs: Outputs) -> Context:
+    """Run `fake` once and return the labels of all parameters, buffers and outputs, and what else that has found."""
     context = Context(widths, choices)
-    result = Trace(context)
-    _label_tensors(fake.model, result, skip)
+    _label_tensors(fake.model, context, skip)
     operations = _Operations(context, fake)
 
     def pin_inputs(path: str, inputs: Any) -> None:
@@ -132,29 +110,29 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
     def note_call(path: str, args: Any, out: Any) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
         axes = [] if source is None else context.axes(source)
-        result.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
+        context.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
     notes = {"on_replay": pin_inputs, "on_branch": pin_sources, "on_call": note_call}
     noted = swapped([(vars(fake), name, note) for name, note in notes.items()])
-    with noted, _traced_attributes(fake.model, result), _followed_sizes(fake.model, result):
+    with noted, _traced_attributes(fake.model, context), _followed_sizes(fake.model, context):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
             raise
         except Exception as error:
             raise _failed(fake, context, error) from error
-    result.caches = fake.reach.caches
-    for cache in ((path, name) for path, names in result.caches.items() for name in names):
-        result.tensors.pop(cache, None)
+    context.caches = fake.reach.caches
+    for cache in ((path, name) for path, names in context.caches.items() for name in names):
+        context.tensors.pop(cache, None)
     context.at("output", "")
     context.use(output_tensors(output))
     wanted = "full" if skip("", fake.model) else outputs
-    result.outputs = label_outputs(context, fake.model, named_tensors(output), wanted, set(result.calls))
-    return result
+    label_outputs(context, fake.model, named_tensors(output), wanted)
+    return context
 
 
 @contextmanager
-def _followed_sizes(model: nn.Module, result: Trace) -> Iterator[None]:
+def _followed_sizes(model: nn.Module, context: Context) -> Iterator[None]:
     """Require the size attributes of torch's layers that the forward in the block reads to follow the weights."""
     layers = {path: (module, type(module)) for path, module in model.named_modules() if size_axes(module)}
     read = set[tuple[str, str]]()
@@ -177,11 +155,11 @@ def _followed_sizes(model: nn.Module, result: Trace) -> Iterator[None]:
     for path, name in sorted(read):
         module, axis = layers[path][0], size_axes(layers[path][0])[name]
         weight = module._parameters["weight"]
-        size = size_of(result.tensors[path, "weight"][axis], weight.shape[axis])
+        size = size_of(context.tensors[path, "weight"][axis], weight.shape[axis])
         if axis and "groups" in module.__dict__:
             size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
-        result.context.at(f"reading {name}", path)
-        result.context.on_equal(Expression("attribute", (path, name, ())), size)
+        context.at(f"reading {name}", path)
+        context.on_equal(Expression("attribute", (path, name, ())), size)
 
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
@@ -203,8 +181,8 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     return failed
 
 
-def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
-    context, known = result.context, set[int]()
+def _label_tensors(model: nn.Module, context: Context, skip: Skip) -> None:
+    known = set[int]()
     for path, module in model.named_modules():
         skipped = skip(path, module)
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
@@ -215,37 +193,35 @@ def _label_tensors(model: nn.Module, result: Trace, skip: Skip) -> None:
                 axes = [context.labels.fresh(n) if n > 1 else None for n in sizes]
                 context.label(tensor, axes, "weights")
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
-            result.tensors[path, name] = context.axes(tensor)
+            context.tensors[path, name] = context.axes(tensor)
             if skipped:
                 context.at(skipped if isinstance(skipped, str) else "skip", path)
                 context.pin_all([tensor])
 
 
-def _traced_attributes(model: nn.Module, result: Trace) -> AbstractContextManager[None]:
+def _traced_attributes(model: nn.Module, context: Context) -> AbstractContextManager[None]:
     """Replace the integer attributes of all modules with traced ones while the block runs."""
     new: list[tuple[dict[str, Any], str, Any]] = []
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if type(value) in (int, tuple, list, torch.Size) and value:
-                new.append((vars(module), name, _traced(value, (path, name, ()), result)))
+                new.append((vars(module), name, _traced(value, (path, name, ()), context)))
     return swapped(new)
 
 
-def _traced(value: Any, key: Attribute, result: Trace) -> Any:
+def _traced(value: Any, key: Attribute, context: Context) -> Any:
     if type(value) is int:
-        result.attributes[key] = value
-        return TracedInt(value, Expression("attribute", key), result.context.on_equal)
+        context.attributes[key] = value
+        return TracedInt(value, Expression("attribute", key), context.on_equal)
     if type(value) in (tuple, list, torch.Size):
-        return type(value)([_traced(part, (*key[:2], (*key[2], i)), result) for i, part in enumerate(value)])
+        return type(value)([_traced(part, (*key[:2], (*key[2], i)), context) for i, part in enumerate(value)])
     return value
 
 
 # -- outputs: which keep their size (class scores, images, embeddings), and which get thinner (features)
-def label_outputs(
-    context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs, called: Collection[str]
-) -> list[Output]:
-    """Pin the outputs that keep their size, as `slimify` says; `called` are the paths of the modules that ran."""
-    labels, backbones = context.labels, _backbones(model, called)
+def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs) -> None:
+    """Note the outputs, and pin those that keep their size, as `slimify` says."""
+    labels, backbones = context.labels, _backbones(model, context.calls)
     classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
     inner = {
         "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
@@ -266,7 +242,7 @@ def label_outputs(
                 return why
         return "" if origin == "made" else "features, rectified or combined after the layer that made them"
 
-    found, names = [], [name or "output" for name, _ in named]
+    names = [name or "output" for name, _ in named]
     for name, (_, tensor), kind in zip(names, named, _kinds(wanted, names), strict=True):
         context.at(f"output {name}" if len(names) > 1 else "output", "")
         axes = context.axes(tensor)
@@ -278,8 +254,7 @@ def label_outputs(
                     context.pin(ids, why or "class scores, an image or an embedding")
                 else:
                     slim[why] = None
-        found.append(Output(name, tuple(tensor.shape), tuple(axes), ", ".join(slim)))
-    return found
+        context.outputs.append(Output(name, tuple(tensor.shape), tuple(axes), ", ".join(slim)))
 
 
 def _kinds(wanted: Outputs, names: Sequence[str]) -> list[str]:

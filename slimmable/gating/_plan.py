@@ -188,11 +188,12 @@ class _Finder:
     def __init__(self, model: nn.Module, example: Arguments, plan: Plan | None) -> None:
         rules = plan or Plan((1.0,))
         fake = FakeModel(plain(model), example)
-        trace, solution = best_trace(fake, rules, lambda path, module: False)
-        self.plan = plan or filled_plan(fake, trace, solution, rules)
-        self.trace, self.model, self.images = trace, fake.model, len(output_tensors(example)[0])
-        context, channels = trace.context, self.plan.channels
-        self.labels, self.grouping = context.labels, channels.needed.grouping
+        solution = best_trace(fake, rules, lambda path, module: False)
+        self.plan = plan or filled_plan(fake, solution, rules)
+        self.model, self.images = fake.model, len(output_tensors(example)[0])
+        self.trace = trace = solution.trace
+        channels = self.plan.channels
+        self.labels, self.grouping = trace.labels, channels.needed.grouping
         self._units = np.full(len(self.labels), len(self.grouping.group_of) - 1)  # the last one stands for full axes
         for key, axes in trace.tensors.items():
             for ids, units in zip(axes, channels.tensors.get(key, ()), strict=False):
@@ -200,20 +201,20 @@ class _Finder:
                     self._units[self.labels.find(ids)] = units
         self.makers: list[dict[str, None]] = [{} for _ in channels.units]  # paths in order, each once
         self.reads: list[list[tuple[str, Ids]]] = [[] for _ in channels.units]
-        for path, ids in context.producers:
+        for path, ids in trace.producers:
             for group in self._groups_on(ids):
                 self.makers[group][path] = None
-        for path, ids in context.reads:
+        for path, ids in trace.reads:
             for group in self._groups_on(ids):
                 self.reads[group].append((path, ids))
-        self.meeting = {group: where for where, ids in context.meetings[::-1] for group in self._groups_on(ids)}
-        self.summed = self._groups_on(*context.sums)
+        self.meeting = {group: where for where, ids in trace.meetings[::-1] for group in self._groups_on(ids)}
+        self.summed = self._groups_on(*trace.sums)
         self.outputs = self._groups_on(*(ids for output in trace.outputs for ids in output.units))
 
     def layer_macs(self, gates: Sequence[PlannedGate]) -> LayerMacs:
         number: dict[bytes, int] = {}  # of each axis that occurs
         products = []
-        for macs, labelled, path in self.trace.context.products:
+        for macs, labelled, path in self.trace.products:
             axes = [self._units_on(ids) for ids in labelled]
             on = [number.setdefault(ids.tobytes(), len(number)) for ids in axes]
             products.append((path, macs // math.prod(map(len, axes)), on))
@@ -242,7 +243,7 @@ class _Finder:
         maker = next(iter(makers))
         if skip(maker, self.model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
-        read = [ids for path, ids in self.trace.context.reads if path == maker]
+        read = [ids for path, ids in self.trace.reads if path == maker]
         why = "its layer reads the model's input, of which a gate learns little"
         axis, channels = self._input(maker, read, "makes it", why)
         readers = {}

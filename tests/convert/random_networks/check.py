@@ -82,8 +82,8 @@ def check(layout: Layout, conversion: Conversion) -> Found:
 def _units_meet(model: nn.Module, plan: Plan, given: tuple[Tensor, ...]) -> bool:
     """Tell whether units that get dropped are mixed with others without weights, as by a normalization over them."""
     fake = FakeModel(model, (given, {}))
-    found, solution = best_trace(fake, plan, lambda path, module: False)
-    return any(solution.grouping.groups_in([ids]) for _, ids in found.context.meetings)
+    solution = best_trace(fake, plan, lambda path, module: False)
+    return any(solution.grouping.groups_in([ids]) for _, ids in solution.trace.meetings)
 
 
 def _zeroed_units_are_gone(model: nn.Module, plan: Plan, run: oracles.Run, outputs: dict[float, list[Tensor]]) -> None:
