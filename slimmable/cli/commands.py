@@ -229,20 +229,16 @@ class Plan:
     widths: tuple[float, ...] | None = option(None, **WIDTHS)
     rounding: str = option("nearest", **ROUNDING)
 
-    def _model(self) -> tuple[Any, Any]:
-        import torch
+    def _source(self) -> Any:
+        from slimmable.cli.export import timm_source
 
-        from slimmable.cli.run import make_timm
-
-        model: Any = make_timm(self.name, {"in_chans": 3}, self.image_size)[0]
-        channels, height, width = model.pretrained_cfg["input_size"]
-        return model, torch.zeros(2, channels, self.image_size or height, self.image_size or width)
+        rules = {"widths": checked_widths(self.widths), "rounding": self.rounding}
+        return timm_source(self.name, rules, image_size=self.image_size)
 
     def _run(self) -> None:
-        from slimmable._convert import plan as make_plan
+        from slimmable._convert import plan_of
 
-        model, example = self._model()
-        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)))
+        say(str(plan_of(self._source().model)))
 
 
 @dataclass(frozen=True)
@@ -253,14 +249,12 @@ class Profile(Plan):
 
     def _run(self) -> None:
         from slimmable._atomic import write_aside
-        from slimmable._convert import slimify
         from slimmable._profile import profile as measure
 
         if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
             raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
-        model, example = self._model()
-        slim = slimify(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)
-        table = measure(slim, tuple(example.shape[1:]))
+        source = self._source()
+        table = measure(source.model, source.image)
         say(str(table))
         if self.csv is not None:
             write_aside(self.csv, table.to_csv)
