@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimmable._atomic import fill_aside
+from slimmable._atomic import filled_aside
 from slimmable._convert import slimify
 from slimmable._profile import profile
 from slimmable._width import widths_of
@@ -105,17 +105,14 @@ def timm_source(
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
     """Write files of `source`, one for each width or, without any, for all, and a model card; all or nothing."""
     formats = formats or (("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",))
+    example = torch.zeros(2, *source.image)
+    arguments = None if ":" in source.name else source.arguments  # if timm reads more of them
     files: list[File] = []
-
-    def fill(folder: Path) -> None:
-        example = torch.zeros(2, *source.image)
-        arguments = None if ":" in source.name else source.arguments  # if timm reads more of them
+    with filled_aside(output) as folder:
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
             files.append(write(source.model, path, width, None, example, arguments=arguments))
         one = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=one, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-
-    fill_aside(output, fill)
     return files
