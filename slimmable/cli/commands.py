@@ -43,7 +43,8 @@ class _Machine:
                 raise ValueError(f"torch takes it for {device}")
         return device
 
-    def _count_workers(self) -> int:
+    def count_workers(self) -> int:
+        """Return how many processes read images, for each process of a run."""
         shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return min(8, max(0, shared - 1)) if self.workers is None else self.workers
 
@@ -72,7 +73,7 @@ class Pretrain(_Machine):
         else:
             config = settings.configure(given, self.preset)
         with process_group(self._found_device()) as device:
-            return run(config, replace(self, workers=self._count_workers()), device)
+            return run(config, self, device)
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,15 @@ class Evaluate(_Machine):
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.processes import locked
-        from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_method
 
-        config, workers = read_config(self.run), self._count_workers()
+        config = read_config(self.run)
         if config.gate_budget is not None and "published" in self.probes:
             raise UsageError(f"--probes published is for a run with widths, and {self.run} has gates; leave it out")
         with locked(self.run):
             images = load_images(config)
             method = trained_method(config, self.run, images.channels, images.digest).to(self._found_device())
-            parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
-            knn = {"k": self.k, "metric": self.knn_metric, "temperature": self.knn_temperature}
-            given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
-            how = {"knn": knn, "published": {**given, "folder": self.run}}
-            probes = {probe + part: how.get(probe, {}) for part in parts for probe in self.probes}
-            rows = rows_of_run(config, method, images, probes, workers)
-            say(report_run(config, self.run, rows, images, workers))
+            say(report_run(config, rows_of_run(config, method, images, self), images, self))
             for path in self.run.glob("published*.safetensors"):
                 path.unlink()
 
@@ -216,7 +210,7 @@ class Embed(_Machine, _Network):
         if self.output.suffix != ".npz":
             raise UsageError(f"--output {self.output} must end in .npz")
         source, widths, _ = self._source()
-        count = embed(source, self.images, widths, self.output, self._found_device(), self._count_workers())
+        count = embed(source, self.images, widths, self.output, self._found_device(), self.count_workers())
         say(f"wrote {self.output}, the features of {count} images")
 
 
