@@ -18,7 +18,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._profile import profile
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
-from slimmable.deploy import int8, onnx, programs
+from slimmable.deploy import onnx, programs
 from slimmable.deploy.programs import TOLERANCE, Program, batch_of, difference
 from slimmable.errors import DataError, SlimmableError, UsageError, require
 from slimmable.files.model import full_network, load, read, save
@@ -97,7 +97,7 @@ def write(
     chosen = known if widths is None else check_widths(widths)
     if kind == "safetensors" and width is None and chosen != known:
         raise UsageError(f"export: a .safetensors file holds all widths, {known}; leave out widths={chosen}")
-    batches, bound = list[Arguments](), TOLERANCE if calibration is None else int8.LARGEST
+    batches, bound = list[Arguments](), TOLERANCE if calibration is None else onnx.LARGEST
     if calibration is not None:
         if kind != "onnx" or not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, str, Mapping)):
             given = f"{path} and calibration={type(calibration).__name__}"
@@ -135,7 +135,7 @@ def write(
                 program = programs.save_pt2(traced[0], aside)
             else:
                 single = width is not None  # cuts of shared weights must not be folded
-                make = partial(int8.quantized, batches=batches) if batches else partial(onnx.to_onnx, optimize=single)
+                make = partial(onnx.quantized, batches=batches) if batches else partial(onnx.to_onnx, optimize=single)
                 written = [make(each, names) for each in traced]
                 if single:
                     program = onnx.save_onnx(written[0], aside)
