@@ -150,9 +150,7 @@ class _Network:
             known = checked_widths(self.widths)
             if unknown := [asked for asked in self.width if asked not in (ALL, *known)]:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
-            rules = {"widths": known, "rounding": self.rounding or "nearest"}
-            source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
-            folder = Path("runs/export", Path(self.model.rpartition(":")[2]).name)
+            source, folder = timm_source(self), Path("runs/export", Path(self.model.rpartition(":")[2]).name)
         widths = source.widths if ALL in self.width else self.width
         return source, [source.widths[width_index(float(each), source.widths)] for each in widths], folder
 
@@ -226,8 +224,7 @@ class Plan:
     def _source(self) -> Any:
         from slimmable.cli.export import timm_source
 
-        rules = {"widths": checked_widths(self.widths), "rounding": self.rounding}
-        return timm_source(self.name, rules, image_size=self.image_size)
+        return timm_source(_Network(self.name, widths=self.widths, rounding=self.rounding, image_size=self.image_size))
 
     def _run(self) -> None:
         from slimmable._convert import plan_of

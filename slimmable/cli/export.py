@@ -15,7 +15,8 @@ from slimmable._convert import slimify
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable.cli import run as runs
-from slimmable.cli.config import DIGITS
+from slimmable.cli.commands import _Network
+from slimmable.cli.config import DIGITS, checked_widths
 from slimmable.cli.report import DENSE, read_rows
 from slimmable.deploy.export import File, write
 from slimmable.errors import CheckpointError
@@ -75,29 +76,28 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 
 
-def timm_source(
-    name: str, rules: Mapping[str, Any], checkpoint: Path | None = None, pretrained: bool = False,
-    num_classes: int | None = None, image_size: int | None = None,
-) -> Source:  # fmt: skip
-    """Return the timm model `name`, converted by `rules`, with weights from a file, from timm, or random ones."""
-    settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+def timm_source(options: _Network) -> Source:
+    """Return the timm model that the options name, converted, with weights from a file, from timm, or random ones."""
+    name, size, checkpoint = options.model, options.image_size, options.checkpoint
+    settings: dict[str, object] = {} if options.num_classes is None else {"num_classes": options.num_classes}
     weights = "Random: this is an architecture, not a trained network."
-    if pretrained:
+    if options.pretrained:
         weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
         settings["pretrained"] = True
     torch.manual_seed(0)
-    model, used = runs.make_timm(name, settings, image_size)
+    model, used = runs.make_timm(name, settings, size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
-    image = (channels, image_size or height, image_size or width)
-    model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
+    image = (channels, size or height, size or width)
+    widths, rounding = checked_widths(options.widths), options.rounding or "nearest"
+    model = slimify(model.eval(), widths, rounding=rounding, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None:
         weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
         slimmed = any(".narrow." in key for key in tensors)  # otherwise each width's norms get their part
         runs.check_alike(model.state_dict() if slimmed else full_state_dict(model), tensors, str(checkpoint))
         model.load_state_dict(tensors)
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
-    base = known.get("hf_hub_id") if pretrained else None
+    base = known.get("hf_hub_id") if options.pretrained else None
     mean, std = tuple(known["mean"]), tuple(known["std"])
     return Source(name, model, widths_of(model), image, arguments, weights, mean, std, base)
 
