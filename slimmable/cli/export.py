@@ -18,7 +18,8 @@ from slimmable.cli import run as runs
 from slimmable.cli.commands import _Network
 from slimmable.cli.config import DIGITS, checked_widths
 from slimmable.cli.report import DENSE, read_rows
-from slimmable.deploy.export import File, write
+from slimmable.deploy.export import File
+from slimmable.deploy.export import export as write
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
 from slimmable.files.model import build, full_state_dict, load, read, read_weights
@@ -111,7 +112,7 @@ def export(source: Source, widths: Sequence[float], formats: Sequence[str] | Non
     with filled_aside(output) as folder:
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
-            files.append(write(source.model, path, width, None, example, arguments=arguments))
+            files.append(write(source.model, path, width=width, example_inputs=example, arguments=arguments))
         one = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=one, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

@@ -450,6 +450,7 @@ CALLS: dict[str, Call] = {
                 lambda: None,
                 {name: bad.Of(lambda _, make=make: make()) for name, make in LOADER.optional().values().items()},
             ),
+            "arguments": bad.mapping(lambda: None).but(none="they are read off the model", dict="no arguments"),
         }
     ),
     "deploy.Programs": Call({"path": bad.path(programs)}),
