@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from slimmable._atomic import fill_aside
+from slimmable._atomic import filled_aside
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.report import MARKERS, UNTRAINED, Row, read_rows, title_of
 from slimmable.cli.run import read_config
@@ -38,13 +38,10 @@ def compare(runs: Sequence[Path], output: Path) -> str:
     reports = {folder.name if short else str(folder): _report(folder) for folder in folders}
     probes = _same_probes(reports)
     table = _markdown(reports, probes)
-
-    def write(folder: Path) -> None:
+    with filled_aside(output) as folder:
         _write_csv(reports, probes, folder / "compare.csv")
         (folder / "compare.md").write_text(table)
         _plot(reports, probes, folder / "compare.png")
-
-    fill_aside(output, write)
     return table
 
 

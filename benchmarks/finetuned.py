@@ -18,14 +18,15 @@ import torch
 
 import slimmable
 from benchmarks.finetuning import accuracy_of, finetune
+from slimmable.cli.commands import Evaluate
 from slimmable.cli.data import Plain, load_images
-from slimmable.cli.evaluation import PROBES, report_run, rows_of_run, static_networks
+from slimmable.cli.evaluation import report_run, rows_of_run, static_networks
 from slimmable.cli.report import UNTRAINED, Row, named_at
 from slimmable.cli.run import read_config, trained_method
 from slimmable.errors import SlimmableError, UsageError
 
 
-def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = PROBES) -> str:
+def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = Evaluate.probes) -> str:
     """Evaluate the run in the folder `run`, replace its report, and return the table as Markdown."""
     if epochs < 1:
         raise UsageError(f"--epochs must be at least 1, got {epochs}")
@@ -33,7 +34,8 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = PROBES) -
     images = load_images(config)
     method = trained_method(config, run, images.channels, images.digest)
     backbone = method.backbone
-    rows = rows_of_run(config, method, images, {name: {} for name in probes})
+    options = Evaluate(run, probes=tuple(probes), workers=0)
+    rows = rows_of_run(config, method, images, options)
     plain = (Plain(part, config.image_size) for part in (images.train, images.test))
     train, test = (torch.stack([part[index] for index in range(len(part))]) for part in plain)
     shares = {}
@@ -46,7 +48,7 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = PROBES) -
             network, train, images.train_labels, num_classes=len(images.classes), epochs=epochs, seed=config.seed
         )
         shares[name] = accuracy_of(classifier, test, images.test_labels)
-    return report_run(config, run, [_with_share(row, shares.get(row.name)) for row in rows], images)
+    return report_run(config, [_with_share(row, shares.get(row.name)) for row in rows], images, options)
 
 
 def _with_share(row: Row, share: float | None) -> Row:
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pre-training run")
     parser.add_argument("--epochs", type=int, default=20, help="of the fine-tuning")
-    parser.add_argument("--probes", nargs="+", choices=("knn", "linear", "slimmable", "ridge"), default=PROBES)
+    parser.add_argument("--probes", nargs="+", choices=("knn", "linear", "slimmable", "ridge"), default=Evaluate.probes)
     given = parser.parse_args(argv)
     try:
         print(evaluate_finetuned(given.run, given.epochs, given.probes))

@@ -31,13 +31,14 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"cannot write {path} ({error}){kept}") from error
 
 
-def fill_aside(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` make files in a temporary folder inside `folder`, and move them up when all are done."""
+@contextmanager
+def filled_aside(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside `folder`, made if necessary, and move its files up when all are done."""
     made = not os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _moved_up(folder) as aside:
-            fill(aside)
+            yield aside
     except OSError as error:
         raise CheckpointError(f"cannot write into the folder {folder} ({error})") from error
     finally:

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fuzz.mutations import JUNK, changed, damaged, text
-from slimmable.cli.commands import COMMANDS, parse
+from slimmable.cli.commands import COMMANDS, Export, parse
 from slimmable.cli.config import PRESETS, PretrainConfig, check, configure, flag
 from slimmable.cli.data import Plain, Views, cluttered_digits, folder_images, load, make_views
 from slimmable.cli.export import timm_source
@@ -251,7 +251,7 @@ def read_weights(draw: random.Random, folder: Path) -> Input:
         how = unusual(draw, path)
 
     def call() -> None:
-        source = timm_source("test_resnet", {"widths": (1.0, 0.5)}, path, num_classes=3)
+        source = timm_source(Export(model="test_resnet", widths=(1.0, 0.5), checkpoint=path, num_classes=3))
         assert all(tensor.isfinite().all() for tensor in source.model.state_dict().values())
 
     return call, f"{path.name}: {how}"

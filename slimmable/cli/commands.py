@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +47,8 @@ class _Machine:
                 raise ValueError(f"torch takes it for {device}")
         return device
 
-    def _count_workers(self) -> int:
+    def count_workers(self) -> int:
+        """Return how many processes read images, for each process of a run."""
         shared = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return min(8, max(0, shared - 1)) if self.workers is None else self.workers
 
@@ -76,7 +77,7 @@ class Pretrain(_Machine):
         else:
             config = settings.configure(given, self.preset)
         with process_group(self._found_device()) as device:
-            return run(config, replace(self, workers=self._count_workers()), device)
+            return run(config, self, device)
 
 
 @dataclass(frozen=True)
@@ -101,22 +102,15 @@ class Evaluate(_Machine):
         from slimmable.cli.data import load_images
         from slimmable.cli.evaluation import report_run, rows_of_run
         from slimmable.cli.processes import locked
-        from slimmable.cli.report import PART
         from slimmable.cli.run import read_config, trained_method
 
-        config, workers = read_config(self.run), self._count_workers()
+        config = read_config(self.run)
         if config.gate_budget is not None and "published" in self.probes:
             raise UsageError(f"--probes published is for a run with widths, and {self.run} has gates; leave it out")
         with locked(self.run):
             images = load_images(config)
             method = trained_method(config, self.run, images.channels, images.digest).to(self._found_device())
-            parts = ("", *(f"{PART}{fraction:g}" for fraction in self.label_fraction))
-            knn = {"k": self.k, "metric": self.knn_metric, "temperature": self.knn_temperature}
-            given = {"epochs": self.probe_epochs, "lr": self.probe_lr, "batch_size": self.probe_batch_size}
-            how = {"knn": knn, "published": {**given, "folder": self.run}}
-            probes = {probe + part: how.get(probe, {}) for part in parts for probe in self.probes}
-            rows = rows_of_run(config, method, images, probes, workers)
-            say(report_run(config, self.run, rows, images, workers))
+            say(report_run(config, rows_of_run(config, method, images, self), images, self))
             for path in self.run.glob("published*.safetensors"):
                 path.unlink()
 
@@ -157,9 +151,7 @@ class _Network:
             known = checked_widths(self.widths)
             if unknown := [each for each in asked if each not in (ALL, *known)]:
                 raise WidthError(f"--width {unknown[0]} is not one of --widths {known}; add it there")
-            rules = {"widths": known, "rounding": self.rounding or "nearest"}
-            source = timm_source(self.model, rules, self.checkpoint, self.pretrained, self.num_classes, self.image_size)
-            folder = Path("runs/export", Path(self.model.rpartition(":")[2]).name)
+            source, folder = timm_source(self), Path("runs/export", Path(self.model.rpartition(":")[2]).name)
         widths = source.widths if ALL in asked else asked
         return source, [source.widths[width_index(float(each), source.widths)] for each in widths], folder
 
@@ -217,7 +209,7 @@ class Embed(_Machine, _Network):
         if self.output.suffix != ".npz":
             raise UsageError(f"--output {self.output} must end in .npz")
         source, widths, _ = self._source(self.width)
-        count = embed(source, self.images, widths, self.output, self._found_device(), self._count_workers())
+        count = embed(source, self.images, widths, self.output, self._found_device(), self.count_workers())
         say(f"wrote {self.output}, the features of {count} images")
 
 
@@ -249,20 +241,15 @@ class Plan:
     widths: tuple[float, ...] | None = option(None, **WIDTHS)
     rounding: str = option("nearest", **ROUNDING)
 
-    def _model(self) -> tuple[Any, Any]:
-        import torch
+    def _source(self) -> Any:
+        from slimmable.cli.export import timm_source
 
-        from slimmable.cli.run import make_timm
-
-        model: Any = make_timm(self.name, {"in_chans": 3}, self.image_size)[0]
-        channels, height, width = model.pretrained_cfg["input_size"]
-        return model, torch.zeros(2, channels, self.image_size or height, self.image_size or width)
+        return timm_source(_Network(self.name, widths=self.widths, rounding=self.rounding, image_size=self.image_size))
 
     def _run(self) -> None:
-        from slimmable._convert import plan as make_plan
+        from slimmable._convert import plan_of
 
-        model, example = self._model()
-        say(str(make_plan(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)))
+        say(str(plan_of(self._source().model)))
 
 
 @dataclass(frozen=True)
@@ -273,14 +260,12 @@ class Profile(Plan):
 
     def _run(self) -> None:
         from slimmable._atomic import write_aside
-        from slimmable._convert import slimify
         from slimmable._profile import profile as measure
 
         if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
             raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
-        model, example = self._model()
-        slim = slimify(model, checked_widths(self.widths), example_inputs=example, rounding=self.rounding)
-        table = measure(slim, tuple(example.shape[1:]))
+        source = self._source()
+        table = measure(source.model, source.image)
         say(str(table))
         if self.csv is not None:
             write_aside(self.csv, table.to_csv)

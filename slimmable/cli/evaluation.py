@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
 from slimmable.cli import data, report
+from slimmable.cli.commands import Evaluate
 from slimmable.cli.config import LINEAR, PretrainConfig, printable, say
 from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, normalisation, seed_of
 from slimmable.cli.export import Source
@@ -29,7 +30,6 @@ from slimmable.evaluation import evaluate_features, knn_accuracy, label_fraction
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 from slimmable.methods import Method
 
-PROBES: Mapping[str, Any] = {"knn": {}, "linear": {}}  # how each is to be done, other than by default
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
 VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
@@ -84,29 +84,28 @@ def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> di
     return reached
 
 
-def report_run(config: PretrainConfig, folder: Path, rows: Sequence[Row], images: Images, workers: int = 0) -> str:
+def report_run(config: PretrainConfig, rows: Sequence[Row], images: Images, options: Evaluate) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
     gates = "" if config.gate_budget is None else f", gated to {config.gate_budget:g}"
     title = f"{config.model}, {config.epochs} epochs of {config.method}{gates}"
     size = min(config.image_size, 32)
     train, test = (Plain(part, size, most=VOTERS) for part in (images.train, images.test))
-    known, asked = (torch.cat(list(load(part, workers, batch_size=256))) for part in (train, test))
+    known, asked = (torch.cat(list(load(part, options.count_workers(), batch_size=256))) for part in (train, test))
     pixels = knn_accuracy(known, images.train_labels[train.places], asked, images.test_labels[test.places])
-    return report.write_report(folder, rows, pixels, title)
+    return report.write_report(options.run, rows, pixels, title)
 
 
-def rows_of_run(
-    config: PretrainConfig, method: Method, images: Images, probes: Mapping[str, Any] = PROBES, workers: int = 0
-) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; a probe "knn@0.1" learns from 0.1 of the labels."""
+def rows_of_run(config: PretrainConfig, method: Method, images: Images, options: Evaluate) -> list[Row]:
+    """Evaluate every network of a run, trained and untrained; a share "knn@0.1" is learnt from 0.1 of the labels."""
     backbone = method.backbone
     untrained = new_method(config, images.channels, len(images.classes)).backbone
     untrained.to(next(backbone.parameters()).device)
-    prober = Prober(config, images, {name: how for name, how in probes.items() if "published" not in name}, workers)
+    prober = Prober(config, images, options)
     passes = passes_of(config, backbone, config.widths)
     shares, share_of = prober.measure(backbone, passes)
     if config.method == "supervised":
-        scores, _ = features_in(passes_of(config, method.encoder, config.widths), method.encoder, prober.test, workers)
+        whole = passes_of(config, method.encoder, config.widths)
+        scores, _ = features_in(whole, method.encoder, prober.test, prober.workers)
         for width, rated in scores.items():
             shares[width]["classifier"] = float((rated.argmax(1) == images.test_labels).float().mean())
     with warnings.catch_warnings():
@@ -115,8 +114,8 @@ def rows_of_run(
             set_gates(config, untrained, images)
         for name, found in prober.measure(untrained, passes_of(config, untrained, config.widths))[0].items():
             shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
-    for name in [name for name in probes if name not in prober.probes]:
-        for width, more in on_crops(config, backbone, images, name, probes[name], workers).items():
+    for suffix in prober.parts if "published" in options.probes else ():
+        for width, more in prober.on_crops(backbone, suffix).items():
             shares[width] |= more
     costs = profile(backbone, prober.size, repeats=0).rows
     if config.gate_budget is None:
@@ -146,13 +145,14 @@ def static_networks(config: PretrainConfig, backbone: nn.Module, images: Images)
 class Prober:
     """Accuracy of every probe for networks on the images of a run, of which up to `most` are trained on."""
 
-    def __init__(
-        self, config: PretrainConfig, images: Images, probes: Mapping[str, Any], workers: int, most: int | None = None
-    ) -> None:
-        self.probes, self.workers, size = probes, workers, config.image_size
-        self.size, normalise = (images.channels, size, size), normalisation(config)
-        self.train, self.test = Plain(images.train, size, normalise, most), Plain(images.test, size, normalise)
+    def __init__(self, config: PretrainConfig, images: Images, options: Evaluate, most: int | None = None) -> None:
+        self.config, self.images, self.options, self.workers = config, images, options, options.count_workers()
+        size, normalise = config.image_size, normalisation(config)
+        self.size, self.test = (images.channels, size, size), Plain(images.test, size, normalise)
+        self.train = Plain(images.train, size, normalise, most)
         self.train_labels, self.test_labels = images.train_labels[self.train.places], images.test_labels
+        self.parts: dict[str, Any] = {"": slice(None)}  # end of the name of a share -> the images trained on
+        self.parts |= {f"{PART}{each:g}": label_fraction(self.train_labels, each) for each in options.label_fraction}
 
     def measure(self, network: nn.Module, passes: Passes) -> tuple[dict[Any, dict[str, float]], dict[Any, float]]:
         """Return pass -> probe -> accuracy, the widths of a network probed together, and costs as `features_in`."""
@@ -164,43 +164,42 @@ class Prober:
 
     def _accuracies(self, known: Mapping[float, Tensor], asked: Mapping[float, Tensor]) -> dict[Any, dict[str, float]]:
         accuracies: dict[Any, dict[str, float]] = {width: {} for width in known}
-        for name, how in self.probes.items():
-            probe, _, fraction = name.partition(PART)
-            part: Any = label_fraction(self.train_labels, float(fraction)) if fraction else slice(None)
-            some = {width: features[part] for width, features in known.items()}
-            sets = some, self.train_labels[part], asked, self.test_labels
-            for width, each in evaluate_features(*sets, probes=cast("Any", [probe]), **how).items():
-                accuracies[width][name] = getattr(each, probe)
+        given, probes = self.options, [probe for probe in self.options.probes if probe != "published"]
+        how: Any = {"probes": probes, "k": given.k, "metric": given.knn_metric, "temperature": given.knn_temperature}
+        for suffix, part in self.parts.items() if probes else ():
+            sets = {width: x[part] for width, x in known.items()}, self.train_labels[part], asked, self.test_labels
+            for width, found in evaluate_features(*sets, **how).items():
+                accuracies[width] |= {probe + suffix: getattr(found, probe) for probe in probes}
         return accuracies
 
+    def on_crops(self, backbone: nn.Module, suffix: str) -> dict[float, dict[str, float]]:
+        """Return width -> accuracies of a linear evaluation on the part of this suffix, kept in the run folder."""
+        config, images, options, normalise = self.config, self.images, self.options, self.test.normalise
+        how, size = LINEAR["default"] | LINEAR.get(config.method, {}), config.image_size
+        epochs, batch_size = options.probe_epochs or how["epochs"], options.probe_batch_size
+        rate = (options.probe_lr or how["lr"]) * batch_size / 256
+        steps = [round(share * epochs) for share in how["steps"]] or None
+        kept = torch.arange(len(self.train_labels))[self.parts[suffix]]
+        scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
+        crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
+        views = Views(images.train, images.train_labels, crop, config.seed)
+        centres = Plain(images.test, size, normalise, resized=round(size * 256 / 224))
 
-def on_crops(
-    config: PretrainConfig, backbone: nn.Module, images: Images, name: str, given: Mapping[str, Any], workers: int
-) -> dict[float, dict[str, float]]:
-    """Return width -> accuracies of a linear evaluation such as "published@0.1", kept in the run folder."""
-    how = LINEAR["default"] | LINEAR.get(config.method, {}) | {key: v for key, v in given.items() if v is not None}
-    size, normalise, epochs, batch_size = config.image_size, normalisation(config), how["epochs"], how["batch_size"]
-    fraction = name.partition(PART)[2]
-    kept = label_fraction(images.train_labels, float(fraction)) if fraction else torch.arange(len(images.train_labels))
-    scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
-    crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
-    views = Views(images.train, images.train_labels, crop, config.seed)
-    centres = Plain(images.test, size, normalise, resized=round(size * 256 / 224))
+        def crops(epoch: int) -> Iterator[Sequence[Tensor]]:
+            say(f"linear evaluation on random crops: epoch {epoch + 1}/{epochs}")
+            order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed_of(config.seed, epoch)))
+            keys = [(epoch, number) for number in kept[order].tolist()]
+            batches = load(views, self.workers, sampler=keys, batch_size=batch_size)
+            return ((normalise(x), labels) for x, labels in batches)
 
-    def crops(epoch: int) -> Iterator[Sequence[Tensor]]:
-        say(f"linear evaluation on random crops: epoch {epoch + 1}/{epochs}")
-        order = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed_of(config.seed, epoch)))]
-        keys = [(epoch, number) for number in order.tolist()]
-        return ((normalise(x), labels) for x, labels in load(views, workers, sampler=keys, batch_size=batch_size))
+        def middles(epoch: int) -> Iterator[Sequence[Tensor]]:
+            return zip(batches_of(centres, 256, self.workers), torch.split(self.test_labels, 256), strict=True)
 
-    def middles(epoch: int) -> Iterator[Sequence[Tensor]]:
-        return zip(batches_of(centres, 256, workers), torch.split(images.test_labels, 256), strict=True)
-
-    rate, steps = how["lr"] * batch_size / 256, [round(share * epochs) for share in how["steps"]] or None
-    settings: Any = {"num_classes": len(images.classes), "epochs": epochs, "learning_rate": rate, "milestones": steps}
-    found = linear_evaluation(backbone, crops, middles, path=how["folder"] / f"{name}.safetensors", **settings)
-    five = name.replace("published", "published_top5")
-    return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
+        name, five = f"published{suffix}", f"published_top5{suffix}"
+        settings: Any = {"epochs": epochs, "learning_rate": rate, "milestones": steps}
+        settings |= {"num_classes": len(images.classes), "path": options.run / f"{name}.safetensors"}
+        found = linear_evaluation(backbone, crops, middles, **settings)
+        return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
 
 
 def embed(source: Source, folder: Path, widths: Sequence[float], path: Path, device: torch.device, workers: int) -> int:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimmable._atomic import fill_aside
+from slimmable._atomic import filled_aside
 from slimmable._convert import slimify
 from slimmable._profile import profile
 from slimmable._width import widths_of
 from slimmable.cli import run as runs
-from slimmable.cli.config import DIGITS
+from slimmable.cli.commands import _Network
+from slimmable.cli.config import DIGITS, checked_widths
 from slimmable.cli.report import DENSE, read_rows
-from slimmable.deploy.export import File, write
+from slimmable.deploy.export import File
+from slimmable.deploy.export import export as write
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
 from slimmable.files.model import build, full_state_dict, load, read, read_weights
@@ -75,29 +77,28 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 
 
-def timm_source(
-    name: str, rules: Mapping[str, Any], checkpoint: Path | None = None, pretrained: bool = False,
-    num_classes: int | None = None, image_size: int | None = None,
-) -> Source:  # fmt: skip
-    """Return the timm model `name`, converted by `rules`, with weights from a file, from timm, or random ones."""
-    settings: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+def timm_source(options: _Network) -> Source:
+    """Return the timm model that the options name, converted, with weights from a file, from timm, or random ones."""
+    name, size, checkpoint = options.model, options.image_size, options.checkpoint
+    settings: dict[str, object] = {} if options.num_classes is None else {"num_classes": options.num_classes}
     weights = "Random: this is an architecture, not a trained network."
-    if pretrained:
+    if options.pretrained:
         weights = f"timm's own for `{name}`, trained at the full width only: narrower widths are untrained."
         settings["pretrained"] = True
     torch.manual_seed(0)
-    model, used = runs.make_timm(name, settings, image_size)
+    model, used = runs.make_timm(name, settings, size)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
-    image = (channels, image_size or height, image_size or width)
-    model = slimify(model.eval(), **rules, example_inputs=torch.zeros(2, *image), inplace=True)
+    image = (channels, size or height, size or width)
+    widths, rounding = checked_widths(options.widths), options.rounding or "nearest"
+    model = slimify(model.eval(), widths, rounding=rounding, example_inputs=torch.zeros(2, *image), inplace=True)
     if checkpoint is not None:
         weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
         slimmed = any(".narrow." in key for key in tensors)  # otherwise each width's norms get their part
         runs.check_alike(model.state_dict() if slimmed else full_state_dict(model), tensors, str(checkpoint))
         model.load_state_dict(tensors)
     arguments = {key: value for key, value in used.items() if key != "pretrained"}
-    base = known.get("hf_hub_id") if pretrained else None
+    base = known.get("hf_hub_id") if options.pretrained else None
     mean, std = tuple(known["mean"]), tuple(known["std"])
     return Source(name, model, widths_of(model), image, arguments, weights, mean, std, base)
 
@@ -105,17 +106,14 @@ def timm_source(
 def export(source: Source, widths: Sequence[float], formats: Sequence[str] | None, output: Path) -> list[File]:
     """Write files of `source`, one for each width or, without any, for all, and a model card; all or nothing."""
     formats = formats or (("pt2", "onnx") if importlib.util.find_spec("onnxscript") else ("pt2",))
+    example = torch.zeros(2, *source.image)
+    arguments = None if ":" in source.name else source.arguments  # if timm reads more of them
     files: list[File] = []
-
-    def fill(folder: Path) -> None:
-        example = torch.zeros(2, *source.image)
-        arguments = None if ":" in source.name else source.arguments  # if timm reads more of them
+    with filled_aside(output) as folder:
         for width, kind in product(dict.fromkeys(widths) or [None], dict.fromkeys(formats)):
             path = folder / f"{'all-widths' if width is None else f'width-{width}'}.{kind}"
-            files.append(write(source.model, path, width, None, example, arguments=arguments))
+            files.append(write(source.model, path, width=width, example_inputs=example, arguments=arguments))
         one = {Path(file.name).suffix[1:]: file.name for file in reversed(files)}  # of each format
         card = model_card(profile(source.model, source.image, repeats=0), files=files, example=one, **vars(source))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-
-    fill_aside(output, fill)
     return files

@@ -20,7 +20,7 @@ from slimmable._distributed import any_process, is_first, rank, world_size
 from slimmable._tables import differences
 from slimmable.cli import data
 from slimmable.cli import run as runs
-from slimmable.cli.commands import Pretrain
+from slimmable.cli.commands import Evaluate, Pretrain
 from slimmable.cli.config import LOGGERS, PretrainConfig, say
 from slimmable.cli.evaluation import VOTERS, Prober, passes_of, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
@@ -218,7 +218,8 @@ class Watch:
 
     def __init__(self, training: Training, folder: Path, logs: Sequence[Log]) -> None:
         self.training, config, backbone = training, training.config, training.method.backbone
-        self.prober = Prober(config, training.images, {"knn": {}}, training.workers, most=VOTERS)
+        options = Evaluate(folder, probes=("knn",), workers=training.workers)
+        self.prober = Prober(config, training.images, options, most=VOTERS)
         # a universal model has no statistics for the other widths before the end
         widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         self.passes = passes_of(config, backbone, widths)
@@ -304,7 +305,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         if config.gate_budget < least:
             closed = f"{named_at(config.model, width)} with all gates closed costs {least:.3f} of its multiply-adds"
             raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
-    training = Training(config, method, images, device, options.workers or 0)
+    training = Training(config, method, images, device, options.count_workers())
     if resumed:
         training.resume(runs.load_checkpoint(checkpoint, images.digest))
         _tell(options, f"continuing after step {training.step} of {training.steps}")
@@ -372,8 +373,8 @@ def _finish(training: Training, folder: Path, options: Pretrain) -> None:
         training.save(folder / runs.CHECKPOINT)
     for name in runs.save_networks(folder, config, training.method, images.channels):
         say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
-    rows = rows_of_run(config, training.method, images, workers=options.workers or 0)
-    _tell(options, report_run(config, folder, rows, images, options.workers or 0))
+    default = Evaluate(folder, workers=training.workers)
+    _tell(options, report_run(config, rows_of_run(config, training.method, images, default), images, default))
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:

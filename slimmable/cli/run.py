@@ -158,10 +158,10 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
     if pretrained and not name.startswith(_SOURCES) and not getattr(timm.get_pretrained_cfg(name), "has_weights", 0):
         raise UsageError(f"timm has no pretrained weights for {name}; leave them out, or give a file of them")
     sized = {**settings} if image_size is None else {**settings, "img_size": image_size}
-    asked = ", ".join(f"{key}={value!r}" for key, value in sized.items())
+    asked = f" with {', '.join(f'{key}={value!r}' for key, value in sized.items())}" if sized else ""
     advice = "; where its weights cannot be downloaded, give a file: --checkpoint or --init" if pretrained else ""
     sizes = [key for key in ("dynamic_img_size", "img_size") if key in sized]
-    with explained(f"timm cannot make the model {name!r} with {asked}", advice, UsageError):
+    with explained(f"timm cannot make the model {name!r}{asked}", advice, UsageError):
         while True:
             try:
                 return timm.create_model(name, **sized), sized

@@ -18,7 +18,7 @@ from slimmable._modules import in_eval_mode
 from slimmable._profile import profile
 from slimmable._width import at_width, widths_of
 from slimmable._widths import check_widths
-from slimmable.deploy import int8, onnx, programs
+from slimmable.deploy import onnx, programs
 from slimmable.deploy.programs import TOLERANCE, Program, batch_of, difference
 from slimmable.errors import SlimmableError, UsageError, require
 from slimmable.files.model import full_network, load, read, save
@@ -28,7 +28,7 @@ FORMATS = ("pt2", "onnx", "safetensors")
 
 
 class File(NamedTuple):
-    """A file that was written."""
+    """A file that `export` has written."""
 
     name: str  # its suffix is the format
     width: float | None  # None: all
@@ -46,8 +46,9 @@ def export(
     widths: Iterable[float] | None = None,
     example_inputs: Any = None,
     calibration: Iterable[ModelInput] | None = None,
-) -> None:
-    """Write a converted model as one file for other programs: all its widths, or a single one.
+    arguments: Mapping[str, Any] | None = None,
+) -> File:
+    """Write a converted model as one file for other programs, all its widths or a single one; return what it is.
 
     The file is loaded again and run, and kept only if its outputs are those of the model in evaluation mode, within
     1e-5 of the largest. It takes any number of images, if the forward does.
@@ -66,6 +67,7 @@ def export(
         calibration: batches as for `calibrate_bn`, a few hundred images: a `.onnx` file then computes in int8, within a
             quarter of the largest output on the first batch, or none is written. Each width has weights of its own. The
             first batch also takes the place of `example_inputs`.
+        arguments: as for `save`; only a `.safetensors` file needs them.
 
     Raises: UsageError: if the suffix is another one, or both `width` and `widths` are given. DataError: if
         `calibration` is empty or holds anything other than batches. WidthError: if the model does not have a width.
@@ -75,21 +77,15 @@ def export(
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     >>> slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> path = Path(tempfile.mkdtemp(), "net.onnx")
-    >>> slimmable.export(slim, path, example_inputs=torch.zeros(2, 4))
+    >>> slimmable.export(slim, path, example_inputs=torch.zeros(2, 4)).any_batch
+    True
     >>> session = onnxruntime.InferenceSession(path)
     >>> session.run(None, {"input": numpy.ones((3, 4), numpy.float32), "width": numpy.array(1)})[0].shape
     (3, 2)
     """
-    write(model, Path(path), width, widths, example_inputs, calibration)
-
-
-def write(
-    model: nn.Module, path: Path, width: float | None = None, widths: Iterable[float] | None = None,
-    example_inputs: Any = None, calibration: Iterable[ModelInput] | None = None, **saving: Any,
-) -> File:  # fmt: skip
-    """Write a file as `export` does, and tell how far it is off; `saving` is for `slimmable.save`."""
     check_whole("export", model)
-    kind, known = path.suffix[1:], widths_of(model)
+    path, known = Path(path), widths_of(model)
+    kind = path.suffix[1:]
     if kind not in FORMATS:
         raise UsageError(f"export: {path} must end in {', '.join(f'.{each}' for each in FORMATS)}, which is the format")
     if width is not None and widths is not None:
@@ -106,7 +102,7 @@ def write(
         model = copy_of(model).cpu()
     batches, bound = list[Arguments](), TOLERANCE
     if calibration is not None:
-        batches, bound = list(batches_of("export: calibration", model, calibration)), int8.LARGEST
+        batches, bound = list(batches_of("export: calibration", model, calibration)), onnx.LARGEST
         example_inputs = Inputs(*batches[0][0], **batches[0][1])
     network = model if width is None else extract(model, width)
     runs: list[float | None] = [*chosen] if width is None else [None]
@@ -116,7 +112,7 @@ def write(
         one, three = (_numbers(batch_of(network, example_inputs, size)) for size in (1, 3))
         program: Program
         if kind == "safetensors":
-            save(network, aside, **saving)
+            save(network, aside, arguments=arguments)
             own = load(aside, None if read(aside)[0]["recipe"] else full_network(network))
             program, any_batch = partial(_run, own), True
         else:
@@ -133,7 +129,7 @@ def write(
                 program = programs.save_pt2(traced[0], aside)
             else:
                 single = width is not None  # cuts of shared weights must not be folded
-                make = partial(int8.quantized, batches=batches) if batches else partial(onnx.to_onnx, optimize=single)
+                make = partial(onnx.quantized, batches=batches) if batches else partial(onnx.to_onnx, optimize=single)
                 written = [make(each, names) for each in traced]
                 if single:
                     program = onnx.save_onnx(written[0], aside)

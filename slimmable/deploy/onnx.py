@@ -1,7 +1,8 @@
-"""Programs for an ONNX runtime; those of several widths as one with an input that chooses, and with weights once."""
+"""Programs for an ONNX runtime, in float or int8; those of several widths as one, which has the weights once."""
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slimmable._inputs import tensors
+from slimmable._inputs import Arguments, tensors
 from slimmable.deploy.programs import Names, Program, quiet
 from slimmable.errors import UsageError, explained, require
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SELECTOR = "width"
+LARGEST = 0.25  # difference from the model's outputs, relative to the largest, from which int8 has failed
+_BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat")  # of convolutions
 _PRODUCTS = ("MatMul", "Gemm")
+_LAYERS = ("Conv", *_PRODUCTS)
 _INT8 = ("QuantizeLinear", "DequantizeLinear")  # a runtime computes in int8 if their scales are the branch's own
 
 
@@ -49,6 +53,36 @@ def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool
         except Exception:  # it supports only one form of attention; decomposed, it is matrix products
             with sdpa_kernel(SDPBackend.MATH):
                 return torch.onnx.export(program.run_decompositions(), (), **settings)
+
+
+def quantized(program: ExportedProgram, names: Names, batches: Sequence[Arguments]) -> Any:
+    """Return `program` in int8, as torch's `ONNXProgram`; the ranges of its activations are those on `batches`.
+
+    Products of two activations, as in attention, stay in float. So does all but the layers where these are mostly
+    matrix products: the residual stream, the norms and the softmax of a transformer lose most in int8.
+    """
+    ir = require("onnx_ir", "onnxscript", extra="onnx")
+    tool = require("onnxruntime.quantization", "onnxruntime", extra="onnx")
+    with tempfile.TemporaryDirectory() as folder, quiet(), explained("onnxruntime cannot quantize the model"):
+        plain, ready, done = (Path(folder, f"{name}.onnx") for name in ("plain", "ready", "done"))
+        written = to_onnx(program, names)
+        written.save(plain)
+        tool.shape_inference.quant_pre_process(plain, ready, skip_symbolic_shape=True)  # folds norms into convolutions
+        graph = ir.load(ready).graph
+        layers = [node for node in graph if node.op_type in _LAYERS]
+        products = [node.name for node in layers if node.inputs[1].const_value is None]
+        mostly = sum(node.op_type == "Conv" for node in layers) * 2 > len(layers)
+        inputs = [value.name for value in graph.inputs]
+        feeds = (dict(zip(inputs, (each.numpy() for each in tensors(batch)), strict=True)) for batch in batches)
+        reader = type("Reader", (tool.CalibrationDataReader,), {"get_next": lambda _: next(feeds, None)})()
+        kinds = _LAYERS + (_BETWEEN if mostly else ())
+        tool.quantize_static(
+            ready, done, reader, per_channel=True, op_types_to_quantize=kinds, nodes_to_exclude=products
+        )
+        written.model = ir.load(done)
+        for value in written.model.graph.initializers.values():  # in memory: the file goes
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    return written
 
 
 def load_onnx(path: Path) -> Program:

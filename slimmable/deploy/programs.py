@@ -121,7 +121,7 @@ class Programs:
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     >>> slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> path = Path(tempfile.mkdtemp(), "net.pt2")
-    >>> slimmable.export(slim, path, example_inputs=torch.zeros(2, 4))
+    >>> file = slimmable.export(slim, path, example_inputs=torch.zeros(2, 4))
     >>> slimmable.deploy.Programs(path)(torch.zeros(3, 4), width=0.5).shape
     torch.Size([3, 2])
     """

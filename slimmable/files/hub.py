@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from slimmable._atomic import fill_aside
+from slimmable._atomic import filled_aside
 from slimmable._checks import check_fraction, check_whole, checked
 from slimmable._convert import extract
 from slimmable._inputs import Arguments, example_of, output_tensors
@@ -81,8 +81,7 @@ def save_pretrained(
         width_index(width, widths or (1.0,))
         check_fraction("save_pretrained", **{f"accuracy of {name}": share for name, share in shares.items()})
     args, _ = example = example_of(model, example_inputs)
-
-    def write(aside: Path) -> None:
+    with filled_aside(Path(folder)) as aside:
         save(model, aside / FILE, arguments=arguments)
         recipe = read(aside / FILE)[0]["recipe"] or {}
         native = "" if widths else _write_native(model, aside, recipe, example)
@@ -98,8 +97,6 @@ def save_pretrained(
         about |= {"native": native, "config": has_config, "repo_id": repo_id, "folder": Path(folder).resolve().name}
         card = model_card(costs, model=model, widths=widths, accuracy=accuracy, license=license, **about)
         (aside / "README.md").write_text(card, encoding="utf-8")
-
-    fill_aside(Path(folder), write)
 
 
 def _write_native(model: Any, folder: Path, recipe: Mapping[str, Any], example: Arguments) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 import slimmable
 from slimmable.__main__ import main
-from slimmable._atomic import fill_aside
+from slimmable._atomic import filled_aside
 from slimmable.errors import CheckpointError
 
 NAME = "test_resnet"
@@ -193,23 +193,20 @@ def fails(*_, **__):
 
 
 def test_an_error_half_way_leaves_what_was_there(tmp_path):
-    def fill(folder):
-        (folder / "width-1.0.pt2").write_text("half")
-        raise OSError(28, "No space left on device")
-
     (tmp_path / "width-1.0.pt2").write_text("old")
     with pytest.raises(CheckpointError, match=f"cannot write into the folder {tmp_path} .*No space left"):
-        fill_aside(tmp_path, fill)
+        half_filled(tmp_path, OSError(28, "No space left on device"))
     assert os.listdir(tmp_path) == ["width-1.0.pt2"]
     assert (tmp_path / "width-1.0.pt2").read_text() == "old"
     with pytest.raises(KeyboardInterrupt):
-        fill_aside(tmp_path, interrupted)
+        half_filled(tmp_path, KeyboardInterrupt())
     assert os.listdir(tmp_path) == ["width-1.0.pt2"]
 
 
-def interrupted(folder):
-    (folder / "width-1.0.pt2").write_text("half")
-    raise KeyboardInterrupt
+def half_filled(folder, error):
+    with filled_aside(folder) as aside:
+        (aside / "width-1.0.pt2").write_text("half")
+        raise error
 
 
 def test_the_card_of_a_run_has_its_report(run, tmp_path):

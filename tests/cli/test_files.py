@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimmable._atomic import fill_aside, write_aside
+from slimmable._atomic import filled_aside, write_aside
 from slimmable.cli.pretrain import fill_state, optimizer_tensors
 from slimmable.cli.run import (
     load_checkpoint,
@@ -55,7 +55,8 @@ def test_a_file_has_the_mode_of_new_files(tmp_path):
     before = os.umask(0o027)
     try:
         write_aside(tmp_path / "note.txt", lambda aside: (aside.write_text("done"), aside.chmod(0o600)))
-        fill_aside(tmp_path / "notes", lambda inside: (inside / "note.txt").write_text("done"))
+        with filled_aside(tmp_path / "notes") as inside:
+            (inside / "note.txt").write_text("done")
     finally:
         os.umask(before)
     for path in (tmp_path / "note.txt", tmp_path / "notes" / "note.txt"):

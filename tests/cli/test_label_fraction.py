@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from slimmable import at_width, set_width
 from slimmable.__main__ import main
+from slimmable.cli.commands import Evaluate
 from slimmable.cli.data import Images, load_images
 from slimmable.cli.evaluation import report_run, rows_of_run
 from slimmable.cli.report import read_rows, title_of
@@ -115,8 +116,9 @@ def test_evaluation_holds_a_batch_of_images_however_many_there_are(run, tmp_path
         parts = [Counted(count), Counted(count)]
         labels = torch.arange(count) % 10
         images = Images(parts[0], labels, parts[1], labels, tuple("0123456789"), 1)
-        rows = rows_of_run(config, method, images, {"knn": {}, "knn@0.1": {}})
-        report_run(config, tmp_path, rows, images)
+        options = Evaluate(tmp_path, probes=("knn",), label_fraction=(0.1,), workers=0)
+        rows = rows_of_run(config, method, images, options)
+        report_run(config, rows, images, options)
         most.append(max(part.most for part in parts))
     assert most[0] == most[1] <= 300
     assert compared == [(300,) * 4] * 2  # by their pixels

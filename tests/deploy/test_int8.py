@@ -78,7 +78,7 @@ def test_what_cannot_be_calibrated_is_refused(name, loader, kind, words, tmp_pat
 
 def test_a_file_far_from_the_model_is_not_written(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("slimmable.deploy.int8.LARGEST", 1e-6)
+    monkeypatch.setattr("slimmable.deploy.onnx.LARGEST", 1e-6)
     slim, batches = made(mlp)
     with pytest.raises(SlimmableError, match=r"net.onnx differs from the model by .* \(allowed: 1e-06\)"):
         slimmable.export(slim, tmp_path / "net.onnx", calibration=batches)

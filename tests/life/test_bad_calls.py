@@ -493,6 +493,7 @@ CALLS: dict[str, Call] = {
             "widths": Argument(lambda: None, bad.widths().optional().bad),
             "example_inputs": EXAMPLE,
             "calibration": NO_LOADER,
+            "arguments": bad.mapping(lambda: None).but(none="they are read off the model", dict="no arguments"),
         }
     ),
     "deploy.Programs": Call({"path": bad.path(programs)}),
