@@ -172,7 +172,7 @@ def _cache_property(name: str) -> property:
 
 def _at_full(module: nn.Module) -> AbstractContextManager[None]:
     state = module.__dict__["_slim"]
-    return switched([(module, state)], state.columns[:1])
+    return switched([(state, state.columns[0])])
 
 
 class _Viewed(HasWidths):
