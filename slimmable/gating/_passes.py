@@ -20,7 +20,7 @@ from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, macs_for
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm, copy_of_norm, inner_modules
-from slimmable.view.recompute import Active, in_backward, switch, switched
+from slimmable.view.recompute import Active, switch, switched
 from slimmable.view.state import Indices
 
 Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
@@ -159,8 +159,8 @@ class LayerGates(SwitchableContainer):
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         record = self.decision.active.record
         decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
-        switch([(self.decision, decision)])
-        if record is not None and not in_backward():
+        is_repeated = switch([(self.decision, decision)])
+        if record is not None and not is_repeated:
             record.append(decision)
 
     def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

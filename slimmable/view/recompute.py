@@ -155,8 +155,8 @@ class Active(Generic[C]):
         return found[0] if found else self._found()
 
 
-def switch(new: New) -> None:
-    """Activate something in each of several modules, for the running user, or in a repeated forward for that alone."""
+def switch(new: New) -> bool:
+    """Activate something in each module, for the running user; return whether only for a forward that is repeated."""
     if is_compiling():
         global _compiled_switch
         _compiled_switch = True
@@ -165,8 +165,10 @@ def switch(new: New) -> None:
     elif (node := _node()) is not None:
         for active, value in new:
             active._again[_here.mark] = node, value
+        return True
     else:
         _put(new)
+    return False
 
 
 @contextmanager
@@ -206,11 +208,6 @@ def last_switch() -> tuple[object, object, int]:
     if _compiled_switch:
         _compiled_switch, _switches = False, _switches + 1
     return _current().mark, _here.mark, _switches
-
-
-def in_backward() -> bool:
-    """Tell whether a backward pass is running, in which any forward is a repeated one."""
-    return not is_compiling() and _task() != -1
 
 
 def _node() -> tuple[int, int] | None:
